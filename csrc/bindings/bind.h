@@ -1,0 +1,12 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace foveate {
+
+// Converting the arguments needs the GIL, the kernel does not: the guard is entered between the two.
+using release_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
+
+void bind_norm(pybind11::module_& m);
+
+}  // namespace foveate

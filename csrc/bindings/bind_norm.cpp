@@ -1,0 +1,14 @@
+#include "bindings/bind.h"
+#include "bindings/tensor_from_python.h"
+#include "ops/norm.h"
+
+namespace py = pybind11;
+
+namespace foveate {
+
+void bind_norm(py::module_& m) {
+  m.def("rms_norm_forward", &rms_norm_forward, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("rstd"), py::arg("eps"),
+        py::arg("threads"), release_gil());
+}
+
+}  // namespace foveate

@@ -1,0 +1,47 @@
+// Element types as they lie in memory. The conversions to float live with the vector code (cpu/vec.h), per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace foveate {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt8, kFloat8E4M3, kInt32, kInt64, kBool };
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+struct f8e4m3 {
+  uint8_t bits;
+};
+
+constexpr const char* name(DType t) {
+  switch (t) {
+    case DType::kFloat32: return "float32";
+    case DType::kFloat64: return "float64";
+    case DType::kFloat16: return "float16";
+    case DType::kBFloat16: return "bfloat16";
+    case DType::kInt8: return "int8";
+    case DType::kFloat8E4M3: return "float8_e4m3fn";
+    case DType::kInt32: return "int32";
+    case DType::kInt64: return "int64";
+    case DType::kBool: return "bool";
+  }
+  return "unknown";
+}
+
+constexpr int64_t size_of(DType t) {
+  switch (t) {
+    case DType::kFloat32:
+    case DType::kInt32: return 4;
+    case DType::kFloat64:
+    case DType::kInt64: return 8;
+    case DType::kFloat16:
+    case DType::kBFloat16: return 2;
+    default: return 1;
+  }
+}
+
+}  // namespace foveate

@@ -1,0 +1,13 @@
+// The kernels of one instruction set. csrc/cpu/kernels/*.cpp is compiled once per set, each time into its own namespace
+// (FOVEATE_ISA, from CMake); table.cpp collects the functions.
+#pragma once
+
+#include "ops/norm.h"
+
+namespace foveate::cpu {
+
+struct Kernels {
+  void (*rms_norm_forward)(const RmsNormParams&, int threads);
+};
+
+}  // namespace foveate::cpu
