@@ -19,7 +19,7 @@ struct Torch {
 
 Torch load_torch() {
   Torch t;
-  t.tensor_type = py::module_::import("torch").attr("Tensor").release();
+  t.tensor_type = py::object(py::module_::import("torch").attr("Tensor")).release();
   if (py::hasattr(t.tensor_type, "__dlpack_c_exchange_api__")) {
     py::object capsule = t.tensor_type.attr("__dlpack_c_exchange_api__");
     auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
