@@ -2,11 +2,13 @@
 // (FOVEATE_ISA, from CMake); table.cpp collects the functions.
 #pragma once
 
+#include "ops/attention.h"
 #include "ops/norm.h"
 
 namespace foveate::cpu {
 
 struct Kernels {
+  void (*attention_forward)(const AttentionParams&, int threads);
   void (*rms_norm_forward)(const RmsNormParams&, int threads);
 };
 

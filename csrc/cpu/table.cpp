@@ -2,10 +2,12 @@
 
 namespace foveate::cpu::FOVEATE_ISA {
 
+void attention_forward(const AttentionParams&, int threads);
 void rms_norm_forward(const RmsNormParams&, int threads);
 
 extern const Kernels table;
 const Kernels table{
+    .attention_forward = attention_forward,
     .rms_norm_forward = rms_norm_forward,
 };
 
