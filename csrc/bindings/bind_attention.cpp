@@ -19,6 +19,13 @@ void bind_attention(py::module_& m) {
                        scale, softcap, dropout_p},
                       threads);
   }, release_gil());
+  m.def("attention_backward", [](TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
+                                 TensorView dq, TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks, OPTIONS_OF) {
+    attention_backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, drel_table, dsinks,
+                       {bias, mask, alibi, rel_table, rel_buckets, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal, window_left, window_right,
+                        scale, softcap, dropout_p},
+                       threads);
+  }, release_gil());
 }
 
 }  // namespace foveate

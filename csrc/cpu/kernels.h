@@ -9,6 +9,7 @@ namespace foveate::cpu {
 
 struct Kernels {
   void (*attention_forward)(const AttentionParams&, int threads);
+  void (*attention_backward)(const AttentionParams&, const AttentionGrads&, int threads);
   void (*rms_norm_forward)(const RmsNormParams&, int threads);
 };
 

@@ -31,12 +31,9 @@ FOVEATE_INLINE Range visible_keys(const AttentionParams& p, const Sequence& s, i
   if (p.window_left >= 0 && at - p.window_left > begin) begin = at - p.window_left;
   return {begin, end > begin ? end : begin};
 }
-// The union over queries [first, last]; the bounds are monotonic in i.
+// A range that holds those of all queries [first, last]: both bounds never decrease in i.
 FOVEATE_INLINE Range visible_keys(const AttentionParams& p, const Sequence& s, int64_t first, int64_t last) {
-  const Range a = visible_keys(p, s, first), b = visible_keys(p, s, last);
-  if (a.empty()) return b;
-  if (b.empty()) return a;
-  return {a.begin, b.end};
+  return {visible_keys(p, s, first).begin, visible_keys(p, s, last).end};
 }
 
 // True if anything but scale and the visible range changes the scores.

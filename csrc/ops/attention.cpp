@@ -143,4 +143,41 @@ void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out,
   cpu::kernels().attention_forward(p, threads < 1 ? 1 : threads);
 }
 
+void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dq,
+                        TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks, const AttentionOptions& options,
+                        int threads) {
+  check(lse.defined(), "the backward needs the lse of the forward");
+  const AttentionParams p = attention_params(q, k, v, out, lse, options);
+  const bool varlen = options.cu_q.defined();
+  const DType acc = accumulator(q.dtype);
+  AttentionGrads g;
+  check_like(dout, "dout", out, p.head_dim_v, q.dtype);
+  g.dout = rows_of(dout, varlen);
+  if (dlse.defined()) {
+    check_rank(dlse, "dlse", lse.ndim), check_dtype(dlse, "dlse", acc);
+    for (int i = 0; i < lse.ndim; ++i)
+      check(dlse.shape[i] == lse.shape[i] && (dlse.shape[i] <= 1 || dlse.stride[i] == lse.stride[i]), "dlse must have the sizes and strides of lse");
+    g.dlse = dlse.data;
+  }
+  if (dq.defined()) check_like(dq, "dq", q, p.head_dim, q.dtype), g.dq = rows_of(dq, varlen);
+  if (dk.defined()) check_like(dk, "dk", k, p.head_dim, q.dtype), g.dk = rows_of(dk, varlen);
+  if (dv.defined()) check_like(dv, "dv", v, p.head_dim_v, q.dtype), g.dv = rows_of(dv, varlen);
+  if (dbias.defined()) {
+    check(options.bias.defined(), "dbias without bias");
+    check_rank(dbias, "dbias", 4), check_dtype(dbias, "dbias", acc), check_contiguous(dbias, "dbias");
+    for (int i = 0; i < 4; ++i) check_size(dbias, "dbias", i, options.bias.shape[i]), g.dbias_stride[i] = dbias.broadcast_stride(i);
+    g.dbias = dbias.data, g.dbias_numel = dbias.numel();
+  }
+  if (drel_table.defined()) {
+    check(options.rel_table.defined(), "drel_table without a relative bias");
+    check_rank(drel_table, "drel_table", 2), check_dtype(drel_table, "drel_table", acc), check_contiguous(drel_table, "drel_table");
+    check_size(drel_table, "drel_table", 0, p.rel_num_buckets), check_size(drel_table, "drel_table", 1, p.heads_q);
+    g.drel_table = drel_table.data;
+  }
+  if (dsinks.defined()) check(p.sinks != nullptr, "dsinks without sinks"), check_vector(dsinks, "dsinks", p.heads_q, acc), g.dsinks = dsinks.data;
+  for (const auto& t : {dout, dlse, dq, dk, dv, dbias, drel_table, dsinks})
+    check(!t.defined() || t.device == DeviceType::kCPU, "this kernel runs on the CPU, but a gradient is on a CUDA device");
+  cpu::kernels().attention_backward(p, g, threads < 1 ? 1 : threads);
+}
+
 }  // namespace foveate
