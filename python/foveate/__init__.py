@@ -1,7 +1,16 @@
 """Flash-style attention, fused softmax and KV-cache kernels for CPU and GPU, for any torch."""
 
 from foveate._backends import UnsupportedError
+from foveate._relative_bias import RelativeBias
+from foveate.attention import attention, merge_attention
+from foveate.attention_varlen import attention_varlen
 
 __version__ = "0.1.0"
 
-__all__ = ["UnsupportedError"]
+__all__ = [
+    "RelativeBias",
+    "UnsupportedError",
+    "attention",
+    "attention_varlen",
+    "merge_attention",
+]
