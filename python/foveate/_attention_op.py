@@ -342,4 +342,10 @@ def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Tensor, Tensor | Non
     """out, lse of `Operands` by the shortest way that is right: dispatch and autograd cost as much as a decode step."""
     if _leads_straight_to_forward(operands[:_NUM_TENSORS]):
         return forward(*operands, need_lse=need_lse)
+    if torch.compiler.is_compiling() and not _needs_gradient(operands[:_NUM_TENSORS]):
+        return attention_forward(*operands)
     return Attention.apply(*operands)
+
+
+def _needs_gradient(operands: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
