@@ -122,7 +122,9 @@ def check_dropout(dropout_p: float) -> None:
 
 def _number(name: str, value: Any, wanted: str) -> Exception:
     if isinstance(value, Tensor):
-        return TypeError(f"{name} must be a Python number, got a tensor; pass {name}.item() (which waits for the device)")
+        return TypeError(
+            f"{name} must be a Python number, got a tensor; pass {name}.item() (which waits for the device)"
+        )
     return ValueError(f"{name}={value} must be {wanted}")
 
 
@@ -140,7 +142,9 @@ def check_scores_operand(name: str, x: Tensor, q: Tensor, shape: tuple[int, int,
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {_type(x)}")
     if name == "mask" and x.dtype is not torch.bool:
-        raise ValueError(f"mask has dtype {x.dtype}; it must be torch.bool with True = keep (an additive mask goes to bias)")
+        raise ValueError(
+            f"mask has dtype {x.dtype}; it must be torch.bool with True = keep (an additive mask goes to bias)"
+        )
     if name == "bias" and x.dtype not in DTYPES:
         raise ValueError(f"bias has dtype {x.dtype}; it must be floating (a bool mask goes to mask)")
     _check_device(name, x, q)

@@ -70,7 +70,6 @@ def sdpa(
         mask=None if additive else attn_mask,
         dropout_p=dropout_p,
     )
-    assert isinstance(out, Tensor)
     out = out.transpose(1, 2)
     if lead is None:
         return out
