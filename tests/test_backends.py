@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import foveate
 import pytest
 import torch
+
+import foveate
 from foveate import _backends, _native
 
 
@@ -40,7 +41,7 @@ def test_a_named_backend_is_never_replaced(op):
 
 
 def test_no_backend_says_why_of_each(op):
-    with pytest.raises(foveate.UnsupportedError, match="native: it takes fp32; triton: .*; reference: it runs on cpu"):
+    with pytest.raises(foveate.UnsupportedError, match=r"native: it takes fp32; triton: .*; reference: it runs on cpu"):
         _backends.choose(op, _backends.Query("cuda", torch.int8), None)
 
 
@@ -65,7 +66,7 @@ def test_backends_and_info():
     assert (answers["native"] is None) == (_native._C is not None)
     info = foveate.info()
     assert info["foveate"] == foveate.__version__ and info["threads"] == torch.get_num_threads()
-    assert f"torch" in str(info) and str(info).count("\n") == len(info) - 1
+    assert "torch" in str(info) and str(info).count("\n") == len(info) - 1
 
 
 @pytest.mark.skipif(_native._C is None, reason="no compiled module")
@@ -97,7 +98,7 @@ def test_explain_names_what_runs():
 def test_explain_of_packed_and_of_other_devices():
     q, k, v = (x.flatten(0, 1) for x in qkv())
     cu = torch.tensor([0, 5, 10])
-    packed = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=5, max_seqlen_k=5)
+    packed = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 5, "max_seqlen_k": 5}
     assert foveate.explain(q, k, v, **packed).query.features == (8, 8, "varlen")
     meta = [x.to("meta") for x in qkv()]
     said = foveate.explain(*meta)

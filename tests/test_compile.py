@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import foveate
 import pytest
 import torch
+
+import foveate
+
+pytestmark = [
+    # torch's own: dynamo makes an instance of every autograd.Function, and looks at .grad of non-leaf inputs.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # inductor's import
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 
 OPTIONS = ["plain", "causal window", "bias", "mask lengths", "table sinks", "softcap alibi lse"]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import foveate
 import pytest
 import torch
-from foveate import _attention_op, _native
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+
+import foveate
+from foveate import _attention_op, _native
 
 forward_op = torch.ops.foveate.attention_forward.default
 backward_op = torch.ops.foveate.attention_backward.default

@@ -326,6 +326,9 @@ def _leads_straight_to_forward(operands: tuple[Tensor | None, ...]) -> bool:
         return False
     if torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
         return False
+    q = operands[0]
+    if not (q.is_cpu or q.is_cuda):  # type: ignore[union-attr]
+        return False
     recording = torch.is_grad_enabled()
     for x in operands:  # noqa: SIM110  a generator costs as much again
         if x is not None and (type(x) not in _PLAIN_TYPES or (recording and x.requires_grad) or x.is_neg()):

@@ -1,0 +1,72 @@
+"""What a call without gradients does not do: the parts of the call overhead that can be counted rather than timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import foveate
+from foveate import _attention_op, _native
+
+
+def plain_call(**options):
+    q, k, v = (torch.randn(1, 1, 8, 64) for _ in range(3))
+    return foveate.attention(q, k, v, **options)
+
+
+@pytest.fixture
+def long_ways(monkeypatch):
+    """How often the autograd.Function was taken."""
+    taken = []
+    real = _attention_op.Attention.apply
+    monkeypatch.setattr(_attention_op.Attention, "apply", lambda *args: taken.append(1) or real(*args))
+    return taken
+
+
+def test_a_call_without_gradient_skips_autograd_and_dispatch(long_ways):
+    plain_call(causal=True)
+    with torch.no_grad():
+        q = torch.randn(1, 1, 8, 64, requires_grad=True)
+        foveate.attention(q, q, q)
+    with torch.inference_mode():
+        plain_call()
+    assert long_ways == []
+    q = torch.randn(1, 1, 8, 64, requires_grad=True)
+    foveate.attention(q, q, q)
+    assert long_ways == [1]
+
+
+@pytest.mark.skipif(_native._C is None, reason="no compiled module")
+def test_lse_is_not_allocated_unless_asked_for(monkeypatch):
+    allocated = []
+    real = _attention_op._empty_lse
+    monkeypatch.setattr(_attention_op, "_empty_lse", lambda *args: allocated.append(1) or real(*args))
+    plain_call(backend="native")
+    assert allocated == []
+    plain_call(backend="native", return_lse=True)
+    assert allocated == [1]
+
+
+def test_the_choice_is_cached():
+    plain_call()
+    before = foveate._backends.choose.cache_info()
+    plain_call()
+    after = foveate._backends.choose.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+
+
+def test_python_allocates_nothing_but_the_output(monkeypatch):
+    """No copies and casts of inputs that are as the kernel wants them: every torch function that the call may run is counted."""
+
+    class Count(torch.overrides.TorchFunctionMode):
+        functions = ()
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.functions += (getattr(func, "__name__", str(func)),)
+            return func(*args, **(kwargs or {}))
+
+    with Count() as count:
+        plain_call(backend="native" if _native._C is not None else None)
+    computing = {"empty", "empty_like", "clone", "contiguous", "to", "copy_", "new_empty", "randint"}
+    if _native._C is not None:
+        assert [name for name in count.functions if name in computing] == ["empty_like"]
