@@ -70,14 +70,19 @@ def test_equals_eager(name, requires_grad):
 
 
 def test_dynamic_shapes_compile_once():
+    """Other lengths run in the graphs of the first; that one call may take two attempts, to settle which floats are constants."""
+
     def f(*xs):
         return call("causal window", *xs)
 
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(f, fullgraph=True, backend=counter, dynamic=True)
-    for Sq, Skv in ((5, 7), (9, 12), (20, 33)):
+    check(f, compiled, leaves(5, 7))
+    graphs = counter.frame_count
+    assert graphs > 0
+    for Sq, Skv in ((9, 12), (20, 33), (33, 20)):
         check(f, compiled, leaves(Sq, Skv))
-    assert counter.frame_count == 1
+    assert counter.frame_count == graphs
 
 
 def test_inductor():
