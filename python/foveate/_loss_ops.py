@@ -61,7 +61,7 @@ def _backward_native(dloss: Tensor, logits: Tensor, target: Tensor, stats: Tenso
 
 
 def _backward_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return logits.new_empty(logits.shape)
 
 
 cross_entropy_rows = _ops.define(
@@ -149,7 +149,7 @@ def _gradients_native(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     compute = compute_dtype(hidden)
     loss = hidden.new_zeros(target.shape, dtype=compute)
-    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
+    dhidden = hidden.new_zeros(hidden.shape) if need_hidden else hidden.new_empty(0)
     dweight = torch.zeros(weight.shape if need_weight else 0, dtype=compute, device=hidden.device)
     dbias = torch.zeros(weight.shape[0] if need_bias else 0, dtype=compute, device=hidden.device)
     for rows in _chunks(target, weight.shape[0], hidden.element_size(), options[0]):

@@ -114,7 +114,7 @@ def _rowwise(t: Tensor) -> Tensor:
 
 def _softmax_native(x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
     x = _rowwise(x)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = _like(x)
     bias = None if bias is None else _rowwise(bias).expand(x.shape)
     mask = None if mask is None else _rowwise(mask).expand(x.shape)
     _native._C.softmax_forward(x, bias, mask, out, scale, causal, False, torch.get_num_threads())
@@ -123,25 +123,25 @@ def _softmax_native(x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: 
 
 def _log_softmax_native(x: Tensor) -> Tensor:
     x = _rowwise(x)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = _like(x)
     _native._C.softmax_forward(x, None, None, out, 1.0, False, True, torch.get_num_threads())
     return out
 
 
 def _softmax_backward_native(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool) -> Tensor:
     dout, out = dout.contiguous(), out.contiguous()
-    dx = torch.empty_like(out, dtype=compute_dtype(out) if wide else out.dtype)
+    dx = _softmax_backward_fake(dout, out, scale, log, wide)
     _native._C.softmax_backward(dout, out, dx, scale, log, torch.get_num_threads())
     return dx
 
 
 def _like(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape)
 
 
 def _softmax_backward_fake(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool) -> Tensor:
     dtype = compute_dtype(out) if wide else out.dtype
-    return torch.empty_like(out, dtype=dtype, memory_format=torch.contiguous_format)
+    return out.new_empty(out.shape, dtype=dtype)
 
 
 _softmax = _ops.define(
