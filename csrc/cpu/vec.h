@@ -126,8 +126,10 @@ FOVEATE_INLINE void from_float(f16* p, float x) {
 template <class To, class V>
 FOVEATE_INLINE auto widen(V v) {
   constexpr int n = sizeof(V) / sizeof(v[0]);
-  using From = std::remove_cvref_t<decltype(v[0])>;
   using Wide = vec<To, n>;
+#if defined(__AVX2__)
+  using From = std::remove_cvref_t<decltype(v[0])>;
+#endif
 #if defined(__AVX512F__)
   if constexpr (n == 16 && std::is_same_v<From, uint16_t>) return (Wide)_mm512_cvtepu16_epi32((__m256i)v);
   else if constexpr (n == 16 && std::is_same_v<From, uint8_t>) return (Wide)_mm512_cvtepu8_epi32((__m128i)v);

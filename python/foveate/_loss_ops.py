@@ -12,6 +12,8 @@ from foveate import _native, _ops
 from foveate._autograd import batch_first
 from foveate._checks import compute_dtype
 
+_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+
 # Of the logits of one chunk of tokens. Far more than a core's cache, since the matrix products want many tokens, and far less
 # than all logits.
 _CHUNK_BYTES = 64 << 20
@@ -40,7 +42,7 @@ def _matrix(logits: Tensor) -> Tensor:
 def _forward_native(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     loss, stats = _forward_fake(logits, target)
     target = target.contiguous().view(-1)
-    _native._C.cross_entropy_forward(
+    _C.cross_entropy_forward(
         _matrix(logits), target, loss.view(-1), stats.view(-1, 2), *options, torch.get_num_threads()
     )
     return loss, stats
@@ -54,7 +56,7 @@ def _forward_fake(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tens
 def _backward_native(dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, *options: Any) -> Tensor:
     dlogits = _backward_fake(dloss, logits)
     dloss, target, stats = dloss.reshape(-1), target.contiguous().view(-1), stats.contiguous().view(-1, 2)
-    _native._C.cross_entropy_backward(
+    _C.cross_entropy_backward(
         dloss, _matrix(logits), target, stats, _matrix(dlogits), *options, torch.get_num_threads()
     )
     return dlogits
@@ -111,7 +113,7 @@ def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 def _chunk_loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     loss, stats = _forward_fake(logits, target)
-    _native._C.cross_entropy_forward(logits, target, loss, stats, *options, torch.get_num_threads())
+    _C.cross_entropy_forward(logits, target, loss, stats, *options, torch.get_num_threads())
     return loss, stats
 
 
@@ -157,7 +159,7 @@ def _gradients_native(
         logits = _chunk_logits(h, weight, bias)
         loss[rows], stats = _chunk_loss(logits, t, Options(*options))
         dlogits = logits  # in place
-        _native._C.cross_entropy_backward(dloss[rows], logits, t, stats, dlogits, *options, torch.get_num_threads())
+        _C.cross_entropy_backward(dloss[rows], logits, t, stats, dlogits, *options, torch.get_num_threads())
         if need_hidden:
             dhidden[rows] = (torch.mm(dlogits, weight) * factor).to(hidden.dtype)
         if need_weight:
