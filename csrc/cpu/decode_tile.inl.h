@@ -10,12 +10,13 @@
 
 namespace foveate::cpu::FOVEATE_ISA {
 
-constexpr int kTile = 64;  // keys
+constexpr int kTile = 64;  // keys, at most
 
 template <class T>
 struct Chunk {
   static constexpr int kVecs = std::is_same_v<T, bf16> ? 2 : 1;
   static constexpr int kElements = kVecs * kLanes<float>;
+  static constexpr int kTileKeys = sizeof(T) == 4 ? kTile / 2 : kTile;  // the K and V of two tiles, all heads, are to fit the L2 cache
 };
 
 template <class T>
@@ -89,12 +90,39 @@ FOVEATE_INLINE VecF sum_each(VecF* acc) {
   }
 }
 
+// Asks for the tile that comes next, a few lines at a time, in the order of memory: all heads of a key before the next key. Rows of one head
+// are far apart, which defeats the hardware prefetcher; in order it follows.
+struct Ahead {
+  const char* base;
+  const int64_t* offset_bytes;
+  int keys;
+  int64_t span;  // bytes of a key
+  int key = 0;
+  int64_t byte = 0;
+
+  [[gnu::always_inline]] void step(int lines) {
+    for (int i = 0; i < lines && key < keys; ++i) {
+      __builtin_prefetch(base + offset_bytes[key] + byte, 0, 3);
+      byte += 64;
+      if (byte >= span) byte = 0, ++key;
+    }
+  }
+};
+
+// Cache lines that hold so many chunks.
+template <class T>
+constexpr int lines_of(int chunks) {
+  return ceil_div(chunks * Chunk<T>::kElements * static_cast<int>(sizeof(T)), 64);
+}
+
 // scores[r * kTile + j] = q[r] . key j for kRows rows and n / kRows keys. q: packed [kRows, q_stride], zero beyond dim.
 template <int kRows, class T>
-FOVEATE_INLINE void score_block(float* scores, const float* q, int64_t q_stride, const T* base, const int64_t* offset, int64_t dim) {
+FOVEATE_INLINE void score_block(float* scores, const float* q, int64_t q_stride, const T* base, const int64_t* offset, int64_t dim,
+                                Ahead* ahead) {
   constexpr int n = kLanes<float>, kKeys = n / kRows, kVecs = Chunk<T>::kVecs, kElements = Chunk<T>::kElements;
   VecF acc[n] = {};
   const auto step = [&](int64_t d, auto&& load_key) __attribute__((always_inline)) {
+    if (ahead) ahead->step(lines_of<T>(kKeys));
     VecF rows[kRows][kVecs];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
@@ -118,18 +146,11 @@ FOVEATE_INLINE void score_block(float* scores, const float* q, int64_t q_stride,
   for (int r = 0; r < kRows; ++r) std::memcpy(scores + r * kTile, sums + r * kKeys, kKeys * sizeof(float));
 }
 
-// Strided rows defeat the hardware prefetcher: ask for the rows of the tile that comes next.
-template <class T>
-FOVEATE_INLINE void prefetch_row(const T* row, int64_t elements) {
-  const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t byte = 0; byte < elements * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(p + byte, 0, 2);
-}
-
 // out[r] = out[r] * correction[r] + sum over the keys of p[r * kTile + j] * value j, on kChunks chunks of the row from base on.
-// next: the same chunks of the tile that comes next, to be prefetched; may be null.
+// ahead: may be null.
 template <int kRows, int kChunks, class T>
 FOVEATE_INLINE void value_block(float* out, int64_t out_stride, const float* correction, const float* p, const T* base, const int64_t* offset,
-                                int keys, int64_t tail, const T* next, const int64_t* next_offset) {
+                                int keys, int64_t tail, Ahead* ahead) {
   constexpr int n = kLanes<float>, kVecs = Chunk<T>::kVecs, kElements = Chunk<T>::kElements, kCols = kChunks * kVecs;
   VecF acc[kRows][kCols];
 #pragma GCC unroll 4
@@ -137,7 +158,7 @@ FOVEATE_INLINE void value_block(float* out, int64_t out_stride, const float* cor
 #pragma GCC unroll 16
     for (int c = 0; c < kCols; ++c) acc[r][c] = load<float>(out + r * out_stride + c * n) * correction[r];
   for (int j = 0; j < keys; ++j) {
-    if (next) prefetch_row(next + next_offset[j], kChunks == 1 ? tail : kChunks * kElements);
+    if (ahead) ahead->step(lines_of<T>(kChunks));
     VecF x[kCols];
 #pragma GCC unroll 16
     for (int c = 0; c < kChunks; ++c) {
