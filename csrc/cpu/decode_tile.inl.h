@@ -19,12 +19,37 @@ struct Chunk {
   static constexpr int kTileKeys = sizeof(T) == 4 ? kTile / 2 : kTile;  // the K and V of two tiles, all heads, are to fit the L2 cache
 };
 
+// An fp8 byte s eeee mmm becomes the fp16 number s 0eeee mmm0000000, which is 2^8 times smaller. |x| = 480 does not exist: it is fp8's NaN.
+#if defined(__AVX512F__)
+FOVEATE_INLINE VecF load_bytes(const int8_t* p) { return (VecF)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_raw<__m128i>(p))); }
+FOVEATE_INLINE VecF load_bytes(const f8e4m3* p) {
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(load_raw<__m128i>(p)), 7), _mm256_set1_epi16(-0x4001));
+  const __m512 x = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(448.0f), _CMP_GT_OQ);
+  return (VecF)_mm512_mask_mov_ps(x, is_nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
+}
+#elif defined(__AVX2__)
+FOVEATE_INLINE VecF load_bytes(const int8_t* p) { return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+FOVEATE_INLINE VecF load_bytes(const f8e4m3* p) {
+  const __m128i half = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7), _mm_set1_epi16(-0x4001));
+  const VecF x = (VecF)_mm256_cvtph_ps(half) * 256.0f;
+  return vabs<float>(x) > 448.0f ? splat(std::numeric_limits<float>::quiet_NaN()) : x;
+}
+#else
+template <class T>
+FOVEATE_INLINE VecF load_bytes(const T* p) {
+  return load<float>(p);
+}
+#endif
+
 template <class T>
 FOVEATE_INLINE void load_chunk(VecF* x, const T* p) {
   if constexpr (std::is_same_v<T, bf16>) {
     const auto pairs = load_raw<vec<uint32_t, kLanes<float>>>(p);
     x[0] = bit_cast<VecF>(pairs << 16);
     x[1] = bit_cast<VecF>(pairs & 0xffff0000u);
+  } else if constexpr (sizeof(T) == 1) {
+    x[0] = load_bytes(p);
   } else {
     x[0] = load<float>(p);
   }
