@@ -18,6 +18,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cpu_target", [] { return std::string(foveate::cpu::active_target().name); }, "the CPU instruction set in use");
   m.def("uses_dlpack_exchange", &foveate::uses_dlpack_exchange);
   m.def("set_dlpack_exchange", &foveate::set_dlpack_exchange, py::arg("enabled"));
+  foveate::bind_attention(m);
+  foveate::bind_loss(m);
+  foveate::bind_cuda(m);
   foveate::bind_kv_cache(m);
   foveate::bind_norm(m);
+  foveate::bind_rotary(m);
+  foveate::bind_softmax(m);
 }

@@ -32,6 +32,9 @@ constexpr const char* name(DType t) {
   return "unknown";
 }
 
+// What kernels add up in, and what statistics of a row are stored as.
+constexpr DType accumulator_of(DType t) { return t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
 constexpr int64_t size_of(DType t) {
   switch (t) {
     case DType::kFloat32:

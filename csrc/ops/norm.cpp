@@ -4,18 +4,71 @@
 #include "cpu/target.h"
 
 namespace foveate {
+namespace {
 
-void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorView rstd, double eps, int threads) {
+void check_rows(const TensorView& t, const char* what, const TensorView& x) {
+  check_rank(t, what, 2), check_size(t, what, 0, x.shape[0]), check_size(t, what, 1, x.shape[1]);
+  check_contiguous(t, what), check_dtype(t, what, x.dtype);
+}
+
+void check_x_and_weight(const TensorView& x, const TensorView& weight) {
   check_rank(x, "x", 2);
   check_last_contiguous(x, "x");
-  const int64_t rows = x.shape[0], cols = x.shape[1];
-  check_rank(out, "out", 2), check_size(out, "out", 0, rows), check_size(out, "out", 1, cols);
-  check_contiguous(out, "out"), check_dtype(out, "out", x.dtype);
-  if (weight.defined()) check_rank(weight, "weight", 1), check_size(weight, "weight", 0, cols), check_contiguous(weight, "weight"), check_dtype(weight, "weight", x.dtype);
-  if (rstd.defined()) check_rank(rstd, "rstd", 1), check_size(rstd, "rstd", 0, rows), check_contiguous(rstd, "rstd"), check_dtype(rstd, "rstd", DType::kFloat32);
-  if (rows == 0 || cols == 0) return;
-  const RmsNormParams p{x.data, weight.data, out.data, rstd.as<float>(), rows, cols, x.stride[0], eps, x.dtype};
-  cpu::kernels().rms_norm_forward(p, threads);
+  if (!weight.defined()) return;
+  check_rank(weight, "weight", 1), check_size(weight, "weight", 0, x.shape[1]), check_contiguous(weight, "weight");
+  check(weight.dtype == x.dtype || weight.dtype == accumulator_of(x.dtype), "weight is ", name(weight.dtype), ", expected ", name(x.dtype), " or ",
+        name(accumulator_of(x.dtype)));
+}
+
+void check_rstd(const TensorView& rstd, const TensorView& x) {
+  check_rank(rstd, "rstd", 1), check_size(rstd, "rstd", 0, x.shape[0]), check_contiguous(rstd, "rstd");
+  check_dtype(rstd, "rstd", accumulator_of(x.dtype));
+}
+
+}  // namespace
+
+void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorView rstd, double eps, int threads) {
+  check_x_and_weight(x, weight);
+  check_rows(out, "out", x);
+  if (rstd.defined()) check_rstd(rstd, x);
+  if (x.numel() == 0) return;
+  cpu::kernels().rms_norm_forward({.x = x.data,
+                                   .weight = weight.data,
+                                   .out = out.data,
+                                   .rstd = rstd.data,
+                                   .rows = x.shape[0],
+                                   .cols = x.shape[1],
+                                   .x_stride = x.stride[0],
+                                   .eps = eps,
+                                   .dtype = x.dtype,
+                                   .weight_dtype = weight.defined() ? weight.dtype : x.dtype},
+                                  threads);
+}
+
+void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorView rstd, TensorView dx, TensorView dweight_parts, int threads) {
+  check_x_and_weight(x, weight);
+  check_rows(dout, "dout", x), check_rows(dx, "dx", x), check_rstd(rstd, x);
+  int64_t parts = threads;
+  if (dweight_parts.defined()) {
+    check_rank(dweight_parts, "dweight_parts", 2), check_size(dweight_parts, "dweight_parts", 1, x.shape[1]);
+    check_contiguous(dweight_parts, "dweight_parts"), check_dtype(dweight_parts, "dweight_parts", accumulator_of(x.dtype));
+    parts = dweight_parts.shape[0];
+    check(parts > 0, "dweight_parts has no rows; it needs one for each thread");
+  }
+  if (x.shape[1] == 0) return;
+  cpu::kernels().rms_norm_backward({.dout = dout.data,
+                                    .x = x.data,
+                                    .weight = weight.data,
+                                    .rstd = rstd.data,
+                                    .dx = dx.data,
+                                    .dweight_parts = dweight_parts.data,
+                                    .rows = x.shape[0],
+                                    .cols = x.shape[1],
+                                    .x_stride = x.stride[0],
+                                    .parts = parts,
+                                    .dtype = x.dtype,
+                                    .weight_dtype = weight.defined() ? weight.dtype : x.dtype},
+                                   threads);
 }
 
 }  // namespace foveate

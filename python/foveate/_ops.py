@@ -23,3 +23,8 @@ def define(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any]) -
         _library.impl(name, impl, key)
     torch.library.register_fake(f"foveate::{name}", fake, lib=_library)
     return getattr(torch.ops.foveate, name).default
+
+
+def vmap(name: str, rule: Callable[..., Any]) -> None:
+    """Give the op `name` its batching rule: rule(info, in_dims, *args) -> (outputs, out_dims)."""
+    torch.library.register_vmap(f"foveate::{name}", rule, lib=_library)

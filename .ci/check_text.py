@@ -1,0 +1,40 @@
+"""Checks files as pre-commit and `make lint` hand them over: end of file, trailing space, size. Prints each fault, changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def text_faults(data: bytes) -> list[str]:
+    if not data or b"\0" in data:
+        return []
+    faults = []
+    if not data.endswith(b"\n") or data.endswith(b"\n\n"):
+        faults.append("does not end in exactly one newline")
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line != line.rstrip():
+            faults.append(f"line {number} ends in white space")
+    return faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--max-kilobytes", type=int, default=1000, help="the largest file that may be committed")
+    parser.add_argument("files", nargs="*", type=Path)
+    args = parser.parse_args()
+    faults = []
+    for path in args.files:
+        if path.is_symlink() or not path.is_file():
+            continue
+        kilobytes = path.stat().st_size // 1000
+        if kilobytes > args.max_kilobytes:
+            faults.append(f"{path}: {kilobytes} kB, more than {args.max_kilobytes}")
+        faults += [f"{path}: {fault}" for fault in text_faults(path.read_bytes())]
+    print("\n".join(faults), file=sys.stderr, end="\n" if faults else "")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

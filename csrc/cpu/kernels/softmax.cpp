@@ -1,0 +1,173 @@
+// softmax and log_softmax: the first pass over a row finds max and sum, the second, which finds most rows still in the cache, writes.
+// softmax computes exp twice rather than store it: the arithmetic hides behind the memory.
+#include "cpu/kernels.h"
+#include "core/dispatch.h"
+#include "cpu/parallel.h"
+#include "cpu/softmax_row.h"
+#include "cpu/vec.h"
+
+namespace foveate::cpu::FOVEATE_ISA {
+namespace {
+
+FOVEATE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows are handed out in blocks of about this many elements: enough to hide the hand-out, small enough to balance causal rows.
+constexpr int64_t kTaskElements = 32768;
+constexpr int64_t kScratch = 16384;
+
+template <class T, bool kLog, class A, class Scores>
+FOVEATE_INLINE void softmax_row(T* out, int64_t cols, bool stream, const Scores& scores) {
+  constexpr int degree = kExpDegree<T>;
+  constexpr int lanes = kLanes<A>;
+  if (!kLog && cols <= kScratch) {
+    alignas(64) A e[kScratch + lanes];
+    Vec<A> peaks[4];
+    for (auto& peak : peaks) peak = splat<A>(std::numeric_limits<A>::lowest());
+    int64_t j = 0;
+    for (; j + 4 * lanes <= cols; j += 4 * lanes)
+      for (int u = 0; u < 4; ++u) peaks[u] = vmax(peaks[u], scores(j + u * lanes, lanes));
+    for (; j < cols; j += lanes) peaks[0] = vmax(peaks[0], scores(j, cols - j));
+    const A max = hmax(vmax(vmax(peaks[0], peaks[1]), vmax(peaks[2], peaks[3])));
+    Vec<A> sums[2] = {};
+    for (j = 0; j + 2 * lanes <= cols; j += 2 * lanes)
+      for (int u = 0; u < 2; ++u) {
+        const Vec<A> v = exp_to<degree, A>(scores(j + u * lanes, lanes) - max);
+        sums[u] += v;
+        store(e + j + u * lanes, v);
+      }
+    for (; j < cols; j += lanes) {
+      const Vec<A> v = exp_to<degree, A>(scores(j, cols - j) - max);
+      sums[0] += v;
+      store(e + j, v);
+    }
+    const A sum = hsum(sums[0] + sums[1]), inverse = sum == 0 ? 0 : 1 / sum;
+    return write_row<A>(out, cols, stream, [&](int64_t j, int64_t) { return load<A>(e + j) * inverse; });
+  }
+  const auto [max, sum] = max_and_sum<degree, A>(cols, scores);
+  if constexpr (kLog) {
+    // An empty row keeps its -inf: max is the lowest finite number there, and log(0) must not meet it.
+    const A log_sum = sum == 0 ? 0 : std::log(sum);
+    write_row<A>(out, cols, stream, [&](int64_t j, int64_t rest) { return (scores(j, rest) - max) - log_sum; });
+  } else {
+    const A inverse = sum == 0 ? 0 : 1 / sum;
+    write_row<A>(out, cols, stream, [&](int64_t j, int64_t rest) { return exp_to<degree, A>(scores(j, rest) - max) * inverse; });
+  }
+}
+
+struct Offsets {
+  int64_t x = 0, bias = 0, mask = 0;
+};
+
+FOVEATE_INLINE Offsets offsets_of(const SoftmaxParams& p, int64_t row) {
+  Offsets at;
+  for (int d = p.ndim - 1; d >= 0; --d) {
+    const int64_t index = row % p.shape[d];
+    row /= p.shape[d];
+    at.x += index * p.x_stride[d], at.bias += index * p.bias_stride[d], at.mask += index * p.mask_stride[d];
+  }
+  return at;
+}
+
+// B is the dtype of the bias, void without one.
+template <class T, class B, bool kMask, bool kLog>
+void softmax_rows(const SoftmaxParams& p, int64_t begin, int64_t end, bool stream) {
+  using A = AccumulatorOf<T>;
+  const A scale = static_cast<A>(p.scale), hidden = -std::numeric_limits<A>::infinity();
+  for (int64_t row = begin; row < end; ++row) {
+    const Offsets at = offsets_of(p, row);
+    const T* x = static_cast<const T*>(p.x) + at.x;
+    T* out = static_cast<T*>(p.out) + row * p.cols;
+    int64_t cols = p.cols;
+    if (p.causal_rows) {
+      cols = row % p.causal_rows + 1 + p.cols - p.causal_rows;
+      cols = cols < 0 ? 0 : cols < p.cols ? cols : p.cols;
+    }
+    const int8_t* mask = kMask ? p.mask + at.mask : nullptr;
+    if (kMask && !p.mask_per_column && !*mask) cols = 0;
+
+    softmax_row<T, kLog, A>(out, cols, stream, [&](int64_t j, int64_t rest) {
+      Vec<A> s = load_n<A>(x + j, rest) * scale;
+      if constexpr (!std::is_void_v<B>) {
+        const B* bias = static_cast<const B*>(p.bias) + at.bias;
+        s += p.bias_per_column ? load_n<A>(bias + j, rest) : splat<A>(static_cast<A>(to_float(*bias)));
+      }
+      if constexpr (kMask) {
+        if (p.mask_per_column) s = load_n<A>(mask + j, rest) != 0 ? s : splat<A>(hidden);
+      }
+      return rest >= kLanes<A> ? s : iota<A>() < static_cast<IntOf<A>>(rest) ? s : splat<A>(hidden);
+    });
+    if (cols < p.cols) std::memset(static_cast<void*>(out + cols), 0, static_cast<size_t>(p.cols - cols) * sizeof(T));
+  }
+}
+
+template <class T, class B, bool kMask, bool kLog>
+void softmax_tasks(const SoftmaxParams& p, int threads) {
+  const bool stream = p.rows * p.cols * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  const int64_t block = 1 + kTaskElements / p.cols;
+  parallel_tasks(ceil_div(p.rows, block), threads, [&](int64_t task, int) {
+    softmax_rows<T, B, kMask, kLog>(p, task * block, smaller(p.rows, (task + 1) * block), stream);
+  });
+}
+
+template <class T, bool kLog>
+void softmax_backward_row(const T* dout, const T* out, auto* dx, int64_t cols, AccumulatorOf<T> scale, bool stream) {
+  using A = AccumulatorOf<T>;
+  constexpr int lanes = kLanes<A>;
+  Vec<A> sums[4] = {};
+  const auto add = [&](Vec<A>& sum, int64_t j, int64_t rest) {
+    const Vec<A> dy = load_n<A>(dout + j, rest);
+    sum += kLog ? dy : dy * load_n<A>(out + j, rest);
+  };
+  int64_t j = 0;
+  for (; j + 4 * lanes <= cols; j += 4 * lanes)
+    for (int u = 0; u < 4; ++u) add(sums[u], j + u * lanes, lanes);
+  for (; j < cols; j += lanes) add(sums[0], j, cols - j);
+  const A sum = hsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  write_row<A>(dx, cols, stream, [&](int64_t j, int64_t rest) {
+    const Vec<A> dy = load_n<A>(dout + j, rest), y = load_n<A>(out + j, rest);
+    return kLog ? dy - exp_to<kExpDegree<T>, A>(y) * sum : (dy - sum) * y * scale;
+  });
+}
+
+}  // namespace
+
+void softmax_forward(const SoftmaxParams& p, int threads) {
+  visit_float(p.dtype, [&]<class T>(std::type_identity<T>) {
+    using A = AccumulatorOf<T>;
+    if (p.log) return softmax_tasks<T, void, false, true>(p, threads);
+    visit_bool(p.mask != nullptr, [&](auto mask) {
+      if (!p.bias)
+        softmax_tasks<T, void, mask, false>(p, threads);
+      else if (p.bias_dtype == p.dtype)
+        softmax_tasks<T, T, mask, false>(p, threads);
+      else
+        softmax_tasks<T, A, mask, false>(p, threads);
+    });
+  });
+}
+
+void softmax_backward(const SoftmaxBackwardParams& p, int threads) {
+  visit_float(p.dtype, [&]<class T>(std::type_identity<T>) {
+    using A = AccumulatorOf<T>;
+    const auto run = [&]<class Out>(Out* dx) {
+      const bool stream = p.rows * p.cols * static_cast<int64_t>(sizeof(Out)) >= kStreamBytes;
+      const int64_t block = 1 + kTaskElements / p.cols;
+      parallel_tasks(ceil_div(p.rows, block), threads, [&](int64_t task, int) {
+        for (int64_t row = task * block; row < smaller(p.rows, (task + 1) * block); ++row) {
+          const int64_t at = row * p.cols;
+          const T *dout = static_cast<const T*>(p.dout) + at, *out = static_cast<const T*>(p.out) + at;
+          if (p.log)
+            softmax_backward_row<T, true>(dout, out, dx + at, p.cols, static_cast<A>(p.scale), stream);
+          else
+            softmax_backward_row<T, false>(dout, out, dx + at, p.cols, static_cast<A>(p.scale), stream);
+        }
+      });
+    };
+    if (p.dx_wide)
+      run(static_cast<A*>(p.dx));
+    else
+      run(static_cast<T*>(p.dx));
+  });
+}
+
+}  // namespace foveate::cpu::FOVEATE_ISA

@@ -1,0 +1,184 @@
+// Views -> memory checks -> params. Python has checked the meaning (which options, which shapes broadcast); what is checked here is what could
+// make a kernel touch memory that is not the tensors'.
+#include "ops/attention.h"
+
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/target.h"
+
+namespace foveate {
+namespace {
+
+DType accumulator(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+void check_activation(const TensorView& t, const char* what) {
+  check(t.dtype == DType::kFloat32 || t.dtype == DType::kFloat64 || t.dtype == DType::kFloat16 || t.dtype == DType::kBFloat16, what, " is ",
+        name(t.dtype), "; the CPU kernels take float32, bfloat16, float16 and float64");
+  check_last_contiguous(t, what);
+}
+
+// [B, S, H, D], or [total, H, D] with batch stride 0.
+Rows rows_of(const TensorView& t, bool varlen) {
+  if (varlen) return {t.data, 0, t.stride[0], t.stride[1]};
+  return {t.data, t.stride[0], t.stride[1], t.stride[2]};
+}
+
+void check_like(const TensorView& t, const char* what, const TensorView& other, int64_t last, DType dtype) {
+  check_rank(t, what, other.ndim);
+  for (int i = 0; i + 1 < other.ndim; ++i) check_size(t, what, i, other.shape[i]);
+  check_size(t, what, other.ndim - 1, last);
+  check_dtype(t, what, dtype);
+  check_last_contiguous(t, what);
+}
+
+void check_vector(const TensorView& t, const char* what, int64_t size, DType dtype) {
+  check_rank(t, what, 1), check_size(t, what, 0, size), check_dtype(t, what, dtype), check_contiguous(t, what);
+}
+
+ScoreOperand score_operand(const TensorView& t, const char* what, const AttentionParams& p) {
+  if (!t.defined()) return {};
+  check_rank(t, what, 4);
+  const int64_t full[4] = {p.batch, p.heads_q, p.seq_q, p.seq_kv};
+  ScoreOperand s{t.data, t.dtype, {}};
+  for (int i = 0; i < 4; ++i) {
+    check(t.shape[i] == full[i] || t.shape[i] == 1, what, " has size ", t.shape[i], " in dimension ", i, ", which does not broadcast to ", full[i]);
+    s.stride[i] = t.broadcast_stride(i);
+  }
+  return s;
+}
+
+void check_cu_seqlens(const int32_t* cu, int64_t batch, int64_t total, int64_t longest, const char* what) {
+  int64_t previous = 0;
+  for (int64_t i = 0; i <= batch; ++i) {
+    const bool ok = (i > 0 || cu[i] == 0) && cu[i] >= previous && (i < batch || cu[i] == total);
+    check(ok, what, " must start at 0, never decrease and end at ", total, "; entry ", i, " is ", cu[i]);
+    check(i == 0 || cu[i] - previous <= longest, what, " has a sequence of length ", cu[i] - previous, " at ", i - 1, ", longer than max_seqlen = ", longest);
+    previous = cu[i];
+  }
+}
+
+}  // namespace
+
+AttentionParams attention_params(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
+                                 const AttentionOptions& o) {
+  const bool varlen = o.cu_q.defined();
+  const int ndim = varlen ? 3 : 4;
+  AttentionParams p;
+  for (const auto& [t, what] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) check_rank(*t, what, ndim), check_activation(*t, what), check_dtype(*t, what, q.dtype);
+  p.dtype = p.kv_dtype = q.dtype;
+  const DType acc = accumulator(q.dtype);
+  p.heads_q = q.shape[ndim - 2], p.heads_kv = k.shape[ndim - 2], p.head_dim = q.shape[ndim - 1], p.head_dim_v = v.shape[ndim - 1];
+  check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, k has ", p.heads_kv, ", which does not divide them");
+  check(p.head_dim <= kMaxHeadDim && p.head_dim_v <= kMaxHeadDim, "head dims ", p.head_dim, " and ", p.head_dim_v, " exceed the limit of ", kMaxHeadDim);
+  check_size(k, "k", ndim - 1, p.head_dim);
+  for (int i = 0; i + 1 < ndim; ++i) check_size(v, "v", i, k.shape[i]);
+  check_like(out, "out", q, p.head_dim_v, q.dtype);
+  p.q = rows_of(q, varlen), p.k = rows_of(k, varlen), p.v = rows_of(v, varlen), p.out = rows_of(out, varlen);
+  if (varlen) {
+    check(o.cu_k.defined() && o.cu_q.ndim == 1 && o.cu_k.ndim == 1 && o.cu_q.shape[0] >= 1 && o.cu_k.shape[0] == o.cu_q.shape[0],
+          "cu_seqlens_q and cu_seqlens_k must both be [batch + 1]");
+    p.batch = o.cu_q.shape[0] - 1, p.seq_q = o.max_q, p.seq_kv = o.max_k;
+    check(p.seq_q >= 0 && p.seq_kv >= 0, "max_seqlen_q = ", p.seq_q, " and max_seqlen_k = ", p.seq_kv, " must not be negative");
+    check_vector(o.cu_q, "cu_seqlens_q", p.batch + 1, DType::kInt32), check_vector(o.cu_k, "cu_seqlens_k", p.batch + 1, DType::kInt32);
+    p.cu_q = o.cu_q.as<int32_t>(), p.cu_k = o.cu_k.as<int32_t>();
+    check_cu_seqlens(p.cu_q, p.batch, q.shape[0], p.seq_q, "cu_seqlens_q");
+    check_cu_seqlens(p.cu_k, p.batch, k.shape[0], p.seq_kv, "cu_seqlens_k");
+    check(!o.bias.defined() && !o.mask.defined() && !o.kv_lens.defined(), "bias, mask and kv_lens have no meaning in a packed batch");
+  } else {
+    p.batch = q.shape[0], p.seq_q = q.shape[1], p.seq_kv = k.shape[1];
+    check_size(k, "k", 0, p.batch);
+  }
+  if (lse.defined()) {
+    check_rank(lse, "lse", ndim - 1), check_dtype(lse, "lse", acc), check_last_contiguous(lse, "lse");
+    if (!varlen) check_size(lse, "lse", 0, p.batch);
+    check_size(lse, "lse", ndim - 3, p.heads_q), check_size(lse, "lse", ndim - 2, varlen ? q.shape[0] : p.seq_q);
+    p.lse = {lse.data, varlen ? 0 : lse.stride[0], 1, lse.stride[ndim - 3]};
+  }
+  p.bias = score_operand(o.bias, "bias", p);
+  if (o.bias.defined()) check(static_cast<int>(o.bias.dtype) <= static_cast<int>(DType::kBFloat16), "bias is ", name(o.bias.dtype), ", expected a float type");
+  p.mask = score_operand(o.mask, "mask", p);
+  if (o.mask.defined()) check_dtype(o.mask, "mask", DType::kBool);
+  if (o.alibi.defined()) {
+    check_rank(o.alibi, "alibi_slopes", 2), check_dtype(o.alibi, "alibi_slopes", DType::kFloat32), check_size(o.alibi, "alibi_slopes", 1, p.heads_q);
+    check(o.alibi.shape[0] == 1 || o.alibi.shape[0] == p.batch, "alibi_slopes has ", o.alibi.shape[0], " rows for a batch of ", p.batch);
+    p.alibi = o.alibi.as<const float>(), p.alibi_batch = o.alibi.broadcast_stride(0), p.alibi_head = o.alibi.stride[1];
+  }
+  if (o.rel_table.defined()) {
+    check_rank(o.rel_table, "relative bias table", 2), check_dtype(o.rel_table, "relative bias table", acc), check_contiguous(o.rel_table, "relative bias table");
+    check_size(o.rel_table, "relative bias table", 1, p.heads_q);
+    p.rel_num_buckets = static_cast<int>(o.rel_table.shape[0]);
+    const int64_t distances = p.seq_q + p.seq_kv > 0 ? p.seq_q + p.seq_kv - 1 : 0;
+    check_vector(o.rel_buckets, "relative buckets", distances, DType::kInt32);
+    for (int64_t i = 0; i < distances; ++i) {
+      const int32_t bucket = o.rel_buckets.as<int32_t>()[i];
+      check(bucket >= 0 && bucket < p.rel_num_buckets, "relative bucket ", bucket, " is outside the table of ", p.rel_num_buckets);
+    }
+    p.rel_table = o.rel_table.data, p.rel_buckets = o.rel_buckets.as<int32_t>();
+  }
+  if (o.sinks.defined()) check_vector(o.sinks, "sinks", p.heads_q, acc), p.sinks = o.sinks.data;
+  if (o.kv_lens.defined()) {
+    check_vector(o.kv_lens, "kv_lens", p.batch, DType::kInt32);
+    p.kv_lens = o.kv_lens.as<int32_t>();
+    for (int64_t b = 0; b < p.batch; ++b)
+      check(p.kv_lens[b] >= 0 && p.kv_lens[b] <= p.seq_kv, "kv_lens[", b, "] = ", p.kv_lens[b], " is outside 0..", p.seq_kv, ", the number of keys in k");
+  }
+  check(o.dropout_p >= 0 && o.dropout_p < 1, "dropout_p = ", o.dropout_p, " is outside [0, 1)");
+  if (o.dropout_p > 0) {
+    check(o.philox.defined(), "dropout needs its seed and offset");
+    check_vector(o.philox, "philox", 2, DType::kInt64);
+    p.dropout_p = o.dropout_p;
+    p.philox_seed = static_cast<uint64_t>(o.philox.as<int64_t>()[0]), p.philox_offset = static_cast<uint32_t>(o.philox.as<int64_t>()[1]);
+  }
+  check(std::isfinite(o.scale) && std::isfinite(o.softcap) && o.softcap >= 0, "scale = ", o.scale, " and softcap = ", o.softcap, " must be finite, softcap not negative");
+  p.scale = o.scale, p.softcap = o.softcap, p.causal = o.causal;
+  p.window_left = o.window_left, p.window_right = o.window_right;
+  for (const auto& t : {q, k, v, out, lse, o.bias, o.mask, o.alibi, o.rel_table, o.rel_buckets, o.sinks, o.kv_lens, o.cu_q, o.cu_k, o.philox})
+    check(!t.defined() || t.device == DeviceType::kCPU, "this kernel runs on the CPU, but a tensor is on a CUDA device: move all of them to one device");
+  return p;
+}
+
+void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options, int threads) {
+  const AttentionParams p = attention_params(q, k, v, out, lse, options);
+  if (out.numel() == 0 && (!lse.defined() || lse.numel() == 0)) return;
+  cpu::kernels().attention_forward(p, threads < 1 ? 1 : threads);
+}
+
+void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dq,
+                        TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks, const AttentionOptions& options,
+                        int threads) {
+  check(lse.defined(), "the backward needs the lse of the forward");
+  const AttentionParams p = attention_params(q, k, v, out, lse, options);
+  const bool varlen = options.cu_q.defined();
+  const DType acc = accumulator(q.dtype);
+  AttentionGrads g;
+  check_like(dout, "dout", out, p.head_dim_v, q.dtype);
+  g.dout = rows_of(dout, varlen);
+  if (dlse.defined()) {
+    check_rank(dlse, "dlse", lse.ndim), check_dtype(dlse, "dlse", acc);
+    for (int i = 0; i < lse.ndim; ++i)
+      check(dlse.shape[i] == lse.shape[i] && (dlse.shape[i] <= 1 || dlse.stride[i] == lse.stride[i]), "dlse must have the sizes and strides of lse");
+    g.dlse = dlse.data;
+  }
+  if (dq.defined()) check_like(dq, "dq", q, p.head_dim, q.dtype), g.dq = rows_of(dq, varlen);
+  if (dk.defined()) check_like(dk, "dk", k, p.head_dim, q.dtype), g.dk = rows_of(dk, varlen);
+  if (dv.defined()) check_like(dv, "dv", v, p.head_dim_v, q.dtype), g.dv = rows_of(dv, varlen);
+  if (dbias.defined()) {
+    check(options.bias.defined(), "dbias without bias");
+    check_rank(dbias, "dbias", 4), check_dtype(dbias, "dbias", acc), check_contiguous(dbias, "dbias");
+    for (int i = 0; i < 4; ++i) check_size(dbias, "dbias", i, options.bias.shape[i]), g.dbias_stride[i] = dbias.broadcast_stride(i);
+    g.dbias = dbias.data, g.dbias_numel = dbias.numel();
+  }
+  if (drel_table.defined()) {
+    check(options.rel_table.defined(), "drel_table without a relative bias");
+    check_rank(drel_table, "drel_table", 2), check_dtype(drel_table, "drel_table", acc), check_contiguous(drel_table, "drel_table");
+    check_size(drel_table, "drel_table", 0, p.rel_num_buckets), check_size(drel_table, "drel_table", 1, p.heads_q);
+    g.drel_table = drel_table.data;
+  }
+  if (dsinks.defined()) check(p.sinks != nullptr, "dsinks without sinks"), check_vector(dsinks, "dsinks", p.heads_q, acc), g.dsinks = dsinks.data;
+  for (const auto& t : {dout, dlse, dq, dk, dv, dbias, drel_table, dsinks})
+    check(!t.defined() || t.device == DeviceType::kCPU, "this kernel runs on the CPU, but a gradient is on a CUDA device");
+  cpu::kernels().attention_backward(p, g, threads < 1 ? 1 : threads);
+}
+
+}  // namespace foveate

@@ -1,0 +1,44 @@
+#include "ops/rotary.h"
+
+#include "cpu/kernels.h"
+#include "cpu/target.h"
+
+namespace foveate {
+namespace {
+
+// [S, pairs] or [B, S, pairs]; writes the strides of B and S.
+void check_table(const TensorView& t, const char* what, const TensorView& x, int64_t pairs, int64_t stride[2]) {
+  check(t.ndim == 2 || t.ndim == 3, what, " has ", t.ndim, " dimensions, expected 2 or 3");
+  const int s = t.ndim - 2;
+  if (s == 1) check_size(t, what, 0, x.shape[0]);
+  check_size(t, what, s, x.shape[1]), check_size(t, what, s + 1, pairs);
+  check_last_contiguous(t, what);
+  check(t.dtype == x.dtype || t.dtype == accumulator_of(x.dtype), what, " is ", name(t.dtype), ", expected ", name(x.dtype), " or ",
+        name(accumulator_of(x.dtype)));
+  stride[0] = s == 1 ? t.stride[0] : 0, stride[1] = t.stride[s];
+}
+
+}  // namespace
+
+void rotary(TensorView x, TensorView cos, TensorView sin, TensorView out, bool interleaved, bool inverse, int threads) {
+  check_rank(x, "x", 4);
+  check_last_contiguous(x, "x");
+  check_rank(out, "out", 4);
+  for (int d = 0; d < 4; ++d) check_size(out, "out", d, x.shape[d]);
+  check_contiguous(out, "out"), check_dtype(out, "out", x.dtype);
+  check(cos.ndim >= 1, "cos has no dimensions, expected 2 or 3");
+  const int64_t pairs = cos.shape[cos.ndim - 1];
+  check(2 * pairs <= x.shape[3], "cos has ", pairs, " angles, which turn ", 2 * pairs, " elements; x has head dim ", x.shape[3]);
+  RotaryParams p{};
+  check_table(cos, "cos", x, pairs, p.cos_stride), check_table(sin, "sin", x, pairs, p.sin_stride);
+  check_dtype(sin, "sin", cos.dtype);
+  if (x.numel() == 0) return;
+  p.x = x.data, p.out = out.data, p.cos = cos.data, p.sin = sin.data;
+  for (int d = 0; d < 3; ++d) p.x_stride[d] = x.stride[d];
+  p.batch = x.shape[0], p.seq = x.shape[1], p.heads = x.shape[2], p.dim = x.shape[3], p.pairs = pairs;
+  p.interleaved = interleaved, p.inverse = inverse;
+  p.dtype = x.dtype, p.table_dtype = cos.dtype;
+  cpu::kernels().rotary(p, threads);
+}
+
+}  // namespace foveate

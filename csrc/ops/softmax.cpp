@@ -1,0 +1,92 @@
+#include "ops/softmax.h"
+
+#include "cpu/kernels.h"
+#include "cpu/target.h"
+
+namespace foveate {
+namespace {
+
+// An operand that broadcasts to x by strides of 0.
+void check_operand(const TensorView& t, const char* what, const TensorView& x) {
+  check_rank(t, what, x.ndim);
+  for (int d = 0; d < x.ndim; ++d) check_size(t, what, d, x.shape[d]);
+  const int64_t last = t.stride[x.ndim - 1];
+  check(last == 0 || last == 1 || x.shape[x.ndim - 1] <= 1, what, ": the last dimension must have stride 1 or 0, its stride is ", last);
+}
+
+void check_same_shape(const TensorView& t, const char* what, const TensorView& x) {
+  check_rank(t, what, x.ndim);
+  for (int d = 0; d < x.ndim; ++d) check_size(t, what, d, x.shape[d]);
+  check_contiguous(t, what);
+}
+
+// Merges neighbouring leading dimensions that every operand walks evenly, so that finding a row's place is mostly one multiplication.
+void merge_dimensions(SoftmaxParams& p) {
+  int last = -1;
+  for (int d = 0; d < p.ndim; ++d) {
+    const auto even = [&](const int64_t* stride) { return stride[last] == stride[d] * p.shape[d]; };
+    if (last >= 0 && even(p.x_stride) && even(p.bias_stride) && even(p.mask_stride)) {
+      p.shape[last] *= p.shape[d];
+    } else {
+      p.shape[++last] = p.shape[d];
+    }
+    p.x_stride[last] = p.x_stride[d], p.bias_stride[last] = p.bias_stride[d], p.mask_stride[last] = p.mask_stride[d];
+  }
+  p.ndim = last + 1;
+}
+
+}  // namespace
+
+void softmax_forward(TensorView x, TensorView bias, TensorView mask, TensorView out, double scale, bool causal, bool log, int threads) {
+  check(x.ndim >= 1, "x has no dimension to take the softmax over");
+  check_last_contiguous(x, "x");
+  check_same_shape(out, "out", x), check_dtype(out, "out", x.dtype);
+  if (bias.defined()) {
+    check_operand(bias, "bias", x);
+    check(bias.dtype == x.dtype || bias.dtype == accumulator_of(x.dtype), "bias is ", name(bias.dtype), ", expected ", name(x.dtype), " or ",
+          name(accumulator_of(x.dtype)));
+  }
+  if (mask.defined()) check_operand(mask, "mask", x), check_dtype(mask, "mask", DType::kBool);
+  check(!causal || x.ndim >= 2, "causal needs x with at least 2 dimensions, it has ", x.ndim);
+  check(!log || !(bias.defined() || mask.defined() || causal), "log_softmax takes no bias, mask or causal");
+  if (x.numel() == 0) return;
+
+  SoftmaxParams p{};
+  p.x = x.data, p.out = out.data, p.bias = bias.data, p.mask = mask.as<int8_t>();
+  p.ndim = x.ndim - 1;
+  p.cols = x.shape[p.ndim], p.rows = x.numel() / p.cols;
+  p.causal_rows = causal ? x.shape[p.ndim - 1] : 0;
+  for (int d = 0; d < p.ndim; ++d) {
+    p.shape[d] = x.shape[d], p.x_stride[d] = x.stride[d];
+    p.bias_stride[d] = bias.defined() ? bias.stride[d] : 0;
+    p.mask_stride[d] = mask.defined() ? mask.stride[d] : 0;
+  }
+  p.bias_per_column = bias.defined() && bias.stride[p.ndim] != 0;
+  p.mask_per_column = mask.defined() && mask.stride[p.ndim] != 0;
+  p.scale = scale, p.log = log;
+  p.dtype = x.dtype, p.bias_dtype = bias.dtype;
+  merge_dimensions(p);
+  cpu::kernels().softmax_forward(p, threads);
+}
+
+void softmax_backward(TensorView dout, TensorView out, TensorView dx, double scale, bool log, int threads) {
+  check(out.ndim >= 1, "out has no dimension that a softmax could have been taken over");
+  check_same_shape(out, "out", out), check_same_shape(dout, "dout", out), check_same_shape(dx, "dx", out);
+  check_dtype(dout, "dout", out.dtype);
+  check(dx.dtype == out.dtype || dx.dtype == accumulator_of(out.dtype), "dx is ", name(dx.dtype), ", expected ", name(out.dtype), " or ",
+        name(accumulator_of(out.dtype)));
+  if (out.numel() == 0) return;
+  const int64_t cols = out.shape[out.ndim - 1];
+  cpu::kernels().softmax_backward({.dout = dout.data,
+                                   .out = out.data,
+                                   .dx = dx.data,
+                                   .rows = out.numel() / cols,
+                                   .cols = cols,
+                                   .scale = scale,
+                                   .log = log,
+                                   .dx_wide = dx.dtype != out.dtype,
+                                   .dtype = out.dtype},
+                                  threads);
+}
+
+}  // namespace foveate

@@ -1,0 +1,237 @@
+"""What the arguments of attention mean, checked: each function returns its argument in the form that the op takes, or raises a
+sentence. Values that need data (kv_lens, cu_seqlens) are checked below the op, where reading them costs no device sync on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate._attention_op import DTYPES
+from foveate._relative_bias import RelativeBias
+
+MAX_HEAD_DIM = 256
+_UNLIMITED = 2**40  # a longer window than this is as good as none, and keeps index arithmetic far from overflow
+
+
+def check_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
+    """B, Sq, Skv, Hq, D of q [B, Sq, Hq, D], k [B, Skv, Hkv, D], v [B, Skv, Hkv, Dv]."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        raise TypeError(f"q, k and v must be torch.Tensors, got {_type(q)}, {_type(k)} and {_type(v)}")
+    qs, ks, vs = q.shape, k.shape, v.shape
+    if len(qs) != 4 or len(ks) != 4 or len(vs) != 4:
+        raise ValueError(
+            "q, k and v must have four dimensions, [B, S, H, D]; "
+            f"got shapes {_shape(q)}, {_shape(k)} and {_shape(v)}{_rank_cure(q, k, v)}"
+        )
+    B, Sq, Hq, D = qs
+    Bk, Skv, Hkv, Dk = ks
+    Bv, Sv, Hv, Dv = vs
+    if Bk != B or Bv != B:
+        raise ValueError(f"q, k and v have batch sizes {B}, {Bk} and {Bv}; they must be equal (expand the smaller one)")
+    if Sv != Skv:
+        raise ValueError(f"k has {Skv} keys and v has {Sv} values (dimension 1); they must be equal")
+    _check_heads(Hq, Hkv, Hv, D, Dk, Dv)
+    return B, Sq, Skv, Hq, D
+
+
+def check_packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+    """Hq, D of q [total_q, Hq, D], k [total_k, Hkv, D], v [total_k, Hkv, Dv]."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        raise TypeError(f"q, k and v must be torch.Tensors, got {_type(q)}, {_type(k)} and {_type(v)}")
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+        raise ValueError(
+            "packed q, k and v must have three dimensions, [total, H, D]; "
+            f"got shapes {_shape(q)}, {_shape(k)} and {_shape(v)}"
+        )
+    _, Hq, D = q.shape
+    total_k, Hkv, Dk = k.shape
+    total_v, Hv, Dv = v.shape
+    if total_v != total_k:
+        raise ValueError(f"k has {total_k} keys and v has {total_v} values (dimension 0); they must be equal")
+    _check_heads(Hq, Hkv, Hv, D, Dk, Dv)
+    return Hq, D
+
+
+def _check_heads(Hq: int, Hkv: int, Hv: int, D: int, Dk: int, Dv: int) -> None:
+    if Hv != Hkv:
+        raise ValueError(f"k has {Hkv} heads and v has {Hv}; they must be equal")
+    if Hkv == 0 or Hq % Hkv != 0:
+        raise ValueError(
+            f"q has {Hq} heads and k and v have {Hkv}; the number of query heads must be a multiple of the number of KV heads"
+        )
+    if Dk != D:
+        raise ValueError(f"q has head dim {D} and k has {Dk} (the last dimension); they must be equal")
+    if not (0 < D <= MAX_HEAD_DIM and 0 < Dv <= MAX_HEAD_DIM):
+        raise ValueError(
+            f"head dims are {D} for q and k and {Dv} for v; attention takes 1 to {MAX_HEAD_DIM}: split the heads, or use "
+            "attention_with_kv_cache, which takes MLA's 576/512"
+        )
+
+
+def same_kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of one device and dtype, cast by autocast where it is on."""
+    dtype = q.dtype
+    if q.is_cpu and k.is_cpu and v.is_cpu:
+        kind = "cpu"
+    else:
+        device = q.device
+        if k.device != device or v.device != device:
+            raise ValueError(
+                f"q, k and v are on {device}, {k.device} and {v.device}; move them to one device with .to(q.device)"
+            )
+        kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        # As torch's own attention: everything floating but fp64 is cast.
+        to = torch.get_autocast_dtype(kind)
+        q, k, v = (x.to(to) if x.dtype in _AUTOCAST_DTYPES else x for x in (q, k, v))
+        dtype = q.dtype
+    if k.dtype is not dtype or v.dtype is not dtype:
+        raise ValueError(f"q, k and v have dtypes {dtype}, {k.dtype} and {v.dtype}; cast them to one with .to(q.dtype)")
+    if dtype not in DTYPES:
+        raise ValueError(f"q, k and v have dtype {dtype}; attention takes {', '.join(map(str, DTYPES))}")
+    return q, k, v
+
+
+_AUTOCAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def accumulation_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype is torch.float64 else torch.float32
+
+
+def check_scale(scale: float) -> float:
+    if isinstance(scale, Tensor) or not math.isfinite(scale):
+        raise _number("scale", scale, "a finite number, or None for D**-0.5")
+    return scale
+
+
+def check_softcap(softcap: float) -> float:
+    if isinstance(softcap, Tensor) or not math.isfinite(softcap) or softcap < 0:
+        raise _number("softcap", softcap, "a finite number above 0, or None or 0 for none")
+    return softcap
+
+
+def check_dropout(dropout_p: float) -> None:
+    if isinstance(dropout_p, Tensor) or not 0 <= dropout_p < 1:
+        raise _number("dropout_p", dropout_p, "a probability in [0, 1)")
+
+
+def _number(name: str, value: Any, wanted: str) -> Exception:
+    if isinstance(value, Tensor):
+        return TypeError(f"{name} must be a Python number, got a tensor; pass {name}.item() (which waits for the device)")
+    return ValueError(f"{name}={value} must be {wanted}")
+
+
+def check_window(window: tuple[int | None, int | None]) -> tuple[int, int]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window={window!r} must be a pair (left, right) of key counts, where None or -1 is unlimited")
+    left, right = (-1 if side is None else side for side in window)
+    if isinstance(left, float) or isinstance(right, float) or left < -1 or right < -1:
+        raise ValueError(f"window=({left}, {right}) must hold integers from 0 up, or None or -1 for unlimited")
+    return (-1 if left > _UNLIMITED else left), (-1 if right > _UNLIMITED else right)
+
+
+def check_scores_operand(name: str, x: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """bias or mask as a view of four dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_type(x)}")
+    if name == "mask" and x.dtype is not torch.bool:
+        raise ValueError(f"mask has dtype {x.dtype}; it must be torch.bool with True = keep (an additive mask goes to bias)")
+    if name == "bias" and x.dtype not in DTYPES:
+        raise ValueError(f"bias has dtype {x.dtype}; it must be floating (a bool mask goes to mask)")
+    _check_device(name, x, q)
+    if x.dim() < 4:
+        x = x[(None,) * (4 - x.dim())]
+    if x.dim() > 4 or any(size != 1 and size != full for size, full in zip(x.shape, shape)):
+        raise ValueError(
+            f"{name} of shape {_shape(x)} does not broadcast to [B, Hq, Sq, Skv] = {list(shape)}; "
+            "each of its dimensions must be 1 or equal"
+        )
+    return x
+
+
+def check_alibi(slopes: Tensor, q: Tensor, B: int, Hq: int) -> Tensor:
+    """fp32 [1 or B, Hq]."""
+    if not isinstance(slopes, Tensor):
+        raise TypeError(f"alibi_slopes must be a torch.Tensor, got {_type(slopes)}")
+    if tuple(slopes.shape) not in ((Hq,), (B, Hq)) or not slopes.is_floating_point():
+        raise ValueError(
+            f"alibi_slopes must be float32 of shape [Hq] = [{Hq}] or [B, Hq] = [{B}, {Hq}]; "
+            f"got {slopes.dtype} of shape {_shape(slopes)}"
+        )
+    _check_device("alibi_slopes", slopes, q)
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes has no gradient; pass alibi_slopes.detach(), or learn a bias")
+    slopes = slopes.to(torch.float32).contiguous()
+    return slopes[None] if slopes.dim() == 1 else slopes
+
+
+def check_table(relative_bias: RelativeBias, q: Tensor, Hq: int) -> Tensor:
+    """The table [buckets, Hq] in the accumulation dtype."""
+    if not isinstance(relative_bias, RelativeBias):
+        raise TypeError(f"relative_bias must be a foveate.RelativeBias, got {_type(relative_bias)}")
+    table = relative_bias.table
+    if table.shape[1] != Hq:
+        raise ValueError(f"the table of relative_bias has shape {_shape(table)}, [buckets, Hq]; q has {Hq} heads")
+    _check_device("the table of relative_bias", table, q)
+    return table.to(accumulation_dtype(q)).contiguous()
+
+
+def check_sinks(sinks: Tensor, q: Tensor, Hq: int) -> Tensor:
+    """[Hq] in the accumulation dtype."""
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks must be a torch.Tensor, got {_type(sinks)}")
+    if tuple(sinks.shape) != (Hq,) or not sinks.is_floating_point():
+        raise ValueError(f"sinks must be a float tensor [Hq] = [{Hq}], got {sinks.dtype} of shape {_shape(sinks)}")
+    _check_device("sinks", sinks, q)
+    return sinks.to(accumulation_dtype(q)).contiguous()
+
+
+def check_lengths(name: str, lengths: Tensor, q: Tensor, size: int | None) -> Tensor:
+    """int32 [size], of any size if None."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_type(lengths)}")
+    if lengths.dim() != 1 or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name} must be int32 or int64 with one dimension, got {lengths.dtype} of shape {_shape(lengths)}"
+        )
+    if size is not None and lengths.shape[0] != size:
+        raise ValueError(f"{name} has {lengths.shape[0]} entries for a batch of {size}")
+    _check_device(name, lengths, q)
+    return lengths.to(torch.int32).contiguous()
+
+
+def check_longest(name: str, longest: int) -> None:
+    if isinstance(longest, (Tensor, float)):
+        raise TypeError(f"{name} must be a Python int, got {_type(longest)}; pass int({name})")
+    if longest < 0:
+        raise ValueError(f"{name}={longest} must be the length of the longest sequence, 0 or more")
+
+
+def draw_philox(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """int64 [2], seed and offset, drawn on the device, or where the generator lives and then copied."""
+    where = device if generator is None else generator.device
+    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=where, generator=generator).to(device)
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device} and q on {q.device}; move it with .to(q.device)")
+
+
+def _rank_cure(*tensors: Tensor) -> str:
+    if all(x.dim() == 3 for x in tensors):
+        return "; packed sequences [total, H, D] go to attention_varlen, a single sequence needs .unsqueeze(0)"
+    return ""
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)
+
+
+def _type(x: object) -> str:
+    return type(x).__name__

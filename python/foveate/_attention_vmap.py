@@ -1,0 +1,76 @@
+"""torch.func.vmap of the attention ops: the mapped dimension joins the batch where it can, else one call per slice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate import _ops
+from foveate._attention_op import Operands, attention_backward, attention_forward
+
+_BATCHED = ("q", "k", "v", "kv_lens")  # have a batch dimension of size B
+_BROADCAST = ("bias", "mask", "alibi")  # have one of size B or 1
+_SHARED = ("rel_table", "sinks", "cu_q", "cu_k", "philox")  # have none
+
+
+def _fold(x: Tensor | None, dim: int | None, V: int, B: int) -> Tensor | None:
+    """x with V mapped slices as [V * B, ...]; x without them is repeated, as a view where strides allow."""
+    if x is None:
+        return None
+    x = x[None].expand(V, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.expand(V, B, *x.shape[2:]).flatten(0, 1)
+
+
+def _folded(c: Operands, dims: Operands, V: int, wanted_bias: bool = False) -> Operands | None:
+    """The call with V * B batch rows, or None where that would mean something else."""
+    if c.cu_q is not None or c.dropout_p > 0:  # packed rows; the dropout mask depends on the batch row
+        return None
+    if any(getattr(dims, name) is not None for name in _SHARED):
+        return None
+    B = c.q.shape[0] if dims.q is None else c.q.movedim(dims.q, 0).shape[1]
+    changed = {name: _fold(getattr(c, name), getattr(dims, name), V, B) for name in _BATCHED}
+    for name in _BROADCAST:
+        x, dim = getattr(c, name), getattr(dims, name)
+        shared = x is not None and dim is None and x.shape[0] == 1 and not (wanted_bias and name == "bias")
+        changed[name] = x if shared else _fold(x, dim, V, B)
+    return c._replace(**changed)
+
+
+def _loop(op: Callable[..., Any], V: int, args: Sequence[Any], dims: Sequence[int | None]) -> tuple[Any, Any]:
+    slices = []
+    for i in range(V):
+        slices.append(op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, dims))))
+    return tuple(torch.stack(results) for results in zip(*slices)), (0,) * len(slices[0])
+
+
+def _forward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    V = info.batch_size
+    c = _folded(Operands(*args), Operands(*in_dims), V)
+    if c is None:
+        return _loop(attention_forward, V, args, in_dims)
+    return tuple(x.unflatten(0, (V, -1)) for x in attention_forward(*c)), (0, 0)
+
+
+def _backward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    V, (dout, dlse, out, lse, *operands, wanted) = info.batch_size, args
+    c, dims = Operands(*operands), Operands(*in_dims[4:-1])
+    # The op sums the gradients of the table and of sinks over all batch rows; a mapped call has one for each slice.
+    folded = None if wanted[4] or wanted[5] else _folded(c, dims, V, wanted_bias=wanted[3])
+    if folded is None:
+        return _loop(attention_backward, V, args, (*in_dims[:-1], None))
+    B = folded.q.shape[0] // V
+    rows = (_fold(x, dim, V, B) for x, dim in zip((dout, dlse, out, lse), in_dims))
+    grads = list(attention_backward(*rows, *folded, wanted))
+    grads = [x.unflatten(0, (V, -1)) if want else x.expand(V, 0) for x, want in zip(grads, wanted)]
+    if wanted[3] and c.bias is not None:
+        own = c.bias.shape[0] if dims.bias is None else c.bias.movedim(dims.bias, 0).shape[1]
+        if own == 1:
+            grads[3] = grads[3].sum(1, keepdim=True)
+    return tuple(grads), (0,) * len(grads)
+
+
+_ops.vmap("attention_forward", _forward)
+_ops.vmap("attention_backward", _backward)

@@ -1,0 +1,108 @@
+"""foveate.attention and merge_attention: what a call means is checked here, then the op of `_attention_op.py` runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate import _attention_checks as checks
+from foveate import _attention_op, _attention_vmap, _reference  # noqa: F401
+from foveate._relative_bias import RelativeBias
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
+    sinks: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q @ k.T + ...) @ v without storing the scores; O(Sq + Skv) memory in the native backend.
+
+    q: [B, Sq, Hq, D]; k: [B, Skv, Hkv, D]; v: [B, Skv, Hkv, Dv]; Hkv divides Hq (query head h reads KV head h * Hkv // Hq); D and
+    Dv from 1 to 256. One dtype and device for the three: float32, bfloat16, float16 (computed in fp32) or float64. Any strides; a
+    last dimension that is not contiguous is copied. Returns out [B, Sq, Hq, Dv], or (out, lse [B, Hq, Sq]) with return_lse.
+
+    With L = kv_lens[b] or Skv, and distance = j - (i + L - Sq) of key j and query i, the scores are, in this order,
+    s = scale * q.k; softcap * tanh(s / softcap); - alibi_slopes * |distance| + bias + relative bias; masks; softmax; dropout; @ v.
+
+    causal: distance <= 0, so the last query sees the last key. window (left, right): -left <= distance <= right; None or -1 is
+    unlimited. scale: D**-0.5 if None. softcap: None or 0 for none. bias: float, differentiable; mask: bool, True = keep; both
+    broadcast to [B, Hq, Sq, Skv], from fewer dimensions too, and are not expanded in memory. alibi_slopes: fp32 [Hq] or [B, Hq].
+    relative_bias: T5's buckets, see `RelativeBias`. sinks: [Hq], one more logit in each row's softmax, without a value.
+    kv_lens: int32 or int64 [B], 0 to Skv; keys from there on are never read.
+
+    dropout_p: in [0, 1), applied whenever it is not 0; Philox-4x32-10 seeded by two numbers from `generator` or torch's default
+    generator, the same mask on every backend. deterministic: two backward passes give the same bits (on the CPU they always do).
+    lse: natural log of the sum of exp(s), without the sink, fp32 (fp64 for fp64 inputs), differentiable.
+    A row that sees no key gives out 0, lse -inf and gradients 0. Differentiable once in q, k, v, bias, the table and sinks.
+    Under autocast q, k and v are cast to its dtype. backend: "native", "triton", "reference", or None for the first that can.
+
+    Raises ValueError or TypeError for arguments that do not fit, UnsupportedError for a named backend that cannot serve the call.
+    FlashAttention-2 (Dao 2023, arXiv 2307.08691) describes the algorithm.
+    """
+    B, Sq, Skv, Hq, D = checks.check_dense(q, k, v)
+    q, k, v = checks.same_kind(q, k, v)
+    scale = D**-0.5 if scale is None else checks.check_scale(scale)
+    softcap = 0.0 if softcap is None else checks.check_softcap(softcap)
+    left, right = (-1, -1) if window is None else checks.check_window(window)
+    table, bidirectional, max_distance, philox = None, True, 0, None
+    if bias is not None:
+        bias = checks.check_scores_operand("bias", bias, q, (B, Hq, Sq, Skv))
+    if mask is not None:
+        mask = checks.check_scores_operand("mask", mask, q, (B, Hq, Sq, Skv))
+    if alibi_slopes is not None:
+        alibi_slopes = checks.check_alibi(alibi_slopes, q, B, Hq)
+    if relative_bias is not None:
+        table = checks.check_table(relative_bias, q, Hq)
+        bidirectional, max_distance = relative_bias.bidirectional, relative_bias.max_distance
+    if sinks is not None:
+        sinks = checks.check_sinks(sinks, q, Hq)
+    if kv_lens is not None:
+        kv_lens = checks.check_lengths("kv_lens", kv_lens, q, B)
+    if dropout_p != 0:
+        checks.check_dropout(dropout_p)
+        philox = checks.draw_philox(q.device, generator)
+    out, lse = _attention_op.run((
+        q, k, v, bias, mask, alibi_slopes, table, sinks, kv_lens, None, None, philox, Sq, Skv, causal, left, right,
+        scale, softcap, bidirectional, max_distance, dropout_p, backend or "",
+    ), need_lse=return_lse)  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets, from the attention over each: exact and differentiable.
+
+    out: [B, Sq, H, Dv] with lse [B, H, Sq], or packed [total, H, Dv] with [H, total]. Returns out and lse of the union:
+    lse = log(exp(lse_a) + exp(lse_b)), out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b.
+    A row that is empty in one set is that of the other; empty in both it stays 0 and -inf. Without sinks: a sink belongs to the
+    whole row, not to each part.
+    """
+    if not all(isinstance(x, Tensor) for x in (out_a, lse_a, out_b, lse_b)):
+        raise TypeError("merge_attention takes four torch.Tensors: out_a, lse_a, out_b, lse_b")
+    shape, lse_shape = list(out_a.shape), list(lse_a.shape)
+    rows = [*shape[:-3], *shape[-2:-4:-1]]
+    if len(shape) not in (3, 4) or list(out_b.shape) != shape or lse_shape != rows or list(lse_b.shape) != rows:
+        raise ValueError(
+            "merge_attention takes out [B, Sq, H, Dv] with lse [B, H, Sq], or [total, H, Dv] with [H, total], twice; got "
+            f"out {shape} with lse {lse_shape}, and out {list(out_b.shape)} with lse {list(lse_b.shape)}"
+        )
+    if out_a.dtype is not out_b.dtype or out_a.device != out_b.device:
+        raise ValueError(
+            f"out_a is {out_a.dtype} on {out_a.device} and out_b {out_b.dtype} on {out_b.device}; they must be equal"
+        )
+    return _reference.merge_attention(out_a, lse_a, out_b, lse_b)

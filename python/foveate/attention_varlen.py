@@ -1,0 +1,73 @@
+"""foveate.attention_varlen: attention over packed sequences of different lengths, without padding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate import _attention_checks as checks
+from foveate import _attention_op
+from foveate._relative_bias import RelativeBias
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of each of B sequences by itself, packed one after the other along the first dimension.
+
+    q: [total_q, Hq, D]; k: [total_k, Hkv, D]; v: [total_k, Hkv, Dv]. cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1], from 0,
+    never decreasing, to total: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1], and may be empty. max_seqlen_q and
+    max_seqlen_k: Python integers, at least the longest sequence. Returns out [total_q, Hq, Dv], or (out, lse [Hq, total_q]).
+
+    The options are those of `attention`. Positions and lengths (causal, window, ALiBi, relative bias) count within the sequence, and
+    the dropout mask of sequence b is that of batch row b. A bias or a mask over packed rows would be as large as the scores:
+    pad the sequences and use `attention` with kv_lens for those.
+    """
+    Hq, D = checks.check_packed(q, k, v)
+    q, k, v = checks.same_kind(q, k, v)
+    cu_q = checks.check_lengths("cu_seqlens_q", cu_seqlens_q, q, None)
+    cu_k = checks.check_lengths("cu_seqlens_k", cu_seqlens_k, q, None)
+    if cu_q.shape[0] != cu_k.shape[0] or cu_q.shape[0] == 0:
+        raise ValueError(
+            f"cu_seqlens_q has {cu_q.shape[0]} entries and cu_seqlens_k {cu_k.shape[0]}; both need B + 1 of them"
+        )
+    checks.check_longest("max_seqlen_q", max_seqlen_q)
+    checks.check_longest("max_seqlen_k", max_seqlen_k)
+    scale = D**-0.5 if scale is None else checks.check_scale(scale)
+    softcap = 0.0 if softcap is None else checks.check_softcap(softcap)
+    left, right = (-1, -1) if window is None else checks.check_window(window)
+    table, bidirectional, max_distance, philox = None, True, 0, None
+    if alibi_slopes is not None:
+        alibi_slopes = checks.check_alibi(alibi_slopes, q, cu_q.shape[0] - 1, Hq)
+    if relative_bias is not None:
+        table = checks.check_table(relative_bias, q, Hq)
+        bidirectional, max_distance = relative_bias.bidirectional, relative_bias.max_distance
+    if sinks is not None:
+        sinks = checks.check_sinks(sinks, q, Hq)
+    if dropout_p != 0:
+        checks.check_dropout(dropout_p)
+        philox = checks.draw_philox(q.device, generator)
+    out, lse = _attention_op.run((
+        q, k, v, None, None, alibi_slopes, table, sinks, None, cu_q, cu_k, philox, max_seqlen_q, max_seqlen_k, causal,
+        left, right, scale, softcap, bidirectional, max_distance, dropout_p, backend or "",
+    ), need_lse=return_lse)  # fmt: skip
+    return (out, lse) if return_lse else out
