@@ -5,10 +5,13 @@ from foveate._relative_bias import RelativeBias
 from foveate.attention import attention, merge_attention
 from foveate.attention_varlen import attention_varlen
 from foveate.kv_cache import attention_with_kv_cache
+from foveate.paged_kv_cache import CacheFull, PagedKVCache
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheFull",
+    "PagedKVCache",
     "RelativeBias",
     "UnsupportedError",
     "attention",
