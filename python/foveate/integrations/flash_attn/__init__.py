@@ -184,7 +184,8 @@ def flash_attn_with_kvcache(
     q [B, Sq, Hq, D]; k, v [B, Snew, Hkv, D]; caches [B_cache, S_cache, Hkv, D], or [pages, page_size, Hkv, D] with block_table
     int32 [B, max_pages], of any page size. cache_seqlens: the keys before the append, one int, [B], or None for a full cache that
     is only read. cache_batch_idx [B]: the row of the cache that each row of q uses. cache_seqlens is not changed.
-    cache_leftpad raises UnsupportedError. Returns out [B, Sq, Hq, D], or (out, lse [B, Hq, Sq]) with return_softmax_lse.
+    cache_leftpad, and rotary for several queries without causal or window, raise UnsupportedError.
+    Returns out [B, Sq, Hq, D], or (out, lse [B, Hq, Sq]) with return_softmax_lse.
     """
     B = q.shape[0]
     if cache_leftpad is not None:
@@ -192,6 +193,16 @@ def flash_attn_with_kvcache(
             "cache_leftpad: a cache that starts in the middle of its row is not served; "
             "store each sequence from position 0 (cache_seqlens gives its length) or use block_table"
         )
+    if rotary_cos is not None:
+        if k is None:
+            raise ValueError(
+                "rotary_cos and rotary_sin came without k and v to append; without them rotate q before the call"
+            )
+        if q.shape[1] > 1 and not causal and tuple(window_size) == (-1, -1):
+            raise foveate.UnsupportedError(
+                f"rotary with {q.shape[1]} queries, causal=False and no window: flash_attn would turn every query by the one "
+                "position cache_seqlens, foveate turns query i by cache_seqlens + i; rotate q and k before the call"
+            )
     if cache_batch_idx is not None:
         if block_table is not None:
             raise ValueError("cache_batch_idx and block_table both choose the memory of a row; give one of them")
