@@ -4,6 +4,7 @@
 
 #include "ops/attention.h"
 #include "ops/loss.h"
+#include "ops/kv_cache.h"
 #include "ops/norm.h"
 #include "ops/roofline.h"
 #include "ops/rotary.h"
@@ -14,6 +15,8 @@ namespace foveate::cpu {
 struct Kernels {
   void (*attention_forward)(const AttentionParams&, int threads);
   void (*attention_backward)(const AttentionParams&, const AttentionGrads&, int threads);
+  void (*kv_append)(const KvCacheParams&, int threads);
+  void (*decode)(const KvCacheParams&, int threads);
   void (*rms_norm_forward)(const RmsNormParams&, int threads);
   void (*rms_norm_backward)(const RmsNormBackwardParams&, int threads);
   void (*softmax_forward)(const SoftmaxParams&, int threads);

@@ -4,6 +4,8 @@ namespace foveate::cpu::FOVEATE_ISA {
 
 void attention_forward(const AttentionParams&, int threads);
 void attention_backward(const AttentionParams&, const AttentionGrads&, int threads);
+void kv_append(const KvCacheParams&, int threads);
+void decode(const KvCacheParams&, int threads);
 void rms_norm_forward(const RmsNormParams&, int threads);
 void rms_norm_backward(const RmsNormBackwardParams&, int threads);
 void softmax_forward(const SoftmaxParams&, int threads);
@@ -19,6 +21,8 @@ extern const Kernels table;
 const Kernels table{
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
+    .kv_append = kv_append,
+    .decode = decode,
     .rms_norm_forward = rms_norm_forward,
     .rms_norm_backward = rms_norm_backward,
     .softmax_forward = softmax_forward,

@@ -4,6 +4,7 @@ from foveate._backends import UnsupportedError
 from foveate._relative_bias import RelativeBias
 from foveate.attention import attention, merge_attention
 from foveate.attention_varlen import attention_varlen
+from foveate.kv_cache import attention_with_kv_cache
 
 __version__ = "0.1.0"
 
@@ -12,5 +13,6 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "attention_varlen",
+    "attention_with_kv_cache",
     "merge_attention",
 ]

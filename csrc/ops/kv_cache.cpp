@@ -1,0 +1,158 @@
+#include "ops/kv_cache.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "core/math.h"
+#include "cpu/kernels.h"
+#include "cpu/target.h"
+
+namespace foveate {
+namespace {
+
+Rows rows_of(const TensorView& t, const char* what) {
+  check_rank(t, what, 4);
+  check_last_contiguous(t, what);
+  check(t.device == DeviceType::kCPU, what, " must be on the CPU");
+  return {t.data, t.stride[0], t.stride[1], t.stride[2]};
+}
+
+void check_shape(const TensorView& t, const char* what, std::initializer_list<int64_t> shape) {
+  check_rank(t, what, static_cast<int>(shape.size()));
+  int dim = 0;
+  for (int64_t size : shape) check_size(t, what, dim++, size);
+}
+
+// scale: fp32 of the cache's shape without the last dimension, any strides (0 where one number serves all).
+CacheOperand cache_of(const TensorView& cache, const TensorView& scale, bool per_token, const char* what, const char* scale_what) {
+  CacheOperand c{.rows = rows_of(cache, what), .scale_per_token = per_token};
+  const bool quantized = cache.dtype == DType::kInt8 || cache.dtype == DType::kFloat8E4M3;
+  check(quantized == scale.defined(), what, " is ", name(cache.dtype), quantized ? ": it needs " : ": it takes no ", scale_what);
+  if (scale.defined()) {
+    check_dtype(scale, scale_what, DType::kFloat32);
+    check_shape(scale, scale_what, {cache.shape[0], cache.shape[1], cache.shape[2]});
+    c.scale = scale.as<float>();
+    c.scale_batch = scale.stride[0], c.scale_seq = scale.stride[1], c.scale_head = scale.stride[2];
+  }
+  return c;
+}
+
+std::vector<int64_t> read_lens(const TensorView& lens, int64_t batch) {
+  check_shape(lens, "kv_lens", {batch});
+  check(lens.dtype == DType::kInt32 || lens.dtype == DType::kInt64, "kv_lens is ", name(lens.dtype), ", expected int32 or int64");
+  check(lens.device == DeviceType::kCPU, "kv_lens must be on the CPU");
+  std::vector<int64_t> values(batch);
+  for (int64_t b = 0; b < batch; ++b)
+    values[b] = lens.dtype == DType::kInt32 ? lens.as<const int32_t>()[b * lens.stride[0]] : lens.as<const int64_t>()[b * lens.stride[0]];
+  return values;
+}
+
+// The values that would make a kernel read or write outside of the cache, the block table or the rotary tables.
+void check_values(const KvCacheParams& p, int64_t capacity, int64_t pages, int64_t max_pos) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t len = p.kv_lens[b], end = len + p.seq_new;
+    check(len >= 0, "kv_lens[", b, "] = ", len, " is negative");
+    check(len <= capacity && end <= capacity, "kv_lens[", b, "] + Snew = ", len, " + ", p.seq_new, " = ", end, " exceeds the cache's ", capacity,
+          " keys; use a larger cache or ", p.block_table ? "a block_table with more pages" : "shorter sequences");
+    if (p.rotary_cos) {
+      const int64_t first = p.new_k.data ? len : len - p.seq_q, last = std::max(end, first + p.seq_q);
+      check(first >= 0, "kv_lens[", b, "] = ", len, " is less than the ", p.seq_q,
+            " queries: without k, query i is rotated by position kv_lens - Sq + i, which must not be negative");
+      check(last <= max_pos, "rotary_cos and rotary_sin have ", max_pos, " positions, sequence ", b, " needs ", last,
+            "; build them for at least that many");
+    }
+    if (!p.block_table) continue;
+    // Pages that lie wholly before the window of the first query are not read, and may have been freed.
+    const int64_t first_key = p.window_left >= 0 ? std::clamp<int64_t>(end - p.seq_q - p.window_left, 0, len) : 0;
+    for (int64_t i = first_key / p.page_size; i * p.page_size < end; ++i) {
+      const int64_t page = p.block_table[b * p.block_table_stride + i];
+      check(page >= 0 && page < pages, "block_table[", b, ", ", i, "] = ", page, " is not a page: the cache has ", pages, " pages and sequence ", b,
+            " needs this entry for its ", end, " keys");
+    }
+  }
+}
+
+}  // namespace
+
+void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens, TensorView out,
+                             TensorView lse, TensorView partial_out, TensorView partial_lse, const KvCacheOptions& o, int threads) {
+  KvCacheParams p;
+  p.q = rows_of(q, "q"), p.out = rows_of(out, "out");
+  p.k = cache_of(k_cache, o.k_scale, o.k_scale_per_token, "k_cache", "k_scale");
+  p.v = cache_of(v_cache, o.v_scale, o.v_scale_per_token, "v_cache", "v_scale");
+  p.batch = q.shape[0], p.seq_q = q.shape[1], p.heads_q = q.shape[2], p.head_dim = q.shape[3];
+  p.heads_kv = k_cache.shape[2], p.head_dim_v = v_cache.shape[3];
+  p.dtype = q.dtype, p.kv_dtype = k_cache.dtype;
+  check(p.heads_kv > 0 && p.heads_q % p.heads_kv == 0, "q has ", p.heads_q, " heads, the cache has ", p.heads_kv, ", which must divide it");
+  check_size(k_cache, "k_cache", 3, p.head_dim);
+  check_shape(v_cache, "v_cache", {k_cache.shape[0], k_cache.shape[1], p.heads_kv, p.head_dim_v});
+  check_dtype(v_cache, "v_cache", p.kv_dtype);
+  check(p.kv_dtype == p.dtype || o.k_scale.defined(), "q is ", name(p.dtype), ", the cache is ", name(p.kv_dtype));
+  check(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, "q is ", name(p.dtype),
+        ", expected float32, bfloat16 or float16");
+  check_shape(out, "out", {p.batch, p.seq_q, p.heads_q, p.head_dim_v}), check_dtype(out, "out", p.dtype);
+  check_shape(lse, "lse", {p.batch, p.heads_q, p.seq_q}), check_contiguous(lse, "lse"), check_dtype(lse, "lse", DType::kFloat32);
+  p.lse = lse.as<float>();
+
+  check(k.defined() == v.defined(), "k and v must be given together");
+  if (k.defined()) {
+    p.new_k = rows_of(k, "k"), p.new_v = rows_of(v, "v");
+    p.seq_new = k.shape[1];
+    check_shape(k, "k", {p.batch, p.seq_new, p.heads_kv, p.head_dim}), check_dtype(k, "k", p.dtype);
+    check_shape(v, "v", {p.batch, p.seq_new, p.heads_kv, p.head_dim_v}), check_dtype(v, "v", p.dtype);
+  }
+
+  int64_t capacity = k_cache.shape[1], max_pos = 0;
+  if (const TensorView& table = o.block_table; table.defined()) {
+    check_rank(table, "block_table", 2), check_size(table, "block_table", 0, p.batch);
+    check_dtype(table, "block_table", DType::kInt32), check_last_contiguous(table, "block_table");
+    check(table.device == DeviceType::kCPU, "block_table must be on the CPU");
+    p.block_table = table.as<const int32_t>(), p.block_table_stride = table.stride[0], p.page_size = k_cache.shape[1];
+    check(p.page_size >= 1, "the pages of k_cache hold no keys: page_size is ", p.page_size);
+    capacity = table.shape[1] * p.page_size;
+  } else {
+    check_size(k_cache, "k_cache", 0, p.batch);
+  }
+  check(o.rotary_cos.defined() == o.rotary_sin.defined(), "rotary_cos and rotary_sin must be given together");
+  if (const TensorView& cos = o.rotary_cos; cos.defined()) {
+    check_rank(cos, "rotary_cos", 2), check_contiguous(cos, "rotary_cos");
+    max_pos = cos.shape[0], p.rotary_pairs = cos.shape[1], p.rotary_dtype = cos.dtype;
+    check(2 * p.rotary_pairs <= p.head_dim, "rotary_cos turns ", 2 * p.rotary_pairs, " elements, the head dim is ", p.head_dim);
+    check(cos.dtype == DType::kFloat32 || cos.dtype == p.dtype, "rotary_cos is ", name(cos.dtype), ", expected float32 or ", name(p.dtype));
+    check_shape(o.rotary_sin, "rotary_sin", {max_pos, p.rotary_pairs}), check_contiguous(o.rotary_sin, "rotary_sin");
+    check_dtype(o.rotary_sin, "rotary_sin", cos.dtype);
+    if (p.rotary_pairs > 0) p.rotary_cos = cos.data, p.rotary_sin = o.rotary_sin.data, p.rotary_interleaved = o.rotary_interleaved;
+  }
+  if (const TensorView& alibi = o.alibi; alibi.defined()) {
+    check(alibi.ndim == 1 || alibi.ndim == 2, "alibi_slopes has ", alibi.ndim, " dimensions, expected 1 or 2");
+    check_dtype(alibi, "alibi_slopes", DType::kFloat32), check_size(alibi, "alibi_slopes", alibi.ndim - 1, p.heads_q);
+    if (alibi.ndim == 2) check_size(alibi, "alibi_slopes", 0, p.batch), p.alibi_batch = alibi.stride[0];
+    p.alibi = alibi.as<const float>(), p.alibi_head = alibi.stride[alibi.ndim - 1];
+  }
+  if (o.sinks.defined()) {
+    check_shape(o.sinks, "sinks", {p.heads_q}), check_dtype(o.sinks, "sinks", DType::kFloat32), check_contiguous(o.sinks, "sinks");
+    p.sinks = o.sinks.as<const float>();
+  }
+
+  check(o.num_splits >= 1 && o.keys_per_split >= 0 && o.rows_per_task >= 1 && o.heads_per_task >= 1, "the division of the work is not positive");
+  check(o.keys_per_split == 0 || o.num_splits * o.keys_per_split >= capacity, o.num_splits, " splits of ", o.keys_per_split,
+        " keys do not cover the cache's ", capacity);
+  p.num_splits = o.num_splits, p.keys_per_split = o.keys_per_split, p.rows_per_task = o.rows_per_task, p.heads_per_task = o.heads_per_task;
+  if (p.num_splits > 1) {
+    check_shape(partial_out, "partial_out", {p.num_splits, p.batch, p.heads_q, p.seq_q, p.head_dim_v}), check_contiguous(partial_out, "partial_out");
+    check_shape(partial_lse, "partial_lse", {p.num_splits, p.batch, p.heads_q, p.seq_q}), check_contiguous(partial_lse, "partial_lse");
+    check_dtype(partial_out, "partial_out", DType::kFloat32), check_dtype(partial_lse, "partial_lse", DType::kFloat32);
+    p.partial_out = partial_out.as<float>(), p.partial_lse = partial_lse.as<float>();
+  }
+  p.causal = o.causal, p.window_left = o.window_left, p.window_right = o.window_right, p.scale = o.scale, p.softcap = o.softcap;
+
+  const std::vector<int64_t> lens = read_lens(kv_lens, p.batch);
+  p.kv_lens = lens.data();
+  check_values(p, capacity, k_cache.shape[0], max_pos);
+  if (p.batch == 0) return;
+  if (p.seq_new > 0) cpu::kernels().kv_append(p, threads);
+  if (p.seq_q > 0 && p.heads_q > 0) cpu::kernels().decode(p, threads);
+}
+
+}  // namespace foveate

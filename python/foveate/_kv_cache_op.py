@@ -1,0 +1,210 @@
+"""torch.ops.foveate.attention_with_kv_cache: schema, the backends below it, the division of the work, fake kernel.
+
+`kv_cache.py` checks what a call means. A scale tensor has no dimension or [Hkv] (read), or the cache's shape without the last
+dimension (one for each token and head, written at append).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate import _ops, _reference
+from foveate._backends import Query, choose, native_cpu, register
+from foveate._native import _C
+
+QUANTIZED = (torch.int8, torch.float8_e4m3fn)
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_SCHEMA = (
+    "attention_with_kv_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor kv_lens, "
+    "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, bool causal, "
+    "SymInt window_left, SymInt window_right, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor(c!)? k_scale, Tensor(d!)? v_scale, int num_splits, bool batch_invariant, str backend) -> (Tensor, Tensor)"
+)
+
+# Of the native CPU kernel. 64 rows of a head dim of 256 take 128 KiB for q and the output, which leaves the L2 cache to K and V.
+_MAX_ROWS = 64
+_STATE_BYTES = 256 * 1024
+_MIN_SPLIT_KEYS = 256
+_INVARIANT_SPLIT_KEYS = 2048
+_TASKS_PER_THREAD = 4
+
+
+class DecodePlan(NamedTuple):
+    """How the native CPU kernel divides its work. Only the splits have an influence on the result (by rounding)."""
+
+    num_splits: int
+    keys_per_split: int  # 0: each sequence in num_splits equal parts
+    rows_per_task: int  # of the Sq * Hq / Hkv query rows that share a KV head
+    heads_per_task: int  # KV heads
+
+
+@functools.lru_cache(maxsize=4096)
+def decode_plan(
+    B: int,
+    Sq: int,
+    Hq: int,
+    Hkv: int,
+    D: int,
+    Dv: int,
+    max_keys: int,
+    threads: int,
+    num_splits: int,
+    batch_invariant: bool,
+) -> DecodePlan:
+    """A pure function of the shapes, the thread count and the two options; max_keys is what the cache can hold for a sequence.
+
+    All KV heads of a sequence belong to one task as long as their state fits the L2 cache: in the layout [B, S, H, D] that reads
+    memory in order. Keys are split where there would be too few tasks for the threads. With batch_invariant the splits depend
+    neither on the batch nor on the threads: they are 2048 keys long, and the heads are divided instead.
+    """
+    rows = Sq * (Hq // Hkv)
+    rows_per_task = max(1, min(rows, _MAX_ROWS))
+    heads_per_task = max(1, min(Hkv, _STATE_BYTES // (rows_per_task * (D + Dv) * 4)))
+
+    def tasks() -> int:
+        return max(1, B * -(-rows // rows_per_task) * -(-Hkv // heads_per_task))
+
+    wanted = _TASKS_PER_THREAD * threads if threads > 1 else 1
+    if num_splits > 0:
+        return DecodePlan(num_splits, 0, rows_per_task, heads_per_task)
+    if not batch_invariant:
+        splits = max(1, min(-(-wanted // tasks()), -(-max_keys // _MIN_SPLIT_KEYS)))
+        return DecodePlan(splits, 0, rows_per_task, heads_per_task)
+    while heads_per_task > 1 and tasks() < wanted:
+        heads_per_task = -(-heads_per_task // 2)
+    if rows > _MAX_ROWS:  # many queries: enough tasks, and partial results would take more memory than the cache
+        return DecodePlan(1, 0, rows_per_task, heads_per_task)
+    return DecodePlan(
+        max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS)), _INVARIANT_SPLIT_KEYS, rows_per_task, heads_per_task
+    )
+
+
+def _native_supports(query: Query) -> str | None:
+    reason = native_cpu(query)
+    if reason is not None:
+        return reason
+    if query.dtype not in _NATIVE_DTYPES:
+        return f"the CPU kernels take {', '.join(map(str, _NATIVE_DTYPES))}, q is {query.dtype}"
+    return None
+
+
+register("attention_with_kv_cache", "native", _native_supports)
+register("attention_with_kv_cache", "reference", lambda query: None)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """x with a contiguous last dimension, copied if need be."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _expanded(scale: Tensor | None, cache: Tensor) -> Tensor | None:
+    return scale if scale is None or scale.dim() == 3 else scale.expand(cache.shape[:-1])
+
+
+def _empty_outputs(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+    B, Sq, Hq, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((B, Sq, Hq, v_cache.shape[-1])), q.new_empty((B, Hq, Sq), dtype=dtype)
+
+
+def _run(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, kv_lens: Tensor,
+    block_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool,
+    causal: bool, window_left: int, window_right: int, scale: float, softcap: float, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, num_splits: int, batch_invariant: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if choose("attention_with_kv_cache", Query(q.device.type, q.dtype), backend or None) == "reference":
+        if block_table is not None:
+            block_table = _usable_table(q, k_cache, k, kv_lens, block_table, window_left)
+        _check_values(q, k_cache, k, kv_lens, block_table, rotary_cos)
+        return _reference.attention_with_kv_cache(
+            q, k_cache, v_cache, k=k, v=v, kv_lens=kv_lens, block_table=block_table, rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved, causal=causal,
+            window=(window_left, window_right), scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
+    B, Sq, Hq, D = q.shape
+    Hkv, Dv = v_cache.shape[2:]
+    threads = torch.get_num_threads()
+    capacity = k_cache.shape[1] if block_table is None else k_cache.shape[1] * block_table.shape[1]
+    plan = decode_plan(B, Sq, Hq, Hkv, D, Dv, capacity, threads, num_splits, batch_invariant)
+    out, lse = _empty_outputs(q, v_cache)
+    partial_out = partial_lse = None
+    if plan.num_splits > 1:
+        partial_out = q.new_empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32)
+        partial_lse = q.new_empty((plan.num_splits, B, Hq, Sq), dtype=torch.float32)
+    _C.attention_with_kv_cache(  # type: ignore[union-attr]
+        _rows(q), k_cache, v_cache, _rows(k), _rows(v), kv_lens, out, lse, partial_out, partial_lse, block_table,
+        rotary_cos, rotary_sin, rotary_interleaved, _expanded(k_scale, k_cache), _expanded(v_scale, v_cache),
+        k_scale is not None and k_scale.dim() == 3, v_scale is not None and v_scale.dim() == 3, alibi_slopes, sinks,
+        causal, window_left, window_right, scale, softcap, *plan, threads,
+    )  # fmt: skip
+    return out, lse
+
+
+def _usable_table(
+    q: Tensor, k_cache: Tensor, k: Tensor | None, kv_lens: Tensor, block_table: Tensor, left: int
+) -> Tensor:
+    """The reference reads every key, also those before the window, whose pages may be gone: their entries become the page of the
+    first visible key."""
+    if left < 0:
+        return block_table
+    table = block_table.clone()
+    for b, n in enumerate(kv_lens.tolist()):
+        first = min(max(n + (0 if k is None else k.shape[1]) - q.shape[1] - left, 0), n) // k_cache.shape[1]
+        if 0 < first < table.shape[1]:
+            table[b, :first] = table[b, first]
+    return table
+
+
+def _check_values(
+    q: Tensor, k_cache: Tensor, k: Tensor | None, kv_lens: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None
+) -> None:
+    """What csrc/ops/kv_cache.cpp checks for the native backend, in the same words."""
+    lens, Sq, Snew = kv_lens.tolist(), q.shape[1], 0 if k is None else k.shape[1]
+    pages, page_size = k_cache.shape[:2]
+    capacity = page_size if block_table is None else page_size * block_table.shape[1]
+    table: Sequence[Sequence[int]] | None = None if block_table is None else block_table.tolist()
+    for b, n in enumerate(lens):
+        end = n + Snew
+        if n < 0:
+            raise ValueError(f"kv_lens[{b}] = {n} is negative")
+        if end > capacity:
+            cure = "shorter sequences" if table is None else "a block_table with more pages"
+            raise ValueError(
+                f"kv_lens[{b}] + Snew = {n} + {Snew} = {end} exceeds the cache's {capacity} keys; use a larger cache or {cure}"
+            )
+        if rotary_cos is not None:
+            first = n - Sq if k is None else n
+            if first < 0:
+                raise ValueError(
+                    f"kv_lens[{b}] = {n} is less than the {Sq} queries: without k, query i is rotated by position "
+                    "kv_lens - Sq + i, which must not be negative"
+                )
+            last = max(end, first + Sq)
+            if last > rotary_cos.shape[0]:
+                raise ValueError(
+                    f"rotary_cos and rotary_sin have {rotary_cos.shape[0]} positions, sequence {b} needs {last}; "
+                    "build them for at least that many"
+                )
+        for i in range(0 if table is None else -(-end // page_size)):
+            page = table[b][i]  # type: ignore[index]
+            if not 0 <= page < pages:
+                raise ValueError(
+                    f"block_table[{b}, {i}] = {page} is not a page: the cache has {pages} pages and sequence {b} needs "
+                    f"this entry for its {end} keys"
+                )
+
+
+def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(q, v_cache)
+
+
+op = _ops.define(_SCHEMA, impl=_run, fake=_fake)

@@ -1,0 +1,247 @@
+"""foveate.attention_with_kv_cache: what a call means is checked here, then the op of `_kv_cache_op.py` runs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from foveate import _kv_cache_op
+from foveate._kv_cache_op import QUANTIZED
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_UNLIMITED = 2**40  # a longer window is as good as none
+
+
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    kv_lens: Tensor,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    num_splits: int = 0,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Appends k and v to the cache in place, then attends from q to the L = kv_lens[b] + Snew keys of each sequence. No backward.
+
+    q: [B, Sq, Hq, D]. Dense caches: k_cache [B, Smax, Hkv, D], v_cache [B, Smax, Hkv, Dv]. Paged caches: [pages, page_size, Hkv, D
+    or Dv], any page_size, with block_table int32 [B, max_pages]: key t of sequence b is row t % page_size of page
+    block_table[b, t // page_size]. Any strides, but the last dimension of a cache is contiguous. Hkv divides Hq; any D and Dv.
+    k, v: [B, Snew, Hkv, D or Dv], written to positions kv_lens[b] + i; kv_lens: int32 or int64 [B], the keys that are there before.
+    Returns out [B, Sq, Hq, Dv], or (out, lse [B, Hq, Sq]) with return_lse.
+
+    rotary_cos, rotary_sin: [max_pos, rot / 2], rot <= D, of q's dtype or fp32. k row i is turned by position kv_lens[b] + i before it
+    is stored, q row i by kv_lens[b] + i, without k by kv_lens[b] - Sq + i; pairs are (c, c + rot / 2), or (2c, 2c + 1) with
+    rotary_interleaved.
+
+    With distance = j - (i + L - Sq) of key j and query i, s = scale * q.k; softcap * tanh(s / softcap); - alibi_slopes * |distance|;
+    masks; softmax; @ v. causal: distance <= 0, the last query sees the last key. window (left, right): -left <= distance <= right, None
+    or -1 is unlimited. scale: D**-0.5 if None. alibi_slopes: fp32 [Hq] or [B, Hq]. sinks: [Hq], one more logit of each row, without a
+    value. A row that sees no key gives out 0 and lse -inf. Keys from L on, unused pages and pages that lie wholly before the window
+    are never read, and their block_table entries may be anything.
+
+    Caches of int8 or float8_e4m3fn hold value / scale, rounded to nearest even and clamped. k_scale, v_scale: fp32, one number or
+    [Hkv], fixed; or one for each token and head, the cache's shape without the last dimension, written at append as max|x| / 127
+    (int8) or max|x| / 448 (fp8).
+
+    num_splits: parts into which the keys of a sequence are divided for parallel work, 0 for a choice by the shapes and the number
+    of threads. batch_invariant: a row's result has the same bits whatever its batch and the number of threads are.
+    lse: natural log of the sum of exp(s), without the sink, fp32. backend: "native", "reference", or None for the first that can.
+
+    Raises ValueError or TypeError before anything is written. Flash decoding: Dao et al. 2023; paged caches: Kwon et al. 2023
+    (arXiv 2309.06180).
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        to = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x is None or x.dtype == torch.float64 else x.to(to) for x in (q, k, v))
+    B, Hq, D = _check_tensors(q, k_cache, v_cache, k, v, kv_lens, block_table)
+    k_scale = _check_cache_scale("k_scale", k_scale, k_cache)
+    v_scale = _check_cache_scale("v_scale", v_scale, v_cache)
+    _check_rotary(rotary_cos, rotary_sin, q)
+    left, right = (-1, -1) if window is None else _check_window(window)
+    if alibi_slopes is not None:
+        _check_option("alibi_slopes", alibi_slopes, q, [(Hq,), (B, Hq)])
+        if alibi_slopes.dtype is not torch.float32:
+            raise ValueError(f"alibi_slopes is {alibi_slopes.dtype}; pass alibi_slopes.float()")
+    if sinks is not None:
+        _check_option("sinks", sinks, q, [(Hq,)])
+        sinks = sinks.to(torch.float64 if q.dtype is torch.float64 else torch.float32).contiguous()
+    scale = D**-0.5 if scale is None else float(scale)
+    softcap = 0.0 if softcap is None else float(softcap)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be a finite number")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap={softcap} must be a finite number, 0 or more (None or 0 for none)")
+    if num_splits < 0:
+        raise ValueError(f"num_splits={num_splits} must be 0 (chosen for you) or more")
+    if torch.is_grad_enabled():
+        for name, x in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("sinks", sinks)):
+            if x is not None and x.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, but attention_with_kv_cache has no backward; call it under torch.no_grad(), "
+                    "or train with foveate.attention"
+                )
+    out, lse = _kv_cache_op.op(
+        q, k_cache, v_cache, k, v, kv_lens, block_table, rotary_cos, rotary_sin, rotary_interleaved, causal, left, right,
+        scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits, batch_invariant, backend or "",
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check_tensors(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    kv_lens: Tensor,
+    block_table: Tensor | None,
+) -> tuple[int, int, int]:
+    """B, Hq, D."""
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {_shape(x)}; it must have four dimensions, [B, S, H, D]")
+        _check_device(name, x, q)
+    B, _, Hq, D = q.shape
+    Hkv, Dv = v_cache.shape[2:]
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(
+            f"k_cache {_shape(k_cache)} and v_cache {_shape(v_cache)} must be equal but for the last dimension"
+        )
+    if k_cache.shape[3] != D:
+        raise ValueError(
+            f"q has head dim {D} and k_cache has {k_cache.shape[3]} (the last dimension); they must be equal"
+        )
+    if Hkv == 0 or Hq % Hkv != 0:
+        raise ValueError(
+            f"q has {Hq} heads and the cache has {Hkv}; the number of query heads must be a multiple of the KV heads"
+        )
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise ValueError(
+                f"the last dimension of {name} has stride {x.stride(3)}; it must be contiguous, as the cache is written in place"
+            )
+    if q.dtype not in _DTYPES:
+        raise ValueError(f"q is {q.dtype}; attention_with_kv_cache takes {', '.join(map(str, _DTYPES))}")
+    if k_cache.dtype is not v_cache.dtype:
+        raise ValueError(f"k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}; they must be equal")
+    if k_cache.dtype is not q.dtype and k_cache.dtype not in QUANTIZED:
+        raise ValueError(
+            f"q is {q.dtype} and the cache {k_cache.dtype}; cast q to the cache's dtype, or store int8 or float8_e4m3fn"
+        )
+    if (k is None) != (v is None):
+        raise ValueError("k and v must be given together: both new keys and their values are appended")
+    if k is not None and v is not None:
+        for name, x, dim in (("k", k, D), ("v", v, Dv)):
+            if x.dim() != 4 or x.shape != (B, k.shape[1], Hkv, dim):
+                raise ValueError(
+                    f"{name} has shape {_shape(x)}; it must be [B, Snew, Hkv, head dim] = [{B}, Snew, {Hkv}, {dim}]"
+                )
+            if x.dtype is not q.dtype:
+                raise ValueError(f"{name} is {x.dtype} and q {q.dtype}; cast it with .to(q.dtype)")
+            _check_device(name, x, q)
+    if not isinstance(kv_lens, Tensor):
+        raise TypeError(f"kv_lens must be a torch.Tensor [B] of int32 or int64, got {type(kv_lens).__name__}")
+    if kv_lens.shape != (B,) or kv_lens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"kv_lens is {kv_lens.dtype} of shape {_shape(kv_lens)}; it must be int32 or int64 [{B}]")
+    _check_device("kv_lens", kv_lens, q)
+    if block_table is None:
+        if k_cache.shape[0] != B:
+            raise ValueError(
+                f"q has batch size {B} and the cache {k_cache.shape[0]}; they must be equal, unless the cache is paged (block_table)"
+            )
+    else:
+        if block_table.dim() != 2 or block_table.shape[0] != B or block_table.dtype is not torch.int32:
+            raise ValueError(
+                f"block_table is {block_table.dtype} of shape {_shape(block_table)}; it must be int32 [B, max_pages] with B = {B}"
+            )
+        if block_table.shape[1] > 1 and block_table.stride(1) != 1:
+            raise ValueError("the last dimension of block_table must be contiguous; pass block_table.contiguous()")
+        if k_cache.shape[1] == 0:
+            raise ValueError("the pages of k_cache hold no keys: page_size (dimension 1) is 0")
+        _check_device("block_table", block_table, q)
+    return B, Hq, D
+
+
+def _check_cache_scale(name: str, scale: Tensor | float | None, cache: Tensor) -> Tensor | None:
+    if cache.dtype not in QUANTIZED:
+        if scale is not None:
+            raise ValueError(
+                f"{name} is given, but the cache is {cache.dtype}; only int8 and float8_e4m3fn caches have scales"
+            )
+        return None
+    if scale is None:
+        raise ValueError(
+            f"the cache is {cache.dtype} and needs {name}: a float, fp32 [Hkv], or fp32 {_shape(cache)[:3]}, one for each token and head"
+        )
+    if not isinstance(scale, Tensor):
+        return torch.full((), float(scale), dtype=torch.float32, device=cache.device)
+    _check_option(name, scale, cache, [(), (cache.shape[2],), tuple(cache.shape[:3])])
+    if scale.dtype is not torch.float32:
+        raise ValueError(f"{name} is {scale.dtype}; it must be float32")
+    return scale
+
+
+def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
+    if (cos is None) != (sin is None):
+        raise ValueError("rotary_cos and rotary_sin must be given together")
+    if cos is None or sin is None:
+        return
+    if cos.dim() != 2 or cos.shape != sin.shape or cos.dtype is not sin.dtype:
+        raise ValueError(
+            f"rotary_cos is {cos.dtype} {_shape(cos)} and rotary_sin {sin.dtype} {_shape(sin)}; both must be [max_pos, rot / 2]"
+        )
+    if cos.dtype not in (torch.float32, q.dtype):
+        raise ValueError(f"rotary_cos and rotary_sin are {cos.dtype}; they must be float32 or {q.dtype}, as q is")
+    if 2 * cos.shape[1] > q.shape[3]:
+        raise ValueError(f"rotary_cos turns 2 * {cos.shape[1]} elements of each head, but the head dim is {q.shape[3]}")
+    for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
+        _check_device(name, x, q)
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous; pass {name}.contiguous()")
+
+
+def _check_window(window: tuple[int | None, int | None]) -> tuple[int, int]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window={window!r} must be a pair (left, right)")
+    sides = [-1 if side is None else side for side in window]
+    if min(sides) < -1:
+        raise ValueError(f"window={tuple(window)} must hold numbers of keys, 0 or more; None or -1 is unlimited")
+    left, right = (-1 if side > _UNLIMITED else side for side in sides)
+    return left, right
+
+
+def _check_option(name: str, x: Tensor, q: Tensor, shapes: list[tuple[int, ...]]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if tuple(x.shape) not in shapes:
+        raise ValueError(f"{name} has shape {_shape(x)}; it must be {' or '.join(str(list(s)) for s in shapes)}")
+    _check_device(name, x, q)
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(
+            f"{name} is on {x.device}, the other tensors on {q.device}; move it with .to({str(q.device)!r})"
+        )
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)
