@@ -13,8 +13,10 @@ constexpr int kChains = kTileRows * kTileVecs;
 // The compiler must take v for unknown here, and so can neither compute ahead nor merge steps. It costs no instruction.
 template <class V>
 FOVEATE_INLINE void hide(V& v) {
-#if defined(__x86_64__)
-  asm volatile("" : "+x"(v));
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(v));  // any of 32 registers
+#elif defined(__x86_64__)
+  asm volatile("" : "+x"(v));  // any of 16
 #else
   asm volatile("" : "+w"(v));
 #endif
@@ -42,6 +44,7 @@ float run_chains(int64_t steps, int64_t& flops) {
     }
   }
   V total{};
+#pragma GCC unroll 32
   for (int c = 0; c < kChains; ++c) total += acc[c];
   flops = 2 * kChains * kWidth<M> * M::kPair;
   return static_cast<float>(hsum(total));

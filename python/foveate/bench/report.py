@@ -86,8 +86,9 @@ def print_tables(machine: Machine, limits: Limits, rows: Sequence[Row], summarie
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
-    console.print(limits_line(machine, limits), highlight=False)
+    console = Console()
+    console.width = max(console.width, 120)  # a narrow terminal may wrap the lines; a pipe has no width at all
+    console.print(limits_line(machine, limits), highlight=False, soft_wrap=True)
     for bench in dict.fromkeys(row.bench for row in rows):
         table = Table(title=bench, title_justify="left")
         for header in ("case", "dtype"):
