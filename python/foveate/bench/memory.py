@@ -22,7 +22,8 @@ from foveate.bench.cases import DTYPES, MemoryCase
 
 
 def measure(case: MemoryCase, implementation: str, threads: int) -> int:
-    """Bytes by which forward + backward raise the peak of a fresh process. implementation: "foveate" or "sdpa"."""
+    """Bytes by which forward + backward raise the peak of a fresh process. implementation: "foveate", "sdpa", or "reference", which
+    stores the scores and shows what that costs."""
     command = [sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(case)), implementation, str(threads)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -55,7 +56,7 @@ def _forward_backward(implementation: str, S: int, case: MemoryCase) -> None:
     if implementation == "sdpa":
         out: Tensor = F.scaled_dot_product_attention(*leaves, is_causal=True)
     else:
-        out = foveate.attention(*leaves, causal=True)
+        out = foveate.attention(*leaves, causal=True, backend="reference" if implementation == "reference" else None)
     grads = torch.autograd.grad(out, leaves, g)
     growth = _status_bytes("VmHWM") - before
     if S == case.S:

@@ -40,7 +40,7 @@ def numbers(machine: Machine, rows: Sequence[Row]) -> str:
         lines.append(
             f"| {TITLES[s.bench]} | {s.dtype} | {s.peer} | {s.cases} | {s.mean_ratio:.2f}x | {s.min_ratio:.2f}x | {percent} |"
         )
-    exponents = [f"{row.rate:.2f} ({row.dtype})" for row in rows if row.unit == "a"]
+    exponents = [f"{row.rate:.2f} ({row.dtype})" for row in rows if row.unit == "exponent"]
     if exponents:
         lines += ["", f"Peak memory of forward + backward grows as S to the power of {', '.join(exponents)}."]
     return "\n".join(lines)

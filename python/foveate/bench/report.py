@@ -90,37 +90,46 @@ def print_tables(machine: Machine, limits: Limits, rows: Sequence[Row], summarie
     console.width = max(console.width, 120)  # a narrow terminal may wrap the lines; a pipe has no width at all
     console.print(limits_line(machine, limits), highlight=False, soft_wrap=True)
     for bench in dict.fromkeys(row.bench for row in rows):
-        table = Table(title=bench, title_justify="left")
-        for header in ("case", "dtype"):
-            table.add_column(header, no_wrap=True)
-        for header in ("µs" if bench != "memory" else "peak MiB", "rate", "% of limit", "beside", "ratio"):
-            table.add_column(header, justify="right", no_wrap=True)
-        for row in (r for r in rows if r.bench == bench):
-            table.add_row(*_cells(row))
-        console.print(table)
+        cells = [_cells(row) for row in rows if row.bench == bench]
+        used = [header for header in cells[0] if any(c[header] for c in cells)]
+        console.print(_table(Table, bench, used, [[c[header] for header in used] for c in cells]))
     if summaries:
-        table = Table(title="geometric means", title_justify="left")
-        for header in ("bench", "dtype", "beside", "cases", "ratio", "lowest", "% of limit", "lowest"):
-            table.add_column(header, no_wrap=True)
-        for s in summaries:
-            table.add_row(
-                s.bench, s.dtype, s.peer, str(s.cases), f"{s.mean_ratio:.2f}x", f"{s.min_ratio:.2f}x",
-                _percent(s.mean_percent_of_limit), _percent(s.min_percent_of_limit),
-            )  # fmt: skip
-        console.print(table)
+        headers = ("bench", "dtype", "beside", "cases", "ratio", "lowest", "% of limit", "lowest")
+        lines = [
+            [s.bench, s.dtype, s.peer, str(s.cases), f"{s.mean_ratio:.2f}x", f"{s.min_ratio:.2f}x",
+             _percent(s.mean_percent_of_limit), _percent(s.min_percent_of_limit)]
+            for s in summaries
+        ]  # fmt: skip
+        console.print(_table(Table, "geometric means", headers, lines))
 
 
-def _cells(row: Row) -> list[str]:
-    if row.us is not None:
-        amount = f"{row.us:,.1f} ± {row.spread_us:,.1f}"
-    else:
-        amount = "" if row.peak_mib is None else f"{row.peak_mib:,.1f}"
-    if row.unit == "a":
-        rate = f"a = {row.rate:.2f}"
-    else:
-        rate = "" if row.rate is None else f"{row.rate:,.1f} {row.unit}"
-    ratio = row.note if row.ratio is None else f"{row.ratio:.2f}x"
-    return [row.case, row.dtype, amount, rate, _percent(row.percent_of_limit), row.peer, ratio]
+def _table(kind: Any, title: str, headers: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
+    table = kind(title=title, title_justify="left")
+    for header in headers:
+        left = header in ("bench", "case", "dtype", "beside", "note")
+        table.add_column(header, justify="left" if left else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _cells(row: Row) -> dict[str, str]:
+    def number(value: float | None, form: str = ",.1f") -> str:
+        return "" if value is None else format(value, form)
+
+    return {
+        "case": row.case,
+        "dtype": row.dtype,
+        "µs": "" if row.us is None else f"{row.us:,.1f} ± {row.spread_us:,.1f}",
+        "peak MiB": number(row.peak_mib),
+        "rate": "" if row.rate is None else f"{row.rate:,.2f} {row.unit}",
+        "% of limit": _percent(row.percent_of_limit),
+        "beside": row.peer,
+        "its µs": number(row.peer_us),
+        "its peak": number(row.peer_peak_mib),
+        "ratio": "" if row.ratio is None else f"{row.ratio:.2f}x",
+        "note": row.note,
+    }
 
 
 def _percent(value: float | None) -> str:

@@ -120,7 +120,7 @@ def _memory_rows(todo: Sequence[cases.Case], options: Options, threads: int) -> 
                 theirs = memory.measure(case, name, threads)
                 yield dataclasses.replace(row, peer=name, peer_peak_mib=theirs / 2**20, ratio=theirs / peak)
         exponent = memory.growth_exponent([case.S for case in own], peaks)
-        yield Row("memory", "peak = c * S**a", dtype, rate=exponent, unit="a", note="1 is linear growth, 2 is that of stored scores")
+        yield Row("memory", "growth with S", dtype, rate=exponent, unit="exponent", note="1: linear; 2: stored scores")
 
 
 def summarize(measured: Sequence[Row]) -> list[Summary]:
