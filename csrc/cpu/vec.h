@@ -122,13 +122,31 @@ FOVEATE_INLINE void from_float(f16* p, float x) {
 
 // ---- vector load and store, converting ---------------------------------------------------------------------------------------
 
+// Integer lanes to 32 bits. __builtin_convertvector of GCC 12 splits and reassembles the vector, 6 instructions for one.
+template <class To, class V>
+FOVEATE_INLINE auto widen(V v) {
+  constexpr int n = sizeof(V) / sizeof(v[0]);
+  using From = std::remove_cvref_t<decltype(v[0])>;
+  using Wide = vec<To, n>;
+#if defined(__AVX512F__)
+  if constexpr (n == 16 && std::is_same_v<From, uint16_t>) return (Wide)_mm512_cvtepu16_epi32((__m256i)v);
+  else if constexpr (n == 16 && std::is_same_v<From, uint8_t>) return (Wide)_mm512_cvtepu8_epi32((__m128i)v);
+  else if constexpr (n == 16 && std::is_same_v<From, int8_t>) return (Wide)_mm512_cvtepi8_epi32((__m128i)v);
+  else
+#elif defined(__AVX2__)
+  if constexpr (n == 8 && std::is_same_v<From, uint16_t>) return (Wide)_mm256_cvtepu16_epi32((__m128i)v);
+  else
+#endif
+    return __builtin_convertvector(v, Wide);
+}
+
 template <class A, class T>
 FOVEATE_INLINE Vec<A> load(const T* p) {
   constexpr int n = kLanes<A>;
   if constexpr (std::is_same_v<A, T>) {
     return load_raw<Vec<A>>(p);
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, bf16>) {
-    return bit_cast<Vec<float>>(__builtin_convertvector(load_raw<vec<uint16_t, n>>(p), vec<uint32_t, n>) << 16);
+    return bit_cast<Vec<float>>(widen<uint32_t>(load_raw<vec<uint16_t, n>>(p)) << 16);
 #if defined(__AVX512F__)
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, f16>) {
     return (Vec<float>)_mm512_cvtph_ps(load_raw<__m256i>(p));
@@ -137,9 +155,9 @@ FOVEATE_INLINE Vec<A> load(const T* p) {
     return (Vec<float>)_mm256_cvtph_ps(load_raw<__m128i>(p));
 #endif
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, int8_t>) {
-    return __builtin_convertvector(__builtin_convertvector(load_raw<vec<int8_t, n>>(p), vec<int32_t, n>), Vec<float>);
+    return __builtin_convertvector(widen<int32_t>(load_raw<vec<int8_t, n>>(p)), Vec<float>);
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, f8e4m3>) {
-    const auto bits = __builtin_convertvector(load_raw<vec<uint8_t, n>>(p), vec<uint32_t, n>);
+    const auto bits = widen<uint32_t>(load_raw<vec<uint8_t, n>>(p));
     const auto magnitude = bits & 0x7f;
     const auto value = bit_cast<vec<uint32_t, n>>(bit_cast<Vec<float>>(magnitude << 20) * 0x1p120f) | (bits & 0x80) << 24;
     return bit_cast<Vec<float>>(magnitude == 0x7f ? value | 0x7fc00000u : value);
@@ -193,9 +211,13 @@ FOVEATE_INLINE void store_n(T* p, V v, int64_t n) {
 // ---- arithmetic --------------------------------------------------------------------------------------------------------------
 
 template <class V>
-FOVEATE_INLINE V vmax(V a, V b) {
+FOVEATE_INLINE V vmax(V a, V b) {  // b where either is NaN
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  if constexpr (std::is_same_v<V, Vec<float>>) return (V)_mm_max_ps((__m128)a, (__m128)b);
 #endif
   return a > b ? a : b;
 }
@@ -238,8 +260,8 @@ FOVEATE_INLINE Vec<A> vabs(Vec<A> v) {
 // of a 16-bit rounding. The polynomial is the minimax fit of 2^f on |f| <= 1/2.
 template <int kDegree = 5>
 FOVEATE_INLINE VecF exp2v(VecF x) {
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
-  const VecF clamped = x < -127.0f ? splat(-127.0f) : x;
+  constexpr float kRound = 0x1.8p23f + 127;  // adding it leaves the nearest integer, biased as an exponent is, in the low mantissa bits
+  const VecF clamped = vmax(splat(-127.0f), x);
   const VecF shifted = clamped + kRound;
   const VecF f = clamped - (shifted - kRound);
   VecF p;
@@ -256,9 +278,7 @@ FOVEATE_INLINE VecF exp2v(VecF x) {
     p = p * f + 0.9999992614f;
   }
   // The scale 2^n is built in the exponent bits; n = -127 gives exponent 0, that is a factor of 0.
-  const VecI n = bit_cast<VecI>(shifted) - bit_cast<int32_t>(kRound);
-  const VecF scale = bit_cast<VecF>((n + 127) << 23);
-  return p * scale;
+  return p * bit_cast<VecF>(bit_cast<VecI>(shifted) << 23);
 }
 template <int kDegree = 5>
 FOVEATE_INLINE Vec<double> exp2v(Vec<double> x) {

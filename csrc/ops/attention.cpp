@@ -70,6 +70,7 @@ AttentionParams attention_params(const TensorView& q, const TensorView& k, const
   const DType acc = accumulator(q.dtype);
   p.heads_q = q.shape[ndim - 2], p.heads_kv = k.shape[ndim - 2], p.head_dim = q.shape[ndim - 1], p.head_dim_v = v.shape[ndim - 1];
   check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, k has ", p.heads_kv, ", which does not divide them");
+  check(p.head_dim <= kMaxHeadDim && p.head_dim_v <= kMaxHeadDim, "head dims ", p.head_dim, " and ", p.head_dim_v, " exceed the limit of ", kMaxHeadDim);
   check_size(k, "k", ndim - 1, p.head_dim);
   for (int i = 0; i + 1 < ndim; ++i) check_size(v, "v", i, k.shape[i]);
   check_like(out, "out", q, p.head_dim_v, q.dtype);

@@ -5,6 +5,8 @@
 
 namespace foveate {
 
+constexpr int64_t kMaxHeadDim = 256;  // of the blocked kernels; decode takes more
+
 // A [batch, seq, head, dim] operand with contiguous dim; strides in elements. In varlen, batch is 0 and cu_seqlens move along seq.
 struct Rows {
   void* data = nullptr;

@@ -74,12 +74,19 @@ def _check_heads(Hq: int, Hkv: int, Hv: int, D: int, Dk: int, Dv: int) -> None:
 
 def same_kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of one device and dtype, cast by autocast where it is on."""
-    device, dtype = q.device, q.dtype
-    if k.device != device or v.device != device:
-        raise ValueError(f"q, k and v are on {device}, {k.device} and {v.device}; move them to one device with .to(q.device)")
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+    dtype = q.dtype
+    if q.is_cpu and k.is_cpu and v.is_cpu:
+        kind = "cpu"
+    else:
+        device = q.device
+        if k.device != device or v.device != device:
+            raise ValueError(
+                f"q, k and v are on {device}, {k.device} and {v.device}; move them to one device with .to(q.device)"
+            )
+        kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         # As torch's own attention: everything floating but fp64 is cast.
-        to = torch.get_autocast_dtype(device.type)
+        to = torch.get_autocast_dtype(kind)
         q, k, v = (x.to(to) if x.dtype in _AUTOCAST_DTYPES else x for x in (q, k, v))
         dtype = q.dtype
     if k.dtype is not dtype or v.dtype is not dtype:

@@ -58,22 +58,14 @@ _SCHEMA = (
 _NUM_TENSORS = 12
 # What has a gradient, by its place among the tensors: q, k, v, bias, rel_table, sinks.
 _DIFFERENTIABLE = (0, 1, 2, 3, 6, 7)
-_OPTION_NAMES = ("bias", "mask", "alibi_slopes", "relative_bias", "sinks", "kv_lens", "varlen")
+_OPTION_NAMES = ("bias", "mask", "alibi_slopes", "relative_bias", "sinks", "kv_lens", "varlen", "causal", "window",
+                 "softcap", "dropout_p")  # fmt: skip
 
 
-def query(device: str, dtype: torch.dtype, D: int, Dv: int, operands: Sequence[object], causal: bool, left: int,
-          right: int, softcap: float, dropout_p: float) -> Query:  # fmt: skip
-    """What the choice of the backend depends on; operands are bias, mask, alibi, rel_table, sinks, kv_lens and cu_q."""
-    names = [name for name, operand in zip(_OPTION_NAMES, operands) if operand is not None]
-    if causal:
-        names.append("causal")
-    if left >= 0 or right >= 0:
-        names.append("window")
-    if softcap > 0:
-        names.append("softcap")
-    if dropout_p > 0:
-        names.append("dropout_p")
-    return Query(device, dtype, (D, Dv, *names))
+@functools.lru_cache(maxsize=4096)
+def query(device: str, dtype: torch.dtype, D: int, Dv: int, used: tuple[bool, ...]) -> Query:
+    """What the choice of the backend depends on: `used` says of each of _OPTION_NAMES whether the call has it."""
+    return Query(device, dtype, (D, Dv, *(name for name, use in zip(_OPTION_NAMES, used) if use)))
 
 
 def _native_supports(query: Query) -> str | None:
@@ -99,24 +91,24 @@ def runs() -> int:
     return _runs
 
 
-def forward(*args: Any) -> tuple[Tensor, Tensor]:
+def forward(*args: Any, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """`Operands` -> out, lse: chooses the backend, allocates the outputs, runs."""
     global _runs
     _runs += 1
-    (q, k, v, bias, mask, alibi, rel_table, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal, left, right,
+    (q, k, v, bias, mask, alibi, table, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal, left, right,
      scale, softcap, bidirectional, max_distance, dropout_p, backend) = args  # fmt: skip
-    operands = (bias, mask, alibi, rel_table, sinks, kv_lens, cu_q)
-    key = query(q.device.type, q.dtype, q.shape[-1], v.shape[-1], operands, causal, left, right, softcap, dropout_p)
-    if choose("attention", key, backend or None) == "reference":
-        out, lse = _reference_forward(Operands(*args))
+    if _chosen("attention", *args) == "reference":
+        with torch.no_grad():
+            out, lse = _reference_forward(Operands(*args))
         return out.contiguous(), lse.contiguous()
-    out, lse = _empty_outputs(q, v, cu_q)
+    out = _empty_out(q, v)
+    lse = _empty_lse(q, cu_q) if need_lse else None
     buckets = None
-    if rel_table is not None:
-        buckets = _buckets(max_q, max_k, rel_table.shape[0], bidirectional, max_distance, q.device)
+    if table is not None:
+        buckets = _buckets(max_q, max_k, table.shape[0], bidirectional, max_distance, q.device)
     _C.attention_forward(  # type: ignore[union-attr]
-        _rows(q), _rows(k), _rows(v), out, lse, bias, mask, alibi, rel_table, buckets, sinks, kv_lens, cu_q, cu_k,
-        philox, max_q, max_k, causal, left, right, scale, softcap, dropout_p, torch.get_num_threads(),
+        _rows(q), _rows(k), _rows(v), out, lse, bias, mask, alibi, table, buckets, sinks, kv_lens, cu_q, cu_k, philox,
+        max_q, max_k, causal, left, right, scale, softcap, dropout_p, torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
@@ -125,10 +117,7 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
     """Gradients of q, k, v, bias, rel_table and sinks; an empty tensor for those that `wanted`, the last argument, leaves out."""
     *operands, wanted = args
     c = Operands(*operands)
-    key = query(c.q.device.type, c.q.dtype, c.q.shape[-1], c.v.shape[-1],
-                (c.bias, c.mask, c.alibi, c.rel_table, c.sinks, c.kv_lens, c.cu_q),
-                c.causal, c.window_left, c.window_right, c.softcap, c.dropout_p)  # fmt: skip
-    if choose("attention_backward", key, c.backend or None) == "reference":
+    if _chosen("attention_backward", *c) == "reference":
         return _reference_backward(dout, dlse, c, wanted)
     grads = _empty_grads(c, wanted)
     dq, dk, dv, _, drel_table, dsinks = (grad if want else None for grad, want in zip(grads, wanted))
@@ -150,9 +139,19 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
     return grads
 
 
+def _chosen(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, alibi: Any, rel_table: Any, sinks: Any,
+            kv_lens: Any, cu_q: Any, cu_k: Any, philox: Any, max_q: int, max_k: int, causal: bool, left: int,
+            right: int, scale: float, softcap: float, bidirectional: bool, max_distance: int, dropout_p: float,
+            backend: str) -> str:  # fmt: skip
+    used = (bias is not None, mask is not None, alibi is not None, rel_table is not None, sinks is not None,
+            kv_lens is not None, cu_q is not None, causal, left >= 0 or right >= 0, softcap > 0, dropout_p > 0)  # fmt: skip
+    device = "cpu" if q.is_cpu else q.device.type
+    return choose(op, query(device, q.dtype, q.shape[-1], v.shape[-1], used), backend or None)
+
+
 def _rows(x: Tensor) -> Tensor:
     """x with a contiguous last dimension, copied if it has none."""
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    return x if x.is_contiguous() or x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.lru_cache(maxsize=64)
@@ -165,12 +164,17 @@ def _buckets(max_q: int, max_k: int, buckets: int, bidirectional: bool, max_dist
 # Shapes and strides of the results: of the allocations above and of the fake kernels.
 
 
-def _empty_outputs(q: Tensor, v: Tensor, cu_q: Tensor | None) -> tuple[Tensor, Tensor]:
-    shape, dtype, device = q.shape, q.dtype, q.device
-    lse_shape = (shape[0], shape[2], shape[1]) if cu_q is None else (shape[1], shape[0])
-    lse_dtype = torch.float64 if dtype is torch.float64 else torch.float32
-    out = torch.empty((*shape[:-1], v.shape[-1]), dtype=dtype, device=device)
-    return out, torch.empty(lse_shape, dtype=lse_dtype, device=device)
+def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+    shape, Dv = q.shape, v.shape[-1]
+    if shape[-1] == Dv and q.is_contiguous():
+        return torch.empty_like(q)
+    return torch.empty((*shape[:-1], Dv), dtype=q.dtype, device=q.device)
+
+
+def _empty_lse(q: Tensor, cu_q: Tensor | None) -> Tensor:
+    shape = q.shape
+    rows = (shape[0], shape[2], shape[1]) if cu_q is None else (shape[1], shape[0])
+    return torch.empty(rows, dtype=torch.float64 if q.dtype is torch.float64 else torch.float32, device=q.device)
 
 
 def _empty_grads(c: Operands, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -183,7 +187,7 @@ def _empty_grads(c: Operands, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
     c = Operands(*args)
-    return _empty_outputs(c.q, c.v, c.cu_q)
+    return _empty_out(c.q, c.v), _empty_lse(c.q, c.cu_q)
 
 
 def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -311,30 +315,31 @@ class AttentionBackward(torch.autograd.Function):
         )
 
 
-# Reading whether anything stands between a call and the CPU or CUDA kernel. A torch without one of these takes the long way.
+# What may stand between a call and the CPU or CUDA kernel. A torch without one of these takes the long way.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_functorch_level = getattr(torch._C._functorch, "peek_interpreter_stack", None)
-_tracing_state = getattr(torch._C, "_get_tracing_state", None)
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_transforms = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+_tracing = getattr(torch._C, "_get_tracing_state", None)
+_long_way = _dispatch_modes is None or _transforms is None or _tracing is None
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _is_plain_eager(operands: tuple[Any, ...]) -> bool:
-    """True if the dispatcher would lead straight to `forward`: real tensors, no gradient, no mode, transform or profiler."""
-    if torch.compiler.is_compiling() or None in (_dispatch_modes, _functorch_level, _tracing_state):
+def _leads_straight_to_forward(operands: tuple[Tensor | None, ...]) -> bool:
+    """True if dispatcher and autograd would add nothing: real tensors, no gradient, no mode, transform, tracer or profiler."""
+    if torch.compiler.is_compiling() or _long_way:
         return False
-    if _dispatch_modes() or _functorch_level() is not None or _tracing_state() is not None:
+    if _dispatch_modes() or _transforms() is not None or _tracing() is not None:  # type: ignore[misc]
         return False
     if torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
         return False
+    recording = torch.is_grad_enabled()
     for x in operands:
-        if type(x) not in _PLAIN_TYPES:
+        if x is not None and (type(x) not in _PLAIN_TYPES or (recording and x.requires_grad) or x.is_neg()):
             return False
-    return not (operands[0].is_neg() or operands[1].is_neg() or operands[2].is_neg())
+    return True
 
 
-def run(*args: Any) -> tuple[Tensor, Tensor]:
+def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out, lse of `Operands` by the shortest way that is right: dispatch and autograd cost as much as a decode step."""
-    operands = args[:_NUM_TENSORS]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        return Attention.apply(*args)
-    return forward(*args) if _is_plain_eager(operands) else Attention.apply(*args)
+    if _leads_straight_to_forward(operands[:_NUM_TENSORS]):
+        return forward(*operands, need_lse=need_lse)
+    return Attention.apply(*operands)

@@ -77,10 +77,10 @@ def attention(
     if dropout_p != 0:
         checks.check_dropout(dropout_p)
         philox = checks.draw_philox(q.device, generator)
-    out, lse = _attention_op.run(
+    out, lse = _attention_op.run((
         q, k, v, bias, mask, alibi_slopes, table, sinks, kv_lens, None, None, philox, Sq, Skv, causal, left, right,
         scale, softcap, bidirectional, max_distance, dropout_p, backend or "",
-    )  # fmt: skip
+    ), need_lse=return_lse)  # fmt: skip
     return (out, lse) if return_lse else out
 
 

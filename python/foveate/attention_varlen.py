@@ -66,8 +66,8 @@ def attention_varlen(
     if dropout_p != 0:
         checks.check_dropout(dropout_p)
         philox = checks.draw_philox(q.device, generator)
-    out, lse = _attention_op.run(
+    out, lse = _attention_op.run((
         q, k, v, None, None, alibi_slopes, table, sinks, None, cu_q, cu_k, philox, max_seqlen_q, max_seqlen_k, causal,
         left, right, scale, softcap, bidirectional, max_distance, dropout_p, backend or "",
-    )  # fmt: skip
+    ), need_lse=return_lse)  # fmt: skip
     return (out, lse) if return_lse else out

@@ -226,13 +226,10 @@ struct Backward {
             const Local& x) const {
     for (int64_t r = 0; r < kBlockQueries; r += kTileRows) {
       const int64_t rows = count - r < kTileRows ? (count - r > 0 ? count - r : 0) : kTileRows;
-      if (rows > 0)
-        for (int64_t c = begin / kPanel<M> * kPanel<M>; c < end; c += kPanel<M>) {
-          gemm_tile<M, kTileRows, kTileVecs, 1, kTileRows, Update::kSet>(k_units, x.q_panels + (q0 + r) * k_units, x.k_columns + c * k_units,
-                                                                         kPanel<M>, x.s + r * kBlockKeys + c, kBlockKeys, nullptr);
-          gemm_tile<M, kTileRows, kTileVecs, 1, kTileRows, Update::kSet>(v_units, x.dout_panels + (q0 + r) * v_units, x.v_columns + c * v_units,
-                                                                         kPanel<M>, x.dp + r * kBlockKeys + c, kBlockKeys, nullptr);
-        }
+      if (rows > 0) {
+        gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, k_units, x.q_panels + (q0 + r) * k_units, x.k_columns, x.s + r * kBlockKeys, kBlockKeys);
+        gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, v_units, x.dout_panels + (q0 + r) * v_units, x.v_columns, x.dp + r * kBlockKeys, kBlockKeys);
+      }
       for (int64_t i = r; i < r + kTileRows; ++i) {
         if (i < r + rows)
           row(b, h, s, chunk, q0 + i, key0, begin, end, x, x.s + i * kBlockKeys, x.dp + i * kBlockKeys);

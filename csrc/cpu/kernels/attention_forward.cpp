@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kBlockKeys = 256;                 // a multiple of every kPanel
 constexpr int64_t kMaxBlockRows = 96;               // a multiple of kTileRows
+constexpr int64_t kQueryStride = kMaxHeadDim + 16;  // fixed, so that rows of a tile are constant offsets; not a power of two, for the cache's sets
 constexpr int64_t kPackedBytes = int64_t{8} << 20;  // K and V packed at a time; more stays in no cache
 
 template <class M>
@@ -37,7 +38,7 @@ struct Forward {
 
   // One thread's working set.
   struct Local {
-    Unit* q;      // [block_rows / kTileRows][k_units][kTileRows]
+    Unit* q;      // [block_rows][kQueryStride]
     Acc* o;       // [block_rows][v_width]
     Acc *max, *sum;  // [block_rows]; max in units of log2
     Unit* temp;   // staging of the packers
@@ -49,7 +50,7 @@ struct Forward {
 
   Local local(const Scratch& scratch, const Layout& layout, int64_t base, int64_t block_rows, int thread) const {
     Layout l = layout;
-    const int64_t q = l.add<Unit>(block_rows * k_units), o = l.add<Acc>(block_rows * v_width), max = l.add<Acc>(block_rows),
+    const int64_t q = l.add<Unit>(block_rows * kQueryStride), o = l.add<Acc>(block_rows * v_width), max = l.add<Acc>(block_rows),
                   sum = l.add<Acc>(block_rows), temp = l.add<Unit>(temp_units()), s = l.add<Acc>(kTileRows * kBlockKeys),
                   probs = l.add<Unit>(M::kPair == 1 ? 0 : kTileRows * kBlockKeys / M::kPair);
     const int64_t at = base + thread * l.total();
@@ -60,7 +61,7 @@ struct Forward {
   }
   int64_t local_bytes(int64_t block_rows) const {
     Layout l;
-    l.add<Unit>(block_rows * k_units), l.add<Acc>(block_rows * v_width), l.add<Acc>(block_rows), l.add<Acc>(block_rows),
+    l.add<Unit>(block_rows * kQueryStride), l.add<Acc>(block_rows * v_width), l.add<Acc>(block_rows), l.add<Acc>(block_rows),
         l.add<Unit>(temp_units()), l.add<Acc>(kTileRows * kBlockKeys), l.add<Unit>(M::kPair == 1 ? 0 : kTileRows * kBlockKeys / M::kPair);
     return l.total();
   }
@@ -147,11 +148,9 @@ struct Forward {
   void load_queries(int64_t b, int64_t hkv, const Sequence& s, int64_t first, int64_t count, int64_t tiles, const Local& x) const {
     for (int64_t r = 0; r < tiles * kTileRows; ++r) {
       if (r < count)
-        convert_row<M>(q_source(p, p.q, b, hkv * group + (first + r) / s.q), (first + r) % s.q, p.head_dim, x.temp, k_units);
+        convert_row<M>(q_source(p, p.q, b, hkv * group + (first + r) / s.q), (first + r) % s.q, p.head_dim, x.q + r * kQueryStride, k_units);
       else
-        std::memset(static_cast<void*>(x.temp), 0, k_units * sizeof(Unit));
-      Unit* dst = x.q + r / kTileRows * kTileRows * k_units + r % kTileRows;
-      for (int64_t d = 0; d < k_units; ++d) dst[d * kTileRows] = x.temp[d];
+        std::memset(static_cast<void*>(x.q + r * kQueryStride), 0, k_units * sizeof(Unit));
     }
   }
 
@@ -161,9 +160,8 @@ struct Forward {
     const int64_t from = seen.begin - key0 > 0 ? seen.begin - key0 : 0, to = seen.end - key0 < kBlockKeys ? seen.end - key0 : kBlockKeys;
     if (from >= to) return;
     const int64_t begin = from / kColumnAlign * kColumnAlign, end = round_up(to, kColumnAlign);
-    const Unit* q = x.q + t * kTileRows * k_units;
-    for (int64_t c = begin / kPanel<M> * kPanel<M>; c < end; c += kPanel<M>)
-      gemm_tile<M, kTileRows, kTileVecs, 1, kTileRows, Update::kSet>(k_units, q, block + c * k_units, kPanel<M>, x.s + c, kBlockKeys, nullptr);
+    const Unit* q = x.q + t * kTileRows * kQueryStride;
+    gemm_columns<M, kTileRows, kQueryStride, 1>(begin, end, k_units, q, block, x.s, kBlockKeys);
 
     const int64_t tile_rows = count - t * kTileRows < kTileRows ? count - t * kTileRows : kTileRows;
     for (int64_t r = 0; r < tile_rows; ++r) {

@@ -9,9 +9,40 @@
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
+FOVEATE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows are handed out in blocks of about this many elements: enough to hide the hand-out, small enough to balance causal rows.
+constexpr int64_t kTaskElements = 32768;
+constexpr int64_t kScratch = 16384;
+
 template <class T, bool kLog, class A, class Scores>
 FOVEATE_INLINE void softmax_row(T* out, int64_t cols, bool stream, const Scores& scores) {
   constexpr int degree = kExpDegree<T>;
+  constexpr int lanes = kLanes<A>;
+  if (!kLog && cols <= kScratch) {
+    alignas(64) A e[kScratch + lanes];
+    Vec<A> peaks[4];
+    for (auto& peak : peaks) peak = splat<A>(std::numeric_limits<A>::lowest());
+    int64_t j = 0;
+    for (; j + 4 * lanes <= cols; j += 4 * lanes)
+      for (int u = 0; u < 4; ++u) peaks[u] = vmax(peaks[u], scores(j + u * lanes, lanes));
+    for (; j < cols; j += lanes) peaks[0] = vmax(peaks[0], scores(j, cols - j));
+    const A max = hmax(vmax(vmax(peaks[0], peaks[1]), vmax(peaks[2], peaks[3])));
+    Vec<A> sums[2] = {};
+    for (j = 0; j + 2 * lanes <= cols; j += 2 * lanes)
+      for (int u = 0; u < 2; ++u) {
+        const Vec<A> v = exp_to<degree, A>(scores(j + u * lanes, lanes) - max);
+        sums[u] += v;
+        store(e + j + u * lanes, v);
+      }
+    for (; j < cols; j += lanes) {
+      const Vec<A> v = exp_to<degree, A>(scores(j, cols - j) - max);
+      sums[0] += v;
+      store(e + j, v);
+    }
+    const A sum = hsum(sums[0] + sums[1]), inverse = sum == 0 ? 0 : 1 / sum;
+    return write_row<A>(out, cols, stream, [&](int64_t j, int64_t) { return load<A>(e + j) * inverse; });
+  }
   const auto [max, sum] = max_and_sum<degree, A>(cols, scores);
   if constexpr (kLog) {
     // An empty row keeps its -inf: max is the lowest finite number there, and log(0) must not meet it.
@@ -22,11 +53,6 @@ FOVEATE_INLINE void softmax_row(T* out, int64_t cols, bool stream, const Scores&
     write_row<A>(out, cols, stream, [&](int64_t j, int64_t rest) { return exp_to<degree, A>(scores(j, rest) - max) * inverse; });
   }
 }
-
-FOVEATE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Rows are handed out in blocks of about this many elements: enough to hide the hand-out, small enough to balance causal rows.
-constexpr int64_t kTaskElements = 32768;
 
 struct Offsets {
   int64_t x = 0, bias = 0, mask = 0;
