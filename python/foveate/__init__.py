@@ -1,10 +1,13 @@
 """Flash-style attention, fused softmax and KV-cache kernels for CPU and GPU, for any torch."""
 
-from foveate._backends import UnsupportedError
+from foveate import drop_in, nn
+from foveate._backends import UnsupportedError, backends, info
+from foveate._explain import explain
 from foveate._relative_bias import RelativeBias
 from foveate.attention import attention, merge_attention
 from foveate.attention_varlen import attention_varlen
 from foveate.kv_cache import attention_with_kv_cache
+from foveate.sdpa import sdpa
 
 __version__ = "0.1.0"
 
@@ -14,5 +17,11 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_with_kv_cache",
+    "backends",
+    "drop_in",
+    "explain",
+    "info",
     "merge_attention",
+    "nn",
+    "sdpa",
 ]

@@ -33,7 +33,7 @@ def check_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, in
     if Bk != B or Bv != B:
         raise ValueError(f"q, k and v have batch sizes {B}, {Bk} and {Bv}; they must be equal (expand the smaller one)")
     if Sv != Skv:
-        raise ValueError(f"k has {Skv} keys and v has {Sv} values (dimension 1); they must be equal")
+        raise ValueError(f"k has {Skv} keys and v has {Sv} values; they must be equal")
     _check_heads(Hq, Hkv, Hv, D, Dk, Dv)
     return B, Sq, Skv, Hq, D
 
@@ -51,7 +51,7 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
     total_k, Hkv, Dk = k.shape
     total_v, Hv, Dv = v.shape
     if total_v != total_k:
-        raise ValueError(f"k has {total_k} keys and v has {total_v} values (dimension 0); they must be equal")
+        raise ValueError(f"k has {total_k} keys and v has {total_v} values; they must be equal")
     _check_heads(Hq, Hkv, Hv, D, Dk, Dv)
     return Hq, D
 
@@ -64,7 +64,7 @@ def _check_heads(Hq: int, Hkv: int, Hv: int, D: int, Dk: int, Dv: int) -> None:
             f"q has {Hq} heads and k and v have {Hkv}; the number of query heads must be a multiple of the number of KV heads"
         )
     if Dk != D:
-        raise ValueError(f"q has head dim {D} and k has {Dk} (the last dimension); they must be equal")
+        raise ValueError(f"q has head dim {D} and k has {Dk}; they must be equal")
     if not (0 < D <= MAX_HEAD_DIM and 0 < Dv <= MAX_HEAD_DIM):
         raise ValueError(
             f"head dims are {D} for q and k and {Dv} for v; attention takes 1 to {MAX_HEAD_DIM}: split the heads, or use "
@@ -122,7 +122,9 @@ def check_dropout(dropout_p: float) -> None:
 
 def _number(name: str, value: Any, wanted: str) -> Exception:
     if isinstance(value, Tensor):
-        return TypeError(f"{name} must be a Python number, got a tensor; pass {name}.item() (which waits for the device)")
+        return TypeError(
+            f"{name} must be a Python number, got a tensor; pass {name}.item() (which waits for the device)"
+        )
     return ValueError(f"{name}={value} must be {wanted}")
 
 
@@ -140,7 +142,9 @@ def check_scores_operand(name: str, x: Tensor, q: Tensor, shape: tuple[int, int,
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {_type(x)}")
     if name == "mask" and x.dtype is not torch.bool:
-        raise ValueError(f"mask has dtype {x.dtype}; it must be torch.bool with True = keep (an additive mask goes to bias)")
+        raise ValueError(
+            f"mask has dtype {x.dtype}; it must be torch.bool with True = keep (an additive mask goes to bias)"
+        )
     if name == "bias" and x.dtype not in DTYPES:
         raise ValueError(f"bias has dtype {x.dtype}; it must be floating (a bool mask goes to mask)")
     _check_device(name, x, q)

@@ -91,19 +91,16 @@ def runs() -> int:
     return _runs
 
 
-def forward(*args: Any, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
     """`Operands` -> out, lse: chooses the backend, allocates the outputs, runs."""
     global _runs
     _runs += 1
     (q, k, v, bias, mask, alibi, table, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal, left, right,
-     scale, softcap, bidirectional, max_distance, dropout_p, backend) = args  # fmt: skip
+     scale, softcap, bidirectional, max_distance, dropout_p, _) = args  # fmt: skip
     if _chosen("attention", *args) == "reference":
         with torch.no_grad():
-            out, lse = _reference_forward(Operands(*args))
-        return out.contiguous(), lse.contiguous()
-    out = _empty_out(q, v)
-    lse = _empty_lse(q, cu_q) if need_lse else None
-    buckets = None
+            return tuple(x.contiguous() for x in _reference_forward(Operands(*args)))
+    out, lse, buckets = _empty_out(q, v), _empty_lse(q, cu_q) if need_lse else None, None
     if table is not None:
         buckets = _buckets(max_q, max_k, table.shape[0], bidirectional, max_distance, q.device)
     _C.attention_forward(  # type: ignore[union-attr]
@@ -125,9 +122,7 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
     dbias = torch.empty(c.bias.shape, dtype=lse.dtype, device=c.q.device) if wanted[3] else None  # type: ignore[union-attr]
     buckets = None
     if c.rel_table is not None:
-        buckets = _buckets(
-            c.max_q, c.max_k, c.rel_table.shape[0], c.rel_bidirectional, c.rel_max_distance, c.q.device
-        )
+        buckets = _buckets(c.max_q, c.max_k, c.rel_table.shape[0], c.rel_bidirectional, c.rel_max_distance, c.q.device)
     _C.attention_backward(  # type: ignore[union-attr]
         _rows(dout), None if dlse is None else dlse.contiguous(), _rows(c.q), _rows(c.k), _rows(c.v), out, lse, dq, dk,
         dv, dbias, drel_table, dsinks, c.bias, c.mask, c.alibi, c.rel_table, buckets, c.sinks, c.kv_lens, c.cu_q,
@@ -178,7 +173,7 @@ def _empty_lse(q: Tensor, cu_q: Tensor | None) -> Tensor:
 
 
 def _empty_grads(c: Operands, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    operands = [c[i] for i in _DIFFERENTIABLE]
+    operands: list[Any] = [c[i] for i in _DIFFERENTIABLE]
     return tuple(
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if want else c.q.new_empty(0)
         for x, want in zip(operands, wanted)
@@ -199,7 +194,7 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
 
 
 def _reference_forward(c: Operands) -> tuple[Tensor, Tensor]:
-    options = {
+    options: dict[str, Any] = {
         "causal": c.causal,
         "window": (c.window_left, c.window_right),
         "scale": c.scale,
@@ -254,9 +249,7 @@ def _reference_backward(dout: Tensor, dlse: Tensor | None, c: Operands, wanted: 
     return tuple(next(found).contiguous() if want else c.q.new_empty(0) for want in wanted)
 
 
-attention_forward = _ops.define(
-    f"attention_forward({_SCHEMA}) -> (Tensor, Tensor)", impl=forward, fake=_fake_forward
-)
+attention_forward = _ops.define(f"attention_forward({_SCHEMA}) -> (Tensor, Tensor)", impl=forward, fake=_fake_forward)
 attention_backward = _ops.define(
     f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_SCHEMA}, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -332,14 +325,20 @@ def _leads_straight_to_forward(operands: tuple[Tensor | None, ...]) -> bool:
     if torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
         return False
     recording = torch.is_grad_enabled()
-    for x in operands:
+    for x in operands:  # noqa: SIM110  a generator costs as much again
         if x is not None and (type(x) not in _PLAIN_TYPES or (recording and x.requires_grad) or x.is_neg()):
             return False
     return True
 
 
-def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
     """out, lse of `Operands` by the shortest way that is right: dispatch and autograd cost as much as a decode step."""
     if _leads_straight_to_forward(operands[:_NUM_TENSORS]):
         return forward(*operands, need_lse=need_lse)
+    if torch.compiler.is_compiling() and not _needs_gradient(operands[:_NUM_TENSORS]):
+        return attention_forward(*operands)
     return Attention.apply(*operands)
+
+
+def _needs_gradient(operands: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)

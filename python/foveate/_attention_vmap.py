@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ _BROADCAST = ("bias", "mask", "alibi")  # have one of size B or 1
 _SHARED = ("rel_table", "sinks", "cu_q", "cu_k", "philox")  # have none
 
 
-def _fold(x: Tensor | None, dim: int | None, V: int, B: int) -> Tensor | None:
+def _fold(x: Any, dim: int | None, V: int, B: int) -> Tensor | None:
     """x with V mapped slices as [V * B, ...]; x without them is repeated, as a view where strides allow."""
     if x is None:
         return None
@@ -24,14 +24,14 @@ def _fold(x: Tensor | None, dim: int | None, V: int, B: int) -> Tensor | None:
     return x.expand(V, B, *x.shape[2:]).flatten(0, 1)
 
 
-def _folded(c: Operands, dims: Operands, V: int, wanted_bias: bool = False) -> Operands | None:
+def _folded(c: Operands, dims: Any, V: int, wanted_bias: bool = False) -> Operands | None:
     """The call with V * B batch rows, or None where that would mean something else."""
     if c.cu_q is not None or c.dropout_p > 0:  # packed rows; the dropout mask depends on the batch row
         return None
     if any(getattr(dims, name) is not None for name in _SHARED):
         return None
     B = c.q.shape[0] if dims.q is None else c.q.movedim(dims.q, 0).shape[1]
-    changed = {name: _fold(getattr(c, name), getattr(dims, name), V, B) for name in _BATCHED}
+    changed: dict[str, Any] = {name: _fold(getattr(c, name), getattr(dims, name), V, B) for name in _BATCHED}
     for name in _BROADCAST:
         x, dim = getattr(c, name), getattr(dims, name)
         shared = x is not None and dim is None and x.shape[0] == 1 and not (wanted_bias and name == "bias")
@@ -56,7 +56,7 @@ def _forward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
 
 def _backward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     V, (dout, dlse, out, lse, *operands, wanted) = info.batch_size, args
-    c, dims = Operands(*operands), Operands(*in_dims[4:-1])
+    c, dims = Operands(*operands), cast(Any, Operands(*in_dims[4:-1]))
     # The op sums the gradients of the table and of sinks over all batch rows; a mapped call has one for each slice.
     folded = None if wanted[4] or wanted[5] else _folded(c, dims, V, wanted_bias=wanted[3])
     if folded is None:

@@ -7,8 +7,11 @@ choice (backend=None) walks down the order native, triton, reference. Answers ar
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
+
+import torch
 
 from foveate import _native
 
@@ -70,3 +73,38 @@ def choose(op: str, query: Query, backend: str | None) -> str:
             return name
         reasons.append(f"{name}: {reason}")
     raise UnsupportedError(f"no backend can serve {op}: " + "; ".join(reasons))
+
+
+def backends() -> dict[str, str]:
+    """Each backend's name with "available", or the sentence why it cannot run here. `explain` answers for one call."""
+    served = {backend for _, backend in _supports}
+    answers = {name: "available" if name in served else f"this version has no {name} kernels" for name in ORDER}
+    if _native._C is None:
+        answers["native"] = str(_native.missing_reason)
+    return answers
+
+
+class Info(dict[str, object]):
+    """A dict that prints as one line for each entry."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.items())
+
+
+def info() -> Info:
+    """What is compiled and what this machine can run: versions, backends, instruction sets, CUDA, threads. Printable."""
+    import foveate
+
+    C = _native._C
+    found = Info(foveate=foveate.__version__, torch=torch.__version__, python=platform.python_version())
+    found.update({f"backend {name}": answer for name, answer in backends().items()})
+    if C is not None:
+        found["cpu target"] = C.cpu_target()
+        found["cpu targets"] = ", ".join(
+            name if runs_here else f"{name} (not on this CPU)" for name, runs_here in C.cpu_targets()
+        )
+        cuda = C.cuda_info() if hasattr(C, "cuda_info") else {"compiled": False}
+        found.update({f"cuda {name}": value for name, value in cuda.items()})
+    found["threads"] = torch.get_num_threads()
+    return found

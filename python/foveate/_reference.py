@@ -1,7 +1,7 @@
 """Plain torch definition of attention: the meaning that every faster backend must reproduce.
 
-Differentiable by autograd on any device, O(Sq * Skv) memory. Half-precision inputs are computed in fp32, fp64 stays fp64; the
-output is rounded once at the end. Nothing here checks its arguments: the public functions do.
+Differentiable by autograd on any device, O(Sq * Skv) memory. Half-precision inputs are computed in fp32, fp64 stays fp64;
+the output is rounded once at the end. Nothing here checks its arguments: the public functions do.
 Dimension letters: B batch, Sq/Skv query/key length, Hq/Hkv query/KV heads, D head dim of q and k, Dv head dim of v.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ._reference_ops import compute_dtype, rotate, safe_softmax
 
 _LOW32 = 0xFFFFFFFF
-# Philox-4x32-10: round multipliers and Weyl key increments (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+# Round multipliers and Weyl key increments (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 
@@ -23,9 +23,9 @@ _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 def relative_buckets(distances: Tensor, num_buckets: int, bidirectional: bool, max_distance: int) -> Tensor:
     """T5's bucket of each distance, key position minus query position (Raffel et al. 2020). int64 in, int64 out.
 
-    With bidirectional, keys after the query use the upper half of the buckets; without it they share bucket 0 with distance 0.
-    Of the buckets of one side the first half is one bucket per distance, the rest grows logarithmically up to max_distance, and
-    every distance from there on shares the last.
+    With bidirectional, keys after the query use the upper half of the buckets; without it they share bucket 0 with
+    distance 0. Of the buckets of one side the first half is one bucket per distance, the rest grows logarithmically up to
+    max_distance, and every distance from there on shares the last.
     """
     if bidirectional:
         num_buckets //= 2
@@ -36,7 +36,7 @@ def relative_buckets(distances: Tensor, num_buckets: int, bidirectional: bool, m
             "it needs at least 2 buckets and a max_distance beyond half of them"
         )
     n = distances.abs() if bidirectional else (-distances).clamp(min=0)
-    # fp32 on purpose, and in this order of operations: checkpoints were trained with these roundings at the bucket borders.
+    # fp32 and in this order of operations: checkpoints were trained with these roundings at the bucket borders.
     log_ratio = torch.log(n.to(torch.float32) / exact) / math.log(max_distance / exact)
     # log(0) = -inf is converted below; its int64 value is arbitrary and never selected.
     grown = exact + (log_ratio * (num_buckets - exact)).to(torch.int64)
@@ -67,8 +67,8 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 def philox_keep(philox: Tensor, p: float, B: int, H: int, Sq: int, Skv: int, first_batch: int = 0) -> Tensor:
     """bool [B, H, Sq, Skv], True where dropout with probability p keeps the weight.
 
-    philox: int64 [2], seed and offset. key = the seed's low and high 32 bits; counter = (j // 4, i, b * H + h, offset's low
-    32 bits), lane j % 4; kept where the 32-bit word >= round(p * 2**32). b counts from first_batch.
+    philox: int64 [2], seed and offset. key = the seed's low and high 32 bits; counter = (j // 4, i, b * H + h, offset's
+    low 32 bits), lane j % 4; kept where the 32-bit word >= round(p * 2**32). b counts from first_batch.
     """
     device = philox.device
     seed, offset = philox[0], philox[1]
@@ -102,14 +102,15 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q @ k.T, capped, biased and masked) @ v, and the log-sum-exp of the scores.
 
-    q: [B, Sq, Hq, D]; k: [B, Skv, Hkv, D]; v: [B, Skv, Hkv, Dv]; Hkv divides Hq. Returns out [B, Sq, Hq, Dv] in q's dtype and
-    lse [B, Hq, Sq] (natural log, without the sink) in the compute dtype.
+    q: [B, Sq, Hq, D]; k: [B, Skv, Hkv, D]; v: [B, Skv, Hkv, Dv]; Hkv divides Hq. Returns out [B, Sq, Hq, Dv] in q's dtype
+    and lse [B, Hq, Sq] (natural log, without the sink) in the compute dtype.
 
-    s = scale * q.k; s = softcap * tanh(s / softcap) if softcap > 0; s += -slope * |distance| + bias + rel_table[bucket(distance)]
-    with distance = j - (i + L - Sq) and L = kv_lens[b], or Skv without kv_lens. Key j is visible if j < L, mask is True,
-    distance <= 0 with causal, and -left <= distance <= right with window (-1: no limit). The sink logit is one more column of the
-    softmax, without a value. Dropout scales the kept weights by 1 / (1 - p); its random words are those of `philox_keep`.
-    A row that sees no key gives out 0, lse -inf and zero gradients. Keys and values from L on are never used, even if they are NaN.
+    s = scale * q.k; with softcap > 0, s = softcap * tanh(s / softcap); then
+    s += -slope * |distance| + bias + rel_table[bucket(distance)], where distance = j - (i + L - Sq) and L = kv_lens[b], or
+    Skv without kv_lens. Key j is visible if j < L, mask is True, distance <= 0 with causal, and -left <= distance <= right
+    with window (-1: no limit). The sink logit is one more column of the softmax, without a value. Dropout scales the kept
+    weights by 1 / (1 - p); its random words are those of `philox_keep`.
+    A row that sees no key gives out 0, lse -inf and zero gradients. Keys and values from L on are never used, NaN or not.
     """
     dtype = compute_dtype(q)
     B, Sq, Hq, _ = q.shape
@@ -148,12 +149,11 @@ def attention(
         visible = visible & (distance <= right)
     if mask is not None:
         visible = visible & mask
-    p, lse = safe_softmax(torch.where(visible, s, float("-inf")))
-
+    s = torch.where(visible, s, float("-inf"))
+    p, lse = safe_softmax(s)
     if sinks is not None:
-        # exp(lse) / (exp(lse) + exp(sink)), the share of the weight that the sink leaves to the keys. Empty rows have p = 0.
-        share = torch.sigmoid(torch.where(lse == float("-inf"), 0.0, lse) - sinks.to(dtype)[:, None])
-        p = p * share[..., None]
+        column = sinks.to(dtype).view(1, Hq, 1, 1).expand(B, -1, Sq, 1)
+        p = safe_softmax(torch.cat([s, column], -1))[0][..., :Skv]
     if dropout_p > 0:
         assert philox is not None, "dropout needs philox (seed, offset)"
         keep = philox_keep(philox.to(q.device), dropout_p, B, Hq, Sq, Skv, first_batch)
@@ -173,9 +173,9 @@ def attention_varlen(
 ) -> tuple[Tensor, Tensor]:
     """`attention` of each of the packed sequences by itself.
 
-    q: [total_q, Hq, D]; k, v: [total_k, Hkv, D or Dv]; cu_seqlens: int32 [B + 1], sequence b is rows cu[b] to cu[b + 1].
-    Options are those of `attention` without mask, bias and kv_lens. In ALiBi [B, Hq] and in the dropout's counter b is the
-    sequence, i and j are positions in it. Returns out [total_q, Hq, Dv] and lse [Hq, total_q].
+    q: [total_q, Hq, D]; k, v: [total_k, Hkv, D or Dv]; cu_seqlens: int32 [B + 1], sequence b is rows cu[b]:cu[b + 1].
+    Options are those of `attention` without mask, bias and kv_lens. In ALiBi [B, Hq] and in the dropout's counter b is
+    the sequence, i and j are positions in it. Returns out [total_q, Hq, Dv] and lse [Hq, total_q].
     """
     outs, lses = [q.new_empty(0, q.shape[1], v.shape[2])], [q.new_empty(q.shape[1], 0, dtype=compute_dtype(q))]
     cu_q, cu_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -260,15 +260,15 @@ def attention_with_kv_cache(
     """Appends k and v to the cache IN PLACE, then attends from q to the kv_lens[b] + Snew keys of each sequence.
 
     q: [B, Sq, Hq, D]; k, v: [B, Snew, Hkv, D or Dv] or None (Snew = 0); kv_lens: int [B], the keys already there.
-    k_cache, v_cache: [B, Smax, Hkv, D or Dv], or pages [pages, page_size, Hkv, D or Dv] with block_table int32 [B, max_pages],
-    where position t of sequence b lies in page block_table[b, t // page_size], row t % page_size.
-    rotary_cos, rotary_sin: [max_pos, rot / 2]; k row i is turned by position kv_lens[b] + i before it is stored, and q row i by
-    kv_lens[b] + i, without k by kv_lens[b] - Sq + i.
-    An int8 or float8_e4m3fn cache holds value / scale, rounded to nearest even and clamped. k_scale, v_scale: fp32, one number,
-    [Hkv], or one for each token and head, cache.shape[:-1]; the last kind is written at append as max|x| / 127 (int8) or
-    max|x| / 448 (fp8), and a token of zeros stores scale 0 and zeros.
-    Causal is bottom-right over all kv_lens[b] + Snew keys. Other options as in `attention`. Returns out [B, Sq, Hq, Dv] and lse
-    [B, Hq, Sq]. No gradient.
+    k_cache, v_cache: [B, Smax, Hkv, D or Dv], or pages [pages, page_size, Hkv, D or Dv] with block_table int32
+    [B, max_pages], where position t of sequence b lies in page block_table[b, t // page_size], row t % page_size.
+    rotary_cos, rotary_sin: [max_pos, rot / 2]; k row i is turned by position kv_lens[b] + i before it is stored, and q row
+    i by kv_lens[b] + i, without k by kv_lens[b] - Sq + i.
+    An int8 or float8_e4m3fn cache holds value / scale, rounded to nearest even and clamped. k_scale, v_scale: fp32, one
+    number, [Hkv], or one for each token and head, cache.shape[:-1]; the last kind is written at append as max|x| / 127
+    (int8) or max|x| / 448 (fp8), and a token of zeros stores scale 0 and zeros.
+    Causal is bottom-right over all kv_lens[b] + Snew keys. Other options as in `attention`. Returns out [B, Sq, Hq, Dv] and
+    lse [B, Hq, Sq]. No gradient.
     """
     B, Sq, Hq, _ = q.shape
     Snew = 0 if k is None else k.shape[1]

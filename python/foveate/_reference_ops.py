@@ -1,7 +1,7 @@
 """Plain torch definitions of softmax, losses, norm and rotary embedding: what every faster backend must compute.
 
-Differentiable by autograd on any device. Half-precision inputs are computed in fp32, fp64 stays fp64; results are rounded once
-at the end. Nothing here is fast, and nothing here checks its arguments: the public functions do.
+Differentiable by autograd on any device. Half-precision inputs are computed in fp32, fp64 stays fp64; results are rounded
+once at the end. Nothing here is fast, and nothing here checks its arguments: the public functions do.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def softmax(
 ) -> Tensor:
     """softmax(scale * x + bias) over `dim`; mask False and, with causal, columns j > i + cols - rows count as -inf.
 
-    x: [..., rows, cols], any shape without causal. mask (bool, True = keep) and bias broadcast to x. A fully masked line gives 0.
+    x: [..., rows, cols], any shape without causal. mask (bool, True = keep) and bias broadcast to x. A fully masked line
+    gives 0.
     """
     s = scale * x.to(compute_dtype(x))
     if bias is not None:
@@ -78,12 +79,12 @@ def cross_entropy(
     softcap: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Per row: lse - (1 - eps) * x[target] - eps * mean(x) + z_loss * lse**2, with x = softcap * tanh(logits / softcap).
+    """Per row: lse - (1 - eps) * x[target] - eps * mean(x) + z_loss * lse**2, x = softcap * tanh(logits / softcap).
 
-    logits: [..., V]; target: int64 [...]. eps is label_smoothing, lse = logsumexp(x), softcap 0 means none. The eps term is torch's
-    label smoothing, the lse**2 term PaLM's z-loss (Chowdhery et al. 2022). Rows with target == ignore_index give 0 and gradient 0
-    whatever their logits are, NaN included. reduction "mean" divides by the number of other rows, so it is NaN when there are none,
-    as in torch. The loss is fp32 (fp64 for fp64 logits), also for half-precision logits.
+    logits: [..., V]; target: int64 [...]. eps is label_smoothing, lse = logsumexp(x), softcap 0 means none. The eps term is
+    torch's label smoothing, the lse**2 term PaLM's z-loss (Chowdhery et al. 2022). Rows with target == ignore_index give 0
+    and gradient 0 whatever their logits are, NaN included. reduction "mean" divides by the number of other rows, so it is
+    NaN when there are none, as in torch. The loss is fp32 (fp64 for fp64 logits), also for half-precision logits.
     """
     used = target != ignore_index
     x = torch.where(used[..., None], logits.to(compute_dtype(logits)), 0.0)
@@ -127,7 +128,7 @@ def linear_cross_entropy(
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight over the last dimension (Zhang and Sennrich 2019). x: [..., N]; weight: [N]."""
+    """x / sqrt(mean(x**2) + eps) * weight over the last dim (Zhang and Sennrich 2019). x: [..., N], weight: [N]."""
     y = x.to(compute_dtype(x))
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
@@ -139,8 +140,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     """Rotates pairs of the first `rot` elements of each head by the angles in cos, sin (RoFormer, Su et al. 2021).
 
     x: [B, S, H, D]; cos, sin: [S, rot / 2] or [B, S, rot / 2], rot <= D. A pair is (x[c], x[c + rot / 2]), or
-    (x[2c], x[2c + 1]) with interleaved. (a, b) becomes (a cos - b sin, b cos + a sin). Elements from `rot` on stay. Result
-    in the compute dtype.
+    (x[2c], x[2c + 1]) with interleaved. (a, b) becomes (a cos - b sin, b cos + a sin). Elements from `rot` on stay.
+    Returned in the compute dtype.
     """
     x = x.to(compute_dtype(x))
     half = cos.shape[-1]

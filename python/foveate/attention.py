@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def attention(
     deterministic: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # out, or with return_lse (out, lse)
     """softmax(scale * q @ k.T + ...) @ v without storing the scores; O(Sq + Skv) memory in the native backend.
 
     q: [B, Sq, Hq, D]; k: [B, Skv, Hkv, D]; v: [B, Skv, Hkv, Dv]; Hkv divides Hq (query head h reads KV head h * Hkv // Hq); D and

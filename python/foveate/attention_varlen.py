@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def attention_varlen(
     deterministic: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # out, or with return_lse (out, lse)
     """`attention` of each of B sequences by itself, packed one after the other along the first dimension.
 
     q: [total_q, Hq, D]; k: [total_k, Hkv, D]; v: [total_k, Hkv, Dv]. cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1], from 0,

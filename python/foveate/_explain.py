@@ -1,0 +1,81 @@
+"""foveate.explain: which backend a call of `attention` or `attention_varlen` would run on, and why not on the others."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from foveate import _attention_checks as checks
+from foveate._attention_op import query
+from foveate._backends import ORDER, Query, why_not
+from foveate.attention import attention
+from foveate.attention_varlen import attention_varlen
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`str()` is a table. forward and backward map each backend to "chosen", "able" or the sentence why not."""
+
+    query: Query
+    forward: dict[str, str]
+    backward: dict[str, str]
+
+    @property
+    def chosen(self) -> str | None:
+        """The backend that runs the forward pass; None if the call would raise UnsupportedError."""
+        return next((name for name, answer in self.forward.items() if answer == "chosen"), None)
+
+    def __str__(self) -> str:
+        D, Dv, *options = self.query.features
+        title = f"attention on {self.query.device}, {self.query.dtype}, head dims {D} and {Dv}"
+        title += f", with {', '.join(map(str, options))}" if options else ""
+        rows = [("backend", "forward", "backward")]
+        rows += [(name, self.forward[name], self.backward[name]) for name in self.forward]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows]
+        return "\n".join([title, *lines])
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
+    """Answers for `attention(q, k, v, **options)`, or `attention_varlen` if options has its cu_seqlens, without running it.
+
+    Tensors may be on any device, meta and fake too. Raises the same ValueError or TypeError as the call for wrong shapes, dtypes
+    and option names. `print(foveate.explain(q, k, v, causal=True))` shows a table.
+    """
+    packed = "cu_seqlens_q" in options
+    bound = inspect.signature(attention_varlen if packed else attention).bind(q, k, v, **options)
+    bound.apply_defaults()
+    o = bound.arguments
+    if packed:
+        checks.check_packed(q, k, v)
+    else:
+        checks.check_dense(q, k, v)
+    q, k, v = checks.same_kind(q, k, v)
+    checks.check_dropout(o["dropout_p"])
+    used = (
+        o.get("bias") is not None,
+        o.get("mask") is not None,
+        o["alibi_slopes"] is not None,
+        o["relative_bias"] is not None,
+        o["sinks"] is not None,
+        o.get("kv_lens") is not None,
+        packed,
+        bool(o["causal"]),
+        o["window"] is not None and max(checks.check_window(o["window"])) >= 0,
+        o["softcap"] is not None and checks.check_softcap(o["softcap"]) > 0,
+        o["dropout_p"] > 0,
+    )
+    call = query(q.device.type, q.dtype, q.shape[-1], v.shape[-1], used)
+    answers = (_answers(op, call, o["backend"]) for op in ("attention", "attention_backward"))
+    return Explanation(call, *answers)
+
+
+def _answers(op: str, call: Query, backend: str | None) -> dict[str, str]:
+    reasons = {name: why_not(op, name, call) for name in ORDER}
+    if backend is not None and backend not in ORDER:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(ORDER)} or None for the best")
+    able = [name for name in ORDER if reasons[name] is None and backend in (None, name)]
+    return {name: "chosen" if able[:1] == [name] else reason or "able" for name, reason in reasons.items()}

@@ -1,0 +1,132 @@
+"""foveate.sdpa: torch.nn.functional.scaled_dot_product_attention's exact signature and meaning on foveate's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.attention import attention
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(scale * query @ key.mT + mask) @ value.
+
+    query: [..., Hq, Sq, D]; key: [..., Hkv, Skv, D]; value: [..., Hkv, Skv, Dv]; any number of leading dimensions, or none, which
+    broadcast, as the heads do. Returns [..., Hq, Sq, Dv]. attn_mask broadcasts to [..., Hq, Sq, Skv]: bool with True = take part,
+    or floating (query's dtype or float32), added and differentiable. is_causal is top-left: query i sees keys 0 to i. dropout_p is
+    applied as given, in eval mode too. scale defaults to D**-0.5. With enable_gqa the numbers of key and of value heads may divide
+    Hq; if they differ from each other both are repeated. A row without keys gives 0.
+
+    What torch takes and foveate does not (head dims beyond 256, other dtypes, dropout_p=1, nested tensors, attn_mask together with
+    is_causal) raises a ValueError.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested:
+            raise ValueError(f"{name} is a nested tensor; pack its sequences and call foveate.attention_varlen")
+        if x.dim() < 2:
+            raise ValueError(f"{name} has shape {list(x.shape)}; it needs at least two dimensions, [..., S, D]")
+    if attn_mask is not None and is_causal:
+        raise ValueError("attn_mask and is_causal=True exclude each other; put the causal rule into attn_mask")
+
+    lead = None  # the leading dimensions of the result where they are not one batch
+    if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
+        lead = _broadcast_lead(query, key, value)
+    if attn_mask is not None:
+        attn_mask = _mask_as_batch(attn_mask, query, query.shape[:1] if lead is None else lead)
+    rank = query.dim(), key.dim(), value.dim()
+    if lead is not None:
+        query, key, value = (_as_batch(x, lead) for x in (query, key, value))
+    query, key, value = _match_heads(query, key, value, enable_gqa)
+
+    Sq, Skv = query.shape[2], key.shape[2]
+    window = None
+    if is_causal and Sq <= Skv:
+        # No query sees a key after the Sq-th, and on a square bottom-right is top-left.
+        key, value = key[:, :, :Sq], value[:, :, :Sq]
+    elif is_causal:
+        # j <= i, where the window counts from i + Skv - Sq.
+        is_causal, window = False, (None, Sq - Skv)
+    additive = attn_mask is not None and attn_mask.dtype is not torch.bool
+    out = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        causal=is_causal,
+        window=window,
+        scale=scale,
+        bias=attn_mask if additive else None,
+        mask=None if additive else attn_mask,
+        dropout_p=dropout_p,
+    )
+    out = out.transpose(1, 2)
+    if lead is None:
+        return out
+    return out.reshape(*lead, *out.shape[1:]) if max(rank) > 2 else out[0, 0]
+
+
+def _broadcast_lead(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    try:
+        return tuple(torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3]))
+    except RuntimeError:
+        raise ValueError(
+            "the leading dimensions of query, key and value must broadcast to each other; got shapes "
+            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+        ) from None
+
+
+def _as_batch(x: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """x [..., H, S, D], with H = 1 if x has no heads, as [batch, H, S, D] with the product of `lead` as the batch."""
+    if x.dim() == 2:
+        x = x[None]
+    x = x.expand(*lead, *x.shape[-3:])
+    return x[None] if not lead else x.flatten(0, len(lead) - 1)
+
+
+def _mask_as_batch(mask: Tensor, query: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """attn_mask [..., H, Sq, Skv] with at most four dimensions, the batch first."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor, got {type(mask).__name__}")
+    dtype = mask.dtype
+    if dtype not in (torch.bool, torch.float32, query.dtype) and not torch.is_autocast_enabled(query.device.type):
+        raise ValueError(f"attn_mask has dtype {dtype}; it must be torch.bool, torch.float32 or query's {query.dtype}")
+    own = tuple(mask.shape[:-3])
+    if mask.dim() < 2 or len(own) > len(lead) or any(n not in (1, full) for n, full in zip(own[::-1], lead[::-1])):
+        raise ValueError(
+            f"attn_mask of shape {list(mask.shape)} does not broadcast to [..., Hq, Sq, Skv] with leading dimensions {list(lead)}"
+        )
+    if all(n == 1 for n in own):
+        return mask.reshape(mask.shape[-3:]) if own else mask
+    return _as_batch(mask, lead)
+
+
+def _match_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads that `attention` takes: key and value have the same number, a divisor of query's. [B, H, S, D] all."""
+    Hq, Hk, Hv = query.shape[1], key.shape[1], value.shape[1]
+    if Hq == Hk == Hv:
+        return query, key, value
+    if enable_gqa:
+        if Hk == 0 or Hv == 0 or Hq % Hk or Hq % Hv:
+            raise ValueError(f"query has {Hq} heads, key {Hk} and value {Hv}; the last two must divide the first")
+        if Hk != Hv:
+            key, value = key.repeat_interleave(Hq // Hk, dim=1), value.repeat_interleave(Hq // Hv, dim=1)
+        return query, key, value
+    H = max(Hq, Hk, Hv)
+    if any(heads not in (1, H) for heads in (Hq, Hk, Hv)):
+        raise ValueError(
+            f"query has {Hq} heads, key {Hk} and value {Hv}; without enable_gqa=True they must be equal, or 1 to broadcast"
+        )
+    if Hk != Hv:
+        key, value = (x.expand(-1, H, -1, -1) for x in (key, value))
+    return query.expand(-1, H, -1, -1), key, value

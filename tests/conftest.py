@@ -1,0 +1,35 @@
+"""Fixtures that run a test on everything available here, and say what was skipped and why."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def device() -> str:
+    """cpu, or what FOVEATE_TEST_DEVICE names: with a GPU the same files run under FOVEATE_TEST_DEVICE=cuda."""
+    return os.environ.get("FOVEATE_TEST_DEVICE", "cpu")
+
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    import foveate
+
+    reason = foveate.backends()[request.param]
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def seed() -> int:
+    """One seed for the whole run, changed by FOVEATE_TEST_SEED to look for new failures."""
+    return int(os.environ.get("FOVEATE_TEST_SEED", "0"))
+
+
+@pytest.fixture(autouse=True)
+def _seed_torch(seed: int) -> None:
+    torch.manual_seed(seed)

@@ -1,0 +1,154 @@
+"""Gradients of foveate.attention, through out and lse, for q, k, v, bias, sinks and the relative table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import compare
+import poison
+from cases import ATTENTION_CASES, EMPTY, AttentionCase, make_inputs, random_cases
+
+
+def run(inputs, grads, backend, **options) -> dict[str, torch.Tensor]:
+    """The gradients only."""
+    everything = compare.results(inputs, lambda x: x.run(backend, **options), grads)
+    return {name: value for name, value in everything.items() if name.startswith("d")}
+
+
+def check_backward(case: AttentionCase, seed: int, backend: str, device: str = "cpu") -> None:
+    check = "test_attention_backward.check_backward"
+    compare.assert_case_as_good_as_torch(case, seed, backend, device, check, backward=True)
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.id)
+def test_against_exact(case, backend, device, seed):
+    check_backward(case, seed, backend, device)
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_random(index, backend, device, seed):
+    # Other cases than the forward's, from another seed.
+    case = random_cases(index + 1, seed + 1000)[index]
+    check_backward(case, seed + index, backend, device)
+
+
+BIAS_DIMS = ["bhqk", "1hqk", "b1qk", "bh1k", "bhq1", "11qk", "1h11", "b111", "1111", "hqk", "qk", "k", "1"]
+
+
+@pytest.mark.parametrize("dims", BIAS_DIMS)
+def test_bias_gradient_sums_over_broadcast_dims(dims, backend, device, seed):
+    check_backward(AttentionCase(b=3, sq=29, skv=75, hq=4, hkv=2, bias=dims, causal=True), seed, backend, device)
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=lambda case: case.id)
+def test_empty_tensors(case, backend, device, seed):
+    inputs = make_inputs(case, seed, device)
+    for name, grad in run(inputs, compare.upstream(inputs, seed), backend).items():
+        assert grad.shape == inputs.leaves[name[1:]].shape
+        assert not grad.any(), f"{name} is not zero"
+
+
+@pytest.mark.parametrize("only", ["out", "lse"])
+def test_one_output_alone(only, backend, device, seed):
+    """autograd passes no gradient for the output that the loss does not use; that equals a gradient of zeros."""
+    case = AttentionCase(sq=40, skv=70, hkv=2, causal=True, sinks=True)
+    inputs = make_inputs(case, seed, device)
+    dout, dlse = compare.upstream(inputs, seed)
+    zeros = (dout, torch.zeros_like(dlse)) if only == "out" else (torch.zeros_like(dout), dlse)
+    both = run(inputs, zeros, backend, deterministic=True)
+    inputs = inputs.requires_grad()
+    result = dict(zip(("out", "lse"), inputs.run(backend, deterministic=True)))[only]
+    result.backward(dout if only == "out" else dlse)
+    for name, leaf in inputs.leaves.items():
+        grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        assert torch.equal(grad, both[f"d{name}"]), f"d{name} differs"
+
+
+@pytest.mark.parametrize("leaf", ["q", "k", "v", "bias", "table", "sinks"])
+def test_one_input_alone(leaf, backend, device, seed):
+    """Only one input requires a gradient: it gets the same one, bitwise, as when all do."""
+    case = AttentionCase(sq=40, skv=70, hkv=2, bias="1h1k", relative="bidirectional", sinks=True)
+    inputs = make_inputs(case, seed, device)
+    dout, _ = grads = compare.upstream(inputs, seed)
+    together = run(inputs, (dout, torch.zeros_like(grads[1])), backend, deterministic=True)[f"d{leaf}"]
+    alone = inputs.replace(**{leaf: inputs.leaves[leaf].clone().requires_grad_()})
+    out, _ = alone.run(backend, deterministic=True)
+    out.backward(dout)
+    assert torch.equal(alone.leaves[leaf].grad, together)
+
+
+POISONED = [
+    AttentionCase(b=3, sq=20, skv=150, hkv=2, kv_lens=True, causal=True),
+    AttentionCase(b=3, sq=70, skv=70, hkv=2, d=40, dv=24, kv_lens=True, dropout=0.2, sinks=True),
+    AttentionCase(b=3, sq=33, skv=65, kv_lens=True, relative="bidirectional", dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("case", POISONED, ids=lambda case: case.id)
+def test_nothing_outside_is_read_or_written(case, backend, device, seed):
+    inputs = make_inputs(case, seed, device)
+    grads = compare.upstream(inputs, seed)
+    clean = run(inputs, grads, backend, deterministic=True)
+    dirty = inputs.replace(
+        q=poison.nan_padded(inputs.q),
+        k=poison.nan_padded(poison.nan_beyond(inputs.k, inputs.kv_lens)),
+        v=poison.nan_padded(poison.nan_beyond(inputs.v, inputs.kv_lens)),
+    )
+    with poison.guarded_outputs() as guard:
+        poisoned = run(dirty, (poison.nan_padded(grads[0]), grads[1]), backend, deterministic=True)
+    assert guard.buffers or backend == "reference", "no output was allocated through torch.empty, so none was guarded"
+    for name in clean:
+        assert torch.equal(clean[name], poisoned[name]), f"{name} depends on memory that the call must not read"
+    for b, length in enumerate(inputs.kv_lens.tolist()):
+        assert not poisoned["dk"][b, length:].any() and not poisoned["dv"][b, length:].any()
+
+
+GRADCHECK = [
+    AttentionCase(),
+    AttentionCase(causal=True),
+    AttentionCase(window=(2, 1)),
+    AttentionCase(softcap=1.5),
+    AttentionCase(bias="bhqk"),
+    AttentionCase(bias="1h1k"),
+    AttentionCase(bias="q1"),
+    AttentionCase(mask="bhqk"),
+    AttentionCase(alibi="h"),
+    AttentionCase(relative="bidirectional"),
+    AttentionCase(relative="backward", causal=True),
+    AttentionCase(sinks=True),
+    AttentionCase(kv_lens=True, b=3),
+    AttentionCase(dropout=0.4),
+    AttentionCase(
+        b=3,
+        hkv=1,
+        dv=16,
+        causal=True,
+        window=(3, -1),
+        softcap=2.0,
+        bias="b1q1",
+        mask="11qk",
+        alibi="bh",
+        relative="backward",
+        sinks=True,
+        kv_lens=True,
+        dropout=0.3,
+    ),  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("case", GRADCHECK, ids=lambda case: case.id)
+def test_gradcheck(case, backend, device, seed):
+    case = dataclasses.replace(case, sq=3, skv=5, hq=2, hkv=min(case.hkv, 2), d=8, dtype=torch.float64)
+    inputs = make_inputs(case, seed, device).requires_grad()
+    names = list(inputs.leaves)
+
+    def function(*leaves):
+        these = inputs.replace(**dict(zip(names, leaves)))
+        out, lse = these.run(backend)
+        # Finite differences of -inf are NaN.
+        return out, torch.where(lse.isinf(), 0, lse)
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.leaves.values()))
