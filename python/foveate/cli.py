@@ -7,12 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import foveate
-from foveate import _backends, _native
 
 BENCHES = ("attention", "backward", "decode", "softmax", "cross_entropy", "overhead", "memory")
 
@@ -82,34 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def info() -> dict[str, Any]:
-    """What `foveate info` prints."""
-    C = _native._C
-    return {
-        "foveate": foveate.__version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "compiled module": "loaded" if C is not None else _native.missing_reason,
-        "CPU target in use": C.cpu_target() if C is not None else None,
-        "CPU targets compiled": dict(C.cpu_targets()) if C is not None else {},
-        "CUDA": C.cuda_info() if C is not None else {},
-        "backends": list(_backends.ORDER),
-    }
-
-
 def _info(args: argparse.Namespace) -> None:
-    found = info()
-    if args.json:
-        print(json.dumps(found, indent=1))
-        return
-    for name, value in found.items():
-        if name == "CPU targets compiled":
-            value = ", ".join(target if runs else f"{target} (not on this CPU)" for target, runs in value.items())
-        elif isinstance(value, dict):
-            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(value)
-        print(f"{name:20}  {value}")
+    found = foveate.info()
+    print(json.dumps(found, indent=1) if args.json else found)
 
 
 def _bench(args: argparse.Namespace) -> None:
