@@ -48,25 +48,25 @@ struct MaxSum {
 template <int kDegree, class A, class Scores>
 FOVEATE_INLINE MaxSum<A> max_and_sum(int64_t cols, const Scores& scores) {
   constexpr int lanes = kLanes<A>, group = 8;
-  Vec<A> peak = splat<A>(std::numeric_limits<A>::lowest()), sums[2] = {};
+  Vec<A> peak = splat<A>(std::numeric_limits<A>::lowest()), sum{};
   int64_t j = 0;
   for (; j + group * lanes <= cols; j += group * lanes) {
     Vec<A> s[group];
     for (int u = 0; u < group; ++u) s[u] = scores(j + u * lanes, lanes);
     const Vec<A> top = vmax(vmax(vmax(s[0], s[1]), vmax(s[2], s[3])), vmax(vmax(s[4], s[5]), vmax(s[6], s[7])));
     const Vec<A> next = vmax(peak, top), shrink = exp_to<kDegree, A>(peak - next);
-    sums[0] *= shrink, sums[1] *= shrink;
-    for (int u = 0; u < group; ++u) sums[u % 2] += exp_to<kDegree, A>(s[u] - next);
+    for (int u = 0; u < group; ++u) s[u] = exp_to<kDegree, A>(s[u] - next);
+    // The group adds up by itself first: fewer roundings of the running sum.
+    sum = sum * shrink + (((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])));
     peak = next;
   }
   for (; j < cols; j += lanes) {
     const Vec<A> s = scores(j, cols - j), next = vmax(peak, s), shrink = exp_to<kDegree, A>(peak - next);
-    sums[0] = sums[0] * shrink + exp_to<kDegree, A>(s - next);
-    sums[1] *= shrink;
+    sum = sum * shrink + exp_to<kDegree, A>(s - next);
     peak = next;
   }
   const A max = hmax(peak);
-  return {max, hsum((sums[0] + sums[1]) * exp_to<kDegree, A>(peak - splat<A>(max)))};
+  return {max, hsum(sum * exp_to<kDegree, A>(peak - splat<A>(max)))};
 }
 
 // store() past the cache, for outputs that it could not hold anyway. p is aligned to the bytes of one vector of T.
