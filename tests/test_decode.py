@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
-import foveate
 import pytest
 import torch
-from foveate._kv_cache_op import DecodePlan, decode_plan
 
+import foveate
+from foveate._kv_cache_op import DecodePlan, decode_plan
 from kv_cases import BF16, F8, F32, KvCase, KvInputs, make_kv_inputs
 
 
@@ -92,7 +92,7 @@ def only(inputs: KvInputs, b: int) -> KvInputs:
     return alone
 
 
-@pytest.mark.parametrize("layout", [dict(), dict(page_size=64, dtype=BF16)], ids=str)
+@pytest.mark.parametrize("layout", [{}, {"page_size": 64, "dtype": BF16}], ids=str)
 @pytest.mark.parametrize("sq", [1, 40])
 def test_batch_invariant_rows_have_the_same_bits_in_every_batch(layout, sq, seed):
     case = KvCase(b=3, hq=16, hkv=8, longest=4500, sq=sq, batch_invariant=True, rotary=8, **layout)
