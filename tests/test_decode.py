@@ -7,9 +7,10 @@ import contextlib
 import pytest
 import torch
 
+import compare
 import foveate
 from foveate._kv_cache_op import DecodePlan, decode_plan
-from kv_cases import BF16, F8, F32, KvCase, KvInputs, make_kv_inputs
+from kv_cases import BF16, F8, F32, KvCase, KvInputs, exact, in_torch, make_kv_inputs
 
 
 @contextlib.contextmanager
@@ -68,7 +69,9 @@ def test_split_equals_unsplit(case, splits, seed):
         run.options["num_splits"] = num_splits
         results.append(run.run("native"))
     (one, one_lse), (many, many_lse) = results
-    torch.testing.assert_close(many, one, rtol=1.6e-2 if case.dtype == BF16 else 2e-5, atol=2e-6)
+    # The probabilities are rounded to bf16 relative to another maximum, so in bf16 the two differ by that rounding.
+    peer = one if case.dtype == F32 else in_torch(inputs)[0]
+    compare.assert_as_good_as_torch(many, exact(inputs)[0], peer)
     torch.testing.assert_close(many_lse, one_lse, rtol=1e-5, atol=1e-5)
 
 
@@ -144,14 +147,3 @@ def test_negative_infinity_in_some_scores(seed):
     k[0, :70] = float("-inf")
     out = foveate.attention_with_kv_cache(q, k, v, kv_lens=torch.tensor([100]), backend="native")
     torch.testing.assert_close(out[0, 0, 0], v[0, 70:, 0].mean(0))
-
-
-def test_dtypes_meet_in_fp32(seed):
-    """bf16 storage loses nothing beyond its own rounding: the same bf16 values in an fp32 call give the same result."""
-    inputs = make_kv_inputs(KvCase(dtype=BF16, longest=800, d=64), seed)
-    wide = inputs.clone()
-    wide.q, wide.k_cache, wide.v_cache = wide.q.float(), wide.k_cache.float(), wide.v_cache.float()
-    wide.options["k"], wide.options["v"] = wide.options["k"].float(), wide.options["v"].float()
-    out = wide.run("native")[0]
-    assert out.dtype == F32
-    torch.testing.assert_close(inputs.run("native")[0].float(), out, rtol=8e-3, atol=2e-3)
