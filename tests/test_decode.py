@@ -24,9 +24,9 @@ def threads(n: int):
 
 
 def plan(
-    B=1, Sq=1, Hq=32, Hkv=8, D=128, Dv=128, keys=8192, threads=2, num_splits=0, batch_invariant=False
+    B=1, Sq=1, Hq=32, Hkv=8, D=128, Dv=128, keys=8192, threads=2, num_splits=0, batch_invariant=False, quantized=False
 ) -> DecodePlan:
-    return decode_plan(B, Sq, Hq, Hkv, D, Dv, keys, threads, num_splits, batch_invariant)
+    return decode_plan(B, Sq, Hq, Hkv, D, Dv, keys, threads, num_splits, batch_invariant, quantized)
 
 
 def test_plan_splits_only_where_the_threads_need_it():
@@ -49,6 +49,12 @@ def test_plan_with_batch_invariance_splits_by_the_cache_alone():
     splits = {plan(B=b, threads=t, batch_invariant=True)[:2] for b in (1, 3, 32) for t in (1, 2, 16)}
     assert splits == {(4, 2048)}
     assert plan(batch_invariant=True, threads=16).heads_per_task < plan(batch_invariant=True, threads=1).heads_per_task
+
+
+def test_plan_gives_many_queries_to_the_blocked_kernel():
+    assert plan(Sq=16).blocked and not plan(Sq=4).blocked and not plan(Hq=64, Hkv=1).blocked
+    assert not plan(Sq=16, batch_invariant=True).blocked and not plan(Sq=16, num_splits=2).blocked
+    assert not plan(Sq=16, quantized=True).blocked and not plan(Sq=16, D=576, Dv=512).blocked
 
 
 SHAPES = [

@@ -19,6 +19,8 @@ OPTIONS = [
     {},
     {"sq": 5},
     {"sq": 37, "snew": 37, "longest": 60},
+    {"sq": 40, "rotary": 12, "window": (50, -1), "sinks": True, "alibi": "bh", "softcap": 8.0, "b": 3},
+    {"sq": 30, "rotary": 12, "interleaved": True, "new": False},
     {"new": False},
     {"new": False, "sq": 4},
     {"sq": 2, "snew": 5},
