@@ -6,6 +6,7 @@
 #include "ops/loss.h"
 #include "ops/kv_cache.h"
 #include "ops/norm.h"
+#include "ops/roofline.h"
 #include "ops/rotary.h"
 #include "ops/softmax.h"
 
@@ -23,6 +24,9 @@ struct Kernels {
   void (*cross_entropy_forward)(const CrossEntropyParams&, int threads);
   void (*cross_entropy_backward)(const CrossEntropyParams&, int threads);
   void (*rotary)(const RotaryParams&, int threads);
+  int64_t (*multiply_add)(const MultiplyAddParams&, int threads);
+  void (*read_memory)(const ReadParams&, int threads);
+  void (*copy_memory)(const CopyParams&, int threads);
 };
 
 }  // namespace foveate::cpu

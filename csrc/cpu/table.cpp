@@ -13,6 +13,9 @@ void softmax_backward(const SoftmaxBackwardParams&, int threads);
 void cross_entropy_forward(const CrossEntropyParams&, int threads);
 void cross_entropy_backward(const CrossEntropyParams&, int threads);
 void rotary(const RotaryParams&, int threads);
+int64_t multiply_add(const MultiplyAddParams&, int threads);
+void read_memory(const ReadParams&, int threads);
+void copy_memory(const CopyParams&, int threads);
 
 extern const Kernels table;
 const Kernels table{
@@ -27,6 +30,9 @@ const Kernels table{
     .cross_entropy_forward = cross_entropy_forward,
     .cross_entropy_backward = cross_entropy_backward,
     .rotary = rotary,
+    .multiply_add = multiply_add,
+    .read_memory = read_memory,
+    .copy_memory = copy_memory,
 };
 
 }  // namespace foveate::cpu::FOVEATE_ISA

@@ -125,10 +125,9 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
     if (p.rotary_pairs > 0) p.rotary_cos = cos.data, p.rotary_sin = o.rotary_sin.data, p.rotary_interleaved = o.rotary_interleaved;
   }
   if (const TensorView& alibi = o.alibi; alibi.defined()) {
-    check(alibi.ndim == 1 || alibi.ndim == 2, "alibi_slopes has ", alibi.ndim, " dimensions, expected 1 or 2");
-    check_dtype(alibi, "alibi_slopes", DType::kFloat32), check_size(alibi, "alibi_slopes", alibi.ndim - 1, p.heads_q);
-    if (alibi.ndim == 2) check_size(alibi, "alibi_slopes", 0, p.batch), p.alibi_batch = alibi.stride[0];
-    p.alibi = alibi.as<const float>(), p.alibi_head = alibi.stride[alibi.ndim - 1];
+    check_rank(alibi, "alibi_slopes", 2), check_dtype(alibi, "alibi_slopes", DType::kFloat32), check_size(alibi, "alibi_slopes", 1, p.heads_q);
+    check(alibi.shape[0] == 1 || alibi.shape[0] == p.batch, "alibi_slopes has ", alibi.shape[0], " rows for a batch of ", p.batch);
+    p.alibi = alibi.as<const float>(), p.alibi_batch = alibi.broadcast_stride(0), p.alibi_head = alibi.stride[1];
   }
   if (o.sinks.defined()) {
     check_shape(o.sinks, "sinks", {p.heads_q}), check_dtype(o.sinks, "sinks", DType::kFloat32), check_contiguous(o.sinks, "sinks");

@@ -127,7 +127,8 @@ def _run(
         return _reference.attention_with_kv_cache(
             q, k_cache, v_cache, k=k, v=v, kv_lens=kv_lens, block_table=block_table, rotary_cos=rotary_cos,
             rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved, causal=causal,
-            window=(window_left, window_right), scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            window=(window_left, window_right), scale=scale, softcap=softcap,
+            alibi_slopes=alibi_slopes[0] if alibi_slopes is not None and len(alibi_slopes) == 1 else alibi_slopes, sinks=sinks,
             k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
     B, Sq, Hq, D = q.shape
