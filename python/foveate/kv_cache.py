@@ -68,7 +68,7 @@ def attention_with_kv_cache(
     kind = "cpu" if q.is_cpu else q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)
-        q, k, v = (x if x is None or x.dtype is torch.float64 else x.to(to) for x in (q, k, v))
+        q, k, v = (x if x is None or x.dtype is torch.float64 else x.to(to) for x in (q, k, v))  # type: ignore[assignment]
     B, Hq, D = _check_tensors(q, k_cache, v_cache, k, v, kv_lens, block_table)
     k_scale = _check_cache_scale("k_scale", k_scale, k_cache)
     v_scale = _check_cache_scale("v_scale", v_scale, v_cache)

@@ -199,7 +199,8 @@ class PagedKVCache:
             short = [seq for seq in seqs if self._lengths[seq] < new]
             if short:
                 raise ValueError(
-                    f"k has {new} new tokens, but sequence {short[0]} has room for {self._lengths[short[0]]}; call append(seqs, {new}) first"
+                    f"k has {new} new tokens, but sequence {short[0]} has room for {self._lengths[short[0]]}; "
+                    f"call append(seqs, {new}) first"
                 )
             self._check_writable(seqs, new)
             lens = lens - new
