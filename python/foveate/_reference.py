@@ -8,6 +8,7 @@ Dimension letters: B batch, Sq/Skv query/key length, Hq/Hkv query/KV heads, D he
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,7 +171,7 @@ def attention_varlen(
     cu_seqlens_k: Tensor,
     *,
     alibi_slopes: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`attention` of each of the packed sequences by itself.
 
@@ -283,17 +284,18 @@ def attention_with_kv_cache(
         return block_table[b].to(torch.int64)[t // page_size], t % page_size
 
     def turned(x: Tensor, start: int) -> Tensor:
-        if rotary_cos is None:
+        if rotary_cos is None or rotary_sin is None:
             return x.to(dtype)
         here = slice(start, start + x.shape[1])
         return rotate(x, rotary_cos[here], rotary_sin[here], rotary_interleaved)
 
     lens = kv_lens.tolist()
     # Append everything before attending, as a kernel does that cannot order its sequences.
-    for b in range(B if Snew else 0):
-        new = slots(b, lens[b], lens[b] + Snew)
-        _store(k_cache, new, turned(k[b : b + 1], lens[b])[0], k_scale)
-        _store(v_cache, new, v[b].to(dtype), v_scale)
+    if k is not None and v is not None:
+        for b in range(B):
+            new = slots(b, lens[b], lens[b] + Snew)
+            _store(k_cache, new, turned(k[b : b + 1], lens[b])[0], k_scale)
+            _store(v_cache, new, v[b].to(dtype), v_scale)
 
     outs, lses = [q.new_empty(0, Sq, Hq, v_cache.shape[-1])], [q.new_empty(0, Hq, Sq, dtype=dtype)]
     for b in range(B):

@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("benches", nargs="+", choices=(*BENCHES, "all"), metavar="BENCH", help="one or more of those below")
     bench.add_argument("--against", nargs="+", choices=("sdpa", "torch", "none"), metavar="PEER",
-                       help="sdpa (attention, backward, decode, overhead, memory), torch (softmax, cross_entropy) or none; all by default")  # fmt: skip
+                       help="sdpa (attention, backward, decode, overhead, memory), torch (softmax, cross_entropy) or none; "
+                       "all by default")  # fmt: skip
     bench.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"], dest="dtypes",
                        help="fp32 and bf16 by default")  # fmt: skip
     bench.add_argument("--quick", action="store_true", help="tiny shapes, few samples: a test of the bench itself")
@@ -92,7 +93,8 @@ def _bench(args: argparse.Namespace) -> None:
     if args.against is not None and "none" not in args.against:
         for bench in benches:
             if not set(args.against) & set(workloads.PEERS[bench]):
-                raise ValueError(f"{bench} is not timed against {', '.join(args.against)}; its peers are {', '.join(workloads.PEERS[bench])}, or none")
+                peers = ", ".join(workloads.PEERS[bench])
+                raise ValueError(f"{bench} is not timed against {', '.join(args.against)}; its peers are {peers}, or none")
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads} must be 1 or more")
