@@ -36,7 +36,9 @@ def numbers(machine: Machine, rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for s in run.summarize(rows):
-        percent = "" if s.mean_percent_of_limit is None else f"{s.mean_percent_of_limit:.0f} ({s.min_percent_of_limit:.0f})"
+        percent = (
+            "" if s.mean_percent_of_limit is None else f"{s.mean_percent_of_limit:.0f} ({s.min_percent_of_limit:.0f})"
+        )
         lines.append(
             f"| {TITLES[s.bench]} | {s.dtype} | {s.peer} | {s.cases} | {s.mean_ratio:.2f}x | {s.min_ratio:.2f}x | {percent} |"
         )

@@ -158,11 +158,16 @@ def draw(path: Path, machine: Machine, rows: Sequence[Row]) -> None:
         axis.invert_yaxis()
         axis.axvline(1.0, color="#444444", linewidth=0.8)
         axis.set_xlim(0, 1.3 * max(ratios))
-        axis.set_title(f"{bench}: {'peak memory' if bench == 'memory' else 'time'} of {members[0].peer} / foveate", fontsize=9, loc="left")
+        axis.set_title(
+            f"{bench}: {'peak memory' if bench == 'memory' else 'time'} of {members[0].peer} / foveate",
+            fontsize=9,
+            loc="left",
+        )
         axis.tick_params(axis="x", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{machine.cpu}, {machine.threads} threads, {machine.cpu_target}, torch {machine.torch}, {machine.date}", fontsize=9
+        f"{machine.cpu}, {machine.threads} threads, {machine.cpu_target}, torch {machine.torch}, {machine.date}",
+        fontsize=9,
     )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
