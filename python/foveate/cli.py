@@ -91,7 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--seed", type=int, default=0, help="of the random inputs; 0 by default")
     bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    bench.add_argument("--out", type=Path, metavar="DIR", help="also write a CSV file, a picture and a summary there")
+    bench.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="also write there: a CSV file, a picture of the ratios (beside torch), a summary",
+    )
     bench.set_defaults(run=_bench)
     return parser
 

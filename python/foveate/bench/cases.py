@@ -114,7 +114,7 @@ def attention(quick: bool, dtypes: Sequence[str]) -> list[Case]:
 
 
 def backward(quick: bool, dtypes: Sequence[str]) -> list[Case]:
-    return _attention((128,), dtypes, H=2) if quick else _attention((512, 1024, 2048), dtypes)
+    return _attention((128,), dtypes, H=2) if quick else _attention((512, 1024, 2048, 4096), dtypes)
 
 
 def decode(quick: bool, dtypes: Sequence[str]) -> list[Case]:

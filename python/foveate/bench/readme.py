@@ -28,9 +28,8 @@ TITLES = {
 
 def numbers(machine: Machine, rows: Sequence[Row]) -> str:
     """A Markdown table of the summaries, with the machine above it."""
-    target = machine.cpu_target
     lines = [
-        f"{machine.cpu}, {machine.threads} threads, {target}, torch {machine.torch}, {machine.date}, commit `{machine.commit}`.",
+        f"{machine.line}, commit `{machine.commit}`.",
         "",
         "| bench | dtype | beside | cases | ratio, geometric mean | lowest ratio | % of the measured limit (lowest) |",
         "|---|---|---|---|---|---|---|",
