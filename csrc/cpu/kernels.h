@@ -3,8 +3,8 @@
 #pragma once
 
 #include "ops/attention.h"
-#include "ops/loss.h"
 #include "ops/kv_cache.h"
+#include "ops/loss.h"
 #include "ops/norm.h"
 #include "ops/roofline.h"
 #include "ops/rotary.h"
