@@ -72,7 +72,8 @@ FOVEATE_INLINE MaxSum<A> max_and_sum(int64_t cols, const Scores& scores) {
 // store() past the cache, for outputs that it could not hold anyway. p is aligned to the bytes of one vector of T.
 template <class T, class V>
 FOVEATE_INLINE void store_stream(T* p, V v) {
-  constexpr int lanes = sizeof(V) / sizeof(v[0]), bytes = lanes * sizeof(T);
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  [[maybe_unused]] constexpr int bytes = lanes * sizeof(T);
   T converted[lanes];
   store(converted, v);
 #if defined(__AVX512F__)
