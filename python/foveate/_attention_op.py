@@ -98,7 +98,7 @@ def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
     (q, k, v, bias, mask, alibi, table, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal, left, right,
      scale, softcap, bidirectional, max_distance, dropout_p, _) = args  # fmt: skip
     if _chosen("attention", *args) == "reference":
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             return tuple(x.contiguous() for x in _reference_forward(Operands(*args)))
     out, lse, buckets = _empty_out(q, v), _empty_lse(q, cu_q) if need_lse else None, None
     if table is not None:
@@ -242,11 +242,13 @@ def _reference_backward(dout: Tensor, dlse: Tensor | None, c: Operands, wanted: 
     for i, want in zip(_DIFFERENTIABLE, wanted):
         if want:
             leaves[i] = leaves[i].detach().requires_grad_()
-    with torch.enable_grad():
-        out, lse = _reference_forward(Operands(*leaves))
     inputs = [leaves[i] for i, want in zip(_DIFFERENTIABLE, wanted) if want]
-    outputs, seeds = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-    found = iter(torch.autograd.grad(outputs, inputs, seeds, allow_unused=True, materialize_grads=True))
+    # A dispatch mode (a FLOP counter, selective checkpointing) calls this with autograd excluded, whatever grad mode says.
+    recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with recording, torch.enable_grad(), torch.autocast(c.q.device.type, enabled=False):
+        out, lse = _reference_forward(Operands(*leaves))
+        outputs, seeds = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+        found = iter(torch.autograd.grad(outputs, inputs, seeds, allow_unused=True, materialize_grads=True))
     return tuple(next(found).contiguous() if want else c.q.new_empty(0) for want in wanted)
 
 
