@@ -10,6 +10,8 @@ export FOVEATE_CUDA ?= AUTO
 
 BIN := $(CURDIR)/$(VENV)/bin
 PY := $(BIN)/python
+# Several test processes share the cores: a thread that waits should sleep, not spin against the others.
+test sanitize: export OMP_WAIT_POLICY ?= passive
 export PATH := $(BIN):$(PATH)
 ifneq ($(shell command -v ccache),)
 export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache

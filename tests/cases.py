@@ -70,8 +70,9 @@ class AttentionCase:
 
     @property
     def neighbour(self) -> AttentionCase:
-        """This case or, where a softmax over one key makes plain arithmetic exact, one with a few more tokens."""
-        return dataclasses.replace(self, sq=max(self.sq, 4), skv=max(self.skv, 4))
+        """This case or, where a softmax over one key makes plain arithmetic exact, one that sees a few more keys."""
+        window = self.window and tuple(side if side < 0 else max(side, 2) for side in self.window)
+        return dataclasses.replace(self, sq=max(self.sq, 4), skv=max(self.skv, 4), window=window)
 
     def make_inputs(self, seed: int, device: str = "cpu") -> AttentionInputs:
         return make_inputs(self, seed, device)

@@ -9,6 +9,7 @@ from foveate.attention_varlen import attention_varlen
 from foveate.kv_cache import attention_with_kv_cache
 from foveate.loss import cross_entropy, linear_cross_entropy
 from foveate.norm import rms_norm
+from foveate.paged_kv_cache import CacheFull, PagedKVCache
 from foveate.rotary import apply_rotary
 from foveate.sdpa import sdpa
 from foveate.softmax import log_softmax, softmax
@@ -16,6 +17,8 @@ from foveate.softmax import log_softmax, softmax
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheFull",
+    "PagedKVCache",
     "RelativeBias",
     "UnsupportedError",
     "apply_rotary",

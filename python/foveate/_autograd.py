@@ -30,8 +30,6 @@ class _FirstOrder(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.op} has no second derivative; use backend='reference' to differentiate twice")
 
 
-def batch_first(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+def batch_first(t: Tensor, dim: int | None, size: int) -> Tensor:
     """For vmap rules: t with the mapped dimension in front, expanded (as a view) where t is not mapped."""
-    if t is None:
-        return None
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)

@@ -75,12 +75,12 @@ def choose(op: str, query: Query, backend: str | None) -> str:
     raise UnsupportedError(f"no backend can serve {op}: " + "; ".join(reasons))
 
 
-def backends() -> dict[str, str]:
-    """Each backend's name with "available", or the sentence why it cannot run here. `explain` answers for one call."""
+def backends() -> dict[str, str | None]:
+    """Each backend's name with None if it can run here, else the sentence why not. `explain` answers for one call."""
     served = {backend for _, backend in _supports}
-    answers = {name: "available" if name in served else f"this version has no {name} kernels" for name in ORDER}
+    answers = {name: None if name in served else f"this version has no {name} kernels" for name in ORDER}
     if _native._C is None:
-        answers["native"] = str(_native.missing_reason)
+        answers["native"] = _native.missing_reason
     return answers
 
 
@@ -98,7 +98,7 @@ def info() -> Info:
 
     C = _native._C
     found = Info(foveate=foveate.__version__, torch=torch.__version__, python=platform.python_version())
-    found.update({f"backend {name}": answer for name, answer in backends().items()})
+    found.update({f"backend {name}": answer or "available" for name, answer in backends().items()})
     if C is not None:
         found["cpu target"] = C.cpu_target()
         found["cpu targets"] = ", ".join(

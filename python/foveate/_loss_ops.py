@@ -12,6 +12,8 @@ from foveate import _native, _ops
 from foveate._autograd import batch_first
 from foveate._checks import compute_dtype
 
+_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+
 # Of the logits of one chunk of tokens. Far more than a core's cache, since the matrix products want many tokens, and far less
 # than all logits.
 _CHUNK_BYTES = 64 << 20
@@ -40,7 +42,7 @@ def _matrix(logits: Tensor) -> Tensor:
 def _forward_native(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     loss, stats = _forward_fake(logits, target)
     target = target.contiguous().view(-1)
-    _native._C.cross_entropy_forward(
+    _C.cross_entropy_forward(
         _matrix(logits), target, loss.view(-1), stats.view(-1, 2), *options, torch.get_num_threads()
     )
     return loss, stats
@@ -54,7 +56,7 @@ def _forward_fake(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tens
 def _backward_native(dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, *options: Any) -> Tensor:
     dlogits = _backward_fake(dloss, logits)
     dloss, target, stats = dloss.reshape(-1), target.contiguous().view(-1), stats.contiguous().view(-1, 2)
-    _native._C.cross_entropy_backward(
+    _C.cross_entropy_backward(
         dloss, _matrix(logits), target, stats, _matrix(dlogits), *options, torch.get_num_threads()
     )
     return dlogits
@@ -111,7 +113,7 @@ def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 def _chunk_loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     loss, stats = _forward_fake(logits, target)
-    _native._C.cross_entropy_forward(logits, target, loss, stats, *options, torch.get_num_threads())
+    _C.cross_entropy_forward(logits, target, loss, stats, *options, torch.get_num_threads())
     return loss, stats
 
 
@@ -127,12 +129,19 @@ def _linear_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Te
     return hidden.new_empty(target.shape, dtype=compute_dtype(hidden))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total may be wider than a and b."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += torch.mm(a, b)
+class _Sum:
+    """factor * (the sum of tensors of one shape), in the compute dtype as soon as there are two; zeros of `shape` if there is none."""
+
+    def __init__(self, like: Tensor, shape: tuple[int, ...]) -> None:
+        self.zeros = like.new_zeros
+        self.shape, self.dtype, self.compute = shape, like.dtype, compute_dtype(like)
+        self.total: Tensor | None = None
+
+    def add(self, term: Tensor) -> None:
+        self.total = term if self.total is None else self.total.to(self.compute).add_(term)
+
+    def times(self, factor: Tensor) -> Tensor:
+        return self.zeros(self.shape) if self.total is None else (self.total * factor).to(self.dtype)
 
 
 def _gradients_native(
@@ -150,21 +159,21 @@ def _gradients_native(
     compute = compute_dtype(hidden)
     loss = hidden.new_zeros(target.shape, dtype=compute)
     dhidden = hidden.new_zeros(hidden.shape) if need_hidden else hidden.new_empty(0)
-    dweight = torch.zeros(weight.shape if need_weight else 0, dtype=compute, device=hidden.device)
-    dbias = torch.zeros(weight.shape[0] if need_bias else 0, dtype=compute, device=hidden.device)
+    dweight = _Sum(weight, tuple(weight.shape) if need_weight else (0,))
+    dbias = _Sum(weight, (weight.shape[0] if need_bias else 0,))
     for rows in _chunks(target, weight.shape[0], hidden.element_size(), options[0]):
         h, t = hidden[rows], target[rows]
         logits = _chunk_logits(h, weight, bias)
         loss[rows], stats = _chunk_loss(logits, t, Options(*options))
         dlogits = logits  # in place
-        _native._C.cross_entropy_backward(dloss[rows], logits, t, stats, dlogits, *options, torch.get_num_threads())
+        _C.cross_entropy_backward(dloss[rows], logits, t, stats, dlogits, *options, torch.get_num_threads())
         if need_hidden:
             dhidden[rows] = (torch.mm(dlogits, weight) * factor).to(hidden.dtype)
         if need_weight:
-            _add_product(dweight, dlogits.t(), h)
+            dweight.add(torch.mm(dlogits.t(), h))
         if need_bias:
-            dbias += dlogits.sum(0, dtype=compute)
-    return loss, dhidden, dweight.mul_(factor).to(weight.dtype), dbias.mul_(factor).to(weight.dtype)
+            dbias.add(dlogits.sum(0, dtype=compute))
+    return loss, dhidden, dweight.times(factor), dbias.times(factor)
 
 
 def _gradients_fake(

@@ -88,9 +88,10 @@ def linear_cross_entropy(
     Options, result and errors as `cross_entropy`. Rows with target == ignore_index cost nothing, and hidden may be NaN there.
 
     The native backend takes the tokens in chunks: the logits of one chunk (at most 64 MiB, or 64 tokens' worth) exist at a time,
-    rounded to hidden's dtype; they come from torch's matrix product and become their own gradient in place. With "mean" and "sum" the gradients of
-    hidden, weight and bias are computed along with the loss and kept until the backward pass, so nothing is computed twice; with
-    "none" the backward pass computes the logits again. Gradients add up in fp32 over the chunks. Differentiable once.
+    rounded to hidden's dtype; they come from torch's matrix product and become their own gradient in place. With "mean" and
+    "sum" the gradients of hidden, weight and bias are computed along with the loss and kept until the backward pass, so nothing
+    is computed twice; with "none" the backward pass computes the logits again. Gradients add up in fp32 over the chunks.
+    Differentiable once.
     """
     check_floating("hidden", hidden)
     hidden, weight, bias = _autocast(hidden, weight, bias)

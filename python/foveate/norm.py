@@ -12,6 +12,8 @@ from foveate._autograd import batch_first, first_order
 from foveate._backends import native_cpu, register
 from foveate._checks import check_dtype_or_compute, check_finite, check_floating, chosen_backend, compute_dtype
 
+_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+
 # dweight adds up over this many shares of the rows, then over the shares: less rounding than one long sum, and the same bits
 # whatever the number of threads.
 _MAX_DWEIGHT_PARTS = 256
@@ -56,7 +58,7 @@ def _rows(x: Tensor) -> Tensor:
 def _rms_norm_native(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     out, rstd = _rms_norm_fake(x, weight, eps)
     weight = None if weight is None else weight.contiguous()
-    _native._C.rms_norm_forward(_rows(x), weight, _rows(out), rstd.view(-1), eps, torch.get_num_threads())
+    _C.rms_norm_forward(_rows(x), weight, _rows(out), rstd.view(-1), eps, torch.get_num_threads())
     return out, rstd
 
 
@@ -73,7 +75,7 @@ def _rms_norm_backward_native(
     parts = x.new_empty((shares, x.shape[-1]), dtype=compute_dtype(x)) if need_dweight else None
     weight = None if weight is None else weight.contiguous()
     dout, rstd = _rows(dout.contiguous()), rstd.contiguous().view(-1)
-    _native._C.rms_norm_backward(dout, _rows(x), weight, rstd, _rows(dx), parts, threads)
+    _C.rms_norm_backward(dout, _rows(x), weight, rstd, _rows(dx), parts, threads)
     if parts is not None:
         torch.sum(parts, 0, out=dweight)
     return dx, dweight
@@ -101,7 +103,7 @@ _rms_norm_backward = _ops.define(
 
 def _rms_norm_vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Any, Any]:
     x = batch_first(x, in_dims[0], info.batch_size)
-    if in_dims[1] is None:
+    if weight is None or in_dims[1] is None:
         return _rms_norm(x, weight, eps), (0, 0)
     pairs = [_rms_norm(a, w, eps) for a, w in zip(x, weight.movedim(in_dims[1], 0))]
     return tuple(torch.stack(t) for t in zip(*pairs)), (0, 0)
@@ -112,7 +114,7 @@ def _rms_norm_backward_vmap(
 ) -> tuple[Any, Any]:
     # Each slice has its own dweight, so each is one call.
     n = info.batch_size
-    slices = [batch_first(t, d, n) for t, d in zip((dout, x, weight, rstd), in_dims)]
+    slices = [None if t is None else batch_first(t, d, n) for t, d in zip((dout, x, weight, rstd), in_dims)]
     pairs = [_rms_norm_backward(*(None if t is None else t[i] for t in slices), need) for i in range(n)]
     return tuple(torch.stack(t) for t in zip(*pairs)), (0, 0)
 

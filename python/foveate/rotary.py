@@ -12,6 +12,8 @@ from foveate._autograd import batch_first, first_order
 from foveate._backends import native_cpu, register
 from foveate._checks import check_dtype_or_compute, check_floating, check_same_dtype, chosen_backend
 
+_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+
 register("apply_rotary", "native", native_cpu)
 register("apply_rotary", "reference", lambda query: None)
 
@@ -63,7 +65,7 @@ def _rotary_native(
     out = _rotary_fake(q, k, cos, sin, interleaved, inverse)
     cos, sin = _last_contiguous(cos), _last_contiguous(sin)
     for x, turned in zip((q, k), out):
-        _native._C.rotary(_last_contiguous(x), cos, sin, turned, interleaved, inverse, torch.get_num_threads())
+        _C.rotary(_last_contiguous(x), cos, sin, turned, interleaved, inverse, torch.get_num_threads())
     return out
 
 

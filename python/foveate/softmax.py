@@ -19,6 +19,8 @@ from foveate._checks import (
     compute_dtype,
 )
 
+_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+
 for _op in ("softmax", "log_softmax"):
     register(_op, "native", native_cpu)
     register(_op, "reference", lambda query: None)
@@ -117,21 +119,21 @@ def _softmax_native(x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: 
     out = _like(x)
     bias = None if bias is None else _rowwise(bias).expand(x.shape)
     mask = None if mask is None else _rowwise(mask).expand(x.shape)
-    _native._C.softmax_forward(x, bias, mask, out, scale, causal, False, torch.get_num_threads())
+    _C.softmax_forward(x, bias, mask, out, scale, causal, False, torch.get_num_threads())
     return out
 
 
 def _log_softmax_native(x: Tensor) -> Tensor:
     x = _rowwise(x)
     out = _like(x)
-    _native._C.softmax_forward(x, None, None, out, 1.0, False, True, torch.get_num_threads())
+    _C.softmax_forward(x, None, None, out, 1.0, False, True, torch.get_num_threads())
     return out
 
 
 def _softmax_backward_native(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool) -> Tensor:
     dout, out = dout.contiguous(), out.contiguous()
     dx = _softmax_backward_fake(dout, out, scale, log, wide)
-    _native._C.softmax_backward(dout, out, dx, scale, log, torch.get_num_threads())
+    _C.softmax_backward(dout, out, dx, scale, log, torch.get_num_threads())
     return dx
 
 
