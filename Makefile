@@ -10,6 +10,8 @@ export FOVEATE_CUDA ?= AUTO
 
 BIN := $(CURDIR)/$(VENV)/bin
 PY := $(BIN)/python
+# Several test processes share the cores: a thread that waits should sleep, not spin against the others.
+test sanitize: export OMP_WAIT_POLICY ?= passive
 export PATH := $(BIN):$(PATH)
 ifneq ($(shell command -v ccache),)
 export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
@@ -56,7 +58,8 @@ test: $(build_stamp) $(weights_stamp)  ## everything that needs no GPU; ARGS="-k
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 # Left out: what compiles code of its own, runs other programs or only reaches the kernels through the ops tested here.
-sanitize_tests = -k "not compile" --ignore tests/test_transformers.py --ignore tests/test_demo.py --ignore tests/test_wheel.py --ignore tests/test_stubs.py
+sanitize_tests = -k "not compile" --ignore tests/test_transformers.py --ignore tests/test_demo.py --ignore tests/test_wheel.py --ignore tests/test_stubs.py \
+  --ignore tests/test_bench.py --ignore tests/test_readme.py
 
 # The address sanitizer must be in the process before python is, so the runtime is preloaded. Python itself leaks by design.
 sanitize_so = $(shell $${CXX:-c++} -print-file-name=$(1))
@@ -85,8 +88,8 @@ format: $(venv_stamp)  ## rewrites Python and C++ in the house style
 stubs: $(build_stamp)  ## regenerates python/foveate/_C.pyi from the compiled module
 	$(PY) .ci/stubs.py --write
 
-bench: $(build_stamp)  ## foveate bench; ARGS="attention --against sdpa"
-	$(BIN)/foveate bench $(ARGS)
+bench: $(build_stamp)  ## every bench into bench/results (CSV, picture, summary); ARGS="attention --against sdpa" for one, printed only
+	$(BIN)/foveate bench $(or $(ARGS),all --out bench/results)
 
 wheel: $(venv_stamp)  ## wheelhouse/*.whl, repaired and tried in a clean environment
 	bash .ci/wheel.sh $(PY)

@@ -68,6 +68,12 @@ class AttentionCase:
         changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         return f"AttentionCase({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
+    @property
+    def neighbour(self) -> AttentionCase:
+        """This case or, where a softmax over one key makes plain arithmetic exact, one that sees a few more keys."""
+        window = self.window and tuple(side if side < 0 else max(side, 2) for side in self.window)
+        return dataclasses.replace(self, sq=max(self.sq, 4), skv=max(self.skv, 4), window=window)
+
     def make_inputs(self, seed: int, device: str = "cpu") -> AttentionInputs:
         return make_inputs(self, seed, device)
 
@@ -323,6 +329,10 @@ class VarlenCase:
     @property
     def id(self) -> str:
         return f"q{'_'.join(map(str, self.lens_q))}-k{'_'.join(map(str, self.lens_k))}-{self.case.id}"
+
+    @property
+    def neighbour(self) -> VarlenCase:
+        return self
 
     def make_inputs(self, seed: int, device: str = "cpu") -> AttentionInputs:
         """Packed inputs: q [total_q, Hq, D] and so on, with cu_seqlens."""

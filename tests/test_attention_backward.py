@@ -135,7 +135,7 @@ GRADCHECK = [
         sinks=True,
         kv_lens=True,
         dropout=0.3,
-    ),  # fmt: skip
+    ),
 ]
 
 

@@ -46,7 +46,7 @@ inline void check_dtype(const TensorView& t, const char* what, DType dtype) {
   check(t.dtype == dtype, what, " is ", name(t.dtype), ", expected ", name(dtype));
 }
 inline void check_last_contiguous(const TensorView& t, const char* what) {
-  check(t.ndim == 0 || t.shape[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1, what,
+  check(t.ndim == 0 || t.shape[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1 || t.numel() == 0, what,
         ": the last dimension must be contiguous, its stride is ", t.ndim ? t.stride[t.ndim - 1] : 0);
 }
 inline void check_contiguous(const TensorView& t, const char* what) {

@@ -50,6 +50,8 @@ constexpr int kWidth = kLanes<typename M::Acc>;  // lanes
 template <class M>
 constexpr int kPanel = kTileVecs * kWidth<M>;  // columns of one tile
 
+constexpr int64_t kChain = 128;  // units along the head dim that are summed in one chain
+
 enum class Update { kSet, kAdd, kScaleAdd };  // C = AB, C += AB, C = scale[row] * C + AB
 
 // a[row * kRow + step * kStep], b[step * b_stride + column], c[row * c_stride + column]; k counts units.
@@ -64,14 +66,7 @@ FOVEATE_INLINE void gemm_tile(int64_t k, const typename M::Unit* a, const typena
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      if constexpr (kUpdate == Update::kSet)
-        acc[r][v] = V{};
-      else if constexpr (kUpdate == Update::kAdd)
-        acc[r][v] = load_raw<V>(c + r * c_stride + v * w);
-      else
-        acc[r][v] = load_raw<V>(c + r * c_stride + v * w) * scale[r];
-    }
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = V{};
   for (int64_t i = 0; i < k; ++i) {
     U bv[kVecs];
 #pragma GCC unroll 8
@@ -83,10 +78,16 @@ FOVEATE_INLINE void gemm_tile(int64_t k, const typename M::Unit* a, const typena
     a += kStep;
     b += b_stride;
   }
+  // The sum of this call meets C only here: blocks of sums lose less to rounding than one long chain.
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) store_raw(c + r * c_stride + v * w, acc[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      Acc* at = c + r * c_stride + v * w;
+      if constexpr (kUpdate == Update::kAdd) acc[r][v] += load_raw<V>(at);
+      if constexpr (kUpdate == Update::kScaleAdd) acc[r][v] += load_raw<V>(at) * scale[r];
+      store_raw(at, acc[r][v]);
+    }
 }
 
 // S = Q K^T for columns [begin, end) of a block packed by pack_columns: one tile row against panels of kPanel keys. Where a panel is needed only in
@@ -99,17 +100,20 @@ FOVEATE_INLINE void gemm_columns(int64_t begin, int64_t end, int64_t units, cons
     const typename M::Unit* b = columns + p * units;
     int64_t v = begin > p ? (begin - p) / w : 0;
     const int64_t last = end - p < panel ? ceil_div<int64_t>(end - p, w) : kTileVecs;
+    const auto tile = [&]<int kVecs>(std::integral_constant<int, kVecs>) {
+      gemm_tile<M, kRows, kVecs, kRow, kStep, Update::kSet>(units < kChain ? units : kChain, a, b + v * w, panel, c + p + v * w, c_stride, nullptr);
+      for (int64_t u = kChain; u < units; u += kChain)
+        gemm_tile<M, kRows, kVecs, kRow, kStep, Update::kAdd>(units - u < kChain ? units - u : kChain, a + u * kStep, b + u * panel + v * w, panel,
+                                                             c + p + v * w, c_stride, nullptr);
+      v += kVecs;
+    };
     while (v < last) {
-      if (kTileVecs >= 4 && last - v >= 4) {
-        gemm_tile<M, kRows, kTileVecs, kRow, kStep, Update::kSet>(units, a, b, panel, c + p, c_stride, nullptr);
-        v += 4;
-      } else if (last - v >= 2) {
-        gemm_tile<M, kRows, 2, kRow, kStep, Update::kSet>(units, a, b + v * w, panel, c + p + v * w, c_stride, nullptr);
-        v += 2;
-      } else {
-        gemm_tile<M, kRows, 1, kRow, kStep, Update::kSet>(units, a, b + v * w, panel, c + p + v * w, c_stride, nullptr);
-        v += 1;
-      }
+      if (last - v >= kTileVecs)
+        tile(std::integral_constant<int, kTileVecs>{});
+      else if (last - v >= 2)
+        tile(std::integral_constant<int, 2>{});
+      else
+        tile(std::integral_constant<int, 1>{});
     }
   }
 }

@@ -3,9 +3,10 @@
 #pragma once
 
 #include "ops/attention.h"
-#include "ops/loss.h"
 #include "ops/kv_cache.h"
+#include "ops/loss.h"
 #include "ops/norm.h"
+#include "ops/roofline.h"
 #include "ops/rotary.h"
 #include "ops/softmax.h"
 
@@ -16,6 +17,7 @@ struct Kernels {
   void (*attention_backward)(const AttentionParams&, const AttentionGrads&, int threads);
   void (*kv_append)(const KvCacheParams&, int threads);
   void (*decode)(const KvCacheParams&, int threads);
+  void (*rotate_queries)(const KvCacheParams&, void* out, int threads);
   void (*rms_norm_forward)(const RmsNormParams&, int threads);
   void (*rms_norm_backward)(const RmsNormBackwardParams&, int threads);
   void (*softmax_forward)(const SoftmaxParams&, int threads);
@@ -23,6 +25,9 @@ struct Kernels {
   void (*cross_entropy_forward)(const CrossEntropyParams&, int threads);
   void (*cross_entropy_backward)(const CrossEntropyParams&, int threads);
   void (*rotary)(const RotaryParams&, int threads);
+  int64_t (*multiply_add)(const MultiplyAddParams&, int threads);
+  void (*read_memory)(const ReadParams&, int threads);
+  void (*copy_memory)(const CopyParams&, int threads);
 };
 
 }  // namespace foveate::cpu

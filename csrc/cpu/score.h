@@ -66,7 +66,7 @@ FOVEATE_INLINE const char* operand_at(const ScoreOperand& t, int64_t b, int64_t 
   return static_cast<const char*>(t.data) + (b * t.stride[0] + h * t.stride[1] + i * t.stride[2] + j * t.stride[3]) * size_of(t.dtype);
 }
 
-// x: raw q k^T of query i of head h against keys [j, j + n) -> logits times log2(e). slope (may be null) takes d(logit)/d(scale * q k^T)
+// x: raw q k^T of query i of head h against keys [j, j + n) -> logits. slope (may be null) takes d(logit)/d(scale * q k^T)
 // of the softcap. x has room for n rounded up to a vector; the rest of the vector becomes garbage.
 template <class Acc>
 FOVEATE_INLINE void score_row(const AttentionParams& p, const Sequence& s, const Acc* relative, int64_t b, int64_t h, int64_t i, int64_t j,
@@ -97,7 +97,6 @@ FOVEATE_INLINE void score_row(const AttentionParams& p, const Sequence& s, const
       add_typed(x, reinterpret_cast<const T*>(operand_at(p.bias, b, h, i, j)), p.bias.stride[3], n);
     });
   if (relative) add_typed(x, relative + h * (p.seq_q + p.seq_kv - 1) + relative_origin(p, s, i) + j, 1, n);
-  for (int64_t t = 0; t < n; t += w) store_raw(x + t, load_raw<V>(x + t) * static_cast<Acc>(kLog2e));
   if (p.mask.defined()) {
     const char* keep = operand_at(p.mask, b, h, i, j);
     for (int64_t t = 0; t < n; ++t) x[t] = keep[t * p.mask.stride[3]] ? x[t] : -std::numeric_limits<Acc>::infinity();

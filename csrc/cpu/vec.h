@@ -126,8 +126,10 @@ FOVEATE_INLINE void from_float(f16* p, float x) {
 template <class To, class V>
 FOVEATE_INLINE auto widen(V v) {
   constexpr int n = sizeof(V) / sizeof(v[0]);
-  using From = std::remove_cvref_t<decltype(v[0])>;
   using Wide = vec<To, n>;
+#if defined(__AVX2__)
+  using From = std::remove_cvref_t<decltype(v[0])>;
+#endif
 #if defined(__AVX512F__)
   if constexpr (n == 16 && std::is_same_v<From, uint16_t>) return (Wide)_mm512_cvtepu16_epi32((__m256i)v);
   else if constexpr (n == 16 && std::is_same_v<From, uint8_t>) return (Wide)_mm512_cvtepu8_epi32((__m128i)v);
@@ -257,7 +259,8 @@ FOVEATE_INLINE Vec<A> vabs(Vec<A> v) {
 }
 
 // 2^x for x <= 127. Below -126 the result is 0 (also for -inf); NaN stays NaN. kDegree 5: relative error 1e-7; 4: 3e-6, enough in front
-// of a 16-bit rounding. The polynomial is the minimax fit of 2^f on |f| <= 1/2.
+// of a 16-bit rounding. The polynomial is the minimax fit of 2^f on |f| <= 1/2 with 2^0 = 1 exactly: online softmax
+// multiplies by 2^0 once for each block, and that must not drift.
 template <int kDegree = 5>
 FOVEATE_INLINE VecF exp2v(VecF x) {
   constexpr float kRound = 0x1.8p23f + 127;  // adding it leaves the nearest integer, biased as an exponent is, in the low mantissa bits
@@ -266,17 +269,16 @@ FOVEATE_INLINE VecF exp2v(VecF x) {
   const VecF f = clamped - (shifted - kRound);
   VecF p;
   if constexpr (kDegree == 5) {
-    p = f * 0.0013276471992255f + 0.0096755413344820f;
-    p = p * f + 0.0555071327324f;
-    p = p * f + 0.2402211972384f;
-    p = p * f + 0.6931469670647f;
-    p = p * f + 1.0000000716546f;
+    p = f * 0.001326472712356f + 0.009671512644826f;
+    p = p * f + 0.05550733743497f;
+    p = p * f + 0.2402224208526f;
+    p = p * f + 0.693146977599f;
   } else {
-    p = f * 0.0095701017f + 0.0559178603f;
-    p = p * f + 0.2402474483f;
-    p = p * f + 0.6931218147f;
-    p = p * f + 0.9999992614f;
+    p = f * 0.009582853038445f + 0.05590642467795f;
+    p = p * f + 0.240240986116f;
+    p = p * f + 0.6931241934031f;
   }
+  p = p * f + 1.0f;
   // The scale 2^n is built in the exponent bits; n = -127 gives exponent 0, that is a factor of 0.
   return p * bit_cast<VecF>(bit_cast<VecI>(shifted) << 23);
 }

@@ -7,21 +7,34 @@ from foveate._relative_bias import RelativeBias
 from foveate.attention import attention, merge_attention
 from foveate.attention_varlen import attention_varlen
 from foveate.kv_cache import attention_with_kv_cache
+from foveate.loss import cross_entropy, linear_cross_entropy
+from foveate.norm import rms_norm
+from foveate.paged_kv_cache import CacheFull, PagedKVCache
+from foveate.rotary import apply_rotary
 from foveate.sdpa import sdpa
+from foveate.softmax import log_softmax, softmax
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheFull",
+    "PagedKVCache",
     "RelativeBias",
     "UnsupportedError",
+    "apply_rotary",
     "attention",
     "attention_varlen",
     "attention_with_kv_cache",
     "backends",
+    "cross_entropy",
     "drop_in",
     "explain",
     "info",
+    "linear_cross_entropy",
+    "log_softmax",
     "merge_attention",
     "nn",
+    "rms_norm",
     "sdpa",
+    "softmax",
 ]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from foveate import _attention_checks as checks
 from foveate import _kv_cache_op
+from foveate._attention_op import DTYPES
 from foveate._kv_cache_op import QUANTIZED
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_UNLIMITED = 2**40  # a longer window is as good as none
 
 
 def attention_with_kv_cache(
@@ -68,27 +65,22 @@ def attention_with_kv_cache(
     Raises ValueError or TypeError before anything is written. Flash decoding: Dao et al. 2023; paged caches: Kwon et al. 2023
     (arXiv 2309.06180).
     """
-    if torch.is_autocast_enabled(q.device.type):
-        to = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x is None or x.dtype == torch.float64 else x.to(to) for x in (q, k, v))
+    kind = "cpu" if q.is_cpu else q.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        to = torch.get_autocast_dtype(kind)
+        q = _autocast(q, to)
+        k, v = k if k is None else _autocast(k, to), v if v is None else _autocast(v, to)
     B, Hq, D = _check_tensors(q, k_cache, v_cache, k, v, kv_lens, block_table)
     k_scale = _check_cache_scale("k_scale", k_scale, k_cache)
     v_scale = _check_cache_scale("v_scale", v_scale, v_cache)
     _check_rotary(rotary_cos, rotary_sin, q)
-    left, right = (-1, -1) if window is None else _check_window(window)
+    left, right = (-1, -1) if window is None else checks.check_window(window)
+    scale = D**-0.5 if scale is None else checks.check_scale(scale)
+    softcap = 0.0 if softcap is None else checks.check_softcap(softcap)
     if alibi_slopes is not None:
-        _check_option("alibi_slopes", alibi_slopes, q, [(Hq,), (B, Hq)])
-        if alibi_slopes.dtype is not torch.float32:
-            raise ValueError(f"alibi_slopes is {alibi_slopes.dtype}; pass alibi_slopes.float()")
+        alibi_slopes = checks.check_alibi(alibi_slopes, q, B, Hq)
     if sinks is not None:
-        _check_option("sinks", sinks, q, [(Hq,)])
-        sinks = sinks.to(torch.float64 if q.dtype is torch.float64 else torch.float32).contiguous()
-    scale = D**-0.5 if scale is None else float(scale)
-    softcap = 0.0 if softcap is None else float(softcap)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale} must be a finite number")
-    if not (math.isfinite(softcap) and softcap >= 0):
-        raise ValueError(f"softcap={softcap} must be a finite number, 0 or more (None or 0 for none)")
+        sinks = checks.check_sinks(sinks, q, Hq)
     if num_splits < 0:
         raise ValueError(f"num_splits={num_splits} must be 0 (chosen for you) or more")
     if torch.is_grad_enabled():
@@ -103,6 +95,10 @@ def attention_with_kv_cache(
         scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits, batch_invariant, backend or "",
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _autocast(x: Tensor, to: torch.dtype) -> Tensor:
+    return x if x.dtype is torch.float64 else x.to(to)
 
 
 def _check_tensors(
@@ -138,8 +134,8 @@ def _check_tensors(
             raise ValueError(
                 f"the last dimension of {name} has stride {x.stride(3)}; it must be contiguous, as the cache is written in place"
             )
-    if q.dtype not in _DTYPES:
-        raise ValueError(f"q is {q.dtype}; attention_with_kv_cache takes {', '.join(map(str, _DTYPES))}")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q is {q.dtype}; attention_with_kv_cache takes {', '.join(map(str, DTYPES))}")
     if k_cache.dtype is not v_cache.dtype:
         raise ValueError(f"k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}; they must be equal")
     if k_cache.dtype is not q.dtype and k_cache.dtype not in QUANTIZED:
@@ -193,9 +189,12 @@ def _check_cache_scale(name: str, scale: Tensor | float | None, cache: Tensor) -
         )
     if not isinstance(scale, Tensor):
         return torch.full((), float(scale), dtype=torch.float32, device=cache.device)
-    _check_option(name, scale, cache, [(), (cache.shape[2],), tuple(cache.shape[:3])])
-    if scale.dtype is not torch.float32:
-        raise ValueError(f"{name} is {scale.dtype}; it must be float32")
+    if tuple(scale.shape) not in ((), (cache.shape[2],), tuple(cache.shape[:3])) or scale.dtype is not torch.float32:
+        raise ValueError(
+            f"{name} is {scale.dtype} of shape {_shape(scale)}; it must be float32 and a number, [Hkv] = [{cache.shape[2]}], or "
+            f"{_shape(cache)[:3]}, one for each token and head"
+        )
+    _check_device(name, scale, cache)
     return scale
 
 
@@ -218,26 +217,8 @@ def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
             raise ValueError(f"{name} must be contiguous; pass {name}.contiguous()")
 
 
-def _check_window(window: tuple[int | None, int | None]) -> tuple[int, int]:
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window={window!r} must be a pair (left, right)")
-    sides = [-1 if side is None else side for side in window]
-    if min(sides) < -1:
-        raise ValueError(f"window={tuple(window)} must hold numbers of keys, 0 or more; None or -1 is unlimited")
-    left, right = (-1 if side > _UNLIMITED else side for side in sides)
-    return left, right
-
-
-def _check_option(name: str, x: Tensor, q: Tensor, shapes: list[tuple[int, ...]]) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if tuple(x.shape) not in shapes:
-        raise ValueError(f"{name} has shape {_shape(x)}; it must be {' or '.join(str(list(s)) for s in shapes)}")
-    _check_device(name, x, q)
-
-
 def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
+    if not (x.is_cpu and q.is_cpu) and x.device != q.device:
         raise ValueError(
             f"{name} is on {x.device}, the other tensors on {q.device}; move it with .to({str(q.device)!r})"
         )

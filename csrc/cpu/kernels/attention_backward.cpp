@@ -32,7 +32,7 @@ struct Backward {
   const int64_t k_units = ceil_div<int64_t>(p.head_dim, kPair), v_units = ceil_div<int64_t>(p.head_dim_v, kPair);
   const int64_t k_width = round_up<int64_t>(p.head_dim, w), v_width = round_up<int64_t>(p.head_dim_v, w);
   const int64_t padded_q = round_up(p.seq_q, kBlockQueries), key_blocks = ceil_div(p.seq_kv, kBlockKeys);
-  const int64_t distances = p.rel_table ? p.seq_q + p.seq_kv - 1 : 0;
+  const int64_t distances = p.rel_table && p.seq_q + p.seq_kv > 0 ? p.seq_q + p.seq_kv - 1 : 0;
   const bool options = has_score_options(p);
   const Dropout dropout = dropout_of(p);
   const Acc* relative = nullptr;
@@ -42,7 +42,7 @@ struct Backward {
   // One thread's working set. "panels": operand A in tiles of kTileRows queries; "stacked": operand B with queries or keys along k.
   struct Local {
     Unit *q_panels, *dout_panels, *q_stacked, *dout_stacked, *k_columns, *v_columns, *k_stacked, *temp;
-    Acc *lse2, *delta, *dq, *dk, *dv;  // lse2: logsumexp with the sink, times log2(e); +inf for a row that sees nothing
+    Acc *lse, *delta, *dq, *dk, *dv;   // lse: with the sink; +inf for a row that sees nothing
     Acc *s, *dp, *slope, *keep;        // [kBlockQueries][kBlockKeys]; slope and keep one row
     Unit *p_pairs, *ds, *ds_pairs;     // operands for gemm_tile: s and dp themselves, unless units are pairs
   };
@@ -55,7 +55,7 @@ struct Backward {
     piece(x.q_stacked, padded_q / kPair * k_width), piece(x.dout_stacked, padded_q / kPair * v_width);
     piece(x.k_columns, kBlockKeys * k_units), piece(x.v_columns, kBlockKeys * v_units), piece(x.k_stacked, kBlockKeys / kPair * k_width);
     piece(x.temp, temp * w > width ? temp * w : width);
-    piece(x.lse2, padded_q), piece(x.delta, padded_q), piece(x.dq, chunks == 1 ? padded_q * k_width : 0);
+    piece(x.lse, padded_q), piece(x.delta, padded_q), piece(x.dq, chunks == 1 ? padded_q * k_width : 0);
     piece(x.dk, chunk_keys * k_width), piece(x.dv, chunk_keys * v_width);
     piece(x.s, tile), piece(x.dp, tile), piece(x.slope, p.softcap > 0 ? kBlockKeys : 0), piece(x.keep, kBlockKeys);
     piece(x.p_pairs, kPair == 1 ? 0 : tile / kPair), piece(x.ds, kPair == 1 ? 0 : tile / kPair), piece(x.ds_pairs, kPair == 1 ? 0 : tile / kPair);
@@ -79,7 +79,7 @@ struct Backward {
   void plan() {
     if (g.dbias && g.dbias_stride[0] == 0) groups_b = 1;
     if (g.dbias && g.dbias_stride[1] == 0) groups_h = 1;
-    const int64_t groups = groups_b * groups_h, wanted = threads == 1 || (groups % threads == 0 && groups > 0) ? groups : 4 * threads;
+    const int64_t groups = groups_b * groups_h, wanted = groups % threads == 0 ? groups : 4 * threads;  // also 0 groups
     chunks = groups >= wanted ? 1 : ceil_div(wanted, groups);
     if (chunks > kMaxChunks) chunks = kMaxChunks;
     if (chunks > key_blocks) chunks = key_blocks > 0 ? key_blocks : 1;
@@ -155,7 +155,7 @@ struct Backward {
     });
   }
 
-  // All queries of one head: packed q and dout, lse2 and delta, and the gradient of the sink, which needs nothing else.
+  // All queries of one head: packed q and dout, lse and delta, and the gradient of the sink, which needs nothing else.
   void load_head(int64_t b, int64_t h, const Sequence& s, int64_t chunk, const Local& x) const {
     constexpr Acc inf = std::numeric_limits<Acc>::infinity();
     const RowSource q = q_source(p, p.q, b, h), dout = q_source(p, g.dout, b, h);
@@ -167,9 +167,10 @@ struct Backward {
     const int64_t lse_at = p.lse.batch * b + p.lse.head * h + (p.cu_q ? p.cu_q[b] : 0);
     const Acc* lse = static_cast<const Acc*>(p.lse.data) + lse_at;
     const Acc* dlse = g.dlse ? static_cast<const Acc*>(g.dlse) + lse_at : nullptr;
-    Acc dsink = 0;
+    Acc dsink = 0, dots[kTileRows];
     for (int64_t i = 0; i < s.q; ++i) {
-      Acc delta = row_dot(q_row(p, p.out, b, h, i), q_row(p, g.dout, b, h, i)), total = lse[i];
+      if (i % kTileRows == 0) tile_dots(b, h, i, s.q - i, x.dout_panels + i * v_units, dots);
+      Acc delta = dots[i % kTileRows], total = lse[i];
       if (p.sinks) {
         const Acc sink = static_cast<const Acc*>(p.sinks)[h], top = sink > lse[i] ? sink : lse[i];
         total = top == -inf ? -inf : top + std::log(std::exp(sink - top) + std::exp(lse[i] - top));
@@ -177,7 +178,7 @@ struct Backward {
       }
       if (dlse && lse[i] > -inf) delta -= dlse[i] * std::exp(total - lse[i]);
       x.delta[i] = delta;
-      x.lse2[i] = lse[i] == -inf ? inf : total * static_cast<Acc>(kLog2e);
+      x.lse[i] = lse[i] == -inf ? inf : total;
     }
     if (chunk == 0) dsinks[b * p.heads_q + h] = dsink;
   }
@@ -193,13 +194,27 @@ struct Backward {
     }
   }
 
-  Acc row_dot(const char* a, const char* b) const {
-    V sum{};
+  // out . dout of the kTileRows queries from r on. Summed in gemm_tile's order: where a query sees one key, out = v and dP - delta is exactly 0.
+  void tile_dots(int64_t b, int64_t h, int64_t r, int64_t rows, const Unit* dout_panel, Acc* dots) const {
+    for (int64_t i = 0; i < kTileRows; ++i) dots[i] = 0;
     visit_float(p.dtype, [&]<class T>(std::type_identity<T>) {
-      for (int64_t d = 0; d < p.head_dim_v; d += w)
-        sum += load_n<Acc>(reinterpret_cast<const T*>(a) + d, p.head_dim_v - d) * load_n<Acc>(reinterpret_cast<const T*>(b) + d, p.head_dim_v - d);
+      const T* out[kTileRows];
+      for (int64_t i = 0; i < kTileRows; ++i) out[i] = reinterpret_cast<const T*>(q_row(p, p.out, b, h, i < rows ? r + i : r));
+      for (int64_t d0 = 0; d0 < p.head_dim_v; d0 += kChain * kPair) {
+        const int64_t d1 = d0 + kChain * kPair < p.head_dim_v ? d0 + kChain * kPair : p.head_dim_v;
+        Acc chain[kTileRows] = {};
+        for (int64_t d = d0; d < d1; ++d)
+          for (int64_t i = 0; i < kTileRows; ++i) chain[i] += element(dout_panel, d, i) * static_cast<Acc>(to_float(out[i][d]));
+        for (int64_t i = 0; i < kTileRows; ++i) dots[i] += chain[i];
+      }
     });
-    return hsum(sum);
+  }
+  // Element d of row i of a panel.
+  static Acc element(const Unit* panel, int64_t d, int64_t i) {
+    if constexpr (kPair == 1)
+      return panel[d * kTileRows + i];
+    else
+      return to_float(reinterpret_cast<const bf16*>(panel + d / 2 * kTileRows + i)[d % 2]);
   }
 
   // The keys [key0, key0 + kBlockKeys) against all queries of head h that see any of them. x.dk and x.dv point at this block.
@@ -266,9 +281,9 @@ struct Backward {
       for (int64_t c = begin; c < end; ++c) x.keep[c] = static_cast<Acc>(dropout.inverse_keep);
       drop_row(p, dropout.threshold, b * p.heads_q + h, i, key0 + begin, end - begin, x.keep + begin);
     }
-    const Acc scale = options ? Acc{1} : static_cast<Acc>(p.scale * kLog2e), lse2 = x.lse2[i], delta = x.delta[i];
+    const Acc scale = options ? Acc{1} : static_cast<Acc>(p.scale), lse = x.lse[i], delta = x.delta[i];
     for (int64_t c = begin; c < end; c += w) {
-      const V prob = exp2v<degree>(load_raw<V>(sc + c) * scale - lse2);
+      const V prob = exp2v<degree>((load_raw<V>(sc + c) * scale - lse) * static_cast<Acc>(kLog2e));
       V dprob = load_raw<V>(dp + c);
       if (drops) {
         const V keep = load_raw<V>(x.keep + c);

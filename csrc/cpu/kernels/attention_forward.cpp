@@ -33,6 +33,7 @@ struct Forward {
   const int64_t key_blocks = ceil_div(p.seq_kv, kBlockKeys);
   const int64_t packed_k = kBlockKeys * k_units, packed_v = kBlockKeys / M::kPair * v_width;  // units per block
   const bool options = has_score_options(p);
+  const double factor = options ? 1 : p.scale;  // scores times this are logits
   const Dropout dropout = dropout_of(p);
   const Acc* relative = nullptr;
 
@@ -40,7 +41,7 @@ struct Forward {
   struct Local {
     Unit* q;      // [block_rows][kQueryStride]
     Acc* o;       // [block_rows][v_width]
-    Acc *max, *sum;  // [block_rows]; max in units of log2
+    Acc *max, *sum;  // [block_rows]; max of the scores before `factor`
     Unit* temp;   // staging of the packers
     Acc* s;       // [kTileRows][kBlockKeys]
     Unit* probs;  // [kTileRows][kBlockKeys / kPair]: s itself, unless units are pairs
@@ -185,7 +186,7 @@ struct Forward {
                     const Local& x, Acc* max, Acc* sum, Acc* alpha) const {
     constexpr Acc inf = std::numeric_limits<Acc>::infinity();
     constexpr int degree = M::kPair == 2 ? 4 : 5;
-    const Acc scale = options ? Acc{1} : static_cast<Acc>(p.scale * kLog2e);
+    const Acc scale = static_cast<Acc>(factor * kLog2e);
     for (int64_t r = 0; r < kTileRows; ++r) {
       Acc* scores = x.s + r * kBlockKeys;
       if (r >= tile_rows) {
@@ -199,24 +200,29 @@ struct Forward {
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) m4[u] = vmax(m4[u], load_raw<V>(scores + c + u * w));
       for (; c < end; c += w) m4[0] = vmax(m4[0], load_raw<V>(scores + c));
-      const Acc block_max = hmax(vmax(vmax(m4[0], m4[1]), vmax(m4[2], m4[3]))) * scale;
+      const Acc block_max = hmax(vmax(vmax(m4[0], m4[1]), vmax(m4[2], m4[3])));
       const Acc new_max = block_max > max[r] ? block_max : max[r];
       const Acc offset = new_max == -inf ? Acc{0} : new_max;  // -inf - -inf would be NaN: a row that has seen no key yet
       V s4[4] = {};
       c = begin;
       const auto step = [&](int64_t at, V& total) {
-        const V e = exp2v<degree>(load_raw<V>(scores + at) * scale - offset);
+        const V e = exp2v<degree>((load_raw<V>(scores + at) - offset) * scale);
         total += e;
         if constexpr (M::kPair == 2)
           store(reinterpret_cast<bf16*>(x.probs) + r * kBlockKeys + at, e);
         else
           store_raw(scores + at, e);
       };
+      // A column always adds to the same of the four sums, wherever the range begins and ends: bits do not depend on how rows share tiles.
+      const auto edge = [&](int64_t stop) {
+        for (; c < stop; c += w) c / w % 4 == 0 ? step(c, s4[0]) : c / w % 4 == 1 ? step(c, s4[1]) : c / w % 4 == 2 ? step(c, s4[2]) : step(c, s4[3]);
+      };
+      edge(round_up<int64_t>(begin, 4 * w) < end ? round_up<int64_t>(begin, 4 * w) : end);
       for (; c + 4 * w <= end; c += 4 * w)
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) step(c + u * w, s4[u]);
-      for (; c < end; c += w) step(c, s4[0]);
-      alpha[r] = static_cast<Acc>(std::exp2(max[r] - offset));
+      edge(end);
+      alpha[r] = static_cast<Acc>(std::exp2((max[r] - offset) * scale));
       sum[r] = sum[r] * alpha[r] + hsum((s4[0] + s4[1]) + (s4[2] + s4[3]));
       max[r] = new_max;
       if (p.dropout_p > 0) {
@@ -235,24 +241,24 @@ struct Forward {
 
   void finish_row(int64_t b, int64_t h, int64_t i, int64_t r, const Local& x) const {
     constexpr Acc inf = std::numeric_limits<Acc>::infinity();
-    const Acc max = x.max[r], sum = x.sum[r];
+    const Acc sum = x.sum[r];
+    const double max = x.max[r] * factor;
     const bool any = sum > 0;
     if (p.lse.data) {
       const int64_t at = p.lse.batch * b + p.lse.head * h + (p.cu_q ? p.cu_q[b] : 0) + i;
-      static_cast<Acc*>(p.lse.data)[at] = any ? static_cast<Acc>((max + std::log2(sum)) * static_cast<Acc>(kLn2)) : (sum == sum ? -inf : sum);
+      static_cast<Acc*>(p.lse.data)[at] = any ? static_cast<Acc>(max + std::log(static_cast<double>(sum))) : (sum == sum ? -inf : sum);
     }
-    Acc factor = any ? 1 / sum : (sum == sum ? Acc{0} : sum);
+    Acc share = any ? 1 / sum : (sum == sum ? Acc{0} : sum);
     if (p.sinks && any) {
       // The sink is one more column: bring both sums under the larger of the two maxima.
-      const Acc sink = static_cast<const Acc*>(p.sinks)[h] * static_cast<Acc>(kLog2e), top = sink > max ? sink : max;
-      const Acc mine = std::exp2(max - top);
-      factor = mine / (sum * mine + std::exp2(sink - top));
+      const double sink = static_cast<const Acc*>(p.sinks)[h], top = sink > max ? sink : max, mine = std::exp(max - top);
+      share = static_cast<Acc>(mine / (sum * mine + std::exp(sink - top)));
     }
-    factor *= static_cast<Acc>(dropout.inverse_keep);
+    share *= static_cast<Acc>(dropout.inverse_keep);
     const Acc* o = x.o + r * v_width;
     char* out = q_row(p, p.out, b, h, i);
     visit_float(p.dtype, [&]<class T>(std::type_identity<T>) {
-      for (int64_t d = 0; d < p.head_dim_v; d += w) store_n(reinterpret_cast<T*>(out) + d, load_raw<V>(o + d) * factor, p.head_dim_v - d);
+      for (int64_t d = 0; d < p.head_dim_v; d += w) store_n(reinterpret_cast<T*>(out) + d, load_raw<V>(o + d) * share, p.head_dim_v - d);
     });
   }
 };

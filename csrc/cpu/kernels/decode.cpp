@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "cpu/decode_dot.inl.h"
 #include "cpu/decode_tile.inl.h"
 #include "cpu/kv_cache.inl.h"
 #include "cpu/parallel.h"
@@ -19,6 +20,7 @@ struct Tile {
   int64_t begin;
   int keys;
   int64_t k[kTile], v[kTile];
+  int64_t k_bytes[kTile], v_bytes[kTile];  // the same, to be prefetched
 };
 
 struct Task {
@@ -29,6 +31,7 @@ struct Task {
 // Per-thread memory of a task. The state of (head, row) is at index head * rows_per_task + row.
 struct Scratch {
   int64_t dim, dim_v;                      // padded to chunks
+  int64_t tile_keys;
   float *q, *out;                          // [heads, rows, dim], [heads, rows, dim_v], packed
   float *max, *sum;                        // [heads, rows]: of the scores in units of log 2
   float *scores, *correction, *row;        // [rows, kTile], [rows], [the longest row]
@@ -46,6 +49,7 @@ int64_t scratch_floats(const KvCacheParams& p) {
 template <class T>
 void carve(Scratch& s, const KvCacheParams& p, float* memory) {
   s.dim = round_up<int64_t>(p.head_dim, Chunk<T>::kElements), s.dim_v = round_up<int64_t>(p.head_dim_v, Chunk<T>::kElements);
+  s.tile_keys = p.rows_per_task <= Chunk<T>::kFewRows ? Chunk<T>::kFewRowsTile : kTile;
   const int64_t states = p.heads_per_task * p.rows_per_task;
   const auto take = [&](int64_t n) { return std::exchange(memory, memory + n); };
   s.q = take(states * s.dim), s.out = take(states * s.dim_v);
@@ -67,12 +71,12 @@ FOVEATE_INLINE Visible visible_to(const KvCacheParams& p, int64_t len, int64_t q
   return {position, begin, end};
 }
 
-void choose_keys(const KvCacheParams& p, Task& task) {
+void choose_keys(const KvCacheParams& p, int64_t tile, Task& task) {
   const int64_t group = p.heads_q / p.heads_kv, len = p.kv_lens[task.b] + p.seq_new;
   task.begin = visible_to(p, len, task.row0 / group).begin;
   task.end = visible_to(p, len, (task.row0 + task.rows - 1) / group).end;
-  const int64_t first = p.keys_per_split ? 0 : task.begin / kTile * kTile;
-  const int64_t part = p.keys_per_split ? p.keys_per_split : round_up<int64_t>(ceil_div(std::max<int64_t>(0, task.end - first), p.num_splits), kTile);
+  const int64_t first = p.keys_per_split ? 0 : task.begin / tile * tile;
+  const int64_t part = p.keys_per_split ? p.keys_per_split : round_up<int64_t>(ceil_div(std::max<int64_t>(0, task.end - first), p.num_splits), tile);
   task.begin = std::max(task.begin, first + task.split * part);
   task.end = std::min(task.end, first + (task.split + 1) * part);
 }
@@ -98,16 +102,18 @@ void load_queries(const KvCacheParams& p, const Task& task, Scratch& s) {
   }
 }
 
-void locate(const KvCacheParams& p, const Task& task, int64_t begin, Tile& tile) {
+template <class T>
+void locate(const KvCacheParams& p, const Task& task, int64_t most, int64_t begin, Tile& tile) {
   tile.begin = begin;
-  // Tiles end at multiples of kTile, so that the arithmetic does not depend on where the visible keys begin.
-  tile.keys = static_cast<int>(std::min(task.end, (begin / kTile + 1) * kTile) - begin);
+  // Tiles end at multiples of their size, so that the arithmetic does not depend on where the visible keys begin.
+  tile.keys = static_cast<int>(std::min(task.end, (begin / most + 1) * most) - begin);
   for (int j = 0; j < tile.keys; ++j) {
     const Slot slot = slot_of(p, task.b, begin + j);
     tile.k[j] = slot.batch * p.k.rows.batch + slot.row * p.k.rows.seq;
     tile.v[j] = slot.batch * p.v.rows.batch + slot.row * p.v.rows.seq;
+    tile.k_bytes[j] = tile.k[j] * sizeof(T), tile.v_bytes[j] = tile.v[j] * sizeof(T);
   }
-  for (int j = tile.keys; j < kTile; ++j) tile.k[j] = tile.k[tile.keys - 1], tile.v[j] = tile.v[tile.keys - 1];
+  for (int j = tile.keys; j < most; ++j) tile.k[j] = tile.k[tile.keys - 1], tile.v[j] = tile.v[tile.keys - 1];
 }
 
 void load_scales(const KvCacheParams& p, const CacheOperand& cache, const Task& task, const Tile& tile, int64_t head, float* out) {
@@ -117,7 +123,9 @@ void load_scales(const KvCacheParams& p, const CacheOperand& cache, const Task& 
   }
 }
 
-// Scores of one row become weights; max, sum and the correction of what was accumulated before are brought up to date.
+// Scores of one row become weights (bfloat16 ones at the row's beginning, for decode_dot.inl.h); max, sum and the correction of what was
+// accumulated before are brought up to date.
+template <class T>
 void softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visible, float slope, const float* k_scale, const float* v_scale,
                  float* scores, float& max, float& sum, float& correction) {
   constexpr int n = kLanes<float>;
@@ -144,27 +152,25 @@ void softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visibl
     VecF w = exp2v(load<float>(scores + c * n) - shift);
     total += w;
     if (v_scale) w *= load<float>(v_scale + c * n);
-    store(scores + c * n, w);
+    if constexpr (Chunk<T>::kDot) store(reinterpret_cast<bf16*>(scores) + c * n, w);
+    else store(scores + c * n, w);
   }
   max = after;
   sum = sum * correction + hsum(total);
 }
 
 template <class T>
-void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, const Tile& tile, int64_t h, const Tile& next, int64_t next_h, bool has_next) {
+void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, const Tile& tile, int64_t h, Ahead& k_ahead, Ahead& v_ahead) {
   constexpr int n = kLanes<float>, kElements = Chunk<T>::kElements, kVecs = Chunk<T>::kVecs;
   const int64_t head = task.head0 + h, group = p.heads_q / p.heads_kv, state = h * p.rows_per_task, len = p.kv_lens[task.b] + p.seq_new;
   const T* k = static_cast<const T*>(p.k.rows.data) + head * p.k.rows.head;
   const T* v = static_cast<const T*>(p.v.rows.data) + head * p.v.rows.head;
-  const T* next_k = static_cast<const T*>(p.k.rows.data) + (task.head0 + next_h) * p.k.rows.head;
-  const T* next_v = static_cast<const T*>(p.v.rows.data) + (task.head0 + next_h) * p.v.rows.head;
 
   for (int j = 0; j < tile.keys; j += n) {
-    if (has_next)
-      for (int i = j; i < j + n; ++i) prefetch_row(next_k + next.k[i], p.head_dim);
     for_row_blocks(task.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
       for (int i = j; i < j + n; i += n / rows)
-        score_block<rows>(s.scores + r * kTile + i, s.q + (state + r) * s.dim, s.dim, k, tile.k + i, p.head_dim);
+        score_block<rows>(s.scores + r * kTile + i, s.q + (state + r) * s.dim, s.dim, k, tile.k + i, p.head_dim,
+                          r == 0 ? &k_ahead : nullptr);
     });
   }
 
@@ -173,17 +179,16 @@ void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, const Til
   for (int64_t r = 0; r < task.rows; ++r) {
     const int64_t i = (task.row0 + r) / group, g = (task.row0 + r) % group;
     const float slope = p.alibi ? p.alibi[task.b * p.alibi_batch + (head * group + g) * p.alibi_head] : 0.0f;
-    softmax_row(p, tile, visible_to(p, len, i), slope, p.k.scale ? s.k_scale : nullptr, p.v.scale ? s.v_scale : nullptr, s.scores + r * kTile,
+    softmax_row<T>(p, tile, visible_to(p, len, i), slope, p.k.scale ? s.k_scale : nullptr, p.v.scale ? s.v_scale : nullptr, s.scores + r * kTile,
                 s.max[state + r], s.sum[state + r], s.correction[r]);
   }
 
   for_row_blocks(task.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
     constexpr int kAccumulators = n == 16 ? 16 : 8;
     constexpr int kChunks = std::min(8, std::max(1, kAccumulators / rows)) / kVecs;
-    const T* ahead = has_next && r == 0 ? next_v : nullptr;
     const auto block = [&](auto chunks, int64_t d, int64_t tail) __attribute__((always_inline)) {
       value_block<rows, chunks>(s.out + (state + r) * s.dim_v + d, s.dim_v, s.correction + r, s.scores + r * kTile, v + d, tile.v, tile.keys, tail,
-                                ahead ? ahead + d : nullptr, next.v);
+                                r == 0 ? &v_ahead : nullptr);
     };
     int64_t d = 0;
     for (; d + kChunks * kElements <= p.head_dim_v; d += kChunks * kElements) block(std::integral_constant<int, kChunks>{}, d, kElements);
@@ -231,7 +236,7 @@ void write_task(const KvCacheParams& p, const Task& task, Scratch& s) {
 
 template <class T>
 void run(const KvCacheParams& p, Task task, Scratch& s) {
-  choose_keys(p, task);
+  choose_keys(p, s.tile_keys, task);
   load_queries<T>(p, task, s);
   const int64_t states = task.heads * p.rows_per_task;
   std::fill(s.out, s.out + states * s.dim_v, 0.0f);
@@ -239,18 +244,26 @@ void run(const KvCacheParams& p, Task task, Scratch& s) {
   if (task.begin < task.end) {
     // The order of (tile, head) follows memory: where a key's heads are neighbours, all heads of a tile come before the next tile.
     const bool heads_inside = p.k.rows.head <= p.k.rows.seq;
-    const int64_t first = task.begin / kTile, tiles = ceil_div<int64_t>(task.end, kTile) - first, units = tiles * task.heads;
-    const auto tile_of = [&](int64_t u) { return heads_inside ? u / task.heads : u % tiles; };
-    const auto head_of = [&](int64_t u) { return heads_inside ? u % task.heads : u / tiles; };
-    const auto fill = [&](int64_t t, Tile& tile) { locate(p, task, std::max(task.begin, (first + t) * kTile), tile); };
-    int current = 0;
-    fill(0, s.tiles[0]);
-    for (int64_t u = 0; u < units; ++u) {
-      const bool has_next = u + 1 < units, moves = has_next && tile_of(u + 1) != tile_of(u);
-      if (moves) fill(tile_of(u + 1), s.tiles[1 - current]);
-      const int following = moves ? 1 - current : current;
-      attend_tile<T>(p, task, s, s.tiles[current], head_of(u), s.tiles[following], has_next ? head_of(u + 1) : 0, has_next);
-      current = following;
+    const int64_t size = s.tile_keys;
+    const int64_t first = task.begin / size, tiles = ceil_div<int64_t>(task.end, size) - first;
+    const auto fill = [&](int64_t t, Tile& tile) { locate<T>(p, task, size, std::max(task.begin, (first + t) * size), tile); };
+    const auto ahead = [&](const CacheOperand& cache, const int64_t* offset_bytes, int keys, int64_t h, int64_t heads, int64_t dim) {
+      const int64_t head_bytes = cache.rows.head * sizeof(T);
+      return Ahead{static_cast<const char*>(cache.rows.data) + (task.head0 + h) * head_bytes, offset_bytes, keys,
+                   (heads - 1) * head_bytes + dim * static_cast<int64_t>(sizeof(T))};
+    };
+    const int64_t outer = heads_inside ? 1 : task.heads, inner = heads_inside ? task.heads : 1;
+    for (int64_t h0 = 0; h0 < outer; ++h0) {
+      int current = 0;
+      fill(0, s.tiles[0]);
+      for (int64_t t = 0; t < tiles; ++t, current = 1 - current) {
+        Tile& next = s.tiles[1 - current];
+        next.keys = 0;
+        if (t + 1 < tiles) fill(t + 1, next);
+        Ahead k_ahead = ahead(p.k, next.k_bytes, next.keys, h0, inner, p.head_dim);
+        Ahead v_ahead = ahead(p.v, next.v_bytes, next.keys, h0, inner, p.head_dim_v);
+        for (int64_t h = h0; h < h0 + inner; ++h) attend_tile<T>(p, task, s, s.tiles[current], h, k_ahead, v_ahead);
+      }
     }
   }
   write_task<T>(p, task, s);

@@ -1,9 +1,8 @@
-// softmax and log_softmax: the first pass over a row finds max and sum, the second, which finds most rows still in the cache, writes.
-// softmax computes exp twice rather than store it: the arithmetic hides behind the memory.
-#include "cpu/kernels.h"
+// softmax and log_softmax over rows. Every row is read from memory once: what follows the first pass finds it in the cache.
 #include "core/dispatch.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/softmax_row.h"
+#include "cpu/row.h"
 #include "cpu/vec.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
@@ -13,45 +12,45 @@ FOVEATE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows are handed out in blocks of about this many elements: enough to hide the hand-out, small enough to balance causal rows.
 constexpr int64_t kTaskElements = 32768;
-constexpr int64_t kScratch = 16384;
+// Columns up to which exp is kept, on the stack: 64 KiB of fp32, which stays in the nearest caches.
+constexpr int64_t kKeptColumns = 16384;
 
-template <class T, bool kLog, class A, class Scores>
-FOVEATE_INLINE void softmax_row(T* out, int64_t cols, bool stream, const Scores& scores) {
-  constexpr int degree = kExpDegree<T>;
-  constexpr int lanes = kLanes<A>;
-  if (!kLog && cols <= kScratch) {
-    alignas(64) A e[kScratch + lanes];
-    Vec<A> peaks[4];
-    for (auto& peak : peaks) peak = splat<A>(std::numeric_limits<A>::lowest());
-    int64_t j = 0;
-    for (; j + 4 * lanes <= cols; j += 4 * lanes)
-      for (int u = 0; u < 4; ++u) peaks[u] = vmax(peaks[u], scores(j + u * lanes, lanes));
-    for (; j < cols; j += lanes) peaks[0] = vmax(peaks[0], scores(j, cols - j));
-    const A max = hmax(vmax(vmax(peaks[0], peaks[1]), vmax(peaks[2], peaks[3])));
-    Vec<A> sums[2] = {};
-    for (j = 0; j + 2 * lanes <= cols; j += 2 * lanes)
-      for (int u = 0; u < 2; ++u) {
-        const Vec<A> v = exp_to<degree, A>(scores(j + u * lanes, lanes) - max);
-        sums[u] += v;
-        store(e + j + u * lanes, v);
-      }
-    for (; j < cols; j += lanes) {
-      const Vec<A> v = exp_to<degree, A>(scores(j, cols - j) - max);
-      sums[0] += v;
-      store(e + j, v);
-    }
-    const A sum = hsum(sums[0] + sums[1]), inverse = sum == 0 ? 0 : 1 / sum;
-    return write_row<A>(out, cols, stream, [&](int64_t j, int64_t) { return load<A>(e + j) * inverse; });
-  }
-  const auto [max, sum] = max_and_sum<degree, A>(cols, scores);
-  if constexpr (kLog) {
-    // An empty row keeps its -inf: max is the lowest finite number there, and log(0) must not meet it.
-    const A log_sum = sum == 0 ? 0 : std::log(sum);
-    write_row<A>(out, cols, stream, [&](int64_t j, int64_t rest) { return (scores(j, rest) - max) - log_sum; });
-  } else {
-    const A inverse = sum == 0 ? 0 : 1 / sum;
-    write_row<A>(out, cols, stream, [&](int64_t j, int64_t rest) { return exp_to<degree, A>(scores(j, rest) - max) * inverse; });
-  }
+// One exp per element: maximum, then exp and sum, then the division.
+template <class T, class A, class Scores>
+FOVEATE_INLINE void softmax_short_row(T* out, int64_t cols, bool stream, const Scores& scores) {
+  constexpr int lanes = kLanes<A>, unroll = 4;
+  alignas(kVecBytes) A kept[kKeptColumns + lanes];
+  Vec<A> peaks[unroll];
+  for (auto& peak : peaks) peak = splat<A>(std::numeric_limits<A>::lowest());
+  int64_t j = 0;
+  for (; j + unroll * lanes <= cols; j += unroll * lanes)
+    for (int u = 0; u < unroll; ++u) peaks[u] = vmax(peaks[u], scores(j + u * lanes, lanes));
+  for (; j < cols; j += lanes) peaks[0] = vmax(peaks[0], scores(j, cols - j));
+  const A max = hmax(vmax(vmax(peaks[0], peaks[1]), vmax(peaks[2], peaks[3])));
+
+  const A sum = sum_row<A>(cols, [&](int64_t j, int64_t rest) {
+    const Vec<A> e = exp_to<kExpDegree<T>, A>(scores(j, rest) - max);
+    store(kept + j, e);
+    return e;
+  });
+  const A inverse = sum == 0 ? 0 : 1 / sum;
+  write_row<A>(out, cols, stream, [&](int64_t j, int64_t) { return load<A>(kept + j) * inverse; });
+}
+
+// Longer rows: max and sum in one pass over memory, exp again in the second rather than stored.
+template <class T, class A, class Scores>
+FOVEATE_INLINE void softmax_long_row(T* out, int64_t cols, bool stream, const Scores& scores) {
+  const auto [max, sum] = max_and_sum<kExpDegree<T>, A>(cols, scores);
+  const A inverse = sum == 0 ? 0 : 1 / sum;
+  write_row<A>(out, cols, stream, [&](int64_t j, int64_t rest) { return exp_to<kExpDegree<T>, A>(scores(j, rest) - max) * inverse; });
+}
+
+template <class T, class A, class Scores>
+FOVEATE_INLINE void log_softmax_row(T* out, int64_t cols, bool stream, const Scores& scores) {
+  const auto [max, sum] = max_and_sum<kExpDegree<T>, A>(cols, scores);
+  // An empty row keeps its -inf: max is the lowest finite number there, and log(0) must not meet it.
+  const A log_sum = sum == 0 ? 0 : std::log(sum);
+  write_row<A>(out, cols, stream, [&](int64_t j, int64_t rest) { return (scores(j, rest) - max) - log_sum; });
 }
 
 struct Offsets {
@@ -85,7 +84,7 @@ void softmax_rows(const SoftmaxParams& p, int64_t begin, int64_t end, bool strea
     const int8_t* mask = kMask ? p.mask + at.mask : nullptr;
     if (kMask && !p.mask_per_column && !*mask) cols = 0;
 
-    softmax_row<T, kLog, A>(out, cols, stream, [&](int64_t j, int64_t rest) {
+    const auto scores = [&](int64_t j, int64_t rest) {
       Vec<A> s = load_n<A>(x + j, rest) * scale;
       if constexpr (!std::is_void_v<B>) {
         const B* bias = static_cast<const B*>(p.bias) + at.bias;
@@ -95,7 +94,13 @@ void softmax_rows(const SoftmaxParams& p, int64_t begin, int64_t end, bool strea
         if (p.mask_per_column) s = load_n<A>(mask + j, rest) != 0 ? s : splat<A>(hidden);
       }
       return rest >= kLanes<A> ? s : iota<A>() < static_cast<IntOf<A>>(rest) ? s : splat<A>(hidden);
-    });
+    };
+    if constexpr (kLog)
+      log_softmax_row<T, A>(out, cols, stream, scores);
+    else if (cols <= kKeptColumns)
+      softmax_short_row<T, A>(out, cols, stream, scores);
+    else
+      softmax_long_row<T, A>(out, cols, stream, scores);
     if (cols < p.cols) std::memset(static_cast<void*>(out + cols), 0, static_cast<size_t>(p.cols - cols) * sizeof(T));
   }
 }
@@ -104,25 +109,17 @@ template <class T, class B, bool kMask, bool kLog>
 void softmax_tasks(const SoftmaxParams& p, int threads) {
   const bool stream = p.rows * p.cols * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   const int64_t block = 1 + kTaskElements / p.cols;
-  parallel_tasks(ceil_div(p.rows, block), threads, [&](int64_t task, int) {
-    softmax_rows<T, B, kMask, kLog>(p, task * block, smaller(p.rows, (task + 1) * block), stream);
-  });
+  parallel_tasks(ceil_div(p.rows, block), threads,
+                 [&](int64_t task, int) { softmax_rows<T, B, kMask, kLog>(p, task * block, smaller(p.rows, (task + 1) * block), stream); });
 }
 
 template <class T, bool kLog>
 void softmax_backward_row(const T* dout, const T* out, auto* dx, int64_t cols, AccumulatorOf<T> scale, bool stream) {
   using A = AccumulatorOf<T>;
-  constexpr int lanes = kLanes<A>;
-  Vec<A> sums[4] = {};
-  const auto add = [&](Vec<A>& sum, int64_t j, int64_t rest) {
+  const A sum = sum_row<A>(cols, [&](int64_t j, int64_t rest) {
     const Vec<A> dy = load_n<A>(dout + j, rest);
-    sum += kLog ? dy : dy * load_n<A>(out + j, rest);
-  };
-  int64_t j = 0;
-  for (; j + 4 * lanes <= cols; j += 4 * lanes)
-    for (int u = 0; u < 4; ++u) add(sums[u], j + u * lanes, lanes);
-  for (; j < cols; j += lanes) add(sums[0], j, cols - j);
-  const A sum = hsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    return kLog ? dy : dy * load_n<A>(out + j, rest);
+  });
   write_row<A>(dx, cols, stream, [&](int64_t j, int64_t rest) {
     const Vec<A> dy = load_n<A>(dout + j, rest), y = load_n<A>(out + j, rest);
     return kLog ? dy - exp_to<kExpDegree<T>, A>(y) * sum : (dy - sum) * y * scale;

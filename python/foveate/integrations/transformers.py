@@ -11,7 +11,7 @@ padded batches are silently wrong. What a model asks for and foveate cannot hono
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -113,10 +113,10 @@ def attention_forward(
                 f"{'' if position_bias is None else ' and a position bias'}: pass a padded batch with a 2-D attention_mask"
             )
         lengths = (cu_seq_lens_q.int(), cu_seq_lens_k.int(), int(max_length_q), int(max_length_k))
-        return foveate.attention_varlen(q[0], k[0], v[0], *lengths, **options)[None], None
+        return cast(Tensor, foveate.attention_varlen(q[0], k[0], v[0], *lengths, **options))[None], None
 
     mask, bias = _split_mask(attention_mask, position_bias)
-    return foveate.attention(q, k, v, mask=mask, bias=bias, **options), None
+    return cast(Tensor, foveate.attention(q, k, v, mask=mask, bias=bias, **options)), None
 
 
 def _split_mask(attention_mask: Tensor | None, position_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -94,14 +94,39 @@ def flash_attn_func(
     return _result(q, foveate.attention(q, k, v, **options), return_attn_probs)
 
 
-def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Result:
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
     """kv [B, Sk, 2, Hkv, D]; the rest as `flash_attn_func`."""
-    return flash_attn_func(q, *_unpack(kv, "kv", 2), *args, **kwargs)
+    k, v = _unpack(kv, "kv", 2)
+    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_func(q, k, v, *tail)
 
 
-def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Result:
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
     """qkv [B, S, 3, H, D]; the rest as `flash_attn_func`."""
-    return flash_attn_func(*_unpack(qkv, "qkv", 3), *args, **kwargs)
+    q, k, v = _unpack(qkv, "qkv", 3)
+    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_func(q, k, v, *tail)
 
 
 def flash_attn_varlen_func(
@@ -142,20 +167,38 @@ def flash_attn_varlen_kvpacked_func(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    *args: Any,
-    **kwargs: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Result:
     """kv [total_k, 2, Hkv, D]; the rest as `flash_attn_varlen_func`, without block_table."""
     k, v = _unpack(kv, "kv", 2)
-    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *args, **kwargs)
+    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *tail)
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Result:
     """qkv [total, 3, H, D]; one cu_seqlens for queries and keys; the rest as `flash_attn_varlen_func`."""
     q, k, v = _unpack(qkv, "qkv", 3)
-    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
+    tail = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *tail)
 
 
 def flash_attn_with_kvcache(
@@ -184,7 +227,8 @@ def flash_attn_with_kvcache(
     q [B, Sq, Hq, D]; k, v [B, Snew, Hkv, D]; caches [B_cache, S_cache, Hkv, D], or [pages, page_size, Hkv, D] with block_table
     int32 [B, max_pages], of any page size. cache_seqlens: the keys before the append, one int, [B], or None for a full cache that
     is only read. cache_batch_idx [B]: the row of the cache that each row of q uses. cache_seqlens is not changed.
-    cache_leftpad raises UnsupportedError. Returns out [B, Sq, Hq, D], or (out, lse [B, Hq, Sq]) with return_softmax_lse.
+    cache_leftpad, and rotary for several queries without causal or window, raise UnsupportedError.
+    Returns out [B, Sq, Hq, D], or (out, lse [B, Hq, Sq]) with return_softmax_lse.
     """
     B = q.shape[0]
     if cache_leftpad is not None:
@@ -192,6 +236,16 @@ def flash_attn_with_kvcache(
             "cache_leftpad: a cache that starts in the middle of its row is not served; "
             "store each sequence from position 0 (cache_seqlens gives its length) or use block_table"
         )
+    if rotary_cos is not None:
+        if k is None:
+            raise ValueError(
+                "rotary_cos and rotary_sin came without k and v to append; without them rotate q before the call"
+            )
+        if q.shape[1] > 1 and not causal and tuple(window_size) == (-1, -1):
+            raise foveate.UnsupportedError(
+                f"rotary with {q.shape[1]} queries, causal=False and no window: flash_attn would turn every query by the one "
+                "position cache_seqlens, foveate turns query i by cache_seqlens + i; rotate q and k before the call"
+            )
     if cache_batch_idx is not None:
         if block_table is not None:
             raise ValueError("cache_batch_idx and block_table both choose the memory of a row; give one of them")

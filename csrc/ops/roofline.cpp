@@ -1,0 +1,46 @@
+#include "ops/roofline.h"
+
+#include "cpu/kernels.h"
+#include "cpu/target.h"
+
+namespace foveate {
+namespace {
+
+void check_floats(const TensorView& x, const char* what) {
+  check_rank(x, what, 1), check_contiguous(x, what), check_dtype(x, what, DType::kFloat32);
+}
+
+void check_sums(const TensorView& sums, int threads) {
+  check_floats(sums, "sums");
+  check(threads > 0, "threads = ", threads, " must be at least 1");
+  check_size(sums, "sums", 0, threads);
+}
+
+DType chain_dtype(const std::string& wanted) {
+  for (const DType t : {DType::kFloat32, DType::kFloat64, DType::kBFloat16})
+    if (wanted == name(t)) return t;
+  fail("dtype \"", wanted, "\" is not one of float32, float64, bfloat16");
+}
+
+}  // namespace
+
+int64_t multiply_add(TensorView sums, const std::string& dtype, int64_t steps, int threads) {
+  check_sums(sums, threads);
+  check(steps > 0, "steps = ", steps, " must be at least 1");
+  return cpu::kernels().multiply_add({.sums = sums.as<float>(), .steps = steps, .dtype = chain_dtype(dtype)}, threads);
+}
+
+void read_memory(TensorView x, TensorView sums, int threads) {
+  check_floats(x, "x");
+  check_sums(sums, threads);
+  cpu::kernels().read_memory({.x = x.as<float>(), .sums = sums.as<float>(), .n = x.numel()}, threads);
+}
+
+void copy_memory(TensorView x, TensorView out, int threads) {
+  check_floats(x, "x"), check_floats(out, "out");
+  check_size(out, "out", 0, x.shape[0]);
+  check(threads > 0, "threads = ", threads, " must be at least 1");
+  cpu::kernels().copy_memory({.x = x.as<float>(), .out = out.as<float>(), .n = x.numel()}, threads);
+}
+
+}  // namespace foveate

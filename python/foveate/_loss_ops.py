@@ -1,0 +1,212 @@
+"""The ops under loss.py: schemas, implementations, fakes and vmap rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate import _native, _ops
+from foveate._autograd import batch_first
+from foveate._checks import compute_dtype
+
+_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+
+# Of the logits of one chunk of tokens. Far more than a core's cache, since the matrix products want many tokens, and far less
+# than all logits.
+_CHUNK_BYTES = 64 << 20
+_MIN_CHUNK_TOKENS = 64
+
+
+class Options(NamedTuple):
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float  # 0: none
+
+
+_OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap"
+
+
+def _matrix(logits: Tensor) -> Tensor:
+    """[rows, V] with contiguous rows."""
+    logits = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
+    return logits if logits.shape[-1] <= 1 or logits.stride(-1) == 1 else logits.contiguous()
+
+
+# ---- cross_entropy: logits [..., V], target [...] -> loss [...], stats [..., 2] (max and log of the sum of exp(x - max)) ----
+
+
+def _forward_native(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    loss, stats = _forward_fake(logits, target)
+    target = target.contiguous().view(-1)
+    _C.cross_entropy_forward(
+        _matrix(logits), target, loss.view(-1), stats.view(-1, 2), *options, torch.get_num_threads()
+    )
+    return loss, stats
+
+
+def _forward_fake(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(logits)
+    return logits.new_empty(target.shape, dtype=dtype), logits.new_empty((*target.shape, 2), dtype=dtype)
+
+
+def _backward_native(dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, *options: Any) -> Tensor:
+    dlogits = _backward_fake(dloss, logits)
+    dloss, target, stats = dloss.reshape(-1), target.contiguous().view(-1), stats.contiguous().view(-1, 2)
+    _C.cross_entropy_backward(
+        dloss, _matrix(logits), target, stats, _matrix(dlogits), *options, torch.get_num_threads()
+    )
+    return dlogits
+
+
+def _backward_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+cross_entropy_rows = _ops.define(
+    f"cross_entropy(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor loss, Tensor stats)",
+    impl=_forward_native,
+    fake=_forward_fake,
+)
+cross_entropy_backward = _ops.define(
+    f"cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor stats, {_OPTIONS}) -> Tensor",
+    impl=_backward_native,
+    fake=_backward_fake,
+)
+
+
+def _forward_vmap(info: Any, in_dims: Any, logits: Tensor, target: Tensor, *options: Any) -> tuple[Any, Any]:
+    logits, target = (batch_first(t, dim, info.batch_size) for t, dim in zip((logits, target), in_dims))
+    return cross_entropy_rows(logits, target, *options), (0, 0)
+
+
+def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    tensors = (batch_first(t, dim, info.batch_size) for t, dim in zip(args[:4], in_dims))
+    return cross_entropy_backward(*tensors, *args[4:]), 0
+
+
+_ops.vmap("cross_entropy", _forward_vmap)
+_ops.vmap("cross_entropy_backward", _backward_vmap)
+
+
+# ---- linear_cross_entropy: hidden [T, K], weight [V, K], bias [V] or None, target [T] ----------------------------------------
+
+
+def _chunks(target: Tensor, vocab: int, itemsize: int, ignore_index: int) -> Iterator[Tensor]:
+    """Row numbers of the tokens that are not ignored, chunk by chunk."""
+    outside = ((target < 0) | (target >= vocab)) & (target != ignore_index)
+    if outside.any():
+        i = int(outside.nonzero()[0])
+        raise ValueError(
+            f"target[{i}] = {int(target[i])} is outside 0..{vocab - 1} and is not ignore_index = {ignore_index}"
+        )
+    rows = (target != ignore_index).nonzero().squeeze(1)
+    return iter(rows.split(max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (vocab * itemsize))))
+
+
+def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
+
+
+def _chunk_loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    loss, stats = _forward_fake(logits, target)
+    _C.cross_entropy_forward(logits, target, loss, stats, *options, torch.get_num_threads())
+    return loss, stats
+
+
+def _linear_native(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> Tensor:
+    loss = hidden.new_zeros(target.shape, dtype=compute_dtype(hidden))
+    for rows in _chunks(target, weight.shape[0], hidden.element_size(), options[0]):
+        logits = _chunk_logits(hidden[rows], weight, bias)
+        loss[rows] = _chunk_loss(logits, target[rows], Options(*options))[0]
+    return loss
+
+
+def _linear_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty(target.shape, dtype=compute_dtype(hidden))
+
+
+class _Sum:
+    """factor * (the sum of tensors of one shape), in the compute dtype as soon as there are two; zeros of `shape` if there is none."""
+
+    def __init__(self, like: Tensor, shape: tuple[int, ...]) -> None:
+        self.zeros = like.new_zeros
+        self.shape, self.dtype, self.compute = shape, like.dtype, compute_dtype(like)
+        self.total: Tensor | None = None
+
+    def add(self, term: Tensor) -> None:
+        self.total = term if self.total is None else self.total.to(self.compute).add_(term)
+
+    def times(self, factor: Tensor) -> Tensor:
+        return self.zeros(self.shape) if self.total is None else (self.total * factor).to(self.dtype)
+
+
+def _gradients_native(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    dloss: Tensor,
+    factor: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    compute = compute_dtype(hidden)
+    loss = hidden.new_zeros(target.shape, dtype=compute)
+    dhidden = hidden.new_zeros(hidden.shape) if need_hidden else hidden.new_empty(0)
+    dweight = _Sum(weight, tuple(weight.shape) if need_weight else (0,))
+    dbias = _Sum(weight, (weight.shape[0] if need_bias else 0,))
+    for rows in _chunks(target, weight.shape[0], hidden.element_size(), options[0]):
+        h, t = hidden[rows], target[rows]
+        logits = _chunk_logits(h, weight, bias)
+        loss[rows], stats = _chunk_loss(logits, t, Options(*options))
+        dlogits = logits  # in place
+        _C.cross_entropy_backward(dloss[rows], logits, t, stats, dlogits, *options, torch.get_num_threads())
+        if need_hidden:
+            dhidden[rows] = (torch.mm(dlogits, weight) * factor).to(hidden.dtype)
+        if need_weight:
+            dweight.add(torch.mm(dlogits.t(), h))
+        if need_bias:
+            dbias.add(dlogits.sum(0, dtype=compute))
+    return loss, dhidden, dweight.times(factor), dbias.times(factor)
+
+
+def _gradients_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    dloss: Tensor,
+    factor: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        _linear_fake(hidden, weight, bias, target),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        hidden.new_empty(weight.shape if need_weight else (0,)),
+        hidden.new_empty((weight.shape[0] if need_bias else 0,)),
+    )
+
+
+linear_cross_entropy_rows = _ops.define(
+    f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {_OPTIONS}) -> Tensor",
+    impl=_linear_native,
+    fake=_linear_fake,
+)
+# The losses, and factor times the gradients of sum(dloss * loss); those not needed are empty. factor comes last, in the compute
+# dtype, so that 1 / tokens does not push float16 gradients of the logits below its range.
+linear_cross_entropy_gradients = _ops.define(
+    "linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor dloss, Tensor factor, "
+    f"bool need_hidden, bool need_weight, bool need_bias, {_OPTIONS}) "
+    "-> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    impl=_gradients_native,
+    fake=_gradients_fake,
+)

@@ -1,0 +1,149 @@
+"""The command `foveate`: what is installed here, and how fast it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import foveate
+
+BENCHES = ("attention", "backward", "decode", "softmax", "cross_entropy", "overhead", "memory")
+
+_BENCH_HELP = """\
+benches:
+  attention      forward of causal and full self-attention; GFLOP/s, held against the measured multiply-add rate
+  backward       forward and backward of the same
+  decode         one query token against a KV cache with grouped heads; GB/s, held against the measured read rate
+  softmax        rows of 1k to 128k columns; GB/s, held against the measured copy rate
+  cross_entropy  the same rows as logits, forward alone and with the gradient
+  overhead       one query, one key: microseconds that a call costs beside its arithmetic
+  memory         peak memory of forward and backward by length, each in a process of its own
+  all            every one of these
+
+Each case is checked against fp64 first: a result that is further off than torch's own allows stops the run. Then foveate and its
+peers take turns in one process; the table has the median and the interquartile range. A ratio is the peer's time over
+foveate's: above 1 foveate is ahead. The keys of decode come from memory, not from a cache, because the calls rotate over several
+copies. --quick runs tiny shapes to see that everything works; its numbers mean nothing.
+
+examples:
+  foveate bench attention --against sdpa
+  foveate bench decode --dtype bf16 --threads 8
+  foveate bench all --out bench/results      cpu_<date>.csv, .png and .md in that folder
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 1 after an error that a sentence explains, 2 for wrong arguments."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        print(f"foveate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="foveate",
+        description="Attention, softmax and KV-cache kernels for torch: what is here, and how fast it is.",
+    )
+    parser.add_argument("--version", action="version", version=f"foveate {foveate.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="what is compiled in, and what this machine can run")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=_info)
+
+    bench = commands.add_parser(
+        "bench",
+        help="check and time the kernels beside torch's",
+        description="Checks the kernels, then times them beside torch's and the limits of this machine.",
+        epilog=_BENCH_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument(
+        "benches", nargs="+", choices=(*BENCHES, "all"), metavar="BENCH", help="one or more of those below"
+    )
+    bench.add_argument(
+        "--against",
+        choices=("sdpa", "torch", "none"),
+        default="sdpa",
+        help="sdpa or torch: torch's own function, be it scaled_dot_product_attention, softmax or cross_entropy (the "
+        "default); none: foveate alone",
+    )
+    bench.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("fp32", "bf16", "fp16"),
+        default=["fp32", "bf16"],
+        dest="dtypes",
+        help="fp32 and bf16 by default",
+    )
+    bench.add_argument("--quick", action="store_true", help="tiny shapes, few samples: a test of the bench itself")
+    bench.add_argument(
+        "--threads", type=int, help=f"as torch.set_num_threads; {torch.get_num_threads()} by default here"
+    )
+    bench.add_argument("--seed", type=int, default=0, help="of the random inputs; 0 by default")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    bench.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="also write there: a CSV file, a picture of the ratios (beside torch), a summary",
+    )
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _info(args: argparse.Namespace) -> None:
+    found = foveate.info()
+    print(json.dumps(found, indent=1) if args.json else found)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from foveate.bench import machine, readme, report, roofline, run
+
+    benches = BENCHES if "all" in args.benches else tuple(dict.fromkeys(args.benches))
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads {args.threads} must be 1 or more")
+        torch.set_num_threads(args.threads)
+    if not args.json:
+        report.need_extra("rich", "the table", "ask for --json")
+    if args.out is not None:
+        report.need_extra("matplotlib", "the picture of --out", "leave --out away")
+        args.out.mkdir(parents=True, exist_ok=True)
+    machine.keep_freed_memory()
+    here = machine.describe()
+    limits = roofline.measure(args.quick)
+    options = run.Options(benches, args.dtypes, args.against != "none", args.quick, args.seed)
+    name = "cpu_" + ("" if benches == BENCHES else "_".join(benches) + "_") + here.date
+    csv_file = None if args.out is None else report.CsvFile(args.out / f"{name}.csv", here)
+    rows = []
+    for row in run.rows(options, limits):
+        rows.append(row)
+        if csv_file is not None:
+            csv_file.add(row)
+        if sys.stderr.isatty():
+            print(f"\r\033[K{row.bench} {row.case} {row.dtype}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    summaries = run.summarize(rows)
+    if csv_file is not None:
+        csv_file.close()
+        report.draw(args.out / f"{name}.png", here, rows)
+        (args.out / f"{name}.md").write_text(readme.numbers(here, rows) + "\n")
+    if args.json:
+        print(report.json_text(here, limits, rows, summaries))
+    else:
+        report.print_tables(here, limits, rows, summaries)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""cross_entropy and linear_cross_entropy: public functions and gradients. Ops: `_loss_ops.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate import _reference_ops
+from foveate._autograd import first_order
+from foveate._backends import native_cpu, register
+from foveate._checks import (
+    check_finite,
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    chosen_backend,
+    compute_dtype,
+)
+from foveate._loss_ops import (
+    Options,
+    cross_entropy_backward,
+    cross_entropy_rows,
+    linear_cross_entropy_gradients,
+    linear_cross_entropy_rows,
+)
+
+for _op in ("cross_entropy", "linear_cross_entropy"):
+    register(_op, "native", native_cpu)
+    register(_op, "reference", lambda query: None)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Per row lse - (1 - eps) * x[target] - eps * mean(x) + z_loss * lse**2, with x = softcap * tanh(logits / softcap), lse =
+    logsumexp(x) and eps = label_smoothing. The classes are the last dimension.
+
+    logits: [..., V], float32, bfloat16, float16 (computed in fp32) or float64, V > 0; target: int64 [...]. label_smoothing: in
+    [0, 1]. z_loss (PaLM, Chowdhery et al. 2022): finite, not negative. softcap: positive; None or 0 for none.
+    reduction: "mean" over the rows whose target is not ignore_index (NaN when there are none, as in torch), "sum", or "none" for
+    [...]. Ignored rows give loss 0 and gradient 0 whatever their logits. The loss is fp32 (fp64 for fp64 logits).
+    Differentiable once in logits; nothing of the size of logits is kept but logits. Rows that are not contiguous or not evenly
+    spaced are copied.
+
+    Raises ValueError for a target outside 0..V-1 that is not ignore_index (checked when the op runs), and for shapes and
+    options; TypeError for dtypes; UnsupportedError for a named backend that cannot serve the call.
+    """
+    check_floating("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} have no classes; they must be [..., V] with V > 0")
+    _check_target(target, logits, "logits", logits.shape[:-1])
+    options = _check_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
+    if chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend) == "reference":
+        return _reference_ops.cross_entropy(logits, target, *options, reduction)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        loss = _CrossEntropy.apply(logits, target, options)[0]
+    else:
+        loss = cross_entropy_rows(logits, target, *options)[0]
+    return _reduce(loss, target, ignore_index, reduction)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """cross_entropy(hidden @ weight.T + bias, target, ...) that never stores the [tokens, V] logits.
+
+    hidden: [..., K]; weight: [V, K]; bias: [V] or None; one dtype, cast to autocast's under autocast; target: int64 [...].
+    Options, result and errors as `cross_entropy`. Rows with target == ignore_index cost nothing, and hidden may be NaN there.
+
+    The native backend takes the tokens in chunks: the logits of one chunk (at most 64 MiB, or 64 tokens' worth) exist at a time,
+    rounded to hidden's dtype; they come from torch's matrix product and become their own gradient in place. With "mean" and
+    "sum" the gradients of hidden, weight and bias are computed along with the loss and kept until the backward pass, so nothing
+    is computed twice; with "none" the backward pass computes the logits again. Gradients add up in fp32 over the chunks.
+    Differentiable once.
+    """
+    check_floating("hidden", hidden)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    check_same_dtype("weight", weight, "hidden", hidden)
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"hidden must be [..., K] and weight [V, K] with V > 0; got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_same_dtype("bias", bias, "hidden", hidden)
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)}; weight of shape {tuple(weight.shape)} needs ({weight.shape[0]},)"
+            )
+    _check_target(target, hidden, "hidden", hidden.shape[:-1])
+    options = _check_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
+    if chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend) == "reference":
+        return _reference_ops.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
+    rows, labels = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
+    needed = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    if not (torch.is_grad_enabled() and any(needed)):
+        loss = linear_cross_entropy_rows(rows, weight, bias, labels, *options)
+    elif reduction == "none":
+        loss = _LinearCrossEntropyRows.apply(rows, weight, bias, labels, options)
+    else:
+        return _LinearCrossEntropy.apply(rows, weight, bias, labels, options, reduction, *needed)[0]
+    return _reduce(loss.view(target.shape), target, ignore_index, reduction)
+
+
+def _reduce(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check_target(target: Tensor, x: Tensor, x_name: str, shape: torch.Size) -> None:
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target must be an int64 tensor of class numbers, got {kind}; convert it with target.long()")
+    check_same_device("target", target, x_name, x)
+    if target.shape != shape:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}; {x_name} of shape {tuple(x.shape)} needs {tuple(shape)}"
+        )
+
+
+def _check_options(
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str
+) -> Options:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction={reduction!r} is unknown; choose "mean", "sum" or "none"')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
+    if check_finite("z_loss", z_loss) < 0:
+        raise ValueError(f"z_loss={z_loss} must not be negative")
+    softcap = 0.0 if softcap is None else check_finite("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap={softcap} must be positive, or None for none")
+    return Options(ignore_index, float(label_smoothing), float(z_loss), softcap)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    generate_vmap_rule = True  # the ops have their own rules
+
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+        return cross_entropy_rows(logits, target, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, target, ctx.options = inputs
+        ctx.save_for_backward(logits, target, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        return first_order(cross_entropy_backward, dloss, *ctx.saved_tensors, *ctx.options), None, None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The reduced loss, its gradients computed along the way: the loss of every used row has the same weight."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        options: Options,
+        reduction: str,
+        *needed: bool,
+    ) -> tuple[Tensor, ...]:
+        factor = torch.ones((), dtype=compute_dtype(hidden), device=hidden.device)
+        if reduction == "mean":
+            factor = factor / (target != options.ignore_index).sum()
+        ones = torch.ones((), dtype=factor.dtype, device=hidden.device).expand(target.shape)
+        loss, *grads = linear_cross_entropy_gradients(hidden, weight, bias, target, ones, factor, *needed, *options)
+        return loss.sum() * factor, *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        scaled = [(g * dloss).to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, needed)]
+        return (*scaled, *(None,) * 6)
+
+
+class _LinearCrossEntropyRows(torch.autograd.Function):
+    """The loss of every row. Their weights in the gradient are known only in the backward pass, which computes the logits again."""
+
+    @staticmethod
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: Options) -> Tensor:
+        return linear_cross_entropy_rows(hidden, weight, bias, target, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:3]
+        factor = torch.ones((), dtype=dloss.dtype, device=dloss.device)
+        args = (*ctx.saved_tensors, dloss, factor, *needed, *ctx.options)
+        _, *grads = first_order(linear_cross_entropy_gradients, *args)
+        return (*(g if need else None for g, need in zip(grads, needed)), None, None)

@@ -1,0 +1,277 @@
+"""foveate.PagedKVCache: a page allocator over preallocated tensors, for `attention_with_kv_cache`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate._kv_cache_op import QUANTIZED
+from foveate.kv_cache import attention_with_kv_cache
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZED)
+
+
+class CacheFull(RuntimeError):
+    """There are not enough free pages for the call; the cache is as it was before it."""
+
+
+class CacheStats(NamedTuple):
+    sequences: int
+    tokens: int  # summed over the sequences: a shared token counts for each
+    total_pages: int
+    used_pages: int
+    free_pages: int
+    shared_pages: int  # used by more than one sequence
+    nbytes: int  # of the preallocated tensors
+
+
+class PagedKVCache:
+    """Keys and values of many sequences in pages of `page_size` tokens, shared by reference count (Kwon et al. 2023, arXiv 2309.06180).
+
+    The memory is allocated once: k_pages [layers, pages, page_size, Hkv, D] and v_pages [..., Dv], and for int8 or float8_e4m3fn
+    also k_scale and v_scale, fp32 [layers, pages, page_size, Hkv]. A sequence is an int from `create` or `fork`. For each step,
+    `append` makes room in all layers, then `attend` writes and reads layer by layer:
+
+        seq = cache.create()
+        cache.append([seq], prompt_length)
+        out = cache.attend(layer, q, k, v, seqs=[seq])      # for each layer
+
+    dtype: float32, bfloat16, float16 or float64, as q will have, or int8 or float8_e4m3fn for any q.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int = 16,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        head_dim_v: int | None = None,
+        num_layers: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        sizes = {
+            "num_layers": num_layers, "num_pages": num_pages, "page_size": page_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+            "head_dim_v": head_dim_v,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be 1 or more")
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype={dtype} cannot be stored; choose one of {', '.join(map(str, _DTYPES))}")
+        if num_pages > torch.iinfo(torch.int32).max:
+            raise ValueError(f"num_pages={num_pages} does not fit the block table's int32; use a larger page_size")
+        self.page_size = page_size
+        shape = (num_layers, num_pages, page_size, num_kv_heads)
+        self.k_pages = torch.empty((*shape, head_dim), dtype=dtype, device=device)
+        self.v_pages = torch.empty((*shape, head_dim_v), dtype=dtype, device=device)
+        self.k_scale: Tensor | None = None
+        self.v_scale: Tensor | None = None
+        if dtype in QUANTIZED:
+            self.k_scale = torch.empty(shape, dtype=torch.float32, device=device)
+            self.v_scale = torch.empty(shape, dtype=torch.float32, device=device)
+        self._references = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))  # a stack: page 0 is the first to be used
+        self._pages: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._next = 0
+        self._tables: tuple[tuple[int, ...], Tensor, Tensor] | None = (
+            None  # of the last call: seqs, block_table, lengths
+        )
+
+    def create(self) -> int:
+        """A new, empty sequence. It has no pages yet."""
+        seq, self._next = self._next, self._next + 1
+        self._pages[seq], self._lengths[seq] = [], 0
+        return seq
+
+    def fork(self, seq: int, length: int | None = None) -> int:
+        """A new sequence that shares the first `length` tokens of `seq` (all by default), without copying anything.
+
+        The page that both would write next is copied by the first `append` that needs it.
+        """
+        have = self.length(seq)
+        length = have if length is None else length
+        if not 0 <= length <= have:
+            raise ValueError(f"length={length} to share must be between 0 and the {have} tokens of sequence {seq}")
+        child = self.create()
+        self._pages[child] = self._pages[seq][: self._pages_for(length)]
+        self._lengths[child] = length
+        for page in self._pages[child]:
+            self._references[page] += 1
+        return child
+
+    def append(self, seqs: Sequence[int], n: int = 1) -> None:
+        """Makes room for n more tokens of each sequence: takes pages, copies a partly filled last page that is shared.
+
+        Their keys and values are undefined until `attend` writes them. Raises CacheFull, and changes nothing, without enough pages.
+        """
+        self._check(seqs)
+        if n < 0:
+            raise ValueError(f"n={n} tokens cannot be appended; truncate() shortens a sequence")
+        if n == 0 or not seqs:
+            return
+        # How many holders a page will have left when the sequences before this one have taken their copies.
+        holders: dict[int, int] = {}
+        copies = []
+        needed = 0
+        for seq in seqs:
+            length = self._lengths[seq]
+            needed += self._pages_for(length + n) - len(self._pages[seq])
+            if length % self.page_size:
+                page = self._pages[seq][-1]
+                count = holders.setdefault(page, self._references[page])
+                if count > 1:
+                    holders[page] = count - 1
+                    copies.append(seq)
+        if needed + len(copies) > len(self._free):
+            raise CacheFull(
+                f"appending {n} tokens to {len(seqs)} sequences needs {needed + len(copies)} pages of {self.page_size} tokens, "
+                f"{len(self._free)} of {len(self._references)} are free; free sequences or make the cache larger"
+            )
+        for seq in copies:
+            self._copy_last_page(seq)
+        for seq in seqs:
+            self._lengths[seq] += n
+            while len(self._pages[seq]) < self._pages_for(self._lengths[seq]):
+                self._pages[seq].append(self._take())
+        self._tables = None
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Forgets the tokens from `length` on, as speculative decoding does with rejected ones."""
+        have = self.length(seq)
+        if not 0 <= length <= have:
+            raise ValueError(f"length={length} must be between 0 and the {have} tokens of sequence {seq}")
+        keep = self._pages_for(length)
+        for page in self._pages[seq][keep:]:
+            self._release(page)
+        del self._pages[seq][keep:]
+        self._lengths[seq] = length
+        self._tables = None
+
+    def free(self, seq: int) -> None:
+        """Forgets the sequence; pages that no other sequence holds become free."""
+        self.truncate(seq, 0)
+        del self._pages[seq], self._lengths[seq]
+
+    def length(self, seq: int) -> int:
+        self._check([seq])
+        return self._lengths[seq]
+
+    def __contains__(self, seq: int) -> bool:
+        return seq in self._lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def block_table(self, seqs: Sequence[int]) -> Tensor:
+        """int32 [len(seqs), pages of the longest]; -1 beyond a sequence's pages."""
+        return self._tables_of(seqs)[0]
+
+    def kv_lens(self, seqs: Sequence[int]) -> Tensor:
+        """int32 [len(seqs)], the tokens of each sequence, those of the last `append` included."""
+        return self._tables_of(seqs)[1]
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        seqs: Sequence[int],
+        **options: Any,
+    ) -> Any:
+        """`attention_with_kv_cache` of q [len(seqs), Sq, Hq, D] on one layer.
+
+        k, v [len(seqs), Snew, Hkv, D or Dv] become the last Snew tokens, for which `append(seqs, Snew)` has made room before.
+        """
+        if not 0 <= layer < len(self.k_pages):
+            raise ValueError(f"layer={layer} is not one of the cache's {len(self.k_pages)} layers")
+        table, lens = self._tables_of(seqs)
+        if k is not None:
+            new = k.shape[1]
+            for seq in seqs:
+                if self._lengths[seq] < new:
+                    raise ValueError(
+                        f"k has {new} new tokens, but sequence {seq} has room for {self._lengths[seq]}; "
+                        f"call append(seqs, {new}) first"
+                    )
+            self._check_writable(seqs, new)
+            lens = lens - new
+        return attention_with_kv_cache(
+            q, self.k_pages[layer], self.v_pages[layer], k=k, v=v, kv_lens=lens, block_table=table,
+            k_scale=None if self.k_scale is None else self.k_scale[layer],
+            v_scale=None if self.v_scale is None else self.v_scale[layer], **options,
+        )  # fmt: skip
+
+    def stats(self) -> CacheStats:
+        tensors = (self.k_pages, self.v_pages, self.k_scale, self.v_scale)
+        return CacheStats(
+            sequences=len(self._lengths),
+            tokens=sum(self._lengths.values()),
+            total_pages=len(self._references),
+            used_pages=len(self._references) - len(self._free),
+            free_pages=len(self._free),
+            shared_pages=sum(count > 1 for count in self._references),
+            nbytes=sum(x.numel() * x.element_size() for x in tensors if x is not None),
+        )
+
+    def _pages_for(self, length: int) -> int:
+        return -(-length // self.page_size)
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._references[page] = 1
+        return page
+
+    def _release(self, page: int) -> None:
+        self._references[page] -= 1
+        if self._references[page] == 0:
+            self._free.append(page)
+
+    @torch.no_grad()
+    def _copy_last_page(self, seq: int) -> None:
+        old, new = self._pages[seq][-1], self._take()
+        for pages in (self.k_pages, self.v_pages, self.k_scale, self.v_scale):
+            if pages is not None:
+                pages[:, new].copy_(pages[:, old])
+        self._release(old)
+        self._pages[seq][-1] = new
+
+    def _check(self, seqs: Iterable[int]) -> None:
+        seen = set()
+        for seq in seqs:
+            if seq not in self._lengths:
+                raise ValueError(f"{seq!r} is not a sequence of this cache (never created, or freed)")
+            if seq in seen:
+                raise ValueError(f"sequence {seq} is given twice")
+            seen.add(seq)
+
+    def _check_writable(self, seqs: Sequence[int], new: int) -> None:
+        """Tokens that another sequence shares must not be overwritten."""
+        for seq in seqs:
+            first = (self._lengths[seq] - new) // self.page_size
+            for page in self._pages[seq][first:] if new else ():
+                if self._references[page] > 1:
+                    raise ValueError(
+                        f"the last {new} tokens of sequence {seq} are shared with another sequence and cannot be written; "
+                        f"call append(seqs, {new}) before attend, and fork after it"
+                    )
+
+    def _tables_of(self, seqs: Sequence[int]) -> tuple[Tensor, Tensor]:
+        key = tuple(seqs)
+        if self._tables is None or self._tables[0] != key:
+            self._check(key)
+            widest = max((len(self._pages[seq]) for seq in key), default=0)
+            rows = [self._pages[seq] + [-1] * (widest - len(self._pages[seq])) for seq in key]
+            device = self.k_pages.device
+            table = torch.tensor(rows, dtype=torch.int32, device=device).view(len(key), widest)
+            lens = torch.tensor([self._lengths[seq] for seq in key], dtype=torch.int32, device=device)
+            self._tables = key, table, lens
+        return self._tables[1], self._tables[2]

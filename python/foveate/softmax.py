@@ -1,0 +1,224 @@
+"""softmax and log_softmax: public functions, op schemas, fakes and gradients. Kernels: csrc/cpu/kernels/softmax.cpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate import _native, _ops, _reference_ops
+from foveate._autograd import batch_first, first_order
+from foveate._backends import native_cpu, register
+from foveate._checks import (
+    check_dtype_or_compute,
+    check_finite,
+    check_floating,
+    check_same_device,
+    chosen_backend,
+    compute_dtype,
+)
+
+_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+
+for _op in ("softmax", "log_softmax"):
+    register(_op, "native", native_cpu)
+    register(_op, "reference", lambda query: None)
+
+
+def softmax(
+    x: Tensor,
+    dim: int = -1,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(scale * x + bias) over `dim`, with masked elements counting as -inf, in one fused pass.
+
+    x: any shape; float32, bfloat16, float16 (computed in fp32) or float64. The result has its shape and dtype and is contiguous
+    along `dim`. scale: finite, 1 if None. mask: bool, True = keep. bias: x's dtype or the compute dtype. Both broadcast to x's
+    shape and are not expanded in memory. causal: in the last two dimensions, element [i, j] is kept if j <= i + cols - rows
+    (bottom-right), only with dim=-1. A line that is masked as a whole, or is all -inf, gives 0 with gradient 0, not NaN.
+    Differentiable once in x and bias; the gradient of a bias needs one temporary of x's shape in the compute dtype.
+
+    The kernel runs over the last dimension: x is copied if `dim` is another one or is not contiguous.
+    Raises TypeError for dtypes, ValueError for other arguments that do not fit, UnsupportedError for a named backend that cannot
+    serve the call. The one-pass maximum and sum are Milakov and Gimelshein's (2018, arXiv 1805.02867).
+    """
+    check_floating("x", x)
+    dim = _check_dim(x, dim)
+    scale = 1.0 if scale is None else check_finite("scale", scale)
+    if causal and (x.dim() < 2 or dim != x.dim() - 1):
+        raise ValueError(
+            f"causal masks the last two dimensions along dim=-1; x has {x.dim()} dimensions and dim={dim}: "
+            "pass a matrix with dim=-1, or a mask"
+        )
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor, True = keep; got {kind}: pass a float one as bias")
+        _check_broadcast("mask", mask, x)
+    if bias is not None:
+        check_dtype_or_compute("bias", bias, "x", x)
+        _check_broadcast("bias", bias, x)
+    if chosen_backend("softmax", x.device.type, x.dtype, backend) == "reference":
+        return _reference_ops.softmax(x, dim, scale, mask, bias, causal)
+    if x.dim() == 0:
+        return softmax(x[None], 0, scale=scale, mask=mask, bias=bias, backend=backend)[0]
+    if mask is not None:
+        mask = mask[(None,) * (x.dim() - mask.dim())].movedim(dim, -1)
+    if bias is not None:
+        bias = bias[(None,) * (x.dim() - bias.dim())].movedim(dim, -1)
+    x = x.movedim(dim, -1)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        out = _Softmax.apply(x, bias, mask, scale, causal)
+    else:
+        out = _softmax(x, bias, mask, scale, causal)
+    return out.movedim(-1, dim)
+
+
+def log_softmax(x: Tensor, dim: int = -1, *, backend: str | None = None) -> Tensor:
+    """x - logsumexp(x) over `dim`. Shapes, dtypes, copies and errors as `softmax`; a line of nothing but -inf stays -inf."""
+    check_floating("x", x)
+    dim = _check_dim(x, dim)
+    if chosen_backend("log_softmax", x.device.type, x.dtype, backend) == "reference":
+        return _reference_ops.log_softmax(x, dim)
+    if x.dim() == 0:
+        return log_softmax(x[None], 0, backend=backend)[0]
+    x = x.movedim(dim, -1)
+    out = _LogSoftmax.apply(x) if torch.is_grad_enabled() and x.requires_grad else _log_softmax(x)
+    return out.movedim(-1, dim)
+
+
+def _check_dim(x: Tensor, dim: int) -> int:
+    rank = max(x.dim(), 1)
+    if not -rank <= dim < rank:
+        raise ValueError(
+            f"dim={dim} is out of range for x with {x.dim()} dimensions; choose one of {-rank}..{rank - 1}"
+        )
+    return dim % rank
+
+
+def _check_broadcast(name: str, t: Tensor, x: Tensor) -> None:
+    check_same_device(name, t, "x", x)
+    shape, target = tuple(t.shape), tuple(x.shape)
+    if len(shape) > len(target) or any(a not in (1, b) for a, b in zip(reversed(shape), reversed(target))):
+        raise ValueError(f"{name} of shape {shape} does not broadcast to x of shape {target}")
+
+
+def _rowwise(t: Tensor) -> Tensor:
+    """t with a last dimension that the kernel can walk; what it broadcasts over stays unexpanded."""
+    return t if t.size(-1) <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def _softmax_native(x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    x = _rowwise(x)
+    out = _like(x)
+    bias = None if bias is None else _rowwise(bias).expand(x.shape)
+    mask = None if mask is None else _rowwise(mask).expand(x.shape)
+    _C.softmax_forward(x, bias, mask, out, scale, causal, False, torch.get_num_threads())
+    return out
+
+
+def _log_softmax_native(x: Tensor) -> Tensor:
+    x = _rowwise(x)
+    out = _like(x)
+    _C.softmax_forward(x, None, None, out, 1.0, False, True, torch.get_num_threads())
+    return out
+
+
+def _softmax_backward_native(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool) -> Tensor:
+    dout, out = dout.contiguous(), out.contiguous()
+    dx = _softmax_backward_fake(dout, out, scale, log, wide)
+    _C.softmax_backward(dout, out, dx, scale, log, torch.get_num_threads())
+    return dx
+
+
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _softmax_backward_fake(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool) -> Tensor:
+    dtype = compute_dtype(out) if wide else out.dtype
+    return out.new_empty(out.shape, dtype=dtype)
+
+
+_softmax = _ops.define(
+    "softmax(Tensor x, Tensor? bias, Tensor? mask, float scale, bool causal) -> Tensor",
+    impl=_softmax_native,
+    fake=_like,
+)
+_log_softmax = _ops.define("log_softmax(Tensor x) -> Tensor", impl=_log_softmax_native, fake=_like)
+# `wide` gives the gradient in the compute dtype, for sums that follow.
+_softmax_backward = _ops.define(
+    "softmax_backward(Tensor dout, Tensor out, float scale, bool log, bool wide) -> Tensor",
+    impl=_softmax_backward_native,
+    fake=_softmax_backward_fake,
+)
+
+
+def _softmax_vmap(
+    info: Any, in_dims: Any, x: Any, bias: Any, mask: Any, scale: float, causal: bool
+) -> tuple[Tensor, int]:
+    def front(t: Tensor | None, dim: int | None) -> Tensor | None:
+        return t if t is None else t[None] if dim is None else t.movedim(dim, 0)
+
+    x = batch_first(x, in_dims[0], info.batch_size)
+    return _softmax(x, front(bias, in_dims[1]), front(mask, in_dims[2]), scale, causal), 0
+
+
+def _log_softmax_vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, int]:
+    return _log_softmax(x.movedim(in_dims[0], 0)), 0
+
+
+def _softmax_backward_vmap(info: Any, in_dims: Any, dout: Any, out: Any, *options: Any) -> tuple[Tensor, int]:
+    dout, out = (batch_first(t, dim, info.batch_size) for t, dim in zip((dout, out), in_dims))
+    return _softmax_backward(dout, out, *options), 0
+
+
+_ops.vmap("softmax", _softmax_vmap)
+_ops.vmap("log_softmax", _log_softmax_vmap)
+_ops.vmap("softmax_backward", _softmax_backward_vmap)
+
+
+class _Softmax(torch.autograd.Function):
+    generate_vmap_rule = True  # the ops have their own rules
+
+    @staticmethod
+    def forward(x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+        return _softmax(x, bias, mask, scale, causal)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, bias, _, ctx.scale, _ = inputs
+        ctx.bias_shape, ctx.bias_dtype = (None, None) if bias is None else (bias.shape, bias.dtype)
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (out,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return first_order(_softmax_backward, dout, out, ctx.scale, False, False), None, None, None, None
+        ds = first_order(_softmax_backward, dout, out, 1.0, False, True)
+        dx = (ds * ctx.scale).to(out.dtype) if ctx.needs_input_grad[0] else None
+        return dx, ds.sum_to_size(ctx.bias_shape).to(ctx.bias_dtype), None, None, None
+
+
+class _LogSoftmax(torch.autograd.Function):
+    generate_vmap_rule = True  # the ops have their own rules
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _log_softmax(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return first_order(_softmax_backward, dout, out, 1.0, True, False)

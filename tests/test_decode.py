@@ -1,0 +1,155 @@
+"""The division of decode work: the plan, splits, threads, batch invariance."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+import compare
+import foveate
+from foveate._kv_cache_op import DecodePlan, decode_plan
+from kv_cases import BF16, F8, F32, KvCase, KvInputs, exact, in_torch, make_kv_inputs
+
+
+@contextlib.contextmanager
+def threads(n: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def plan(
+    B=1, Sq=1, Hq=32, Hkv=8, D=128, Dv=128, keys=8192, threads=2, num_splits=0, batch_invariant=False, quantized=False
+) -> DecodePlan:
+    return decode_plan(B, Sq, Hq, Hkv, D, Dv, keys, threads, num_splits, batch_invariant, quantized)
+
+
+def test_plan_splits_only_where_the_threads_need_it():
+    assert plan(threads=1).num_splits == 1
+    assert plan().num_splits > 1
+    assert plan(B=64).num_splits == 1
+    assert plan(threads=64).num_splits > plan(threads=4).num_splits
+    assert plan(keys=256).num_splits == 1  # too short to be divided
+    assert plan(num_splits=5).num_splits == 5
+
+
+def test_plan_keeps_all_heads_of_a_key_together_while_their_state_fits():
+    assert plan() == plan()._replace(rows_per_task=4, heads_per_task=8)
+    assert plan(Hq=64, Hkv=64).heads_per_task == 64
+    assert plan(Hq=64, Hkv=64, Sq=64).heads_per_task < 64
+    assert plan(Hq=128, Hkv=1, D=576, Dv=512).rows_per_task == 64
+
+
+def test_plan_with_batch_invariance_splits_by_the_cache_alone():
+    splits = {plan(B=b, threads=t, batch_invariant=True)[:2] for b in (1, 3, 32) for t in (1, 2, 16)}
+    assert splits == {(4, 2048)}
+    assert plan(batch_invariant=True, threads=16).heads_per_task < plan(batch_invariant=True, threads=1).heads_per_task
+
+
+def test_plan_gives_many_queries_to_the_blocked_kernel():
+    assert plan(Sq=16).blocked and not plan(Sq=4).blocked and not plan(Hq=64, Hkv=1).blocked
+    assert not plan(Sq=16, batch_invariant=True).blocked and not plan(Sq=16, num_splits=2).blocked
+    assert not plan(Sq=16, quantized=True).blocked and not plan(Sq=16, D=576, Dv=512).blocked
+
+
+SHAPES = [
+    KvCase(longest=900, hq=8, sq=2),
+    KvCase(longest=700, dtype=BF16, page_size=16, d=64),
+    KvCase(longest=500, storage=F8, window=(300, -1), sinks=True),
+    KvCase(longest=400, sq=30, softcap=4.0),
+]
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.id)
+@pytest.mark.parametrize("splits", [2, 7, 64])
+def test_split_equals_unsplit(case, splits, seed):
+    inputs = make_kv_inputs(case, seed)
+    results = []
+    for num_splits in (1, splits):
+        run = inputs.clone()
+        run.options["num_splits"] = num_splits
+        results.append(run.run("native"))
+    (one, one_lse), (many, many_lse) = results
+    # The probabilities are rounded to bf16 relative to another maximum, so in bf16 the two differ by that rounding.
+    peer = one if case.dtype == F32 else in_torch(inputs)[0]
+    compare.assert_as_good_as_torch(many, exact(inputs)[0], peer)
+    torch.testing.assert_close(many_lse, one_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_split_takes_the_split_path(seed):
+    """In fp32 another order of summation shows."""
+    inputs = make_kv_inputs(KvCase(longest=900, hq=8, b=4, d=64), seed)
+    one, many = inputs.clone(), inputs.clone()
+    one.options["num_splits"], many.options["num_splits"] = 1, 9
+    assert not torch.equal(one.run("native")[0], many.run("native")[0])
+
+
+def only(inputs: KvInputs, b: int) -> KvInputs:
+    """Row b by itself."""
+    alone, paged = inputs.clone(), inputs.options["block_table"] is not None
+    alone.q = alone.q[b : b + 1]
+    for name in ("k", "v", "kv_lens", "block_table"):
+        if alone.options.get(name) is not None:
+            alone.options[name] = alone.options[name][b : b + 1]
+    if not paged:
+        alone.k_cache, alone.v_cache = alone.k_cache[b : b + 1], alone.v_cache[b : b + 1]
+    return alone
+
+
+@pytest.mark.parametrize("layout", [{}, {"page_size": 64, "dtype": BF16}], ids=str)
+@pytest.mark.parametrize("sq", [1, 40])
+def test_batch_invariant_rows_have_the_same_bits_in_every_batch(layout, sq, seed):
+    case = KvCase(b=3, hq=16, hkv=8, longest=4500, sq=sq, batch_invariant=True, rotary=8, **layout)
+    inputs = make_kv_inputs(case, seed)
+    out, lse = inputs.clone().run("native")
+    for n in (1, 2, 5):
+        with threads(n):
+            again, again_lse = inputs.clone().run("native")
+            assert torch.equal(again, out) and torch.equal(again_lse, lse)
+            for b in range(3):
+                alone, alone_lse = only(inputs, b).run("native")
+                assert torch.equal(alone[0], out[b]) and torch.equal(alone_lse[0], lse[b])
+
+
+def test_order_of_the_batch_is_neutral(seed):
+    inputs = make_kv_inputs(KvCase(b=4, longest=300), seed)
+    out, _ = inputs.clone().run("native")
+    order = [2, 0, 3, 1]
+    moved = inputs.clone()
+    moved.q, moved.k_cache, moved.v_cache = (x[order].contiguous() for x in (moved.q, moved.k_cache, moved.v_cache))
+    for name in ("k", "v", "kv_lens"):
+        moved.options[name] = moved.options[name][order].contiguous()
+    assert torch.equal(moved.run("native")[0], out[order])
+
+
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_any_number_of_threads(n, seed):
+    inputs = make_kv_inputs(KvCase(b=3, longest=600, hq=8), seed)
+    expected, _ = inputs.clone().run("reference")
+    with threads(n):
+        torch.testing.assert_close(inputs.run("native")[0], expected, rtol=1e-5, atol=2e-6)
+
+
+def test_a_few_hot_keys_do_not_overflow(seed):
+    """Scores of +-1e4 across tiles and splits: the running maximum has to be handed on."""
+    q = torch.full((1, 1, 2, 16), 100.0)
+    k = torch.zeros(1, 700, 1, 16)
+    k[0, 5], k[0, 350], k[0, 699] = 6.0, 6.25, -6.25
+    v = torch.randn(1, 700, 1, 16)
+    for num_splits in (1, 3):
+        out = foveate.attention_with_kv_cache(
+            q, k, v, kv_lens=torch.tensor([700]), num_splits=num_splits, backend="native"
+        )
+        torch.testing.assert_close(out, v[:, 350:351].expand(1, 1, 2, 16), rtol=0, atol=1e-6)
+
+
+def test_negative_infinity_in_some_scores(seed):
+    q, k, v = torch.ones(1, 1, 1, 8), torch.zeros(1, 100, 1, 8), torch.randn(1, 100, 1, 8)
+    k[0, :70] = float("-inf")
+    out = foveate.attention_with_kv_cache(q, k, v, kv_lens=torch.tensor([100]), backend="native")
+    torch.testing.assert_close(out[0, 0, 0], v[0, 70:, 0].mean(0))
