@@ -110,10 +110,10 @@ def test_both_ways_to_take_tensors(exchange):
 
 
 def test_gradcheck(backend):
-    q, k, v = qkv(dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(1, 4, 5, 7, dtype=torch.float64, requires_grad=True)
-    table = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
-    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    q, k, v = qkv(B=1, Sq=3, Skv=4, Hq=2, Hkv=1, D=4, Dv=3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
 
     def f(q, k, v, bias, table, sinks):
         relative = foveate.RelativeBias(table, max_distance=8)
