@@ -331,7 +331,7 @@ def _leads_straight_to_forward(operands: tuple[Tensor | None, ...]) -> bool:
     if not (q.is_cpu or q.is_cuda):  # type: ignore[union-attr]
         return False
     recording = torch.is_grad_enabled()
-    for x in operands:  # noqa: SIM110  a generator costs as much again
+    for x in operands:  # not all(...): a generator costs as much again
         if x is not None and (type(x) not in _PLAIN_TYPES or (recording and x.requires_grad) or x.is_neg()):
             return False
     return True
