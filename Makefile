@@ -58,7 +58,8 @@ test: $(build_stamp) $(weights_stamp)  ## everything that needs no GPU; ARGS="-k
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 # Left out: what compiles code of its own, runs other programs or only reaches the kernels through the ops tested here.
-sanitize_tests = -k "not compile" --ignore tests/test_transformers.py --ignore tests/test_demo.py --ignore tests/test_wheel.py --ignore tests/test_stubs.py
+sanitize_tests = -k "not compile" --ignore tests/test_transformers.py --ignore tests/test_demo.py --ignore tests/test_wheel.py --ignore tests/test_stubs.py \
+  --ignore tests/test_bench.py --ignore tests/test_readme.py
 
 # The address sanitizer must be in the process before python is, so the runtime is preloaded. Python itself leaks by design.
 sanitize_so = $(shell $${CXX:-c++} -print-file-name=$(1))

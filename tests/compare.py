@@ -145,8 +145,8 @@ def _peer(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     return function(inputs.q, inputs.k, inputs.v, *(inputs.cu_seqlens or ()), **inputs.reference_options())
 
 
-# The largest error is a noisy measure, and the fewer elements the noisier: PyTorch hits a single sum exactly by chance. So
-# its error is the largest over a few seeds.
+# The largest error is a noisy measure, and the fewer elements the noisier: PyTorch hits a single sum exactly by chance.
+# So its error is the largest over a few seeds.
 _MORE_SEEDS = 3
 
 
@@ -175,7 +175,7 @@ def expected(case: AttentionCase | VarlenCase, seed: int, device: str, backward:
 def assert_case_as_good_as_torch(
     case: AttentionCase | VarlenCase, seed: int, backend: str, device: str, check: str, backward: bool
 ) -> None:
-    """The public function against fp64 for one case. A failure names `check` ("module.function") to run it again."""
+    """The public function against fp64 for one case; a failure says how to run `check` ("module.function") again."""
     exact, errors = expected(case, seed, device, backward)
     inputs = case.make_inputs(seed, device)
     ours = results(inputs, lambda x: x.run(backend), upstream(inputs, seed) if backward else None)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import foveate
 import torch
-from foveate import _reference
 from torch import Tensor
 
 import compare
+import foveate
+from foveate import _reference
 
 F32, BF16, F16, I8, F8 = torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
 LIMIT = {I8: 127.0, F8: 448.0}
@@ -109,7 +109,7 @@ def make_kv_inputs(case: KvCase, seed: int = 0) -> KvInputs:
         shape = (pages, case.page_size, case.hkv)
     k_cache, k_scale = random_cache((*shape, case.d), storage, case.scale_kind)
     v_cache, v_scale = random_cache((*shape, dv), storage, case.scale_kind)
-    options: dict[str, Any] = dict(kv_lens=lens, block_table=table, k_scale=k_scale, v_scale=v_scale)
+    options: dict[str, Any] = {"kv_lens": lens, "block_table": table, "k_scale": k_scale, "v_scale": v_scale}
     if case.new:
         options["k"] = torch.randn(case.b, case.new_tokens, case.hkv, case.d).to(case.dtype)
         options["v"] = torch.randn(case.b, case.new_tokens, case.hkv, dv).to(case.dtype)

@@ -12,7 +12,8 @@ import compare
 from cases import AttentionCase, make_inputs
 
 BROAD = AttentionCase(
-    b=4, sq=45, skv=70, hq=4, hkv=2, causal=True, softcap=4.0, bias="b11k", mask="b1qk", alibi="bh", sinks=True, kv_lens=True
+    b=4, sq=45, skv=70, hq=4, hkv=2, causal=True, softcap=4.0, bias="b11k", mask="b1qk", alibi="bh", sinks=True,
+    kv_lens=True
 )  # fmt: skip
 
 
@@ -152,7 +153,8 @@ def test_dropout_zero_is_no_dropout(backend, device, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_is_bitwise(dtype, backend, device, seed):
     case = AttentionCase(
-        b=2, sq=150, skv=200, hq=8, hkv=2, causal=True, bias="1h1k", relative="backward", sinks=True, dropout=0.1, dtype=dtype
+        b=2, sq=150, skv=200, hq=8, hkv=2, causal=True, bias="1h1k", relative="backward", sinks=True, dropout=0.1,
+        dtype=dtype
     )  # fmt: skip
     inputs = make_inputs(case, seed, device)
     grads = compare.upstream(inputs, seed)

@@ -13,21 +13,39 @@ import pytest
 import torch
 
 from foveate import _C, cli
-from foveate.bench import cases, check, memory, report, roofline, run, timing, workloads
+from foveate.bench import cases, check, machine, memory, report, roofline, run, timing, workloads
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> tuple[dict, Path]:
-    """JSON and folder of one run of everything."""
-    folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "foveate", "bench", "all", "--quick", "--json", "--threads", "2", "--out", str(folder)]
+@pytest.mark.slow
+def test_one_quick_run_of_everything(tmp_path) -> None:
+    found = _run_everything(tmp_path)
+    _every_bench_has_rows_beside_every_peer(found["rows"])
+    _numbers_are_there_and_agree(found["rows"])
+    _machine_and_limits_are_named(found)
+    _csv_has_the_rows_of_the_json(found, tmp_path)
+    _picture_and_summary_are_written(tmp_path)
+
+
+def _run_everything(folder: Path) -> dict:
+    command = [
+        sys.executable,
+        "-m",
+        "foveate",
+        "bench",
+        "all",
+        "--quick",
+        "--json",
+        "--threads",
+        "1",
+        "--out",
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), folder
+    return json.loads(done.stdout)
 
 
-def test_every_bench_has_rows_beside_every_peer(quick) -> None:
-    rows = quick[0]["rows"]
+def _every_bench_has_rows_beside_every_peer(rows: list[dict]) -> None:
     for bench, peers in workloads.PEERS.items():
         beside = {row["peer"] for row in rows if row["bench"] == bench and row["ratio"] is not None}
         assert beside == set(peers), bench
@@ -35,8 +53,8 @@ def test_every_bench_has_rows_beside_every_peer(quick) -> None:
     assert set(workloads.PEERS) == set(cases.BENCHES) == set(cli.BENCHES)
 
 
-def test_numbers_are_there_and_agree(quick) -> None:
-    for row in quick[0]["rows"]:
+def _numbers_are_there_and_agree(rows: list[dict]) -> None:
+    for row in rows:
         if row["us"] is None:
             assert row["bench"] == "memory"
             continue
@@ -50,15 +68,14 @@ def test_numbers_are_there_and_agree(quick) -> None:
             assert row["percent_of_limit"] == pytest.approx(100 * row["rate"] / row["limit"])
 
 
-def test_machine_and_limits_are_named(quick) -> None:
-    machine, limits = quick[0]["machine"], quick[0]["limits"]
-    assert machine["torch"] == torch.__version__ and machine["threads"] == 2 and machine["cpu"]
-    assert machine["cpu_target"] == _C.cpu_target()
+def _machine_and_limits_are_named(found: dict) -> None:
+    here, limits = found["machine"], found["limits"]
+    assert here["torch"] == torch.__version__ and here["threads"] == 1 and here["cpu"]
+    assert here["cpu_target"] == _C.cpu_target()
     assert all(limits[name] > 0 for name in roofline.Limits._fields)
 
 
-def test_csv_has_the_rows_of_the_json(quick) -> None:
-    found, folder = quick
+def _csv_has_the_rows_of_the_json(found: dict, folder: Path) -> None:
     (path,) = folder.glob("cpu_*.csv")
     with path.open(newline="") as file:
         assert next(csv.reader(file)) == report.COLUMNS
@@ -66,15 +83,14 @@ def test_csv_has_the_rows_of_the_json(quick) -> None:
         assert name in report.COLUMNS
     rows = report.read_csv(path)
     assert len(rows) == len(found["rows"])
-    for (machine, row), expected in zip(rows, found["rows"]):
-        assert machine.date == found["machine"]["date"]
+    for (here, row), expected in zip(rows, found["rows"]):
+        assert here.date == found["machine"]["date"]
         assert (row.bench, row.case, row.peer) == (expected["bench"], expected["case"], expected["peer"])
         if expected["us"] is not None:
             assert row.us == pytest.approx(expected["us"], rel=1e-4)
 
 
-def test_picture_and_summary_are_written(quick) -> None:
-    folder = quick[1]
+def _picture_and_summary_are_written(folder: Path) -> None:
     (picture,) = folder.glob("cpu_*.png")
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     (summary,) = folder.glob("cpu_*.md")
@@ -205,17 +221,17 @@ def test_exponent_of_powers() -> None:
     assert memory.growth_exponent(lengths, [5 * n * n for n in lengths]) == pytest.approx(2.0)
 
 
+@pytest.mark.slow
 def test_memory_of_forward_and_backward_is_linear() -> None:
     """And the same measurement sees that the reference stores the scores."""
-    growth = {}
+    peaks = {}
     for implementation, lengths in (("foveate", (1024, 4096)), ("reference", (512, 1024))):
         todo = [cases.MemoryCase(1, S, 4, 64, "fp32") for S in lengths]
-        peaks = [memory.measure(case, implementation, 2) for case in todo]
-        growth[implementation] = memory.growth_exponent(lengths, peaks)
+        peaks[implementation] = [memory.measure(case, implementation, 1) for case in todo]
+    assert memory.growth_exponent((1024, 4096), peaks["foveate"]) < 1.2
+    assert memory.growth_exponent((512, 1024), peaks["reference"]) > 1.5
     outputs = 4 * 4096 * 4 * 64 * 4  # out, dq, dk, dv
-    assert outputs <= memory.measure(cases.MemoryCase(1, 4096, 4, 64, "fp32"), "foveate", 2) < 4 * outputs
-    assert growth["foveate"] < 1.2
-    assert growth["reference"] > 1.5
+    assert outputs <= peaks["foveate"][1] < 4 * outputs
 
 
 def test_memory_bench_says_why_it_failed() -> None:
@@ -242,16 +258,22 @@ def test_info_names_the_targets(capsys) -> None:
     assert _C.cpu_target() in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["attention", "--against", "torch"], "attention is not timed against torch; its peers are sdpa, or none"),
-        (["attention", "--threads", "0"], "--threads 0 must be 1 or more"),
-    ],
-)
-def test_wrong_requests_get_a_sentence(arguments: list[str], sentence: str, capsys) -> None:
-    assert cli.main(["bench", *arguments]) == 1
-    assert sentence in capsys.readouterr().err
+def test_wrong_requests_get_a_sentence(capsys) -> None:
+    assert cli.main(["bench", "attention", "--threads", "0"]) == 1
+    assert "--threads 0 must be 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["bench", "atention"])
+    assert exited.value.code == 2
+    assert "'atention'" in capsys.readouterr().err
+
+
+def test_foveate_alone(tmp_path) -> None:
+    limits = roofline.Limits(1, 1.0, 1.0, 1.0, 1.0)
+    rows = list(run.rows(run.Options(["overhead"], ["fp32"], peers=False, quick=True), limits))
+    assert [row.peer for row in rows] == ["", "", ""] and all(row.us and row.ratio is None for row in rows)
+    assert run.summarize(rows) == []
+    report.draw(tmp_path / "none.png", machine.describe(), rows)
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize(("module", "arguments"), [("rich", []), ("matplotlib", ["--json", "--out", "nowhere"])])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
-import foveate
 import pytest
 import torch
-from foveate._kv_cache_op import DecodePlan, decode_plan
 
-from kv_cases import BF16, F8, F32, KvCase, KvInputs, make_kv_inputs
+import compare
+import foveate
+from foveate._kv_cache_op import DecodePlan, decode_plan
+from kv_cases import BF16, F8, F32, KvCase, KvInputs, exact, in_torch, make_kv_inputs
 
 
 @contextlib.contextmanager
@@ -23,9 +24,9 @@ def threads(n: int):
 
 
 def plan(
-    B=1, Sq=1, Hq=32, Hkv=8, D=128, Dv=128, keys=8192, threads=2, num_splits=0, batch_invariant=False
+    B=1, Sq=1, Hq=32, Hkv=8, D=128, Dv=128, keys=8192, threads=2, num_splits=0, batch_invariant=False, quantized=False
 ) -> DecodePlan:
-    return decode_plan(B, Sq, Hq, Hkv, D, Dv, keys, threads, num_splits, batch_invariant)
+    return decode_plan(B, Sq, Hq, Hkv, D, Dv, keys, threads, num_splits, batch_invariant, quantized)
 
 
 def test_plan_splits_only_where_the_threads_need_it():
@@ -50,6 +51,12 @@ def test_plan_with_batch_invariance_splits_by_the_cache_alone():
     assert plan(batch_invariant=True, threads=16).heads_per_task < plan(batch_invariant=True, threads=1).heads_per_task
 
 
+def test_plan_gives_many_queries_to_the_blocked_kernel():
+    assert plan(Sq=16).blocked and not plan(Sq=4).blocked and not plan(Hq=64, Hkv=1).blocked
+    assert not plan(Sq=16, batch_invariant=True).blocked and not plan(Sq=16, num_splits=2).blocked
+    assert not plan(Sq=16, quantized=True).blocked and not plan(Sq=16, D=576, Dv=512).blocked
+
+
 SHAPES = [
     KvCase(longest=900, hq=8, sq=2),
     KvCase(longest=700, dtype=BF16, page_size=16, d=64),
@@ -68,7 +75,9 @@ def test_split_equals_unsplit(case, splits, seed):
         run.options["num_splits"] = num_splits
         results.append(run.run("native"))
     (one, one_lse), (many, many_lse) = results
-    torch.testing.assert_close(many, one, rtol=1.6e-2 if case.dtype == BF16 else 2e-5, atol=2e-6)
+    # The probabilities are rounded to bf16 relative to another maximum, so in bf16 the two differ by that rounding.
+    peer = one if case.dtype == F32 else in_torch(inputs)[0]
+    compare.assert_as_good_as_torch(many, exact(inputs)[0], peer)
     torch.testing.assert_close(many_lse, one_lse, rtol=1e-5, atol=1e-5)
 
 
@@ -92,7 +101,7 @@ def only(inputs: KvInputs, b: int) -> KvInputs:
     return alone
 
 
-@pytest.mark.parametrize("layout", [dict(), dict(page_size=64, dtype=BF16)], ids=str)
+@pytest.mark.parametrize("layout", [{}, {"page_size": 64, "dtype": BF16}], ids=str)
 @pytest.mark.parametrize("sq", [1, 40])
 def test_batch_invariant_rows_have_the_same_bits_in_every_batch(layout, sq, seed):
     case = KvCase(b=3, hq=16, hkv=8, longest=4500, sq=sq, batch_invariant=True, rotary=8, **layout)
@@ -144,14 +153,3 @@ def test_negative_infinity_in_some_scores(seed):
     k[0, :70] = float("-inf")
     out = foveate.attention_with_kv_cache(q, k, v, kv_lens=torch.tensor([100]), backend="native")
     torch.testing.assert_close(out[0, 0, 0], v[0, 70:, 0].mean(0))
-
-
-def test_dtypes_meet_in_fp32(seed):
-    """bf16 storage loses nothing beyond its own rounding: the same bf16 values in an fp32 call give the same result."""
-    inputs = make_kv_inputs(KvCase(dtype=BF16, longest=800, d=64), seed)
-    wide = inputs.clone()
-    wide.q, wide.k_cache, wide.v_cache = wide.q.float(), wide.k_cache.float(), wide.v_cache.float()
-    wide.options["k"], wide.options["v"] = wide.options["k"].float(), wide.options["v"].float()
-    out = wide.run("native")[0]
-    assert out.dtype == F32
-    torch.testing.assert_close(inputs.run("native")[0].float(), out, rtol=8e-3, atol=2e-3)

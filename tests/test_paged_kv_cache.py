@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import random
 
-import foveate
 import pytest
 import torch
+
+import foveate
 
 HKV, D, DV, LAYERS = 2, 16, 8, 2
 
@@ -182,8 +183,8 @@ def test_storage_dtypes(dtype):
     dense_k, dense_v = torch.zeros(1, 8, HKV, D).to(dtype), torch.zeros(1, 8, HKV, DV).to(dtype)
     scales = {}
     if cache.k_scale is not None:
-        scales = dict(k_scale=torch.zeros(1, 8, HKV), v_scale=torch.zeros(1, 8, HKV))
-    new = dict(k=torch.cat([k, k1], 1), v=torch.cat([v, v1], 1), kv_lens=torch.tensor([0]))
+        scales = {"k_scale": torch.zeros(1, 8, HKV), "v_scale": torch.zeros(1, 8, HKV)}
+    new = {"k": torch.cat([k, k1], 1), "v": torch.cat([v, v1], 1), "kv_lens": torch.tensor([0])}
     expected = foveate.attention_with_kv_cache(torch.cat([q, q1], 1), dense_k, dense_v, **new, **scales)
     torch.testing.assert_close(out[:, 0], expected[:, -1])
 
@@ -227,7 +228,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("call, sentence", BAD, ids=[sentence for _, sentence in BAD])
+@pytest.mark.parametrize(("call", "sentence"), BAD, ids=[sentence for _, sentence in BAD])
 def test_bad_input(call, sentence):
     cache = make_cache()
     with pytest.raises(ValueError, match=sentence):

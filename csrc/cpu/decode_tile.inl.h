@@ -2,6 +2,7 @@
 //
 // A row of K or V is converted to float vectors in chunks. A chunk of bfloat16 is 2n elements, split into its even and its odd elements
 // by a shift and a mask: cheaper than widening. So q and out are kept "packed": chunk by chunk, the even elements before the odd.
+// Where the CPU multiplies bfloat16 pairs (decode_dot.inl.h), q and p are rounded to bfloat16 and out has that file's order.
 #pragma once
 
 #include <utility>
@@ -12,11 +13,19 @@ namespace foveate::cpu::FOVEATE_ISA {
 
 constexpr int kTile = 64;  // keys, at most
 
+#if defined(__AVX512BF16__)
+constexpr bool kHasBf16Dot = true;
+#else
+constexpr bool kHasBf16Dot = false;
+#endif
+
 template <class T>
 struct Chunk {
+  static constexpr bool kDot = kHasBf16Dot && std::is_same_v<T, bf16>;
   static constexpr int kVecs = std::is_same_v<T, bf16> ? 2 : 1;
   static constexpr int kElements = kVecs * kLanes<float>;
-  static constexpr int kTileKeys = sizeof(T) == 4 ? kTile / 2 : kTile;  // the K and V of two tiles, all heads, are to fit the L2 cache
+  // Few rows: the smaller the tile, the more of it is still in the L1 cache when it is used. Many rows: fewer updates of out.
+  static constexpr int kFewRows = 16, kFewRowsTile = sizeof(T) == 1 ? kTile / 2 : kTile / 4;
 };
 
 // An fp8 byte s eeee mmm becomes the fp16 number s 0eeee mmm0000000, which is 2^8 times smaller. |x| = 480 does not exist: it is fp8's NaN.
@@ -70,29 +79,33 @@ template <int... kLane>
 FOVEATE_INLINE VecF odd_lanes(VecF a, VecF b, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(a, b, (2 * kLane + 1)...);
 }
-template <int kFirst, int... kLane>
+// Lane i of the two interleaved in groups of kGroup.
+template <int kFirst, int kGroup, int... kLane>
 FOVEATE_INLINE VecF zip_lanes(VecF a, VecF b, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(a, b, ((kFirst + kLane) / 2 + (kLane % 2) * kLanes<float>)...);
+  return __builtin_shufflevector(a, b, ((kFirst + kLane) / (2 * kGroup) * kGroup + kLane % kGroup + kLane / kGroup % 2 * kLanes<float>)...);
 }
 using Lanes = std::make_integer_sequence<int, kLanes<float>>;
 
-// Between plain order and chunk order, in place; size is a multiple of the chunk.
+// q from plain order to what score_block takes, in place; size is a multiple of the chunk.
 template <class T>
 FOVEATE_INLINE void pack(float* x, int64_t size) {
   constexpr int n = kLanes<float>;
-  if constexpr (Chunk<T>::kVecs == 2)
+  if constexpr (Chunk<T>::kDot)
+    for (int64_t i = 0; i < size; i += n) store(reinterpret_cast<bf16*>(x) + i, load<float>(x + i));
+  else if constexpr (Chunk<T>::kVecs == 2)
     for (int64_t i = 0; i < size; i += 2 * n) {
       const VecF a = load<float>(x + i), b = load<float>(x + i + n);
       store(x + i, even_lanes(a, b, Lanes{})), store(x + i + n, odd_lanes(a, b, Lanes{}));
     }
 }
+// out from what value_block leaves to plain order.
 template <class T>
 FOVEATE_INLINE void unpack(float* x, int64_t size) {
-  constexpr int n = kLanes<float>;
+  constexpr int n = kLanes<float>, kGroup = Chunk<T>::kDot ? 4 : 1;
   if constexpr (Chunk<T>::kVecs == 2)
     for (int64_t i = 0; i < size; i += 2 * n) {
       const VecF even = load<float>(x + i), odd = load<float>(x + i + n);
-      store(x + i, zip_lanes<0>(even, odd, Lanes{})), store(x + i + n, zip_lanes<n>(even, odd, Lanes{}));
+      store(x + i, zip_lanes<0, kGroup>(even, odd, Lanes{})), store(x + i + n, zip_lanes<n, kGroup>(even, odd, Lanes{}));
     }
 }
 
@@ -142,6 +155,7 @@ constexpr int lines_of(int chunks) {
 
 // scores[r * kTile + j] = q[r] . key j for kRows rows and n / kRows keys. q: packed [kRows, q_stride], zero beyond dim.
 template <int kRows, class T>
+  requires(!Chunk<T>::kDot)
 FOVEATE_INLINE void score_block(float* scores, const float* q, int64_t q_stride, const T* base, const int64_t* offset, int64_t dim,
                                 Ahead* ahead) {
   constexpr int n = kLanes<float>, kKeys = n / kRows, kVecs = Chunk<T>::kVecs, kElements = Chunk<T>::kElements;
@@ -174,6 +188,7 @@ FOVEATE_INLINE void score_block(float* scores, const float* q, int64_t q_stride,
 // out[r] = out[r] * correction[r] + sum over the keys of p[r * kTile + j] * value j, on kChunks chunks of the row from base on.
 // ahead: may be null.
 template <int kRows, int kChunks, class T>
+  requires(!Chunk<T>::kDot)
 FOVEATE_INLINE void value_block(float* out, int64_t out_stride, const float* correction, const float* p, const T* base, const int64_t* offset,
                                 int keys, int64_t tail, Ahead* ahead) {
   constexpr int n = kLanes<float>, kVecs = Chunk<T>::kVecs, kElements = Chunk<T>::kElements, kCols = kChunks * kVecs;

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "ops/attention.h"
-#include "ops/loss.h"
 #include "ops/kv_cache.h"
+#include "ops/loss.h"
 #include "ops/norm.h"
 #include "ops/roofline.h"
 #include "ops/rotary.h"
@@ -17,6 +17,7 @@ struct Kernels {
   void (*attention_backward)(const AttentionParams&, const AttentionGrads&, int threads);
   void (*kv_append)(const KvCacheParams&, int threads);
   void (*decode)(const KvCacheParams&, int threads);
+  void (*rotate_queries)(const KvCacheParams&, void* out, int threads);
   void (*rms_norm_forward)(const RmsNormParams&, int threads);
   void (*rms_norm_backward)(const RmsNormBackwardParams&, int threads);
   void (*softmax_forward)(const SoftmaxParams&, int threads);

@@ -6,6 +6,7 @@ void attention_forward(const AttentionParams&, int threads);
 void attention_backward(const AttentionParams&, const AttentionGrads&, int threads);
 void kv_append(const KvCacheParams&, int threads);
 void decode(const KvCacheParams&, int threads);
+void rotate_queries(const KvCacheParams&, void* out, int threads);
 void rms_norm_forward(const RmsNormParams&, int threads);
 void rms_norm_backward(const RmsNormBackwardParams&, int threads);
 void softmax_forward(const SoftmaxParams&, int threads);
@@ -23,6 +24,7 @@ const Kernels table{
     .attention_backward = attention_backward,
     .kv_append = kv_append,
     .decode = decode,
+    .rotate_queries = rotate_queries,
     .rms_norm_forward = rms_norm_forward,
     .rms_norm_backward = rms_norm_backward,
     .softmax_forward = softmax_forward,

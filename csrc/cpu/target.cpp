@@ -28,6 +28,9 @@ bool runs_here(const char* name) {
   if (is("avx512")) return avx512;
   if (is("avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
+#if defined(__aarch64__)
+  if (is("neon")) return true;  // every AArch64 CPU has it
+#endif
   return is("baseline");
 }
 

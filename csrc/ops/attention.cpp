@@ -3,6 +3,8 @@
 #include "ops/attention.h"
 
 #include <cmath>
+#include <limits>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
@@ -48,23 +50,49 @@ ScoreOperand score_operand(const TensorView& t, const char* what, const Attentio
   return s;
 }
 
-void check_cu_seqlens(const int32_t* cu, int64_t batch, int64_t total, int64_t longest, const char* what) {
-  int64_t previous = 0;
-  for (int64_t i = 0; i <= batch; ++i) {
-    const bool ok = (i > 0 || cu[i] == 0) && cu[i] >= previous && (i < batch || cu[i] == total);
-    check(ok, what, " must start at 0, never decrease and end at ", total, "; entry ", i, " is ", cu[i]);
-    check(i == 0 || cu[i] - previous <= longest, what, " has a sequence of length ", cu[i] - previous, " at ", i - 1, ", longer than max_seqlen = ", longest);
-    previous = cu[i];
+// Lengths come as int32 or int64. What fits int32 after `valid` has looked at it is kept for the life of the call.
+class Lengths {
+ public:
+  template <class Valid>
+  const int32_t* read(const TensorView& t, const char* what, int64_t size, const Valid& valid) {
+    check_rank(t, what, 1), check_size(t, what, 0, size), check_contiguous(t, what);
+    check(t.dtype == DType::kInt32 || t.dtype == DType::kInt64, what, " is ", name(t.dtype), ", expected int32 or int64");
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t value = t.dtype == DType::kInt32 ? t.as<int32_t>()[i] : t.as<int64_t>()[i];
+      valid(i, value);
+      if (t.dtype == DType::kInt64) kept_.push_back(static_cast<int32_t>(value));
+    }
+    return t.dtype == DType::kInt32 ? t.as<int32_t>() : kept_.data();
   }
+
+ private:
+  std::vector<int32_t> kept_;
+};
+
+const int32_t* read_cu_seqlens(Lengths& lengths, const TensorView& t, const char* what, int64_t batch, int64_t total, int64_t longest) {
+  int64_t previous = 0;
+  check(total <= std::numeric_limits<int32_t>::max(), what, ": ", total, " tokens in all are more than a packed batch may have, 2147483647");
+  return lengths.read(t, what, batch + 1, [&](int64_t i, int64_t value) {
+    const bool ok = (i > 0 || value == 0) && value >= previous && (i < batch || value == total);
+    check(ok, what, " must start at 0, never decrease and end at ", total, "; entry ", i, " is ", value);
+    check(i == 0 || value - previous <= longest, what, " has a sequence of length ", value - previous, " at ", i - 1, ", longer than max_seqlen", what + 10, " = ", longest);
+    previous = value;
+  });
 }
 
-}  // namespace
+// AttentionParams and what it points to beside the tensors.
+struct AttentionCall {
+  Lengths kv_lens, cu_q, cu_k;
+  AttentionParams params;
 
-AttentionParams attention_params(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
-                                 const AttentionOptions& o) {
+  AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse, const AttentionOptions& o);
+};
+
+AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
+                             const AttentionOptions& o) {
+  AttentionParams& p = params;
   const bool varlen = o.cu_q.defined();
   const int ndim = varlen ? 3 : 4;
-  AttentionParams p;
   for (const auto& [t, what] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) check_rank(*t, what, ndim), check_activation(*t, what), check_dtype(*t, what, q.dtype);
   p.dtype = p.kv_dtype = q.dtype;
   const DType acc = accumulator(q.dtype);
@@ -80,10 +108,8 @@ AttentionParams attention_params(const TensorView& q, const TensorView& k, const
           "cu_seqlens_q and cu_seqlens_k must both be [batch + 1]");
     p.batch = o.cu_q.shape[0] - 1, p.seq_q = o.max_q, p.seq_kv = o.max_k;
     check(p.seq_q >= 0 && p.seq_kv >= 0, "max_seqlen_q = ", p.seq_q, " and max_seqlen_k = ", p.seq_kv, " must not be negative");
-    check_vector(o.cu_q, "cu_seqlens_q", p.batch + 1, DType::kInt32), check_vector(o.cu_k, "cu_seqlens_k", p.batch + 1, DType::kInt32);
-    p.cu_q = o.cu_q.as<int32_t>(), p.cu_k = o.cu_k.as<int32_t>();
-    check_cu_seqlens(p.cu_q, p.batch, q.shape[0], p.seq_q, "cu_seqlens_q");
-    check_cu_seqlens(p.cu_k, p.batch, k.shape[0], p.seq_kv, "cu_seqlens_k");
+    p.cu_q = read_cu_seqlens(cu_q, o.cu_q, "cu_seqlens_q", p.batch, q.shape[0], p.seq_q);
+    p.cu_k = read_cu_seqlens(cu_k, o.cu_k, "cu_seqlens_k", p.batch, k.shape[0], p.seq_kv);
     check(!o.bias.defined() && !o.mask.defined() && !o.kv_lens.defined(), "bias, mask and kv_lens have no meaning in a packed batch");
   } else {
     p.batch = q.shape[0], p.seq_q = q.shape[1], p.seq_kv = k.shape[1];
@@ -117,12 +143,10 @@ AttentionParams attention_params(const TensorView& q, const TensorView& k, const
     p.rel_table = o.rel_table.data, p.rel_buckets = o.rel_buckets.as<int32_t>();
   }
   if (o.sinks.defined()) check_vector(o.sinks, "sinks", p.heads_q, acc), p.sinks = o.sinks.data;
-  if (o.kv_lens.defined()) {
-    check_vector(o.kv_lens, "kv_lens", p.batch, DType::kInt32);
-    p.kv_lens = o.kv_lens.as<int32_t>();
-    for (int64_t b = 0; b < p.batch; ++b)
-      check(p.kv_lens[b] >= 0 && p.kv_lens[b] <= p.seq_kv, "kv_lens[", b, "] = ", p.kv_lens[b], " is outside 0..", p.seq_kv, ", the number of keys in k");
-  }
+  if (o.kv_lens.defined())
+    p.kv_lens = kv_lens.read(o.kv_lens, "kv_lens", p.batch, [&](int64_t b, int64_t value) {
+      check(value >= 0 && value <= p.seq_kv, "kv_lens[", b, "] = ", value, " is outside 0..", p.seq_kv, ", the number of keys in k");
+    });
   check(o.dropout_p >= 0 && o.dropout_p < 1, "dropout_p = ", o.dropout_p, " is outside [0, 1)");
   if (o.dropout_p > 0) {
     check(o.philox.defined(), "dropout needs its seed and offset");
@@ -135,11 +159,13 @@ AttentionParams attention_params(const TensorView& q, const TensorView& k, const
   p.window_left = o.window_left, p.window_right = o.window_right;
   for (const auto& t : {q, k, v, out, lse, o.bias, o.mask, o.alibi, o.rel_table, o.rel_buckets, o.sinks, o.kv_lens, o.cu_q, o.cu_k, o.philox})
     check(!t.defined() || t.device == DeviceType::kCPU, "this kernel runs on the CPU, but a tensor is on a CUDA device: move all of them to one device");
-  return p;
 }
 
+}  // namespace
+
 void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options, int threads) {
-  const AttentionParams p = attention_params(q, k, v, out, lse, options);
+  const AttentionCall call(q, k, v, out, lse, options);
+  const AttentionParams& p = call.params;
   if (out.numel() == 0 && (!lse.defined() || lse.numel() == 0)) return;
   cpu::kernels().attention_forward(p, threads < 1 ? 1 : threads);
 }
@@ -148,7 +174,8 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
                         TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks, const AttentionOptions& options,
                         int threads) {
   check(lse.defined(), "the backward needs the lse of the forward");
-  const AttentionParams p = attention_params(q, k, v, out, lse, options);
+  const AttentionCall call(q, k, v, out, lse, options);
+  const AttentionParams& p = call.params;
   const bool varlen = options.cu_q.defined();
   const DType acc = accumulator(q.dtype);
   AttentionGrads g;

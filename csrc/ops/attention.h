@@ -60,7 +60,7 @@ struct AttentionGrads {
 
 // What Python passes beside the tensors; the views become pointers of AttentionParams once their memory is checked.
 struct AttentionOptions {
-  TensorView bias, mask, alibi, rel_table, rel_buckets, sinks, kv_lens, cu_q, cu_k, philox;
+  TensorView bias, mask, alibi, rel_table, rel_buckets, sinks, kv_lens, cu_q, cu_k, philox;  // lengths int32 or int64
   int64_t max_q = 0, max_k = 0;
   bool causal = false;
   int64_t window_left = -1, window_right = -1;
@@ -72,8 +72,5 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
                         TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks, const AttentionOptions& options,
                         int threads);
 
-// Views -> checks -> params, shared by forward and backward.
-AttentionParams attention_params(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
-                                 const AttentionOptions& options);
 
 }  // namespace foveate

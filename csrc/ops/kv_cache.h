@@ -48,10 +48,12 @@ struct KvCacheOptions {
   int64_t window_left = -1, window_right = -1;
   double scale = 1, softcap = 0;
   int64_t num_splits = 1, keys_per_split = 0, rows_per_task = 1, heads_per_task = 1;
+  bool blocked = false;  // many queries: attention_forward attends after the append
 };
 
-// k, v, partial_out, partial_lse may be undefined. Every check comes before the first write to a cache.
+// k, v, partial_out, partial_lse may be undefined; q_turned [B, Sq, Hq, D] is needed with blocked and rotary. Every check comes before the first write to a cache.
 void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens, TensorView out,
-                             TensorView lse, TensorView partial_out, TensorView partial_lse, const KvCacheOptions& options, int threads);
+                             TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned, const KvCacheOptions& options,
+                             int threads);
 
 }  // namespace foveate

@@ -19,8 +19,8 @@ void check_rows(const TensorView& logits, const TensorView& target, const Tensor
 void check_target(const TensorView& target, int64_t classes, int64_t ignore_index) {
   const int64_t* values = target.as<int64_t>();
   for (int64_t i = 0; i < target.shape[0]; ++i)
-    check((values[i] >= 0 && values[i] < classes) || values[i] == ignore_index, "target[", i, "] = ", values[i], " is outside 0..", classes - 1,
-          " and is not ignore_index = ", ignore_index);
+    check((values[i] >= 0 && values[i] < classes) || values[i] == ignore_index, "target[", i, "] = ", values[i], " is outside 0..",
+          classes - 1, " and is not ignore_index = ", ignore_index);
 }
 
 CrossEntropyParams params(const TensorView& logits, const TensorView& target, const TensorView& stats, const CrossEntropyOptions& options) {
@@ -33,7 +33,8 @@ CrossEntropyParams params(const TensorView& logits, const TensorView& target, co
 
 }  // namespace
 
-void cross_entropy_forward(TensorView logits, TensorView target, TensorView loss, TensorView stats, CrossEntropyOptions options, int threads) {
+void cross_entropy_forward(TensorView logits, TensorView target, TensorView loss, TensorView stats, CrossEntropyOptions options,
+                           int threads) {
   check_rows(logits, target, stats);
   check_rank(loss, "loss", 1), check_size(loss, "loss", 0, logits.shape[0]);
   check_dtype(loss, "loss", accumulator_of(logits.dtype)), check_contiguous(loss, "loss");

@@ -24,7 +24,8 @@ struct CrossEntropyParams {
   DType dtype;
 };
 
-void cross_entropy_forward(TensorView logits, TensorView target, TensorView loss, TensorView stats, CrossEntropyOptions options, int threads);
+void cross_entropy_forward(TensorView logits, TensorView target, TensorView loss, TensorView stats, CrossEntropyOptions options,
+                           int threads);
 void cross_entropy_backward(TensorView dloss, TensorView logits, TensorView target, TensorView stats, TensorView dlogits,
                             CrossEntropyOptions options, int threads);
 

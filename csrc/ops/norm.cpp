@@ -16,8 +16,8 @@ void check_x_and_weight(const TensorView& x, const TensorView& weight) {
   check_last_contiguous(x, "x");
   if (!weight.defined()) return;
   check_rank(weight, "weight", 1), check_size(weight, "weight", 0, x.shape[1]), check_contiguous(weight, "weight");
-  check(weight.dtype == x.dtype || weight.dtype == accumulator_of(x.dtype), "weight is ", name(weight.dtype), ", expected ", name(x.dtype), " or ",
-        name(accumulator_of(x.dtype)));
+  check(weight.dtype == x.dtype || weight.dtype == accumulator_of(x.dtype), "weight is ", name(weight.dtype), ", expected ", name(x.dtype),
+        " or ", name(accumulator_of(x.dtype)));
 }
 
 void check_rstd(const TensorView& rstd, const TensorView& x) {
@@ -45,7 +45,8 @@ void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorVie
                                   threads);
 }
 
-void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorView rstd, TensorView dx, TensorView dweight_parts, int threads) {
+void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorView rstd, TensorView dx, TensorView dweight_parts,
+                       int threads) {
   check_x_and_weight(x, weight);
   check_rows(dout, "dout", x), check_rows(dx, "dx", x), check_rstd(rstd, x);
   int64_t parts = threads;

@@ -18,17 +18,18 @@ struct RmsNormParams {
 
 // With n = x * rstd and g = dout * weight: dx = rstd * (g - n * mean(g * n)), dweight = sum over the rows of dout * n.
 struct RmsNormBackwardParams {
-  const void* dout;      // [rows, cols], contiguous
-  const void* x;         // [rows, cols], row stride x_stride
-  const void* weight;    // as above
-  const void* rstd;      // acc [rows]
-  void* dx;              // [rows, cols], contiguous
-  void* dweight_parts;   // acc [parts, cols], one partial sum for each contiguous share of the rows; may be null
+  const void* dout;     // [rows, cols], contiguous
+  const void* x;        // [rows, cols], row stride x_stride
+  const void* weight;   // as above
+  const void* rstd;     // acc [rows]
+  void* dx;             // [rows, cols], contiguous
+  void* dweight_parts;  // acc [parts, cols], one partial sum for each contiguous share of the rows; may be null
   int64_t rows, cols, x_stride, parts;
   DType dtype, weight_dtype;
 };
 
 void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorView rstd, double eps, int threads);
-void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorView rstd, TensorView dx, TensorView dweight_parts, int threads);
+void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorView rstd, TensorView dx, TensorView dweight_parts,
+                       int threads);
 
 }  // namespace foveate

@@ -43,8 +43,8 @@ void softmax_forward(TensorView x, TensorView bias, TensorView mask, TensorView 
   check_same_shape(out, "out", x), check_dtype(out, "out", x.dtype);
   if (bias.defined()) {
     check_operand(bias, "bias", x);
-    check(bias.dtype == x.dtype || bias.dtype == accumulator_of(x.dtype), "bias is ", name(bias.dtype), ", expected ", name(x.dtype), " or ",
-          name(accumulator_of(x.dtype)));
+    check(bias.dtype == x.dtype || bias.dtype == accumulator_of(x.dtype), "bias is ", name(bias.dtype), ", expected ", name(x.dtype),
+          " or ", name(accumulator_of(x.dtype)));
   }
   if (mask.defined()) check_operand(mask, "mask", x), check_dtype(mask, "mask", DType::kBool);
   check(!causal || x.ndim >= 2, "causal needs x with at least 2 dimensions, it has ", x.ndim);

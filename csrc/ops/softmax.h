@@ -6,10 +6,10 @@
 namespace foveate {
 
 struct SoftmaxParams {
-  const void* x;     // [..., cols], last dimension contiguous
-  void* out;         // [..., cols], contiguous, same dtype as x
-  const void* bias;  // [..., cols] by strides of 0 where it broadcasts, bias_dtype; its last dimension has stride 1 or 0; may be null
-  const int8_t* mask;   // bool, true = keep, strides as for bias; may be null
+  const void* x;       // [..., cols], last dimension contiguous
+  void* out;           // [..., cols], contiguous, same dtype as x
+  const void* bias;    // [..., cols] by strides of 0 where it broadcasts, bias_dtype; its last dimension has stride 1 or 0; may be null
+  const int8_t* mask;  // bool, true = keep, strides as for bias; may be null
   int64_t rows, cols, causal_rows;  // causal_rows: size of the dimension before the last, 0 without causal
   int ndim;                         // dimensions before the last, merged as far as the strides allow
   int64_t shape[kMaxDims], x_stride[kMaxDims], bias_stride[kMaxDims], mask_stride[kMaxDims];

@@ -196,7 +196,7 @@ def check_sinks(sinks: Tensor, q: Tensor, Hq: int) -> Tensor:
 
 
 def check_lengths(name: str, lengths: Tensor, q: Tensor, size: int | None) -> Tensor:
-    """int32 [size], of any size if None."""
+    """int32 or int64 [size], of any size if None."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {_type(lengths)}")
     if lengths.dim() != 1 or lengths.dtype not in (torch.int32, torch.int64):
@@ -206,7 +206,7 @@ def check_lengths(name: str, lengths: Tensor, q: Tensor, size: int | None) -> Te
     if size is not None and lengths.shape[0] != size:
         raise ValueError(f"{name} has {lengths.shape[0]} entries for a batch of {size}")
     _check_device(name, lengths, q)
-    return lengths.to(torch.int32).contiguous()
+    return lengths.contiguous()
 
 
 def check_longest(name: str, longest: int) -> None:

@@ -1,7 +1,7 @@
 """torch.ops.foveate.attention_forward and attention_backward: schemas, the backends below them, fake kernels, autograd.
 
 `attention.py` and `attention_varlen.py` check what a call means and normalise it to these schemas: masks and biases have four
-dimensions, tables and sinks are in the accumulation dtype (fp32, for fp64 inputs fp64), lengths are int32, and a window or a
+dimensions, tables and sinks are in the accumulation dtype (fp32, for fp64 inputs fp64), lengths have one dimension, and a window or a
 softcap that is not used is -1 or 0. With cu_q, q is packed [total_q, Hq, D] and lse [Hq, total_q]. vmap: `_attention_vmap.py`.
 """
 
@@ -32,8 +32,8 @@ class Operands(NamedTuple):
     alibi: Tensor | None  # fp32 [B or 1, Hq]
     rel_table: Tensor | None  # [buckets, Hq]
     sinks: Tensor | None  # [Hq]
-    kv_lens: Tensor | None  # int32 [B]
-    cu_q: Tensor | None  # int32 [B + 1]
+    kv_lens: Tensor | None  # int32 or int64 [B]
+    cu_q: Tensor | None  # int32 or int64 [B + 1]
     cu_k: Tensor | None
     philox: Tensor | None  # int64 [2]
     max_q: int
@@ -98,7 +98,7 @@ def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
     (q, k, v, bias, mask, alibi, table, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal, left, right,
      scale, softcap, bidirectional, max_distance, dropout_p, _) = args  # fmt: skip
     if _chosen("attention", *args) == "reference":
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             return tuple(x.contiguous() for x in _reference_forward(Operands(*args)))
     out, lse, buckets = _empty_out(q, v), _empty_lse(q, cu_q) if need_lse else None, None
     if table is not None:
@@ -232,7 +232,8 @@ def _check_cu_seqlens(which: str, cu_seqlens: Tensor, total: int, longest: int) 
             )
         if i > 0 and value - values[i - 1] > longest:
             raise ValueError(
-                f"max_seqlen_{which} = {longest} is less than the length of sequence {i - 1}, {value - values[i - 1]}"
+                f"cu_seqlens_{which} has a sequence of length {value - values[i - 1]} at {i - 1}, longer than "
+                f"max_seqlen_{which} = {longest}"
             )
 
 
@@ -241,11 +242,13 @@ def _reference_backward(dout: Tensor, dlse: Tensor | None, c: Operands, wanted: 
     for i, want in zip(_DIFFERENTIABLE, wanted):
         if want:
             leaves[i] = leaves[i].detach().requires_grad_()
-    with torch.enable_grad():
-        out, lse = _reference_forward(Operands(*leaves))
     inputs = [leaves[i] for i, want in zip(_DIFFERENTIABLE, wanted) if want]
-    outputs, seeds = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-    found = iter(torch.autograd.grad(outputs, inputs, seeds, allow_unused=True, materialize_grads=True))
+    # A dispatch mode (a FLOP counter, selective checkpointing) calls this with autograd excluded, whatever grad mode says.
+    recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with recording, torch.enable_grad(), torch.autocast(c.q.device.type, enabled=False):
+        out, lse = _reference_forward(Operands(*leaves))
+        outputs, seeds = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+        found = iter(torch.autograd.grad(outputs, inputs, seeds, allow_unused=True, materialize_grads=True))
     return tuple(next(found).contiguous() if want else c.q.new_empty(0) for want in wanted)
 
 

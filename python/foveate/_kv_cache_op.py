@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foveate import _ops, _reference
+from foveate._attention_checks import MAX_HEAD_DIM
 from foveate._backends import Query, choose, native_cpu, register
 from foveate._native import _C
 
@@ -33,6 +34,7 @@ _STATE_BYTES = 256 * 1024
 _MIN_SPLIT_KEYS = 256
 _INVARIANT_SPLIT_KEYS = 2048
 _TASKS_PER_THREAD = 4
+_BLOCKED_ROWS = 48
 
 
 class DecodePlan(NamedTuple):
@@ -42,22 +44,15 @@ class DecodePlan(NamedTuple):
     keys_per_split: int  # 0: each sequence in num_splits equal parts
     rows_per_task: int  # of the Sq * Hq / Hkv query rows that share a KV head
     heads_per_task: int  # KV heads
+    blocked: bool  # many queries: the blocked kernel of foveate.attention does the work instead
 
 
 @functools.lru_cache(maxsize=4096)
 def decode_plan(
-    B: int,
-    Sq: int,
-    Hq: int,
-    Hkv: int,
-    D: int,
-    Dv: int,
-    max_keys: int,
-    threads: int,
-    num_splits: int,
-    batch_invariant: bool,
-) -> DecodePlan:
-    """A pure function of the shapes, the thread count and the two options; max_keys is what the cache can hold for a sequence.
+    B: int, Sq: int, Hq: int, Hkv: int, D: int, Dv: int, max_keys: int, threads: int, num_splits: int, batch_invariant: bool,
+    quantized: bool,
+) -> DecodePlan:  # fmt: skip
+    """A pure function of the shapes, the thread count and the options; max_keys is what the cache can hold for a sequence.
 
     All KV heads of a sequence belong to one task as long as their state fits the L2 cache: in the layout [B, S, H, D] that reads
     memory in order. Keys are split where there would be too few tasks for the threads. With batch_invariant the splits depend
@@ -72,17 +67,19 @@ def decode_plan(
 
     wanted = _TASKS_PER_THREAD * threads if threads > 1 else 1
     if num_splits > 0:
-        return DecodePlan(num_splits, 0, rows_per_task, heads_per_task)
+        return DecodePlan(num_splits, 0, rows_per_task, heads_per_task, False)
     if not batch_invariant:
         splits = max(1, min(-(-wanted // tasks()), -(-max_keys // _MIN_SPLIT_KEYS)))
-        return DecodePlan(splits, 0, rows_per_task, heads_per_task)
+        # A step of one query stays with the decode kernel: it is bound by memory, however many heads share a KV head.
+        if Sq > 1 and rows >= _BLOCKED_ROWS and not quantized and max(D, Dv) <= MAX_HEAD_DIM:
+            return DecodePlan(1, 0, rows_per_task, heads_per_task, True)
+        return DecodePlan(splits, 0, rows_per_task, heads_per_task, False)
     while heads_per_task > 1 and tasks() < wanted:
         heads_per_task = -(-heads_per_task // 2)
     if rows > _MAX_ROWS:  # many queries: enough tasks, and partial results would take more memory than the cache
-        return DecodePlan(1, 0, rows_per_task, heads_per_task)
-    return DecodePlan(
-        max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS)), _INVARIANT_SPLIT_KEYS, rows_per_task, heads_per_task
-    )
+        return DecodePlan(1, 0, rows_per_task, heads_per_task, False)
+    splits = max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS))
+    return DecodePlan(splits, _INVARIANT_SPLIT_KEYS, rows_per_task, heads_per_task, False)
 
 
 def _native_supports(query: Query) -> str | None:
@@ -135,14 +132,19 @@ def _run(
     Hkv, Dv = v_cache.shape[2:]
     threads = torch.get_num_threads()
     capacity = k_cache.shape[1] if block_table is None else k_cache.shape[1] * block_table.shape[1]
-    plan = decode_plan(B, Sq, Hq, Hkv, D, Dv, capacity, threads, num_splits, batch_invariant)
+    plan = decode_plan(B, Sq, Hq, Hkv, D, Dv, capacity, threads, num_splits, batch_invariant,
+                       k_cache.dtype in QUANTIZED)  # fmt: skip
     out, lse = _empty_outputs(q, v_cache)
+    q = _rows(q)  # type: ignore[assignment]
+    q_turned = (
+        torch.empty_like(q, memory_format=torch.contiguous_format) if plan.blocked and rotary_cos is not None else None
+    )
     partial_out = partial_lse = None
     if plan.num_splits > 1:
         partial_out = q.new_empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32)
         partial_lse = q.new_empty((plan.num_splits, B, Hq, Sq), dtype=torch.float32)
     _C.attention_with_kv_cache(  # type: ignore[union-attr]
-        _rows(q), k_cache, v_cache, _rows(k), _rows(v), kv_lens, out, lse, partial_out, partial_lse, block_table,
+        q, k_cache, v_cache, _rows(k), _rows(v), kv_lens, out, lse, partial_out, partial_lse, q_turned, block_table,
         rotary_cos, rotary_sin, rotary_interleaved, _expanded(k_scale, k_cache), _expanded(v_scale, v_cache),
         k_scale is not None and k_scale.dim() == 3, v_scale is not None and v_scale.dim() == 3, alibi_slopes, sinks,
         causal, window_left, window_right, scale, softcap, *plan, threads,

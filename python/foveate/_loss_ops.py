@@ -129,12 +129,19 @@ def _linear_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Te
     return hidden.new_empty(target.shape, dtype=compute_dtype(hidden))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total may be wider than a and b."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += torch.mm(a, b)
+class _Sum:
+    """factor * (the sum of tensors of one shape), in the compute dtype as soon as there are two; zeros of `shape` if there is none."""
+
+    def __init__(self, like: Tensor, shape: tuple[int, ...]) -> None:
+        self.zeros = like.new_zeros
+        self.shape, self.dtype, self.compute = shape, like.dtype, compute_dtype(like)
+        self.total: Tensor | None = None
+
+    def add(self, term: Tensor) -> None:
+        self.total = term if self.total is None else self.total.to(self.compute).add_(term)
+
+    def times(self, factor: Tensor) -> Tensor:
+        return self.zeros(self.shape) if self.total is None else (self.total * factor).to(self.dtype)
 
 
 def _gradients_native(
@@ -152,8 +159,8 @@ def _gradients_native(
     compute = compute_dtype(hidden)
     loss = hidden.new_zeros(target.shape, dtype=compute)
     dhidden = hidden.new_zeros(hidden.shape) if need_hidden else hidden.new_empty(0)
-    dweight = torch.zeros(weight.shape if need_weight else 0, dtype=compute, device=hidden.device)
-    dbias = torch.zeros(weight.shape[0] if need_bias else 0, dtype=compute, device=hidden.device)
+    dweight = _Sum(weight, tuple(weight.shape) if need_weight else (0,))
+    dbias = _Sum(weight, (weight.shape[0] if need_bias else 0,))
     for rows in _chunks(target, weight.shape[0], hidden.element_size(), options[0]):
         h, t = hidden[rows], target[rows]
         logits = _chunk_logits(h, weight, bias)
@@ -163,10 +170,10 @@ def _gradients_native(
         if need_hidden:
             dhidden[rows] = (torch.mm(dlogits, weight) * factor).to(hidden.dtype)
         if need_weight:
-            _add_product(dweight, dlogits.t(), h)
+            dweight.add(torch.mm(dlogits.t(), h))
         if need_bias:
-            dbias += dlogits.sum(0, dtype=compute)
-    return loss, dhidden, dweight.mul_(factor).to(weight.dtype), dbias.mul_(factor).to(weight.dtype)
+            dbias.add(dlogits.sum(0, dtype=compute))
+    return loss, dhidden, dweight.times(factor), dbias.times(factor)
 
 
 def _gradients_fake(

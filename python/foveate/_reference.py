@@ -1,7 +1,7 @@
 """Plain torch definition of attention: the meaning that every faster backend must reproduce.
 
-Differentiable by autograd on any device, O(Sq * Skv) memory. Half-precision inputs are computed in fp32, fp64 stays fp64;
-the output is rounded once at the end. Nothing here checks its arguments: the public functions do.
+Differentiable by autograd on any device, O(Sq * Skv) memory. Half-precision inputs are computed in fp32, fp64 stays
+fp64; the output is rounded once at the end. Nothing here checks its arguments: the public functions do.
 Dimension letters: B batch, Sq/Skv query/key length, Hq/Hkv query/KV heads, D head dim of q and k, Dv head dim of v.
 """
 
@@ -25,8 +25,8 @@ def relative_buckets(distances: Tensor, num_buckets: int, bidirectional: bool, m
     """T5's bucket of each distance, key position minus query position (Raffel et al. 2020). int64 in, int64 out.
 
     With bidirectional, keys after the query use the upper half of the buckets; without it they share bucket 0 with
-    distance 0. Of the buckets of one side the first half is one bucket per distance, the rest grows logarithmically up to
-    max_distance, and every distance from there on shares the last.
+    distance 0. Of the buckets of one side the first half is one bucket per distance, the rest grows logarithmically up
+    to max_distance, and every distance from there on shares the last.
     """
     if bidirectional:
         num_buckets //= 2
@@ -103,15 +103,16 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q @ k.T, capped, biased and masked) @ v, and the log-sum-exp of the scores.
 
-    q: [B, Sq, Hq, D]; k: [B, Skv, Hkv, D]; v: [B, Skv, Hkv, Dv]; Hkv divides Hq. Returns out [B, Sq, Hq, Dv] in q's dtype
-    and lse [B, Hq, Sq] (natural log, without the sink) in the compute dtype.
+    q: [B, Sq, Hq, D]; k: [B, Skv, Hkv, D]; v: [B, Skv, Hkv, Dv]; Hkv divides Hq. Returns out [B, Sq, Hq, Dv] in q's
+    dtype and lse [B, Hq, Sq] (natural log, without the sink) in the compute dtype.
 
     s = scale * q.k; with softcap > 0, s = softcap * tanh(s / softcap); then
-    s += -slope * |distance| + bias + rel_table[bucket(distance)], where distance = j - (i + L - Sq) and L = kv_lens[b], or
-    Skv without kv_lens. Key j is visible if j < L, mask is True, distance <= 0 with causal, and -left <= distance <= right
-    with window (-1: no limit). The sink logit is one more column of the softmax, without a value. Dropout scales the kept
-    weights by 1 / (1 - p); its random words are those of `philox_keep`.
-    A row that sees no key gives out 0, lse -inf and zero gradients. Keys and values from L on are never used, NaN or not.
+    s += -slope * |distance| + bias + rel_table[bucket(distance)], where distance = j - (i + L - Sq) and L = kv_lens[b],
+    or Skv without kv_lens. Key j is visible if j < L, mask is True, distance <= 0 with causal, and -left <= distance <=
+    right with window (-1: no limit). The sink logit is one more column of the softmax, without a value. Dropout scales
+    the kept weights by 1 / (1 - p); its random words are those of `philox_keep`.
+    A row that sees no key gives out 0, lse -inf and zero gradients. Keys and values from L on are never used, NaN or
+    not.
     """
     dtype = compute_dtype(q)
     B, Sq, Hq, _ = q.shape
@@ -263,13 +264,13 @@ def attention_with_kv_cache(
     q: [B, Sq, Hq, D]; k, v: [B, Snew, Hkv, D or Dv] or None (Snew = 0); kv_lens: int [B], the keys already there.
     k_cache, v_cache: [B, Smax, Hkv, D or Dv], or pages [pages, page_size, Hkv, D or Dv] with block_table int32
     [B, max_pages], where position t of sequence b lies in page block_table[b, t // page_size], row t % page_size.
-    rotary_cos, rotary_sin: [max_pos, rot / 2]; k row i is turned by position kv_lens[b] + i before it is stored, and q row
-    i by kv_lens[b] + i, without k by kv_lens[b] - Sq + i.
+    rotary_cos, rotary_sin: [max_pos, rot / 2]; k row i is turned by position kv_lens[b] + i before it is stored, and q
+    row i by kv_lens[b] + i, without k by kv_lens[b] - Sq + i.
     An int8 or float8_e4m3fn cache holds value / scale, rounded to nearest even and clamped. k_scale, v_scale: fp32, one
     number, [Hkv], or one for each token and head, cache.shape[:-1]; the last kind is written at append as max|x| / 127
     (int8) or max|x| / 448 (fp8), and a token of zeros stores scale 0 and zeros.
-    Causal is bottom-right over all kv_lens[b] + Snew keys. Other options as in `attention`. Returns out [B, Sq, Hq, Dv] and
-    lse [B, Hq, Sq]. No gradient.
+    Causal is bottom-right over all kv_lens[b] + Snew keys. Other options as in `attention`. Returns out [B, Sq, Hq, Dv]
+    and lse [B, Hq, Sq]. No gradient.
     """
     B, Sq, Hq, _ = q.shape
     Snew = 0 if k is None else k.shape[1]

@@ -1,7 +1,7 @@
 """Plain torch definitions of softmax, losses, norm and rotary embedding: what every faster backend must compute.
 
-Differentiable by autograd on any device. Half-precision inputs are computed in fp32, fp64 stays fp64; results are rounded
-once at the end. Nothing here is fast, and nothing here checks its arguments: the public functions do.
+Differentiable by autograd on any device. Half-precision inputs are computed in fp32, fp64 stays fp64; results are
+rounded once at the end. Nothing here is fast, and nothing here checks its arguments: the public functions do.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def softmax(
 ) -> Tensor:
     """softmax(scale * x + bias) over `dim`; mask False and, with causal, columns j > i + cols - rows count as -inf.
 
-    x: [..., rows, cols], any shape without causal. mask (bool, True = keep) and bias broadcast to x. A fully masked line
-    gives 0.
+    x: [..., rows, cols], any shape without causal. mask (bool, True = keep) and bias broadcast to x. A fully masked
+    line gives 0.
     """
     s = scale * x.to(compute_dtype(x))
     if bias is not None:
@@ -81,10 +81,11 @@ def cross_entropy(
 ) -> Tensor:
     """Per row: lse - (1 - eps) * x[target] - eps * mean(x) + z_loss * lse**2, x = softcap * tanh(logits / softcap).
 
-    logits: [..., V]; target: int64 [...]. eps is label_smoothing, lse = logsumexp(x), softcap 0 means none. The eps term is
-    torch's label smoothing, the lse**2 term PaLM's z-loss (Chowdhery et al. 2022). Rows with target == ignore_index give 0
-    and gradient 0 whatever their logits are, NaN included. reduction "mean" divides by the number of other rows, so it is
-    NaN when there are none, as in torch. The loss is fp32 (fp64 for fp64 logits), also for half-precision logits.
+    logits: [..., V]; target: int64 [...]. eps is label_smoothing, lse = logsumexp(x), softcap 0 means none. The eps
+    term is torch's label smoothing, the lse**2 term PaLM's z-loss (Chowdhery et al. 2022). Rows with target ==
+    ignore_index give 0 and gradient 0 whatever their logits are, NaN included. reduction "mean" divides by the number
+    of other rows, so it is NaN when there are none, as in torch. The loss is fp32 (fp64 for fp64 logits), also for
+    half-precision logits.
     """
     used = target != ignore_index
     x = torch.where(used[..., None], logits.to(compute_dtype(logits)), 0.0)

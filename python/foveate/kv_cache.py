@@ -68,7 +68,8 @@ def attention_with_kv_cache(
     kind = "cpu" if q.is_cpu else q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)
-        q, k, v = (x if x is None or x.dtype is torch.float64 else x.to(to) for x in (q, k, v))  # type: ignore[assignment]
+        q = _autocast(q, to)
+        k, v = k if k is None else _autocast(k, to), v if v is None else _autocast(v, to)
     B, Hq, D = _check_tensors(q, k_cache, v_cache, k, v, kv_lens, block_table)
     k_scale = _check_cache_scale("k_scale", k_scale, k_cache)
     v_scale = _check_cache_scale("v_scale", v_scale, v_cache)
@@ -94,6 +95,10 @@ def attention_with_kv_cache(
         scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits, batch_invariant, backend or "",
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _autocast(x: Tensor, to: torch.dtype) -> Tensor:
+    return x if x.dtype is torch.float64 else x.to(to)
 
 
 def _check_tensors(

@@ -55,10 +55,10 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        sizes = dict(
-            num_layers=num_layers, num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim,
-            head_dim_v=head_dim_v,
-        )  # fmt: skip
+        sizes = {
+            "num_layers": num_layers, "num_pages": num_pages, "page_size": page_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+            "head_dim_v": head_dim_v,
+        }  # fmt: skip
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be 1 or more")
@@ -196,12 +196,12 @@ class PagedKVCache:
         table, lens = self._tables_of(seqs)
         if k is not None:
             new = k.shape[1]
-            short = [seq for seq in seqs if self._lengths[seq] < new]
-            if short:
-                raise ValueError(
-                    f"k has {new} new tokens, but sequence {short[0]} has room for {self._lengths[short[0]]}; "
-                    f"call append(seqs, {new}) first"
-                )
+            for seq in seqs:
+                if self._lengths[seq] < new:
+                    raise ValueError(
+                        f"k has {new} new tokens, but sequence {seq} has room for {self._lengths[seq]}; "
+                        f"call append(seqs, {new}) first"
+                    )
             self._check_writable(seqs, new)
             lens = lens - new
         return attention_with_kv_cache(

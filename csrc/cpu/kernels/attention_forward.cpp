@@ -213,10 +213,15 @@ struct Forward {
         else
           store_raw(scores + at, e);
       };
+      // A column always adds to the same of the four sums, wherever the range begins and ends: bits do not depend on how rows share tiles.
+      const auto edge = [&](int64_t stop) {
+        for (; c < stop; c += w) c / w % 4 == 0 ? step(c, s4[0]) : c / w % 4 == 1 ? step(c, s4[1]) : c / w % 4 == 2 ? step(c, s4[2]) : step(c, s4[3]);
+      };
+      edge(round_up<int64_t>(begin, 4 * w) < end ? round_up<int64_t>(begin, 4 * w) : end);
       for (; c + 4 * w <= end; c += 4 * w)
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) step(c + u * w, s4[u]);
-      for (; c < end; c += w) step(c, s4[0]);
+      edge(end);
       alpha[r] = static_cast<Acc>(std::exp2((max[r] - offset) * scale));
       sum[r] = sum[r] * alpha[r] + hsum((s4[0] + s4[1]) + (s4[2] + s4[3]));
       max[r] = new_max;

@@ -3,7 +3,7 @@
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/softmax_row.h"
+#include "cpu/row.h"
 #include "cpu/vec.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
@@ -33,7 +33,6 @@ FOVEATE_INLINE Capped<A> capped_at(const T* logit, A softcap) {
 template <class T, bool kSoftcap>
 void forward_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   using A = AccumulatorOf<T>;
-  constexpr int lanes = kLanes<A>;
   const A softcap = static_cast<A>(p.options.softcap), smoothing = static_cast<A>(p.options.label_smoothing);
   for (int64_t row = begin; row < end; ++row) {
     A &loss = static_cast<A*>(p.loss)[row], *stats = static_cast<A*>(p.stats) + 2 * row;
@@ -51,9 +50,9 @@ void forward_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     stats[0] = max, stats[1] = log_sum;
     loss = log_sum - (1 - smoothing) * (at_target - max);
     if (smoothing > 0) {
-      Vec<A> total{};
-      for (int64_t j = 0; j < p.cols; j += lanes) total += capped<kSoftcap, A>(logits + j, p.cols - j, softcap, max).x - max;
-      loss -= smoothing * (hsum(total) / static_cast<A>(p.cols));
+      const A total =
+          sum_row<A>(p.cols, [&](int64_t j, int64_t rest) { return capped<kSoftcap, A>(logits + j, rest, softcap, max).x - max; });
+      loss -= smoothing * (total / static_cast<A>(p.cols));
     }
     if (p.options.z_loss != 0) loss += static_cast<A>(p.options.z_loss) * lse * lse;
   }
@@ -81,7 +80,8 @@ void backward_rows(const CrossEntropyParams& p, int64_t begin, int64_t end, bool
     };
     // dlogits may be logits: the target's gradient is taken before its logit is overwritten.
     const A dtarget = gradient(capped_at<kSoftcap, A>(logits + target, softcap), dloss * (1 - smoothing))[0];
-    write_row<A>(dlogits, p.cols, stream, [&](int64_t j, int64_t rest) { return gradient(capped<kSoftcap, A>(logits + j, rest, softcap, A{0}), 0); });
+    write_row<A>(dlogits, p.cols, stream,
+                 [&](int64_t j, int64_t rest) { return gradient(capped<kSoftcap, A>(logits + j, rest, softcap, A{0}), 0); });
     from_float(dlogits + target, dtarget);
   }
 }
@@ -91,7 +91,8 @@ void backward_rows(const CrossEntropyParams& p, int64_t begin, int64_t end, bool
 void cross_entropy_forward(const CrossEntropyParams& p, int threads) {
   visit_float(p.dtype, [&]<class T>(std::type_identity<T>) {
     visit_bool(p.options.softcap > 0, [&](auto softcap) {
-      parallel_for(p.rows, 1 + kGrainElements / p.cols, threads, [&](int64_t begin, int64_t end) { forward_rows<T, softcap>(p, begin, end); });
+      parallel_for(p.rows, 1 + kGrainElements / p.cols, threads,
+                   [&](int64_t begin, int64_t end) { forward_rows<T, softcap>(p, begin, end); });
     });
   });
 }

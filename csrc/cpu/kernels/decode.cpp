@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "cpu/decode_dot.inl.h"
 #include "cpu/decode_tile.inl.h"
 #include "cpu/kv_cache.inl.h"
 #include "cpu/parallel.h"
@@ -30,6 +31,7 @@ struct Task {
 // Per-thread memory of a task. The state of (head, row) is at index head * rows_per_task + row.
 struct Scratch {
   int64_t dim, dim_v;                      // padded to chunks
+  int64_t tile_keys;
   float *q, *out;                          // [heads, rows, dim], [heads, rows, dim_v], packed
   float *max, *sum;                        // [heads, rows]: of the scores in units of log 2
   float *scores, *correction, *row;        // [rows, kTile], [rows], [the longest row]
@@ -47,6 +49,7 @@ int64_t scratch_floats(const KvCacheParams& p) {
 template <class T>
 void carve(Scratch& s, const KvCacheParams& p, float* memory) {
   s.dim = round_up<int64_t>(p.head_dim, Chunk<T>::kElements), s.dim_v = round_up<int64_t>(p.head_dim_v, Chunk<T>::kElements);
+  s.tile_keys = p.rows_per_task <= Chunk<T>::kFewRows ? Chunk<T>::kFewRowsTile : kTile;
   const int64_t states = p.heads_per_task * p.rows_per_task;
   const auto take = [&](int64_t n) { return std::exchange(memory, memory + n); };
   s.q = take(states * s.dim), s.out = take(states * s.dim_v);
@@ -68,9 +71,7 @@ FOVEATE_INLINE Visible visible_to(const KvCacheParams& p, int64_t len, int64_t q
   return {position, begin, end};
 }
 
-template <class T>
-void choose_keys(const KvCacheParams& p, Task& task) {
-  constexpr int64_t tile = Chunk<T>::kTileKeys;
+void choose_keys(const KvCacheParams& p, int64_t tile, Task& task) {
   const int64_t group = p.heads_q / p.heads_kv, len = p.kv_lens[task.b] + p.seq_new;
   task.begin = visible_to(p, len, task.row0 / group).begin;
   task.end = visible_to(p, len, (task.row0 + task.rows - 1) / group).end;
@@ -102,9 +103,8 @@ void load_queries(const KvCacheParams& p, const Task& task, Scratch& s) {
 }
 
 template <class T>
-void locate(const KvCacheParams& p, const Task& task, int64_t begin, Tile& tile) {
+void locate(const KvCacheParams& p, const Task& task, int64_t most, int64_t begin, Tile& tile) {
   tile.begin = begin;
-  constexpr int64_t most = Chunk<T>::kTileKeys;
   // Tiles end at multiples of their size, so that the arithmetic does not depend on where the visible keys begin.
   tile.keys = static_cast<int>(std::min(task.end, (begin / most + 1) * most) - begin);
   for (int j = 0; j < tile.keys; ++j) {
@@ -123,7 +123,9 @@ void load_scales(const KvCacheParams& p, const CacheOperand& cache, const Task& 
   }
 }
 
-// Scores of one row become weights; max, sum and the correction of what was accumulated before are brought up to date.
+// Scores of one row become weights (bfloat16 ones at the row's beginning, for decode_dot.inl.h); max, sum and the correction of what was
+// accumulated before are brought up to date.
+template <class T>
 void softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visible, float slope, const float* k_scale, const float* v_scale,
                  float* scores, float& max, float& sum, float& correction) {
   constexpr int n = kLanes<float>;
@@ -150,7 +152,8 @@ void softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visibl
     VecF w = exp2v(load<float>(scores + c * n) - shift);
     total += w;
     if (v_scale) w *= load<float>(v_scale + c * n);
-    store(scores + c * n, w);
+    if constexpr (Chunk<T>::kDot) store(reinterpret_cast<bf16*>(scores) + c * n, w);
+    else store(scores + c * n, w);
   }
   max = after;
   sum = sum * correction + hsum(total);
@@ -176,7 +179,7 @@ void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, const Til
   for (int64_t r = 0; r < task.rows; ++r) {
     const int64_t i = (task.row0 + r) / group, g = (task.row0 + r) % group;
     const float slope = p.alibi ? p.alibi[task.b * p.alibi_batch + (head * group + g) * p.alibi_head] : 0.0f;
-    softmax_row(p, tile, visible_to(p, len, i), slope, p.k.scale ? s.k_scale : nullptr, p.v.scale ? s.v_scale : nullptr, s.scores + r * kTile,
+    softmax_row<T>(p, tile, visible_to(p, len, i), slope, p.k.scale ? s.k_scale : nullptr, p.v.scale ? s.v_scale : nullptr, s.scores + r * kTile,
                 s.max[state + r], s.sum[state + r], s.correction[r]);
   }
 
@@ -233,7 +236,7 @@ void write_task(const KvCacheParams& p, const Task& task, Scratch& s) {
 
 template <class T>
 void run(const KvCacheParams& p, Task task, Scratch& s) {
-  choose_keys<T>(p, task);
+  choose_keys(p, s.tile_keys, task);
   load_queries<T>(p, task, s);
   const int64_t states = task.heads * p.rows_per_task;
   std::fill(s.out, s.out + states * s.dim_v, 0.0f);
@@ -241,9 +244,9 @@ void run(const KvCacheParams& p, Task task, Scratch& s) {
   if (task.begin < task.end) {
     // The order of (tile, head) follows memory: where a key's heads are neighbours, all heads of a tile come before the next tile.
     const bool heads_inside = p.k.rows.head <= p.k.rows.seq;
-    constexpr int64_t size = Chunk<T>::kTileKeys;
+    const int64_t size = s.tile_keys;
     const int64_t first = task.begin / size, tiles = ceil_div<int64_t>(task.end, size) - first;
-    const auto fill = [&](int64_t t, Tile& tile) { locate<T>(p, task, std::max(task.begin, (first + t) * size), tile); };
+    const auto fill = [&](int64_t t, Tile& tile) { locate<T>(p, task, size, std::max(task.begin, (first + t) * size), tile); };
     const auto ahead = [&](const CacheOperand& cache, const int64_t* offset_bytes, int keys, int64_t h, int64_t heads, int64_t dim) {
       const int64_t head_bytes = cache.rows.head * sizeof(T);
       return Ahead{static_cast<const char*>(cache.rows.data) + (task.head0 + h) * head_bytes, offset_bytes, keys,

@@ -1,4 +1,5 @@
 // Writes new keys (rotated) and values into the cache, quantised where it stores int8 or fp8. One task is one token.
+// And rotates queries, where another kernel than decode attends.
 #include <cstring>
 
 #include "cpu/kv_cache.inl.h"
@@ -84,6 +85,28 @@ void kv_append(const KvCacheParams& p, int threads) {
         store_row(p, p.k, slot, h, row, p.head_dim);
         load_floats(row, p.new_v.data, b * p.new_v.batch + i * p.new_v.seq + h * p.new_v.head, p.head_dim_v, p.dtype);
         store_row(p, p.v, slot, h, row, p.head_dim_v);
+      }
+    }
+  });
+}
+
+// q [B, Sq, Hq, D] turned by the positions of its queries, to the contiguous out of the same shape and dtype.
+void rotate_queries(const KvCacheParams& p, void* out, int threads) {
+  const int64_t floats = round_up<int64_t>(p.head_dim + 2 * p.rotary_pairs, 16), grain = 1 + 4096 / (1 + p.heads_q * p.head_dim);
+  const AlignedFloats memory = aligned_floats(threads * floats);
+  parallel_for(p.batch * p.seq_q, grain, threads, [&](int64_t begin, int64_t end) {
+    float *row = memory.get() + omp_get_thread_num() * floats, *cos = row + p.head_dim, *sin = cos + p.rotary_pairs;
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t b = token / p.seq_q, i = token % p.seq_q, position = p.kv_lens[b] - (p.new_k.data ? 0 : p.seq_q) + i;
+      load_floats(cos, p.rotary_cos, position * p.rotary_pairs, p.rotary_pairs, p.rotary_dtype);
+      load_floats(sin, p.rotary_sin, position * p.rotary_pairs, p.rotary_pairs, p.rotary_dtype);
+      for (int64_t h = 0; h < p.heads_q; ++h) {
+        load_floats(row, p.q.data, b * p.q.batch + i * p.q.seq + h * p.q.head, p.head_dim, p.dtype);
+        rotate_row(row, cos, sin, p.rotary_pairs, p.rotary_interleaved);
+        const int64_t at = (token * p.heads_q + h) * p.head_dim;
+        if (p.dtype == DType::kFloat32) store_floats(static_cast<float*>(out) + at, row, p.head_dim);
+        else if (p.dtype == DType::kBFloat16) store_floats(static_cast<bf16*>(out) + at, row, p.head_dim);
+        else store_floats(static_cast<f16*>(out) + at, row, p.head_dim);
       }
     }
   });

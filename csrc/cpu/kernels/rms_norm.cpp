@@ -2,7 +2,7 @@
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/softmax_row.h"
+#include "cpu/row.h"
 #include "cpu/vec.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
@@ -11,12 +11,11 @@ namespace {
 template <class T, class W, class A = AccumulatorOf<T>>
 void forward_row(const T* x, const W* weight, T* out, A* rstd, int64_t cols, double eps) {
   constexpr int n = kLanes<A>;
-  Vec<A> squares{};
-  for (int64_t j = 0; j < cols; j += n) {
-    const Vec<A> v = load_n<A>(x + j, cols - j);
-    squares += v * v;
-  }
-  const A scale = 1 / std::sqrt(hsum(squares) / static_cast<A>(cols) + static_cast<A>(eps));
+  const A squares = sum_row<A>(cols, [&](int64_t j, int64_t rest) {
+    const Vec<A> v = load_n<A>(x + j, rest);
+    return v * v;
+  });
+  const A scale = 1 / std::sqrt(squares / static_cast<A>(cols) + static_cast<A>(eps));
   if (rstd) *rstd = scale;
   for (int64_t j = 0; j < cols; j += n) {
     const int64_t rest = cols - j;
@@ -34,9 +33,8 @@ void backward_row(const T* dout, const T* x, const W* weight, A rstd, T* dx, A* 
     const Vec<A> g = load_n<A>(dout + j, rest);
     return weight ? g * load_n<A>(weight + j, rest) : g;
   };
-  Vec<A> products{};
-  for (int64_t j = 0; j < cols; j += n) products += weighted(j, cols - j) * load_n<A>(x + j, cols - j);
-  const A mean = hsum(products) * rstd / static_cast<A>(cols);  // of g * n, n = x * rstd
+  const A products = sum_row<A>(cols, [&](int64_t j, int64_t rest) { return weighted(j, rest) * load_n<A>(x + j, rest); });
+  const A mean = products * rstd / static_cast<A>(cols);  // of g * n, n = x * rstd
   for (int64_t j = 0; j < cols; j += n) {
     const int64_t rest = cols - j;
     const Vec<A> normed = load_n<A>(x + j, rest) * rstd;
@@ -76,8 +74,9 @@ void rms_norm_backward(const RmsNormBackwardParams& p, int threads) {
       A* dweight = p.dweight_parts ? static_cast<A*>(p.dweight_parts) + part * p.cols : nullptr;
       if (dweight) std::memset(dweight, 0, static_cast<size_t>(p.cols) * sizeof(A));
       for (int64_t i = p.rows * part / p.parts; i < p.rows * (part + 1) / p.parts; ++i)
-        backward_row(static_cast<const T*>(p.dout) + i * p.cols, static_cast<const T*>(p.x) + i * p.x_stride, static_cast<const W*>(p.weight),
-                     static_cast<const A*>(p.rstd)[i], static_cast<T*>(p.dx) + i * p.cols, dweight, p.cols);
+        backward_row(static_cast<const T*>(p.dout) + i * p.cols, static_cast<const T*>(p.x) + i * p.x_stride,
+                     static_cast<const W*>(p.weight), static_cast<const A*>(p.rstd)[i], static_cast<T*>(p.dx) + i * p.cols, dweight,
+                     p.cols);
     });
   });
 }

@@ -2,7 +2,7 @@
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/softmax_row.h"
+#include "cpu/row.h"
 #include "cpu/vec.h"
 
 namespace foveate::cpu::FOVEATE_ISA {

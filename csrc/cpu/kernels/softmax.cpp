@@ -2,7 +2,7 @@
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/softmax_row.h"
+#include "cpu/row.h"
 #include "cpu/vec.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
@@ -20,7 +20,7 @@ template <class T, class A, class Scores>
 FOVEATE_INLINE void softmax_short_row(T* out, int64_t cols, bool stream, const Scores& scores) {
   constexpr int lanes = kLanes<A>, unroll = 4;
   alignas(kVecBytes) A kept[kKeptColumns + lanes];
-  Vec<A> peaks[unroll], sums[unroll] = {};
+  Vec<A> peaks[unroll];
   for (auto& peak : peaks) peak = splat<A>(std::numeric_limits<A>::lowest());
   int64_t j = 0;
   for (; j + unroll * lanes <= cols; j += unroll * lanes)
@@ -28,15 +28,12 @@ FOVEATE_INLINE void softmax_short_row(T* out, int64_t cols, bool stream, const S
   for (; j < cols; j += lanes) peaks[0] = vmax(peaks[0], scores(j, cols - j));
   const A max = hmax(vmax(vmax(peaks[0], peaks[1]), vmax(peaks[2], peaks[3])));
 
-  const auto keep = [&](int64_t j, int64_t rest, Vec<A>& sum) {
+  const A sum = sum_row<A>(cols, [&](int64_t j, int64_t rest) {
     const Vec<A> e = exp_to<kExpDegree<T>, A>(scores(j, rest) - max);
-    sum += e;
     store(kept + j, e);
-  };
-  for (j = 0; j + unroll * lanes <= cols; j += unroll * lanes)
-    for (int u = 0; u < unroll; ++u) keep(j + u * lanes, lanes, sums[u]);
-  for (; j < cols; j += lanes) keep(j, cols - j, sums[0]);
-  const A sum = hsum((sums[0] + sums[1]) + (sums[2] + sums[3])), inverse = sum == 0 ? 0 : 1 / sum;
+    return e;
+  });
+  const A inverse = sum == 0 ? 0 : 1 / sum;
   write_row<A>(out, cols, stream, [&](int64_t j, int64_t) { return load<A>(kept + j) * inverse; });
 }
 
@@ -112,25 +109,17 @@ template <class T, class B, bool kMask, bool kLog>
 void softmax_tasks(const SoftmaxParams& p, int threads) {
   const bool stream = p.rows * p.cols * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   const int64_t block = 1 + kTaskElements / p.cols;
-  parallel_tasks(ceil_div(p.rows, block), threads, [&](int64_t task, int) {
-    softmax_rows<T, B, kMask, kLog>(p, task * block, smaller(p.rows, (task + 1) * block), stream);
-  });
+  parallel_tasks(ceil_div(p.rows, block), threads,
+                 [&](int64_t task, int) { softmax_rows<T, B, kMask, kLog>(p, task * block, smaller(p.rows, (task + 1) * block), stream); });
 }
 
 template <class T, bool kLog>
 void softmax_backward_row(const T* dout, const T* out, auto* dx, int64_t cols, AccumulatorOf<T> scale, bool stream) {
   using A = AccumulatorOf<T>;
-  constexpr int lanes = kLanes<A>;
-  Vec<A> sums[4] = {};
-  const auto add = [&](Vec<A>& sum, int64_t j, int64_t rest) {
+  const A sum = sum_row<A>(cols, [&](int64_t j, int64_t rest) {
     const Vec<A> dy = load_n<A>(dout + j, rest);
-    sum += kLog ? dy : dy * load_n<A>(out + j, rest);
-  };
-  int64_t j = 0;
-  for (; j + 4 * lanes <= cols; j += 4 * lanes)
-    for (int u = 0; u < 4; ++u) add(sums[u], j + u * lanes, lanes);
-  for (; j < cols; j += lanes) add(sums[0], j, cols - j);
-  const A sum = hsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    return kLog ? dy : dy * load_n<A>(out + j, rest);
+  });
   write_row<A>(dx, cols, stream, [&](int64_t j, int64_t rest) {
     const Vec<A> dy = load_n<A>(dout + j, rest), y = load_n<A>(out + j, rest);
     return kLog ? dy - exp_to<kExpDegree<T>, A>(y) * sum : (dy - sum) * y * scale;

@@ -114,7 +114,7 @@ def attention(quick: bool, dtypes: Sequence[str]) -> list[Case]:
 
 
 def backward(quick: bool, dtypes: Sequence[str]) -> list[Case]:
-    return _attention((128,), dtypes, H=2) if quick else _attention((512, 1024, 2048), dtypes)
+    return _attention((128,), dtypes, H=2) if quick else _attention((512, 1024, 2048, 4096), dtypes)
 
 
 def decode(quick: bool, dtypes: Sequence[str]) -> list[Case]:
@@ -148,7 +148,7 @@ def overhead(quick: bool, dtypes: Sequence[str]) -> list[Case]:
 
 
 def memory(quick: bool, dtypes: Sequence[str]) -> list[Case]:
-    lengths = (1024, 2048, 4096) if quick else (2048, 4096, 8192, 16384)
+    lengths = (1024, 4096) if quick else (2048, 4096, 8192, 16384)
     return [MemoryCase(1, S, 4, 64, dtype) for dtype in dtypes for S in lengths]
 
 

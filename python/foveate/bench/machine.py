@@ -27,6 +27,11 @@ class Machine:
     torch: str
     foveate: str
 
+    @property
+    def line(self) -> str:
+        threads = f"{self.threads} thread" + ("" if self.threads == 1 else "s")
+        return f"{self.cpu}, {threads}, {self.cpu_target}, torch {self.torch}, {self.date}"
+
 
 def describe() -> Machine:
     return Machine(

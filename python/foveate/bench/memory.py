@@ -54,9 +54,10 @@ def _forward_backward(implementation: str, S: int, case: MemoryCase) -> None:
     ballast = _hold_up_to_the_peak()
     before = _status_bytes("VmHWM")
     if implementation == "sdpa":
-        out: Tensor = F.scaled_dot_product_attention(*leaves, is_causal=True)
+        out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], is_causal=True)
     else:
-        out = foveate.attention(*leaves, causal=True, backend="reference" if implementation == "reference" else None)
+        backend = "reference" if implementation == "reference" else None
+        out = foveate.attention(leaves[0], leaves[1], leaves[2], causal=True, backend=backend)  # type: ignore[assignment]
     grads = torch.autograd.grad(out, leaves, g)
     growth = _status_bytes("VmHWM") - before
     if S == case.S:

@@ -28,15 +28,16 @@ TITLES = {
 
 def numbers(machine: Machine, rows: Sequence[Row]) -> str:
     """A Markdown table of the summaries, with the machine above it."""
-    target = machine.cpu_target
     lines = [
-        f"{machine.cpu}, {machine.threads} threads, {target}, torch {machine.torch}, {machine.date}, commit `{machine.commit}`.",
+        f"{machine.line}, commit `{machine.commit}`.",
         "",
         "| bench | dtype | beside | cases | ratio, geometric mean | lowest ratio | % of the measured limit (lowest) |",
         "|---|---|---|---|---|---|---|",
     ]
     for s in run.summarize(rows):
-        percent = "" if s.mean_percent_of_limit is None else f"{s.mean_percent_of_limit:.0f} ({s.min_percent_of_limit:.0f})"
+        percent = (
+            "" if s.mean_percent_of_limit is None else f"{s.mean_percent_of_limit:.0f} ({s.min_percent_of_limit:.0f})"
+        )
         lines.append(
             f"| {TITLES[s.bench]} | {s.dtype} | {s.peer} | {s.cases} | {s.mean_ratio:.2f}x | {s.min_ratio:.2f}x | {percent} |"
         )

@@ -76,7 +76,7 @@ def json_text(machine: Machine, limits: Limits, rows: Sequence[Row], summaries: 
 
 def limits_line(machine: Machine, limits: Limits) -> str:
     return (
-        f"{machine.cpu}, {machine.threads} threads, {machine.cpu_target}, torch {machine.torch}. Limits of this run: "
+        f"{machine.line}. Limits of this run: "
         f"{limits.fp32_gflops:.0f} GFLOP/s fp32, {limits.bf16_gflops:.0f} bf16, "
         f"{limits.read_gbs:.1f} GB/s read, {limits.copy_gbs:.1f} GB/s copied."
     )
@@ -137,13 +137,18 @@ def _percent(value: float | None) -> str:
 
 
 def draw(path: Path, machine: Machine, rows: Sequence[Row]) -> None:
-    """One panel for each bench: the ratio to the peer of every case as a bar, cut at the right by nothing."""
+    """One panel for each bench, one bar for each case: the ratio to its peer. No file if no row has a peer."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = {bench: [r for r in rows if r.bench == bench and r.ratio is not None] for bench in _benches(rows)}
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.ratio is not None:
+            panels.setdefault(row.bench, []).append(row)
+    if not panels:
+        return
     heights = [0.8 + 0.2 * len(members) for members in panels.values()]
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=(9, sum(heights) + 0.6), height_ratios=heights, squeeze=False, layout="constrained"
@@ -157,13 +162,15 @@ def draw(path: Path, machine: Machine, rows: Sequence[Row]) -> None:
         axis.set_yticks(places, labels, fontsize=7)
         axis.invert_yaxis()
         axis.axvline(1.0, color="#444444", linewidth=0.8)
-        axis.set_xlim(0, 1.3 * max(ratios))
-        axis.set_title(f"{bench}: {'peak memory' if bench == 'memory' else 'time'} of {members[0].peer} / foveate", fontsize=9, loc="left")
+        axis.set_xlim(0, 1.3 * max(1.0, *ratios))
+        axis.set_title(
+            f"{bench}: {'peak memory' if bench == 'memory' else 'time'} of {members[0].peer} / foveate",
+            fontsize=9,
+            loc="left",
+        )
         axis.tick_params(axis="x", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{machine.cpu}, {machine.threads} threads, {machine.cpu_target}, torch {machine.torch}, {machine.date}", fontsize=9
-    )
+    figure.suptitle(machine.line, fontsize=9)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -171,7 +178,3 @@ def draw(path: Path, machine: Machine, rows: Sequence[Row]) -> None:
 def _bar_label(row: Row) -> str:
     percent = _percent(row.percent_of_limit)
     return f"{row.ratio:.2f}x" + (f", {percent} of the limit" if percent else "")
-
-
-def _benches(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row.bench for row in rows if row.ratio is not None))

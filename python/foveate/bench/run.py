@@ -54,12 +54,12 @@ class Summary:
 class Options:
     benches: Sequence[str]
     dtypes: Sequence[str] = ("fp32", "bf16")
-    against: Sequence[str] | None = None  # None: every peer
+    peers: bool = True
     quick: bool = False
     seed: int = 0
 
-    def peers(self, bench: str) -> list[str]:
-        return [name for name in workloads.PEERS[bench] if self.against is None or name in self.against]
+    def peers_of(self, bench: str) -> Sequence[str]:
+        return workloads.PEERS[bench] if self.peers else ()
 
 
 def rows(options: Options, limits: Limits) -> Iterator[Row]:
@@ -80,7 +80,7 @@ def _timed_rows(bench: str, case: cases.Case, options: Options, limits: Limits) 
         return
     workload = workloads.build(bench, case, options.seed, options.quick)
     share = check(f"{bench} {case.name} {case.dtype}", workload.results())
-    names = options.peers(bench)
+    names = options.peers_of(bench)
     ours, *peers = timing.interleaved(
         [workload.ours, *(workload.peers[name] for name in names)],
         timing.QUICK if options.quick else timing.Budget(),
@@ -89,9 +89,7 @@ def _timed_rows(bench: str, case: cases.Case, options: Options, limits: Limits) 
     row = Row(bench, case.name, case.dtype, ours.median * 1e6, ours.iqr * 1e6, ours.samples, error_share=share)
     if workload.limit:
         rate, limit = workload.work / ours.median / 1e9, getattr(limits, workload.limit)
-        row = dataclasses.replace(
-            row, rate=rate, unit=workload.unit, limit=limit, percent_of_limit=100 * rate / limit
-        )
+        row = dataclasses.replace(row, rate=rate, unit=workload.unit, limit=limit, percent_of_limit=100 * rate / limit)
     if not peers:
         yield row
     for name, peer in zip(names, peers):
@@ -106,7 +104,7 @@ def _timed_rows(bench: str, case: cases.Case, options: Options, limits: Limits) 
 
 def _memory_rows(todo: Sequence[cases.Case], options: Options, threads: int) -> Iterator[Row]:
     """Peaks by length, then for each dtype a row with the exponent of their growth."""
-    names = options.peers("memory")
+    names = options.peers_of("memory")
     for dtype in options.dtypes:
         own = [case for case in todo if isinstance(case, cases.MemoryCase) and case.dtype == dtype]
         peaks = []

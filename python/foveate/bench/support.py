@@ -6,6 +6,7 @@ Nothing here says what works; foveate._backends is asked what `foveate.attention
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -16,7 +17,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = {"native": ("cpu", "cuda"), "triton": ("cuda",), "reference": ("cpu", "cuda")}
 
 # Ops whose backward has an entry of its own in the backend table; the others have None (no backward) or one answer for both.
-_BACKWARD: dict[str, str | None] = {"attention": "attention_backward", "attention_with_kv_cache": None, "apply_rotary": "apply_rotary"}
+_BACKWARD: dict[str, str | None] = {
+    "attention": "attention_backward",
+    "attention_with_kv_cache": None,
+    "apply_rotary": "apply_rotary",
+}
+
+_TITLES: dict[str | None, str] = {None: "no option", "varlen": "`attention_varlen`"}
 
 Columns = list[tuple[str, str]]
 
@@ -55,22 +62,25 @@ def matrix() -> str:
     columns, notes = _columns(), list[str]()
     header = " | ".join(f"{backend}, {device} {way}" for backend, device in columns for way in ("forward", "backward"))
     rule = "|---" * (1 + 2 * len(columns)) + "|"
+
     lines = [f"| `attention` with | {header} |", rule]
     for option in (None, *_attention_op._OPTION_NAMES):
-        title = "no option" if option is None else "`attention_varlen`" if option == "varlen" else f"`{option}`"
-        lines.append(_line(title, columns, "attention", lambda d, o=option: _attention_query(d, torch.float32, o), notes))  # type: ignore[misc]
+        title = _TITLES.get(option, f"`{option}`")
+        query = partial(_attention_query, dtype=torch.float32, option=option)
+        lines.append(_line(title, columns, "attention", query, notes))
     for dtype in DTYPES:
-        title = str(dtype).removeprefix("torch.")
-        lines.append(_line(title, columns, "attention", lambda d, t=dtype: _attention_query(d, t), notes))  # type: ignore[misc]
+        lines.append(_line(_name(dtype), columns, "attention", partial(_attention_query, dtype=dtype), notes))
+
     lines += ["", f"| function | {header} |", rule]
-    ops = sorted({op for op, _ in _backends._supports} - {"attention", "attention_backward"})
-    for op in ops:
-        plain = _line("", columns, op, lambda d: Query(d, torch.float32), notes)
+    for op in sorted({op for op, _ in _backends._supports} - {"attention", "attention_backward"}):
+        answers = {dtype: _line("", columns, op, partial(Query, dtype=dtype), notes) for dtype in DTYPES}
+        plain = answers.pop(torch.float32)
         lines.append(f"| `{op}`{plain[2:]}")
-        for dtype in DTYPES:
-            other = _line("", columns, op, lambda d, t=dtype: Query(d, t), notes)  # type: ignore[misc]
-            if other != plain:
-                lines.append(f"| `{op}`, {str(dtype).removeprefix('torch.')}{other[2:]}")
-    lines += ["", "A dash: the function has no backward."]
-    lines += [f"({number}) {reason}." for number, reason in enumerate(notes, 1)]
-    return "\n".join(lines)
+        lines += [f"| `{op}`, {_name(dtype)}{cells[2:]}" for dtype, cells in answers.items() if cells != plain]
+
+    lines += ["", "A dash: the function has no backward." + (" The numbers stand for:" if notes else "")]
+    return "\n".join([*lines, *([""] if notes else []), *(f"{n}. {reason}." for n, reason in enumerate(notes, 1))])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from foveate.bench.check import GRADIENT_FACTOR, Checked
 
 Call = Callable[[], Any]
 
-# The names that --against takes for each bench.
+# What each bench is timed beside: a name of Workload.peers.
 PEERS = {
     "attention": ("sdpa",),
     "backward": ("sdpa",),
@@ -96,14 +96,16 @@ def _attention(case: cases.AttentionCase, generator: torch.Generator) -> Workloa
     q, k, v = (_random((case.B, case.S, case.H, case.D), case.dtype, generator) for _ in range(3))
     tq, tk, tv = _heads_first(q, k, v)
 
-    def ours() -> Tensor:
+    def ours() -> Any:
         return foveate.attention(q, k, v, causal=case.causal)
 
     def sdpa() -> Tensor:
         return F.scaled_dot_product_attention(tq, tk, tv, is_causal=case.causal)
 
     def results() -> list[Checked]:
-        exact = F.scaled_dot_product_attention(*map(_exact_heads, (tq, tk, tv)), is_causal=case.causal)
+        exact = F.scaled_dot_product_attention(
+            _exact_heads(tq), _exact_heads(tk), _exact_heads(tv), is_causal=case.causal
+        )
         return [Checked("out", ours().transpose(1, 2)[:, [0, -1]], sdpa()[:, [0, -1]], exact)]
 
     return Workload(ours, {"sdpa": sdpa}, results, 4.0 * case.D * case.visible, _multiply_add_limit(case.dtype))
@@ -126,7 +128,9 @@ def _backward(case: cases.AttentionCase, generator: torch.Generator) -> Workload
     def results() -> list[Checked]:
         leaves = [_exact_heads(x.detach()).requires_grad_() for x in (tq, tk, tv)]
         exact = torch.autograd.grad(
-            F.scaled_dot_product_attention(*leaves, is_causal=case.causal), leaves, _exact_heads(tg)
+            F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], is_causal=case.causal),
+            leaves,
+            _exact_heads(tg),
         )
         return [
             Checked(name, mine.transpose(1, 2)[:, [0, -1]], torchs[:, [0, -1]], right, GRADIENT_FACTOR)
@@ -150,7 +154,7 @@ def _decode(case: cases.DecodeCase, generator: torch.Generator, copies: int) -> 
     caches = [(k, v), *((k.clone(), v.clone()) for _ in range(copies - 1))]
     torch_caches = [_heads_first(k, v) for k, v in caches]
 
-    def ours(k: Tensor, v: Tensor) -> Tensor:
+    def ours(k: Tensor, v: Tensor) -> Any:
         return foveate.attention_with_kv_cache(q, k, v, kv_lens=kv_lens)
 
     def sdpa(k: Tensor, v: Tensor) -> Tensor:
@@ -159,9 +163,7 @@ def _decode(case: cases.DecodeCase, generator: torch.Generator, copies: int) -> 
     def results() -> list[Checked]:
         rows = [0, -1]
         tk, tv = torch_caches[0]
-        exact = F.scaled_dot_product_attention(
-            tq[rows].double(), tk[rows].double(), tv[rows].double(), enable_gqa=True
-        )
+        exact = F.scaled_dot_product_attention(tq[rows].double(), tk[rows].double(), tv[rows].double(), enable_gqa=True)
         return [Checked("out", ours(k, v).transpose(1, 2)[rows], sdpa(tk, tv)[rows], exact)]
 
     return Workload(
@@ -231,7 +233,7 @@ def _overhead(case: cases.OverheadCase, generator: torch.Generator) -> Workload:
     for x in (q, k, v, tq, tk, tv):
         x.requires_grad_(case.gradient)
 
-    def ours() -> Tensor:
+    def ours() -> Any:
         if case.op == "attention_with_kv_cache":
             return foveate.attention_with_kv_cache(q, k, v, kv_lens=kv_lens)
         return foveate.attention(q, k, v)

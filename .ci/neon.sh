@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The CPU kernels for AArch64 (NEON): cross-compiled and run under emulation against a plain loop.
+# Needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user); installs them where it may.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if ! command -v aarch64-linux-gnu-g++ >/dev/null || ! command -v qemu-aarch64 >/dev/null; then
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "needs g++-aarch64-linux-gnu and qemu-user: install them"; exit 1; }
+  apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user >/dev/null
+fi
+build=build/neon
+mkdir -p $build
+flags=(-std=c++20 -O2 -fopenmp -Icsrc -DFOVEATE_ISA=neon "-DFOVEATE_CPU_TARGET_LIST=X(neon)" -fno-math-errno -fno-trapping-math -Wall -Wno-psabi -Wno-maybe-uninitialized)
+printf '%s\n' csrc/cpu/kernels/*.cpp csrc/cpu/table.cpp csrc/cpu/target.cpp csrc/ops/*.cpp tests/native/attention_check.cpp |
+  xargs -P 2 -I{} sh -c 'aarch64-linux-gnu-g++ "$@" -c {} -o '$build'/$(basename {} .cpp)_$(basename $(dirname {})).o' sh "${flags[@]}"
+aarch64-linux-gnu-g++ -fopenmp -static $build/*.o -o $build/attention_check
+qemu-aarch64 $build/attention_check

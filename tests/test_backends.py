@@ -1,0 +1,125 @@
+"""Which backend runs, what says so, and what a call that none can serve raises."""
+
+from __future__ import annotations
+
+import foveate
+import pytest
+import torch
+from foveate import _backends, _native
+
+
+def qkv(dtype=torch.float32):
+    return [torch.randn(2, n, 4, 8).to(dtype) for n in (5, 7, 7)]
+
+
+@pytest.fixture
+def op():
+    """A made-up op with two backends, of which native takes fp32 only."""
+    name = "made_up"
+    _backends.register(name, "native", lambda query: None if query.dtype == torch.float32 else "it takes fp32")
+    _backends.register(name, "reference", lambda query: None if query.device == "cpu" else "it runs on cpu")
+    yield name
+    for backend in ("native", "reference"):
+        del _backends._supports[name, backend]
+    _backends.choose.cache_clear()
+
+
+def test_the_first_that_can_is_chosen(op):
+    assert _backends.choose(op, _backends.Query("cpu", torch.float32), None) == "native"
+    assert _backends.choose(op, _backends.Query("cpu", torch.int8), None) == "reference"
+
+
+def test_a_named_backend_is_never_replaced(op):
+    query = _backends.Query("cpu", torch.int8)
+    with pytest.raises(
+        foveate.UnsupportedError, match=r"'native' cannot serve made_up: it takes fp32; able: reference"
+    ):
+        _backends.choose(op, query, "native")
+    with pytest.raises(foveate.UnsupportedError, match="triton has no made_up"):
+        _backends.choose(op, query, "triton")
+
+
+def test_no_backend_says_why_of_each(op):
+    with pytest.raises(foveate.UnsupportedError, match="native: it takes fp32; triton: .*; reference: it runs on cpu"):
+        _backends.choose(op, _backends.Query("cuda", torch.int8), None)
+
+
+def test_unknown_name():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match=r"backend='cudnn' is unknown; choose one of native, triton, reference"):
+        foveate.attention(q, k, v, backend="cudnn")
+    with pytest.raises(ValueError, match="backend='cudnn' is unknown"):
+        foveate.explain(q, k, v, backend="cudnn")
+
+
+def test_unsupported_error_of_attention():
+    q, k, v = qkv()
+    with pytest.raises(foveate.UnsupportedError, match=r"backend='triton' cannot serve attention: .*reference"):
+        foveate.attention(q, k, v, backend="triton")
+
+
+def test_backends_and_info():
+    answers = foveate.backends()
+    assert list(answers) == ["native", "triton", "reference"]
+    assert answers["reference"] is None
+    assert (answers["native"] is None) == (_native._C is not None)
+    info = foveate.info()
+    assert info["foveate"] == foveate.__version__ and info["threads"] == torch.get_num_threads()
+    assert f"torch" in str(info) and str(info).count("\n") == len(info) - 1
+
+
+@pytest.mark.skipif(_native._C is None, reason="no compiled module")
+def test_info_of_the_compiled_module():
+    assert foveate.info()["cpu target"] in foveate.info()["cpu targets"]
+
+
+def test_without_the_compiled_module(monkeypatch):
+    monkeypatch.setattr(_native, "_C", None)
+    monkeypatch.setattr(_native, "missing_reason", "the compiled module is missing")
+    assert foveate.backends()["native"] == "the compiled module is missing"
+    assert foveate.info()["backend native"] == "the compiled module is missing"
+    assert foveate.explain(*qkv()).forward["native"] == "the compiled module is missing"
+    assert foveate.explain(*qkv()).chosen == "reference"
+
+
+def test_explain_names_what_runs():
+    q, k, v = qkv()
+    said = foveate.explain(q, k, v, causal=True, window=(3, 0), softcap=5.0, sinks=torch.zeros(4))
+    assert said.query.features == (8, 8, "sinks", "causal", "window", "softcap")
+    assert said.chosen == ("native" if _native._C is not None else "reference")
+    lines = str(said).splitlines()
+    assert len(lines) == 5 and "with sinks, causal, window, softcap" in lines[0]
+    assert any(line.startswith(said.chosen) and "chosen" in line for line in lines)
+    assert foveate.explain(q, k, v, backend="reference").chosen == "reference"
+    assert foveate.explain(q, k, v, backend="triton").chosen is None
+
+
+def test_explain_of_packed_and_of_other_devices():
+    q, k, v = (x.flatten(0, 1) for x in qkv())
+    cu = torch.tensor([0, 5, 10])
+    packed = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=5, max_seqlen_k=5)
+    assert foveate.explain(q, k, v, **packed).query.features == (8, 8, "varlen")
+    meta = [x.to("meta") for x in qkv()]
+    said = foveate.explain(*meta)
+    assert said.chosen == "reference" and "meta" in said.forward["native"]
+
+
+def test_explain_refuses_what_the_call_refuses():
+    q, k, v = qkv()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'casual'"):
+        foveate.explain(q, k, v, casual=True)
+    with pytest.raises(ValueError, match="multiple of the number of KV heads"):
+        foveate.explain(q[:, :, :3], k, v)
+
+
+def test_the_named_backend_runs(monkeypatch):
+    """The reference is called for backend="reference" and not for "native"."""
+    called = []
+    real = foveate._attention_op._reference_forward
+    monkeypatch.setattr(foveate._attention_op, "_reference_forward", lambda c: called.append(1) or real(c))
+    q, k, v = qkv()
+    foveate.attention(q, k, v, backend="reference")
+    assert called == [1]
+    if _native._C is not None:
+        foveate.attention(q, k, v, backend="native")
+        assert called == [1]
