@@ -100,6 +100,7 @@ def attention_with_kv_cache(
     lse: torch.Tensor | None,
     partial_out: torch.Tensor | None,
     partial_lse: torch.Tensor | None,
+    q_turned: torch.Tensor | None,
     block_table: torch.Tensor | None,
     rotary_cos: torch.Tensor | None,
     rotary_sin: torch.Tensor | None,
@@ -119,6 +120,7 @@ def attention_with_kv_cache(
     keys_per_split: typing.SupportsInt | typing.SupportsIndex,
     rows_per_task: typing.SupportsInt | typing.SupportsIndex,
     heads_per_task: typing.SupportsInt | typing.SupportsIndex,
+    blocked: bool,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
 def copy_memory(
