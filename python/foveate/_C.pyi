@@ -9,14 +9,123 @@ import typing
 import torch
 
 __all__: list[str] = [
+    "attention_backward",
+    "attention_forward",
+    "attention_with_kv_cache",
+    "copy_memory",
     "cpu_target",
     "cpu_targets",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
     "cuda_info",
+    "multiply_add",
+    "read_memory",
+    "rms_norm_backward",
     "rms_norm_forward",
+    "rotary",
     "set_dlpack_exchange",
+    "softmax_backward",
+    "softmax_forward",
     "uses_dlpack_exchange",
 ]
 
+def attention_backward(
+    arg0: torch.Tensor | None,
+    arg1: torch.Tensor | None,
+    arg2: torch.Tensor | None,
+    arg3: torch.Tensor | None,
+    arg4: torch.Tensor | None,
+    arg5: torch.Tensor | None,
+    arg6: torch.Tensor | None,
+    arg7: torch.Tensor | None,
+    arg8: torch.Tensor | None,
+    arg9: torch.Tensor | None,
+    arg10: torch.Tensor | None,
+    arg11: torch.Tensor | None,
+    arg12: torch.Tensor | None,
+    arg13: torch.Tensor | None,
+    arg14: torch.Tensor | None,
+    arg15: torch.Tensor | None,
+    arg16: torch.Tensor | None,
+    arg17: torch.Tensor | None,
+    arg18: torch.Tensor | None,
+    arg19: torch.Tensor | None,
+    arg20: torch.Tensor | None,
+    arg21: torch.Tensor | None,
+    arg22: torch.Tensor | None,
+    arg23: typing.SupportsInt | typing.SupportsIndex,
+    arg24: typing.SupportsInt | typing.SupportsIndex,
+    arg25: bool,
+    arg26: typing.SupportsInt | typing.SupportsIndex,
+    arg27: typing.SupportsInt | typing.SupportsIndex,
+    arg28: typing.SupportsFloat | typing.SupportsIndex,
+    arg29: typing.SupportsFloat | typing.SupportsIndex,
+    arg30: typing.SupportsFloat | typing.SupportsIndex,
+    arg31: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def attention_forward(
+    arg0: torch.Tensor | None,
+    arg1: torch.Tensor | None,
+    arg2: torch.Tensor | None,
+    arg3: torch.Tensor | None,
+    arg4: torch.Tensor | None,
+    arg5: torch.Tensor | None,
+    arg6: torch.Tensor | None,
+    arg7: torch.Tensor | None,
+    arg8: torch.Tensor | None,
+    arg9: torch.Tensor | None,
+    arg10: torch.Tensor | None,
+    arg11: torch.Tensor | None,
+    arg12: torch.Tensor | None,
+    arg13: torch.Tensor | None,
+    arg14: torch.Tensor | None,
+    arg15: typing.SupportsInt | typing.SupportsIndex,
+    arg16: typing.SupportsInt | typing.SupportsIndex,
+    arg17: bool,
+    arg18: typing.SupportsInt | typing.SupportsIndex,
+    arg19: typing.SupportsInt | typing.SupportsIndex,
+    arg20: typing.SupportsFloat | typing.SupportsIndex,
+    arg21: typing.SupportsFloat | typing.SupportsIndex,
+    arg22: typing.SupportsFloat | typing.SupportsIndex,
+    arg23: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def attention_with_kv_cache(
+    q: torch.Tensor | None,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    partial_out: torch.Tensor | None,
+    partial_lse: torch.Tensor | None,
+    q_turned: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    rotary_cos: torch.Tensor | None,
+    rotary_sin: torch.Tensor | None,
+    rotary_interleaved: bool,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    k_scale_per_token: bool,
+    v_scale_per_token: bool,
+    alibi: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    causal: bool,
+    window_left: typing.SupportsInt | typing.SupportsIndex,
+    window_right: typing.SupportsInt | typing.SupportsIndex,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    softcap: typing.SupportsFloat | typing.SupportsIndex,
+    num_splits: typing.SupportsInt | typing.SupportsIndex,
+    keys_per_split: typing.SupportsInt | typing.SupportsIndex,
+    rows_per_task: typing.SupportsInt | typing.SupportsIndex,
+    heads_per_task: typing.SupportsInt | typing.SupportsIndex,
+    blocked: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def copy_memory(
+    x: torch.Tensor | None, out: torch.Tensor | None, threads: typing.SupportsInt | typing.SupportsIndex
+) -> None: ...
 def cpu_target() -> str:
     """
     the CPU instruction set in use
@@ -27,11 +136,52 @@ def cpu_targets() -> list[tuple[str, bool]]:
     (name, runs on this machine) of every compiled CPU instruction set, weakest first
     """
 
+def cross_entropy_backward(
+    dloss: torch.Tensor | None,
+    logits: torch.Tensor | None,
+    target: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    dlogits: torch.Tensor | None,
+    ignore_index: typing.SupportsInt | typing.SupportsIndex,
+    label_smoothing: typing.SupportsFloat | typing.SupportsIndex,
+    z_loss: typing.SupportsFloat | typing.SupportsIndex,
+    softcap: typing.SupportsFloat | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def cross_entropy_forward(
+    logits: torch.Tensor | None,
+    target: torch.Tensor | None,
+    loss: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    ignore_index: typing.SupportsInt | typing.SupportsIndex,
+    label_smoothing: typing.SupportsFloat | typing.SupportsIndex,
+    z_loss: typing.SupportsFloat | typing.SupportsIndex,
+    softcap: typing.SupportsFloat | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def cuda_info() -> dict:
     """
     whether CUDA kernels are compiled in, the CUDA versions (13000 is 13.0), the number of devices, why there are none
     """
 
+def multiply_add(
+    sums: torch.Tensor | None,
+    dtype: str,
+    steps: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> int: ...
+def read_memory(
+    x: torch.Tensor | None, sums: torch.Tensor | None, threads: typing.SupportsInt | typing.SupportsIndex
+) -> None: ...
+def rms_norm_backward(
+    dout: torch.Tensor | None,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor | None,
+    dx: torch.Tensor | None,
+    dweight_parts: torch.Tensor | None,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def rms_norm_forward(
     x: torch.Tensor | None,
     weight: torch.Tensor | None,
@@ -40,5 +190,32 @@ def rms_norm_forward(
     eps: typing.SupportsFloat | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
+def rotary(
+    x: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    out: torch.Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def set_dlpack_exchange(enabled: bool) -> None: ...
+def softmax_backward(
+    dout: torch.Tensor | None,
+    out: torch.Tensor | None,
+    dx: torch.Tensor | None,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    log: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def softmax_forward(
+    x: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    out: torch.Tensor | None,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    causal: bool,
+    log: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def uses_dlpack_exchange() -> bool: ...
