@@ -2,12 +2,15 @@
 // make a kernel touch memory that is not the tensors'.
 #include "ops/attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
+#include "core/math.h"
+#include "ops/kv_cache.h"
 
 namespace foveate {
 namespace {
@@ -161,13 +164,55 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
     check(!t.defined() || t.device == DeviceType::kCPU, "this kernel runs on the CPU, but a tensor is on a CUDA device: move all of them to one device");
 }
 
+// Few queries per KV head and nothing but what the decode kernel knows: it reads K and V once, in place, where the blocked kernel copies them first.
+constexpr int64_t kDecodeRows = 16;
+
+bool suits_decode(const AttentionParams& p, const TensorView& lse) {
+  const bool plain = !p.cu_q && !p.bias.defined() && !p.mask.defined() && !p.rel_table && p.dropout_p == 0;
+  const bool lse_fits = !lse.defined() || (lse.stride[2] == 1 && lse.stride[1] == p.seq_q && lse.stride[0] == p.heads_q * p.seq_q) || lse.numel() == 1;
+  return plain && lse_fits && p.dtype != DType::kFloat64 && p.seq_q * (p.heads_q / p.heads_kv) <= kDecodeRows;
+}
+
+void decode_forward(const AttentionParams& p, int threads) {
+  KvCacheParams d;
+  d.q = p.q, d.out = p.out, d.k.rows = p.k, d.v.rows = p.v;
+  d.batch = p.batch, d.seq_q = p.seq_q, d.heads_q = p.heads_q, d.heads_kv = p.heads_kv, d.head_dim = p.head_dim, d.head_dim_v = p.head_dim_v;
+  d.alibi = p.alibi, d.alibi_batch = p.alibi_batch, d.alibi_head = p.alibi_head, d.sinks = static_cast<const float*>(p.sinks);
+  d.scale = p.scale, d.softcap = p.softcap, d.causal = p.causal, d.window_left = p.window_left, d.window_right = p.window_right;
+  d.dtype = d.kv_dtype = p.dtype;
+  const std::vector<int64_t> lens = p.kv_lens ? std::vector<int64_t>(p.kv_lens, p.kv_lens + p.batch) : std::vector<int64_t>(p.batch, p.seq_kv);
+  d.kv_lens = lens.data();
+  d.lse = static_cast<float*>(p.lse.data);
+
+  // All heads of a sequence in one task read [B, S, H, D] in order; heads and then keys are divided where that makes too few tasks.
+  const int64_t wanted = threads > 1 ? 4 * threads : 1;
+  d.rows_per_task = p.seq_q * (p.heads_q / p.heads_kv);
+  const int64_t parts = std::clamp<int64_t>(ceil_div(wanted, p.batch), 1, p.heads_kv);
+  d.heads_per_task = ceil_div(p.heads_kv, parts);
+  const int64_t tasks = p.batch * ceil_div(p.heads_kv, d.heads_per_task);
+  d.num_splits = std::clamp<int64_t>(ceil_div(wanted, tasks), 1, std::max<int64_t>(1, p.seq_kv / 256));
+  std::vector<float> partial;
+  if (d.num_splits > 1) {
+    const int64_t rows = d.num_splits * p.batch * p.heads_q * p.seq_q;
+    partial.resize(rows * (p.head_dim_v + 1));
+    d.partial_out = partial.data(), d.partial_lse = partial.data() + rows * p.head_dim_v;
+  }
+  cpu::kernels().decode(d, threads);
+}
+
 }  // namespace
 
 void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options, int threads) {
   const AttentionCall call(q, k, v, out, lse, options);
   const AttentionParams& p = call.params;
   if (out.numel() == 0 && (!lse.defined() || lse.numel() == 0)) return;
-  cpu::kernels().attention_forward(p, threads < 1 ? 1 : threads);
+  // Starting the threads costs microseconds: less than that of work stays on this one.
+  const int64_t products = p.batch * p.heads_q * p.seq_q * p.seq_kv * (p.head_dim + p.head_dim_v);
+  if (threads < 1 || products < (int64_t{1} << 17)) threads = 1;
+  if (suits_decode(p, lse))
+    decode_forward(p, threads);
+  else
+    cpu::kernels().attention_forward(p, threads);
 }
 
 void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dq,

@@ -19,7 +19,7 @@ struct KvCacheParams {
   Rows q, out;          // [B, Sq, Hq, D], [B, Sq, Hq, Dv]
   Rows new_k, new_v;    // [B, Snew, Hkv, D or Dv]; data null: nothing to append
   CacheOperand k, v;    // [B or pages, ..., Hkv, D or Dv]
-  float* lse = nullptr;          // [B, Hq, Sq], natural log, without the sink
+  float* lse = nullptr;          // [B, Hq, Sq], natural log, without the sink; may be null
   float* partial_out = nullptr;  // [num_splits, B, Hq, Sq, Dv], only with num_splits > 1
   float* partial_lse = nullptr;  // [num_splits, B, Hq, Sq]
   const int64_t* kv_lens = nullptr;      // [B], keys before the append

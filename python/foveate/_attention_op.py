@@ -311,6 +311,9 @@ class AttentionBackward(torch.autograd.Function):
         )
 
 
+# Function.apply inspects the signature of forward on every call (20 us) for functorch's sake; below it is the part that autograd needs.
+_apply = super(torch.autograd.Function, Attention).apply
+
 # What may stand between a call and the CPU or CUDA kernel. A torch without one of these takes the long way.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transforms = getattr(torch._C._functorch, "peek_interpreter_stack", None)
@@ -343,7 +346,9 @@ def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
         return forward(*operands, need_lse=need_lse)
     if torch.compiler.is_compiling() and not _needs_gradient(operands[:_NUM_TENSORS]):
         return attention_forward(*operands)
-    return Attention.apply(*operands)
+    if torch.compiler.is_compiling() or _long_way or _transforms() is not None:  # type: ignore[misc]
+        return Attention.apply(*operands)
+    return _apply(*operands)
 
 
 def _needs_gradient(operands: tuple[Tensor | None, ...]) -> bool:

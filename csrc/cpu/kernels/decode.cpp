@@ -211,7 +211,7 @@ FOVEATE_INLINE void write_row(const KvCacheParams& p, int64_t b, int64_t head, i
   if (p.dtype == DType::kFloat32) write(static_cast<float*>(p.out.data) + at);
   else if (p.dtype == DType::kBFloat16) write(static_cast<bf16*>(p.out.data) + at);
   else write(static_cast<f16*>(p.out.data) + at);
-  p.lse[(b * p.heads_q + head) * p.seq_q + i] = lse;
+  if (p.lse) p.lse[(b * p.heads_q + head) * p.seq_q + i] = lse;
 }
 
 template <class T>
