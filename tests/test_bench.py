@@ -225,11 +225,11 @@ def test_exponent_of_powers() -> None:
 def test_memory_of_forward_and_backward_is_linear() -> None:
     """And the same measurement sees that the reference stores the scores."""
     peaks = {}
-    for implementation, lengths in (("foveate", (1024, 4096)), ("reference", (512, 1024))):
+    for implementation, lengths in (("foveate", (1024, 4096)), ("reference", (256, 1024))):
         todo = [cases.MemoryCase(1, S, 4, 64, "fp32") for S in lengths]
         peaks[implementation] = [memory.measure(case, implementation, 1) for case in todo]
     assert memory.growth_exponent((1024, 4096), peaks["foveate"]) < 1.2
-    assert memory.growth_exponent((512, 1024), peaks["reference"]) > 1.5
+    assert memory.growth_exponent((256, 1024), peaks["reference"]) > 1.5
     outputs = 4 * 4096 * 4 * 64 * 4  # out, dq, dk, dv
     assert outputs <= peaks["foveate"][1] < 4 * outputs
 
