@@ -54,12 +54,18 @@ void store_row(const KvCacheParams& p, const CacheOperand& cache, Slot slot, int
   const int64_t at = slot.batch * cache.rows.batch + slot.row * cache.rows.seq + head * cache.rows.head;
   float* scale = cache.scale + slot.batch * cache.scale_batch + slot.row * cache.scale_seq + head * cache.scale_head;
   switch (p.kv_dtype) {
-    case DType::kFloat32: return store_floats(static_cast<float*>(cache.rows.data) + at, row, n);
-    case DType::kBFloat16: return store_floats(static_cast<bf16*>(cache.rows.data) + at, row, n);
-    case DType::kFloat16: return store_floats(static_cast<f16*>(cache.rows.data) + at, row, n);
-    case DType::kInt8: return store_quantized(static_cast<int8_t*>(cache.rows.data) + at, scale, cache.scale_per_token, row, n);
-    case DType::kFloat8E4M3: return store_quantized(static_cast<f8e4m3*>(cache.rows.data) + at, scale, cache.scale_per_token, row, n);
-    default: return;
+    case DType::kFloat32:
+      return store_floats(static_cast<float*>(cache.rows.data) + at, row, n);
+    case DType::kBFloat16:
+      return store_floats(static_cast<bf16*>(cache.rows.data) + at, row, n);
+    case DType::kFloat16:
+      return store_floats(static_cast<f16*>(cache.rows.data) + at, row, n);
+    case DType::kInt8:
+      return store_quantized(static_cast<int8_t*>(cache.rows.data) + at, scale, cache.scale_per_token, row, n);
+    case DType::kFloat8E4M3:
+      return store_quantized(static_cast<f8e4m3*>(cache.rows.data) + at, scale, cache.scale_per_token, row, n);
+    default:
+      return;
   }
 }
 
@@ -104,9 +110,12 @@ void rotate_queries(const KvCacheParams& p, void* out, int threads) {
         load_floats(row, p.q.data, b * p.q.batch + i * p.q.seq + h * p.q.head, p.head_dim, p.dtype);
         rotate_row(row, cos, sin, p.rotary_pairs, p.rotary_interleaved);
         const int64_t at = (token * p.heads_q + h) * p.head_dim;
-        if (p.dtype == DType::kFloat32) store_floats(static_cast<float*>(out) + at, row, p.head_dim);
-        else if (p.dtype == DType::kBFloat16) store_floats(static_cast<bf16*>(out) + at, row, p.head_dim);
-        else store_floats(static_cast<f16*>(out) + at, row, p.head_dim);
+        if (p.dtype == DType::kFloat32)
+          store_floats(static_cast<float*>(out) + at, row, p.head_dim);
+        else if (p.dtype == DType::kBFloat16)
+          store_floats(static_cast<bf16*>(out) + at, row, p.head_dim);
+        else
+          store_floats(static_cast<f16*>(out) + at, row, p.head_dim);
       }
     }
   });
