@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import torch
-from foveate import _reference
 from torch import Tensor
 
 from cases import AttentionCase, AttentionInputs, VarlenCase, repro
+from foveate import _reference
 
 FORWARD_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0

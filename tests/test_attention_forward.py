@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import foveate
 import pytest
 import torch
 
 import compare
+import foveate
 import poison
 from cases import ATTENTION_CASES, EMPTY, AttentionCase, make_inputs, random_cases
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import foveate
 import pytest
 import torch
 
 import compare
+import foveate
 from cases import VARLEN_CASES, AttentionCase, VarlenCase
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-import foveate
 import pytest
 import torch
+
+import foveate
 
 BAD = (ValueError, TypeError)
 

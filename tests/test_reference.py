@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from foveate import _reference as reference
-from foveate import _reference_ops as ops
 
 from cases import AttentionCase, make_inputs
+from foveate import _reference as reference
+from foveate import _reference_ops as ops
 
 # Random123's known-answer vectors for philox4x32 with 10 rounds: counter, key, words.
 PHILOX_ANSWERS = [

@@ -10,11 +10,14 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of foveate. Take them through torch.ops.foveate or the public functions.";
-  m.def("cpu_targets", [] {
-    std::vector<std::pair<std::string, bool>> names;
-    for (const auto& t : foveate::cpu::targets()) names.emplace_back(t.name, t.runs_here);
-    return names;
-  }, "(name, runs on this machine) of every compiled CPU instruction set, weakest first");
+  m.def(
+      "cpu_targets",
+      [] {
+        std::vector<std::pair<std::string, bool>> names;
+        for (const auto& t : foveate::cpu::targets()) names.emplace_back(t.name, t.runs_here);
+        return names;
+      },
+      "(name, runs on this machine) of every compiled CPU instruction set, weakest first");
   m.def("cpu_target", [] { return std::string(foveate::cpu::active_target().name); }, "the CPU instruction set in use");
   m.def("uses_dlpack_exchange", &foveate::uses_dlpack_exchange);
   m.def("set_dlpack_exchange", &foveate::set_dlpack_exchange, py::arg("enabled"));

@@ -51,8 +51,10 @@ DType dtype_from_dlpack(const dlpack::Tensor& t) {
     if (code == dlpack::kInt && bits == 8) return DType::kInt8;
     if (code == dlpack::kFloat8E4M3FN && bits == 8) return DType::kFloat8E4M3;
   }
-  throw py::type_error("foveate kernels take float32, float64, float16, bfloat16, int8, float8_e4m3fn, int32, int64 and bool tensors; this one has DLPack type code " +
-                       std::to_string(code) + " with " + std::to_string(bits) + " bits");
+  throw py::type_error(
+      "foveate kernels take float32, float64, float16, bfloat16, int8, float8_e4m3fn, int32, int64 and bool tensors; this one has DLPack "
+      "type code " +
+      std::to_string(code) + " with " + std::to_string(bits) + " bits");
 }
 
 DType dtype_from_name(const std::string& text) {
@@ -119,8 +121,9 @@ TensorView tensor_from_python(py::handle object) {
     throw py::type_error("expected a torch.Tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
   TensorView view = torch.use_exchange ? through_exchange(object, torch) : through_attributes(object, torch);
   if (!view.data && view.numel() > 0)
-    throw py::type_error(std::string("a tensor of type ") + Py_TYPE(object.ptr())->tp_name +
-                         " has no memory (a fake, meta or lazy tensor): call the torch.ops.foveate op, which has a fake kernel, not the compiled module");
+    throw py::type_error(
+        std::string("a tensor of type ") + Py_TYPE(object.ptr())->tp_name +
+        " has no memory (a fake, meta or lazy tensor): call the torch.ops.foveate op, which has a fake kernel, not the compiled module");
   return view;
 }
 

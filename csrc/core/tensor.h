@@ -52,7 +52,8 @@ inline void check_last_contiguous(const TensorView& t, const char* what) {
 inline void check_contiguous(const TensorView& t, const char* what) {
   int64_t expected = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
-    check(t.shape[i] <= 1 || t.stride[i] == expected || t.numel() == 0, what, " must be contiguous, but dimension ", i, " has stride ", t.stride[i]);
+    check(t.shape[i] <= 1 || t.stride[i] == expected || t.numel() == 0, what, " must be contiguous, but dimension ", i, " has stride ",
+          t.stride[i]);
     expected *= t.shape[i];
   }
 }

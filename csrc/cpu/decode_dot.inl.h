@@ -37,11 +37,12 @@ FOVEATE_INLINE void score_block(float* scores, const float* q, int64_t q_stride,
   for (int r = 0; r < kRows; ++r) std::memcpy(scores + r * kTile, sums + r * kKeys, kKeys * sizeof(float));
 }
 
-// p: bfloat16, its rows where those of the float version are; 0 for the key behind an odd number of keys. Two keys at a time: their rows are
-// interleaved by unpack instructions, so the first vector of a chunk of out has elements 0-3, 8-11, 16-19, 24-27, the second the others.
+// p: bfloat16, its rows where those of the float version are; 0 for the key behind an odd number of keys. Two keys at a time: their rows
+// are interleaved by unpack instructions, so the first vector of a chunk of out has elements 0-3, 8-11, 16-19, 24-27, the second the
+// others.
 template <int kRows, int kChunks>
-FOVEATE_INLINE void value_block(float* out, int64_t out_stride, const float* correction, const float* p, const bf16* base, const int64_t* offset,
-                                int keys, int64_t tail, Ahead* ahead) {
+FOVEATE_INLINE void value_block(float* out, int64_t out_stride, const float* correction, const float* p, const bf16* base,
+                                const int64_t* offset, int keys, int64_t tail, Ahead* ahead) {
   constexpr int n = kLanes<float>, kCols = 2 * kChunks, kElements = Chunk<bf16>::kElements;
   VecF acc[kRows][kCols];
 #pragma GCC unroll 4

@@ -38,7 +38,9 @@ FOVEATE_INLINE VecF load_bytes(const f8e4m3* p) {
   return (VecF)_mm512_mask_mov_ps(x, is_nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
 }
 #elif defined(__AVX2__)
-FOVEATE_INLINE VecF load_bytes(const int8_t* p) { return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+FOVEATE_INLINE VecF load_bytes(const int8_t* p) {
+  return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
 FOVEATE_INLINE VecF load_bytes(const f8e4m3* p) {
   const __m128i half = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7), _mm_set1_epi16(-0x4001));
   const VecF x = (VecF)_mm256_cvtph_ps(half) * 256.0f;
@@ -128,8 +130,8 @@ FOVEATE_INLINE VecF sum_each(VecF* acc) {
   }
 }
 
-// Asks for the tile that comes next, a few lines at a time, in the order of memory: all heads of a key before the next key. Rows of one head
-// are far apart, which defeats the hardware prefetcher; in order it follows.
+// Asks for the tile that comes next, a few lines at a time, in the order of memory: all heads of a key before the next key. Rows of one
+// head are far apart, which defeats the hardware prefetcher; in order it follows.
 struct Ahead {
   const char* base;
   const int64_t* offset_bytes;
@@ -178,8 +180,8 @@ FOVEATE_INLINE void score_block(float* scores, const float* q, int64_t q_stride,
     }
   };
   int64_t d = 0;
-  for (; d + kElements <= dim; d += kElements) step(d, [](VecF* x, const T* p) __attribute__((always_inline)) { load_chunk(x, p); });
-  if (d < dim) step(d, [&](VecF* x, const T* p) __attribute__((always_inline)) { load_chunk_n(x, p, dim - d); });
+  for (; d + kElements <= dim; d += kElements) step(d, [](VecF * x, const T* p) __attribute__((always_inline)) { load_chunk(x, p); });
+  if (d < dim) step(d, [&](VecF * x, const T* p) __attribute__((always_inline)) { load_chunk_n(x, p, dim - d); });
   alignas(64) float sums[n];
   store(sums, sum_each(acc));
   for (int r = 0; r < kRows; ++r) std::memcpy(scores + r * kTile, sums + r * kKeys, kKeys * sizeof(float));
@@ -189,8 +191,8 @@ FOVEATE_INLINE void score_block(float* scores, const float* q, int64_t q_stride,
 // ahead: may be null.
 template <int kRows, int kChunks, class T>
   requires(!Chunk<T>::kDot)
-FOVEATE_INLINE void value_block(float* out, int64_t out_stride, const float* correction, const float* p, const T* base, const int64_t* offset,
-                                int keys, int64_t tail, Ahead* ahead) {
+FOVEATE_INLINE void value_block(float* out, int64_t out_stride, const float* correction, const float* p, const T* base,
+                                const int64_t* offset, int keys, int64_t tail, Ahead* ahead) {
   constexpr int n = kLanes<float>, kVecs = Chunk<T>::kVecs, kElements = Chunk<T>::kElements, kCols = kChunks * kVecs;
   VecF acc[kRows][kCols];
 #pragma GCC unroll 4
@@ -202,8 +204,10 @@ FOVEATE_INLINE void value_block(float* out, int64_t out_stride, const float* cor
     VecF x[kCols];
 #pragma GCC unroll 16
     for (int c = 0; c < kChunks; ++c) {
-      if (kChunks == 1 && tail < kElements) load_chunk_n(x, base + offset[j], tail);
-      else load_chunk(x + c * kVecs, base + offset[j] + c * kElements);
+      if (kChunks == 1 && tail < kElements)
+        load_chunk_n(x, base + offset[j], tail);
+      else
+        load_chunk(x + c * kVecs, base + offset[j] + c * kElements);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {

@@ -101,10 +101,11 @@ FOVEATE_INLINE void gemm_columns(int64_t begin, int64_t end, int64_t units, cons
     int64_t v = begin > p ? (begin - p) / w : 0;
     const int64_t last = end - p < panel ? ceil_div<int64_t>(end - p, w) : kTileVecs;
     const auto tile = [&]<int kVecs>(std::integral_constant<int, kVecs>) {
-      gemm_tile<M, kRows, kVecs, kRow, kStep, Update::kSet>(units < kChain ? units : kChain, a, b + v * w, panel, c + p + v * w, c_stride, nullptr);
+      gemm_tile<M, kRows, kVecs, kRow, kStep, Update::kSet>(units < kChain ? units : kChain, a, b + v * w, panel, c + p + v * w, c_stride,
+                                                            nullptr);
       for (int64_t u = kChain; u < units; u += kChain)
-        gemm_tile<M, kRows, kVecs, kRow, kStep, Update::kAdd>(units - u < kChain ? units - u : kChain, a + u * kStep, b + u * panel + v * w, panel,
-                                                             c + p + v * w, c_stride, nullptr);
+        gemm_tile<M, kRows, kVecs, kRow, kStep, Update::kAdd>(units - u < kChain ? units - u : kChain, a + u * kStep, b + u * panel + v * w,
+                                                              panel, c + p + v * w, c_stride, nullptr);
       v += kVecs;
     };
     while (v < last) {

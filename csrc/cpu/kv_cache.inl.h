@@ -33,9 +33,12 @@ FOVEATE_INLINE void load_floats(float* out, const void* in, int64_t begin, int64
   for (int64_t i = 0; i < n; i += kLanes<float>) store_n(out + i, load_n<float>(p + i, n - i), n - i);
 }
 FOVEATE_INLINE void load_floats(float* out, const void* in, int64_t begin, int64_t n, DType dtype) {
-  if (dtype == DType::kFloat32) load_floats<float>(out, in, begin, n);
-  else if (dtype == DType::kBFloat16) load_floats<bf16>(out, in, begin, n);
-  else load_floats<f16>(out, in, begin, n);
+  if (dtype == DType::kFloat32)
+    load_floats<float>(out, in, begin, n);
+  else if (dtype == DType::kBFloat16)
+    load_floats<bf16>(out, in, begin, n);
+  else
+    load_floats<f16>(out, in, begin, n);
 }
 
 // Turns the pairs (x[c], x[c + pairs]), or (x[2c], x[2c + 1]) when interleaved, by the angles of one position. x: [>= 2 * pairs]

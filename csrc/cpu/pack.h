@@ -89,7 +89,8 @@ FOVEATE_INLINE void transpose_steps(V (&rows)[kN]) {
 
 // dst[unit * dst_stride + key] = src[key * src_stride + unit] for one tile of kWidth keys and `units` units.
 template <class M>
-FOVEATE_INLINE void transpose_panel(const typename M::Unit* src, int64_t src_stride, int64_t units, typename M::Unit* dst, int64_t dst_stride) {
+FOVEATE_INLINE void transpose_panel(const typename M::Unit* src, int64_t src_stride, int64_t units, typename M::Unit* dst,
+                                    int64_t dst_stride) {
   using Unit = typename M::Unit;
   constexpr int w = kWidth<M>;
   using U = vec<Unit, w>;
@@ -147,8 +148,7 @@ FOVEATE_INLINE void pack_stacked(const RowSource& s, int64_t begin, int64_t end,
           std::memset(static_cast<void*>(temp + i * (width / 2)), 0, width * sizeof(bf16));
       }
       typename M::Unit* out = dst + j / 2 * width;
-      for (int64_t d = 0; d < width; ++d)
-        out[d] = static_cast<uint32_t>(rows[d].bits) | static_cast<uint32_t>(rows[width + d].bits) << 16;
+      for (int64_t d = 0; d < width; ++d) out[d] = static_cast<uint32_t>(rows[d].bits) | static_cast<uint32_t>(rows[width + d].bits) << 16;
     }
   }
 }

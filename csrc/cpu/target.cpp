@@ -9,8 +9,8 @@
 namespace foveate::cpu {
 
 // FOVEATE_CPU_TARGET_LIST is X(baseline) X(avx2) ..., written by CMake: each is a namespace with its own table.
-#define X(isa)            \
-  namespace isa {         \
+#define X(isa)                \
+  namespace isa {             \
   extern const Kernels table; \
   }
 FOVEATE_CPU_TARGET_LIST

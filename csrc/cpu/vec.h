@@ -111,11 +111,14 @@ FOVEATE_INLINE void from_float(f16* p, float x) {
 #else
   const uint32_t u = bit_cast<uint32_t>(x), sign = (u >> 16) & 0x8000;
   uint32_t magnitude = u & 0x7fffffff;
-  if (magnitude > 0x7f800000) magnitude = 0x7e00;
-  else if (magnitude >= 0x477ff000) magnitude = 0x7c00;  // rounds to more than 65504
+  if (magnitude > 0x7f800000)
+    magnitude = 0x7e00;
+  else if (magnitude >= 0x477ff000)
+    magnitude = 0x7c00;  // rounds to more than 65504
   else if (magnitude < 0x38800000)                      // denormal: let float addition round at 2^-24
     magnitude = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
-  else magnitude = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  else
+    magnitude = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   p->bits = static_cast<uint16_t>(sign | magnitude);
 #endif
 }
@@ -131,12 +134,16 @@ FOVEATE_INLINE auto widen(V v) {
   using From = std::remove_cvref_t<decltype(v[0])>;
 #endif
 #if defined(__AVX512F__)
-  if constexpr (n == 16 && std::is_same_v<From, uint16_t>) return (Wide)_mm512_cvtepu16_epi32((__m256i)v);
-  else if constexpr (n == 16 && std::is_same_v<From, uint8_t>) return (Wide)_mm512_cvtepu8_epi32((__m128i)v);
-  else if constexpr (n == 16 && std::is_same_v<From, int8_t>) return (Wide)_mm512_cvtepi8_epi32((__m128i)v);
+  if constexpr (n == 16 && std::is_same_v<From, uint16_t>)
+    return (Wide)_mm512_cvtepu16_epi32((__m256i)v);
+  else if constexpr (n == 16 && std::is_same_v<From, uint8_t>)
+    return (Wide)_mm512_cvtepu8_epi32((__m128i)v);
+  else if constexpr (n == 16 && std::is_same_v<From, int8_t>)
+    return (Wide)_mm512_cvtepi8_epi32((__m128i)v);
   else
 #elif defined(__AVX2__)
-  if constexpr (n == 8 && std::is_same_v<From, uint16_t>) return (Wide)_mm256_cvtepu16_epi32((__m128i)v);
+  if constexpr (n == 8 && std::is_same_v<From, uint16_t>)
+    return (Wide)_mm256_cvtepu16_epi32((__m128i)v);
   else
 #endif
     return __builtin_convertvector(v, Wide);

@@ -7,9 +7,9 @@
 #include <limits>
 #include <vector>
 
+#include "core/math.h"
 #include "cpu/kernels.h"
 #include "cpu/target.h"
-#include "core/math.h"
 #include "ops/kv_cache.h"
 
 namespace foveate {
@@ -47,7 +47,8 @@ ScoreOperand score_operand(const TensorView& t, const char* what, const Attentio
   const int64_t full[4] = {p.batch, p.heads_q, p.seq_q, p.seq_kv};
   ScoreOperand s{t.data, t.dtype, {}};
   for (int i = 0; i < 4; ++i) {
-    check(t.shape[i] == full[i] || t.shape[i] == 1, what, " has size ", t.shape[i], " in dimension ", i, ", which does not broadcast to ", full[i]);
+    check(t.shape[i] == full[i] || t.shape[i] == 1, what, " has size ", t.shape[i], " in dimension ", i, ", which does not broadcast to ",
+          full[i]);
     s.stride[i] = t.broadcast_stride(i);
   }
   return s;
@@ -74,11 +75,13 @@ class Lengths {
 
 const int32_t* read_cu_seqlens(Lengths& lengths, const TensorView& t, const char* what, int64_t batch, int64_t total, int64_t longest) {
   int64_t previous = 0;
-  check(total <= std::numeric_limits<int32_t>::max(), what, ": ", total, " tokens in all are more than a packed batch may have, 2147483647");
+  check(total <= std::numeric_limits<int32_t>::max(), what, ": ", total,
+        " tokens in all are more than a packed batch may have, 2147483647");
   return lengths.read(t, what, batch + 1, [&](int64_t i, int64_t value) {
     const bool ok = (i > 0 || value == 0) && value >= previous && (i < batch || value == total);
     check(ok, what, " must start at 0, never decrease and end at ", total, "; entry ", i, " is ", value);
-    check(i == 0 || value - previous <= longest, what, " has a sequence of length ", value - previous, " at ", i - 1, ", longer than max_seqlen", what + 10, " = ", longest);
+    check(i == 0 || value - previous <= longest, what, " has a sequence of length ", value - previous, " at ", i - 1,
+          ", longer than max_seqlen", what + 10, " = ", longest);
     previous = value;
   });
 }
@@ -88,7 +91,8 @@ struct AttentionCall {
   Lengths kv_lens, cu_q, cu_k;
   AttentionParams params;
 
-  AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse, const AttentionOptions& o);
+  AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
+                const AttentionOptions& o);
 };
 
 AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
@@ -96,12 +100,15 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   AttentionParams& p = params;
   const bool varlen = o.cu_q.defined();
   const int ndim = varlen ? 3 : 4;
-  for (const auto& [t, what] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) check_rank(*t, what, ndim), check_activation(*t, what), check_dtype(*t, what, q.dtype);
+  for (const auto& [t, what] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}})
+    check_rank(*t, what, ndim), check_activation(*t, what), check_dtype(*t, what, q.dtype);
   p.dtype = p.kv_dtype = q.dtype;
   const DType acc = accumulator(q.dtype);
   p.heads_q = q.shape[ndim - 2], p.heads_kv = k.shape[ndim - 2], p.head_dim = q.shape[ndim - 1], p.head_dim_v = v.shape[ndim - 1];
-  check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, k has ", p.heads_kv, ", which does not divide them");
-  check(p.head_dim <= kMaxHeadDim && p.head_dim_v <= kMaxHeadDim, "head dims ", p.head_dim, " and ", p.head_dim_v, " exceed the limit of ", kMaxHeadDim);
+  check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, k has ", p.heads_kv,
+        ", which does not divide them");
+  check(p.head_dim <= kMaxHeadDim && p.head_dim_v <= kMaxHeadDim, "head dims ", p.head_dim, " and ", p.head_dim_v, " exceed the limit of ",
+        kMaxHeadDim);
   check_size(k, "k", ndim - 1, p.head_dim);
   for (int i = 0; i + 1 < ndim; ++i) check_size(v, "v", i, k.shape[i]);
   check_like(out, "out", q, p.head_dim_v, q.dtype);
@@ -125,16 +132,19 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
     p.lse = {lse.data, varlen ? 0 : lse.stride[0], 1, lse.stride[ndim - 3]};
   }
   p.bias = score_operand(o.bias, "bias", p);
-  if (o.bias.defined()) check(static_cast<int>(o.bias.dtype) <= static_cast<int>(DType::kBFloat16), "bias is ", name(o.bias.dtype), ", expected a float type");
+  if (o.bias.defined())
+    check(static_cast<int>(o.bias.dtype) <= static_cast<int>(DType::kBFloat16), "bias is ", name(o.bias.dtype), ", expected a float type");
   p.mask = score_operand(o.mask, "mask", p);
   if (o.mask.defined()) check_dtype(o.mask, "mask", DType::kBool);
   if (o.alibi.defined()) {
-    check_rank(o.alibi, "alibi_slopes", 2), check_dtype(o.alibi, "alibi_slopes", DType::kFloat32), check_size(o.alibi, "alibi_slopes", 1, p.heads_q);
+    check_rank(o.alibi, "alibi_slopes", 2), check_dtype(o.alibi, "alibi_slopes", DType::kFloat32),
+        check_size(o.alibi, "alibi_slopes", 1, p.heads_q);
     check(o.alibi.shape[0] == 1 || o.alibi.shape[0] == p.batch, "alibi_slopes has ", o.alibi.shape[0], " rows for a batch of ", p.batch);
     p.alibi = o.alibi.as<const float>(), p.alibi_batch = o.alibi.broadcast_stride(0), p.alibi_head = o.alibi.stride[1];
   }
   if (o.rel_table.defined()) {
-    check_rank(o.rel_table, "relative bias table", 2), check_dtype(o.rel_table, "relative bias table", acc), check_contiguous(o.rel_table, "relative bias table");
+    check_rank(o.rel_table, "relative bias table", 2), check_dtype(o.rel_table, "relative bias table", acc),
+        check_contiguous(o.rel_table, "relative bias table");
     check_size(o.rel_table, "relative bias table", 1, p.heads_q);
     p.rel_num_buckets = static_cast<int>(o.rel_table.shape[0]);
     const int64_t distances = p.seq_q + p.seq_kv > 0 ? p.seq_q + p.seq_kv - 1 : 0;
@@ -157,11 +167,14 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
     p.dropout_p = o.dropout_p;
     p.philox_seed = static_cast<uint64_t>(o.philox.as<int64_t>()[0]), p.philox_offset = static_cast<uint32_t>(o.philox.as<int64_t>()[1]);
   }
-  check(std::isfinite(o.scale) && std::isfinite(o.softcap) && o.softcap >= 0, "scale = ", o.scale, " and softcap = ", o.softcap, " must be finite, softcap not negative");
+  check(std::isfinite(o.scale) && std::isfinite(o.softcap) && o.softcap >= 0, "scale = ", o.scale, " and softcap = ", o.softcap,
+        " must be finite, softcap not negative");
   p.scale = o.scale, p.softcap = o.softcap, p.causal = o.causal;
   p.window_left = o.window_left, p.window_right = o.window_right;
-  for (const auto& t : {q, k, v, out, lse, o.bias, o.mask, o.alibi, o.rel_table, o.rel_buckets, o.sinks, o.kv_lens, o.cu_q, o.cu_k, o.philox})
-    check(!t.defined() || t.device == DeviceType::kCPU, "this kernel runs on the CPU, but a tensor is on a CUDA device: move all of them to one device");
+  for (const auto& t :
+       {q, k, v, out, lse, o.bias, o.mask, o.alibi, o.rel_table, o.rel_buckets, o.sinks, o.kv_lens, o.cu_q, o.cu_k, o.philox})
+    check(!t.defined() || t.device == DeviceType::kCPU,
+          "this kernel runs on the CPU, but a tensor is on a CUDA device: move all of them to one device");
 }
 
 // Few queries per KV head and nothing but what the decode kernel knows: it reads K and V once, in place, where the blocked kernel copies them first.
@@ -169,18 +182,21 @@ constexpr int64_t kDecodeRows = 16;
 
 bool suits_decode(const AttentionParams& p, const TensorView& lse) {
   const bool plain = !p.cu_q && !p.bias.defined() && !p.mask.defined() && !p.rel_table && p.dropout_p == 0;
-  const bool lse_fits = !lse.defined() || (lse.stride[2] == 1 && lse.stride[1] == p.seq_q && lse.stride[0] == p.heads_q * p.seq_q) || lse.numel() == 1;
+  const bool lse_fits =
+      !lse.defined() || (lse.stride[2] == 1 && lse.stride[1] == p.seq_q && lse.stride[0] == p.heads_q * p.seq_q) || lse.numel() == 1;
   return plain && lse_fits && p.dtype != DType::kFloat64 && p.seq_q * (p.heads_q / p.heads_kv) <= kDecodeRows;
 }
 
 void decode_forward(const AttentionParams& p, int threads) {
   KvCacheParams d;
   d.q = p.q, d.out = p.out, d.k.rows = p.k, d.v.rows = p.v;
-  d.batch = p.batch, d.seq_q = p.seq_q, d.heads_q = p.heads_q, d.heads_kv = p.heads_kv, d.head_dim = p.head_dim, d.head_dim_v = p.head_dim_v;
+  d.batch = p.batch, d.seq_q = p.seq_q, d.heads_q = p.heads_q, d.heads_kv = p.heads_kv, d.head_dim = p.head_dim,
+  d.head_dim_v = p.head_dim_v;
   d.alibi = p.alibi, d.alibi_batch = p.alibi_batch, d.alibi_head = p.alibi_head, d.sinks = static_cast<const float*>(p.sinks);
   d.scale = p.scale, d.softcap = p.softcap, d.causal = p.causal, d.window_left = p.window_left, d.window_right = p.window_right;
   d.dtype = d.kv_dtype = p.dtype;
-  const std::vector<int64_t> lens = p.kv_lens ? std::vector<int64_t>(p.kv_lens, p.kv_lens + p.batch) : std::vector<int64_t>(p.batch, p.seq_kv);
+  const std::vector<int64_t> lens =
+      p.kv_lens ? std::vector<int64_t>(p.kv_lens, p.kv_lens + p.batch) : std::vector<int64_t>(p.batch, p.seq_kv);
   d.kv_lens = lens.data();
   d.lse = static_cast<float*>(p.lse.data);
 
@@ -202,7 +218,8 @@ void decode_forward(const AttentionParams& p, int threads) {
 
 }  // namespace
 
-void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options, int threads) {
+void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options,
+                       int threads) {
   const AttentionCall call(q, k, v, out, lse, options);
   const AttentionParams& p = call.params;
   if (out.numel() == 0 && (!lse.defined() || lse.numel() == 0)) return;
@@ -215,9 +232,9 @@ void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out,
     cpu::kernels().attention_forward(p, threads);
 }
 
-void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dq,
-                        TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks, const AttentionOptions& options,
-                        int threads) {
+void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
+                        TensorView dq, TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks,
+                        const AttentionOptions& options, int threads) {
   check(lse.defined(), "the backward needs the lse of the forward");
   const AttentionCall call(q, k, v, out, lse, options);
   const AttentionParams& p = call.params;
@@ -229,7 +246,8 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
   if (dlse.defined()) {
     check_rank(dlse, "dlse", lse.ndim), check_dtype(dlse, "dlse", acc);
     for (int i = 0; i < lse.ndim; ++i)
-      check(dlse.shape[i] == lse.shape[i] && (dlse.shape[i] <= 1 || dlse.stride[i] == lse.stride[i]), "dlse must have the sizes and strides of lse");
+      check(dlse.shape[i] == lse.shape[i] && (dlse.shape[i] <= 1 || dlse.stride[i] == lse.stride[i]),
+            "dlse must have the sizes and strides of lse");
     g.dlse = dlse.data;
   }
   if (dq.defined()) check_like(dq, "dq", q, p.head_dim, q.dtype), g.dq = rows_of(dq, varlen);
@@ -247,7 +265,8 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
     check_size(drel_table, "drel_table", 0, p.rel_num_buckets), check_size(drel_table, "drel_table", 1, p.heads_q);
     g.drel_table = drel_table.data;
   }
-  if (dsinks.defined()) check(p.sinks != nullptr, "dsinks without sinks"), check_vector(dsinks, "dsinks", p.heads_q, acc), g.dsinks = dsinks.data;
+  if (dsinks.defined())
+    check(p.sinks != nullptr, "dsinks without sinks"), check_vector(dsinks, "dsinks", p.heads_q, acc), g.dsinks = dsinks.data;
   for (const auto& t : {dout, dlse, dq, dk, dv, dbias, drel_table, dsinks})
     check(!t.defined() || t.device == DeviceType::kCPU, "this kernel runs on the CPU, but a gradient is on a CUDA device");
   cpu::kernels().attention_backward(p, g, threads < 1 ? 1 : threads);

@@ -24,25 +24,25 @@ struct ScoreOperand {
 // "acc" is float, and double where dtype is float64.
 struct AttentionParams {
   Rows q, k, v, out;  // q [B, Sq, Hq, D], k [B, Skv, Hkv, D], v [B, Skv, Hkv, Dv], out [B, Sq, Hq, Dv]
-  Rows lse;           // acc; natural log, without the sink: [B, Hq, Sq], varlen [Hq, total_q]; seq stride 1
+  Rows lse;  // acc; natural log, without the sink: [B, Hq, Sq], varlen [Hq, total_q]; seq stride 1
   ScoreOperand bias;  // added
   ScoreOperand mask;  // bool, true = keep
   const float* alibi = nullptr;  // slopes, [B, Hq] by the strides below
   int64_t alibi_batch = 0, alibi_head = 0;
-  const void* rel_table = nullptr;       // acc [rel_num_buckets, Hq]
+  const void* rel_table = nullptr;  // acc [rel_num_buckets, Hq]
   const int32_t* rel_buckets = nullptr;  // [seq_q + seq_kv - 1]: bucket of distance (index - (seq_kv - 1))
   int rel_num_buckets = 0;
-  const void* sinks = nullptr;    // acc [Hq]
-  const int32_t* kv_lens = nullptr;              // [B]
+  const void* sinks = nullptr;  // acc [Hq]
+  const int32_t* kv_lens = nullptr;  // [B]
   const int32_t *cu_q = nullptr, *cu_k = nullptr;  // [B + 1], varlen only
-  const int32_t* block_table = nullptr;          // [B, max_pages] of a paged k/v [pages, page_size, Hkv, D]: Rows.batch is the page stride
+  const int32_t* block_table = nullptr;  // [B, max_pages] of a paged k/v [pages, page_size, Hkv, D]: Rows.batch is the page stride
   int64_t block_table_stride = 0, page_size = 0;
   const float *k_scale = nullptr, *v_scale = nullptr;  // of int8/fp8 storage, addressed by the strides below; null: 1
   int64_t scale_batch = 0, scale_seq = 0, scale_head = 0;  // batch or page, token, KV head
   int64_t batch = 0, seq_q = 0, seq_kv = 0, heads_q = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;  // seq_*: the longest, in varlen
-  double scale = 1, softcap = 0;                      // softcap 0: none
+  double scale = 1, softcap = 0;  // softcap 0: none
   bool causal = false;
-  int64_t window_left = -1, window_right = -1;        // -1: unlimited
+  int64_t window_left = -1, window_right = -1;  // -1: unlimited
   double dropout_p = 0;
   uint64_t philox_seed = 0;
   uint32_t philox_offset = 0;
@@ -50,10 +50,10 @@ struct AttentionParams {
 };
 
 struct AttentionGrads {
-  Rows dout;                            // [B, Sq, Hq, Dv]
-  const void* dlse = nullptr;           // acc, strides of p.lse
-  Rows dq, dk, dv;                      // as q, k, v; data may be null: not wanted
-  void* dbias = nullptr;                // acc, contiguous over the broadcast shape of bias: dbias_stride is 0 where bias broadcasts
+  Rows dout;  // [B, Sq, Hq, Dv]
+  const void* dlse = nullptr;  // acc, strides of p.lse
+  Rows dq, dk, dv;  // as q, k, v; data may be null: not wanted
+  void* dbias = nullptr;  // acc, contiguous over the broadcast shape of bias: dbias_stride is 0 where bias broadcasts
   int64_t dbias_stride[4] = {}, dbias_numel = 0;
   void *drel_table = nullptr, *dsinks = nullptr;  // acc [rel_num_buckets, Hq], acc [Hq]
 };
@@ -67,10 +67,10 @@ struct AttentionOptions {
   double scale = 1, softcap = 0, dropout_p = 0;
 };
 
-void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options, int threads);
-void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dq,
-                        TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks, const AttentionOptions& options,
-                        int threads);
-
+void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options,
+                       int threads);
+void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
+                        TensorView dq, TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks,
+                        const AttentionOptions& options, int threads);
 
 }  // namespace foveate

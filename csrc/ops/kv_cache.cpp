@@ -53,8 +53,8 @@ void check_values(const KvCacheParams& p, int64_t capacity, int64_t pages, int64
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t len = p.kv_lens[b], end = len + p.seq_new;
     check(len >= 0, "kv_lens[", b, "] = ", len, " is negative");
-    check(len <= capacity && end <= capacity, "kv_lens[", b, "] + Snew = ", len, " + ", p.seq_new, " = ", end, " exceeds the cache's ", capacity,
-          " keys; use a larger cache or ", p.block_table ? "a block_table with more pages" : "shorter sequences");
+    check(len <= capacity && end <= capacity, "kv_lens[", b, "] + Snew = ", len, " + ", p.seq_new, " = ", end, " exceeds the cache's ",
+          capacity, " keys; use a larger cache or ", p.block_table ? "a block_table with more pages" : "shorter sequences");
     if (p.rotary_cos) {
       const int64_t first = p.new_k.data ? len : len - p.seq_q, last = std::max(end, first + p.seq_q);
       check(first >= 0, "kv_lens[", b, "] = ", len, " is less than the ", p.seq_q,
@@ -67,8 +67,8 @@ void check_values(const KvCacheParams& p, int64_t capacity, int64_t pages, int64
     const int64_t first_key = p.window_left >= 0 ? std::clamp<int64_t>(end - p.seq_q - p.window_left, 0, len) : 0;
     for (int64_t i = first_key / p.page_size; i * p.page_size < end; ++i) {
       const int64_t page = p.block_table[b * p.block_table_stride + i];
-      check(page >= 0 && page < pages, "block_table[", b, ", ", i, "] = ", page, " is not a page: the cache has ", pages, " pages and sequence ", b,
-            " needs this entry for its ", end, " keys");
+      check(page >= 0 && page < pages, "block_table[", b, ", ", i, "] = ", page, " is not a page: the cache has ", pages,
+            " pages and sequence ", b, " needs this entry for its ", end, " keys");
     }
   }
 }
@@ -80,7 +80,8 @@ AttentionParams blocked_params(const KvCacheParams& p, const int32_t* lens) {
   a.lse = {p.lse, p.heads_q * p.seq_q, 1, p.seq_q};
   a.alibi = p.alibi, a.alibi_batch = p.alibi_batch, a.alibi_head = p.alibi_head, a.sinks = p.sinks;
   a.kv_lens = lens, a.block_table = p.block_table, a.block_table_stride = p.block_table_stride, a.page_size = p.page_size;
-  a.batch = p.batch, a.seq_q = p.seq_q, a.heads_q = p.heads_q, a.heads_kv = p.heads_kv, a.head_dim = p.head_dim, a.head_dim_v = p.head_dim_v;
+  a.batch = p.batch, a.seq_q = p.seq_q, a.heads_q = p.heads_q, a.heads_kv = p.heads_kv, a.head_dim = p.head_dim,
+  a.head_dim_v = p.head_dim_v;
   for (int64_t b = 0; b < p.batch; ++b) a.seq_kv = std::max<int64_t>(a.seq_kv, lens[b]);
   a.scale = p.scale, a.softcap = p.softcap, a.causal = p.causal, a.window_left = p.window_left, a.window_right = p.window_right;
   a.dtype = p.dtype, a.kv_dtype = p.kv_dtype;
@@ -89,9 +90,9 @@ AttentionParams blocked_params(const KvCacheParams& p, const int32_t* lens) {
 
 }  // namespace
 
-void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens, TensorView out,
-                             TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned, const KvCacheOptions& o,
-                             int threads) {
+void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens,
+                             TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned,
+                             const KvCacheOptions& o, int threads) {
   KvCacheParams p;
   p.q = rows_of(q, "q"), p.out = rows_of(out, "out");
   p.k = cache_of(k_cache, o.k_scale, o.k_scale_per_token, "k_cache", "k_scale");
@@ -140,7 +141,8 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
     if (p.rotary_pairs > 0) p.rotary_cos = cos.data, p.rotary_sin = o.rotary_sin.data, p.rotary_interleaved = o.rotary_interleaved;
   }
   if (const TensorView& alibi = o.alibi; alibi.defined()) {
-    check_rank(alibi, "alibi_slopes", 2), check_dtype(alibi, "alibi_slopes", DType::kFloat32), check_size(alibi, "alibi_slopes", 1, p.heads_q);
+    check_rank(alibi, "alibi_slopes", 2), check_dtype(alibi, "alibi_slopes", DType::kFloat32),
+        check_size(alibi, "alibi_slopes", 1, p.heads_q);
     check(alibi.shape[0] == 1 || alibi.shape[0] == p.batch, "alibi_slopes has ", alibi.shape[0], " rows for a batch of ", p.batch);
     p.alibi = alibi.as<const float>(), p.alibi_batch = alibi.broadcast_stride(0), p.alibi_head = alibi.stride[1];
   }
@@ -149,12 +151,14 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
     p.sinks = o.sinks.as<const float>();
   }
 
-  check(o.num_splits >= 1 && o.keys_per_split >= 0 && o.rows_per_task >= 1 && o.heads_per_task >= 1, "the division of the work is not positive");
+  check(o.num_splits >= 1 && o.keys_per_split >= 0 && o.rows_per_task >= 1 && o.heads_per_task >= 1,
+        "the division of the work is not positive");
   check(o.keys_per_split == 0 || o.num_splits * o.keys_per_split >= capacity, o.num_splits, " splits of ", o.keys_per_split,
         " keys do not cover the cache's ", capacity);
   p.num_splits = o.num_splits, p.keys_per_split = o.keys_per_split, p.rows_per_task = o.rows_per_task, p.heads_per_task = o.heads_per_task;
   if (p.num_splits > 1) {
-    check_shape(partial_out, "partial_out", {p.num_splits, p.batch, p.heads_q, p.seq_q, p.head_dim_v}), check_contiguous(partial_out, "partial_out");
+    check_shape(partial_out, "partial_out", {p.num_splits, p.batch, p.heads_q, p.seq_q, p.head_dim_v}),
+        check_contiguous(partial_out, "partial_out");
     check_shape(partial_lse, "partial_lse", {p.num_splits, p.batch, p.heads_q, p.seq_q}), check_contiguous(partial_lse, "partial_lse");
     check_dtype(partial_out, "partial_out", DType::kFloat32), check_dtype(partial_lse, "partial_lse", DType::kFloat32);
     p.partial_out = partial_out.as<float>(), p.partial_lse = partial_lse.as<float>();
@@ -164,7 +168,9 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
   if (o.blocked) {
     check(p.kv_dtype == p.dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
     check(capacity <= INT32_MAX, "the cache's ", capacity, " keys for a sequence do not fit int32");
-    if (p.rotary_cos) check_shape(q_turned, "q_turned", {p.batch, p.seq_q, p.heads_q, p.head_dim}), check_contiguous(q_turned, "q_turned"), check_dtype(q_turned, "q_turned", p.dtype);
+    if (p.rotary_cos)
+      check_shape(q_turned, "q_turned", {p.batch, p.seq_q, p.heads_q, p.head_dim}), check_contiguous(q_turned, "q_turned"),
+          check_dtype(q_turned, "q_turned", p.dtype);
   }
   const std::vector<int64_t> lens = read_lens(kv_lens, p.batch);
   p.kv_lens = lens.data();

@@ -16,12 +16,12 @@ struct CacheOperand {
 };
 
 struct KvCacheParams {
-  Rows q, out;          // [B, Sq, Hq, D], [B, Sq, Hq, Dv]
-  Rows new_k, new_v;    // [B, Snew, Hkv, D or Dv]; data null: nothing to append
-  CacheOperand k, v;    // [B or pages, ..., Hkv, D or Dv]
-  float* lse = nullptr;          // [B, Hq, Sq], natural log, without the sink; may be null
-  float* partial_out = nullptr;  // [num_splits, B, Hq, Sq, Dv], only with num_splits > 1
-  float* partial_lse = nullptr;  // [num_splits, B, Hq, Sq]
+  Rows q, out;                           // [B, Sq, Hq, D], [B, Sq, Hq, Dv]
+  Rows new_k, new_v;                     // [B, Snew, Hkv, D or Dv]; data null: nothing to append
+  CacheOperand k, v;                     // [B or pages, ..., Hkv, D or Dv]
+  float* lse = nullptr;                  // [B, Hq, Sq], natural log, without the sink; may be null
+  float* partial_out = nullptr;          // [num_splits, B, Hq, Sq, Dv], only with num_splits > 1
+  float* partial_lse = nullptr;          // [num_splits, B, Hq, Sq]
   const int64_t* kv_lens = nullptr;      // [B], keys before the append
   const int32_t* block_table = nullptr;  // [B, max_pages], row stride block_table_stride; null: dense
   int64_t block_table_stride = 0, page_size = 0;
@@ -51,9 +51,10 @@ struct KvCacheOptions {
   bool blocked = false;  // many queries: attention_forward attends after the append
 };
 
-// k, v, partial_out, partial_lse may be undefined; q_turned [B, Sq, Hq, D] is needed with blocked and rotary. Every check comes before the first write to a cache.
-void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens, TensorView out,
-                             TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned, const KvCacheOptions& options,
-                             int threads);
+// k, v, partial_out, partial_lse may be undefined; q_turned [B, Sq, Hq, D] is needed with blocked and rotary. Every check comes before the
+// first write to a cache.
+void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens,
+                             TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned,
+                             const KvCacheOptions& options, int threads);
 
 }  // namespace foveate

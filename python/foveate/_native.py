@@ -13,4 +13,6 @@ try:
     missing_reason: str | None = None
 except ImportError as error:
     _C = None
-    missing_reason = f"the compiled module is missing or does not load ({error}); reinstall foveate or build it with `pip install .`"
+    missing_reason = (
+        f"the compiled module is missing or does not load ({error}); reinstall foveate or build it with `pip install .`"
+    )

@@ -58,8 +58,10 @@ struct Tensor {
 
 bool run(DType dtype, int64_t sq, int64_t skv, int64_t hq, int64_t hkv, int64_t d, int64_t dv, bool causal, double softcap) {
   const int64_t batch = 2;
-  Tensor q(batch, sq, hq, d, dtype, true), k(batch, skv, hkv, d, dtype, true), v(batch, skv, hkv, dv, dtype, true), dout(batch, sq, hq, dv, dtype, true);
-  Tensor out(batch, sq, hq, dv, dtype, false), dq(batch, sq, hq, d, dtype, false), dk(batch, skv, hkv, d, dtype, false), dv_(batch, skv, hkv, dv, dtype, false);
+  Tensor q(batch, sq, hq, d, dtype, true), k(batch, skv, hkv, d, dtype, true), v(batch, skv, hkv, dv, dtype, true),
+      dout(batch, sq, hq, dv, dtype, true);
+  Tensor out(batch, sq, hq, dv, dtype, false), dq(batch, sq, hq, d, dtype, false), dk(batch, skv, hkv, d, dtype, false),
+      dv_(batch, skv, hkv, dv, dtype, false);
   std::vector<float> lse_data(batch * hq * sq);
   TensorView lse;
   lse.data = lse_data.data(), lse.ndim = 3, lse.shape = {batch, hq, sq}, lse.stride = {hq * sq, sq, 1};
@@ -105,15 +107,17 @@ bool run(DType dtype, int64_t sq, int64_t skv, int64_t hq, int64_t hkv, int64_t 
       }
   const auto error = [](const Tensor& t, const std::vector<double>& exact) {
     double most = 0, size = 1e-30;
-    for (size_t i = 0; i < exact.size(); ++i) most = std::max(most, std::abs(t.result(i) - exact[i])), size = std::max(size, std::abs(exact[i]));
+    for (size_t i = 0; i < exact.size(); ++i)
+      most = std::max(most, std::abs(t.result(i) - exact[i])), size = std::max(size, std::abs(exact[i]));
     return most / size;
   };
   const double errors[4] = {error(out, e_out), error(dq, e_dq), error(dk, e_dk), error(dv_, e_dv)};
   const double limit = dtype == DType::kBFloat16 ? 2e-2 : 2e-6;
   bool ok = true;
   for (double e : errors) ok = ok && e <= limit;
-  std::printf("%s %s Sq %ld Skv %ld Hq %ld Hkv %ld D %ld Dv %ld causal %d softcap %g: out %.1e dq %.1e dk %.1e dv %.1e\n", ok ? "ok  " : "FAIL", name(dtype),
-              long(sq), long(skv), long(hq), long(hkv), long(d), long(dv), causal, softcap, errors[0], errors[1], errors[2], errors[3]);
+  std::printf("%s %s Sq %ld Skv %ld Hq %ld Hkv %ld D %ld Dv %ld causal %d softcap %g: out %.1e dq %.1e dk %.1e dv %.1e\n",
+              ok ? "ok  " : "FAIL", name(dtype), long(sq), long(skv), long(hq), long(hkv), long(d), long(dv), causal, softcap, errors[0],
+              errors[1], errors[2], errors[3]);
   return ok;
 }
 

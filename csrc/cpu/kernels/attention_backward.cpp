@@ -13,9 +13,9 @@
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 128;    // a multiple of every kPanel and of kTileRowsT
+constexpr int64_t kBlockKeys = 128;  // a multiple of every kPanel and of kTileRowsT
 constexpr int64_t kBlockQueries = 48;  // a multiple of kTileRows
-constexpr int64_t kMaxChunks = 8;      // of keys per head; each costs a dQ in accumulator precision
+constexpr int64_t kMaxChunks = 8;  // of keys per head; each costs a dQ in accumulator precision
 
 template <class M>
 struct Backward {
@@ -42,9 +42,9 @@ struct Backward {
   // One thread's working set. "panels": operand A in tiles of kTileRows queries; "stacked": operand B with queries or keys along k.
   struct Local {
     Unit *q_panels, *dout_panels, *q_stacked, *dout_stacked, *k_columns, *v_columns, *k_stacked, *temp;
-    Acc *lse, *delta, *dq, *dk, *dv;   // lse: with the sink; +inf for a row that sees nothing
-    Acc *s, *dp, *slope, *keep;        // [kBlockQueries][kBlockKeys]; slope and keep one row
-    Unit *p_pairs, *ds, *ds_pairs;     // operands for gemm_tile: s and dp themselves, unless units are pairs
+    Acc *lse, *delta, *dq, *dk, *dv;  // lse: with the sink; +inf for a row that sees nothing
+    Acc *s, *dp, *slope, *keep;  // [kBlockQueries][kBlockKeys]; slope and keep one row
+    Unit *p_pairs, *ds, *ds_pairs;  // operands for gemm_tile: s and dp themselves, unless units are pairs
   };
 
   template <class F>
@@ -58,7 +58,8 @@ struct Backward {
     piece(x.lse, padded_q), piece(x.delta, padded_q), piece(x.dq, chunks == 1 ? padded_q * k_width : 0);
     piece(x.dk, chunk_keys * k_width), piece(x.dv, chunk_keys * v_width);
     piece(x.s, tile), piece(x.dp, tile), piece(x.slope, p.softcap > 0 ? kBlockKeys : 0), piece(x.keep, kBlockKeys);
-    piece(x.p_pairs, kPair == 1 ? 0 : tile / kPair), piece(x.ds, kPair == 1 ? 0 : tile / kPair), piece(x.ds_pairs, kPair == 1 ? 0 : tile / kPair);
+    piece(x.p_pairs, kPair == 1 ? 0 : tile / kPair), piece(x.ds, kPair == 1 ? 0 : tile / kPair),
+        piece(x.ds_pairs, kPair == 1 ? 0 : tile / kPair);
   }
   int64_t local_bytes() const {
     Layout l;
@@ -98,7 +99,8 @@ struct Backward {
     scratch.allocate(locals_at + threads * bytes);
     dq_chunks = scratch.at<Acc>(dq_at), dsinks = scratch.at<Acc>(dsinks_at);
     if (p.rel_table) expand_relative(p, scratch.at<Acc>(relative_at)), relative = scratch.at<Acc>(relative_at);
-    if (g.drel_table) drelative = scratch.at<Acc>(drelative_at), std::memset(static_cast<void*>(drelative), 0, chunks * heads * distances * sizeof(Acc));
+    if (g.drel_table)
+      drelative = scratch.at<Acc>(drelative_at), std::memset(static_cast<void*>(drelative), 0, chunks * heads * distances * sizeof(Acc));
     if (g.dbias) std::memset(g.dbias, 0, g.dbias_numel * sizeof(Acc));
 
     const int64_t groups = groups_b * groups_h;
@@ -121,7 +123,8 @@ struct Backward {
 
   void chunk_of_head(int64_t b, int64_t hkv, int64_t chunk, const Local& x) const {
     const Sequence s = sequence(p, b);
-    const int64_t first_block = key_blocks * chunk / chunks, last_block = key_blocks * (chunk + 1) / chunks, first = first_block * kBlockKeys;
+    const int64_t first_block = key_blocks * chunk / chunks, last_block = key_blocks * (chunk + 1) / chunks,
+                  first = first_block * kBlockKeys;
     std::memset(static_cast<void*>(x.dk), 0, (last_block - first_block) * kBlockKeys * k_width * sizeof(Acc));
     std::memset(static_cast<void*>(x.dv), 0, (last_block - first_block) * kBlockKeys * v_width * sizeof(Acc));
     for (int64_t i = 0; i < group; ++i) {
@@ -143,9 +146,11 @@ struct Backward {
     for (int64_t j = first; j < last; ++j) {
       const int64_t at = (p.cu_k ? p.cu_k[b] : 0) + j, size = size_of(p.dtype);
       if (g.dk.data)
-        write_row(static_cast<char*>(g.dk.data) + (g.dk.batch * b + g.dk.head * hkv + g.dk.seq * at) * size, x.dk + (j - first) * k_width, p.head_dim, p.scale);
+        write_row(static_cast<char*>(g.dk.data) + (g.dk.batch * b + g.dk.head * hkv + g.dk.seq * at) * size, x.dk + (j - first) * k_width,
+                  p.head_dim, p.scale);
       if (g.dv.data)
-        write_row(static_cast<char*>(g.dv.data) + (g.dv.batch * b + g.dv.head * hkv + g.dv.seq * at) * size, x.dv + (j - first) * v_width, p.head_dim_v, 1);
+        write_row(static_cast<char*>(g.dv.data) + (g.dv.batch * b + g.dv.head * hkv + g.dv.seq * at) * size, x.dv + (j - first) * v_width,
+                  p.head_dim_v, 1);
     }
   }
 
@@ -242,8 +247,10 @@ struct Backward {
     for (int64_t r = 0; r < kBlockQueries; r += kTileRows) {
       const int64_t rows = count - r < kTileRows ? (count - r > 0 ? count - r : 0) : kTileRows;
       if (rows > 0) {
-        gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, k_units, x.q_panels + (q0 + r) * k_units, x.k_columns, x.s + r * kBlockKeys, kBlockKeys);
-        gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, v_units, x.dout_panels + (q0 + r) * v_units, x.v_columns, x.dp + r * kBlockKeys, kBlockKeys);
+        gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, k_units, x.q_panels + (q0 + r) * k_units, x.k_columns, x.s + r * kBlockKeys,
+                                                 kBlockKeys);
+        gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, v_units, x.dout_panels + (q0 + r) * v_units, x.v_columns,
+                                                 x.dp + r * kBlockKeys, kBlockKeys);
       }
       for (int64_t i = r; i < r + kTileRows; ++i) {
         if (i < r + rows)
@@ -264,13 +271,14 @@ struct Backward {
     }
     if (g.dq.data)
       for (int64_t r = 0; r < count; r += kTileRows)
-        gemm_rows<M, kTileRows, kBlockKeys / kPair, 1, Update::kAdd>(k_width, (end - begin) / kPair, x.ds + (r * kBlockKeys + begin) / kPair,
-                                                                     x.k_stacked + begin / kPair * k_width, k_width, x.dq + (q0 + r) * k_width, k_width);
+        gemm_rows<M, kTileRows, kBlockKeys / kPair, 1, Update::kAdd>(
+            k_width, (end - begin) / kPair, x.ds + (r * kBlockKeys + begin) / kPair, x.k_stacked + begin / kPair * k_width, k_width,
+            x.dq + (q0 + r) * k_width, k_width);
   }
 
   // One query: scores -> probabilities (dropped and scaled, for dV) in sc, and dP -> dS in dp. Columns outside the visible range become 0.
-  void row(int64_t b, int64_t h, const Sequence& s, int64_t chunk, int64_t i, int64_t key0, int64_t begin, int64_t end, const Local& x, Acc* sc,
-           Acc* dp) const {
+  void row(int64_t b, int64_t h, const Sequence& s, int64_t chunk, int64_t i, int64_t key0, int64_t begin, int64_t end, const Local& x,
+           Acc* sc, Acc* dp) const {
     constexpr int degree = kPair == 2 ? 4 : 5;
     const Range seen = visible_keys(p, s, i);
     const int64_t valid = s.k - key0 < end ? s.k - key0 : end;

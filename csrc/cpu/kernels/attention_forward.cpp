@@ -12,9 +12,10 @@
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 256;                 // a multiple of every kPanel
-constexpr int64_t kMaxBlockRows = 96;               // a multiple of kTileRows
-constexpr int64_t kQueryStride = kMaxHeadDim + 16;  // fixed, so that rows of a tile are constant offsets; not a power of two, for the cache's sets
+constexpr int64_t kBlockKeys = 256;  // a multiple of every kPanel
+constexpr int64_t kMaxBlockRows = 96;  // a multiple of kTileRows
+constexpr int64_t kQueryStride =
+    kMaxHeadDim + 16;  // fixed, so that rows of a tile are constant offsets; not a power of two, for the cache's sets
 constexpr int64_t kPackedBytes = int64_t{8} << 20;  // K and V packed at a time; more stays in no cache
 
 template <class M>
@@ -40,11 +41,11 @@ struct Forward {
 
   // One thread's working set.
   struct Local {
-    Unit* q;      // [block_rows][kQueryStride]
-    Acc* o;       // [block_rows][v_width]
+    Unit* q;  // [block_rows][kQueryStride]
+    Acc* o;  // [block_rows][v_width]
     Acc *max, *sum;  // [block_rows]; max of the scores before `factor`
-    Unit* temp;   // staging of the packers
-    Acc* s;       // [kTileRows][kBlockKeys]
+    Unit* temp;  // staging of the packers
+    Acc* s;  // [kTileRows][kBlockKeys]
     Unit* probs;  // [kTileRows][kBlockKeys / kPair]: s itself, unless units are pairs
   };
 
@@ -56,7 +57,7 @@ struct Forward {
                   sum = l.add<Acc>(block_rows), temp = l.add<Unit>(temp_units()), s = l.add<Acc>(kTileRows * kBlockKeys),
                   probs = l.add<Unit>(M::kPair == 1 ? 0 : kTileRows * kBlockKeys / M::kPair);
     const int64_t at = base + thread * l.total();
-    Local x{scratch.at<Unit>(at + q),    scratch.at<Acc>(at + o), scratch.at<Acc>(at + max),  scratch.at<Acc>(at + sum),
+    Local x{scratch.at<Unit>(at + q),    scratch.at<Acc>(at + o), scratch.at<Acc>(at + max),   scratch.at<Acc>(at + sum),
             scratch.at<Unit>(at + temp), scratch.at<Acc>(at + s), scratch.at<Unit>(at + probs)};
     if constexpr (M::kPair == 1) x.probs = x.s;
     return x;
@@ -104,7 +105,8 @@ struct Forward {
       parallel_tasks(count * row_blocks, threads, [&](int64_t task, int thread) {
         // Last rows first: with a causal mask they see the most keys.
         const int64_t r = row_blocks - 1 - task / count, head = task % count;
-        attend(first + head, r * block, block, packed + head * key_blocks * (packed_k + packed_v), local(scratch, {}, locals_at, block, thread));
+        attend(first + head, r * block, block, packed + head * key_blocks * (packed_k + packed_v),
+               local(scratch, {}, locals_at, block, thread));
       });
     }
   }
@@ -116,7 +118,8 @@ struct Forward {
     const int64_t begin = j * kBlockKeys, end = s.k < begin + kBlockKeys ? s.k : begin + kBlockKeys;
     if (begin >= seen.end || end <= seen.begin) return;
     pack_columns<M>(kv_source(p, p.k, p.k_scale, b, h), begin, end, p.head_dim, k_units, dst, temp);
-    pack_stacked<M>(kv_source(p, p.v, p.v_scale, b, h), begin, end, round_up(end - begin, kColumnAlign), p.head_dim_v, v_width, dst + packed_k, temp);
+    pack_stacked<M>(kv_source(p, p.v, p.v_scale, b, h), begin, end, round_up(end - begin, kColumnAlign), p.head_dim_v, v_width,
+                    dst + packed_k, temp);
   }
 
   // The rows [first, first + block) of one KV head.
@@ -132,7 +135,8 @@ struct Forward {
       for (int64_t r = t * kTileRows; r < (t + 1) * kTileRows && r < count; ++r) {
         const Range row = visible_keys(p, s, (first + r) % s.q);
         if (row.empty()) continue;
-        tile_seen[t] = {row.begin < tile_seen[t].begin ? row.begin : tile_seen[t].begin, row.end > tile_seen[t].end ? row.end : tile_seen[t].end};
+        tile_seen[t] = {row.begin < tile_seen[t].begin ? row.begin : tile_seen[t].begin,
+                        row.end > tile_seen[t].end ? row.end : tile_seen[t].end};
       }
       if (tile_seen[t].empty()) continue;
       seen = {tile_seen[t].begin < seen.begin ? tile_seen[t].begin : seen.begin, tile_seen[t].end > seen.end ? tile_seen[t].end : seen.end};
@@ -150,7 +154,8 @@ struct Forward {
   void load_queries(int64_t b, int64_t hkv, const Sequence& s, int64_t first, int64_t count, int64_t tiles, const Local& x) const {
     for (int64_t r = 0; r < tiles * kTileRows; ++r) {
       if (r < count)
-        convert_row<M>(q_source(p, p.q, b, hkv * group + (first + r) / s.q), (first + r) % s.q, p.head_dim, x.q + r * kQueryStride, k_units);
+        convert_row<M>(q_source(p, p.q, b, hkv * group + (first + r) / s.q), (first + r) % s.q, p.head_dim, x.q + r * kQueryStride,
+                       k_units);
       else
         std::memset(static_cast<void*>(x.q + r * kQueryStride), 0, k_units * sizeof(Unit));
     }
@@ -178,8 +183,8 @@ struct Forward {
     Acc alpha[kTileRows];
     softmax_tile(b, hkv, s, first + t * kTileRows, tile_rows, key0, begin, end, x, x.max + t * kTileRows, x.sum + t * kTileRows, alpha);
     gemm_rows<M, kTileRows, kBlockKeys / M::kPair, 1, Update::kScaleAdd>(v_width, (end - begin) / M::kPair, x.probs + begin / M::kPair,
-                                                                        block + packed_k + begin / M::kPair * v_width, v_width,
-                                                                        x.o + t * kTileRows * v_width, v_width, alpha);
+                                                                         block + packed_k + begin / M::kPair * v_width, v_width,
+                                                                         x.o + t * kTileRows * v_width, v_width, alpha);
   }
 
   // Scores -> probabilities relative to the new maximum; alpha rescales what was summed under the old one.
@@ -216,7 +221,8 @@ struct Forward {
       };
       // A column always adds to the same of the four sums, wherever the range begins and ends: bits do not depend on how rows share tiles.
       const auto edge = [&](int64_t stop) {
-        for (; c < stop; c += w) c / w % 4 == 0 ? step(c, s4[0]) : c / w % 4 == 1 ? step(c, s4[1]) : c / w % 4 == 2 ? step(c, s4[2]) : step(c, s4[3]);
+        for (; c < stop; c += w)
+          c / w % 4 == 0 ? step(c, s4[0]) : c / w % 4 == 1 ? step(c, s4[1]) : c / w % 4 == 2 ? step(c, s4[2]) : step(c, s4[3]);
       };
       edge(round_up<int64_t>(begin, 4 * w) < end ? round_up<int64_t>(begin, 4 * w) : end);
       for (; c + 4 * w <= end; c += 4 * w)

@@ -1,6 +1,6 @@
 // Attention of few queries to a long KV cache (flash decoding). All the query rows that share a KV head are handled together, so that K and
-// V are read once; a task walks over tiles of keys and KV heads with an online softmax, and the keys of a sequence may be divided into splits
-// whose partial results are merged by their log-sum-exp. csrc/cpu/decode_tile.inl.h has the arithmetic of a tile.
+// V are read once; a task walks over tiles of keys and KV heads with an online softmax, and the keys of a sequence may be divided into
+// splits whose partial results are merged by their log-sum-exp. csrc/cpu/decode_tile.inl.h has the arithmetic of a tile.
 //
 // The query rows of a KV head are numbered i * group + g: query i, head g of the group. group = Hq / Hkv.
 #include <algorithm>
@@ -30,12 +30,12 @@ struct Task {
 
 // Per-thread memory of a task. The state of (head, row) is at index head * rows_per_task + row.
 struct Scratch {
-  int64_t dim, dim_v;                      // padded to chunks
+  int64_t dim, dim_v;  // padded to chunks
   int64_t tile_keys;
-  float *q, *out;                          // [heads, rows, dim], [heads, rows, dim_v], packed
-  float *max, *sum;                        // [heads, rows]: of the scores in units of log 2
-  float *scores, *correction, *row;        // [rows, kTile], [rows], [the longest row]
-  float *k_scale, *v_scale;                // [kTile]
+  float *q, *out;  // [heads, rows, dim], [heads, rows, dim_v], packed
+  float *max, *sum;  // [heads, rows]: of the scores in units of log 2
+  float *scores, *correction, *row;  // [rows, kTile], [rows], [the longest row]
+  float *k_scale, *v_scale;  // [kTile]
   Tile tiles[2];
 };
 
@@ -43,7 +43,8 @@ template <class T>
 int64_t scratch_floats(const KvCacheParams& p) {
   const int64_t dim = round_up<int64_t>(p.head_dim, Chunk<T>::kElements), dim_v = round_up<int64_t>(p.head_dim_v, Chunk<T>::kElements);
   const int64_t states = p.heads_per_task * p.rows_per_task;
-  return round_up<int64_t>(states * (dim + dim_v + 2) + p.rows_per_task * (kTile + 1) + std::max(dim, dim_v) + 2 * p.rotary_pairs + 2 * kTile + 64, 16);
+  return round_up<int64_t>(
+      states * (dim + dim_v + 2) + p.rows_per_task * (kTile + 1) + std::max(dim, dim_v) + 2 * p.rotary_pairs + 2 * kTile + 64, 16);
 }
 
 template <class T>
@@ -76,7 +77,8 @@ void choose_keys(const KvCacheParams& p, int64_t tile, Task& task) {
   task.begin = visible_to(p, len, task.row0 / group).begin;
   task.end = visible_to(p, len, (task.row0 + task.rows - 1) / group).end;
   const int64_t first = p.keys_per_split ? 0 : task.begin / tile * tile;
-  const int64_t part = p.keys_per_split ? p.keys_per_split : round_up<int64_t>(ceil_div(std::max<int64_t>(0, task.end - first), p.num_splits), tile);
+  const int64_t part =
+      p.keys_per_split ? p.keys_per_split : round_up<int64_t>(ceil_div(std::max<int64_t>(0, task.end - first), p.num_splits), tile);
   task.begin = std::max(task.begin, first + task.split * part);
   task.end = std::min(task.end, first + (task.split + 1) * part);
 }
@@ -152,8 +154,10 @@ void softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visibl
     VecF w = exp2v(load<float>(scores + c * n) - shift);
     total += w;
     if (v_scale) w *= load<float>(v_scale + c * n);
-    if constexpr (Chunk<T>::kDot) store(reinterpret_cast<bf16*>(scores) + c * n, w);
-    else store(scores + c * n, w);
+    if constexpr (Chunk<T>::kDot)
+      store(reinterpret_cast<bf16*>(scores) + c * n, w);
+    else
+      store(scores + c * n, w);
   }
   max = after;
   sum = sum * correction + hsum(total);
@@ -167,11 +171,12 @@ void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, const Til
   const T* v = static_cast<const T*>(p.v.rows.data) + head * p.v.rows.head;
 
   for (int j = 0; j < tile.keys; j += n) {
-    for_row_blocks(task.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-      for (int i = j; i < j + n; i += n / rows)
-        score_block<rows>(s.scores + r * kTile + i, s.q + (state + r) * s.dim, s.dim, k, tile.k + i, p.head_dim,
-                          r == 0 ? &k_ahead : nullptr);
-    });
+    for_row_blocks(
+        task.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+          for (int i = j; i < j + n; i += n / rows)
+            score_block<rows>(s.scores + r * kTile + i, s.q + (state + r) * s.dim, s.dim, k, tile.k + i, p.head_dim,
+                              r == 0 ? &k_ahead : nullptr);
+        });
   }
 
   if (p.k.scale) load_scales(p, p.k, task, tile, head, s.k_scale);
@@ -179,21 +184,23 @@ void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, const Til
   for (int64_t r = 0; r < task.rows; ++r) {
     const int64_t i = (task.row0 + r) / group, g = (task.row0 + r) % group;
     const float slope = p.alibi ? p.alibi[task.b * p.alibi_batch + (head * group + g) * p.alibi_head] : 0.0f;
-    softmax_row<T>(p, tile, visible_to(p, len, i), slope, p.k.scale ? s.k_scale : nullptr, p.v.scale ? s.v_scale : nullptr, s.scores + r * kTile,
-                s.max[state + r], s.sum[state + r], s.correction[r]);
+    softmax_row<T>(p, tile, visible_to(p, len, i), slope, p.k.scale ? s.k_scale : nullptr, p.v.scale ? s.v_scale : nullptr,
+                   s.scores + r * kTile, s.max[state + r], s.sum[state + r], s.correction[r]);
   }
 
-  for_row_blocks(task.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-    constexpr int kAccumulators = n == 16 ? 16 : 8;
-    constexpr int kChunks = std::min(8, std::max(1, kAccumulators / rows)) / kVecs;
-    const auto block = [&](auto chunks, int64_t d, int64_t tail) __attribute__((always_inline)) {
-      value_block<rows, chunks>(s.out + (state + r) * s.dim_v + d, s.dim_v, s.correction + r, s.scores + r * kTile, v + d, tile.v, tile.keys, tail,
-                                r == 0 ? &v_ahead : nullptr);
-    };
-    int64_t d = 0;
-    for (; d + kChunks * kElements <= p.head_dim_v; d += kChunks * kElements) block(std::integral_constant<int, kChunks>{}, d, kElements);
-    for (; d < p.head_dim_v; d += kElements) block(std::integral_constant<int, 1>{}, d, std::min<int64_t>(kElements, p.head_dim_v - d));
-  });
+  for_row_blocks(
+      task.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+        constexpr int kAccumulators = n == 16 ? 16 : 8;
+        constexpr int kChunks = std::min(8, std::max(1, kAccumulators / rows)) / kVecs;
+        const auto block = [&](auto chunks, int64_t d, int64_t tail) __attribute__((always_inline)) {
+          value_block<rows, chunks>(s.out + (state + r) * s.dim_v + d, s.dim_v, s.correction + r, s.scores + r * kTile, v + d, tile.v,
+                                    tile.keys, tail, r == 0 ? &v_ahead : nullptr);
+        };
+        int64_t d = 0;
+        for (; d + kChunks * kElements <= p.head_dim_v; d += kChunks * kElements)
+          block(std::integral_constant<int, kChunks>{}, d, kElements);
+        for (; d < p.head_dim_v; d += kElements) block(std::integral_constant<int, 1>{}, d, std::min<int64_t>(kElements, p.head_dim_v - d));
+      });
 }
 
 // lse: natural log, without the sink.
@@ -208,9 +215,12 @@ FOVEATE_INLINE void write_row(const KvCacheParams& p, int64_t b, int64_t head, i
   const auto write = [&](auto* out) {
     for (int64_t d = 0; d < p.head_dim_v; d += n) store_n(out + d, load_n<float>(row + d, p.head_dim_v - d) * factor, p.head_dim_v - d);
   };
-  if (p.dtype == DType::kFloat32) write(static_cast<float*>(p.out.data) + at);
-  else if (p.dtype == DType::kBFloat16) write(static_cast<bf16*>(p.out.data) + at);
-  else write(static_cast<f16*>(p.out.data) + at);
+  if (p.dtype == DType::kFloat32)
+    write(static_cast<float*>(p.out.data) + at);
+  else if (p.dtype == DType::kBFloat16)
+    write(static_cast<bf16*>(p.out.data) + at);
+  else
+    write(static_cast<f16*>(p.out.data) + at);
   if (p.lse) p.lse[(b * p.heads_q + head) * p.seq_q + i] = lse;
 }
 

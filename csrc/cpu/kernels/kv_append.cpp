@@ -104,9 +104,12 @@ void rotate_queries(const KvCacheParams& p, void* out, int threads) {
         load_floats(row, p.q.data, b * p.q.batch + i * p.q.seq + h * p.q.head, p.head_dim, p.dtype);
         rotate_row(row, cos, sin, p.rotary_pairs, p.rotary_interleaved);
         const int64_t at = (token * p.heads_q + h) * p.head_dim;
-        if (p.dtype == DType::kFloat32) store_floats(static_cast<float*>(out) + at, row, p.head_dim);
-        else if (p.dtype == DType::kBFloat16) store_floats(static_cast<bf16*>(out) + at, row, p.head_dim);
-        else store_floats(static_cast<f16*>(out) + at, row, p.head_dim);
+        if (p.dtype == DType::kFloat32)
+          store_floats(static_cast<float*>(out) + at, row, p.head_dim);
+        else if (p.dtype == DType::kBFloat16)
+          store_floats(static_cast<bf16*>(out) + at, row, p.head_dim);
+        else
+          store_floats(static_cast<f16*>(out) + at, row, p.head_dim);
       }
     }
   });
