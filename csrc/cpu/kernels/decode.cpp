@@ -33,7 +33,7 @@ struct Scratch {
   int64_t dim, dim_v;  // padded to chunks
   int64_t tile_keys;
   float *q, *out;  // [heads, rows, dim], [heads, rows, dim_v], packed
-  float *max, *sum;  // [heads, rows]: of the scores in units of log 2
+  float *max, *sum;  // [heads, rows]: of the scores
   float *scores, *correction, *row;  // [rows, kTile], [rows], [the longest row]
   float *k_scale, *v_scale;  // [kTile]
   Tile tiles[2];
@@ -131,8 +131,8 @@ template <class T>
 void softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visible, float slope, const float* k_scale, const float* v_scale,
                  float* scores, float& max, float& sum, float& correction) {
   constexpr int n = kLanes<float>;
-  const float scale = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e);
-  const float cap = static_cast<float>(p.softcap * kLog2e), slope2 = slope * static_cast<float>(kLog2e);
+  const float scale = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
+  const float cap = static_cast<float>(p.softcap);
   const int vecs = ceil_div(tile.keys, n);
   const int32_t lo = static_cast<int32_t>(std::clamp<int64_t>(visible.begin - tile.begin, 0, kTile));
   const int32_t hi = static_cast<int32_t>(std::clamp<int64_t>(visible.end - tile.begin, 0, tile.keys));
@@ -142,16 +142,16 @@ void softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visibl
     VecF x = load<float>(scores + c * n) * scale;
     if (k_scale) x *= load<float>(k_scale + c * n);
     if (p.softcap > 0) x = tanhv(x) * cap;
-    if (slope != 0) x -= vabs<float>(__builtin_convertvector(j, VecF) - static_cast<float>(visible.position - tile.begin)) * slope2;
+    if (slope != 0) x -= vabs<float>(__builtin_convertvector(j, VecF) - static_cast<float>(visible.position - tile.begin)) * slope;
     x = (j >= lo) & (j < hi) ? x : splat(-kInf);
     top = vmax(top, x);
     store(scores + c * n, x);
   }
   const float before = max, after = std::max(before, hmax(top)), shift = after == -kInf ? 0.0f : after;
-  correction = before == after ? 1.0f : std::exp2(before - shift);
+  correction = before == after ? 1.0f : std::exp(before - shift);
   VecF total{};
   for (int c = 0; c < vecs; ++c) {
-    VecF w = exp2v(load<float>(scores + c * n) - shift);
+    VecF w = expv<float>(load<float>(scores + c * n) - shift);
     total += w;
     if (v_scale) w *= load<float>(v_scale + c * n);
     if constexpr (Chunk<T>::kDot)
@@ -231,7 +231,7 @@ void write_task(const KvCacheParams& p, const Task& task, Scratch& s) {
     for (int64_t r = 0; r < task.rows; ++r) {
       const int64_t state = h * p.rows_per_task + r, i = (task.row0 + r) / group, head = (task.head0 + h) * group + (task.row0 + r) % group;
       const float sum = s.sum[state], factor = sum == 0 ? 0.0f : 1.0f / sum;
-      const float lse = sum == 0 ? -kInf : (s.max[state] + std::log2(sum)) * static_cast<float>(kLn2);
+      const float lse = sum == 0 ? -kInf : s.max[state] + std::log(sum);
       float* row = s.out + state * s.dim_v;
       unpack<T>(row, s.dim_v);
       if (p.num_splits == 1) {
