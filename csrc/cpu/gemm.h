@@ -42,8 +42,7 @@ constexpr int kTileVecs = 4;
 #else
 constexpr int kTileVecs = 2;
 #endif
-constexpr int kTileRows = 6;
-constexpr int kTileRowsT = 4;  // where the rows are keys, whose block size 6 does not divide
+constexpr int kTileRows = 4;
 
 template <class M>
 constexpr int kWidth = kLanes<typename M::Acc>;  // lanes

@@ -13,7 +13,7 @@
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 128;  // a multiple of every kPanel and of kTileRowsT
+constexpr int64_t kBlockKeys = 128;  // a multiple of every kPanel and of kTileRows
 constexpr int64_t kBlockQueries = 48;  // a multiple of kTileRows
 constexpr int64_t kMaxChunks = 8;  // of keys per head; each costs a dQ in accumulator precision
 
@@ -261,13 +261,13 @@ struct Backward {
     }
     to_units(begin, end, x);
     const int64_t depth = round_up<int64_t>(count, kPair) / kPair;
-    for (int64_t j = begin; j < end; j += kTileRowsT) {
+    for (int64_t j = begin; j < end; j += kTileRows) {
       if (g.dv.data)
-        gemm_rows<M, kTileRowsT, 1, kBlockKeys, Update::kAdd>(v_width, depth, x.p_pairs + j, x.dout_stacked + q0 / kPair * v_width, v_width,
-                                                              x.dv + j * v_width, v_width);
+        gemm_rows<M, kTileRows, 1, kBlockKeys, Update::kAdd>(v_width, depth, x.p_pairs + j, x.dout_stacked + q0 / kPair * v_width, v_width,
+                                                             x.dv + j * v_width, v_width);
       if (g.dk.data)
-        gemm_rows<M, kTileRowsT, 1, kBlockKeys, Update::kAdd>(k_width, depth, x.ds_pairs + j, x.q_stacked + q0 / kPair * k_width, k_width,
-                                                              x.dk + j * k_width, k_width);
+        gemm_rows<M, kTileRows, 1, kBlockKeys, Update::kAdd>(k_width, depth, x.ds_pairs + j, x.q_stacked + q0 / kPair * k_width, k_width,
+                                                             x.dk + j * k_width, k_width);
     }
     if (g.dq.data)
       for (int64_t r = 0; r < count; r += kTileRows)

@@ -12,7 +12,6 @@
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 256;  // a multiple of every kPanel
 constexpr int64_t kMaxBlockRows = 96;  // a multiple of kTileRows
 constexpr int64_t kQueryStride =
     kMaxHeadDim + 16;  // fixed, so that rows of a tile are constant offsets; not a power of two, for the cache's sets
@@ -24,6 +23,7 @@ struct Forward {
   using Unit = typename M::Unit;
   using V = Vec<Acc>;
   static constexpr int w = kWidth<M>;
+  static constexpr int64_t kBlockKeys = 512 * M::kPair;  // a multiple of every kPanel; the scores of a tile fit the first cache
 
   const AttentionParams& p;
   const int threads;
