@@ -49,6 +49,11 @@ constexpr int kWidth = kLanes<typename M::Acc>;  // lanes
 template <class M>
 constexpr int kPanel = kTileVecs * kWidth<M>;  // columns of one tile
 
+// Ranges of keys start and end at multiples of it: whole vectors, whole Philox groups. Packed keys are padded to it, even where a panel is smaller.
+constexpr int64_t kColumnAlign = 16;
+template <class M>
+constexpr int64_t kKeyAlign = kPanel<M> > kColumnAlign ? kPanel<M> : kColumnAlign;
+
 constexpr int64_t kChain = 128;  // units along the head dim that are summed in one chain
 
 enum class Update { kSet, kAdd, kScaleAdd };  // C = AB, C += AB, C = scale[row] * C + AB

@@ -107,13 +107,14 @@ FOVEATE_INLINE void transpose_panel(const typename M::Unit* src, int64_t src_str
     for (int i = 0; i < w; ++i) dst[u * dst_stride + i] = src[i * src_stride + u];
 }
 
-// "columns": keys [begin, end) in panels of kPanel keys, each panel [units][kPanel]. Keys at or beyond `end` become zeros.
+// "columns": keys [begin, end) in panels of kPanel keys, each panel [units][kPanel]. Keys at or beyond `end` become zeros, up to a multiple of
+// kKeyAlign.
 // temp: kWidth * units.
 template <class M>
 FOVEATE_INLINE void pack_columns(const RowSource& s, int64_t begin, int64_t end, int64_t depth, int64_t units, typename M::Unit* dst,
                                  typename M::Unit* temp) {
   constexpr int w = kWidth<M>, panel = kPanel<M>;
-  const int64_t padded = round_up<int64_t>(end - begin, panel);
+  const int64_t padded = round_up<int64_t>(end - begin, kKeyAlign<M>);
   for (int64_t j = 0; j < padded; j += w) {
     typename M::Unit* out = dst + j / panel * panel * units + j % panel;
     for (int i = 0; i < w; ++i) {

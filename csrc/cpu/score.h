@@ -7,8 +7,6 @@
 
 namespace foveate::cpu::FOVEATE_ISA {
 
-constexpr int64_t kColumnAlign = 16;  // ranges of keys start and end at multiples of it: whole vectors, whole Philox groups
-
 // The lengths of one batch entry or varlen sequence. Query i stands at key position i + shift (bottom-right alignment).
 struct Sequence {
   int64_t q, k, shift;

@@ -32,7 +32,7 @@ struct Forward {
   const int64_t v_width = round_up<int64_t>(p.head_dim_v, w);
   const int64_t rows = group * p.seq_q;  // per KV head, of the longest sequence
   const int64_t key_blocks = ceil_div(p.seq_kv, kBlockKeys);
-  const int64_t packed_keys = p.seq_kv < kBlockKeys ? round_up<int64_t>(p.seq_kv, kPanel<M>) : kBlockKeys;
+  const int64_t packed_keys = p.seq_kv < kBlockKeys ? round_up<int64_t>(p.seq_kv, kKeyAlign<M>) : kBlockKeys;
   const int64_t packed_k = packed_keys * k_units, packed_v = packed_keys / M::kPair * v_width;  // units per block
   const bool options = has_score_options(p);
   const double factor = options ? 1 : p.scale;  // scores times this are logits
