@@ -15,8 +15,6 @@
 namespace foveate {
 namespace {
 
-DType accumulator(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
-
 void check_activation(const TensorView& t, const char* what) {
   check(t.dtype == DType::kFloat32 || t.dtype == DType::kFloat64 || t.dtype == DType::kFloat16 || t.dtype == DType::kBFloat16, what, " is ",
         name(t.dtype), "; the CPU kernels take float32, bfloat16, float16 and float64");
@@ -86,6 +84,13 @@ const int32_t* read_cu_seqlens(Lengths& lengths, const TensorView& t, const char
   });
 }
 
+// max_seqlen may be generous; workspaces should not be.
+int64_t longest_of(const int32_t* cu, int64_t batch) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < batch; ++b) longest = std::max<int64_t>(longest, cu[b + 1] - cu[b]);
+  return longest;
+}
+
 // AttentionParams and what it points to beside the tensors.
 struct AttentionCall {
   Lengths kv_lens, cu_q, cu_k;
@@ -103,7 +108,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   for (const auto& [t, what] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}})
     check_rank(*t, what, ndim), check_activation(*t, what), check_dtype(*t, what, q.dtype);
   p.dtype = p.kv_dtype = q.dtype;
-  const DType acc = accumulator(q.dtype);
+  const DType acc = accumulator_of(q.dtype);
   p.heads_q = q.shape[ndim - 2], p.heads_kv = k.shape[ndim - 2], p.head_dim = q.shape[ndim - 1], p.head_dim_v = v.shape[ndim - 1];
   check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, k has ", p.heads_kv,
         ", which does not divide them");
@@ -120,6 +125,9 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
     check(p.seq_q >= 0 && p.seq_kv >= 0, "max_seqlen_q = ", p.seq_q, " and max_seqlen_k = ", p.seq_kv, " must not be negative");
     p.cu_q = read_cu_seqlens(cu_q, o.cu_q, "cu_seqlens_q", p.batch, q.shape[0], p.seq_q);
     p.cu_k = read_cu_seqlens(cu_k, o.cu_k, "cu_seqlens_k", p.batch, k.shape[0], p.seq_kv);
+    if (!o.rel_table.defined()) {  // whose table of buckets has max_seqlen's size
+      p.seq_q = longest_of(p.cu_q, p.batch), p.seq_kv = longest_of(p.cu_k, p.batch);
+    }
     check(!o.bias.defined() && !o.mask.defined() && !o.kv_lens.defined(), "bias, mask and kv_lens have no meaning in a packed batch");
   } else {
     p.batch = q.shape[0], p.seq_q = q.shape[1], p.seq_kv = k.shape[1];
@@ -239,7 +247,7 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
   const AttentionCall call(q, k, v, out, lse, options);
   const AttentionParams& p = call.params;
   const bool varlen = options.cu_q.defined();
-  const DType acc = accumulator(q.dtype);
+  const DType acc = accumulator_of(q.dtype);
   AttentionGrads g;
   check_like(dout, "dout", out, p.head_dim_v, q.dtype);
   g.dout = rows_of(dout, varlen);
