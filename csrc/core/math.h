@@ -16,4 +16,7 @@ constexpr T round_up(T a, T b) {
   return ceil_div(a, b) * b;
 }
 
+// What a thread count may be before workspaces are sized by it.
+constexpr int usable_threads(int threads) { return threads < 1 ? 1 : threads > 1024 ? 1024 : threads; }
+
 }  // namespace foveate

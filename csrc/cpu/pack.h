@@ -59,7 +59,7 @@ FOVEATE_INLINE void convert_row(const RowSource& s, int64_t j, int64_t depth, ty
   visit_storage(s.dtype, [&]<class T>(std::type_identity<T>) {
     const T* in = reinterpret_cast<const T*>(row);
     if constexpr (std::is_same_v<T, Element>) {
-      std::memcpy(out, in, depth * sizeof(T));
+      if (depth > 0) std::memcpy(out, in, depth * sizeof(T));  // an empty tensor has no address
     } else {
       int64_t d = 0;
       for (; d + w <= depth; d += w) store(out + d, load<Acc>(in + d) * factor);

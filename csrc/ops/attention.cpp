@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -233,7 +234,7 @@ void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out,
   if (out.numel() == 0 && (!lse.defined() || lse.numel() == 0)) return;
   // Starting the threads costs microseconds: less than that of work stays on this one.
   const int64_t products = p.batch * p.heads_q * p.seq_q * p.seq_kv * (p.head_dim + p.head_dim_v);
-  if (threads < 1 || products < (int64_t{1} << 17)) threads = 1;
+  threads = products < (int64_t{1} << 17) ? 1 : usable_threads(threads);
   if (suits_decode(p, lse))
     decode_forward(p, threads);
   else
@@ -277,7 +278,14 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
     check(p.sinks != nullptr, "dsinks without sinks"), check_vector(dsinks, "dsinks", p.heads_q, acc), g.dsinks = dsinks.data;
   for (const auto& t : {dout, dlse, dq, dk, dv, dbias, drel_table, dsinks})
     check(!t.defined() || t.device == DeviceType::kCPU, "this kernel runs on the CPU, but a gradient is on a CUDA device");
-  cpu::kernels().attention_backward(p, g, threads < 1 ? 1 : threads);
+  if (p.batch == 0 || p.heads_kv == 0) {  // q, k and v are empty; what is broadcast over them has gradient 0
+    const size_t size = size_of(acc);
+    if (g.dbias) std::memset(g.dbias, 0, g.dbias_numel * size);
+    if (g.drel_table) std::memset(g.drel_table, 0, drel_table.numel() * size);
+    if (g.dsinks) std::memset(g.dsinks, 0, dsinks.numel() * size);
+    return;
+  }
+  cpu::kernels().attention_backward(p, g, usable_threads(threads));
 }
 
 }  // namespace foveate

@@ -151,11 +151,17 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
     p.sinks = o.sinks.as<const float>();
   }
 
+  threads = usable_threads(threads);
+  constexpr int64_t kMost = int64_t{1} << 31;
+  check(o.num_splits <= kMost && o.keys_per_split <= kMost, o.num_splits, " splits of ", o.keys_per_split,
+        " keys are not a division of the work");
   check(o.num_splits >= 1 && o.keys_per_split >= 0 && o.rows_per_task >= 1 && o.heads_per_task >= 1,
         "the division of the work is not positive");
   check(o.keys_per_split == 0 || o.num_splits * o.keys_per_split >= capacity, o.num_splits, " splits of ", o.keys_per_split,
         " keys do not cover the cache's ", capacity);
-  p.num_splits = o.num_splits, p.keys_per_split = o.keys_per_split, p.rows_per_task = o.rows_per_task, p.heads_per_task = o.heads_per_task;
+  p.num_splits = o.num_splits, p.keys_per_split = o.keys_per_split,
+  p.rows_per_task = std::min(o.rows_per_task, std::max<int64_t>(1, p.seq_q * (p.heads_q / p.heads_kv)));
+  p.heads_per_task = std::min(o.heads_per_task, p.heads_kv);
   if (p.num_splits > 1) {
     check_shape(partial_out, "partial_out", {p.num_splits, p.batch, p.heads_q, p.seq_q, p.head_dim_v}),
         check_contiguous(partial_out, "partial_out");
