@@ -1,4 +1,5 @@
-// Element types as they lie in memory. The conversions to float live with the vector code (cpu/vec.h), per instruction set.
+// Element types as they lie in memory. Forced inline: kernels of every instruction set use these, and must not share a compiled copy.
+// The conversions to float live with the vector code (cpu/vec.h), per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,7 @@ struct f8e4m3 {
   uint8_t bits;
 };
 
-constexpr const char* name(DType t) {
+[[gnu::always_inline]] constexpr const char* name(DType t) {
   switch (t) {
     case DType::kFloat32: return "float32";
     case DType::kFloat64: return "float64";
@@ -33,9 +34,9 @@ constexpr const char* name(DType t) {
 }
 
 // What kernels add up in, and what statistics of a row are stored as.
-constexpr DType accumulator_of(DType t) { return t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+[[gnu::always_inline]] constexpr DType accumulator_of(DType t) { return t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
-constexpr int64_t size_of(DType t) {
+[[gnu::always_inline]] constexpr int64_t size_of(DType t) {
   switch (t) {
     case DType::kFloat32:
     case DType::kInt32: return 4;

@@ -8,15 +8,15 @@ constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
 template <class T>
-constexpr T ceil_div(T a, T b) {
+[[gnu::always_inline]] constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 template <class T>
-constexpr T round_up(T a, T b) {
+[[gnu::always_inline]] constexpr T round_up(T a, T b) {
   return ceil_div(a, b) * b;
 }
 
 // What a thread count may be before workspaces are sized by it.
-constexpr int usable_threads(int threads) { return threads < 1 ? 1 : threads > 1024 ? 1024 : threads; }
+[[gnu::always_inline]] constexpr int usable_threads(int threads) { return threads < 1 ? 1 : threads > 1024 ? 1024 : threads; }
 
 }  // namespace foveate
