@@ -1,5 +1,4 @@
 // Run-time values to compile-time constants, by templated lambdas:
-//   visit_int<64, 128>("head_dim", d, [&](auto D) { run<D>(); });
 //   visit_float(dtype, [&]<class T>(std::type_identity<T>) { run<T>(); });
 #pragma once
 
@@ -9,11 +8,6 @@
 #include "core/dtype.h"
 
 namespace foveate {
-
-template <int... Values, class F>
-[[gnu::always_inline]] inline bool visit_int(int value, F&& f) {
-  return ((value == Values && (f(std::integral_constant<int, Values>{}), true)) || ...);
-}
 
 template <class F>
 [[gnu::always_inline]] inline void visit_bool(bool value, F&& f) {

@@ -231,10 +231,6 @@ FOVEATE_INLINE V vmax(V a, V b) {  // b where either is NaN
   return a > b ? a : b;
 }
 template <class V>
-FOVEATE_INLINE V vmin(V a, V b) {
-  return a < b ? a : b;
-}
-template <class V>
 FOVEATE_INLINE auto hsum(V v) {
   constexpr int n = sizeof(V) / sizeof(v[0]);
   using A = std::remove_cvref_t<decltype(v[0])>;
