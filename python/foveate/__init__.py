@@ -6,6 +6,7 @@ from foveate._explain import explain
 from foveate._relative_bias import RelativeBias
 from foveate.attention import attention, merge_attention
 from foveate.attention_varlen import attention_varlen
+from foveate.cache_view import CacheView
 from foveate.kv_cache import attention_with_kv_cache
 from foveate.loss import cross_entropy, linear_cross_entropy
 from foveate.norm import rms_norm
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CacheFull",
+    "CacheView",
     "PagedKVCache",
     "RelativeBias",
     "UnsupportedError",
