@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.offset:
             weight = (weight if weight.dtype is torch.float64 else weight.float()) + self.offset
         return rms_norm(x, weight, self.eps)

@@ -133,7 +133,7 @@ class GPT2(nn.Module):
         cache.lens. ValueError for more tokens than max_positions.
         """
         S = tokens.shape[-1]
-        if S > self.config.max_positions:
+        if self.config.max_positions < S:
             raise ValueError(f"{S} tokens do not fit the model's {self.config.max_positions} positions")
         positions = torch.arange(S, device=tokens.device) if cache is None else cache.positions()
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
