@@ -169,7 +169,7 @@ def test_wrong_configs_are_named(folder: Path) -> None:
     with pytest.raises(ValueError, match="the activation 'mish' is not one of silu"):
         load_model(folder)
     edit_config(folder, hidden_act="silu", model_type="llama")
-    with pytest.raises(ValueError, match="head='question-answering' is for BERT; llama is a causal language model"):
+    with pytest.raises(ValueError, match="head='question-answering' is for BERT; llama has one head only"):
         load_model(folder, head="question-answering")
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not valid JSON"):

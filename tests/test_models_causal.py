@@ -141,3 +141,12 @@ def test_tied_weights_are_one_parameter(tmp_path: Path) -> None:
     ours = load_model(tmp_path)
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     assert len(list(ours.parameters())) == len({id(p) for p in ours.parameters()})
+
+
+def test_gpt2_drops_out_only_in_training(tmp_path: Path) -> None:
+    theirs("gpt2").save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    tokens = torch.randint(VOCAB, (2, S))
+    assert torch.equal(ours(tokens), ours(tokens))
+    ours.train()
+    assert not torch.equal(ours(tokens), ours(tokens))
