@@ -19,7 +19,9 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that this token completes; it may be empty."""
-        return "" if token in self._skipped else self._utf8.decode(self._id_to_bytes(token))
+        if token in self._skipped:
+            return ""
+        return self._utf8.decode(self._id_to_bytes(token))
 
     def flush(self) -> str:
         """What waits for more bytes, at the end."""

@@ -77,7 +77,9 @@ class SamplingParams:
         if not 0 < self.repetition_penalty < _INFINITY:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 changes nothing")
         if self.best_of is not None and self.best_of < self.n:
-            raise ValueError(f"best_of={self.best_of} must be at least n={self.n}: the n best of best_of samples return")
+            raise ValueError(
+                f"best_of={self.best_of} must be at least n={self.n}: the n best of best_of samples return"
+            )
         if self.best_of not in (None, self.n) and self.temperature == 0:
             raise ValueError(f"best_of={self.best_of} with temperature=0 draws the same sample each time; use n=1")
         if self.min_tokens > self.max_tokens:
@@ -88,7 +90,9 @@ class SamplingParams:
             raise ValueError(f"bad_words={self.bad_words!r} must be a list of strings, none of them empty")
         for token, bias in (self.logit_bias or {}).items():
             if not isinstance(token, int) or not -100 <= bias <= 100:
-                raise ValueError(f"logit_bias has {token!r}: {bias}; it must be a token id with a number from -100 to 100")
+                raise ValueError(
+                    f"logit_bias has {token!r}: {bias}; it must be a token id with a number from -100 to 100"
+                )
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f'early_stopping={self.early_stopping!r} must be True, False or "never"')
         if self.num_beams > 1:
@@ -100,8 +104,13 @@ class SamplingParams:
         if self.n > self.num_beams:
             raise ValueError(f"n={self.n} must be at most num_beams={self.num_beams}: the n best beams return")
         if self.temperature not in (0.0, 1.0):
-            raise ValueError(f"temperature={self.temperature} has no meaning with num_beams={self.num_beams}; leave it at 1")
-        self._refuse(_NOT_WITH_BEAMS, f"num_beams={self.num_beams}: beam search ranks whole sequences by their raw log-probabilities")
+            raise ValueError(
+                f"temperature={self.temperature} has no meaning with num_beams={self.num_beams}; leave it at 1"
+            )
+        self._refuse(
+            _NOT_WITH_BEAMS,
+            f"num_beams={self.num_beams}: beam search ranks whole sequences by their raw log-probabilities",
+        )
 
     def _check_grammar(self) -> None:
         if self.json_schema is not None and self.regex is not None:

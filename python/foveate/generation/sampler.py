@@ -37,9 +37,7 @@ class Row:
         self.seed, self.sample, self.mask = seed, sample, mask
         self.end_ids, self.bad_words = sorted(end_ids), bad_words
         self.greedy = params.temperature == 0
-        self.penalised = bool(
-            params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-        )
+        self.penalised = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
         # Nothing to do but argmax, at any length.
         self.plain = self.greedy and not (
             self.penalised or params.logit_bias or bad_words or params.min_tokens or mask or params.logprobs is not None
@@ -61,15 +59,29 @@ class Row:
 
 class Sampled(NamedTuple):
     tokens: list[int]
-    logprobs: list[list[tuple[int, float, int]] | None]  # per row (token, log-probability, rank): the chosen, then the most probable
+    logprobs: list[
+        list[tuple[int, float, int]] | None
+    ]  # per row (token, log-probability, rank): the chosen, then the most probable
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
     """The next token of each row from logits [len(rows), vocab], which stay as they are. The order: see SamplingParams."""
     if all(row.plain for row in rows):
         return Sampled(logits.argmax(-1).tolist(), [None] * len(rows))
+    # On a CPU one row after the other: its fp32 copies stay in the caches, 2 times as fast as together for 16 rows of 49k.
+    block = 1 if logits.is_cpu else len(rows)
+    tokens: list[int] = []
+    logprobs: list[list[tuple[int, float, int]] | None] = []
+    for at in range(0, len(rows), block):
+        some = _sample_block(logits[at : at + block], rows[at : at + block])
+        tokens += some.tokens
+        logprobs += some.logprobs
+    return Sampled(tokens, logprobs)
+
+
+def _sample_block(logits: Tensor, rows: Sequence[Row]) -> Sampled:
     raw = logits.float()
-    work = raw.clone()
+    work = raw.clone() if raw is logits else raw
     for i, row in enumerate(rows):
         _process(work[i], row)
     tokens = work.argmax(-1).tolist()
@@ -78,8 +90,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
         picked = work if len(drawn) == len(rows) else work[drawn]
         for i, token in zip(drawn, _draw(picked, [rows[i] for i in drawn])):
             tokens[i] = token
-    wanted = [row.params.logprobs for row in rows]
-    return Sampled(tokens, top_logprobs(raw, tokens, wanted))
+    return Sampled(tokens, top_logprobs(logits, tokens, [row.params.logprobs for row in rows]))
 
 
 def _process(logits: Tensor, row: Row) -> None:
@@ -182,6 +193,8 @@ def top_logprobs(
         zip(tokens, chosen[:, 0].tolist(), top.values.tolist(), top.indices.tolist())
     ):
         count = wanted[i]
-        best = [] if count is None else [(t, value, rank) for rank, (t, value) in enumerate(zip(ids[:count], values), 1)]
+        best = (
+            [] if count is None else [(t, value, rank) for rank, (t, value) in enumerate(zip(ids[:count], values), 1)]
+        )
         found.append(None if count is None else [(token, own, ranks[i]), *best])
     return found
