@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.norm import rms_norm
+from foveate.packed_linear import PackedLinear
 
 _gelu_tanh = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -59,6 +60,22 @@ class RMSNorm(nn.Module):
         return rms_norm(x, weight, self.eps)
 
 
+class PackedEmbedding(nn.Module):
+    """An embedding whose quantised table is, or could be, the head's PackedLinear: rows are expanded as they are looked up."""
+
+    like: Tensor
+
+    def __init__(self, packed: PackedLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed = packed
+        # so that model.to(dtype) reaches the rows
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [...] -> [..., hidden]"""
+        return self.packed.rows(tokens).to(self.like.dtype)
+
+
 class Rotary:
     """cos and sin of every position, [max_positions, rot / 2], in fp32 whatever the model's dtype (RoFormer, arXiv 2104.09864).
 
@@ -89,6 +106,8 @@ def _scale(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
         return frequencies
     if kind == "linear":
         return frequencies / scaling["factor"]
+    if kind == "divisors":  # of each frequency, as GGUF files store Llama 3.1's scaling
+        return frequencies / torch.tensor(scaling["divisors"], device="cpu")
     if kind != "llama3":
         raise ValueError(f"rope_scaling of type {kind!r} is not supported; known are default, linear and llama3")
     # Llama 3.1: short waves stay, long ones are stretched by `factor`, those between are blended by their number of turns

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.linear import dequantize
 from foveate.models import gpt2, llama
+from foveate.models.blocks import PackedEmbedding
 from foveate.models.checkpoint import NEED_MODELS, Blocks, Checkpoint, Weights, open_checkpoint
+from foveate.packed_linear import PackedLinear
 
 _CAUSAL: dict[str, type[nn.Module]] = dict.fromkeys(llama.MODEL_TYPES, llama.Llama) | {"gpt2": gpt2.GPT2}
 _QUANTIZATIONS = (None, "none", "q8_0", "q4_0")
@@ -96,10 +99,18 @@ def _fill(
                 f"{stored} in {where} has shape {list(value.shape)}, the config asks for {list(shapes[name])}"
             )
         if isinstance(value, Blocks):
-            raise NotImplementedError
+            module = model.get_submodule(name.removesuffix(".weight"))
+            if quantization is None or (quantization == value.format and isinstance(module, nn.Linear)):
+                _set_blocks(model, name, value, device, dtype)
+                continue
+            value = dequantize(value.blocks, value.format)
         _set_parameter(model, name, value.to(device=device, dtype=dtype))
     for alias, name in model.tied.items():
-        _set_parameter(model, alias, model.get_parameter(name))
+        source = model.get_submodule(name.removesuffix(".weight"))
+        if isinstance(source, PackedEmbedding):
+            model.set_submodule(alias.removesuffix(".weight"), source.packed)
+        else:
+            _set_parameter(model, alias, source.weight)
 
 
 def _match(model: Any, weights: Weights, expected: set[str], where: str) -> dict[str, str]:
@@ -135,13 +146,26 @@ def _fits(pattern: Any, name: str) -> bool:
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
-    value = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
-    setattr(model.get_submodule(parent), leaf, value)
+    module = model.get_submodule(parent)
+    if isinstance(module, PackedLinear):
+        module.bias = value.float()
+    else:
+        setattr(module, leaf, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+
+
+def _set_blocks(model: nn.Module, name: str, value: Blocks, device: torch.device, dtype: torch.dtype) -> None:
+    where = name.removesuffix(".weight")
+    module = model.get_submodule(where)
+    packed = PackedLinear.from_blocks(value.blocks, value.format, value.in_features).to(device)
+    if isinstance(module, nn.Embedding):
+        model.set_submodule(where, PackedEmbedding(packed, dtype))
+        return
+    if isinstance(module.bias, Tensor) and not module.bias.is_meta:  # it came before the weight
+        packed.bias = module.bias.detach().float()
+    model.set_submodule(where, packed)
 
 
 def _quantize(model: nn.Module, form: str) -> None:
-    from foveate.nn import PackedLinear
-
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             if module.in_features % 32:
