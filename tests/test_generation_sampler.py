@@ -73,9 +73,7 @@ OPTIONS = [
 @pytest.mark.parametrize("ties", [False, True])
 def test_a_draw_is_the_inverse_of_the_oracles_distribution(ties):
     """In one batch with all the options: the drawn token is where the oracle's cumulative probability passes the random number."""
-    rows = [
-        row([5, 6, 7, 7, 9, 280][: 2 + i % 5], seed=i, **options) for i, options in enumerate(OPTIONS * 6)
-    ]
+    rows = [row([5, 6, 7, 7, 9, 280][: 2 + i % 5], seed=i, **options) for i, options in enumerate(OPTIONS * 6)]
     logits = torch.randn(len(rows), VOCAB) * 3
     if ties:
         logits = (logits / 2).round() * 2  # as bf16 logits tie
@@ -122,7 +120,9 @@ def test_weights_do_not_depend_on_the_place_in_the_batch():
     x = torch.randn(1, 4999) * 5
     batch = x.repeat(7, 1)
     assert torch.equal(batch.exp(), x.exp().expand(7, -1))
-    assert torch.equal(batch.exp().cumsum(-1, dtype=torch.float64), x.exp().cumsum(-1, dtype=torch.float64).expand(7, -1))
+    assert torch.equal(
+        batch.exp().cumsum(-1, dtype=torch.float64), x.exp().cumsum(-1, dtype=torch.float64).expand(7, -1)
+    )
 
 
 def test_transformers_processors_agree():

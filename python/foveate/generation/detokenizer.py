@@ -21,7 +21,10 @@ class Detokenizer:
         """The text that this token completes; it may be empty."""
         if token in self._skipped:
             return ""
-        return self._utf8.decode(self._id_to_bytes(token))
+        try:
+            return self._utf8.decode(self._id_to_bytes(token))
+        except ValueError:  # a row of the model's embedding beyond the vocabulary: `decode` has nothing for it either
+            return ""
 
     def flush(self) -> str:
         """What waits for more bytes, at the end."""
