@@ -149,7 +149,9 @@ def _match(model: Any, weights: Weights, where: str) -> dict[str, str]:
         name for name, p in parameters.items() if p.is_meta and name not in sources and name not in model.tied
     )
     if missing:
-        raise ValueError(f"{where} lacks {_list(missing)}, which {type(model).__name__} needs by the config")
+        head = isinstance(model, bert.BertWithHead) and not any(name.startswith(model.prefix) for name in missing)
+        cure = "; load_model(..., new_head=True) draws a new head to be fine-tuned" if head else ""
+        raise ValueError(f"{where} lacks {_list(missing)}, which {type(model).__name__} needs by the config{cure}")
     if unexpected:
         raise ValueError(
             f"{where} has {_list(unexpected)}, which {type(model).__name__} does not know by the config: "
