@@ -1,0 +1,195 @@
+"""load_model: builds a checkpoint's model on the meta device and fills it, one tensor after the other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.linear import dequantize
+from foveate.models import gpt2, llama
+from foveate.models.blocks import PackedEmbedding
+from foveate.models.checkpoint import NEED_MODELS, Blocks, Checkpoint, Weights, open_checkpoint
+from foveate.packed_linear import PackedLinear
+
+_CAUSAL: dict[str, type[nn.Module]] = dict.fromkeys(llama.MODEL_TYPES, llama.Llama) | {"gpt2": gpt2.GPT2}
+_QUANTIZATIONS = (None, "none", "q8_0", "q4_0")
+_LARGE = 256 * 2**20  # bytes from which loading takes a second or more
+
+
+def model_class(config: dict[str, Any], head: str | None = None) -> type[nn.Module]:
+    """The class for a config.json's `model_type`; head: see `load_model`."""
+    kind = config.get("model_type")
+    if kind in _CAUSAL:
+        if head is not None:
+            raise ValueError(f"head={head!r} is for BERT; {kind} is a causal language model")
+        return _CAUSAL[kind]
+    known = ", ".join(sorted(_CAUSAL))
+    raise ValueError(f"the architecture {kind!r} (model_type in the config) is not supported; known are {known}")
+
+
+def load_model(
+    checkpoint: Checkpoint | str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    quantization: str | None = None,
+    progress: bool | None = None,
+    head: str | None = None,
+) -> nn.Module:
+    """The model of a checkpoint (or of what `open_checkpoint` takes), filled, in eval mode.
+
+    device: the CPU if None. dtype of the weights: if None the checkpoint's, and float32 for GGUF files.
+    quantization: None keeps what the file has: GGUF blocks stay blocks, in `foveate.nn.PackedLinear`. "q8_0" or "q4_0" quantises
+    every linear layer, a tied head too, but not the embedding. "none" expands everything to dtype.
+    progress: a bar on stderr; None shows it in a terminal for files of 256 MB or more.
+
+    Weights that need no conversion stay views of the memory-mapped file. ValueError for an unknown architecture, missing,
+    unexpected or misshapen weights, truncated files, pickles.
+    """
+    if quantization not in _QUANTIZATIONS:
+        raise ValueError(f"quantization={quantization!r} is not one of None, 'none', 'q8_0' and 'q4_0'")
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    kind: Any = model_class(checkpoint.config, head)
+    config = kind.config_class.from_hf(checkpoint.config)
+    with torch.device("meta"):
+        model = kind(config)
+    weights = checkpoint.weights()
+    dtype = dtype or _dtype_of(checkpoint, weights)
+    device = torch.device(device or "cpu")
+    with _bar(checkpoint.path.name, weights.nbytes, progress) as advance:
+        _fill(model, weights, device, dtype, quantization, advance, str(checkpoint.path))
+    if quantization in ("q8_0", "q4_0"):
+        _quantize(model, quantization)
+    return model.eval()
+
+
+def _dtype_of(checkpoint: Checkpoint, weights: Weights) -> torch.dtype:
+    if weights.linear_layout:  # GGUF: its matrices are blocks, so there is no dtype to keep
+        return torch.float32
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if name is not None:
+        return getattr(torch, name)
+    for stored in weights.names():
+        tensor = weights.get(stored)
+        if tensor.is_floating_point():  # type: ignore[union-attr]
+            return tensor.dtype  # type: ignore[union-attr]
+    return torch.float32
+
+
+def _fill(
+    model: Any, weights: Weights, device: torch.device, dtype: torch.dtype, quantization: str | None,
+    advance: Callable[[int], None], where: str,
+) -> None:  # fmt: skip
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    sources = _match(model, weights, set(shapes), where)
+    for name, stored in sources.items():
+        value = weights.get(stored)
+        advance(value.nbytes)
+        if isinstance(value, Tensor) and not weights.linear_layout and _fits(model.transposed, name):
+            value = value.t().contiguous()
+        if tuple(value.shape) != shapes[name]:
+            raise ValueError(
+                f"{stored} in {where} has shape {list(value.shape)}, the config asks for {list(shapes[name])}"
+            )
+        if isinstance(value, Blocks):
+            module = model.get_submodule(name.removesuffix(".weight"))
+            if quantization is None or (quantization == value.format and isinstance(module, nn.Linear)):
+                _set_blocks(model, name, value, device, dtype)
+                continue
+            value = dequantize(value.blocks, value.format)
+        _set_parameter(model, name, value.to(device=device, dtype=dtype))
+    for alias, name in model.tied.items():
+        source = model.get_submodule(name.removesuffix(".weight"))
+        if isinstance(source, PackedEmbedding):
+            model.set_submodule(alias.removesuffix(".weight"), source.packed)
+        else:
+            _set_parameter(model, alias, source.weight)
+
+
+def _match(model: Any, weights: Weights, expected: set[str], where: str) -> dict[str, str]:
+    """{parameter's name: stored name}. Checkpoints write the names with or without the model's prefix."""
+    sources: dict[str, str] = {}
+    unexpected = []
+    for stored in weights.names():
+        names = (stored, model.prefix + stored, stored.removeprefix(model.prefix))
+        name = next((name for name in names if name in expected), None)
+        if name is None:
+            if not _fits(model.ignored, stored):
+                unexpected.append(stored)
+        elif name not in model.tied:
+            sources[name] = stored
+    missing = sorted(expected - sources.keys() - model.tied.keys())
+    if missing:
+        raise ValueError(f"{where} lacks {_list(missing)}, which {type(model).__name__} needs by the config")
+    if unexpected:
+        raise ValueError(
+            f"{where} has {_list(unexpected)}, which {type(model).__name__} does not know by the config: "
+            "another architecture, or a config that does not belong to these weights"
+        )
+    return sources
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _fits(pattern: Any, name: str) -> bool:
+    return pattern is not None and pattern.fullmatch(name) is not None
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if isinstance(module, PackedLinear):
+        module.bias = value.float()
+    else:
+        setattr(module, leaf, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+
+
+def _set_blocks(model: nn.Module, name: str, value: Blocks, device: torch.device, dtype: torch.dtype) -> None:
+    where = name.removesuffix(".weight")
+    module = model.get_submodule(where)
+    packed = PackedLinear.from_blocks(value.blocks, value.format, value.in_features).to(device)
+    if isinstance(module, nn.Embedding):
+        model.set_submodule(where, PackedEmbedding(packed, dtype))
+        return
+    if isinstance(module.bias, Tensor) and not module.bias.is_meta:  # it came before the weight
+        packed.bias = module.bias.detach().float()
+    model.set_submodule(where, packed)
+
+
+def _quantize(model: nn.Module, form: str) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            if module.in_features % 32:
+                raise ValueError(
+                    f"{name} has {module.in_features} input features, but {form} packs blocks of 32; use quantization='none'"
+                )
+            model.set_submodule(name, PackedLinear.from_linear(module, form))
+
+
+@contextmanager
+def _bar(name: str, nbytes: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
+    """Yields advance(bytes)."""
+    if progress is None:
+        progress = nbytes >= _LARGE and sys.stderr.isatty()
+    if not progress:
+        yield lambda n: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    except ImportError as error:
+        raise ImportError(f"rich {NEED_MODELS}") from error
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"loading {name}", total=nbytes)
+        yield lambda n: bar.advance(task, n)
+        bar.update(task, completed=nbytes)
