@@ -10,6 +10,7 @@ using release_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
 void bind_attention(pybind11::module_& m);
 void bind_loss(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
+void bind_decoder(pybind11::module_& m);
 void bind_kv_cache(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);

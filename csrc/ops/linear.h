@@ -49,15 +49,15 @@ struct Norm {
   float eps = 0;
 };
 
-enum class Activation : uint8_t { kNone, kSilu, kGeluTanh };
+enum class Activation : uint8_t { kNone, kSilu, kGeluTanh, kRelu };
 
 struct LinearParams {
   const void* x = nullptr;  // [rows, in], row stride x_stride
   int64_t rows = 0, x_stride = 0;
-  Norm norm;  // of each row of x, before the product
+  Norm norm = {};  // of each row of x, before the product
   // Up to three weights that share x, of the same `in` and all of blocks or all of one float format.
   int count = 1;
-  PackedWeight weight[3];
+  PackedWeight weight[3] = {};
   void* out[3] = {};  // [rows, out], row strides out_stride
   int64_t out_stride[3] = {};
   Activation activation = Activation::kNone;
@@ -71,13 +71,13 @@ struct NormRowsParams {
   const float* x = nullptr;  // [rows, cols], contiguous
   float* out = nullptr;  // [rows, cols], contiguous
   int64_t rows = 0, cols = 0;
-  Norm norm;
+  Norm norm = {};
   bool accumulate = false;
 };
 
 // Rows `ids` of a weight as floats times `scale`: an embedding.
 struct PackedRowsParams {
-  PackedWeight weight;
+  PackedWeight weight = {};
   const int64_t* ids = nullptr;  // [rows]
   float* out = nullptr;  // [rows, in], contiguous
   int64_t rows = 0;

@@ -181,7 +181,14 @@ class PackedLinear(torch.nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows `ids`, int64 [...], of the weight as fp32 [..., in]: an embedding that is tied to this layer."""
-        return unpack_rows(self.data, self.format, self.in_features, self.out_features, ids)
+        if _C is None or not self.data.is_cpu:
+            return unpack_rows(self.data, self.format, self.in_features, self.out_features, ids)
+        out = torch.empty((*ids.shape, self.in_features))
+        _C.packed_rows(
+            self.data, self.format, self.in_features, self.out_features, ids.reshape(-1).contiguous(), out.view(-1, self.in_features),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
     @property
     def nbytes(self) -> int:

@@ -60,6 +60,7 @@ void prepare_row(const LinearParams& p, int64_t row, float* temp, char* out) {
 FOVEATE_INLINE VecF activate(Activation activation, VecF x) {
   if (activation == Activation::kSilu) return x / (1.0f + expv<float>(-x));
   if (activation == Activation::kGeluTanh) return 0.5f * x * (1.0f + tanhv((x + x * x * x * 0.044715f) * 0.7978845608f));
+  if (activation == Activation::kRelu) return x < 0 ? VecF{} : x;
   return x;
 }
 
