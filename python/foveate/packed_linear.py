@@ -59,7 +59,14 @@ def packed_linear(
 
 
 def _run(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None, native: bool) -> Tensor:
-    return _reference(x, data, format, out_features, bias)
+    if not native:
+        return _reference(x, data, format, out_features, bias)
+    out = _fake(x, data, format, out_features, bias, native)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    _C.packed_linear(rows, data, format, bias, out.view(len(rows), out_features), torch.get_num_threads())
+    return out
 
 
 def _reference(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None) -> Tensor:
@@ -77,7 +84,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """q [..., in / 32, 32], integers in fp32, and dx [..., in / 32], of fp32 x [..., in]: x ~ q * dx. dx is NaN where x is not finite."""
     blocks = x.unflatten(-1, (-1, BLOCK))
     largest = blocks.abs().amax(-1)
-    q = (blocks * torch.where(largest > 0, 127 / largest, 0)[..., None]).round()
+    q = (blocks * torch.where(largest > 2.0**-100, 127 / largest, 0)[..., None]).round()
     return torch.where(q.isfinite(), q, 0), largest / 127 + (blocks * 0).sum(-1)
 
 
@@ -174,7 +181,14 @@ class PackedLinear(torch.nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows `ids`, int64 [...], of the weight as fp32 [..., in]: an embedding that is tied to this layer."""
-        return unpack_rows(self.data, self.format, self.in_features, self.out_features, ids)
+        if _C is None or not self.data.is_cpu:
+            return unpack_rows(self.data, self.format, self.in_features, self.out_features, ids)
+        out = torch.empty((*ids.shape, self.in_features))
+        _C.packed_rows(
+            self.data, self.format, self.in_features, self.out_features, ids.reshape(-1).contiguous(), out.view(-1, self.in_features),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
     @property
     def nbytes(self) -> int:
