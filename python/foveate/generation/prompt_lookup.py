@@ -12,7 +12,10 @@ class PromptLookup:
         self._seen = 0  # tokens[:seen] are in the index, but for runs that end with the last of them
 
     def draft(self, tokens: list[int], k: int) -> list[int]:
-        """Up to k tokens that may follow `tokens`, which has only grown since the last call; [] without a repetition."""
+        """k tokens that may follow `tokens`, which has only grown since the last call; [] without a repetition.
+
+        What followed goes on over its end into the draft itself, as copies in LZ77 do: a a a drafts a a a a.
+        """
         for end in range(self._seen, len(tokens)):  # the run that ends at the last token has no continuation yet
             for size in self._sizes:
                 if end >= size:
@@ -21,5 +24,5 @@ class PromptLookup:
         for size in self._sizes:
             end = self._ends.get(tuple(tokens[-size:])) if len(tokens) > size else None
             if end is not None:
-                return tokens[end : end + k]
+                return [tokens[end + i % (len(tokens) - end)] for i in range(k)]
         return []
