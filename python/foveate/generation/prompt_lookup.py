@@ -22,7 +22,7 @@ class PromptLookup:
                     self._ends[tuple(tokens[end - size : end])] = end
         self._seen = max(self._seen, len(tokens))
         for size in self._sizes:
-            end = self._ends.get(tuple(tokens[-size:])) if len(tokens) > size else None
-            if end is not None:
-                return [tokens[end + i % (len(tokens) - end)] for i in range(k)]
+            last = self._ends.get(tuple(tokens[-size:])) if len(tokens) > size else None
+            if last is not None:
+                return [tokens[last + i % (len(tokens) - last)] for i in range(k)]
         return []
