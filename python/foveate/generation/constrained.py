@@ -40,7 +40,7 @@ class GrammarCompiler:
         else:
             schema = params.json_schema if isinstance(params.json_schema, str) else json.dumps(params.json_schema)
             # Spaces as json.dumps writes them: free ones let a weak model add them for ever.
-            style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            style: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
             kind, grammar = "json_schema", matcher.grammar_from_json_schema(schema, overrides=style)
         if self._last is not None and self._last[0] == grammar:
             return self._last[1]

@@ -18,7 +18,7 @@ from foveate.generation.request import Request, Sample
 from foveate.generation.sampler import sample as sample_tokens
 from foveate.generation.sampler import top_logprobs
 from foveate.generation.scheduler import Group, Scheduler
-from foveate.paged_kv_cache import PagedKVCache
+from foveate.paged_kv_cache import CacheFull, PagedKVCache
 
 
 @dataclass
@@ -105,7 +105,11 @@ class Engine:
         """Takes a request in; ValueError, in a sentence, for one that cannot run. stream: an output after each of its tokens."""
         if request_id in self._requests:
             raise ValueError(f"a request {request_id!r} is running already; choose another id")
-        max_length = self._check(tokens, params)
+        if params.num_beams > 1:
+            raise ValueError(
+                f"num_beams={params.num_beams}: beam search does not run in a batch with others; use LLM.generate"
+            )
+        max_length = self.check(tokens, params)
         request = Request(
             request_id, prompt, tokens, params, arrival=self._arrivals, max_length=max_length, eos_ids=self.eos_ids,
             tokenizer=self.tokenizer, grammar=self._grammars.compile(params), stream=stream,
@@ -115,8 +119,8 @@ class Engine:
         for sample in request.samples:
             self.scheduler.add(sample)
 
-    def _check(self, tokens: Sequence[int], params: SamplingParams) -> int:
-        """The number of tokens at which the request ends at the latest."""
+    def check(self, tokens: Sequence[int], params: SamplingParams) -> int:
+        """The number of tokens, those of the prompt included, at which the request ends at the latest; ValueError if it cannot run."""
         vocab = self.model.config.vocab_size
         if len(tokens) == 0:
             raise ValueError("the prompt is empty; it needs at least one token, e.g. the beginning-of-text token")
@@ -133,10 +137,6 @@ class Engine:
             raise ValueError(
                 f"logit_bias or stop_token_ids has the token id {beyond[0]}; this model's ids go from 0 to {vocab - 1}"
             )
-        if params.num_beams > 1:
-            raise ValueError(
-                f"num_beams={params.num_beams}: beam search does not run in a batch with others; use LLM.generate"
-            )
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise ValueError(
                 "stop strings and bad_words need a tokenizer, and this engine has none; use stop_token_ids"
@@ -150,6 +150,15 @@ class Engine:
                 f"larger with num_pages={needed} (LLM) or more"
             )
         return max_length
+
+    def append(self, seqs: Sequence[int], new: int) -> None:
+        """Room in the cache for sequences of the caller's own; pages that only the prefix cache holds give way. CacheFull otherwise."""
+        try:
+            self.cache.append(seqs, new)
+        except CacheFull as full:
+            if self.scheduler.prefix is None or self.scheduler.prefix.evict(full.missing) < full.missing:
+                raise
+            self.cache.append(seqs, new)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request; what it has so far, with finish_reason "abort". None if it is not running."""
@@ -198,7 +207,7 @@ class Engine:
             rows.append(hidden.flatten(0, 1))
             ready += [_Ready(s, first + i * new, draft) for i, (s, draft) in enumerate(zip(samples, drafts))]
             return
-        complete = []
+        complete: list[int] = []
         for i, sample in enumerate(samples):
             if sample.request.params.prompt_logprobs is not None and sample.cached < sample.prompt_length - 1:
                 self._score_prompt(sample, hidden[i])

@@ -26,8 +26,8 @@ class SamplingParams:
     (which the text then leaves out, unless include_stop_str_in_output), max_tokens, or the model's context.
     min_tokens: before that many, none of the former ends it.
 
-    logprobs: for each token its log-probability (log_softmax of the raw logits) and those of the `logprobs` most probable tokens; 0: only its
-    own. prompt_logprobs: the same for the prompt's tokens. skip_special_tokens: leaves special tokens out of the text.
+    logprobs: for each token its log-probability (log_softmax of the raw logits) and those of the `logprobs` most probable ones; 0: only
+    its own. prompt_logprobs: the same for the prompt's tokens. skip_special_tokens: leaves special tokens out of the text.
 
     num_beams > 1: beam search (foveate.generation.beam) that returns the n best, with length_penalty and early_stopping.
     json_schema (dict, or JSON text) or regex: the output matches it, if it does not end by length.
@@ -63,7 +63,7 @@ class SamplingParams:
     prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n", "best_of", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "num_beams", "prompt_lookup"):  # fmt: skip
+        for name in _INTEGERS:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}")
@@ -149,6 +149,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0, 1e6), ("top_k", -1, _INFINITY), ("min_p", 0, 1), ("max_tokens", 1, _INFINITY), ("min_tokens", 0, _INFINITY),
     ("logprobs", 0, _INFINITY), ("prompt_logprobs", 0, _INFINITY), ("num_beams", 1, _INFINITY),
     ("length_penalty", -100, 100), ("prompt_lookup", 0, 64), ("seed", 0, 2**64 - 1),
+)  # fmt: skip
+_INTEGERS = (
+    "n", "best_of", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "num_beams", "prompt_lookup",
 )  # fmt: skip
 _NOT_WITH_BEAMS = (
     "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_p", "top_k", "min_p", "seed", "stop", "bad_words",

@@ -12,14 +12,17 @@ class PromptLookup:
         self._seen = 0  # tokens[:seen] are in the index, but for runs that end with the last of them
 
     def draft(self, tokens: list[int], k: int) -> list[int]:
-        """Up to k tokens that may follow `tokens`, which has only grown since the last call; [] without a repetition."""
+        """k tokens that may follow `tokens`, which has only grown since the last call; [] without a repetition.
+
+        What followed goes on over its end into the draft itself, as copies in LZ77 do: a a a drafts a a a a.
+        """
         for end in range(self._seen, len(tokens)):  # the run that ends at the last token has no continuation yet
             for size in self._sizes:
                 if end >= size:
                     self._ends[tuple(tokens[end - size : end])] = end
         self._seen = max(self._seen, len(tokens))
         for size in self._sizes:
-            end = self._ends.get(tuple(tokens[-size:])) if len(tokens) > size else None
-            if end is not None:
-                return tokens[end : end + k]
+            last = self._ends.get(tuple(tokens[-size:])) if len(tokens) > size else None
+            if last is not None:
+                return [tokens[last + i % (len(tokens) - last)] for i in range(k)]
         return []

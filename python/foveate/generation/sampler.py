@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ class Row:
         *,
         seed: int = 0,
         sample: int = 0,
-        end_ids: Sequence[int] = (),
+        end_ids: Collection[int] = (),
         bad_words: Sequence[Sequence[int]] = (),
         mask: Any = None,
     ) -> None:
