@@ -23,7 +23,9 @@ __version__ = "0.1.0"
 # The model layer is imported when it is first used: it needs more libraries than the kernels do.
 _LAZY = {
     "LLM": "foveate.llm",
+    "QuestionAnswerer": "foveate.question_answering",
     "SamplingParams": "foveate.generation",
+    "Text2Text": "foveate.text2text",
 }
 
 
@@ -38,8 +40,10 @@ __all__ = [
     "CacheFull",
     "CacheView",
     "PagedKVCache",
+    "QuestionAnswerer",
     "RelativeBias",
     "SamplingParams",
+    "Text2Text",
     "UnsupportedError",
     "apply_rotary",
     "attention",

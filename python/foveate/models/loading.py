@@ -104,14 +104,17 @@ def _fill(
     model: Any, weights: Weights, device: torch.device, dtype: torch.dtype, quantization: str | None,
     advance: Callable[[int], None], where: str,
 ) -> None:  # fmt: skip
-    for name, stored in _match(model, weights, where).items():
+    sources = _match(model, weights, where)
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in sources}
+    for name, stored in sources.items():
         value = weights.get(stored)
         advance(value.nbytes)
         if isinstance(value, Tensor) and not weights.linear_layout and _fits(model.transposed, name):
             value = value.t().contiguous()
-        shape = tuple(model.get_parameter(name).shape)
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{stored} in {where} has shape {list(value.shape)}, the config asks for {list(shape)}")
+        if tuple(value.shape) != shapes[name]:
+            raise ValueError(
+                f"{stored} in {where} has shape {list(value.shape)}, the config asks for {list(shapes[name])}"
+            )
         if isinstance(value, Blocks):
             module = model.get_submodule(name.removesuffix(".weight"))
             if quantization is None or (quantization == value.format and isinstance(module, nn.Linear)):
