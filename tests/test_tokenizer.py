@@ -37,9 +37,9 @@ def byte_level(**options: Any) -> Tokenizer:
 
 def slow_encode(text: str, checkpoint: Any) -> list[int]:
     """Byte-level BPE as one writes it down: cut at special tokens, at digits, by GPT-2's pattern, then merge by rank."""
-    fields = checkpoint.reader.fields
-    vocab = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"].contents())}
-    ranks = {tuple(m.split(" ")): i for i, m in enumerate(fields["tokenizer.ggml.merges"].contents())}
+    fields = checkpoint.file.fields
+    vocab = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    ranks = {tuple(m.split(" ")): i for i, m in enumerate(fields["tokenizer.ggml.merges"])}
     pattern = regex.compile(r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     characters = transformers.convert_slow_tokenizer.bytes_to_unicode()
     ids = []

@@ -17,16 +17,15 @@ _LLAMA3 = _WORDS.format(digits="{1,3}")
 _QWEN2 = _WORDS.format(digits="")
 
 
-def read_tokenizer(reader: Any) -> Any:
-    """A tokenizers.Tokenizer of a gguf.GGUFReader. ValueError for other kinds of tokenizer and unknown pre-tokenizers."""
+def read_tokenizer(fields: dict[str, Any]) -> Any:
+    """A tokenizers.Tokenizer of a GGUF file's metadata. ValueError for other kinds of tokenizer and unknown pre-tokenizers."""
     try:
         from tokenizers import Tokenizer, decoders, models, normalizers, processors
     except ImportError as error:
         raise ImportError(f"tokenizers {NEED_MODELS}") from error
 
     def value(name: str, default: Any = None) -> Any:
-        field = reader.fields.get(f"tokenizer.ggml.{name}")
-        return default if field is None else field.contents()
+        return fields.get(f"tokenizer.ggml.{name}", default)
 
     kind = value("model")
     if kind != "gpt2":
