@@ -14,6 +14,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers
 
+from compare import assert_as_good_as_torch
 from foveate.models import bert, load_model, open_checkpoint
 from model_cases import MULTILINGUAL, assert_logits_close, needs_minilm, one_thread, randomize  # noqa: F401
 
@@ -86,6 +87,17 @@ def test_forward_and_gradients_are_those_of_transformers(head: str, tmp_path: Pa
         assert (p.grad - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-6, name
         compared += 1
     assert compared >= 2 * 16 + 5
+
+
+def test_bf16_is_as_good_as_transformers_bf16(tmp_path: Path) -> None:
+    model = theirs("encoder").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tokens, mask = torch.randint(1, VOCAB, (B, S)), masks()["right"]
+    with torch.no_grad():
+        exact = load_model(tmp_path, dtype=torch.float64)(tokens, attention_mask=mask)[mask]
+        ours = load_model(tmp_path)(tokens, kv_lens=LENGTHS)[mask]
+        assert ours.dtype is torch.bfloat16
+        assert_as_good_as_torch(ours, exact, model(tokens, mask.long()).last_hidden_state[mask])
 
 
 @pytest.mark.parametrize("padding", ["right", "left", "holes", "lengths"])
