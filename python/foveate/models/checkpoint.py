@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 from collections.abc import Iterable
@@ -165,6 +164,7 @@ class SafetensorsWeights:
     linear_layout = False
 
     def __init__(self, folder: Path) -> None:
+        self._opened: dict[Path, Any] = {}
         self._file: dict[str, Path] = {}  # of each name
         single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
         if single.exists():
@@ -182,16 +182,18 @@ class SafetensorsWeights:
             raise ValueError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
         self.nbytes = sum(shard.stat().st_size for shard in set(self._file.values()))
 
-    @functools.cache  # noqa: B019  # lives as long as one loading
     def _open(self, file: Path) -> Any:
+        if file in self._opened:
+            return self._opened[file]
         try:
             from safetensors import SafetensorError, safe_open
         except ImportError as error:
             raise ImportError(f"safetensors {NEED_MODELS}") from error
         try:
-            return safe_open(file, framework="pt")
+            self._opened[file] = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
+        return self._opened[file]
 
     def _check_names(self, shard: Path) -> None:
         stored = set(self._open(shard).keys())

@@ -71,6 +71,12 @@ def load_model(
         raise ValueError(f"quantization={quantization!r} is not one of None, 'none', 'q8_0' and 'q4_0'")
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
+    foreign = checkpoint.config.get("quantization_config")
+    if foreign:
+        raise ValueError(
+            f"{checkpoint.path} is quantised by {foreign.get('quant_method', 'a method')!r}, which cannot be read; take the model's "
+            "unquantised weights, with quantization='q8_0' or 'q4_0' here, or a GGUF file"
+        )
     kind: Any = model_class(checkpoint.config, head)
     config = kind.config_class.from_hf(checkpoint.config)
     with torch.device("meta"):
