@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 
 import torch
 
@@ -96,3 +98,21 @@ def check_pages(of: Engine) -> None:
     assert len(of.cache) == 0
     held = 0 if of.scheduler.prefix is None else len(of.scheduler.prefix)
     assert of.cache.free_pages + held == of.cache.num_pages
+
+
+def folder(path: Path, **generation_config) -> Path:
+    """The toy model and tokenizer as a Hugging Face folder."""
+    from safetensors.torch import save_file
+
+    made, config = model(), model().config
+    save_file({name: value.contiguous() for name, value in made.state_dict().items()}, path / "model.safetensors")
+    tokenizer().backend.save(str(path / "tokenizer.json"))
+    (path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers, "rms_norm_eps": config.norm_eps,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "dtype": "float32",
+        "max_position_embeddings": config.max_positions, "eos_token_id": EOS, "tie_word_embeddings": False,
+    }))  # fmt: skip
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS, **generation_config}))
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": tokenizer().chat_template}))
+    return path

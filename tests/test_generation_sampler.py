@@ -10,7 +10,7 @@ import torch
 from foveate import _reference
 from foveate.generation.params import SamplingParams
 from foveate.generation.random_numbers import philox4x32, uniform
-from foveate.generation.sampler import Row, sample
+from foveate.generation.sampler import Row, _sample_block, sample
 
 VOCAB = 300
 
@@ -113,6 +113,7 @@ def test_a_row_draws_the_same_token_in_any_batch():
     logits = torch.randn(len(rows), 3000)
     together = sample(logits, rows).tokens
     assert together == [sample(logits[i : i + 1], [r]).tokens[0] for i, r in enumerate(rows)]
+    assert together == _sample_block(logits, rows).tokens, "all rows at once, as on a GPU"
     assert together[::-1] == sample(logits.flip(0), rows[::-1]).tokens
 
 
@@ -172,7 +173,7 @@ def test_random_numbers_are_philoxs_and_uniform():
         expected = _reference.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
         assert list(philox4x32(counter, key)) == expected.tolist()
     draws = torch.tensor([uniform(2**40 + 5, i % 3, i) for i in range(20000)])
-    assert 0 <= float(draws.min()) and float(draws.max()) < 1
+    assert float(draws.min()) >= 0 and float(draws.max()) < 1
     assert abs(float(draws.mean()) - 0.5) < 4 * math.sqrt(1 / 12 / 20000)
     assert torch.histc(draws, 10, 0, 1).sub(2000).abs().max() < 5 * math.sqrt(1800)
 

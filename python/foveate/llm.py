@@ -66,7 +66,9 @@ class LLM:
         checkpoint = open_checkpoint(path)
         self.device = torch.device(device or "cpu")
         memory.check_model_fits(checkpoint, self.device, dtype, quantization)
-        module: Any = load_model(checkpoint, device=self.device, dtype=dtype, quantization=quantization, progress=progress)
+        module: Any = load_model(
+            checkpoint, device=self.device, dtype=dtype, quantization=quantization, progress=progress
+        )
         module.requires_grad_(False)
         self.tokenizer = checkpoint.tokenizer()
         self.generation_config = checkpoint.generation_config
