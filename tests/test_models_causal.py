@@ -16,6 +16,7 @@ with warnings.catch_warnings():
 import foveate
 from compare import assert_as_good_as_torch
 from foveate.models import load_model
+from model_cases import assert_logits_close, new_cache, one_thread, randomize  # noqa: F401
 
 VOCAB, S = 97, 21
 SIZES: dict[str, Any] = {
@@ -48,13 +49,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def randomize(model: torch.nn.Module, std: float = 0.3) -> None:
-    """Weights larger than the usual initialisation, so that attention is far from uniform and every bias and norm matters."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, std)
-
-
 def theirs(name: str) -> Any:
     kind, changes = CASES[name]
     sizes = SIZES
@@ -72,11 +66,6 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
     model = theirs(request.param)
     model.save_pretrained(tmp_path)
     return model, load_model(tmp_path)
-
-
-def assert_logits_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
-    assert ours.shape == expected.shape
-    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_logits_are_those_of_transformers(pair: tuple[Any, Any]) -> None:
@@ -100,12 +89,6 @@ def test_gradients_are_those_of_transformers(pair: tuple[Any, Any]) -> None:
     for name, p in ours.named_parameters():
         theirs_ = expected[name].T if ours.transposed and ours.transposed.fullmatch(name) else expected[name]
         assert (p.grad - theirs_).abs().max() <= 1e-4 * theirs_.abs().max(), name
-
-
-def new_cache(config: Any, dtype: torch.dtype = torch.float32, pages: int = 40) -> foveate.PagedKVCache:
-    return foveate.PagedKVCache(
-        pages, 4, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, num_layers=config.num_layers, dtype=dtype
-    )
 
 
 def test_prefill_and_decode_equal_one_pass(pair: tuple[Any, Any]) -> None:
@@ -158,3 +141,12 @@ def test_tied_weights_are_one_parameter(tmp_path: Path) -> None:
     ours = load_model(tmp_path)
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     assert len(list(ours.parameters())) == len({id(p) for p in ours.parameters()})
+
+
+def test_gpt2_drops_out_only_in_training(tmp_path: Path) -> None:
+    theirs("gpt2").save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    tokens = torch.randint(VOCAB, (2, S))
+    assert torch.equal(ours(tokens), ours(tokens))
+    ours.train()
+    assert not torch.equal(ours(tokens), ours(tokens))

@@ -52,7 +52,7 @@ _GPT2_OTHER = {
     "output": "lm_head",
 }
 # architecture: (names outside of the layers, prefix of a layer, names in a layer)
-_NAMES = {arch: (_LLAMA_OTHER, "model.layers.", _LLAMA_LAYER) for arch in ("llama", "qwen2", "qwen3")} | {
+_NAMES = dict.fromkeys(("llama", "qwen2", "qwen3"), (_LLAMA_OTHER, "model.layers.", _LLAMA_LAYER)) | {
     "gemma2": (_LLAMA_OTHER, "model.layers.", _GEMMA_LAYER),
     "gpt2": (_GPT2_OTHER, "transformer.h.", _GPT2_LAYER),
 }
@@ -182,11 +182,12 @@ class GgufWeights:
     def __init__(self, checkpoint: GgufCheckpoint) -> None:
         reader, config = checkpoint.reader, checkpoint.config
         self.arch = _value(reader, "general.architecture")
-        self.heads = {"attn_q": config.get("num_attention_heads"), "attn_k": config.get("num_key_value_heads")}
-        self.path = checkpoint.path
-        self.tensors = {
-            huggingface_name(t.name, self.arch): t for t in reader.tensors if t.name != "rope_freqs.weight"
+        self.heads: dict[str, Any] = {
+            "attn_q": config.get("num_attention_heads"),
+            "attn_k": config.get("num_key_value_heads"),
         }
+        self.path = checkpoint.path
+        self.tensors = {huggingface_name(t.name, self.arch): t for t in reader.tensors if t.name != "rope_freqs.weight"}
         self.nbytes = sum(int(t.n_bytes) for t in self.tensors.values())
 
     def names(self) -> Iterable[str]:

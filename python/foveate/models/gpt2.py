@@ -30,6 +30,9 @@ class GPT2Config:
     activation: str = "gelu_new"
     tied: bool = True
     scales: tuple[float, ...] = ()  # of q.k, for each layer
+    embed_dropout: float = 0.0  # these three in training mode
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> GPT2Config:
@@ -54,6 +57,9 @@ class GPT2Config:
             activation=config.get("activation_function", "gelu_new"),
             tied=bool(config.get("tie_word_embeddings", True)),
             scales=tuple(scale / (i + 1) if by_layer else scale for i in range(layers)),
+            embed_dropout=config.get("embd_pdrop", 0.1),
+            dropout=config.get("resid_pdrop", 0.1),
+            attention_dropout=config.get("attn_pdrop", 0.1),
         )
 
 
@@ -68,7 +74,8 @@ class GPT2Attention(nn.Module):
         q, k, v = (split_heads(y, self.config.num_heads) for y in self.c_attn(x).chunk(3, -1))
         scale = self.config.scales[self.layer]
         if cache is None:
-            out = attention(q, k, v, causal=True, scale=scale)
+            dropout_p = self.config.attention_dropout if self.training else 0.0
+            out = attention(q, k, v, causal=True, scale=scale, dropout_p=dropout_p)
         else:
             out = cache.attend(self.layer, q, k, v, causal=True, scale=scale, batch_invariant=True)
         return self.c_proj(out.flatten(2))
@@ -92,10 +99,11 @@ class GPT2Layer(nn.Module):
         self.attn = GPT2Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GPT2MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: CacheView | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.dropout(self.attn(self.ln_1(x), cache))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
 class GPT2Decoder(nn.Module):
@@ -105,6 +113,7 @@ class GPT2Decoder(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_positions, config.hidden_size)
+        self.drop = nn.Dropout(config.embed_dropout)
         self.h = nn.ModuleList(GPT2Layer(config, i) for i in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
@@ -136,7 +145,7 @@ class GPT2(nn.Module):
         if self.config.max_positions < S:
             raise ValueError(f"{S} tokens do not fit the model's {self.config.max_positions} positions")
         positions = torch.arange(S, device=tokens.device) if cache is None else cache.positions()
-        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
+        x = self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe(positions))
         for layer in self.transformer.h:
             x = layer(x, cache)
         return self.transformer.ln_f(x)
