@@ -166,6 +166,16 @@ def test_head_that_differs_from_the_embedding_is_not_tied(tmp_path: Path) -> Non
     assert not ours.config.tied and torch.equal(ours.cls["predictions"]["decoder"].weight, decoder)
 
 
+def test_quantization_packs_every_linear_layer(tmp_path: Path) -> None:
+    theirs("question-answering", intermediate_size=64).save_pretrained(tmp_path)
+    exact, packed = load_model(tmp_path), load_model(tmp_path, quantization="q8_0")
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    tokens = torch.randint(VOCAB, (B, S))
+    with torch.no_grad():
+        expected, got = ours_outputs(exact, tokens), ours_outputs(packed, tokens)
+    assert 0 < (got - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_dropout_only_in_training(tmp_path: Path) -> None:
     theirs("encoder").save_pretrained(tmp_path)
     ours = load_model(tmp_path)
