@@ -235,6 +235,7 @@ def test_special_ids_come_from_the_first_file_that_names_them() -> None:
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (bos, {5}, 6)
     tokenizer = byte_level(config={"eos_token_id": 5}, generation_config={"eos_token_id": [7, 8]})
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, {7, 8})
+    assert tokenizer.special == {"eos_token": tokenizer.backend.id_to_token(7)}
 
 
 def test_chat_template_runs_in_a_sandbox() -> None:

@@ -36,11 +36,12 @@ class Tokenizer:
         self.special = {key: _text(value) for key, value in (tokenizer_config or {}).items() if _is_token(key, value)}
         self._configs = (generation_config or {}, config or {})
         eos = self._special_id("eos")
-        self.eos_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        ends = [eos] if isinstance(eos, int) else list(eos or ())
+        self.eos_ids = set(ends)
         bos, pad = self._special_id("bos"), self._special_id("pad")
         self.bos_id: int | None = bos if isinstance(bos, int) else None
         self.pad_id: int | None = pad if isinstance(pad, int) else None
-        for key, token in (("bos_token", self.bos_id), ("eos_token", min(self.eos_ids, default=None))):
+        for key, token in (("bos_token", self.bos_id), ("eos_token", ends[0] if ends else None)):
             if key not in self.special and token is not None:
                 self.special[key] = backend.id_to_token(token) or ""
 
