@@ -245,6 +245,10 @@ def test_chat_template_runs_in_a_sandbox() -> None:
     messages = [{"role": "user", "content": "<a>"}]
     assert tokenizer.apply_chat_template(messages) == "<s>[user] <a>"
     assert tokenizer.apply_chat_template(messages, tools=[{"é": "<"}]) == '<s>[user] <a>[{"é": "<"}]'
+    marked = byte_level(
+        chat_template="{% for m in messages %}<{% generation %}{{ m.content }}!{% endgeneration %}>{% endfor %}"
+    )
+    assert marked.apply_chat_template(messages * 2) == "<<a>!><<a>!>"
     refusing = byte_level(chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="the chat template refuses these messages: roles must alternate"):
         refusing.apply_chat_template(messages)

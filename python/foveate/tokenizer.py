@@ -152,9 +152,19 @@ def _byte_of_character() -> dict[str, int]:
 def _compile_template(template: str) -> Any:
     try:
         import jinja2
+        from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise ImportError(f"jinja2 {NEED}") from error
+
+    class Generation(Extension):
+        """{% generation %} marks what an assistant said, for training; here it is only the text between."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -163,7 +173,7 @@ def _compile_template(template: str) -> Any:
         return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja2's own escapes HTML
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
