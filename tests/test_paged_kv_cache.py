@@ -233,3 +233,62 @@ def test_bad_input(call, sentence):
     cache = make_cache()
     with pytest.raises(ValueError, match=sentence):
         call(cache, cache.create())
+
+
+def test_a_held_page_outlives_its_sequence_and_starts_another():
+    cache = make_cache(num_pages=4, page_size=4)
+    first = cache.create()
+    cache.append([first], 6)
+    q, k, v = rows(1, 6)
+    cache.attend(1, q, k, v, seqs=[first])
+    full = cache.pages(first)[0]
+    cache.hold(full)
+    assert cache.references(full) == 2
+    cache.free(first)
+    assert cache.references(full) == 1 and cache.free_pages == 3 and cache.num_pages == 4
+    second = cache.create_from_pages([full])
+    assert cache.length(second) == 4
+    cache.append([second], 1)
+    q, k_new, v_new = rows(1, 1)
+    out = cache.attend(1, q, k_new, v_new, seqs=[second])
+    keys, values = torch.cat([k[:, :4], k_new], 1), torch.cat([v[:, :4], v_new], 1)
+    torch.testing.assert_close(out, foveate.attention(q, keys, values, causal=True, backend="reference"))
+    cache.release(full)
+    assert cache.references(full) == 1
+    cache.free(second)
+    assert cache.references(full) == 0 and cache.free_pages == 4
+    check_references(cache)
+
+
+def test_a_page_that_is_not_in_use_cannot_be_held():
+    cache = make_cache(num_pages=4, page_size=4)
+    for action in (cache.hold, cache.release, lambda page: cache.create_from_pages([page])):
+        for page in (2, -1, 4):
+            with pytest.raises(ValueError, match=f"page {page} is not in use"):
+                action(page)
+    assert cache.stats().free_pages == 4 and len(cache) == 0
+
+
+def test_a_full_cache_says_how_many_pages_are_missing():
+    cache = make_cache(num_pages=4, page_size=4)
+    with pytest.raises(foveate.CacheFull) as caught:
+        cache.append([cache.create()], 25)
+    assert caught.value.missing == 3
+
+
+def test_tables_that_grow_step_by_step_are_those_made_at_once():
+    rng, cache = random.Random(0), make_cache(num_pages=60, page_size=3)
+    seqs = [cache.create() for _ in range(3)]
+    views = []
+    for i, seq in enumerate(seqs):
+        cache.append([seq], 1 + 4 * i)
+    for _ in range(12):
+        cache.append(seqs, rng.randint(1, 4))
+        views.append((cache.block_table(seqs), cache.kv_lens(seqs)))
+        copies = [x.clone() for x in views[-1]]
+        cache._tables = None
+        assert torch.equal(views[-1][0], cache.block_table(seqs)) and torch.equal(views[-1][1], cache.kv_lens(seqs))
+        cache._tables = tuple(seqs), *views[-1]
+        views[-1] = (*views[-1], *copies)
+    for table, lens, table_then, lens_then in views:
+        assert torch.equal(table, table_then) and torch.equal(lens, lens_then), "what was given out stays as it was"

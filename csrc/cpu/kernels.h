@@ -4,6 +4,7 @@
 
 #include "ops/attention.h"
 #include "ops/kv_cache.h"
+#include "ops/linear.h"
 #include "ops/loss.h"
 #include "ops/norm.h"
 #include "ops/roofline.h"
@@ -18,6 +19,9 @@ struct Kernels {
   void (*kv_append)(const KvCacheParams&, int threads);
   void (*decode)(const KvCacheParams&, int threads);
   void (*rotate_queries)(const KvCacheParams&, void* out, int threads);
+  void (*linear)(const LinearParams&, int threads);
+  void (*packed_rows)(const PackedRowsParams&, int threads);
+  void (*norm_rows)(const NormRowsParams&, int threads);
   void (*rms_norm_forward)(const RmsNormParams&, int threads);
   void (*rms_norm_backward)(const RmsNormBackwardParams&, int threads);
   void (*softmax_forward)(const SoftmaxParams&, int threads);

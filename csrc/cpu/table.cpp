@@ -7,6 +7,9 @@ void attention_backward(const AttentionParams&, const AttentionGrads&, int threa
 void kv_append(const KvCacheParams&, int threads);
 void decode(const KvCacheParams&, int threads);
 void rotate_queries(const KvCacheParams&, void* out, int threads);
+void linear(const LinearParams&, int threads);
+void packed_rows(const PackedRowsParams&, int threads);
+void norm_rows(const NormRowsParams&, int threads);
 void rms_norm_forward(const RmsNormParams&, int threads);
 void rms_norm_backward(const RmsNormBackwardParams&, int threads);
 void softmax_forward(const SoftmaxParams&, int threads);
@@ -25,6 +28,9 @@ const Kernels table{
     .kv_append = kv_append,
     .decode = decode,
     .rotate_queries = rotate_queries,
+    .linear = linear,
+    .packed_rows = packed_rows,
+    .norm_rows = norm_rows,
     .rms_norm_forward = rms_norm_forward,
     .rms_norm_backward = rms_norm_backward,
     .softmax_forward = softmax_forward,

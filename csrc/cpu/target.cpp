@@ -26,7 +26,7 @@ bool runs_here(const char* name) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (is("avx2")) return avx2;
   if (is("avx512")) return avx512;
-  if (is("avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (is("avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
 #if defined(__aarch64__)
   if (is("neon")) return true;  // every AArch64 CPU has it

@@ -48,8 +48,25 @@ std::vector<int64_t> read_lens(const TensorView& lens, int64_t batch) {
   return values;
 }
 
+// What the blocked kernel needs to attend to a cache that holds the new keys already. lens: keys in all.
+AttentionParams blocked_params(const KvCacheParams& p, const int32_t* lens) {
+  AttentionParams a;
+  a.q = p.q, a.k = p.k.rows, a.v = p.v.rows, a.out = p.out;
+  a.lse = {p.lse, p.heads_q * p.seq_q, 1, p.seq_q};
+  a.alibi = p.alibi, a.alibi_batch = p.alibi_batch, a.alibi_head = p.alibi_head, a.sinks = p.sinks;
+  a.kv_lens = lens, a.block_table = p.block_table, a.block_table_stride = p.block_table_stride, a.page_size = p.page_size;
+  a.batch = p.batch, a.seq_q = p.seq_q, a.heads_q = p.heads_q, a.heads_kv = p.heads_kv, a.head_dim = p.head_dim,
+  a.head_dim_v = p.head_dim_v;
+  for (int64_t b = 0; b < p.batch; ++b) a.seq_kv = std::max<int64_t>(a.seq_kv, lens[b]);
+  a.scale = p.scale, a.softcap = p.softcap, a.causal = p.causal, a.window_left = p.window_left, a.window_right = p.window_right;
+  a.dtype = p.dtype, a.kv_dtype = p.kv_dtype;
+  return a;
+}
+
+}  // namespace
+
 // The values that would make a kernel read or write outside of the cache, the block table or the rotary tables.
-void check_values(const KvCacheParams& p, int64_t capacity, int64_t pages, int64_t max_pos) {
+void check_cache_values(const KvCacheParams& p, int64_t capacity, int64_t pages, int64_t max_pos) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t len = p.kv_lens[b], end = len + p.seq_new;
     check(len >= 0, "kv_lens[", b, "] = ", len, " is negative");
@@ -73,22 +90,18 @@ void check_values(const KvCacheParams& p, int64_t capacity, int64_t pages, int64
   }
 }
 
-// What the blocked kernel needs to attend to a cache that holds the new keys already. lens: keys in all.
-AttentionParams blocked_params(const KvCacheParams& p, const int32_t* lens) {
-  AttentionParams a;
-  a.q = p.q, a.k = p.k.rows, a.v = p.v.rows, a.out = p.out;
-  a.lse = {p.lse, p.heads_q * p.seq_q, 1, p.seq_q};
-  a.alibi = p.alibi, a.alibi_batch = p.alibi_batch, a.alibi_head = p.alibi_head, a.sinks = p.sinks;
-  a.kv_lens = lens, a.block_table = p.block_table, a.block_table_stride = p.block_table_stride, a.page_size = p.page_size;
-  a.batch = p.batch, a.seq_q = p.seq_q, a.heads_q = p.heads_q, a.heads_kv = p.heads_kv, a.head_dim = p.head_dim,
-  a.head_dim_v = p.head_dim_v;
-  for (int64_t b = 0; b < p.batch; ++b) a.seq_kv = std::max<int64_t>(a.seq_kv, lens[b]);
-  a.scale = p.scale, a.softcap = p.softcap, a.causal = p.causal, a.window_left = p.window_left, a.window_right = p.window_right;
-  a.dtype = p.dtype, a.kv_dtype = p.kv_dtype;
-  return a;
+void append_and_attend(KvCacheParams p, bool blocked, void* q_turned, int threads) {
+  if (p.seq_new > 0) cpu::kernels().kv_append(p, threads);
+  if (p.seq_q == 0 || p.heads_q == 0) return;
+  if (!blocked) return cpu::kernels().decode(p, threads);
+  if (p.rotary_cos) {
+    cpu::kernels().rotate_queries(p, q_turned, threads);
+    p.q = {q_turned, p.seq_q * p.heads_q * p.head_dim, p.heads_q * p.head_dim, p.head_dim};
+  }
+  std::vector<int32_t> total(p.batch);
+  for (int64_t b = 0; b < p.batch; ++b) total[b] = static_cast<int32_t>(p.kv_lens[b] + p.seq_new);
+  cpu::kernels().attention_forward(blocked_params(p, total.data()), threads);
 }
-
-}  // namespace
 
 void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens,
                              TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned,
@@ -180,15 +193,8 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
   }
   const std::vector<int64_t> lens = read_lens(kv_lens, p.batch);
   p.kv_lens = lens.data();
-  check_values(p, capacity, k_cache.shape[0], max_pos);
-  if (p.batch == 0) return;
-  if (p.seq_new > 0) cpu::kernels().kv_append(p, threads);
-  if (p.seq_q == 0 || p.heads_q == 0) return;
-  if (!o.blocked) return cpu::kernels().decode(p, threads);
-  if (p.rotary_cos) cpu::kernels().rotate_queries(p, q_turned.data, threads), p.q = rows_of(q_turned, "q_turned");
-  std::vector<int32_t> total(p.batch);
-  for (int64_t b = 0; b < p.batch; ++b) total[b] = static_cast<int32_t>(lens[b] + p.seq_new);
-  cpu::kernels().attention_forward(blocked_params(p, total.data()), threads);
+  check_cache_values(p, capacity, k_cache.shape[0], max_pos);
+  if (p.batch > 0) append_and_attend(p, o.blocked, q_turned.data, threads);
 }
 
 }  // namespace foveate

@@ -57,4 +57,10 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
                              TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned,
                              const KvCacheOptions& options, int threads);
 
+// The two halves of it, for callers that fill KvCacheParams themselves (ops/decoder.cpp). capacity: keys that a sequence may have; pages: the
+// cache's first size; max_pos: positions of the rotary tables. The first throws before anything is written.
+void check_cache_values(const KvCacheParams& p, int64_t capacity, int64_t pages, int64_t max_pos);
+// blocked: by attention_forward; with rotary, the turned queries [B, Sq, Hq, D], contiguous, go to q_turned first.
+void append_and_attend(KvCacheParams p, bool blocked, void* q_turned, int threads);
+
 }  // namespace foveate

@@ -1,5 +1,8 @@
 """Flash-style attention, fused softmax and KV-cache kernels for CPU and GPU, for any torch."""
 
+import importlib
+from typing import Any
+
 from foveate import drop_in, nn
 from foveate._backends import UnsupportedError, backends, info
 from foveate._explain import explain
@@ -17,11 +20,30 @@ from foveate.softmax import log_softmax, softmax
 
 __version__ = "0.1.0"
 
+# The model layer is imported when it is first used: it needs more libraries than the kernels do.
+_LAZY = {
+    "LLM": "foveate.llm",
+    "QuestionAnswerer": "foveate.question_answering",
+    "SamplingParams": "foveate.generation",
+    "Text2Text": "foveate.text2text",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+
+
 __all__ = [
+    "LLM",
     "CacheFull",
     "CacheView",
     "PagedKVCache",
+    "QuestionAnswerer",
     "RelativeBias",
+    "SamplingParams",
+    "Text2Text",
     "UnsupportedError",
     "apply_rotary",
     "attention",

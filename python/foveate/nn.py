@@ -1,4 +1,4 @@
-"""foveate.nn.MultiheadAttention: torch.nn.MultiheadAttention's constructor, state dict and meaning on foveate's kernels."""
+"""foveate.nn.MultiheadAttention: torch.nn.MultiheadAttention's constructor, state dict and meaning on foveate's kernels. PackedLinear."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate._reference_ops import compute_dtype, safe_softmax
+from foveate.packed_linear import PackedLinear
 from foveate.sdpa import sdpa
+
+__all__ = ["MultiheadAttention", "PackedLinear"]
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):

@@ -15,7 +15,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZ
 
 
 class CacheFull(RuntimeError):
-    """There are not enough free pages for the call; the cache is as it was before it."""
+    """There are not enough free pages for the call; the cache is as it was before it. `missing`: how many more it needs."""
+
+    def __init__(self, message: str, missing: int = 0) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 class CacheStats(NamedTuple):
@@ -86,9 +90,44 @@ class PagedKVCache:
 
     def create(self) -> int:
         """A new, empty sequence. It has no pages yet."""
+        return self.create_from_pages(())
+
+    def create_from_pages(self, pages: Sequence[int]) -> int:
+        """A new sequence whose first len(pages) * page_size tokens are those of `pages`, full pages in use, shared as by `fork`."""
+        for page in pages:
+            self._check_in_use(page)
         seq, self._next = self._next, self._next + 1
-        self._pages[seq], self._lengths[seq] = [], 0
+        self._pages[seq], self._lengths[seq] = list(pages), len(pages) * self.page_size
+        for page in pages:
+            self._references[page] += 1
         return seq
+
+    def pages(self, seq: int) -> list[int]:
+        """The pages of the sequence, in the order of its tokens; the last one may be partly filled."""
+        self._check([seq])
+        return list(self._pages[seq])
+
+    def hold(self, page: int) -> None:
+        """Keeps a page that is in use, until `release`, also when all its sequences are freed. Holds count."""
+        self._check_in_use(page)
+        self._references[page] += 1
+
+    def release(self, page: int) -> None:
+        """Gives back one `hold`; the page becomes free if nothing else holds it."""
+        self._check_in_use(page)
+        self._release(page)
+
+    def references(self, page: int) -> int:
+        """How many sequences and holds share the page; 0 if it is free."""
+        return self._references[page]
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._references)
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
 
     def fork(self, seq: int, length: int | None = None) -> int:
         """A new sequence that shares the first `length` tokens of `seq` (all by default), without copying anything.
@@ -132,15 +171,23 @@ class PagedKVCache:
         if needed + len(copies) > len(self._free):
             raise CacheFull(
                 f"appending {n} tokens to {len(seqs)} sequences needs {needed + len(copies)} pages of {self.page_size} tokens, "
-                f"{len(self._free)} of {len(self._references)} are free; free sequences or make the cache larger"
+                f"{len(self._free)} of {len(self._references)} are free; free sequences or make the cache larger",
+                needed + len(copies) - len(self._free),
             )
         for seq in copies:
             self._copy_last_page(seq)
-        for seq in seqs:
+        taken = []  # (row, column, page) of the block table
+        for row, seq in enumerate(seqs):
             self._lengths[seq] += n
-            while len(self._pages[seq]) < self._pages_for(self._lengths[seq]):
-                self._pages[seq].append(self._take())
-        self._tables = None
+            pages = self._pages[seq]
+            while len(pages) < self._pages_for(self._lengths[seq]):
+                taken.append((row, len(pages), self._take()))
+                pages.append(taken[-1][2])
+        tables = self._tables
+        if tables is None or copies or tables[0] != tuple(seqs):
+            self._tables = None
+        else:
+            self._tables = tables[0], self._with_pages(tables[1], taken), tables[2] + n
 
     def truncate(self, seq: int, length: int) -> None:
         """Forgets the tokens from `length` on, as speculative decoding does with rejected ones."""
@@ -253,6 +300,10 @@ class PagedKVCache:
                 raise ValueError(f"sequence {seq} is given twice")
             seen.add(seq)
 
+    def _check_in_use(self, page: int) -> None:
+        if not 0 <= page < len(self._references) or self._references[page] == 0:
+            raise ValueError(f"page {page} is not in use; only a page of a sequence can be held, released or shared")
+
     def _check_writable(self, seqs: Sequence[int], new: int) -> None:
         """Tokens that another sequence shares must not be overwritten."""
         for seq in seqs:
@@ -263,6 +314,16 @@ class PagedKVCache:
                         f"the last {new} tokens of sequence {seq} are shared with another sequence and cannot be written; "
                         f"call append(seqs, {new}) before attend, and fork after it"
                     )
+
+    def _with_pages(self, table: Tensor, taken: list[tuple[int, int, int]]) -> Tensor:
+        """A block table with more pages: cheaper than a new one from lists when the same sequences take one step after the other."""
+        if not taken:
+            return table
+        widest = max(table.shape[1], *(column + 1 for _, column, _ in taken))
+        table = torch.nn.functional.pad(table, (0, widest - table.shape[1]), value=-1)
+        rows, columns, pages = zip(*taken)
+        table[list(rows), list(columns)] = torch.tensor(pages, dtype=torch.int32, device=table.device)
+        return table
 
     def _tables_of(self, seqs: Sequence[int]) -> tuple[Tensor, Tensor]:
         key = tuple(seqs)

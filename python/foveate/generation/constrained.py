@@ -1,0 +1,90 @@
+"""Output that follows a JSON schema or a regular expression, by llguidance: which tokens may come next, as a mask."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.generation.params import SamplingParams
+
+
+class GrammarCompiler:
+    """Grammars for one tokenizer; vocab_size: columns of the model's logits, at least the tokenizer's ids."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._vocabulary: Any = (
+            None  # llguidance's form of the tokenizer: takes a second, so it waits for the first grammar
+        )
+        self._last: tuple[str, Grammar] | None = None
+
+    def compile(self, params: SamplingParams) -> Grammar | None:
+        """None for parameters without a grammar. ValueError for a schema or expression that llguidance refuses, with its reason."""
+        if params.json_schema is None and params.regex is None:
+            return None
+        try:
+            import llguidance
+        except ImportError as error:
+            raise ImportError(
+                'json_schema and regex need llguidance, which is not installed: pip install "foveate[constrained]"'
+            ) from error
+        if self._tokenizer is None:
+            raise ValueError("json_schema and regex need a tokenizer, and this model has none")
+        matcher = llguidance.LLMatcher
+        if params.regex is not None:
+            kind, grammar = "regex", matcher.grammar_from_regex(params.regex)
+        else:
+            schema = params.json_schema if isinstance(params.json_schema, str) else json.dumps(params.json_schema)
+            # Spaces as json.dumps writes them: free ones let a weak model add them for ever.
+            style: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            kind, grammar = "json_schema", matcher.grammar_from_json_schema(schema, overrides=style)
+        if self._last is not None and self._last[0] == grammar:
+            return self._last[1]
+        if self._vocabulary is None:
+            self._vocabulary = llguidance.LLTokenizer(
+                self._tokenizer.backend.to_str(),
+                n_vocab=self._vocab_size,
+                eos_token=sorted(self._tokenizer.eos_ids) or None,
+            )
+        wrong, messages = matcher.validate_grammar_with_warnings(grammar, self._vocabulary)
+        if wrong:
+            raise ValueError(f"{kind} cannot be followed: {messages[0]}")
+        self._last = grammar, Grammar(matcher(self._vocabulary, grammar), self._vocab_size)
+        return self._last[1]
+
+
+class Grammar:
+    """A compiled grammar; each sample follows it with a matcher of its own."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    def matcher(self) -> Matcher:
+        return Matcher(self._matcher.deep_copy(), self._vocab_size)
+
+
+class Matcher:
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+        self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
+
+    def allowed(self) -> Tensor:
+        """bool [vocab], True for the tokens that may come next."""
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._check()
+        bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab_size]
+        return torch.from_numpy(bits).bool()
+
+    def consume(self, token: int) -> bool:
+        """Goes on by a token; True if the output is complete and nothing may follow."""
+        self._matcher.consume_token(token)
+        self._check()
+        return self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RuntimeError(f"the grammar cannot be followed any further: {self._matcher.get_error()}")

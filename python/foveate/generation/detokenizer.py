@@ -1,0 +1,41 @@
+"""Tokens to text, piece by piece, without splitting a character."""
+
+from __future__ import annotations
+
+import codecs
+from typing import Any
+
+
+class Detokenizer:
+    """The text of a growing list of tokens: the pieces together are the decoding of all of them.
+
+    A token may end within a UTF-8 character; its bytes wait until the character is complete. Bytes that are no UTF-8 become U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
+        self._id_to_bytes = tokenizer.id_to_bytes
+        self._skipped = special_ids(tokenizer) if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; it may be empty."""
+        if token in self._skipped:
+            return ""
+        try:
+            return self._utf8.decode(self._id_to_bytes(token))
+        except ValueError:  # a row of the model's embedding beyond the vocabulary: `decode` has nothing for it either
+            return ""
+
+    def flush(self) -> str:
+        """What waits for more bytes, at the end."""
+        return self._utf8.decode(b"", True)
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids which `decode` leaves out."""
+    found = getattr(tokenizer, "_foveate_special_ids", None)
+    if found is None:
+        added = tokenizer.backend.get_added_tokens_decoder()
+        found = frozenset(token for token, entry in added.items() if entry.special)
+        tokenizer._foveate_special_ids = found
+    return found

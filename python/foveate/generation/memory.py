@@ -1,0 +1,82 @@
+"""How much memory a model and its cache need, and how much there is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foveate.models import Checkpoint
+from foveate.models.loading import model_class
+
+_BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}  # for 32 weights
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that can be taken now; None where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        found.append(max(0, int(text) - int(used.read_text())))
+    return min(found, default=None)
+
+
+def model_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization: str | None) -> int:
+    """What the weights take after `load_model` with these options."""
+    kind: Any = model_class(checkpoint.config)
+    with torch.device("meta"):
+        model = kind(kind.config_class.from_hf(checkpoint.config))
+    stored = checkpoint.weights()
+    if quantization is None and (dtype is None or stored.linear_layout):  # GGUF: blocks stay blocks
+        return stored.nbytes
+    size = (dtype or _stored_dtype(checkpoint)).itemsize
+    total = sum(p.numel() for p in model.parameters())  # a tied head counts once
+    if quantization not in _BLOCK_BYTES:
+        return total * size
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    tied = sum(p.numel() for name, p in model.named_parameters() if name in model.tied.values())
+    return linear * _BLOCK_BYTES[quantization] // 32 + (total - linear + tied) * size
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return torch.float32 if name is None or checkpoint.path.is_file() else getattr(torch, name)
+
+
+def check_model_fits(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, quantization: str | None
+) -> None:
+    """ValueError, with what would fit, for a model larger than the memory that is free."""
+    have = available(device)
+    need = model_bytes(checkpoint, dtype, quantization)
+    if have is None or need <= have:
+        return
+    smaller = {q: model_bytes(checkpoint, dtype, q) for q in _BLOCK_BYTES if q != quantization}
+    fits = [f'quantization="{q}" needs {gigabytes(size)}' for q, size in smaller.items() if size < need]
+    cure = " and ".join(fits) if fits else "no quantization makes it smaller; choose a smaller model"
+    raise ValueError(
+        f"{checkpoint.path.name} needs {gigabytes(need)} of memory for its weights, and {gigabytes(have)} are free on {device}: {cure}"
+    )
+
+
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of cache for one token: keys and values of all layers, and a scale for each head of int8 and fp8."""
+    scale = 4 if dtype.itemsize == 1 else 0
+    return 2 * config.num_layers * config.num_kv_heads * (config.head_dim * dtype.itemsize + scale)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

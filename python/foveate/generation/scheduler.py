@@ -1,0 +1,178 @@
+"""Which samples run in the next step, and on which pages."""
+
+from __future__ import annotations
+
+import bisect
+from typing import NamedTuple
+
+from foveate.generation.prefix_cache import Node, PrefixCache
+from foveate.generation.request import Sample
+from foveate.paged_kv_cache import CacheFull, PagedKVCache
+
+
+class Group(NamedTuple):
+    """Samples that run together: `new` tokens each, for which the cache has room."""
+
+    samples: list[Sample]
+    new: int
+    drafts: list[list[int]] | None  # of each sample, at most new - 1 tokens; None when nothing is guessed
+
+
+class Scheduler:
+    """Continuous batching (Yu et al. 2022, Orca): every step all running samples decode, and prompts advance by chunks.
+
+    A sample waits until there is a place (max_batch) and memory for its tokens. When the cache is full, pages that only the prefix
+    cache holds go first, then the sample that arrived last is preempted: it gives its pages back, waits, and is computed again.
+    """
+
+    def __init__(
+        self, cache: PagedKVCache, *, max_batch: int, max_prefill_tokens: int, prefix_caching: bool, max_length: int
+    ) -> None:
+        self.cache = cache
+        self.prefix = PrefixCache(cache) if prefix_caching else None
+        self.max_batch, self.max_prefill_tokens, self.max_length = max_batch, max_prefill_tokens, max_length
+        self.waiting: list[Sample] = []  # both by priority
+        self.running: list[Sample] = []
+        self.preemptions = 0
+
+    def add(self, sample: Sample) -> None:
+        bisect.insort(self.waiting, sample, key=lambda s: s.priority)
+
+    def schedule(self) -> list[Group]:
+        """The groups of the next step; their tokens are appended to the cache."""
+        if self.waiting:
+            self._admit()
+        decoding = [s for s in self.running if s.started and len(s.tokens) - s.cached == 1]
+        prefilling = len(self.running) - len(decoding)
+        groups = self._drafts([s for s in decoding if s.lookup is not None])
+        guessed = groups[0].samples if groups else []
+        if decoding and len(guessed) < len(decoding):
+            groups.append(self._group([s for s in decoding if s not in guessed] if guessed else decoding, 1))
+        if prefilling:
+            groups += self._chunks()
+        # A sample of an earlier group may have given its pages to a later one.
+        return [group for group in map(_without_preempted, groups) if group.samples]
+
+    def _drafts(self, samples: list[Sample]) -> list[Group]:
+        """One group of those samples that have a draft, or none."""
+        found = [(s, draft) for s in samples if (draft := s.draft())]
+        if not found:
+            return []
+        room = min(self.max_length - len(s.tokens) for s, _ in found)
+        width = min(max(len(draft) for _, draft in found), room)
+        if width < 1:
+            return []
+        try:
+            self.cache.append([s.seq for s, _ in found], 1 + width)  # type: ignore[misc]
+        except CacheFull:  # a guess is not worth another sample's pages
+            return []
+        return [Group([s for s, _ in found], 1 + width, [draft[:width] for _, draft in found])]
+
+    def _chunks(self) -> list[Group]:
+        """Prompts, and preempted samples that are computed again, by priority; chunks of equal length run together."""
+        budget = self.max_prefill_tokens
+        by_length: dict[int, list[Sample]] = {}
+        for sample in self.running:
+            left = len(sample.tokens) - sample.cached
+            if (left > 1 or not sample.started) and budget > 0:
+                by_length.setdefault(min(left, budget), []).append(sample)
+                budget -= min(left, budget)
+        return [self._group(samples, new) for new, samples in by_length.items()]
+
+    def _group(self, samples: list[Sample], new: int) -> Group:
+        """Room for `new` tokens of each sample, or of those that are left when others had to give way."""
+        while samples:
+            try:
+                self.cache.append([s.seq for s in samples], new)  # type: ignore[misc]
+                break
+            except CacheFull as full:
+                if self.prefix is not None and self.prefix.evict(full.missing):
+                    continue
+                self._preempt(self.running[-1])
+                samples = [s for s in samples if s.seq is not None]
+        return Group(samples, new, None)
+
+    def _admit(self) -> None:
+        """Starts waiting samples, by priority, while there are places and pages for all of their tokens."""
+        for sample in list(self.waiting):
+            if len(self.running) >= self.max_batch:
+                break
+            leader = sample.request.samples[0]
+            if sample is not leader and not sample.started and not leader.started and leader.finish_reason is None:
+                continue  # it will be forked from the leader
+            nodes = self._match(sample)
+            pages = [node.page for node in nodes]
+            # The pages found stay out of what can be evicted.
+            seq = self.cache.create_from_pages(pages)
+            needed = -(-(len(sample.tokens) + 1) // self.cache.page_size) - len(pages)
+            free = self.cache.free_pages - self._promised()
+            if needed > free and self.prefix is not None:
+                free += self.prefix.evictable()
+            if needed > free and self.running:
+                self.cache.free(seq)
+                break
+            self.waiting.remove(sample)
+            sample.seq, sample.cached = seq, len(pages) * self.cache.page_size
+            sample.registered, sample.node = len(nodes), nodes[-1] if nodes else None
+            if not sample.started:
+                sample.request.metrics.cached_tokens = sample.cached
+            bisect.insort(self.running, sample, key=lambda s: s.priority)
+
+    def _promised(self) -> int:
+        """Pages that running samples still need for the tokens that they have."""
+        size = self.cache.page_size
+        return sum(-(-(len(s.tokens) + 1) // size) - -(-s.cached // size) for s in self.running)
+
+    def _match(self, sample: Sample) -> list[Node]:
+        wants_all = sample.request.params.prompt_logprobs is not None and not sample.started
+        if self.prefix is None or wants_all:
+            return []
+        return self.prefix.match(sample.tokens, len(sample.tokens) - 1)
+
+    def _preempt(self, sample: Sample) -> None:
+        self.release(sample)
+        sample.request.metrics.preemptions += 1
+        self.preemptions += 1
+        self.add(sample)
+
+    def release(self, sample: Sample) -> None:
+        """Takes a sample out and gives its pages back."""
+        if sample.seq is not None:
+            self.running.remove(sample)
+            self.cache.free(sample.seq)
+            sample.seq, sample.cached, sample.registered, sample.node = None, 0, 0, None
+        elif sample in self.waiting:
+            self.waiting.remove(sample)
+
+    def fork(self, leader: Sample) -> list[Sample]:
+        """Starts the other samples of a request whose prompt is in the cache; as many as there are places for."""
+        started = []
+        for sample in leader.request.samples[1:]:
+            if len(self.running) >= self.max_batch or sample not in self.waiting or sample.started:
+                continue
+            self.waiting.remove(sample)
+            assert leader.seq is not None
+            sample.seq, sample.cached = self.cache.fork(leader.seq), leader.cached
+            sample.registered, sample.node = leader.registered, leader.node
+            bisect.insort(self.running, sample, key=lambda s: s.priority)
+            started.append(sample)
+        return started
+
+    def register(self, sample: Sample) -> None:
+        """Full pages become findable."""
+        size = self.cache.page_size
+        if self.prefix is None or sample.cached // size == sample.registered:
+            return
+        assert sample.seq is not None
+        pages = self.cache.pages(sample.seq)
+        for i in range(sample.registered, sample.cached // size):
+            sample.node = self.prefix.insert(sample.node, sample.tokens[i * size : (i + 1) * size], pages[i])
+        sample.registered = sample.cached // size
+
+
+def _without_preempted(group: Group) -> Group:
+    kept = [i for i, s in enumerate(group.samples) if s.seq is not None]
+    if len(kept) == len(group.samples):
+        return group
+    drafts = None if group.drafts is None else [group.drafts[i] for i in kept]
+    return Group([group.samples[i] for i in kept], group.new, drafts)

@@ -1,0 +1,337 @@
+"""foveate.LLM: a causal language model from a checkpoint, and text from it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from foveate.cache_view import CacheView
+from foveate.generation import memory
+from foveate.generation.beam_request import beam_request
+from foveate.generation.engine import Engine, EngineStats
+from foveate.generation.outputs import RequestOutput
+from foveate.generation.params import SamplingParams
+from foveate.models import load_model, open_checkpoint
+from foveate.paged_kv_cache import PagedKVCache
+
+Prompt: TypeAlias = "str | Sequence[int]"
+Messages: TypeAlias = "Sequence[dict[str, Any]]"
+_CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_CACHE_SHARE = 0.25  # of the free memory, by default
+
+
+class LLM:
+    """Text from a checkpoint: a Hugging Face folder, a .gguf file, or the name of an installed package that holds one.
+
+        llm = LLM("path/to/model", quantization="q4_0")
+        [output] = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=40))
+        print(output.outputs[0].text)
+
+    device, dtype, quantization, progress: as `foveate.models.load_model` takes them. On the CPU `NativeDecoder` runs the model where it
+    can; `runs_on` says what does, and why.
+
+    max_model_len: tokens of prompt and output together; by default what the model was made for, or what the cache holds if that is less.
+    The cache is allocated once: num_pages of page_size tokens, or kv_cache_bytes, by default up to a quarter of the free memory.
+    kv_cache_dtype: "int8" or "fp8" store keys and values in a byte; None is the model's dtype.
+    max_batch, max_prefill_tokens, enable_prefix_caching: see Engine.
+
+    default_params: what generate, stream and chat use for params=None: SamplingParams() with the checkpoint's generation_config
+    (temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens; do_sample=false is temperature 0). One thread at a time.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        quantization: str | None = None,
+        kv_cache_dtype: str | torch.dtype | None = None,
+        max_model_len: int | None = None,
+        num_pages: int | None = None,
+        kv_cache_bytes: int | None = None,
+        page_size: int = 16,
+        max_batch: int = 64,
+        max_prefill_tokens: int = 512,
+        enable_prefix_caching: bool = True,
+        progress: bool | None = None,
+    ) -> None:
+        checkpoint = open_checkpoint(path)
+        self.device = torch.device(device or "cpu")
+        memory.check_model_fits(checkpoint, self.device, dtype, quantization)
+        module: Any = load_model(
+            checkpoint, device=self.device, dtype=dtype, quantization=quantization, progress=progress
+        )
+        module.requires_grad_(False)
+        self.tokenizer = checkpoint.tokenizer()
+        self.generation_config = checkpoint.generation_config
+        self.default_params = default_params(checkpoint.generation_config)
+        self.config = module.config
+        weights = (p for p in itertools.chain(module.parameters(), module.buffers()) if p.is_floating_point())
+        model_dtype = next(weights).dtype
+        self.model, self.runs_on = _fastest(module, self.device)
+        cache_dtype = _CACHE_DTYPES.get(str(kv_cache_dtype), kv_cache_dtype) or model_dtype
+        if not isinstance(cache_dtype, torch.dtype):
+            raise ValueError(f'kv_cache_dtype={kv_cache_dtype!r} must be "int8", "fp8", a torch.dtype or None')
+        pages = _pages(
+            self.config, cache_dtype, self.device, page_size, num_pages, kv_cache_bytes, max_model_len, max_batch
+        )
+        self.max_model_len = min(max_model_len or self.config.max_positions, pages * page_size)
+        cache = PagedKVCache(
+            pages, page_size, num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim,
+            num_layers=self.config.num_layers, dtype=cache_dtype, device=self.device,
+        )  # fmt: skip
+        self.engine = Engine(
+            self.model, cache, tokenizer=self.tokenizer, eos_ids=_eos_ids(self.tokenizer, checkpoint.generation_config, checkpoint.config),
+            max_length=self.max_model_len, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+        )  # fmt: skip
+        self._ids = itertools.count()
+        self._arrived: dict[
+            str, list[RequestOutput]
+        ] = {}  # outputs that nobody has taken yet, of the requests that run
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.engine.stats
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """One output per prompt, in order. A prompt is a text or a list of token ids; params: one for all, or one each.
+
+        All run in one batch; a prompt with num_beams > 1 runs after the others. progress: a bar on stderr; None shows it for several
+        prompts in a terminal. ValueError, before anything runs, for a prompt that is empty, longer than the context or too long for
+        the cache; an output ends with "length" where the context ends, even before max_tokens.
+        """
+        texts: list[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        wanted = self._params(params, len(texts))
+        tokens = [self.encode(text) if isinstance(text, str) else list(text) for text in texts]
+        for ids, p in zip(tokens, wanted):
+            self.engine.check(ids, p)
+        outputs: dict[int, RequestOutput] = {}
+        place: dict[str, int] = {}
+        if progress is None:
+            progress = len(texts) > 1 and sys.stderr.isatty()
+        try:
+            with _bar(len(texts), progress) as advance:
+                for i, (text, ids, p) in enumerate(zip(texts, tokens, wanted)):
+                    if p.num_beams == 1:
+                        place[self._add(ids, p, text)] = i
+                while len(outputs) < len(place):
+                    for output in self._take(place):
+                        outputs[place[output.request_id]] = output
+                        advance(len(output.outputs[0].token_ids))
+                for i, (text, ids, p) in enumerate(zip(texts, tokens, wanted)):
+                    if p.num_beams > 1:
+                        prompt = text if isinstance(text, str) else None
+                        outputs[i] = beam_request(self.engine, f"beam-{next(self._ids)}", ids, p, prompt)
+                        advance(len(outputs[i].outputs[0].token_ids))
+        finally:
+            for request_id in place:
+                self._forget(request_id)
+        return [outputs[i] for i in range(len(texts))]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """The text of one sample, in pieces as it comes; the pieces together are the `text` of generate. Closing it ends the request.
+
+        A piece never ends within a character, and holds back what may be the beginning of a stop string.
+        """
+        [params] = self._params(params, 1)
+        if params.samples > 1 or params.num_beams > 1:
+            raise ValueError(
+                f"n={params.n}, num_beams={params.num_beams}: only one sample can be streamed; use generate"
+            )
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self.engine.check(ids, params)
+        return self._stream(ids, params, prompt)
+
+    def _stream(self, ids: list[int], params: SamplingParams, prompt: Prompt) -> Iterator[str]:
+        request_id = self._add(ids, params, prompt, stream=True)
+        shown, finished = 0, False
+        try:
+            while not finished:
+                for output in self._take([request_id]):
+                    text, finished = output.outputs[0].text, output.finished
+                    if len(text) > shown:
+                        yield text[shown:]
+                        shown = len(text)
+        finally:
+            self._forget(request_id)
+
+    def chat(
+        self, messages: Messages, params: SamplingParams | None = None, *, stream: bool = False
+    ) -> RequestOutput | Iterator[str]:
+        """The assistant's reply to [{"role": ..., "content": ...}, ...], by the checkpoint's chat template. stream: as `stream`."""
+        ids = self.encode_chat(messages)
+        return self.stream(ids, params) if stream else self.generate([ids], params)[0]
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """The prompt of `chat`, as token ids."""
+        if not messages:
+            raise ValueError("messages is empty; it needs at least one message")
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer, so it cannot chat; pass token ids to generate")
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+    def encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer; pass token ids instead of text")
+        return self.tokenizer.encode(text)
+
+    @torch.inference_mode()
+    def perplexity(self, text: Prompt) -> float:
+        """exp of the mean negative log-likelihood of each token after the first; beyond the context in windows without overlap."""
+        ids = self.encode(text) if isinstance(text, str) else list(text)
+        if len(ids) < 2:
+            raise ValueError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
+        total, counted, step = 0.0, 0, self.engine.scheduler.max_prefill_tokens
+        for start in range(0, len(ids) - 1, self.max_model_len - 1):
+            window = torch.tensor(ids[start : start + self.max_model_len], device=self.device)
+            seq = self.engine.cache.create()
+            try:
+                for at in range(0, len(window) - 1, step):
+                    part = window[at : min(at + step, len(window) - 1)]
+                    self.engine.append([seq], len(part))
+                    hidden = self.model.hidden(part[None], CacheView(self.engine.cache, [seq], len(part)))[0]
+                    logprobs = self.model.logits(hidden).float().log_softmax(-1)
+                    following = window[at + 1 : at + 1 + len(part)]
+                    total -= float(logprobs.gather(1, following[:, None]).double().sum())
+                    counted += len(part)
+            finally:
+                self.engine.cache.free(seq)
+        return math.exp(total / counted)
+
+    def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.default_params] * count
+        if len(params) != count:
+            raise ValueError(f"{count} prompts have {len(params)} params; give one for all, or one for each")
+        return list(params)
+
+    def _add(self, ids: list[int], params: SamplingParams, prompt: Prompt, stream: bool = False) -> str:
+        request_id = str(next(self._ids))
+        self.engine.add(request_id, ids, params, prompt=prompt if isinstance(prompt, str) else None, stream=stream)
+        self._arrived[request_id] = []
+        return request_id
+
+    def _take(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+        """The outputs of these requests, after a step if there are none; those of others, such as a stream half read, wait."""
+        taken = [output for i in request_ids for output in self._arrived[i]]
+        if not taken:
+            for output in self.engine.step():
+                self._arrived[output.request_id].append(output)
+            taken = [output for i in request_ids for output in self._arrived[i]]
+        for i in request_ids:
+            self._arrived[i].clear()
+        return taken
+
+    def _forget(self, request_id: str) -> None:
+        self.engine.abort(request_id)
+        self._arrived.pop(request_id, None)
+
+
+def default_params(generation_config: dict[str, Any]) -> SamplingParams:
+    """SamplingParams() with what a generation_config.json sets."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    found = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    if generation_config.get("max_new_tokens"):
+        found["max_tokens"] = generation_config["max_new_tokens"]
+    if generation_config.get("do_sample") is False:
+        found["temperature"] = 0.0
+    return SamplingParams(**found)
+
+
+def _is_ids(prompts: Any) -> bool:
+    return len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
+
+
+def _eos_ids(tokenizer: Any, *configs: dict[str, Any]) -> set[int]:
+    if tokenizer is not None:
+        return tokenizer.eos_ids
+    found: Any = next((c["eos_token_id"] for c in configs if c.get("eos_token_id") is not None), [])
+    return {found} if isinstance(found, int) else set(found)
+
+
+def _fastest(module: torch.nn.Module, device: torch.device) -> tuple[Any, str]:
+    """What runs the model, and a sentence about it."""
+    if device.type != "cpu":
+        return module, f"torch modules with foveate's attention, on {device}"
+    try:
+        from foveate.native_decoder import NativeDecoder
+    except ImportError:
+        return module, "torch modules with foveate's attention, as this build has no native decoder"
+    reason = NativeDecoder.unsupported(module)
+    if reason is not None:
+        return module, f"torch modules with foveate's attention, as the native decoder cannot run this model: {reason}"
+    return NativeDecoder(module), "the native decoder"
+
+
+def _pages(
+    config: Any, dtype: torch.dtype, device: torch.device, page_size: int, num_pages: int | None,
+    kv_cache_bytes: int | None, max_model_len: int | None, max_batch: int,
+) -> int:  # fmt: skip
+    """How many pages the cache gets."""
+    if num_pages is not None and kv_cache_bytes is not None:
+        raise ValueError("num_pages and kv_cache_bytes both say how large the cache is; give one of them")
+    if max_model_len is not None and not 1 < max_model_len <= config.max_positions:
+        raise ValueError(
+            f"max_model_len={max_model_len} must be from 2 to the model's {config.max_positions} positions"
+        )
+    if page_size < 1:
+        raise ValueError(f"page_size={page_size} must be 1 or more")
+    page_bytes = memory.token_bytes(config, dtype) * page_size
+    longest = -(-(max_model_len or config.max_positions) // page_size)
+    if num_pages is None:
+        free = memory.available(device)
+        budget = kv_cache_bytes or int(_CACHE_SHARE * (2**32 if free is None else free))
+        num_pages = min(budget // page_bytes, longest * max_batch)
+    if num_pages < 1 or (max_model_len is not None and num_pages < longest):
+        raise ValueError(
+            f"the cache is too small: one sequence of {max_model_len or page_size} tokens needs "
+            f"{memory.gigabytes((longest if max_model_len else 1) * page_bytes)} ({longest if max_model_len else 1} pages), and there is "
+            f"room for {max(num_pages, 0)} pages; raise kv_cache_bytes or num_pages, lower max_model_len, or store it as "
+            'kv_cache_dtype="int8"'
+        )
+    return num_pages
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Any]:
+    """Yields advance(tokens), to be called for each finished prompt."""
+    if not shown:
+        yield lambda tokens: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError as error:
+        raise ImportError('rich is not installed: pip install "foveate[models]"') from error
+    columns = (
+        TextColumn("generating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, note="")
+        count = 0
+
+        def advance(tokens: int) -> None:
+            nonlocal count
+            count += tokens
+            bar.update(task, advance=1, note=f"{count} tokens")
+
+        yield advance

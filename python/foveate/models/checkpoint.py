@@ -1,0 +1,211 @@
+"""open_checkpoint: finds a model's files and reads all of them but the weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from foveate.models.older_tokenizers import read_older_tokenizer
+from foveate.tokenizer import NEED, Tokenizer
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A quantised matrix as GGUF stores it: blocks uint8 [out, in / 32 * bytes of a block]; format: "q8_0", "q4_0" or "q4_1"."""
+
+    blocks: Tensor
+    format: str
+    in_features: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.blocks.shape[0], self.in_features)
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+
+class Weights(Protocol):
+    """Where weights come from. Names are Hugging Face's; tensors are views of the memory-mapped file where that is possible."""
+
+    linear_layout: bool  # every matrix is [out, in], also those that Hugging Face stores the other way round
+    nbytes: int
+
+    def names(self) -> Iterable[str]: ...
+
+    def get(self, name: str) -> Tensor | Blocks: ...
+
+
+@dataclass
+class Checkpoint:
+    """A model on disk. config has config.json's keys, also for GGUF files; generation_config is {} where there is none."""
+
+    path: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """From tokenizer.json, or from BERT's vocab.txt or GPT-2's vocab.json and merges.txt; None without any of them."""
+        options: dict[str, Any] = {
+            "config": self.config, "generation_config": self.generation_config,
+            "tokenizer_config": self.tokenizer_config, "chat_template": self.chat_template,
+        }  # fmt: skip
+        file = self.path / "tokenizer.json"
+        if file.exists():
+            return Tokenizer.from_file(file, **options)
+        backend = read_older_tokenizer(self.path, self.config.get("model_type"), self.tokenizer_config)
+        return None if backend is None else Tokenizer(backend, **options)
+
+    def weights(self) -> Weights:
+        return SafetensorsWeights(self.path)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A Hugging Face folder, a .gguf file, or the name of an installed package that holds one of them, at most one folder deep.
+
+    Reads no weights. FileNotFoundError where there is nothing of that name, ValueError for what is not a model.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return _open_file(place)
+    if place.is_dir():
+        return _open_folder(place)
+    package = _package_folder(str(path))
+    if package is None:
+        raise FileNotFoundError(f"{path} is neither a file or folder here nor the name of an installed package")
+    for folder in (package, *sorted(p for p in package.iterdir() if p.is_dir())):
+        if (folder / "config.json").exists() or any(folder.glob("*.gguf")):
+            return _open_folder(folder)
+    raise ValueError(f"the package {path} in {package} holds neither a config.json nor a .gguf file")
+
+
+def _package_folder(name: str) -> Path | None:
+    """Found without importing the package."""
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _open_file(file: Path) -> Checkpoint:
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    if start == b"GGUF":
+        from foveate.models.gguf import open_gguf
+
+        return open_gguf(file)
+    if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise ValueError(_pickle(file))
+    if file.suffix == ".safetensors":
+        raise ValueError(f"{file} holds weights only; give its folder {file.parent}, with the config.json")
+    raise ValueError(f"{file} is not a model: it does not start with 'GGUF', and a Hugging Face model is a folder")
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    if not (folder / "config.json").exists():
+        files = sorted(folder.glob("*.gguf"))
+        if len(files) == 1:
+            return _open_file(files[0])
+        if files:
+            names = ", ".join(file.name for file in files)
+            raise ValueError(f"{folder} holds several models, {names}; give the path of one")
+        raise ValueError(f"{folder} is not a model folder: it has no config.json and no .gguf file")
+    tokenizer_config = _json(folder / "tokenizer_config.json")
+    return Checkpoint(
+        path=folder,
+        config=_json(folder / "config.json"),
+        generation_config=_json(folder / "generation_config.json"),
+        chat_template=_chat_template(folder, tokenizer_config),
+        tokenizer_config=tokenizer_config,
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
+
+
+def _pickle(file: Path) -> str:
+    return (
+        f"{file} is a pickle, which can run any code when it is read, and is never opened here; convert it once, where you trust "
+        'it: safetensors.torch.save_file(torch.load(file, weights_only=True), "model.safetensors")'
+    )
+
+
+class SafetensorsWeights:
+    """model.safetensors, or the shards that model.safetensors.index.json names, memory-mapped."""
+
+    linear_layout = False
+
+    def __init__(self, folder: Path) -> None:
+        self._opened: dict[Path, Any] = {}
+        self._file: dict[str, Path] = {}  # of each name
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        if single.exists():
+            self._file = dict.fromkeys(self._open(single).keys(), single)
+        elif index.exists():
+            for name, shard in _json(index).get("weight_map", {}).items():
+                self._file[name] = folder / shard
+            for shard in sorted(set(self._file.values())):
+                if not shard.exists():
+                    raise ValueError(f"{index} names {shard.name}, which is not there; download it too")
+                self._check_names(shard)
+        elif pickles := sorted(folder.glob("*.bin")):
+            raise ValueError(f"{folder} has no model.safetensors. {_pickle(pickles[0])}")
+        else:
+            raise ValueError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
+        self.nbytes = sum(shard.stat().st_size for shard in set(self._file.values()))
+
+    def _open(self, file: Path) -> Any:
+        if file in self._opened:
+            return self._opened[file]
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ImportError as error:
+            raise ImportError(f"safetensors {NEED}") from error
+        try:
+            self._opened[file] = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
+        return self._opened[file]
+
+    def _check_names(self, shard: Path) -> None:
+        stored = set(self._open(shard).keys())
+        absent = [name for name, file in self._file.items() if file == shard and name not in stored]
+        if absent:
+            raise ValueError(f"{shard} lacks {', '.join(absent[:5])}, which the index says it has; download it again")
+
+    def names(self) -> Iterable[str]:
+        return self._file
+
+    def get(self, name: str) -> Tensor:
+        tensor = self._open(self._file[name]).get_tensor(name)
+        assert isinstance(tensor, torch.Tensor)
+        return tensor

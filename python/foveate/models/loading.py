@@ -1,0 +1,263 @@
+"""load_model: builds a checkpoint's model on the meta device and fills it, one tensor after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.linear import dequantize
+from foveate.models import bert, gpt2, llama, t5
+from foveate.models.blocks import PackedEmbedding
+from foveate.models.checkpoint import Blocks, Checkpoint, Weights, open_checkpoint
+from foveate.packed_linear import PackedLinear
+from foveate.tokenizer import NEED
+
+_MODELS: dict[str, type[nn.Module]] = dict.fromkeys(llama.MODEL_TYPES, llama.Llama) | {"gpt2": gpt2.GPT2, "t5": t5.T5}
+_QUANTIZATIONS = (None, "none", "q8_0", "q4_0")
+_LARGE = 256 * 2**20  # bytes from which loading takes a second or more
+
+
+def model_class(config: dict[str, Any], head: str | None = None) -> type[nn.Module]:
+    """The class for a config.json's `model_type`; head: see `load_model`."""
+    kind = config.get("model_type")
+    if kind == "bert":
+        return _bert_class(config, head)
+    if kind in _MODELS:
+        if head is not None:
+            raise ValueError(f"head={head!r} is for BERT; {kind} has one head only")
+        return _MODELS[kind]
+    known = ", ".join(sorted([*_MODELS, "bert"]))
+    raise ValueError(f"the architecture {kind!r} (model_type in the config) is not supported; known are {known}")
+
+
+def _bert_class(config: dict[str, Any], head: str | None) -> type[nn.Module]:
+    if head is None:
+        names = {cls.__name__: cls for cls in bert.HEADS.values()} | {"BertModel": bert.Bert}
+        return next((names[name] for name in config.get("architectures") or () if name in names), bert.Bert)
+    if head not in bert.HEADS:
+        raise ValueError(f"head={head!r} is not one of {', '.join(bert.HEADS)}")
+    return bert.HEADS[head]
+
+
+def load_model(
+    checkpoint: Checkpoint | str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    quantization: str | None = None,
+    progress: bool | None = None,
+    head: str | None = None,
+    new_head: bool = False,
+) -> nn.Module:
+    """The model of a checkpoint (or of what `open_checkpoint` takes), filled, in eval mode.
+
+    device: the CPU if None. dtype of the weights: if None the checkpoint's, and float32 for GGUF files.
+    quantization: None keeps what the file has: GGUF blocks stay blocks, in `foveate.nn.PackedLinear`. "q8_0" or "q4_0" quantises
+    every linear layer, a tied head too, but not the embedding. "none" expands everything to dtype.
+    progress: a bar on stderr; None shows it in a terminal for files of 256 MB or more.
+    head: for BERT "encoder", "masked-lm", "sequence-classification" or "question-answering"; None: what the config names.
+    new_head: draws the weights of a head that the file does not have from N(0, 0.02), biases 0, to be fine-tuned.
+
+    Weights that need no conversion stay views of the memory-mapped file. ValueError for an unknown architecture, missing,
+    unexpected or misshapen weights, truncated files, pickles.
+    """
+    if quantization not in _QUANTIZATIONS:
+        raise ValueError(f"quantization={quantization!r} is not one of None, 'none', 'q8_0' and 'q4_0'")
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    foreign = checkpoint.config.get("quantization_config")
+    if foreign:
+        raise ValueError(
+            f"{checkpoint.path} is quantised by {foreign.get('quant_method', 'a method')!r}, which cannot be read; take the model's "
+            "unquantised weights, with quantization='q8_0' or 'q4_0' here, or a GGUF file"
+        )
+    kind: Any = model_class(checkpoint.config, head)
+    config = kind.config_class.from_hf(checkpoint.config)
+    with torch.device("meta"):
+        model = kind(config)
+    weights = checkpoint.weights()
+    dtype = dtype or _dtype_of(checkpoint, weights)
+    device = torch.device(device or "cpu")
+    with _bar(checkpoint.path.name, weights.nbytes, progress) as advance:
+        if new_head:
+            _draw_head(model, weights, device, dtype)
+        _fill(model, weights, device, dtype, quantization, advance, str(checkpoint.path))
+    if quantization in ("q8_0", "q4_0"):
+        _quantize(model, quantization)
+    return model.eval()
+
+
+def _dtype_of(checkpoint: Checkpoint, weights: Weights) -> torch.dtype:
+    if weights.linear_layout:  # GGUF: its matrices are blocks, so there is no dtype to keep
+        return torch.float32
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if name is not None:
+        return getattr(torch, name)
+    for stored in weights.names():
+        tensor = weights.get(stored)
+        if tensor.is_floating_point():  # type: ignore[union-attr]
+            return tensor.dtype  # type: ignore[union-attr]
+    return torch.float32
+
+
+def _fill(
+    model: Any, weights: Weights, device: torch.device, dtype: torch.dtype, quantization: str | None,
+    advance: Callable[[int], None], where: str,
+) -> None:  # fmt: skip
+    sources = _match(model, weights, where)
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in sources}
+    for name, stored in sources.items():
+        value = weights.get(stored)
+        advance(value.nbytes)
+        if isinstance(value, Tensor) and not weights.linear_layout and _fits(model.transposed, name):
+            value = value.t().contiguous()
+        if tuple(value.shape) != shapes[name]:
+            raise ValueError(
+                f"{stored} in {where} has shape {list(value.shape)}, the config asks for {list(shapes[name])}"
+            )
+        if isinstance(value, Blocks):
+            module = model.get_submodule(name.removesuffix(".weight"))
+            if quantization is None or (quantization == value.format and isinstance(module, nn.Linear)):
+                _set_blocks(model, name, value, device, dtype)
+                continue
+            value = dequantize(value.blocks, value.format)
+        _set_parameter(model, name, value.to(device=device, dtype=dtype))
+    for alias, name in model.tied.items():
+        path, _, leaf = name.rpartition(".")
+        source = model.get_submodule(path)
+        if isinstance(source, PackedEmbedding):
+            model.set_submodule(alias.removesuffix(".weight"), source.packed)
+        else:
+            _set_parameter(model, alias, getattr(source, leaf))
+
+
+def _match(model: Any, weights: Weights, where: str) -> dict[str, str]:
+    """{parameter's name: stored name}. Checkpoints write the names with or without the model's prefix."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sources: dict[str, str] = {}
+    unexpected = []
+    for stored in weights.names():
+        names = (stored, model.prefix + stored, stored.removeprefix(model.prefix))
+        name = next((name for name in names if name in parameters), None)
+        if name is not None:
+            sources[name] = stored
+        elif not _fits(model.ignored, stored):
+            unexpected.append(stored)
+    _untie(model, weights, sources)
+    for part in getattr(model, "optional", ()):
+        if not any(name.startswith(f"{part}.") for name in sources):
+            setattr(model, part, None)
+            parameters = {name: p for name, p in parameters.items() if not name.startswith(f"{part}.")}
+    missing = sorted(
+        name for name, p in parameters.items() if p.is_meta and name not in sources and name not in model.tied
+    )
+    if missing:
+        head = isinstance(model, bert.BertWithHead) and not any(name.startswith(model.prefix) for name in missing)
+        cure = "; load_model(..., new_head=True) draws a new head to be fine-tuned" if head else ""
+        raise ValueError(f"{where} lacks {_list(missing)}, which {type(model).__name__} needs by the config{cure}")
+    if unexpected:
+        raise ValueError(
+            f"{where} has {_list(unexpected)}, which {type(model).__name__} does not know by the config: "
+            "another architecture, or a config that does not belong to these weights"
+        )
+    return sources
+
+
+def _untie(model: Any, weights: Weights, sources: dict[str, str]) -> None:
+    """Settles tied names that the file has: the second copy is not read, unless it differs, when the two are not tied at all."""
+    for alias, name in list(model.tied.items()):
+        if alias not in sources:
+            continue
+        stored = sources.pop(alias)
+        if name not in sources:
+            sources[name] = stored
+        elif not _equal(weights.get(stored), weights.get(sources[name])):
+            sources[alias] = stored
+            del model.tied[alias]
+            model.config = dataclasses.replace(model.config, tied=False)
+
+
+def _equal(a: Tensor | Blocks, b: Tensor | Blocks) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+
+
+def _draw_head(model: Any, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+    if not isinstance(model, bert.BertWithHead):
+        raise ValueError(f"new_head=True is for BERT's heads; {type(model).__name__} has none that can be missing")
+    stored = {name.removeprefix(model.prefix) for name in weights.names()}
+    for name, p in list(model.named_parameters()):
+        part = name.removeprefix(model.prefix)
+        if part in stored or name in model.tied or not (part == name or part.startswith("pooler.")):
+            continue
+        value = torch.zeros(p.shape, device=device, dtype=dtype)
+        if name.endswith("LayerNorm.weight"):
+            value.fill_(1)
+        elif name.endswith("weight"):
+            value.normal_(0, 0.02)
+        _set_parameter(model, name, value)
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _fits(pattern: Any, name: str) -> bool:
+    return pattern is not None and pattern.fullmatch(name) is not None
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if isinstance(module, PackedLinear):
+        module.bias = value.float()
+    else:
+        setattr(module, leaf, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+
+
+def _set_blocks(model: nn.Module, name: str, value: Blocks, device: torch.device, dtype: torch.dtype) -> None:
+    where = name.removesuffix(".weight")
+    module = model.get_submodule(where)
+    packed = PackedLinear.from_blocks(value.blocks, value.format, value.in_features).to(device)
+    if isinstance(module, nn.Embedding):
+        model.set_submodule(where, PackedEmbedding(packed, dtype))
+        return
+    if isinstance(module.bias, Tensor) and not module.bias.is_meta:  # it came before the weight
+        packed.bias = module.bias.detach().float()
+    model.set_submodule(where, packed)
+
+
+def _quantize(model: nn.Module, form: str) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            if module.in_features % 32:
+                raise ValueError(
+                    f"{name} has {module.in_features} input features, but {form} packs blocks of 32; use quantization='none'"
+                )
+            model.set_submodule(name, PackedLinear.from_linear(module, form))
+
+
+@contextmanager
+def _bar(name: str, nbytes: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
+    """Yields advance(bytes)."""
+    if progress is None:
+        progress = nbytes >= _LARGE and sys.stderr.isatty()
+    if not progress:
+        yield lambda n: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    except ImportError as error:
+        raise ImportError(f"rich {NEED}") from error
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"loading {name}", total=nbytes)
+        yield lambda n: bar.advance(task, n)
+        bar.update(task, completed=nbytes)

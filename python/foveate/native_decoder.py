@@ -1,0 +1,207 @@
+"""NativeDecoder: a causal language model on the CPU with all its layers in one native call per step (csrc/ops/decoder.cpp)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate import _native
+from foveate._kv_cache_op import QUANTIZED, decode_plan
+from foveate.cache_view import CacheView
+from foveate.models.blocks import PackedEmbedding, RMSNorm
+from foveate.models.gpt2 import GPT2
+from foveate.models.llama import Llama
+from foveate.packed_linear import PackedLinear
+
+_C: Any = _native._C
+
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
+
+# From this many tokens of a sequence on, the blocked kernel attends: a prompt. Below it, the decode kernel, whose rows are the same
+# however many tokens a step has, as checking drafts needs.
+_PROMPT_TOKENS = 32
+_BLOCKED_ROWS = 48
+_BLOCKED_HEAD_DIM = 256
+
+
+class NativeDecoder:
+    """A Llama or GPT2 of `foveate.models` on the CPU, with the same hidden, logits, forward and config.
+
+    Building it packs every nn.Linear of the model in place (`nn.PackedLinear`, "f32" or "bf16" after its dtype; a tied embedding
+    becomes the packed head's rows), so weights are not held twice and the model keeps working. hidden(tokens, cache) is one native
+    call; the stream between the layers is fp32 whatever the weights are, and so is the result. The cache may store float32,
+    bfloat16, float16, int8 or float8_e4m3fn whatever the weights are. Without a cache the model's own torch code runs.
+
+    The result of a sequence has the same bits whatever its batch and the number of threads are. Steps of 32 tokens and more attend
+    with another kernel than shorter ones, so prompts in other chunks agree within rounding only. Not differentiable.
+    Raises ValueError with `unsupported(model)`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        reason = self.unsupported(model)
+        if reason is not None:
+            raise ValueError(reason)
+        self.model: Any = model
+        self.config: Any = model.config
+        self._borrowed: list[Tensor] = []  # what the native object points to
+        with torch.no_grad():
+            _pack(model)
+            build = self._llama if isinstance(model, Llama) else self._gpt2
+            self._native = build(self.model)
+
+    @staticmethod
+    def unsupported(model: nn.Module) -> str | None:
+        """None, or the sentence why this model cannot run here."""
+        if _C is None:
+            return str(_native.missing_reason)
+        if not isinstance(model, Llama | GPT2):
+            return f"NativeDecoder runs the Llama family and GPT-2, not {type(model).__name__}; call the model itself"
+        if model.config.activation not in _ACTIVATIONS:
+            return f"NativeDecoder knows the activations {', '.join(_ACTIVATIONS)}, not {model.config.activation}; call the model itself"
+        for name, parameter in model.named_parameters():
+            if parameter.device.type != "cpu":
+                return f"NativeDecoder runs on the CPU; {name} is on {parameter.device}"
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module.weight.dtype not in (torch.float32, torch.bfloat16):
+                return f"{name} is {module.weight.dtype}; NativeDecoder packs float32 and bfloat16: convert the model with .to(...)"
+        for name, module in model.named_modules():
+            groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+            for group in groups:
+                kinds = {_kind(getattr(module, part)) for part in group if hasattr(module, part)}
+                if len(kinds) > 1:
+                    return f"{' and '.join(group)} of {name} are {' and '.join(sorted(kinds))}; they must share one kind of format"
+        return None
+
+    @torch.no_grad()
+    def hidden(self, tokens: Tensor, cache: CacheView | None = None) -> Tensor:
+        """tokens int64 [B, S] -> fp32 [B, S, hidden] after the final norm; see the model's hidden."""
+        if cache is None:
+            return self.model.hidden(tokens).float()
+        if tokens.dtype is not torch.int64 or tokens.shape != (len(cache.seqs), cache.new):
+            raise ValueError(
+                f"tokens is {tokens.dtype} {list(tokens.shape)}; the step of the cache needs int64 {[len(cache.seqs), cache.new]}"
+            )
+        pages = cache.cache
+        pages._check_writable(cache.seqs, cache.new)
+        x = self._embed(tokens, cache)
+        config, (B, S) = self.config, tokens.shape
+        Hq, Hkv, D = config.num_heads, config.num_kv_heads, config.head_dim
+        threads, quantized = torch.get_num_threads(), pages.k_pages.dtype in QUANTIZED
+        capacity = cache.block_table.shape[1] * pages.page_size
+        plan = decode_plan(B, S, Hq, Hkv, D, D, capacity, threads, 0, True, quantized)
+        if S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= _BLOCKED_ROWS and not quantized and D <= _BLOCKED_HEAD_DIM:
+            plan = plan._replace(num_splits=1, keys_per_split=0, blocked=True)
+        self._native.step(
+            x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, *plan, threads
+        )
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocab] in hidden's dtype."""
+        with torch.no_grad():
+            return self.model.logits(hidden)
+
+    def forward(self, tokens: Tensor, cache: CacheView | None = None) -> Tensor:
+        return self.logits(self.hidden(tokens, cache))
+
+    __call__ = forward
+
+    def _embed(self, tokens: Tensor, cache: CacheView) -> Tensor:
+        """fp32 [B, S, hidden], memory of its own."""
+        if isinstance(self.model, GPT2):
+            decoder = self.model.transformer
+            x = decoder.wte(tokens) + decoder.wpe(cache.positions())
+        else:
+            x = self.model.model.embed_tokens(tokens)
+            if self.config.embed_scale is not None:
+                x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
+        return x.float().contiguous()
+
+    def _keep(self, x: Tensor | None) -> Tensor | None:
+        """x in fp32 for the native object, which does not own it."""
+        if x is None:
+            return None
+        x = x.detach().float().contiguous()
+        self._borrowed.append(x)
+        return x
+
+    def _weight(self, linear: PackedLinear | None) -> tuple[Any, ...] | None:
+        if linear is None:
+            return None
+        self._borrowed.append(linear.data)
+        return linear.data, self._keep(linear.bias), linear.format, linear.in_features, linear.out_features
+
+    def _norm(self, norm: RMSNorm | nn.LayerNorm) -> tuple[Any, ...]:
+        if isinstance(norm, nn.LayerNorm):
+            return "layer", self._keep(norm.weight), self._keep(norm.bias), norm.eps
+        return "rms", self._keep(norm.weight.float() + norm.offset), None, norm.eps
+
+    def _llama(self, model: Any) -> Any:
+        c = model.config
+        cos, sin = (self._keep(table) for table in model.rotary.tables(torch.device("cpu")))
+        native = _C.Decoder(
+            hidden=c.hidden_size, inner=c.intermediate_size, heads_q=c.num_heads, heads_kv=c.num_kv_heads, head_dim=c.head_dim,
+            softcap=c.attn_softcap or 0.0, activation=_ACTIVATIONS[c.activation], final_norm=self._norm(model.model.norm),
+            rotary_cos=cos, rotary_sin=sin,
+        )  # fmt: skip
+        for i, layer in enumerate(model.model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            options: dict[str, Any] = {"mlp_norm": layer.post_attention_layernorm}
+            if layer.post_norms:
+                options = {
+                    "mlp_norm": layer.pre_feedforward_layernorm,
+                    "attention_out_norm": layer.post_attention_layernorm,
+                    "mlp_out_norm": layer.post_feedforward_layernorm,
+                }
+            options = {name: self._norm(norm) for name, norm in options.items()}
+            if c.qk_norm:
+                options["q_norm"], options["k_norm"] = (
+                    self._keep(attention.q_norm.weight),
+                    self._keep(attention.k_norm.weight),
+                )
+                options["head_norm_eps"] = c.norm_eps
+            native.add_layer(
+                attention_norm=self._norm(layer.input_layernorm), q=self._weight(attention.q_proj), k=self._weight(attention.k_proj),
+                v=self._weight(attention.v_proj), o=self._weight(attention.o_proj), gate=self._weight(mlp.gate_proj),
+                up=self._weight(mlp.up_proj), down=self._weight(mlp.down_proj), scale=c.scale or c.head_dim**-0.5,
+                window_left=-1 if c.windows[i] is None else c.windows[i] - 1, **options,
+            )  # fmt: skip
+        return native
+
+    def _gpt2(self, model: Any) -> Any:
+        c = model.config
+        native = _C.Decoder(
+            hidden=c.hidden_size, inner=c.intermediate_size, heads_q=c.num_heads, heads_kv=c.num_heads, head_dim=c.head_dim,
+            softcap=0.0, activation=_ACTIVATIONS[c.activation], final_norm=self._norm(model.transformer.ln_f),
+            rotary_cos=None, rotary_sin=None,
+        )  # fmt: skip
+        for layer, scale in zip(model.transformer.h, c.scales):
+            native.add_layer(
+                attention_norm=self._norm(layer.ln_1), q=self._weight(layer.attn.c_attn), o=self._weight(layer.attn.c_proj),
+                mlp_norm=self._norm(layer.ln_2), up=self._weight(layer.mlp.c_fc), down=self._weight(layer.mlp.c_proj), scale=scale,
+            )  # fmt: skip
+        return native
+
+
+def _kind(linear: nn.Module) -> str:
+    """Formats of one kind round their input in the same way."""
+    if isinstance(linear, PackedLinear):
+        return linear.format if linear.format in ("f32", "bf16") else "blocks"
+    return "bf16" if linear.weight.dtype is torch.bfloat16 else "f32"  # type: ignore[union-attr]
+
+
+def _pack(model: nn.Module) -> None:
+    """Every nn.Linear becomes a PackedLinear, one at a time; an embedding that shares the head's weight becomes its rows."""
+    tables = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        packed = PackedLinear.from_linear(module)
+        if id(module.weight) in tables:
+            model.set_submodule(tables[id(module.weight)], PackedEmbedding(packed, module.weight.dtype))
+        model.set_submodule(name, packed)

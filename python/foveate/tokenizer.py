@@ -1,0 +1,181 @@
+"""Tokenizer: a `tokenizers.Tokenizer` with what generation needs: special ids, the bytes of a token, the chat template."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+NEED = 'is not installed: pip install "foveate[models]"'
+
+
+class Tokenizer:
+    """backend: the tokenizers.Tokenizer, whose padding and truncation are switched off.
+
+    bos_id, pad_id: int | None. eos_ids: the ids that end a text: generation_config's, else config's, else the tokenizer's.
+    special: the text of each special token, {"bos_token": "<s>", ...}, as chat templates use them.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        config: dict[str, Any] | None = None,
+        generation_config: dict[str, Any] | None = None,
+        tokenizer_config: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        self.backend = backend
+        backend.no_padding()
+        backend.no_truncation()
+        self.chat_template = chat_template
+        self.special = {key: _text(value) for key, value in (tokenizer_config or {}).items() if _is_token(key, value)}
+        self._configs = (generation_config or {}, config or {})
+        eos = self._special_id("eos")
+        ends = [eos] if isinstance(eos, int) else list(eos or ())
+        self.eos_ids = set(ends)
+        bos, pad = self._special_id("bos"), self._special_id("pad")
+        self.bos_id: int | None = bos if isinstance(bos, int) else None
+        self.pad_id: int | None = pad if isinstance(pad, int) else None
+        for key, token in (("bos_token", self.bos_id), ("eos_token", ends[0] if ends else None)):
+            if key not in self.special and token is not None:
+                self.special[key] = backend.id_to_token(token) or ""
+
+    @classmethod
+    def from_file(cls, file: Path, **options: Any) -> Tokenizer:
+        """From a tokenizer.json."""
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError(f"tokenizers {NEED}") from error
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{file} is not a tokenizer that the tokenizers library can read: {error}") from error
+        return cls(backend, **options)
+
+    def _special_id(self, name: str) -> int | list[int] | None:
+        for config in self._configs:
+            if config.get(f"{name}_token_id") is not None:
+                return config[f"{name}_token_id"]
+        text = self.special.get(f"{name}_token")
+        return None if text is None else self.backend.token_to_id(text)
+
+    @property
+    def vocab_size(self) -> int:
+        """Added tokens included. A model's embedding may have more rows."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Special tokens written in the text become their ids. add_special_tokens: those that the model's post-processor adds."""
+        if not isinstance(text, str):
+            raise TypeError(f"encode takes a str, got {type(text).__name__}")
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @functools.cached_property
+    def _added(self) -> dict[int, Any]:
+        return self.backend.get_added_tokens_decoder()
+
+    @functools.cached_property
+    def _byte_kind(self) -> str:
+        """How tokens spell bytes, as the decoder says: "bytes" (byte-level BPE), "wordpiece", or "pieces" (SentencePiece)."""
+        decoder = self.backend.decoder
+        state = "" if decoder is None else decoder.__getstate__().decode()
+        kinds = set(re.findall(r'"type":\s*"(\w+)"', state))
+        if "ByteLevel" in kinds:
+            return "bytes"
+        return "wordpiece" if "WordPiece" in kinds else "pieces"
+
+    def id_to_bytes(self, token: int) -> bytes:
+        """The bytes that the token adds to a text; may be part of a UTF-8 character. Added tokens, special ones too: their text.
+
+        ValueError for an id that the tokenizer does not have.
+        """
+        if token in self._added:
+            return self._added[token].content.encode()
+        text = self.backend.id_to_token(token)
+        if text is None:
+            raise ValueError(f"the token {token} is not in the vocabulary of {self.vocab_size}")
+        if self._byte_kind == "bytes":
+            table = _byte_of_character()
+            return bytes(table[c] for c in text) if all(c in table for c in text) else text.encode()
+        if self._byte_kind == "wordpiece":
+            return (text[2:] if text.startswith("##") else " " + text).encode()
+        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", text):
+            return bytes([int(match[1], 16)])
+        return text.replace("\u2581", " ").encode()
+
+    def apply_chat_template(
+        self, messages: Iterable[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt for messages [{"role": ..., "content": ...}], by the checkpoint's Jinja template, rendered in a sandbox.
+
+        variables are passed to the template, e.g. tools=[...]. ValueError without a template, or with what the template refuses.
+        """
+        if self.chat_template is None:
+            raise ValueError("this checkpoint has no chat template; write the prompt yourself and use generate")
+        template = _compile_template(self.chat_template)
+        import jinja2
+
+        values = {**self.special, "add_generation_prompt": add_generation_prompt, **variables}
+        try:
+            return template.render(messages=list(messages), **values)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+
+def _is_token(key: str, value: Any) -> bool:
+    return key.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+
+
+def _text(value: str | dict[str, Any]) -> str:
+    return value if isinstance(value, str) else value["content"]
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE writes the printable Latin-1 bytes as themselves and the other 68 as the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+@functools.cache
+def _compile_template(template: str) -> Any:
+    try:
+        import jinja2
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise ImportError(f"jinja2 {NEED}") from error
+
+    class Generation(Extension):
+        """{% generation %} marks what an assistant said, for training; here it is only the text between."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja2's own escapes HTML
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)

@@ -1,0 +1,118 @@
+"""A tiny model, a byte-level tokenizer and slow oracles for the tests of generation."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+import foveate
+from foveate.generation import Engine
+from foveate.models.llama import Llama, LlamaConfig
+from foveate.tokenizer import Tokenizer
+
+EOS = 0
+TEXT = [
+    "the quick brown fox jumps over the lazy dog, again and again: the quick brown fox!",
+    '{"name": "value", "count": 12, "list": [1, 2, 3], "flag": true, "nothing": null}',
+    "naïve café über 東京 😀 — déjà vu",
+]
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """Byte-level BPE of about 330 tokens, <eos> = 0, <user> = 1 special."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<eos>", "<user>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXT * 3, trainer)
+    template = "{% for m in messages %}<user>{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    return Tokenizer(backend, config={"eos_token_id": EOS}, chat_template=template)
+
+
+@functools.cache
+def model(vocab: int = 336, seed: int = 0, positions: int = 256) -> Llama:
+    """Random weights, large enough for confident and varied choices."""
+    torch.manual_seed(seed)
+    made = Llama(
+        LlamaConfig(
+            vocab_size=vocab, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+            max_positions=positions, windows=(None, None),
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(0, 0.35)
+    return made.eval().requires_grad_(False)
+
+
+def cache(num_pages: int = 64, page_size: int = 4) -> foveate.PagedKVCache:
+    made = foveate.PagedKVCache(num_pages, page_size, num_kv_heads=2, head_dim=8, num_layers=2, dtype=torch.float32)
+    made.k_pages.fill_(float("nan"))
+    made.v_pages.fill_(float("nan"))
+    return made
+
+
+def engine(num_pages: int = 64, page_size: int = 4, **options) -> Engine:
+    options = {"tokenizer": tokenizer(), "eos_ids": {EOS}} | options
+    return Engine(options.pop("model", None) or model(), cache(num_pages, page_size), **options)
+
+
+def prompts(count: int, low: int = 3, high: int = 30, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    return [torch.randint(2, 330, (length,), generator=generator).tolist() for length in lengths]
+
+
+def greedy(prompt: list[int], new: int, of: Llama | None = None) -> list[int]:
+    """By whole forward passes without a cache; ends with EOS."""
+    tokens, of = list(prompt), of or model()
+    while len(tokens) < len(prompt) + new:
+        tokens.append(int(of(torch.tensor([tokens]))[0, -1].argmax()))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
+
+
+def drain(of: Engine) -> dict:
+    """{request id: its last output}"""
+    outputs = {}
+    while of.has_work:
+        outputs |= {output.request_id: output for output in of.step()}
+    return outputs
+
+
+def check_pages(of: Engine) -> None:
+    """All pages are free or held by the prefix cache alone."""
+    assert len(of.cache) == 0
+    held = 0 if of.scheduler.prefix is None else len(of.scheduler.prefix)
+    assert of.cache.free_pages + held == of.cache.num_pages
+
+
+def folder(path: Path, **generation_config) -> Path:
+    """The toy model and tokenizer as a Hugging Face folder."""
+    from safetensors.torch import save_file
+
+    made, config = model(), model().config
+    save_file({name: value.contiguous() for name, value in made.state_dict().items()}, path / "model.safetensors")
+    tokenizer().backend.save(str(path / "tokenizer.json"))
+    (path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers, "rms_norm_eps": config.norm_eps,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "dtype": "float32",
+        "max_position_embeddings": config.max_positions, "eos_token_id": EOS, "tie_word_embeddings": False,
+    }))  # fmt: skip
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS, **generation_config}))
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": tokenizer().chat_template}))
+    return path

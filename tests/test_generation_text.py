@@ -1,0 +1,260 @@
+"""Streaming text, stop strings, drafts and the prefix tree, each against a plain oracle."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import generation_toys as toys
+from foveate.generation import SamplingParams
+from foveate.generation.detokenizer import Detokenizer
+from foveate.generation.prefix_cache import PrefixCache
+from foveate.generation.prompt_lookup import PromptLookup
+from foveate.generation.stops import StopStrings
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=30)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_pieces_never_split_a_character_and_join_to_the_whole(skip):
+    tokenizer = toys.tokenizer()
+    text = "naïve café 東京 😀 and plain text"
+    ids = [1, *tokenizer.encode(text), 0]
+    assert any(b"\xf0" in tokenizer.id_to_bytes(i) and len(tokenizer.id_to_bytes(i)) < 4 for i in ids), (
+        "a character of several tokens"
+    )
+    decoder = Detokenizer(tokenizer, skip)
+    pieces = [decoder.push(i) for i in ids]
+    assert decoder.flush() == ""
+    assert "".join(pieces) == tokenizer.decode(ids, skip) and "\ufffd" not in "".join(pieces)
+    assert ("<eos>" in "".join(pieces)) is not skip
+
+
+def test_random_tokens_decode_as_a_whole_too():
+    tokenizer, generator = toys.tokenizer(), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        ids = torch.randint(0, 330, (40,), generator=generator).tolist()
+        decoder = Detokenizer(tokenizer)
+        assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids)
+
+
+def test_ids_beyond_the_vocabulary_have_no_text():
+    decoder = Detokenizer(toys.tokenizer())
+    assert decoder.push(335) == "" == toys.tokenizer().decode([335])
+
+
+def test_stop_strings_are_found_however_the_text_is_cut():
+    rng = random.Random(0)
+    found = 0
+    for _ in range(400):
+        text = "".join(rng.choice("abc") for _ in range(20))
+        stops = ["".join(rng.choice("abc") for _ in range(rng.randint(1, 5))) for _ in range(rng.randint(0, 3))]
+        include = rng.random() < 0.5
+        watch, at, shown = StopStrings(stops, include), 0, ""
+        while at < len(text):
+            size = rng.randint(0, 4)
+            stopped = watch.push(text[at : at + size])
+            at += size
+            assert watch.text[: watch.safe].startswith(shown), "nothing shown is taken back"
+            shown = watch.text[: watch.safe]
+            if stopped:
+                break
+        ends = [(text[:at].find(stop), i) for i, stop in enumerate(stops) if stop in text[:at]]
+        if ends:
+            start, i = min(ends)
+            found += 1
+            assert stopped and watch.found == stops[i]
+            assert shown == watch.text == text[: start + len(stops[i]) * include]
+        else:
+            assert watch.found is None and watch.text == text
+    assert found > 100
+
+
+def test_what_may_become_a_stop_string_waits():
+    watch = StopStrings(["\nUser:", "END"])
+    watch.push("hello\nUs")
+    assert watch.text[: watch.safe] == "hello"
+    watch.push("age E")
+    assert watch.text[: watch.safe] == "hello\nUsage "
+    assert watch.push("ND of it") and watch.text == "hello\nUsage " and watch.found == "END"
+
+
+def one(prompt, params, **options):
+    engine = toys.engine(**options)
+    engine.add("a", prompt, params)
+    return toys.drain(engine)["a"].outputs[0], engine
+
+
+def test_a_stop_string_ends_a_request_and_stays_out_of_its_text():
+    prompt = toys.prompts(1, seed=4)[0]
+    whole, _ = one(prompt, GREEDY)
+    stop = whole.text[12:17]
+    assert len(stop) == 5 and len(toys.tokenizer().encode(stop)) > 1
+    at = whole.text.find(stop)
+    cut, _ = one(prompt, GREEDY.with_(stop=stop))
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (whole.text[:at], "stop", stop)
+    assert len(cut.token_ids) < len(whole.token_ids)
+    kept, _ = one(prompt, GREEDY.with_(stop=["never there", stop], include_stop_str_in_output=True))
+    assert kept.text == whole.text[: at + 5]
+    late, _ = one(prompt, GREEDY.with_(stop=stop, min_tokens=len(cut.token_ids) + 1))
+    assert len(late.token_ids) > len(cut.token_ids)
+
+
+def test_stop_ids_end_and_eos_can_be_ignored():
+    prompt = toys.prompts(1, seed=4)[0]
+    whole, _ = one(prompt, GREEDY)
+    token = whole.token_ids[5]
+    first = whole.token_ids.index(token)
+    cut, _ = one(prompt, GREEDY.with_(stop_token_ids=[token]))
+    assert (cut.token_ids, cut.finish_reason, cut.stop_reason) == (whole.token_ids[: first + 1], "stop", token)
+    assert cut.text == toys.tokenizer().decode(whole.token_ids[:first])
+    ended, _ = one(prompt, GREEDY, eos_ids={token})
+    assert (ended.token_ids, ended.finish_reason, ended.stop_reason) == (whole.token_ids[: first + 1], "stop", None)
+    ignored, _ = one(prompt, GREEDY.with_(ignore_eos=True), eos_ids={token})
+    assert ignored.token_ids == whole.token_ids
+    later, _ = one(prompt, GREEDY.with_(min_tokens=first + 4), eos_ids={token})
+    assert token not in later.token_ids[: first + 3] and len(later.token_ids) >= first + 4
+
+
+def test_streamed_outputs_grow_to_the_whole():
+    engine = toys.engine()
+    engine.add("a", toys.prompts(1)[0], GREEDY, stream=True)
+    texts, counts, outputs = [""], [0], []
+    while engine.has_work:
+        outputs += engine.step()
+    for output in outputs:
+        assert output.outputs[0].text.startswith(texts[-1])
+        texts.append(output.outputs[0].text)
+        counts.append(len(output.outputs[0].token_ids))
+    assert counts == list(range(31)) and outputs[-1].finished and not outputs[-2].finished
+    assert texts[-1] == toys.tokenizer().decode(outputs[-1].outputs[0].token_ids)
+
+
+def test_bad_words_do_not_come():
+    prompt = toys.prompts(1, seed=4)[0]
+    whole, _ = one(prompt, GREEDY)
+    decode = toys.tokenizer().decode
+    token = next(t for t in whole.token_ids if decode([t]).isascii() and toys.tokenizer().encode(decode([t])) == [t])
+    without, _ = one(prompt, GREEDY.with_(bad_words=[decode([token])]))
+    assert token in whole.token_ids and token not in without.token_ids
+
+
+def test_a_draft_is_what_followed_the_last_occurrence():
+    rng = random.Random(1)
+    lookup, tokens, drafted = PromptLookup(), [], 0
+    for _ in range(300):
+        tokens.append(rng.randint(0, 5))
+        if rng.random() < 0.5:
+            continue
+        expected = []
+        for size in (3, 2):
+            ends = [end for end in range(size, len(tokens)) if tokens[end - size : end] == tokens[-size:]]
+            if ends and len(tokens) > size:
+                longer = list(tokens)
+                for i in range(4):
+                    longer.append(longer[ends[-1] + i])
+                expected = longer[len(tokens) :]
+                break
+        assert lookup.draft(tokens, 4) == expected
+        drafted += bool(expected)
+    assert drafted > 50
+
+
+REPETITIVE = [9, 8, 7, 6, 5] * 5
+
+
+@pytest.mark.parametrize(
+    "params", [GREEDY, SamplingParams(seed=3, temperature=0.3, max_tokens=30, repetition_penalty=0.5)]
+)
+def test_drafts_change_the_number_of_steps_and_not_the_tokens(params):
+    prompts = [REPETITIVE, *toys.prompts(3, seed=9), [4, 5] * 9]
+    engine, guessing = toys.engine(num_pages=90), toys.engine(num_pages=90)
+    for i, prompt in enumerate(prompts):
+        engine.add(str(i), prompt, params)
+        guessing.add(str(i), prompt, params.with_(prompt_lookup=5 - i % 2))
+    expected, outputs = toys.drain(engine), toys.drain(guessing)
+    for i in map(str, range(len(prompts))):
+        assert outputs[i].outputs[0].token_ids == expected[i].outputs[0].token_ids
+        assert outputs[i].outputs[0].text == expected[i].outputs[0].text
+    stats = guessing.stats
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    assert stats.accepted_tokens == sum(o.metrics.accepted_tokens for o in outputs.values())
+    toys.check_pages(guessing)
+
+
+def test_accepted_drafts_save_steps():
+    params = SamplingParams(temperature=0.0, max_tokens=40, logit_bias={6: 60.0})  # the model repeats one token
+    plain, engine = one(REPETITIVE, params)
+    drafted, guessing = one(REPETITIVE, params.with_(prompt_lookup=4))
+    assert drafted.token_ids == plain.token_ids == [6] * 40
+    assert guessing.stats.accepted_tokens > 25 and guessing.stats.steps < engine.stats.steps / 3, guessing.stats
+
+
+def test_drafts_when_the_cache_is_nearly_full():
+    prompts = [[6] * 20, [6] * 21, [6] * 22]
+    params = SamplingParams(temperature=0.0, max_tokens=20, logit_bias={6: 60.0}, prompt_lookup=8)
+    engine = toys.engine(num_pages=16)
+    for i, prompt in enumerate(prompts):
+        engine.add(str(i), prompt, params)
+    assert [toys.drain(engine)["0"].outputs[0].token_ids] == [[6] * 20]
+    assert engine.stats.preemptions > 0 and engine.stats.accepted_tokens > 0
+    toys.check_pages(engine)
+
+
+def test_the_prefix_tree_is_a_dict_of_beginnings():
+    """Random sequences over few tokens: what is found is the longest beginning in pages that was inserted and not evicted."""
+    rng, cache = random.Random(2), toys.cache(40, 2)
+    prefix, known = PrefixCache(cache), set()
+    evicted = matched = 0
+    for _ in range(300):
+        tokens = [rng.randint(0, 1) for _ in range(rng.randint(1, 9))]
+        nodes = prefix.match(tokens, len(tokens))
+        length = max((n for n in range(0, len(tokens) + 1, 2) if n == 0 or tuple(tokens[:n]) in known), default=0)
+        assert len(nodes) * 2 == length
+        matched += length > 0
+        seq = cache.create_from_pages([node.page for node in nodes])
+        while cache.free_pages * 2 < len(tokens):
+            assert prefix.evict(1) == 1
+            evicted += 1
+            known = _beginnings(prefix)
+        cache.append([seq], len(tokens) - length)
+        node = nodes[-1] if nodes else None
+        for i, page in enumerate(cache.pages(seq)[: len(tokens) // 2]):
+            if i >= len(nodes):
+                node = prefix.insert(node, tokens[2 * i : 2 * i + 2], page)
+        cache.free(seq)
+        known = _beginnings(prefix)
+        assert prefix.evictable() == len(prefix) == cache.num_pages - cache.free_pages
+    assert matched > 50 and evicted > 10
+    prefix.clear()
+    assert cache.free_pages == 40 and len(prefix) == 0
+
+
+def _beginnings(prefix):
+    """Token tuples of all paths from the root."""
+    by_id, found = {node.id: node for node in prefix._nodes.values()}, set()
+    for node in prefix._nodes.values():
+        tokens, at = (), node
+        while at is not None:
+            tokens, at = at.key[1] + tokens, by_id.get(at.key[0])
+        found.add(tokens)
+    return found
+
+
+def test_the_least_recently_used_page_goes_first():
+    cache = toys.cache(4, 1)
+    prefix = PrefixCache(cache)
+    seq = cache.create()
+    cache.append([seq], 3)
+    pages = cache.pages(seq)
+    a = prefix.insert(None, [1], pages[0])
+    prefix.insert(a, [2], pages[1])
+    prefix.insert(None, [3], pages[2])
+    assert prefix.evict(3) == 0 == prefix.evictable(), "a sequence holds them"
+    cache.free(seq)
+    prefix.match([1], 1)
+    assert prefix.evict(1) == 1 and len(prefix.match([1, 2], 2)) == 1, "the end of the branch, not used since"
+    prefix.match([1], 1)
+    assert prefix.evict(1) == 1 and prefix.match([3], 1) == [] and len(prefix.match([1], 1)) == 1

@@ -1,0 +1,176 @@
+"""Text2Text: greedy and beam ids and scores equal to transformers' generate on random T5s, samples that follow the probabilities."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import transformers
+
+from foveate.nn import PackedLinear
+from foveate.text2text import Text2Text
+from foveate.tokenizer import Tokenizer
+from model_cases import assert_logits_close, one_thread, randomize  # noqa: F401
+
+VOCAB, PAD, EOS, START = 24, 0, 1, 2
+
+
+def make_tokenizer() -> Tokenizer:
+    """Words w3 .. w23, and </s> at the end of each text."""
+    vocab = {"<pad>": PAD, "</s>": EOS, "<s>": START} | {f"w{i}": i for i in range(3, VOCAB)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<pad>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<pad>", "</s>", "<s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", EOS)]
+    )
+    return Tokenizer(backend, config={"eos_token_id": EOS, "pad_token_id": PAD})
+
+
+def make(folder: Path, seed: int = 0, std: float = 0.25) -> tuple[Any, Text2Text]:
+    """transformers' model and ours with the same weights; </s> comes early in some outputs, late or never in others."""
+    torch.manual_seed(seed)
+    config = transformers.T5Config(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
+        relative_attention_max_distance=12, feed_forward_proj="gated-gelu", pad_token_id=PAD, eos_token_id=EOS,
+        decoder_start_token_id=START,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    randomize(model, std)
+    with torch.no_grad():
+        model.shared.weight *= 4
+        model.shared.weight[EOS] *= 2.5
+    model.save_pretrained(folder)
+    make_tokenizer().backend.save(str(folder / "tokenizer.json"))
+    return model, Text2Text(folder)
+
+
+SOURCES = [[5, 9, 3, 17, EOS], [20, 4, EOS], [7, 7, 8, 21, 11, 13, 6, EOS]]
+
+
+def theirs(model: Any, max_new_tokens: int, **options: Any) -> Any:
+    width = max(map(len, SOURCES))
+    ids = torch.tensor([source + [PAD] * (width - len(source)) for source in SOURCES])
+    mask = torch.tensor([[1] * len(source) + [0] * (width - len(source)) for source in SOURCES])
+    return model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True,
+        output_scores=True, **options,
+    )  # fmt: skip
+
+
+def cut(row: torch.Tensor) -> list[int]:
+    """Without the start token, and without padding after the end."""
+    ids = row.tolist()[1:]
+    return ids[: ids.index(EOS) + 1] if EOS in ids else ids
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_ids_are_those_of_transformers(seed: int, tmp_path: Path) -> None:
+    model, ours = make(tmp_path, seed)
+    expected = [cut(row) for row in theirs(model, 20).sequences]
+    assert ours.generate(SOURCES, max_new_tokens=20) == expected
+    assert [ours.generate([source], max_new_tokens=20)[0] for source in SOURCES] == expected
+    texts = [" ".join(f"w{i}" for i in source[:-1]) for source in SOURCES]
+    words = [" ".join(f"w{i}" for i in ids if i > 2) for ids in expected]
+    assert ours(texts, max_new_tokens=20, batch_size=2) == words
+    assert ours(texts[0], max_new_tokens=20) == words[0]
+
+
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0, -0.5])
+def test_beams_are_those_of_transformers(length_penalty: float, early_stopping: Any, tmp_path: Path) -> None:
+    lengths = Counter()
+    for seed in range(3):
+        model, ours = make(tmp_path, seed, 0.2)
+        options = {"length_penalty": length_penalty, "early_stopping": early_stopping}
+        out = theirs(model, 12, num_beams=3, num_return_sequences=3, **options)
+        expected = [cut(row) for row in out.sequences]
+        found = ours.beam_search(SOURCES, 3, 12, **options)
+        assert [h.tokens for hypotheses in found for h in hypotheses] == expected
+        scores = torch.tensor([h.score for hypotheses in found for h in hypotheses])
+        torch.testing.assert_close(scores, out.sequences_scores, rtol=1e-4, atol=1e-5)
+        assert ours.generate(SOURCES, max_new_tokens=12, num_beams=3, **options) == expected[::3]
+        lengths.update(len(ids) for ids in expected)
+    assert len(lengths) > 2 or length_penalty == 2.0  # some end early, some do not; a high penalty rewards the longest
+
+
+def test_both_ends_were_seen_in_greedy_outputs(tmp_path: Path) -> None:
+    """The comparison above covers outputs that end and outputs that are cut."""
+    ended = set()
+    for seed in range(4):
+        _, ours = make(tmp_path, seed)
+        ended |= {ids[-1] == EOS for ids in ours.generate(SOURCES, max_new_tokens=20)}
+    assert ended == {True, False}
+
+
+def test_samples_follow_the_probabilities(tmp_path: Path) -> None:
+    model, ours = make(tmp_path, 1)
+    n = 3000
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(SOURCES[:1]), decoder_input_ids=torch.tensor([[START]])).logits[0, -1]
+    p = (logits / 1.5).softmax(-1)
+    p[p < p.topk(6).values[-1]] = 0
+    p /= p.sum()
+    drawn = [ids[0] for ids in ours.generate(SOURCES[:1] * n, max_new_tokens=1, temperature=1.5, top_k=6, seed=3)]
+    counts = torch.bincount(torch.tensor(drawn), minlength=VOCAB)
+    assert not counts[p == 0].any()
+    assert ((counts - n * p).abs() <= 4.5 * (n * p * (1 - p)).sqrt() + 1e-6).all()
+
+
+def test_a_seed_repeats_a_sample_whatever_the_batch(tmp_path: Path) -> None:
+    _, ours = make(tmp_path)
+    texts = ["w3 w4 w5", "w9", "w10 w11", "w9"]
+    options = {"temperature": 1.3, "top_p": 0.9, "max_new_tokens": 15}
+    once = ours(texts, seed=5, **options)
+    assert once == ours(texts, seed=5, batch_size=1, **options) == ours(texts, seed=5, batch_size=3, **options)
+    assert once != ours(texts, seed=6, **options)
+    assert once[1] != once[3]  # equal texts are drawn independently
+    assert ours(texts, seed=5, **(options | {"top_p": 1e-6})) == ours(texts, max_new_tokens=15)
+    torch.manual_seed(1)
+    first = ours(texts, **options)
+    assert first != ours(texts, **options)
+    torch.manual_seed(1)
+    assert first == ours(texts, **options)
+
+
+def test_quantised_weights_generate(tmp_path: Path) -> None:
+    _, exact = make(tmp_path)
+    packed = Text2Text(tmp_path, quantization="q8_0")
+    assert isinstance(packed.model.lm_head, PackedLinear)
+    tokens, target = torch.tensor(SOURCES[2:]), torch.tensor([[START, 5, 6]])
+    with torch.no_grad():
+        assert_logits_close(packed.model(tokens, target), exact.model(tokens, target), 0.05)
+    assert len(packed.generate(SOURCES, num_beams=2, max_new_tokens=5)) == 3
+
+
+def test_wrong_calls_are_said(tmp_path: Path) -> None:
+    _, ours = make(tmp_path)
+    for options, message in (
+        ({"num_beams": 2, "temperature": 0.5}, "num_beams=2 searches and temperature=0.5 draws"),
+        ({"num_beams": 0}, "num_beams=0 must be 1 or more"),
+        ({"max_new_tokens": 0}, "max_tokens=0 must be"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping='soon' must be True, False"),
+        ({"batch_size": 0}, "batch_size=0 must be 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours("w3", **options)
+    with pytest.raises(ValueError, match="a source has no tokens"):
+        ours.generate([[3, EOS], []])
+    assert ours([]) == ours.generate([]) == ours.generate([], num_beams=2) == []
+    with pytest.raises(TypeError, match="Text2Text takes a foveate.models.t5.T5, got Linear"):
+        Text2Text(torch.nn.Linear(2, 2), ours.tokenizer)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer.json; pass tokenizer="):
+        Text2Text(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="is of architecture 'llama'; text to text needs 't5'"):
+        Text2Text(tmp_path)
