@@ -100,7 +100,7 @@ def check_pages(of: Engine) -> None:
     assert of.cache.free_pages + held == of.cache.num_pages
 
 
-def folder(path: Path, **generation_config) -> Path:
+def folder(path: Path, positions: int = 256, **generation_config) -> Path:
     """The toy model and tokenizer as a Hugging Face folder."""
     from safetensors.torch import save_file
 
@@ -111,7 +111,7 @@ def folder(path: Path, **generation_config) -> Path:
         "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "head_dim": config.head_dim,
         "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers, "rms_norm_eps": config.norm_eps,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "dtype": "float32",
-        "max_position_embeddings": config.max_positions, "eos_token_id": EOS, "tie_word_embeddings": False,
+        "max_position_embeddings": positions, "eos_token_id": EOS, "tie_word_embeddings": False,
     }))  # fmt: skip
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS, **generation_config}))
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": tokenizer().chat_template}))
