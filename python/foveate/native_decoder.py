@@ -141,7 +141,7 @@ class NativeDecoder:
             return "layer", self._keep(norm.weight), self._keep(norm.bias), norm.eps
         return "rms", self._keep(norm.weight.float() + norm.offset), None, norm.eps
 
-    def _llama(self, model: Llama) -> Any:
+    def _llama(self, model: Any) -> Any:
         c = model.config
         cos, sin = (self._keep(table) for table in model.rotary.tables(torch.device("cpu")))
         native = _C.Decoder(
@@ -173,7 +173,7 @@ class NativeDecoder:
             )  # fmt: skip
         return native
 
-    def _gpt2(self, model: GPT2) -> Any:
+    def _gpt2(self, model: Any) -> Any:
         c = model.config
         native = _C.Decoder(
             hidden=c.hidden_size, inner=c.intermediate_size, heads_q=c.num_heads, heads_kv=c.num_heads, head_dim=c.head_dim,

@@ -99,7 +99,20 @@ _packed_linear = _ops.define(
 )
 
 
+def _vmap(
+    info: Any, in_dims: Any, x: Tensor, data: Tensor, format: str, out_features: int, bias: Any, native: bool
+) -> Any:
+    if in_dims[1] is not None or in_dims[4] is not None:
+        raise ValueError("packed_linear maps x only; data and bias belong to one layer")
+    return _packed_linear(x.movedim(in_dims[0], 0), data, format, out_features, bias, native), 0
+
+
+_ops.vmap("packed_linear", _vmap)
+
+
 class _PackedLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None, native: bool) -> Tensor:
         return _packed_linear(x, data, format, out_features, bias, native)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-_NEED = 'is not installed: pip install "foveate[models]"'
+NEED = 'is not installed: pip install "foveate[models]"'
 
 
 class Tokenizer:
@@ -50,7 +50,7 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise ImportError(f"tokenizers {_NEED}") from error
+            raise ImportError(f"tokenizers {NEED}") from error
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
@@ -153,7 +153,7 @@ def _compile_template(template: str) -> Any:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise ImportError(f"jinja2 {_NEED}") from error
+        raise ImportError(f"jinja2 {NEED}") from error
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from foveate.tokenizer import Tokenizer
-
-NEED_MODELS = 'is not installed: pip install "foveate[models]"'
+from foveate.models.older_tokenizers import read_older_tokenizer
+from foveate.tokenizer import NEED, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,16 @@ class Checkpoint:
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
 
     def tokenizer(self) -> Tokenizer | None:
-        """From tokenizer.json; None without it."""
+        """From tokenizer.json, or from BERT's vocab.txt or GPT-2's vocab.json and merges.txt; None without any of them."""
+        options: dict[str, Any] = {
+            "config": self.config, "generation_config": self.generation_config,
+            "tokenizer_config": self.tokenizer_config, "chat_template": self.chat_template,
+        }  # fmt: skip
         file = self.path / "tokenizer.json"
-        if not file.exists():
-            return None
-        return Tokenizer.from_file(
-            file, config=self.config, generation_config=self.generation_config,
-            tokenizer_config=self.tokenizer_config, chat_template=self.chat_template,
-        )  # fmt: skip
+        if file.exists():
+            return Tokenizer.from_file(file, **options)
+        backend = read_older_tokenizer(self.path, self.config.get("model_type"), self.tokenizer_config)
+        return None if backend is None else Tokenizer(backend, **options)
 
     def weights(self) -> Weights:
         return SafetensorsWeights(self.path)
@@ -188,7 +189,7 @@ class SafetensorsWeights:
         try:
             from safetensors import SafetensorError, safe_open
         except ImportError as error:
-            raise ImportError(f"safetensors {NEED_MODELS}") from error
+            raise ImportError(f"safetensors {NEED}") from error
         try:
             self._opened[file] = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:

@@ -11,6 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,8 @@ class GgufFile:
             raise self._truncated(f"general.alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
         del self._bytes
+        # copy on write: tensors can be changed in memory without changing the file
+        self._mapped = torch.from_numpy(np.memmap(path, mode="c"))
         self.tensors = {}
         for name, shape, kind, offset in infos:
             self.tensors[name] = GgufTensor(name, kind, shape, self._data(name, shape, kind, start + offset))
@@ -116,11 +119,3 @@ class GgufFile:
         if start + nbytes > self.size:
             raise self._truncated(f"{name} ends at byte {start + nbytes}, the file at byte {self.size}")
         return self._mapped[start : start + nbytes]
-
-    @property
-    def _mapped(self) -> Tensor:
-        """The file as uint8, copy on write: tensors can be changed in memory without changing it."""
-        if not hasattr(self, "_map"):
-            storage = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.size)
-            self._map = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
-        return self._map

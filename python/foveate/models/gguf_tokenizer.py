@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from foveate.models.checkpoint import NEED_MODELS
+from foveate.tokenizer import NEED
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
 
@@ -22,7 +22,7 @@ def read_tokenizer(fields: dict[str, Any]) -> Any:
     try:
         from tokenizers import Tokenizer, processors
     except ImportError as error:
-        raise ImportError(f"tokenizers {NEED_MODELS}") from error
+        raise ImportError(f"tokenizers {NEED}") from error
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
     kind = own.get("model")
     if kind not in ("gpt2", "llama"):
