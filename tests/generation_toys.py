@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 import foveate
@@ -67,6 +69,16 @@ def cache(num_pages: int = 64, page_size: int = 4) -> foveate.PagedKVCache:
 def engine(num_pages: int = 64, page_size: int = 4, **options) -> Engine:
     options = {"tokenizer": tokenizer(), "eos_ids": {EOS}} | options
     return Engine(options.pop("model", None) or model(), cache(num_pages, page_size), **options)
+
+
+def native_model():
+    """The model on NativeDecoder, or a skip."""
+    native_decoder = pytest.importorskip("foveate.native_decoder")
+    made = copy.deepcopy(model())
+    reason = native_decoder.NativeDecoder.unsupported(made)
+    if reason is not None:
+        pytest.skip(reason)
+    return native_decoder.NativeDecoder(made)
 
 
 def prompts(count: int, low: int = 3, high: int = 30, seed: int = 0) -> list[list[int]]:

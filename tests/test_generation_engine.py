@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+import foveate
 import generation_toys as toys
 from foveate.generation import SamplingParams
 
@@ -232,3 +233,47 @@ def test_an_id_must_be_new():
 
 def test_step_without_work_does_nothing():
     assert toys.engine().step() == []
+
+
+def bits(outputs):
+    """Tokens with their exact log-probabilities."""
+    return [
+        [[(token, found[token].logprob) for token, found in zip(o.token_ids, o.logprobs)] for o in output.outputs]
+        for output in outputs
+    ]
+
+
+def test_the_native_decoder_gives_the_same_bits_in_any_batch():
+    """With chunks of few tokens: attention takes larger tiles of keys for many queries, and so another order of sums."""
+    prompts = toys.prompts(8, 3, 11, seed=6)
+    few = {"model": toys.native_model(), "max_prefill_tokens": 5}
+    params = [
+        SamplingParams(
+            temperature=0.0 if i % 2 else 0.9, seed=i, max_tokens=18, logprobs=0, prompt_lookup=i % 3, ignore_eos=True
+        )
+        for i in range(8)
+    ]
+    alone = [bits(run(toys.engine(**few), [prompt], p))[0] for prompt, p in zip(prompts, params)]
+    for options in ({}, {"max_batch": 3}, {"num_pages": 24}, {"max_prefill_tokens": 3, "enable_prefix_caching": False}):
+        engine = toys.engine(**(few | options))
+        assert bits(run(engine, prompts, params)) == alone, options
+        assert engine.stats.accepted_tokens > 0
+        assert engine.stats.preemptions > 0 or "num_pages" not in options
+    without = [
+        bits(run(toys.engine(**few), [prompt], p.with_(prompt_lookup=0)))[0] for prompt, p in zip(prompts, params)
+    ]
+    assert without == alone
+
+
+def test_the_native_decoder_generates_what_the_modules_do():
+    prompts = toys.prompts(6, 3, 60, seed=2)
+    outputs = run(toys.engine(model=toys.native_model(), num_pages=200), prompts, GREEDY)
+    assert ids(outputs) == [[toys.greedy(prompt, 20)] for prompt in prompts]
+
+
+def test_foreign_sequences_that_fill_the_cache_are_named():
+    engine = toys.engine(num_pages=8)
+    engine.cache.append([engine.cache.create()], 30)
+    engine.add("a", [5] * 6, GREEDY.with_(max_tokens=4))
+    with pytest.raises(foveate.CacheFull, match="nothing can run: .* 8 pages, 0 are free"):
+        engine.step()
