@@ -6,8 +6,10 @@ import io
 import json
 import os
 import re
+import select
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -254,3 +256,36 @@ def test_a_process_of_its_own(path):
     done = subprocess.run([*command, "--stream"], input="the quick", stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def in_terminal(command, inputs):
+    """What a terminal shows: `command` runs on a pseudo-terminal; each input is written when its prompt is there."""
+    fd, terminal = os.openpty()
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown, end = "", time.monotonic() + 60
+    while time.monotonic() < end:
+        if select.select([fd], [], [], 0.1)[0]:
+            try:
+                shown += os.read(fd, 65536).decode("utf-8", "replace")
+            except OSError:  # the end of a pseudo-terminal
+                break
+        if inputs and shown.endswith(inputs[0][0]):
+            os.write(fd, (inputs.pop(0)[1] + "\n").encode())
+            shown += "|"
+    os.close(fd)
+    return shown.replace("\r\n", "\n"), process.wait(10)
+
+
+def test_in_a_terminal_chat_has_a_prompt_and_several_prompts_a_bar(path, llm):
+    base = [sys.executable, "-m", "foveate"]
+    sampling = ["--model", path, *SMALL, "--temperature", "0", "--max-tokens", "4"]
+    shown, status = in_terminal([*base, "chat", *sampling], [("> ", "hello"), ("> ", "/exit")])
+    reply = llm.chat(
+        [{"role": "user", "content": "hello"}], foveate.SamplingParams(temperature=0.0, max_tokens=4)
+    ).outputs[0]
+    assert status == 0 and reply.text in shown and shown.count("> ") == 2
+    shown, status = in_terminal([*base, "generate", *sampling, "--prompt", "the", "--prompt", "fox"], [])
+    assert status == 0 and "generating" in shown and "2/2" in shown and "--- prompt 2, sample 1, length" in shown
+    shown, status = in_terminal([*base, "generate", *sampling, "--prompt", "the"], [])
+    assert status == 0 and "generating" not in shown
