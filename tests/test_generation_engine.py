@@ -9,7 +9,7 @@ import torch
 
 import foveate
 import generation_toys as toys
-from foveate.generation import SamplingParams
+from foveate.generation import Engine, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 
@@ -125,6 +125,17 @@ def test_pages_of_finished_requests_give_way_to_new_ones():
     assert len(engine.scheduler.prefix) > 0
 
 
+def test_pages_of_what_ended_last_stay_longest():
+    engine = toys.engine(num_pages=24, max_batch=2)
+    long, short = toys.prompts(2, 30, 30, seed=3)
+    engine.add("short", short, GREEDY.with_(max_tokens=2))
+    engine.add("long", long, GREEDY.with_(max_tokens=12, ignore_eos=True))  # begins with the other, ends after it
+    outputs = toys.drain(engine)
+    run(engine, [toys.prompts(1, 24, 24, seed=4)[0]], GREEDY.with_(max_tokens=4))  # needs pages of one of them
+    again = run(engine, [long + outputs["long"].outputs[0].token_ids], GREEDY.with_(max_tokens=2))
+    assert again[0].metrics.cached_tokens == 40
+
+
 def test_identical_prompts_that_arrive_together_and_a_full_cache():
     """The same pages are computed twice then; the tree keeps one of each, and neither is lost or freed twice."""
     prompt = toys.prompts(1, 21, 21)[0]
@@ -233,6 +244,27 @@ def test_an_id_must_be_new():
 
 def test_step_without_work_does_nothing():
     assert toys.engine().step() == []
+
+
+def test_gpt2_with_positions_from_the_cache():
+    from foveate.models.gpt2 import GPT2, GPT2Config
+
+    torch.manual_seed(2)
+    sizes = {"vocab_size": 336, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "n_inner": None}
+    model = (
+        GPT2(GPT2Config.from_hf({"model_type": "gpt2", "activation_function": "gelu_new", **sizes}))
+        .eval()
+        .requires_grad_(False)
+    )
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.3)
+    cache = foveate.PagedKVCache(60, 4, num_kv_heads=2, head_dim=16, num_layers=2, dtype=torch.float32)
+    engine = Engine(model, cache, eos_ids={toys.EOS}, max_prefill_tokens=8)
+    prompts = [*toys.prompts(4, 5, 30), [9, 9, 9] * 20]
+    outputs = run(engine, prompts, GREEDY.with_(prompt_lookup=3))
+    expected = [toys.greedy(prompt, min(20, 64 - len(prompt)), model) for prompt in prompts]
+    assert ids(outputs) == [[tokens] for tokens in expected]
+    assert outputs[0].outputs[0].text == ""
 
 
 def bits(outputs):
