@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ NAMES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2
 Q = gguf.GGMLQuantizationType
 
 
-def theirs(arch: str) -> Any:
+def theirs(arch: str, **changes: Any) -> Any:
     kind = NAMES[arch]
-    sizes = SIZES | ARCHITECTURES[arch]
+    sizes = SIZES | ARCHITECTURES[arch] | changes
     if arch == "gpt2":
         sizes = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
     config = getattr(transformers, f"{kind}Config")(**sizes, attn_implementation="eager")
@@ -64,7 +65,9 @@ def convert(name: str, weight: torch.Tensor, arch: str, back: bool = False) -> t
     return weight.contiguous()
 
 
-def write(path: Path, model: Any, arch: str, kind: Q = Q.F32) -> None:
+def write(
+    path: Path, model: Any, arch: str, kind: Q = Q.F32, more: Callable[[gguf.GGUFWriter], None] = lambda writer: None
+) -> None:
     """Matrices are of type `kind`, norms and biases F32. `model` gets the weights as they were rounded."""
     config = model.config
     writer = gguf.GGUFWriter(path, arch)
@@ -84,6 +87,7 @@ def write(path: Path, model: Any, arch: str, kind: Q = Q.F32) -> None:
         writer.add_sliding_window(config.sliding_window)
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    more(writer)
     names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), LAYERS)
     for name, weight in model.state_dict().items():
         if config.tie_word_embeddings and name == "lm_head.weight":
@@ -135,6 +139,59 @@ def test_blocks_are_kept(arch: str, kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         # the activations are rounded to 8 bits in blocks of 32, so not to 1e-4
         assert_logits_close(ours(tokens), expanded(tokens), 0.1)
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def test_rotary_scaling_and_windows_of_files(tmp_path: Path) -> None:
+    """Llama 3.1's scaling, which files hold as divisors of the frequencies; linear scaling; Mistral, whose files say llama."""
+    llama3 = theirs("llama", rope_parameters=LLAMA3)
+    plain = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
+    divisors = (plain / llama3.model.rotary_emb.inv_freq).float()
+    assert 1 < len(divisors.unique()) <= 8
+
+    linear = theirs("llama", rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0})
+    config = transformers.MistralConfig(**SIZES, sliding_window=4, attn_implementation="eager")
+    mistral = transformers.MistralForCausalLM(config).eval()
+    randomize(mistral)
+
+    def add_linear(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(3.0)
+
+    tokens = torch.randint(VOCAB, (2, 30))
+    for model, more in (
+        (llama3, lambda writer: writer.add_tensor("rope_freqs.weight", divisors.numpy())),
+        (linear, add_linear),
+        (mistral, lambda writer: writer.add_sliding_window(4)),
+    ):
+        write(tmp_path / "plain.gguf", model, "llama")
+        write(tmp_path / "model.gguf", model, "llama", more=more)
+        with torch.no_grad():
+            expected = model(tokens).logits
+            assert_logits_close(load_model(tmp_path / "model.gguf")(tokens), expected)
+            plainly = load_model(tmp_path / "plain.gguf")(tokens)
+        assert (plainly - expected).abs().max() > 1e-2 * expected.abs().max()
+    write(tmp_path / "yarn.gguf", linear, "llama", more=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN))
+    with pytest.raises(ValueError, match="rope_scaling of type 'yarn' is not supported"):
+        load_model(tmp_path / "yarn.gguf")
+
+
+def test_ends_of_turns_end_a_text(tmp_path: Path) -> None:
+    tokens = [f"t{i}" for i in range(VOCAB - 3)] + ["<end_of_turn>", "<|im_end|>", "<|eot_id|>"]
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_token_list(tokens)
+        writer.add_token_types([1] * (VOCAB - 3) + [gguf.TokenType.CONTROL, 1, gguf.TokenType.CONTROL])
+        writer.add_eos_token_id(1)
+        writer.add_eot_token_id(5)
+
+    write(tmp_path / "model.gguf", theirs("qwen2"), "qwen2", more=add)
+    assert open_checkpoint(tmp_path / "model.gguf").config["eos_token_id"] == [1, 5, VOCAB - 3, VOCAB - 1]
 
 
 def test_quantization_of_a_quantised_file(tmp_path: Path) -> None:

@@ -235,6 +235,7 @@ def test_special_ids_come_from_the_first_file_that_names_them() -> None:
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (bos, {5}, 6)
     tokenizer = byte_level(config={"eos_token_id": 5}, generation_config={"eos_token_id": [7, 8]})
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, {7, 8})
+    assert tokenizer.special == {"eos_token": tokenizer.backend.id_to_token(7)}
 
 
 def test_chat_template_runs_in_a_sandbox() -> None:
@@ -244,6 +245,10 @@ def test_chat_template_runs_in_a_sandbox() -> None:
     messages = [{"role": "user", "content": "<a>"}]
     assert tokenizer.apply_chat_template(messages) == "<s>[user] <a>"
     assert tokenizer.apply_chat_template(messages, tools=[{"é": "<"}]) == '<s>[user] <a>[{"é": "<"}]'
+    marked = byte_level(
+        chat_template="{% for m in messages %}<{% generation %}{{ m.content }}!{% endgeneration %}>{% endfor %}"
+    )
+    assert marked.apply_chat_template(messages * 2) == "<<a>!><<a>!>"
     refusing = byte_level(chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="the chat template refuses these messages: roles must alternate"):
         refusing.apply_chat_template(messages)

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from foveate.models.checkpoint import Blocks, Checkpoint, Weights
 from foveate.models.gguf_file import GgufFile
-from foveate.models.gguf_tokenizer import read_tokenizer
+from foveate.models.gguf_tokenizer import CONTROL, read_tokenizer
 from foveate.tokenizer import Tokenizer
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCKS = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1"}
+
+# Special tokens after which it is the other's turn, in Llama 3, ChatML (Qwen, SmolLM2) and Gemma.
+_TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
 
 _LLAMA_LAYER = {
     "attn_norm": "input_layernorm",
@@ -84,8 +87,9 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     if arch not in _NAMES:
         raise ValueError(f"{path} holds the architecture {arch!r}; known in GGUF files are {', '.join(_NAMES)}")
     config = _gpt2_config(file) if arch == "gpt2" else _llama_config(file, arch)
-    for key in ("bos", "eos", "padding"):
-        config[f"{key.removesuffix('ding')}_token_id"] = _value(file, f"tokenizer.ggml.{key}_token_id", None)
+    config["bos_token_id"] = _value(file, "tokenizer.ggml.bos_token_id", None)
+    config["pad_token_id"] = _value(file, "tokenizer.ggml.padding_token_id", None)
+    config["eos_token_id"] = _end_ids(file)
     template = _value(file, "tokenizer.chat_template", None)
     return GgufCheckpoint(path=path, config=config, chat_template=template, file=file)
 
@@ -104,6 +108,14 @@ def _vocab_size(file: GgufFile) -> int:
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
     return file.tensors["token_embd.weight"].shape[0]
+
+
+def _end_ids(file: GgufFile) -> list[int]:
+    """The end of a text and of a turn. Files often name the first only, and a chat model then would not stop: see _TURN_ENDS."""
+    named = (_value(file, f"tokenizer.ggml.{key}_token_id", None) for key in ("eos", "eot", "eom"))
+    tokens, kinds = (_value(file, f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+    turns = (i for i, kind in enumerate(kinds) if kind == CONTROL and tokens[i] in _TURN_ENDS)
+    return list(dict.fromkeys([*(token for token in named if token is not None), *turns]))
 
 
 def _llama_config(file: GgufFile, arch: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from foveate.tokenizer import NEED
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
+_NORMAL, CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
 
 # How text is cut before BPE. {digits} is how many digits stay together.
 _WORDS = (
@@ -32,7 +32,7 @@ def read_tokenizer(fields: dict[str, Any]) -> Any:
         )
     tokenizer: Tokenizer = _byte_level(own) if kind == "gpt2" else _sentencepiece(own)
     tokens, kinds = own["tokens"], own["token_type"]
-    tokenizer.add_special_tokens([token for token, k in zip(tokens, kinds) if k == _CONTROL])
+    tokenizer.add_special_tokens([token for token, k in zip(tokens, kinds) if k == CONTROL])
     tokenizer.add_tokens([token for token, k in zip(tokens, kinds) if k == _USER_DEFINED])
     bos = [tokens[own["bos_token_id"]]] if own.get("add_bos_token", kind == "llama") else []
     eos = [tokens[own["eos_token_id"]]] if own.get("add_eos_token", False) else []
