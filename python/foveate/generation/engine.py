@@ -176,6 +176,11 @@ class Engine:
         """One step of the model for all that can run: outputs of the requests that finished, and of all changed ones that stream."""
         start = time.perf_counter()
         groups = self.scheduler.schedule()
+        if not groups and self._requests:
+            raise CacheFull(
+                f"nothing can run: the cache has {self.cache.num_pages} pages, {self.cache.free_pages} are free, and sequences that are "
+                "not this engine's hold the others; free them"
+            )
         rows: list[Tensor] = []
         ready: list[_Ready] = []
         prefilled = 0
