@@ -125,17 +125,6 @@ def test_pages_of_finished_requests_give_way_to_new_ones():
     assert len(engine.scheduler.prefix) > 0
 
 
-def test_pages_of_what_ended_last_stay_longest():
-    engine = toys.engine(num_pages=24, max_batch=2)
-    long, short = toys.prompts(2, 30, 30, seed=3)
-    engine.add("short", short, GREEDY.with_(max_tokens=2))
-    engine.add("long", long, GREEDY.with_(max_tokens=12, ignore_eos=True))  # begins with the other, ends after it
-    outputs = toys.drain(engine)
-    run(engine, [toys.prompts(1, 24, 24, seed=4)[0]], GREEDY.with_(max_tokens=4))  # needs pages of one of them
-    again = run(engine, [long + outputs["long"].outputs[0].token_ids], GREEDY.with_(max_tokens=2))
-    assert again[0].metrics.cached_tokens == 40
-
-
 def test_identical_prompts_that_arrive_together_and_a_full_cache():
     """The same pages are computed twice then; the tree keeps one of each, and neither is lost or freed twice."""
     prompt = toys.prompts(1, 21, 21)[0]

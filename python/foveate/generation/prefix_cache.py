@@ -44,17 +44,11 @@ class PrefixCache:
                 break
             chain.append(node)
             parent = node.id
-        if chain:
-            self.touch(chain[-1])
-        return chain
-
-    def touch(self, node: Node | None) -> None:
-        """Makes a page and all before it the most recently used ones; a page is newer than those after it."""
         self._clock += 1
-        while node is not None and node.alive:
+        for node in reversed(chain):  # so that a page is newer than those after it
             node.used = self._clock
             self._nodes.move_to_end(node.key)
-            node = node.parent
+        return chain
 
     def insert(self, parent: Node | None, tokens: Sequence[int], page: int) -> Node:
         """The node of a full page with these tokens after `parent`. If equal tokens are there already, their page stays."""

@@ -143,8 +143,6 @@ class Scheduler:
             self.running.remove(sample)
             self.cache.free(sample.seq)
             self._no_room = False
-            if self.prefix is not None:
-                self.prefix.touch(sample.node)
             sample.seq, sample.cached, sample.registered, sample.node = None, 0, 0, None
         elif sample in self.waiting:
             self.waiting.remove(sample)
