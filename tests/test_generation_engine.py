@@ -254,6 +254,12 @@ def test_gpt2_with_positions_from_the_cache():
     expected = [toys.greedy(prompt, min(20, 64 - len(prompt)), model) for prompt in prompts]
     assert ids(outputs) == [[tokens] for tokens in expected]
     assert outputs[0].outputs[0].text == ""
+    # One draft is long, and another sample is too near to the end of the context for a step of that length.
+    repeat = GREEDY.with_(prompt_lookup=8, logit_bias={9: 90.0}, max_tokens=30)
+    cache = foveate.PagedKVCache(60, 4, num_kv_heads=2, head_dim=16, num_layers=2, dtype=torch.float32)
+    engine = Engine(model, cache, max_prefill_tokens=128)
+    assert ids(run(engine, [[9] * 58, [9] * 30], repeat)) == [[[9] * 6], [[9] * 30]]
+    assert engine.stats.accepted_tokens > 0
 
 
 def bits(outputs):
