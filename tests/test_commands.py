@@ -16,6 +16,7 @@ import pytest
 import foveate
 import generation_toys as toys
 from foveate.cli import main
+from generation_toys import one_thread  # noqa: F401
 
 SMALL = ["--num-pages", "40"]
 

@@ -9,6 +9,7 @@ import pytest
 
 import generation_toys as toys
 from foveate.generation import SamplingParams
+from generation_toys import one_thread  # noqa: F401
 
 pytest.importorskip("llguidance")
 

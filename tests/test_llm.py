@@ -13,6 +13,7 @@ import generation_toys as toys
 from foveate import SamplingParams
 from foveate.generation import memory
 from foveate.models import open_checkpoint
+from generation_toys import one_thread  # noqa: F401
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
