@@ -225,6 +225,11 @@ def test_requests_that_cannot_run_are_refused_in_a_sentence(tokens, params, sent
     assert not engine.has_work
 
 
+def test_a_context_made_short_says_what_the_model_takes():
+    with pytest.raises(ValueError, match="19 tokens or fewer, or allow more with max_model_len .* the model takes 256"):
+        toys.engine(max_length=20).add("a", [5] * 20, GREEDY)
+
+
 def test_an_id_must_be_new():
     engine = toys.engine()
     engine.add("a", [5, 6], GREEDY)
