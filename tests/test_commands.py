@@ -12,10 +12,12 @@ import sys
 import time
 
 import pytest
+import torch
 
 import foveate
 import generation_toys as toys
 from foveate.cli import main
+from generation_toys import one_thread  # noqa: F401
 
 SMALL = ["--num-pages", "40"]
 
@@ -157,26 +159,48 @@ def test_chat_reads_lines_and_remembers(path, llm, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["messages"] == messages
 
 
-class FakeAnswerer:
-    def __init__(self, path):
-        self.path = path
+@pytest.fixture(scope="module")
+def answerer():
+    from foveate.models import bert
+    from test_question_answering import make_tokenizer
 
-    def __call__(self, *, question, context):
-        start = context.index("fox")
-        return {"answer": context[start : start + 3], "score": 0.5, "start": start, "end": start + 3}
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 4, "max_positions": 64}
+    torch.manual_seed(0)
+    model = bert.BertForQuestionAnswering(bert.BertConfig(vocab_size=tokenizer.vocab_size, **sizes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.5)
+    return foveate.QuestionAnswerer(model.eval(), tokenizer)
 
 
-def test_answer_prints_the_answer(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(foveate, "QuestionAnswerer", FakeAnswerer, raising=False)
-    options = ["answer", "--model", "some-model", "--question", "Who?"]
-    assert main([*options, "--context", "the fox"]) == 0
-    assert capsys.readouterr().out == "fox\n"
-    (tmp_path / "text").write_text("a fox", encoding="utf-8")
-    assert main([*options, "--question", "What?", "--context-file", str(tmp_path / "text"), "--json"]) == 0
-    answers = json.loads(capsys.readouterr().out)["answers"]
-    assert [(a["question"], a["answer"], a["start"]) for a in answers] == [("Who?", "fox", 2), ("What?", "fox", 2)]
-    pipe(monkeypatch, "fox")
-    assert main(options) == 0 and capsys.readouterr().out == "fox\n"
+def test_answer_prints_the_answer(answerer, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(foveate, "QuestionAnswerer", lambda path: answerer, raising=False)
+    text, questions = "The cat sat on the mat and then ran. " * 4, ["what ran?", "who sat?"]
+    options = ["answer", "--model", "some-model", "--question", questions[0]]
+    expected = answerer(questions[0], text)["answer"]
+    assert main([*options, "--context", text]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+    pipe(monkeypatch, text)
+    assert main(options) == 0 and capsys.readouterr().out == expected + "\n"
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    more = [
+        "--question",
+        questions[1],
+        "--top-k",
+        "2",
+        "--max-answer-len",
+        "4",
+        "--doc-stride",
+        "8",
+        "--impossible",
+        "--json",
+    ]
+    assert main([*options, *more, "--context-file", str(tmp_path / "text")]) == 0
+    found = json.loads(capsys.readouterr().out)["answers"]
+    wanted = answerer(questions, text, top_k=2, max_answer_len=4, doc_stride=8, handle_impossible_answer=True)
+    assert found == [{"question": q, **answer} for q, answers in zip(questions, wanted) for answer in answers]
+    assert len(found) == 4
+    assert main([*options, "--context", " "]) == 1 and capsys.readouterr().err.startswith("foveate: ")
 
 
 @pytest.mark.parametrize(

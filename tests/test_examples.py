@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import generation_toys as toys
+from generation_toys import one_thread  # noqa: F401
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

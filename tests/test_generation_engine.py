@@ -10,6 +10,7 @@ import torch
 import foveate
 import generation_toys as toys
 from foveate.generation import Engine, SamplingParams
+from generation_toys import one_thread  # noqa: F401
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 
@@ -224,6 +225,11 @@ def test_requests_that_cannot_run_are_refused_in_a_sentence(tokens, params, sent
     assert not engine.has_work
 
 
+def test_a_context_made_short_says_what_the_model_takes():
+    with pytest.raises(ValueError, match="19 tokens or fewer, or allow more with max_model_len .* the model takes 256"):
+        toys.engine(max_length=20).add("a", [5] * 20, GREEDY)
+
+
 def test_an_id_must_be_new():
     engine = toys.engine()
     engine.add("a", [5, 6], GREEDY)
@@ -254,6 +260,12 @@ def test_gpt2_with_positions_from_the_cache():
     expected = [toys.greedy(prompt, min(20, 64 - len(prompt)), model) for prompt in prompts]
     assert ids(outputs) == [[tokens] for tokens in expected]
     assert outputs[0].outputs[0].text == ""
+    # One draft is long, and another sample is too near to the end of the context for a step of that length.
+    repeat = GREEDY.with_(prompt_lookup=8, logit_bias={9: 90.0}, max_tokens=30)
+    cache = foveate.PagedKVCache(60, 4, num_kv_heads=2, head_dim=16, num_layers=2, dtype=torch.float32)
+    engine = Engine(model, cache, max_prefill_tokens=128)
+    assert ids(run(engine, [[9] * 58, [9] * 30], repeat)) == [[[9] * 6], [[9] * 30]]
+    assert engine.stats.accepted_tokens > 0
 
 
 def bits(outputs):

@@ -13,6 +13,7 @@ from foveate.generation.detokenizer import Detokenizer
 from foveate.generation.prefix_cache import PrefixCache
 from foveate.generation.prompt_lookup import PromptLookup
 from foveate.generation.stops import StopStrings
+from generation_toys import one_thread  # noqa: F401
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30)
 

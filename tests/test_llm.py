@@ -13,6 +13,7 @@ import generation_toys as toys
 from foveate import SamplingParams
 from foveate.generation import memory
 from foveate.models import open_checkpoint
+from generation_toys import one_thread  # noqa: F401
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -205,6 +206,14 @@ def test_missing_and_wrong_paths_are_sentences(tmp_path):
     ):
         foveate.LLM("nowhere")
     with pytest.raises(ValueError, match=r"has no config\.json and no \.gguf file"):
+        foveate.LLM(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(
+        ValueError, match=r"is a bert model, which does not continue text; it is one for foveate\.QuestionAnswerer"
+    ):
+        foveate.LLM(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ValueError, match="'mamba'"):
         foveate.LLM(tmp_path)
 
 

@@ -127,7 +127,7 @@ class Engine:
         if len(tokens) >= self.max_length:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens and the context {self.max_length}; shorten the prompt to "
-                f"{self.max_length - 1} tokens or fewer, or raise max_model_len if the model allows it"
+                f"{self.max_length - 1} tokens or fewer" + _larger(self.max_length, self.model.config.max_positions)
             )
         if not all(0 <= token < vocab for token in tokens):
             wrong = next(token for token in tokens if not 0 <= token < vocab)
@@ -303,3 +303,10 @@ class Engine:
             elif request.stream:
                 outputs.append(request.output())
         return outputs
+
+
+def _larger(max_length: int, max_positions: int) -> str:
+    """What else helps against a short context."""
+    if max_length == max_positions:
+        return ""
+    return f", or allow more with max_model_len and a cache that holds it; the model takes {max_positions}"
