@@ -104,6 +104,8 @@ void tile(const LinearParams& p, int which, int64_t panel, const PreparedRows& a
 // Prepared rows [row, row + rows) times one panel; prepared row 0 is row `first` of p.
 void panel_rows(const LinearParams& p, int which, int64_t panel, const PreparedRows& a, int64_t first, int64_t row, int64_t rows) {
   const int64_t end = row + rows;
+  if (!is_blocks(p.weight[which].format))
+    for (; row + kFloatRows <= end; row += kFloatRows) tile<kFloatRows>(p, which, panel, a, first, row);
   for (; row + kLinearRows <= end; row += kLinearRows) tile<kLinearRows>(p, which, panel, a, first, row);
   if constexpr (kLinearRows > 2) {
     if (end - row == 3) return tile<3>(p, which, panel, a, first, row);
