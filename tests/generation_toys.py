@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 import foveate
 from foveate.generation import Engine
+from foveate.generation.decode_graph import DecodeGraph
+from foveate.models.gpt2 import GPT2, GPT2Config
 from foveate.models.llama import Llama, LlamaConfig
 from foveate.tokenizer import Tokenizer
 
@@ -75,9 +78,51 @@ def cache(num_pages: int = 64, page_size: int = 4) -> foveate.PagedKVCache:
     return made
 
 
+@functools.cache
+def gpt2():
+    """Random weights, of the size of model()."""
+    torch.manual_seed(2)
+    sizes = {"vocab_size": 336, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, "n_inner": None}
+    made = GPT2(GPT2Config.from_hf({"model_type": "gpt2", "activation_function": "gelu_new", **sizes}))
+    for parameter in made.requires_grad_(False).parameters():
+        parameter.normal_(0, 0.3)
+    return made.eval()
+
+
+def cache_for(model, num_pages=64, dtype=torch.float32, device="cpu") -> foveate.PagedKVCache:
+    """Empty, of NaN where the dtype has it, in pages of 4 tokens."""
+    c = model.config
+    sizes = {"num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "num_layers": c.num_layers}
+    made = foveate.PagedKVCache(num_pages, 4, **sizes, dtype=dtype, device=device)
+    if dtype.is_floating_point:
+        made.k_pages.fill_(float("nan"))
+        made.v_pages.fill_(float("nan"))
+    return made
+
+
 def engine(num_pages: int = 64, page_size: int = 4, **options) -> Engine:
     options = {"tokenizer": tokenizer(), "eos_ids": {EOS}} | options
     return Engine(options.pop("model", None) or model(), cache(num_pages, page_size), **options)
+
+
+def padded_engine(model, num_pages=64, padded=True, dtype=torch.float32, **options) -> Engine:
+    """On a DecodeGraph, without graphs, with one page more for the padding rows; padded=False: the same without it."""
+    cache = cache_for(model, num_pages + padded, dtype)
+    decode = DecodeGraph(model, cache, graphs=False) if padded else None
+    return Engine(model, cache, eos_ids={EOS}, decode=decode, **options)
+
+
+def spread(of: Engine, prompts, params, seed=0) -> dict[str, list[list[int]]]:
+    """Requests that join at random steps, so that the batch grows and shrinks; {request: token ids of its samples}."""
+    rng, waiting, found = random.Random(seed), list(enumerate(prompts)), {}
+    while waiting or of.has_work:
+        while waiting and (rng.random() < 0.4 or not of.has_work):
+            i, prompt = waiting.pop(0)
+            of.add(str(i), prompt, params[i])
+        found |= {o.request_id: [sample.token_ids for sample in o.outputs] for o in of.step()}
+    # No page is lost, and the scratch page stays.
+    assert of.cache.free_pages + len(of.scheduler.prefix or ()) == of.num_pages
+    return found
 
 
 def native_model():

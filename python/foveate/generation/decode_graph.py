@@ -60,7 +60,7 @@ class DecodeGraph:
         cache.append(seqs)                          # room for one token each
         hidden, logits = decode(tokens, seqs)       # tokens: one id each; logits [len(seqs), vocab]
 
-    A step of a small model is hundreds of short kernels, and the time to launch them is longer than they run. A CUDA graph launches
+    A step of a small model is hundreds of short kernels, and launching them can take longer than running them. A CUDA graph launches
     them all at once, but with the same shapes and addresses every time. So the batch is padded to the next power of two and the
     block table to one of 16, 32, 64, ... pages; each such pair is captured when it first occurs, after a warm-up on a side stream,
     and replayed afterwards (`captures` counts). Padding rows write to a scratch page, which is taken from the cache for good.
@@ -77,13 +77,15 @@ class DecodeGraph:
             raise TypeError(
                 f"DecodeGraph runs the modules of foveate.models, not {type(model).__name__}; give it the model itself"
             )
-        self.model, self.cache = model, cache
+        config: Any = model.config
+        self.model: Any = model
+        self.cache = cache
         self.eager = "graphs=False" if graphs is False else self.unsupported(model)
         if graphs and self.eager is not None:
             raise ValueError(f"graphs=True, but {self.eager}; leave it out to run without graphs")
         self.captures = 0
         # A sequence of no more pages than this covers every position of the model.
-        self._most_pages = -(-model.config.max_positions // cache.page_size)
+        self._most_pages: int = -(-config.max_positions // cache.page_size)
         self._scratch = _take_page(cache)
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         self._pool: Any = None
@@ -97,7 +99,7 @@ class DecodeGraph:
             return f"CUDA graphs need a CUDA device, and the model is on {device}"
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
-                return f"{name} is quantised, and its rows are looked up by code that checks them on the host, which a graph cannot hold"
+                return f"{name} is quantised, and without a GPU kernel its weights are unpacked by code that reads on the host, which a graph cannot hold"
         dtype = next(x.dtype for x in tensors if x.is_floating_point())
         return not_capturable(device.type, dtype)
 
