@@ -33,7 +33,7 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 10000;  // some 100 us
+  static constexpr int kSpins = 4000;  // some tens of microseconds
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int64_t> round_{0};
 };
