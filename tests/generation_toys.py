@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
+from pathlib import Path
 
+import pytest
 import torch
 
 import foveate
@@ -17,6 +21,15 @@ TEXT = [
     '{"name": "value", "count": 12, "list": [1, 2, 3], "flag": true, "nothing": null}',
     "naïve café über 東京 😀 — déjà vu",
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For modules that import it: threads cost tiny models more than they give, and much more where tests run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @functools.cache
@@ -67,6 +80,16 @@ def engine(num_pages: int = 64, page_size: int = 4, **options) -> Engine:
     return Engine(options.pop("model", None) or model(), cache(num_pages, page_size), **options)
 
 
+def native_model():
+    """The model on NativeDecoder, or a skip."""
+    native_decoder = pytest.importorskip("foveate.native_decoder")
+    made = copy.deepcopy(model())
+    reason = native_decoder.NativeDecoder.unsupported(made)
+    if reason is not None:
+        pytest.skip(reason)
+    return native_decoder.NativeDecoder(made)
+
+
 def prompts(count: int, low: int = 3, high: int = 30, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
@@ -96,3 +119,21 @@ def check_pages(of: Engine) -> None:
     assert len(of.cache) == 0
     held = 0 if of.scheduler.prefix is None else len(of.scheduler.prefix)
     assert of.cache.free_pages + held == of.cache.num_pages
+
+
+def folder(path: Path, positions: int = 256, **generation_config) -> Path:
+    """The toy model and tokenizer as a Hugging Face folder."""
+    from safetensors.torch import save_file
+
+    made, config = model(), model().config
+    save_file({name: value.contiguous() for name, value in made.state_dict().items()}, path / "model.safetensors")
+    tokenizer().backend.save(str(path / "tokenizer.json"))
+    (path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers, "rms_norm_eps": config.norm_eps,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "dtype": "float32",
+        "max_position_embeddings": positions, "eos_token_id": EOS, "tie_word_embeddings": False,
+    }))  # fmt: skip
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS, **generation_config}))
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": tokenizer().chat_template}))
+    return path

@@ -14,6 +14,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers
 
+from compare import assert_as_good_as_torch
 from foveate.models import bert, load_model, open_checkpoint
 from model_cases import MULTILINGUAL, assert_logits_close, needs_minilm, one_thread, randomize  # noqa: F401
 
@@ -88,6 +89,17 @@ def test_forward_and_gradients_are_those_of_transformers(head: str, tmp_path: Pa
     assert compared >= 2 * 16 + 5
 
 
+def test_bf16_is_as_good_as_transformers_bf16(tmp_path: Path) -> None:
+    model = theirs("encoder").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tokens, mask = torch.randint(1, VOCAB, (B, S)), masks()["right"]
+    with torch.no_grad():
+        exact = load_model(tmp_path, dtype=torch.float64)(tokens, attention_mask=mask)[mask]
+        ours = load_model(tmp_path)(tokens, kv_lens=LENGTHS)[mask]
+        assert ours.dtype is torch.bfloat16
+        assert_as_good_as_torch(ours, exact, model(tokens, mask.long()).last_hidden_state[mask])
+
+
 @pytest.mark.parametrize("padding", ["right", "left", "holes", "lengths"])
 def test_padding_changes_nothing_else(padding: str, tmp_path: Path) -> None:
     model = theirs("encoder")
@@ -152,6 +164,16 @@ def test_head_that_differs_from_the_embedding_is_not_tied(tmp_path: Path) -> Non
     save_file(weights | {"cls.predictions.decoder.weight": decoder}, tmp_path / "model.safetensors")
     ours = load_model(tmp_path)
     assert not ours.config.tied and torch.equal(ours.cls["predictions"]["decoder"].weight, decoder)
+
+
+def test_quantization_packs_every_linear_layer(tmp_path: Path) -> None:
+    theirs("question-answering", intermediate_size=64).save_pretrained(tmp_path)
+    exact, packed = load_model(tmp_path), load_model(tmp_path, quantization="q8_0")
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    tokens = torch.randint(VOCAB, (B, S))
+    with torch.no_grad():
+        expected, got = ours_outputs(exact, tokens), ours_outputs(packed, tokens)
+    assert 0 < (got - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_dropout_only_in_training(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import generation_toys as toys
 from foveate.generation import SamplingParams
+from generation_toys import one_thread  # noqa: F401
 
 pytest.importorskip("llguidance")
 
@@ -55,6 +56,7 @@ def test_grammars_and_free_requests_share_a_batch():
     assert len({sample.text for sample in outputs[0]}) > 1
     for sample in outputs[3]:
         assert sample.finish_reason == "stop" and re.fullmatch(r"[a-f]{3}-\d{2,4}", sample.text)
+    assert toys.EOS not in outputs[4][0].token_ids, "a complete output needs no end token"
     assert outputs[4][0].text in ("yes", "no") and len(outputs[4][0].logprobs) == len(outputs[4][0].token_ids)
     assert outputs[1][0].token_ids == toys.greedy(prompts[1], 25)
     assert [[s.token_ids for s in o] for o in outputs] == [

@@ -10,7 +10,7 @@ import torch
 from foveate import _reference
 from foveate.generation.params import SamplingParams
 from foveate.generation.random_numbers import philox4x32, uniform
-from foveate.generation.sampler import Row, sample
+from foveate.generation.sampler import Row, _invert, _sample_block, sample
 
 VOCAB = 300
 
@@ -113,7 +113,16 @@ def test_a_row_draws_the_same_token_in_any_batch():
     logits = torch.randn(len(rows), 3000)
     together = sample(logits, rows).tokens
     assert together == [sample(logits[i : i + 1], [r]).tokens[0] for i, r in enumerate(rows)]
+    assert together == _sample_block(logits, rows).tokens, "all rows at once, as on a GPU"
     assert together[::-1] == sample(logits.flip(0), rows[::-1]).tokens
+
+
+def test_tokens_without_weight_are_not_drawn_by_the_smallest_number(monkeypatch):
+    r = row()
+    monkeypatch.setattr(r, "random", lambda: 0.0)
+    assert _invert(torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0]]), [r]).tolist() == [[2]]
+    monkeypatch.setattr(r, "random", lambda: 1 - 2.0**-53)
+    assert _invert(torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0]]), [r]).tolist() == [[3]]
 
 
 def test_weights_do_not_depend_on_the_place_in_the_batch():
@@ -172,7 +181,7 @@ def test_random_numbers_are_philoxs_and_uniform():
         expected = _reference.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
         assert list(philox4x32(counter, key)) == expected.tolist()
     draws = torch.tensor([uniform(2**40 + 5, i % 3, i) for i in range(20000)])
-    assert 0 <= float(draws.min()) and float(draws.max()) < 1
+    assert float(draws.min()) >= 0 and float(draws.max()) < 1
     assert abs(float(draws.mean()) - 0.5) < 4 * math.sqrt(1 / 12 / 20000)
     assert torch.histc(draws, 10, 0, 1).sub(2000).abs().max() < 5 * math.sqrt(1800)
 

@@ -171,6 +171,11 @@ def test_wrong_configs_are_named(folder: Path) -> None:
     edit_config(folder, hidden_act="silu", model_type="llama")
     with pytest.raises(ValueError, match="head='question-answering' is for BERT; llama has one head only"):
         load_model(folder, head="question-answering")
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(
+        ValueError, match="tiny is quantised by 'gptq', which cannot be read; take the model's unquantised weights"
+    ):
+        load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not valid JSON"):
         open_checkpoint(folder)

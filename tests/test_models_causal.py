@@ -143,10 +143,30 @@ def test_tied_weights_are_one_parameter(tmp_path: Path) -> None:
     assert len(list(ours.parameters())) == len({id(p) for p in ours.parameters()})
 
 
-def test_gpt2_drops_out_only_in_training(tmp_path: Path) -> None:
-    theirs("gpt2").save_pretrained(tmp_path)
-    ours = load_model(tmp_path)
+def test_dropout_only_in_training(tmp_path: Path) -> None:
+    theirs("gpt2").save_pretrained(tmp_path / "gpt2")
+    model = theirs("llama")
+    model.config.attention_dropout = 0.3
+    model.save_pretrained(tmp_path / "llama")
     tokens = torch.randint(VOCAB, (2, S))
-    assert torch.equal(ours(tokens), ours(tokens))
-    ours.train()
-    assert not torch.equal(ours(tokens), ours(tokens))
+    for name in ("gpt2", "llama"):
+        ours = load_model(tmp_path / name)
+        assert torch.equal(ours(tokens), ours(tokens))
+        ours.train()
+        assert not torch.equal(ours(tokens), ours(tokens))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3", "gpt2"])
+def test_models_compile_without_graph_breaks(name: str, tmp_path: Path) -> None:
+    theirs(name).save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    tokens = torch.randint(1, VOCAB, (2, S))
+    expected, got = ours(tokens), compiled(tokens)
+    assert_logits_close(got, expected)
+    (expected.square().sum()).backward()
+    grads = [p.grad.clone() for p in ours.parameters()]
+    ours.zero_grad()
+    got.square().sum().backward()
+    for p, grad in zip(ours.parameters(), grads):
+        assert (p.grad - grad).abs().max() <= 1e-4 * grad.abs().max()

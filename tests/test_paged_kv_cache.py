@@ -274,3 +274,21 @@ def test_a_full_cache_says_how_many_pages_are_missing():
     with pytest.raises(foveate.CacheFull) as caught:
         cache.append([cache.create()], 25)
     assert caught.value.missing == 3
+
+
+def test_tables_that_grow_step_by_step_are_those_made_at_once():
+    rng, cache = random.Random(0), make_cache(num_pages=60, page_size=3)
+    seqs = [cache.create() for _ in range(3)]
+    views = []
+    for i, seq in enumerate(seqs):
+        cache.append([seq], 1 + 4 * i)
+    for _ in range(12):
+        cache.append(seqs, rng.randint(1, 4))
+        views.append((cache.block_table(seqs), cache.kv_lens(seqs)))
+        copies = [x.clone() for x in views[-1]]
+        cache._tables = None
+        assert torch.equal(views[-1][0], cache.block_table(seqs)) and torch.equal(views[-1][1], cache.kv_lens(seqs))
+        cache._tables = tuple(seqs), *views[-1]
+        views[-1] = (*views[-1], *copies)
+    for table, lens, table_then, lens_then in views:
+        assert torch.equal(table, table_then) and torch.equal(lens, lens_then), "what was given out stays as it was"

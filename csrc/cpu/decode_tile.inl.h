@@ -24,8 +24,6 @@ struct Chunk {
   static constexpr bool kDot = kHasBf16Dot && std::is_same_v<T, bf16>;
   static constexpr int kVecs = std::is_same_v<T, bf16> ? 2 : 1;
   static constexpr int kElements = kVecs * kLanes<float>;
-  // Few rows: the smaller the tile, the more of it is still in the L1 cache when it is used. Many rows: fewer updates of out.
-  static constexpr int kFewRows = 16, kFewRowsTile = sizeof(T) == 1 ? kTile / 2 : kTile / 4;
 };
 
 // An fp8 byte s eeee mmm becomes the fp16 number s 0eeee mmm0000000, which is 2^8 times smaller. |x| = 480 does not exist: it is fp8's NaN.
@@ -118,96 +116,79 @@ FOVEATE_INLINE VecF fold(VecF a, VecF b, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(a, b, (kLane & kStep ? n + kLane - kStep : kLane)...) +
          __builtin_shufflevector(a, b, (kLane & kStep ? n + kLane : kLane + kStep)...);
 }
-// Lane i of the result is the sum over the lanes of acc[i]: a transposition and n horizontal sums in n - 1 steps.
-template <int kStep = kLanes<float> / 2>
+// Lane i of the result is the sum over the lanes of acc[i], for kCount (a power of two, at most all) vectors: a transposition and the
+// horizontal sums in one.
+template <int kCount, int kStep = kLanes<float> / 2>
 FOVEATE_INLINE VecF sum_each(VecF* acc) {
   if constexpr (kStep == 0) {
     return acc[0];
   } else {
+    constexpr int kLeft = kCount > kStep ? kStep : kCount;
 #pragma GCC unroll 16
-    for (int i = 0; i < kStep; ++i) acc[i] = fold<kStep>(acc[i], acc[i + kStep], Lanes{});
-    return sum_each<kStep / 2>(acc);
+    for (int i = 0; i < kLeft; ++i) acc[i] = fold<kStep>(acc[i], acc[kCount > kStep ? i + kStep : i], Lanes{});
+    return sum_each<kLeft, kStep / 2>(acc);
   }
 }
 
-// Asks for the tile that comes next, a few lines at a time, in the order of memory: all heads of a key before the next key. Rows of one
-// head are far apart, which defeats the hardware prefetcher; in order it follows.
-struct Ahead {
-  const char* base;
-  const int64_t* offset_bytes;
-  int keys;
-  int64_t span;  // bytes of a key
-  int key = 0;
-  int64_t byte = 0;
+// Keys whose scores are computed together, and query rows: as many accumulators as the registers hold.
+constexpr int kKeys = 4, kMaxRows = kLanes<float> == 16 ? 4 : 2;
 
-  [[gnu::always_inline]] void step(int lines) {
-    for (int i = 0; i < lines && key < keys; ++i) {
-      __builtin_prefetch(base + offset_bytes[key] + byte, 0, 3);
-      byte += 64;
-      if (byte >= span) byte = 0, ++key;
-    }
-  }
-};
-
-// Cache lines that hold so many chunks.
-template <class T>
-constexpr int lines_of(int chunks) {
-  return ceil_div(chunks * Chunk<T>::kElements * static_cast<int>(sizeof(T)), 64);
+// scores[r * kTile + j] = acc[r * kKeys + j], summed over its lanes.
+template <int kRows>
+FOVEATE_INLINE void store_scores(float* scores, VecF* acc) {
+  constexpr int n = kLanes<float>, kAll = kRows * kKeys, kCount = kAll > n ? n : kAll == 12 ? 16 : kAll;
+  alignas(64) float sums[kRows * kKeys + n];
+#pragma GCC unroll 4
+  for (int i = 0; i < kAll; i += kCount) store(sums + i, sum_each<kCount>(acc + i));
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) std::memcpy(scores + r * kTile, sums + r * kKeys, kKeys * sizeof(float));
 }
 
-// scores[r * kTile + j] = q[r] . key j for kRows rows and n / kRows keys. q: packed [kRows, q_stride], zero beyond dim.
+// scores[r * kTile + j] = q[r] . key j for kRows rows and kKeys keys. q: packed [kRows, q_stride], zero beyond dim.
 template <int kRows, class T>
   requires(!Chunk<T>::kDot)
-FOVEATE_INLINE void score_block(float* scores, const float* q, int64_t q_stride, const T* base, const int64_t* offset, int64_t dim,
-                                Ahead* ahead) {
-  constexpr int n = kLanes<float>, kKeys = n / kRows, kVecs = Chunk<T>::kVecs, kElements = Chunk<T>::kElements;
-  VecF acc[n] = {};
+FOVEATE_INLINE void score_block(float* scores, const float* q, int64_t q_stride, const T* base, const int64_t* offset, int64_t dim) {
+  constexpr int n = kLanes<float>, kVecs = Chunk<T>::kVecs, kElements = Chunk<T>::kElements;
+  VecF acc[kRows == 3 ? 16 : kRows * kKeys] = {};
+  const T* keys[kKeys];
+  for (int j = 0; j < kKeys; ++j) keys[j] = base + offset[j];
   const auto step = [&](int64_t d, auto&& load_key) __attribute__((always_inline)) {
-    if (ahead) ahead->step(lines_of<T>(kKeys));
-    VecF rows[kRows][kVecs];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-      for (int e = 0; e < kVecs; ++e) rows[r][e] = load<float>(q + r * q_stride + d + e * n);
-#pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
       VecF x[kVecs];
-      load_key(x, base + offset[j] + d);
+      load_key(x, keys[j] + d);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-        for (int e = 0; e < kVecs; ++e) acc[r * kKeys + j] += rows[r][e] * x[e];
+        for (int e = 0; e < kVecs; ++e) acc[r * kKeys + j] += load<float>(q + r * q_stride + d + e * n) * x[e];
     }
   };
   int64_t d = 0;
   for (; d + kElements <= dim; d += kElements) step(d, [](VecF * x, const T* p) __attribute__((always_inline)) { load_chunk(x, p); });
   if (d < dim) step(d, [&](VecF * x, const T* p) __attribute__((always_inline)) { load_chunk_n(x, p, dim - d); });
-  alignas(64) float sums[n];
-  store(sums, sum_each(acc));
-  for (int r = 0; r < kRows; ++r) std::memcpy(scores + r * kTile, sums + r * kKeys, kKeys * sizeof(float));
+  store_scores<kRows>(scores, acc);
 }
 
-// out[r] = out[r] * correction[r] + sum over the keys of p[r * kTile + j] * value j, on kChunks chunks of the row from base on.
-// ahead: may be null.
+// out[r] += sum over the keys of p[r * kTile + j] * value j, on kChunks chunks of the row from base on.
 template <int kRows, int kChunks, class T>
   requires(!Chunk<T>::kDot)
-FOVEATE_INLINE void value_block(float* out, int64_t out_stride, const float* correction, const float* p, const T* base,
-                                const int64_t* offset, int keys, int64_t tail, Ahead* ahead) {
+FOVEATE_INLINE void value_block(float* out, int64_t out_stride, const float* p, const T* base, const int64_t* offset, int keys,
+                                int64_t tail) {
   constexpr int n = kLanes<float>, kVecs = Chunk<T>::kVecs, kElements = Chunk<T>::kElements, kCols = kChunks * kVecs;
   VecF acc[kRows][kCols];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-    for (int c = 0; c < kCols; ++c) acc[r][c] = load<float>(out + r * out_stride + c * n) * correction[r];
+    for (int c = 0; c < kCols; ++c) acc[r][c] = load<float>(out + r * out_stride + c * n);
   for (int j = 0; j < keys; ++j) {
-    if (ahead) ahead->step(lines_of<T>(kChunks));
+    const T* value = base + offset[j];
     VecF x[kCols];
 #pragma GCC unroll 16
     for (int c = 0; c < kChunks; ++c) {
       if (kChunks == 1 && tail < kElements)
-        load_chunk_n(x, base + offset[j], tail);
+        load_chunk_n(x, value, tail);
       else
-        load_chunk(x + c * kVecs, base + offset[j] + c * kElements);
+        load_chunk(x + c * kVecs, value + c * kElements);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -222,13 +203,17 @@ FOVEATE_INLINE void value_block(float* out, int64_t out_stride, const float* cor
     for (int c = 0; c < kCols; ++c) store(out + r * out_stride + c * n, acc[r][c]);
 }
 
-// f(constant count, first) over [0, rows) in blocks of 4, 2 and 1.
+// f(constant count, first) over [0, rows) in blocks of kMaxRows and what is left.
 template <class F>
 FOVEATE_INLINE void for_row_blocks(int64_t rows, const F& f) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>{}, r);
-  if (r + 2 <= rows) f(std::integral_constant<int, 2>{}, r), r += 2;
-  if (r < rows) f(std::integral_constant<int, 1>{}, r);
+  for (; r + kMaxRows <= rows; r += kMaxRows) f(std::integral_constant<int, kMaxRows>{}, r);
+  const int64_t left = rows - r;
+  if constexpr (kMaxRows > 2) {
+    if (left == 3) return f(std::integral_constant<int, 3>{}, r);
+    if (left == 2) return f(std::integral_constant<int, 2>{}, r);
+  }
+  if (left == 1) f(std::integral_constant<int, 1>{}, r);
 }
 
 }  // namespace foveate::cpu::FOVEATE_ISA

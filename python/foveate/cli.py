@@ -1,9 +1,10 @@
-"""The command `foveate`: what is installed here, and how fast it is."""
+"""The command `foveate`: text from models, answers, what is installed here, and how fast it is."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 
 import foveate
+from foveate.commands import answer, chat, generate
+from foveate.commands.options import UsageError
 
 BENCHES = ("attention", "backward", "decode", "softmax", "cross_entropy", "overhead", "memory")
 
@@ -38,10 +41,18 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 after an error that a sentence explains, 2 for wrong arguments."""
+    """The exit status: 0, 1 after an error that a sentence explains, 2 for wrong arguments, 130 when interrupted."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+    except UsageError as error:
+        print(f"foveate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough; nothing may be flushed to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 1
@@ -51,10 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="foveate",
-        description="Attention, softmax and KV-cache kernels for torch: what is here, and how fast it is.",
+        description="Language models on foveate's attention, softmax and KV-cache kernels. Each command explains itself with --help.",
     )
     parser.add_argument("--version", action="version", version=f"foveate {foveate.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    generate.add_parser(commands)
+    chat.add_parser(commands)
+    answer.add_parser(commands)
 
     info = commands.add_parser("info", help="what is compiled in, and what this machine can run")
     info.add_argument("--json", action="store_true", help="as JSON")

@@ -18,7 +18,8 @@ from foveate.generation.beam_request import beam_request
 from foveate.generation.engine import Engine, EngineStats
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
-from foveate.models import load_model, open_checkpoint
+from foveate.models import Checkpoint, load_model, open_checkpoint
+from foveate.models.loading import model_class
 from foveate.paged_kv_cache import PagedKVCache
 
 Prompt: TypeAlias = "str | Sequence[int]"
@@ -64,9 +65,12 @@ class LLM:
         progress: bool | None = None,
     ) -> None:
         checkpoint = open_checkpoint(path)
+        _check_causal(checkpoint)
         self.device = torch.device(device or "cpu")
         memory.check_model_fits(checkpoint, self.device, dtype, quantization)
-        module: Any = load_model(checkpoint, device=self.device, dtype=dtype, quantization=quantization, progress=progress)
+        module: Any = load_model(
+            checkpoint, device=self.device, dtype=dtype, quantization=quantization, progress=progress
+        )
         module.requires_grad_(False)
         self.tokenizer = checkpoint.tokenizer()
         self.generation_config = checkpoint.generation_config
@@ -249,6 +253,13 @@ def default_params(generation_config: dict[str, Any]) -> SamplingParams:
     if generation_config.get("do_sample") is False:
         found["temperature"] = 0.0
     return SamplingParams(**found)
+
+
+def _check_causal(checkpoint: Checkpoint) -> None:
+    if not hasattr(model_class(checkpoint.config), "hidden"):
+        kind = checkpoint.config["model_type"]
+        other = {"bert": "foveate.QuestionAnswerer", "t5": "foveate.Text2Text"}.get(kind, "foveate.models.load_model")
+        raise ValueError(f"{checkpoint.path} is a {kind} model, which does not continue text; it is one for {other}")
 
 
 def _is_ids(prompts: Any) -> bool:

@@ -176,11 +176,18 @@ class PagedKVCache:
             )
         for seq in copies:
             self._copy_last_page(seq)
-        for seq in seqs:
+        taken = []  # (row, column, page) of the block table
+        for row, seq in enumerate(seqs):
             self._lengths[seq] += n
-            while len(self._pages[seq]) < self._pages_for(self._lengths[seq]):
-                self._pages[seq].append(self._take())
-        self._tables = None
+            pages = self._pages[seq]
+            while len(pages) < self._pages_for(self._lengths[seq]):
+                taken.append((row, len(pages), self._take()))
+                pages.append(taken[-1][2])
+        tables = self._tables
+        if tables is None or copies or tables[0] != tuple(seqs):
+            self._tables = None
+        else:
+            self._tables = tables[0], self._with_pages(tables[1], taken), tables[2] + n
 
     def truncate(self, seq: int, length: int) -> None:
         """Forgets the tokens from `length` on, as speculative decoding does with rejected ones."""
@@ -307,6 +314,16 @@ class PagedKVCache:
                         f"the last {new} tokens of sequence {seq} are shared with another sequence and cannot be written; "
                         f"call append(seqs, {new}) before attend, and fork after it"
                     )
+
+    def _with_pages(self, table: Tensor, taken: list[tuple[int, int, int]]) -> Tensor:
+        """A block table with more pages: cheaper than a new one from lists when the same sequences take one step after the other."""
+        if not taken:
+            return table
+        widest = max(table.shape[1], *(column + 1 for _, column, _ in taken))
+        table = torch.nn.functional.pad(table, (0, widest - table.shape[1]), value=-1)
+        rows, columns, pages = zip(*taken)
+        table[list(rows), list(columns)] = torch.tensor(pages, dtype=torch.int32, device=table.device)
+        return table
 
     def _tables_of(self, seqs: Sequence[int]) -> tuple[Tensor, Tensor]:
         key = tuple(seqs)

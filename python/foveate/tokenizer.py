@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-_NEED = 'is not installed: pip install "foveate[models]"'
+NEED = 'is not installed: pip install "foveate[models]"'
 
 
 class Tokenizer:
@@ -36,11 +36,12 @@ class Tokenizer:
         self.special = {key: _text(value) for key, value in (tokenizer_config or {}).items() if _is_token(key, value)}
         self._configs = (generation_config or {}, config or {})
         eos = self._special_id("eos")
-        self.eos_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        ends = [eos] if isinstance(eos, int) else list(eos or ())
+        self.eos_ids = set(ends)
         bos, pad = self._special_id("bos"), self._special_id("pad")
         self.bos_id: int | None = bos if isinstance(bos, int) else None
         self.pad_id: int | None = pad if isinstance(pad, int) else None
-        for key, token in (("bos_token", self.bos_id), ("eos_token", min(self.eos_ids, default=None))):
+        for key, token in (("bos_token", self.bos_id), ("eos_token", ends[0] if ends else None)):
             if key not in self.special and token is not None:
                 self.special[key] = backend.id_to_token(token) or ""
 
@@ -50,7 +51,7 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise ImportError(f"tokenizers {_NEED}") from error
+            raise ImportError(f"tokenizers {NEED}") from error
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
@@ -151,9 +152,19 @@ def _byte_of_character() -> dict[str, int]:
 def _compile_template(template: str) -> Any:
     try:
         import jinja2
+        from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise ImportError(f"jinja2 {_NEED}") from error
+        raise ImportError(f"jinja2 {NEED}") from error
+
+    class Generation(Extension):
+        """{% generation %} marks what an assistant said, for training; here it is only the text between."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -162,7 +173,7 @@ def _compile_template(template: str) -> Any:
         return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja2's own escapes HTML
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception

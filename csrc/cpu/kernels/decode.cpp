@@ -14,13 +14,12 @@
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
-// Where the keys of a tile lie, in elements from the cache's start, head 0. Beyond `keys` the last key is repeated, so that blocks of
-// keys may be read whole without touching what lies behind the sequence.
+// Where the keys of a tile and of the one behind it lie, in elements from the cache's start, head 0. Beyond `keys` the last key is repeated,
+// so that blocks of keys may be read whole without touching what lies behind the sequence.
 struct Tile {
-  int64_t begin;
-  int keys;
-  int64_t k[kTile], v[kTile];
-  int64_t k_bytes[kTile], v_bytes[kTile];  // the same, to be prefetched
+  int64_t begin = 0;
+  int keys = 0, next_keys = 0;
+  int64_t k[2 * kTile], v[2 * kTile];  // the next tile's from kTile on
 };
 
 struct Task {
@@ -28,34 +27,62 @@ struct Task {
   int64_t begin, end;  // keys
 };
 
+// Keys whose values are added together. Like the scores, this goes over all heads of some keys before the next keys where they are
+// neighbours: in the order of memory.
+constexpr int kValueKeys = 8;
+
+// What comes kAheadBytes later in the same cache is asked for, in the order of memory. With some multiply-adds to each line, a core waits for
+// memory rather than run far enough ahead by itself.
+constexpr int64_t kAheadBytes = 8192;
+
+// The rows of one cache that a tile of some heads needs: [keys, bytes], and the part that is asked for with a share of the work.
+struct Ahead {
+  const char* base;
+  int64_t bytes;
+  int keys;  // ahead, a multiple of kValueKeys
+
+  Ahead(const void* head0, int64_t row_bytes) : base(static_cast<const char*>(head0)), bytes(row_bytes) {
+    const int64_t groups = ceil_div<int64_t>(kAheadBytes, row_bytes * kValueKeys);
+    keys = static_cast<int>(groups * kValueKeys < kTile ? groups * kValueKeys : kTile);
+  }
+  // Share `part` of `parts` of the rows at `offset` (elements of T).
+  template <class T, int kCount>
+  [[gnu::always_inline]] void ask(const int64_t* offset, int64_t part, int64_t parts) const {
+    const int64_t all = kCount * bytes, begin = all * part / parts, end = all * (part + 1) / parts;
+    for (int64_t at = begin; at < end;) {
+      const int64_t row = at / bytes, first = at - row * bytes, last = std::min(bytes, first + end - at);
+      const char* line = base + offset[row] * static_cast<int64_t>(sizeof(T));
+      for (int64_t byte = first; byte < last; byte += 64) __builtin_prefetch(line + byte, 0, 3);
+      at += last - first;
+    }
+  }
+};
+
 // Per-thread memory of a task. The state of (head, row) is at index head * rows_per_task + row.
 struct Scratch {
   int64_t dim, dim_v;  // padded to chunks
-  int64_t tile_keys;
   float *q, *out;  // [heads, rows, dim], [heads, rows, dim_v], packed
   float *max, *sum;  // [heads, rows]: of the scores
-  float *scores, *correction, *row;  // [rows, kTile], [rows], [the longest row]
+  float *scores, *row;  // [heads, rows, kTile], [the longest row]
   float *k_scale, *v_scale;  // [kTile]
-  Tile tiles[2];
+  Tile tile;
 };
 
 template <class T>
 int64_t scratch_floats(const KvCacheParams& p) {
   const int64_t dim = round_up<int64_t>(p.head_dim, Chunk<T>::kElements), dim_v = round_up<int64_t>(p.head_dim_v, Chunk<T>::kElements);
   const int64_t states = p.heads_per_task * p.rows_per_task;
-  return round_up<int64_t>(
-      states * (dim + dim_v + 2) + p.rows_per_task * (kTile + 1) + std::max(dim, dim_v) + 2 * p.rotary_pairs + 2 * kTile + 64, 16);
+  return round_up<int64_t>(states * (dim + dim_v + 2 + kTile) + std::max(dim, dim_v) + 2 * p.rotary_pairs + 2 * kTile + 64, 16);
 }
 
 template <class T>
 void carve(Scratch& s, const KvCacheParams& p, float* memory) {
   s.dim = round_up<int64_t>(p.head_dim, Chunk<T>::kElements), s.dim_v = round_up<int64_t>(p.head_dim_v, Chunk<T>::kElements);
-  s.tile_keys = p.rows_per_task <= Chunk<T>::kFewRows ? Chunk<T>::kFewRowsTile : kTile;
   const int64_t states = p.heads_per_task * p.rows_per_task;
   const auto take = [&](int64_t n) { return std::exchange(memory, memory + n); };
   s.q = take(states * s.dim), s.out = take(states * s.dim_v);
-  s.scores = take(p.rows_per_task * kTile), s.k_scale = take(kTile), s.v_scale = take(kTile);
-  s.max = take(states), s.sum = take(states), s.correction = take(p.rows_per_task);
+  s.scores = take(states * kTile), s.k_scale = take(kTile), s.v_scale = take(kTile);
+  s.max = take(states), s.sum = take(states);
   s.row = take(std::max(s.dim, s.dim_v) + 2 * p.rotary_pairs);
 }
 
@@ -72,13 +99,13 @@ FOVEATE_INLINE Visible visible_to(const KvCacheParams& p, int64_t len, int64_t q
   return {position, begin, end};
 }
 
-void choose_keys(const KvCacheParams& p, int64_t tile, Task& task) {
+void choose_keys(const KvCacheParams& p, Task& task) {
   const int64_t group = p.heads_q / p.heads_kv, len = p.kv_lens[task.b] + p.seq_new;
   task.begin = visible_to(p, len, task.row0 / group).begin;
   task.end = visible_to(p, len, (task.row0 + task.rows - 1) / group).end;
-  const int64_t first = p.keys_per_split ? 0 : task.begin / tile * tile;
+  const int64_t first = p.keys_per_split ? 0 : task.begin / kTile * kTile;
   const int64_t part =
-      p.keys_per_split ? p.keys_per_split : round_up<int64_t>(ceil_div(std::max<int64_t>(0, task.end - first), p.num_splits), tile);
+      p.keys_per_split ? p.keys_per_split : round_up<int64_t>(ceil_div(std::max<int64_t>(0, task.end - first), p.num_splits), kTile);
   task.begin = std::max(task.begin, first + task.split * part);
   task.end = std::min(task.end, first + (task.split + 1) * part);
 }
@@ -104,18 +131,33 @@ void load_queries(const KvCacheParams& p, const Task& task, Scratch& s) {
   }
 }
 
-template <class T>
-void locate(const KvCacheParams& p, const Task& task, int64_t most, int64_t begin, Tile& tile) {
-  tile.begin = begin;
+// Moves on to the tile at `begin`, and fills in the one behind it.
+void advance(const KvCacheParams& p, const Task& task, int64_t begin, Tile& tile) {
   // Tiles end at multiples of their size, so that the arithmetic does not depend on where the visible keys begin.
-  tile.keys = static_cast<int>(std::min(task.end, (begin / most + 1) * most) - begin);
-  for (int j = 0; j < tile.keys; ++j) {
-    const Slot slot = slot_of(p, task.b, begin + j);
-    tile.k[j] = slot.batch * p.k.rows.batch + slot.row * p.k.rows.seq;
-    tile.v[j] = slot.batch * p.v.rows.batch + slot.row * p.v.rows.seq;
-    tile.k_bytes[j] = tile.k[j] * sizeof(T), tile.v_bytes[j] = tile.v[j] * sizeof(T);
+  const auto end_of = [&](int64_t first) { return std::min(task.end, (first / kTile + 1) * kTile); };
+  const auto fill = [&](int64_t first, int at) {
+    const int keys = static_cast<int>(end_of(first) - first);
+    for (int j = 0; j < keys; ++j) {
+      const Slot slot = slot_of(p, task.b, first + j);
+      tile.k[at + j] = slot.batch * p.k.rows.batch + slot.row * p.k.rows.seq;
+      tile.v[at + j] = slot.batch * p.v.rows.batch + slot.row * p.v.rows.seq;
+    }
+    for (int j = keys; j < kTile; ++j) tile.k[at + j] = tile.k[at + keys - 1], tile.v[at + j] = tile.v[at + keys - 1];
+    return keys;
+  };
+  tile.begin = begin;
+  if (tile.next_keys > 0) {
+    std::copy_n(tile.k + kTile, kTile, tile.k), std::copy_n(tile.v + kTile, kTile, tile.v);
+    tile.keys = tile.next_keys;
+  } else {
+    tile.keys = fill(begin, 0);
   }
-  for (int j = tile.keys; j < most; ++j) tile.k[j] = tile.k[tile.keys - 1], tile.v[j] = tile.v[tile.keys - 1];
+  if (begin + tile.keys < task.end) {
+    tile.next_keys = fill(begin + tile.keys, kTile);
+  } else {
+    tile.next_keys = 0;
+    std::fill_n(tile.k + kTile, kTile, tile.k[kTile - 1]), std::fill_n(tile.v + kTile, kTile, tile.v[kTile - 1]);
+  }
 }
 
 void load_scales(const KvCacheParams& p, const CacheOperand& cache, const Task& task, const Tile& tile, int64_t head, float* out) {
@@ -125,11 +167,16 @@ void load_scales(const KvCacheParams& p, const CacheOperand& cache, const Task& 
   }
 }
 
-// Scores of one row become weights (bfloat16 ones at the row's beginning, for decode_dot.inl.h); max, sum and the correction of what was
-// accumulated before are brought up to date.
+// Where softmax_row leaves the weights from key j on: floats, or bfloat16 at the row's beginning for decode_dot.inl.h.
 template <class T>
-void softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visible, float slope, const float* k_scale, const float* v_scale,
-                 float* scores, float& max, float& sum, float& correction) {
+FOVEATE_INLINE const float* weights_of(const float* row, int j) {
+  return row + (Chunk<T>::kDot ? j / 2 : j);
+}
+
+// Scores of one row become weights; max and sum are brought up to date. Returns the factor for what was accumulated before.
+template <class T>
+float softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visible, float slope, const float* k_scale, const float* v_scale,
+                  float* scores, float& max, float& sum) {
   constexpr int n = kLanes<float>;
   const float scale = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
   const float cap = static_cast<float>(p.softcap);
@@ -148,7 +195,7 @@ void softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visibl
     store(scores + c * n, x);
   }
   const float before = max, after = std::max(before, hmax(top)), shift = after == -kInf ? 0.0f : after;
-  correction = before == after ? 1.0f : std::exp(before - shift);
+  const float correction = before == after ? 1.0f : std::exp(before - shift);
   VecF total{};
   for (int c = 0; c < vecs; ++c) {
     VecF w = expv<float>(load<float>(scores + c * n) - shift);
@@ -161,46 +208,66 @@ void softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visibl
   }
   max = after;
   sum = sum * correction + hsum(total);
+  return correction;
 }
 
+// The tile s.tile for `heads` heads of the task from h0 on.
 template <class T>
-void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, const Tile& tile, int64_t h, Ahead& k_ahead, Ahead& v_ahead) {
+void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, int64_t h0, int64_t heads) {
   constexpr int n = kLanes<float>, kElements = Chunk<T>::kElements, kVecs = Chunk<T>::kVecs;
-  const int64_t head = task.head0 + h, group = p.heads_q / p.heads_kv, state = h * p.rows_per_task, len = p.kv_lens[task.b] + p.seq_new;
-  const T* k = static_cast<const T*>(p.k.rows.data) + head * p.k.rows.head;
-  const T* v = static_cast<const T*>(p.v.rows.data) + head * p.v.rows.head;
+  const Tile& tile = s.tile;
+  const int64_t group = p.heads_q / p.heads_kv, len = p.kv_lens[task.b] + p.seq_new;
+  const T* k = static_cast<const T*>(p.k.rows.data) + (task.head0 + h0) * p.k.rows.head;
+  const T* v = static_cast<const T*>(p.v.rows.data) + (task.head0 + h0) * p.v.rows.head;
 
-  for (int j = 0; j < tile.keys; j += n) {
-    for_row_blocks(
-        task.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-          for (int i = j; i < j + n; i += n / rows)
-            score_block<rows>(s.scores + r * kTile + i, s.q + (state + r) * s.dim, s.dim, k, tile.k + i, p.head_dim,
-                              r == 0 ? &k_ahead : nullptr);
-        });
+  const Ahead k_ahead(k, ((heads - 1) * p.k.rows.head + p.head_dim) * sizeof(T));
+  for (int j = 0; j < tile.keys; j += kKeys)
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t state = (h0 + h) * p.rows_per_task;
+      k_ahead.ask<T, kKeys>(tile.k + j + k_ahead.keys, h, heads);
+      for_row_blocks(
+          task.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+            score_block<rows>(s.scores + (state + r) * kTile + j, s.q + (state + r) * s.dim, s.dim, k + h * p.k.rows.head, tile.k + j,
+                              p.head_dim);
+          });
+    }
+
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t head = task.head0 + h0 + h, state = (h0 + h) * p.rows_per_task;
+    if (p.k.scale) load_scales(p, p.k, task, tile, head, s.k_scale);
+    if (p.v.scale) load_scales(p, p.v, task, tile, head, s.v_scale);
+    for (int64_t r = 0; r < task.rows; ++r) {
+      const int64_t i = (task.row0 + r) / group, g = (task.row0 + r) % group;
+      const float slope = p.alibi ? p.alibi[task.b * p.alibi_batch + (head * group + g) * p.alibi_head] : 0.0f;
+      const float correction =
+          softmax_row<T>(p, tile, visible_to(p, len, i), slope, p.k.scale ? s.k_scale : nullptr, p.v.scale ? s.v_scale : nullptr,
+                         s.scores + (state + r) * kTile, s.max[state + r], s.sum[state + r]);
+      float* out = s.out + (state + r) * s.dim_v;
+      if (correction != 1)
+        for (int64_t d = 0; d < s.dim_v; d += n) store(out + d, load<float>(out + d) * correction);
+    }
   }
 
-  if (p.k.scale) load_scales(p, p.k, task, tile, head, s.k_scale);
-  if (p.v.scale) load_scales(p, p.v, task, tile, head, s.v_scale);
-  for (int64_t r = 0; r < task.rows; ++r) {
-    const int64_t i = (task.row0 + r) / group, g = (task.row0 + r) % group;
-    const float slope = p.alibi ? p.alibi[task.b * p.alibi_batch + (head * group + g) * p.alibi_head] : 0.0f;
-    softmax_row<T>(p, tile, visible_to(p, len, i), slope, p.k.scale ? s.k_scale : nullptr, p.v.scale ? s.v_scale : nullptr,
-                   s.scores + r * kTile, s.max[state + r], s.sum[state + r], s.correction[r]);
-  }
-
-  for_row_blocks(
-      task.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-        constexpr int kAccumulators = n == 16 ? 16 : 8;
-        constexpr int kChunks = std::min(8, std::max(1, kAccumulators / rows)) / kVecs;
-        const auto block = [&](auto chunks, int64_t d, int64_t tail) __attribute__((always_inline)) {
-          value_block<rows, chunks>(s.out + (state + r) * s.dim_v + d, s.dim_v, s.correction + r, s.scores + r * kTile, v + d, tile.v,
-                                    tile.keys, tail, r == 0 ? &v_ahead : nullptr);
-        };
-        int64_t d = 0;
-        for (; d + kChunks * kElements <= p.head_dim_v; d += kChunks * kElements)
-          block(std::integral_constant<int, kChunks>{}, d, kElements);
-        for (; d < p.head_dim_v; d += kElements) block(std::integral_constant<int, 1>{}, d, std::min<int64_t>(kElements, p.head_dim_v - d));
-      });
+  const Ahead v_ahead(v, ((heads - 1) * p.v.rows.head + p.head_dim_v) * sizeof(T));
+  for (int j = 0; j < tile.keys; j += kValueKeys)
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t state = (h0 + h) * p.rows_per_task;
+      v_ahead.ask<T, kValueKeys>(tile.v + j + v_ahead.keys, h, heads);
+      for_row_blocks(
+          task.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+            constexpr int kAccumulators = n == 16 ? 16 : 8;
+            constexpr int kChunks = (rows == 1 ? 8 : kAccumulators / (rows == 3 ? 4 : rows)) / kVecs;
+            const auto block = [&](auto chunks, int64_t d, int64_t tail) __attribute__((always_inline)) {
+              value_block<rows, chunks>(s.out + (state + r) * s.dim_v + d, s.dim_v, weights_of<T>(s.scores + (state + r) * kTile, j),
+                                        v + h * p.v.rows.head + d, tile.v + j, std::min(kValueKeys, tile.keys - j), tail);
+            };
+            int64_t d = 0;
+            for (; d + kChunks * kElements <= p.head_dim_v; d += kChunks * kElements)
+              block(std::integral_constant<int, kChunks>{}, d, kElements);
+            for (; d < p.head_dim_v; d += kElements)
+              block(std::integral_constant<int, 1>{}, d, std::min<int64_t>(kElements, p.head_dim_v - d));
+          });
+    }
 }
 
 // lse: natural log, without the sink.
@@ -246,7 +313,7 @@ void write_task(const KvCacheParams& p, const Task& task, Scratch& s) {
 
 template <class T>
 void run(const KvCacheParams& p, Task task, Scratch& s) {
-  choose_keys(p, s.tile_keys, task);
+  choose_keys(p, task);
   load_queries<T>(p, task, s);
   const int64_t states = task.heads * p.rows_per_task;
   std::fill(s.out, s.out + states * s.dim_v, 0.0f);
@@ -254,27 +321,12 @@ void run(const KvCacheParams& p, Task task, Scratch& s) {
   if (task.begin < task.end) {
     // The order of (tile, head) follows memory: where a key's heads are neighbours, all heads of a tile come before the next tile.
     const bool heads_inside = p.k.rows.head <= p.k.rows.seq;
-    const int64_t size = s.tile_keys;
-    const int64_t first = task.begin / size, tiles = ceil_div<int64_t>(task.end, size) - first;
-    const auto fill = [&](int64_t t, Tile& tile) { locate<T>(p, task, size, std::max(task.begin, (first + t) * size), tile); };
-    const auto ahead = [&](const CacheOperand& cache, const int64_t* offset_bytes, int keys, int64_t h, int64_t heads, int64_t dim) {
-      const int64_t head_bytes = cache.rows.head * sizeof(T);
-      return Ahead{static_cast<const char*>(cache.rows.data) + (task.head0 + h) * head_bytes, offset_bytes, keys,
-                   (heads - 1) * head_bytes + dim * static_cast<int64_t>(sizeof(T))};
-    };
     const int64_t outer = heads_inside ? 1 : task.heads, inner = heads_inside ? task.heads : 1;
-    for (int64_t h0 = 0; h0 < outer; ++h0) {
-      int current = 0;
-      fill(0, s.tiles[0]);
-      for (int64_t t = 0; t < tiles; ++t, current = 1 - current) {
-        Tile& next = s.tiles[1 - current];
-        next.keys = 0;
-        if (t + 1 < tiles) fill(t + 1, next);
-        Ahead k_ahead = ahead(p.k, next.k_bytes, next.keys, h0, inner, p.head_dim);
-        Ahead v_ahead = ahead(p.v, next.v_bytes, next.keys, h0, inner, p.head_dim_v);
-        for (int64_t h = h0; h < h0 + inner; ++h) attend_tile<T>(p, task, s, s.tiles[current], h, k_ahead, v_ahead);
+    for (int64_t h = 0; h < outer; ++h)
+      for (int64_t begin = task.begin; begin < task.end; begin += s.tile.keys) {
+        advance(p, task, begin, s.tile);
+        attend_tile<T>(p, task, s, h, inner);
       }
-    }
   }
   write_task<T>(p, task, s);
 }

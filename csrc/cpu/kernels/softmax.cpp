@@ -3,6 +3,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/row.h"
+#include "cpu/scratch.h"
 #include "cpu/vec.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
@@ -12,14 +13,14 @@ FOVEATE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows are handed out in blocks of about this many elements: enough to hide the hand-out, small enough to balance causal rows.
 constexpr int64_t kTaskElements = 32768;
-// Columns up to which exp is kept, on the stack: 64 KiB of fp32, which stays in the nearest caches.
-constexpr int64_t kKeptColumns = 16384;
+// Columns up to which exp is kept: 256 KiB of fp32, which stays in the second cache.
+constexpr int64_t kKeptColumns = 65536;
 
-// One exp per element: maximum, then exp and sum, then the division.
+// One exp per element: maximum, then exp and sum, then the division. `next` is asked for meanwhile: the exp keeps the CPU busy for as long
+// as memory needs for a row.
 template <class T, class A, class Scores>
-FOVEATE_INLINE void softmax_short_row(T* out, int64_t cols, bool stream, const Scores& scores) {
+FOVEATE_INLINE void softmax_short_row(T* out, int64_t cols, bool stream, const T* next, A* kept, const Scores& scores) {
   constexpr int lanes = kLanes<A>, unroll = 4;
-  alignas(kVecBytes) A kept[kKeptColumns + lanes];
   Vec<A> peaks[unroll];
   for (auto& peak : peaks) peak = splat<A>(std::numeric_limits<A>::lowest());
   int64_t j = 0;
@@ -30,6 +31,7 @@ FOVEATE_INLINE void softmax_short_row(T* out, int64_t cols, bool stream, const S
 
   const A sum = sum_row<A>(cols, [&](int64_t j, int64_t rest) {
     const Vec<A> e = exp_to<kExpDegree<T>, A>(scores(j, rest) - max);
+    __builtin_prefetch(next + j);
     store(kept + j, e);
     return e;
   });
@@ -69,7 +71,7 @@ FOVEATE_INLINE Offsets offsets_of(const SoftmaxParams& p, int64_t row) {
 
 // B is the dtype of the bias, void without one.
 template <class T, class B, bool kMask, bool kLog>
-void softmax_rows(const SoftmaxParams& p, int64_t begin, int64_t end, bool stream) {
+void softmax_rows(const SoftmaxParams& p, int64_t begin, int64_t end, bool stream, AccumulatorOf<T>* kept) {
   using A = AccumulatorOf<T>;
   const A scale = static_cast<A>(p.scale), hidden = -std::numeric_limits<A>::infinity();
   for (int64_t row = begin; row < end; ++row) {
@@ -98,7 +100,7 @@ void softmax_rows(const SoftmaxParams& p, int64_t begin, int64_t end, bool strea
     if constexpr (kLog)
       log_softmax_row<T, A>(out, cols, stream, scores);
     else if (cols <= kKeptColumns)
-      softmax_short_row<T, A>(out, cols, stream, scores);
+      softmax_short_row<T, A>(out, cols, stream, x + p.cols, kept, scores);
     else
       softmax_long_row<T, A>(out, cols, stream, scores);
     if (cols < p.cols) std::memset(static_cast<void*>(out + cols), 0, static_cast<size_t>(p.cols - cols) * sizeof(T));
@@ -109,8 +111,13 @@ template <class T, class B, bool kMask, bool kLog>
 void softmax_tasks(const SoftmaxParams& p, int threads) {
   const bool stream = p.rows * p.cols * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   const int64_t block = 1 + kTaskElements / p.cols;
-  parallel_tasks(ceil_div(p.rows, block), threads,
-                 [&](int64_t task, int) { softmax_rows<T, B, kMask, kLog>(p, task * block, smaller(p.rows, (task + 1) * block), stream); });
+  using A = AccumulatorOf<T>;
+  const int64_t kept = kLog || p.cols > kKeptColumns ? 0 : round_up<int64_t>(p.cols, kLanes<A>) * static_cast<int64_t>(sizeof(A));
+  Scratch scratch;
+  scratch.allocate(kept * threads);
+  parallel_tasks(ceil_div(p.rows, block), threads, [&](int64_t task, int thread) {
+    softmax_rows<T, B, kMask, kLog>(p, task * block, smaller(p.rows, (task + 1) * block), stream, scratch.at<A>(kept * thread));
+  });
 }
 
 template <class T, bool kLog>

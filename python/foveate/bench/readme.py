@@ -75,7 +75,9 @@ def generated(root: Path) -> dict[str, str]:
         picture = results.with_suffix(".png")
         if picture.exists():
             measured += f"\n\n![ratio of every case]({picture.relative_to(root).as_posix()})"
-    return {"support matrix": support.matrix(), "numbers": measured}
+    generation = max((root / "bench" / "results").glob("generate_[0-9]*.md"), default=None)
+    words = "No results are committed yet." if generation is None else generation.read_text().strip()
+    return {"support matrix": support.matrix(), "numbers": measured, "generation": words}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from foveate.generation.params import SamplingParams
+
+_KEPT = 32  # grammars that are not compiled again
 
 
 class GrammarCompiler:
@@ -20,7 +23,7 @@ class GrammarCompiler:
         self._vocabulary: Any = (
             None  # llguidance's form of the tokenizer: takes a second, so it waits for the first grammar
         )
-        self._last: tuple[str, Grammar] | None = None
+        self._compiled: OrderedDict[str, Grammar] = OrderedDict()  # the latest last
 
     def compile(self, params: SamplingParams) -> Grammar | None:
         """None for parameters without a grammar. ValueError for a schema or expression that llguidance refuses, with its reason."""
@@ -42,8 +45,9 @@ class GrammarCompiler:
             # Spaces as json.dumps writes them: free ones let a weak model add them for ever.
             style: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
             kind, grammar = "json_schema", matcher.grammar_from_json_schema(schema, overrides=style)
-        if self._last is not None and self._last[0] == grammar:
-            return self._last[1]
+        if grammar in self._compiled:
+            self._compiled.move_to_end(grammar)
+            return self._compiled[grammar]
         if self._vocabulary is None:
             self._vocabulary = llguidance.LLTokenizer(
                 self._tokenizer.backend.to_str(),
@@ -53,8 +57,10 @@ class GrammarCompiler:
         wrong, messages = matcher.validate_grammar_with_warnings(grammar, self._vocabulary)
         if wrong:
             raise ValueError(f"{kind} cannot be followed: {messages[0]}")
-        self._last = grammar, Grammar(matcher(self._vocabulary, grammar), self._vocab_size)
-        return self._last[1]
+        found = self._compiled[grammar] = Grammar(matcher(self._vocabulary, grammar), self._vocab_size)
+        if len(self._compiled) > _KEPT:
+            self._compiled.popitem(last=False)
+        return found
 
 
 class Grammar:

@@ -127,7 +127,7 @@ class Engine:
         if len(tokens) >= self.max_length:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens and the context {self.max_length}; shorten the prompt to "
-                f"{self.max_length - 1} tokens or fewer, or raise max_model_len if the model allows it"
+                f"{self.max_length - 1} tokens or fewer" + _larger(self.max_length, self.model.config.max_positions)
             )
         if not all(0 <= token < vocab for token in tokens):
             wrong = next(token for token in tokens if not 0 <= token < vocab)
@@ -176,6 +176,11 @@ class Engine:
         """One step of the model for all that can run: outputs of the requests that finished, and of all changed ones that stream."""
         start = time.perf_counter()
         groups = self.scheduler.schedule()
+        if not groups and self._requests:
+            raise CacheFull(
+                f"nothing can run: the cache has {self.cache.num_pages} pages, {self.cache.free_pages} are free, and sequences that are "
+                "not this engine's hold the others; free them"
+            )
         rows: list[Tensor] = []
         ready: list[_Ready] = []
         prefilled = 0
@@ -298,3 +303,10 @@ class Engine:
             elif request.stream:
                 outputs.append(request.output())
         return outputs
+
+
+def _larger(max_length: int, max_positions: int) -> str:
+    """What else helps against a short context."""
+    if max_length == max_positions:
+        return ""
+    return f", or allow more with max_model_len and a cache that holds it; the model takes {max_positions}"

@@ -34,13 +34,14 @@ class Scheduler:
         self.waiting: list[Sample] = []  # both by priority
         self.running: list[Sample] = []
         self.preemptions = 0
+        self._no_room = False  # for the first that waits, until some sample gives pages back
 
     def add(self, sample: Sample) -> None:
         bisect.insort(self.waiting, sample, key=lambda s: s.priority)
 
     def schedule(self) -> list[Group]:
         """The groups of the next step; their tokens are appended to the cache."""
-        if self.waiting:
+        if self.waiting and len(self.running) < self.max_batch and not (self._no_room and self.running):
             self._admit()
         decoding = [s for s in self.running if s.started and len(s.tokens) - s.cached == 1]
         prefilling = len(self.running) - len(decoding)
@@ -110,6 +111,7 @@ class Scheduler:
                 free += self.prefix.evictable()
             if needed > free and self.running:
                 self.cache.free(seq)
+                self._no_room = True
                 break
             self.waiting.remove(sample)
             sample.seq, sample.cached = seq, len(pages) * self.cache.page_size
@@ -140,6 +142,7 @@ class Scheduler:
         if sample.seq is not None:
             self.running.remove(sample)
             self.cache.free(sample.seq)
+            self._no_room = False
             sample.seq, sample.cached, sample.registered, sample.node = None, 0, 0, None
         elif sample in self.waiting:
             self.waiting.remove(sample)

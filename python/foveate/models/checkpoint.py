@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 from collections.abc import Iterable
@@ -13,9 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from foveate.tokenizer import Tokenizer
-
-NEED_MODELS = 'is not installed: pip install "foveate[models]"'
+from foveate.models.older_tokenizers import read_older_tokenizer
+from foveate.tokenizer import NEED, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -57,14 +55,16 @@ class Checkpoint:
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
 
     def tokenizer(self) -> Tokenizer | None:
-        """From tokenizer.json; None without it."""
+        """From tokenizer.json, or from BERT's vocab.txt or GPT-2's vocab.json and merges.txt; None without any of them."""
+        options: dict[str, Any] = {
+            "config": self.config, "generation_config": self.generation_config,
+            "tokenizer_config": self.tokenizer_config, "chat_template": self.chat_template,
+        }  # fmt: skip
         file = self.path / "tokenizer.json"
-        if not file.exists():
-            return None
-        return Tokenizer.from_file(
-            file, config=self.config, generation_config=self.generation_config,
-            tokenizer_config=self.tokenizer_config, chat_template=self.chat_template,
-        )  # fmt: skip
+        if file.exists():
+            return Tokenizer.from_file(file, **options)
+        backend = read_older_tokenizer(self.path, self.config.get("model_type"), self.tokenizer_config)
+        return None if backend is None else Tokenizer(backend, **options)
 
     def weights(self) -> Weights:
         return SafetensorsWeights(self.path)
@@ -165,6 +165,7 @@ class SafetensorsWeights:
     linear_layout = False
 
     def __init__(self, folder: Path) -> None:
+        self._opened: dict[Path, Any] = {}
         self._file: dict[str, Path] = {}  # of each name
         single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
         if single.exists():
@@ -182,16 +183,18 @@ class SafetensorsWeights:
             raise ValueError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
         self.nbytes = sum(shard.stat().st_size for shard in set(self._file.values()))
 
-    @functools.cache  # noqa: B019  # lives as long as one loading
     def _open(self, file: Path) -> Any:
+        if file in self._opened:
+            return self._opened[file]
         try:
             from safetensors import SafetensorError, safe_open
         except ImportError as error:
-            raise ImportError(f"safetensors {NEED_MODELS}") from error
+            raise ImportError(f"safetensors {NEED}") from error
         try:
-            return safe_open(file, framework="pt")
+            self._opened[file] = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
+        return self._opened[file]
 
     def _check_names(self, shard: Path) -> None:
         stored = set(self._open(shard).keys())

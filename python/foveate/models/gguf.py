@@ -1,4 +1,4 @@
-"""GGUF files, through the gguf library's memory-mapped reader: config, tokenizer and weights under Hugging Face's names."""
+"""GGUF files: config, tokenizer and weights under Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.models.checkpoint import NEED_MODELS, Blocks, Checkpoint, Weights
-from foveate.models.gguf_tokenizer import read_tokenizer
+from foveate.models.checkpoint import Blocks, Checkpoint, Weights
+from foveate.models.gguf_file import GgufFile
+from foveate.models.gguf_tokenizer import CONTROL, read_tokenizer
 from foveate.tokenizer import Tokenizer
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCKS = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1"}
+
+# Special tokens after which it is the other's turn, in Llama 3, ChatML (Qwen, SmolLM2) and Gemma.
+_TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
 
 _LLAMA_LAYER = {
     "attn_norm": "input_layernorm",
@@ -60,10 +64,11 @@ _NAMES = dict.fromkeys(("llama", "qwen2", "qwen3"), (_LLAMA_OTHER, "model.layers
 
 @dataclass
 class GgufCheckpoint(Checkpoint):
-    reader: Any = None
+    file: GgufFile | None = None
 
     def tokenizer(self) -> Tokenizer:
-        backend = read_tokenizer(self.reader)
+        assert self.file is not None
+        backend = read_tokenizer(self.file.fields)
         return Tokenizer(backend, config=self.config, chat_template=self.chat_template)
 
     def weights(self) -> Weights:
@@ -72,58 +77,55 @@ class GgufCheckpoint(Checkpoint):
 
 def open_gguf(path: Path) -> GgufCheckpoint:
     """ValueError for a truncated file and for an architecture that is not in the table of names."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(f"gguf {NEED_MODELS}") from error
-    try:
-        # copy on write: tensors are views of the file that can be written without changing it
-        reader = gguf.GGUFReader(path, "c")
-    except Exception as error:  # whatever the reader stumbles over
+    file = GgufFile(path)
+    parts = file.fields.get("split.count", 1)
+    if parts > 1:
         raise ValueError(
-            f"{path} is truncated or damaged: reading it as GGUF failed with {error!r}; download it again"
-        ) from error
-    arch = _value(reader, "general.architecture")
+            f"{path} is one of {parts} parts of a model; join them with llama.cpp's llama-gguf-split --merge"
+        )
+    arch = _value(file, "general.architecture")
     if arch not in _NAMES:
         raise ValueError(f"{path} holds the architecture {arch!r}; known in GGUF files are {', '.join(_NAMES)}")
-    config = _gpt2_config(reader) if arch == "gpt2" else _llama_config(reader, arch)
-    for key in ("bos", "eos", "padding"):
-        config[f"{key.removesuffix('ding')}_token_id"] = _value(reader, f"tokenizer.ggml.{key}_token_id", None)
-    template = _value(reader, "tokenizer.chat_template", None)
-    return GgufCheckpoint(path=path, config=config, chat_template=template, reader=reader)
+    config = _gpt2_config(file) if arch == "gpt2" else _llama_config(file, arch)
+    config["bos_token_id"] = _value(file, "tokenizer.ggml.bos_token_id", None)
+    config["pad_token_id"] = _value(file, "tokenizer.ggml.padding_token_id", None)
+    config["eos_token_id"] = _end_ids(file)
+    template = _value(file, "tokenizer.chat_template", None)
+    return GgufCheckpoint(path=path, config=config, chat_template=template, file=file)
 
 
 _REQUIRED: Any = object()
 
 
-def _value(reader: Any, key: str, default: Any = _REQUIRED) -> Any:
-    if key in reader.fields:
-        return reader.fields[key].contents()
-    if default is _REQUIRED:
-        raise ValueError(f"the GGUF file lacks {key}")
-    return default
+def _value(file: GgufFile, key: str, default: Any = _REQUIRED) -> Any:
+    value = file.fields.get(key, default)
+    if value is _REQUIRED:
+        raise ValueError(f"{file.path} lacks {key} in its metadata")
+    return value
 
 
-def _shape(reader: Any, name: str) -> list[int]:
-    """GGUF lists the fastest dimension first."""
-    tensor = next((t for t in reader.tensors if t.name == name), None)
-    if tensor is None:
-        raise ValueError(f"the GGUF file lacks the tensor {name}")
-    return [int(n) for n in reversed(tensor.shape)]
+def _vocab_size(file: GgufFile) -> int:
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
+    return file.tensors["token_embd.weight"].shape[0]
 
 
-def _has(reader: Any, name: str) -> bool:
-    return any(t.name == name for t in reader.tensors)
+def _end_ids(file: GgufFile) -> list[int]:
+    """The end of a text and of a turn. Files often name the first only, and a chat model then would not stop: see _TURN_ENDS."""
+    named = (_value(file, f"tokenizer.ggml.{key}_token_id", None) for key in ("eos", "eot", "eom"))
+    tokens, kinds = (_value(file, f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+    turns = (i for i, kind in enumerate(kinds) if kind == CONTROL and tokens[i] in _TURN_ENDS)
+    return list(dict.fromkeys([*(token for token in named if token is not None), *turns]))
 
 
-def _llama_config(reader: Any, arch: str) -> dict[str, Any]:
+def _llama_config(file: GgufFile, arch: str) -> dict[str, Any]:
     def value(key: str, default: Any = _REQUIRED) -> Any:
-        return _value(reader, f"{arch}.{key}", default)
+        return _value(file, f"{arch}.{key}", default)
 
     hidden, heads, layers = value("embedding_length"), value("attention.head_count"), value("block_count")
     config = {
         "model_type": arch,
-        "vocab_size": _shape(reader, "token_embd.weight")[0],
+        "vocab_size": _vocab_size(file),
         "hidden_size": hidden,
         "intermediate_size": value("feed_forward_length"),
         "num_hidden_layers": layers,
@@ -133,13 +135,13 @@ def _llama_config(reader: Any, arch: str) -> dict[str, Any]:
         "max_position_embeddings": value("context_length"),
         "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
         "rope_theta": value("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(reader, arch),
-        "tie_word_embeddings": not _has(reader, "output.weight"),
+        "rope_scaling": _rope_scaling(file, arch),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
         "sliding_window": value("attention.sliding_window", None),
     }
     if arch == "llama":
-        config["attention_bias"] = _has(reader, "blk.0.attn_output.bias")
-        config["mlp_bias"] = _has(reader, "blk.0.ffn_down.bias")
+        config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
+        config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
         if config["sliding_window"] is not None:
             config["model_type"] = "mistral"
     if arch == "gemma2":
@@ -151,28 +153,30 @@ def _llama_config(reader: Any, arch: str) -> dict[str, Any]:
     return config
 
 
-def _rope_scaling(reader: Any, arch: str) -> dict[str, Any] | None:
-    if _has(reader, "rope_freqs.weight"):  # Llama 3.1's scaling, worked out by the converter
-        tensor = next(t for t in reader.tensors if t.name == "rope_freqs.weight")
-        return {"rope_type": "divisors", "divisors": [float(x) for x in tensor.data]}
-    kind = _value(reader, f"{arch}.rope.scaling.type", "none")
+def _rope_scaling(file: GgufFile, arch: str) -> dict[str, Any] | None:
+    if "rope_freqs.weight" in file.tensors:  # Llama 3.1's scaling, worked out by the converter
+        return {
+            "rope_type": "divisors",
+            "divisors": file.tensors["rope_freqs.weight"].data.view(torch.float32).tolist(),
+        }
+    kind = _value(file, f"{arch}.rope.scaling.type", "none")
     if kind in ("none", "default"):
         return None
-    return {"rope_type": kind, "factor": _value(reader, f"{arch}.rope.scaling.factor", 1.0)}
+    return {"rope_type": kind, "factor": _value(file, f"{arch}.rope.scaling.factor", 1.0)}
 
 
-def _gpt2_config(reader: Any) -> dict[str, Any]:
+def _gpt2_config(file: GgufFile) -> dict[str, Any]:
     return {
         "model_type": "gpt2",
-        "vocab_size": _shape(reader, "token_embd.weight")[0],
-        "n_embd": _value(reader, "gpt2.embedding_length"),
-        "n_inner": _value(reader, "gpt2.feed_forward_length"),
-        "n_layer": _value(reader, "gpt2.block_count"),
-        "n_head": _value(reader, "gpt2.attention.head_count"),
-        "n_positions": _value(reader, "gpt2.context_length"),
-        "layer_norm_epsilon": _value(reader, "gpt2.attention.layer_norm_epsilon"),
+        "vocab_size": _vocab_size(file),
+        "n_embd": _value(file, "gpt2.embedding_length"),
+        "n_inner": _value(file, "gpt2.feed_forward_length"),
+        "n_layer": _value(file, "gpt2.block_count"),
+        "n_head": _value(file, "gpt2.attention.head_count"),
+        "n_positions": _value(file, "gpt2.context_length"),
+        "layer_norm_epsilon": _value(file, "gpt2.attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
-        "tie_word_embeddings": not _has(reader, "output.weight"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
     }
 
 
@@ -180,25 +184,25 @@ class GgufWeights:
     linear_layout = True
 
     def __init__(self, checkpoint: GgufCheckpoint) -> None:
-        reader, config = checkpoint.reader, checkpoint.config
-        self.arch = _value(reader, "general.architecture")
+        file, config = checkpoint.file, checkpoint.config
+        assert file is not None
+        self.arch = _value(file, "general.architecture")
         self.heads: dict[str, Any] = {
             "attn_q": config.get("num_attention_heads"),
             "attn_k": config.get("num_key_value_heads"),
         }
         self.path = checkpoint.path
-        self.tensors = {huggingface_name(t.name, self.arch): t for t in reader.tensors if t.name != "rope_freqs.weight"}
-        self.nbytes = sum(int(t.n_bytes) for t in self.tensors.values())
+        weights = [tensor for name, tensor in file.tensors.items() if name != "rope_freqs.weight"]
+        self.tensors = {huggingface_name(tensor.name, self.arch): tensor for tensor in weights}
+        self.nbytes = sum(tensor.data.nbytes for tensor in weights)
 
     def names(self) -> Iterable[str]:
         return self.tensors
 
     def get(self, name: str) -> Tensor | Blocks:
         tensor = self.tensors[name]
-        kind = tensor.tensor_type.name
+        kind, shape, data = tensor.kind, tensor.shape, tensor.data
         rows = self._row_order(tensor.name)
-        shape = [int(n) for n in reversed(tensor.shape)]
-        data = torch.from_numpy(tensor.data)
         if kind in _FLOATS:
             data = rows(data.view(_FLOATS[kind]).view(shape))
             # Gemma's converter adds the 1 of 1 + weight to the norms.

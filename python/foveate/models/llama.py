@@ -43,6 +43,7 @@ class LlamaConfig:
     norm_offset: float = 0.0  # Gemma: norms multiply by 1 + weight
     post_norms: bool = False  # Gemma 2: norms after attention and MLP too
     embed_scale: float | None = None  # Gemma: embeddings times sqrt(hidden_size)
+    attention_dropout: float = 0.0  # in training mode
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
@@ -81,6 +82,7 @@ class LlamaConfig:
             norm_offset=1.0 if gemma else 0.0,
             post_norms=gemma,
             embed_scale=hidden**0.5 if gemma else None,
+            attention_dropout=config.get("attention_dropout") or 0.0,
         )
 
 
@@ -130,7 +132,8 @@ class LlamaAttention(nn.Module):
         if cache is None:
             S = x.shape[1]
             q, k = apply_rotary(q, k, cos[:S], sin[:S])
-            out = attention(q, k, v, **self.options)
+            dropout_p = self.config.attention_dropout if self.training else 0.0
+            out = attention(q, k, v, dropout_p=dropout_p, **self.options)
         else:
             out = cache.attend(
                 self.layer, q, k, v, rotary_cos=cos, rotary_sin=sin, batch_invariant=True, **self.options

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from foveate.linear import dequantize
 from foveate.models import bert, gpt2, llama, t5
 from foveate.models.blocks import PackedEmbedding
-from foveate.models.checkpoint import NEED_MODELS, Blocks, Checkpoint, Weights, open_checkpoint
+from foveate.models.checkpoint import Blocks, Checkpoint, Weights, open_checkpoint
 from foveate.packed_linear import PackedLinear
+from foveate.tokenizer import NEED
 
 _MODELS: dict[str, type[nn.Module]] = dict.fromkeys(llama.MODEL_TYPES, llama.Llama) | {"gpt2": gpt2.GPT2, "t5": t5.T5}
 _QUANTIZATIONS = (None, "none", "q8_0", "q4_0")
@@ -71,6 +72,12 @@ def load_model(
         raise ValueError(f"quantization={quantization!r} is not one of None, 'none', 'q8_0' and 'q4_0'")
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
+    foreign = checkpoint.config.get("quantization_config")
+    if foreign:
+        raise ValueError(
+            f"{checkpoint.path} is quantised by {foreign.get('quant_method', 'a method')!r}, which cannot be read; take the model's "
+            "unquantised weights, with quantization='q8_0' or 'q4_0' here, or a GGUF file"
+        )
     kind: Any = model_class(checkpoint.config, head)
     config = kind.config_class.from_hf(checkpoint.config)
     with torch.device("meta"):
@@ -248,7 +255,7 @@ def _bar(name: str, nbytes: int, progress: bool | None) -> Iterator[Callable[[in
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
     except ImportError as error:
-        raise ImportError(f"rich {NEED_MODELS}") from error
+        raise ImportError(f"rich {NEED}") from error
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(f"loading {name}", total=nbytes)

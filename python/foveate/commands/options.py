@@ -1,0 +1,213 @@
+"""Options that generate and chat share: the model, sampling, what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEFAULT_MAX_TOKENS = 256
+_EARLY: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class UsageError(Exception):
+    """Arguments that do not go together: exit status 2."""
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", required=True, metavar="PATH",
+        help="a Hugging Face folder, a .gguf file, or the name of an installed package that holds one",
+    )  # fmt: skip
+    group.add_argument("--device", help="cpu (the default), cuda, ...")
+    group.add_argument("--dtype", choices=sorted(_DTYPES), help="of the weights; the checkpoint's by default")
+    group.add_argument(
+        "--quantization", choices=("q8_0", "q4_0", "none"),
+        help="pack the linear layers in 8 or 4 bits; none expands packed ones; by default they stay as they are stored",
+    )  # fmt: skip
+    group.add_argument("--kv-cache-dtype", choices=("int8", "fp8"), help="store keys and values in a byte each")
+    group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and output together")
+    group.add_argument("--num-pages", type=int, metavar="N", help="size of the cache, in pages of 16 tokens")
+    group.add_argument("--max-batch", type=int, default=64, metavar="N", help="sequences at once; 64 by default")
+    group.add_argument(
+        "--max-prefill-tokens", type=int, default=512, metavar="N", help="prompt tokens in one step; 512 by default"
+    )
+    group.add_argument("--no-prefix-caching", action="store_true", help="do not share equal beginnings of prompts")
+    group.add_argument("--threads", type=int, metavar="N", help="as torch.set_num_threads")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
+    """several: also what asks for more than one sample."""
+    group = parser.add_argument_group(
+        "sampling",
+        "Names and meanings are SamplingParams'; the checkpoint's own defaults apply where one is not given.",
+    )
+
+    def add(name: str, kind: Any, text: str, **options: Any) -> None:
+        group.add_argument(name, type=kind, help=text, **({"metavar": "X" if kind is float else "N"} | options))
+
+    add("--max-tokens", int, f"at most so many new tokens; {DEFAULT_MAX_TOKENS} by default")
+    add("--temperature", float, "0 always takes the most probable token")
+    add("--top-p", float, "only the most probable tokens that together reach this probability")
+    add("--top-k", int, "only the N most probable tokens; 0 is all")
+    add("--min-p", float, "only tokens with this share of the highest probability")
+    add("--seed", int, "makes the output reproducible")
+    add("--repetition-penalty", float, "above 1: tokens that were there become less probable")
+    add("--presence-penalty", float, "subtracted once from the logits of tokens in the output")
+    add("--frequency-penalty", float, "subtracted as often as they are there")
+    add("--min-tokens", int, "no end before")
+    add("--stop", str, "a text that ends the output; may be given several times", action="append", metavar="TEXT")
+    add(
+        "--stop-token-id",
+        int,
+        "a token that ends it; may be given several times",
+        action="append",
+        dest="stop_token_ids",
+    )
+    add(
+        "--bad-word",
+        str,
+        "a text that must not come; may be given several times",
+        action="append",
+        metavar="TEXT",
+        dest="bad_words",
+    )
+    add(
+        "--logit-bias",
+        _bias,
+        "added to the logit of a token id; may be given several times",
+        action="append",
+        metavar="ID=X",
+    )
+    add(
+        "--json-schema", _schema, "the output is JSON of this schema: a file, or the schema itself", metavar="FILE|JSON"
+    )
+    add("--regex", str, "the output matches this expression", metavar="RE")
+    add("--prompt-lookup", int, "guess N tokens at a time from repetitions: changes the speed, never the text")
+    for flag, text in (
+        ("--ignore-eos", "go on after the model's end token"),
+        ("--include-stop-str-in-output", "keep the stop text"),
+    ):
+        group.add_argument(flag, action="store_true", default=None, help=text)
+    if several:
+        add("--n", int, "samples for each prompt")
+        add("--best-of", int, "of so many samples, print the n most probable")
+        add("--num-beams", int, "beam search with so many beams")
+        add("--length-penalty", float, "of beam search: above 0 favours long outputs")
+        add("--early-stopping", _early, "of beam search: true, false or never", metavar="WHEN")
+        add("--logprobs", int, "with --json: log-probabilities, also of the N most probable tokens")
+        add("--prompt-logprobs", int, "the same for the prompt")
+
+
+_SAMPLING = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "min_tokens", "stop", "stop_token_ids", "bad_words", "logit_bias", "json_schema", "regex", "prompt_lookup", "ignore_eos",
+    "include_stop_str_in_output", "n", "best_of", "num_beams", "length_penalty", "early_stopping", "logprobs", "prompt_logprobs",
+)  # fmt: skip
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of SamplingParams that were given; UsageError for what they refuse."""
+    import foveate
+
+    given = {name: value for name in _SAMPLING if (value := getattr(args, name, None)) is not None}
+    given.setdefault("max_tokens", max(DEFAULT_MAX_TOKENS, given.get("min_tokens", 0)))
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    try:
+        foveate.SamplingParams(**given)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+    return given
+
+
+def load(args: argparse.Namespace) -> Any:
+    """The LLM."""
+    import foveate
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise UsageError(f"--threads {args.threads} must be 1 or more")
+        torch.set_num_threads(args.threads)
+    return foveate.LLM(
+        args.model, device=args.device, dtype=None if args.dtype is None else _DTYPES[args.dtype], quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len, num_pages=args.num_pages, max_batch=args.max_batch,
+        max_prefill_tokens=args.max_prefill_tokens, enable_prefix_caching=not args.no_prefix_caching,
+    )  # fmt: skip
+
+
+def rates(llm: Any) -> dict[str, Any]:
+    """What --stats prints."""
+    stats = llm.stats
+    return {
+        "runs_on": llm.runs_on,
+        "prefill_tokens": stats.prefill_tokens,
+        "prefill_tokens_per_second": _rate(stats.prefill_tokens, stats.prefill_time),
+        "cached_tokens": stats.cached_tokens,
+        "decode_tokens": stats.decode_tokens,
+        "decode_tokens_per_second": _rate(stats.decode_tokens, stats.decode_time),
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
+    }
+
+
+def print_rates(llm: Any) -> None:
+    found = rates(llm)
+    lines = [
+        f"runs on   {found['runs_on']}",
+        f"prefill   {found['prefill_tokens']} tokens, {found['prefill_tokens_per_second'] or 0:.1f} tokens/s"
+        + (f", {found['cached_tokens']} more from the prefix cache" if found["cached_tokens"] else ""),
+        f"decode    {found['decode_tokens']} tokens, {found['decode_tokens_per_second'] or 0:.1f} tokens/s",
+    ]
+    if found["drafted_tokens"]:
+        lines.append(f"drafts    {found['accepted_tokens']} of {found['drafted_tokens']} tokens were right")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def print_pieces(pieces: Any) -> str:
+    """Prints text as it comes; the whole."""
+    parts = []
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        parts.append(piece)
+    print()
+    return "".join(parts)
+
+
+def _rate(tokens: int, seconds: float) -> float | None:
+    return round(tokens / seconds, 2) if seconds > 0 else None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be ID=NUMBER, e.g. 42=-100") from None
+
+
+def _schema(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be read ({error.strerror}); give a file, or the schema itself"
+        ) from None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} must hold a JSON object")
+    return found
+
+
+def _early(text: str) -> bool | str:
+    try:
+        return _EARLY[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be true, false or never") from None
