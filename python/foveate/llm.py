@@ -66,7 +66,7 @@ class LLM:
     ) -> None:
         checkpoint = open_checkpoint(path)
         _check_causal(checkpoint)
-        self.device = torch.device(device or "cpu")
+        self.device = checked_device(device)
         memory.check_model_fits(checkpoint, self.device, dtype, quantization)
         module: Any = load_model(
             checkpoint, device=self.device, dtype=dtype, quantization=quantization, progress=progress
