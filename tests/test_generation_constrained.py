@@ -81,6 +81,23 @@ def test_too_few_tokens_end_by_length():
     assert sample.finish_reason == "length" and '{"name": "'.startswith(sample.text)
 
 
+def test_a_grammar_that_fails_on_the_way_ends_its_request_alone():
+    prompts = toys.prompts(2)
+    engine = toys.engine()
+    engine.add("a", prompts[0], SamplingParams(regex="[a-z]{20}", max_tokens=40, temperature=0.0))
+    engine.add("b", prompts[1], SamplingParams(max_tokens=10, temperature=0.0))
+    engine.step()
+    matcher = engine._requests["a"].samples[0].matcher
+    matcher._matcher.consume_token(toys.tokenizer().encode("7")[0])  # as if llguidance had reached a limit
+    outputs = toys.drain(engine)
+    ended = outputs["a"].outputs[0]
+    assert ended.finish_reason == "abort" and ended.stop_reason.startswith(
+        "the grammar cannot be followed any further: "
+    )
+    assert outputs["b"].outputs[0].token_ids == toys.greedy(prompts[1], 10)
+    toys.check_pages(engine)
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [

@@ -310,3 +310,56 @@ def test_foreign_sequences_that_fill_the_cache_are_named():
     engine.add("a", [5] * 6, GREEDY.with_(max_tokens=4))
     with pytest.raises(foveate.CacheFull, match="nothing can run: .* 8 pages, 0 are free"):
         engine.step()
+
+
+@pytest.mark.parametrize("round", range(4))
+def test_anything_at_any_time_in_a_small_cache(round):
+    """Random requests with random parameters join, some are aborted; each gives what it gives alone, and no page is lost."""
+    rng = random.Random(round)
+    engine = toys.engine(
+        num_pages=22,
+        max_batch=rng.choice([3, 8]),
+        max_prefill_tokens=rng.choice([6, 24, 64]),
+        enable_prefix_caching=round % 2 == 0,
+    )
+    shared = toys.prompts(1, 16, 16, seed=round)[0]
+    prompts = [shared[: rng.choice([0, 8, 16])] + tail for tail in toys.prompts(16, 2, 30, seed=10 + round)]
+    params = [
+        SamplingParams(
+            n=rng.choice([1, 1, 3]), seed=i, max_tokens=rng.randint(1, 30), temperature=rng.choice([0.0, 0.8]),
+            top_k=rng.choice([0, 5]), prompt_lookup=rng.choice([0, 4]), logit_bias={6: 60.0} if i % 4 == 0 else None,
+        )
+        for i in range(16)
+    ]  # fmt: skip
+    outputs, aborted, waiting = {}, set(), list(range(16))
+    while waiting or engine.has_work:
+        if waiting and rng.random() < 0.5:
+            i = waiting.pop(0)
+            engine.add(str(i), prompts[i], params[i])
+        if rng.random() < 0.03 and engine.has_work:
+            i = rng.choice([i for i in range(16) if i not in waiting and str(i) not in outputs])
+            outputs[str(i)] = engine.abort(str(i))
+            aborted.add(i)
+        outputs |= {output.request_id: output for output in engine.step()}
+        assert len(engine.scheduler.running) <= engine.scheduler.max_batch
+    toys.check_pages(engine)
+    assert engine.stats.preemptions > 0 and engine.stats.accepted_tokens > 0
+    for i in set(range(16)) - aborted:
+        assert ids([outputs[str(i)]]) == ids(run(toys.engine(), [prompts[i]], params[i].with_(prompt_lookup=0))), i
+
+
+def test_a_chunk_that_preempts_the_next_one():
+    engine = toys.engine(num_pages=24, enable_prefix_caching=False, max_prefill_tokens=12)
+    prompts = [toys.prompts(1, length, length, seed=length)[0] for length in (15, 14, 20)]
+    for i, prompt in enumerate(prompts):
+        engine.add(str(i), prompt, GREEDY.with_(max_tokens=10))
+    engine.step()
+    engine.step()
+    assert [sample.cached for sample in engine.scheduler.running] == [15, 9, 0]
+    foreign = engine.cache.create()
+    engine.cache.append([foreign], 4 * engine.cache.free_pages)
+    engine.step()  # the first decodes in its page; the second needs one, so the third and then itself have to wait
+    assert [sample.cached for sample in engine.scheduler.running] == [16] and engine.stats.preemptions == 2
+    engine.cache.free(foreign)
+    outputs = toys.drain(engine)
+    assert ids([outputs[i] for i in "012"]) == [[toys.greedy(prompt, 10)] for prompt in prompts]

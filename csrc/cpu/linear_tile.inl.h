@@ -219,7 +219,9 @@ FOVEATE_INLINE void prepare_blocks(const float* x, int64_t blocks, char* out) {
     VecI sum{};
 #pragma GCC unroll 8
     for (int v = 0; v < vecs; ++v) {
-      const VecI rounded = round_to_int(load<float>(x + v * n) * inverse);
+      // What is not finite becomes 0: dx says it.
+      const VecF scaled = load<float>(x + v * n) * inverse;
+      const VecI rounded = round_to_int(vabs<float>(scaled) <= 128.0f ? scaled : VecF{});
       sum += rounded;
       store_raw(q + v * n, __builtin_convertvector(rounded, vec<int8_t, n>));
     }

@@ -119,7 +119,7 @@ class LLM:
         """
         texts: list[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         wanted = self._params(params, len(texts))
-        tokens = [self.encode(text) if isinstance(text, str) else list(text) for text in texts]
+        tokens = [self._tokens(text) for text in texts]
         for ids, p in zip(tokens, wanted):
             self.engine.check(ids, p)
         outputs: dict[int, RequestOutput] = {}
@@ -155,7 +155,7 @@ class LLM:
             raise ValueError(
                 f"n={params.n}, num_beams={params.num_beams}: only one sample can be streamed; use generate"
             )
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._tokens(prompt)
         self.engine.check(ids, params)
         return self._stream(ids, params, prompt)
 
@@ -195,7 +195,7 @@ class LLM:
     @torch.inference_mode()
     def perplexity(self, text: Prompt) -> float:
         """exp of the mean negative log-likelihood of each token after the first; beyond the context in windows without overlap."""
-        ids = self.encode(text) if isinstance(text, str) else list(text)
+        ids = self._tokens(text)
         if len(ids) < 2:
             raise ValueError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
         total, counted, step = 0.0, 0, self.engine.scheduler.max_prefill_tokens
@@ -214,6 +214,15 @@ class LLM:
             finally:
                 self.engine.cache.free(seq)
         return math.exp(total / counted)
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.encode(prompt)
+        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+            raise TypeError(
+                f"a prompt must be a str or a list of token ids (int), got {type(prompt).__name__}: {str(prompt)[:60]}"
+            )
+        return [int(token) for token in prompt]
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):

@@ -74,23 +74,25 @@ class Grammar:
 
 
 class Matcher:
+    """One sample's place in a grammar. error: None, or why llguidance gave up, such as a grammar that grew beyond its limits."""
+
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
         self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
+        self.error: str | None = None
 
     def allowed(self) -> Tensor:
-        """bool [vocab], True for the tokens that may come next."""
+        """bool [vocab], True for the tokens that may come next; for all of them after an error, which `consume` then reports."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        self._check()
+        if self._matcher.is_error():
+            return torch.ones(self._vocab_size, dtype=torch.bool)
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab_size]
         return torch.from_numpy(bits).bool()
 
     def consume(self, token: int) -> bool:
-        """Goes on by a token; True if the output is complete and nothing may follow."""
+        """Goes on by a token; True if the output is complete and nothing may follow. Sets `error`."""
         self._matcher.consume_token(token)
-        self._check()
-        return self._matcher.is_stopped()
-
-    def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar cannot be followed any further: {self._matcher.get_error()}")
+            self.error = f"the grammar cannot be followed any further: {self._matcher.get_error()}"
+            return False
+        return self._matcher.is_stopped()

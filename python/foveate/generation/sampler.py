@@ -59,10 +59,10 @@ class Row:
 
 
 class Sampled(NamedTuple):
+    """Per row the token, and None or (token, log-probability, rank) of the chosen token, then of the most probable ones."""
+
     tokens: list[int]
-    logprobs: list[
-        list[tuple[int, float, int]] | None
-    ]  # per row (token, log-probability, rank): the chosen, then the most probable
+    logprobs: list[list[tuple[int, float, int]] | None]
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:

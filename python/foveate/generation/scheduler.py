@@ -82,15 +82,13 @@ class Scheduler:
 
     def _group(self, samples: list[Sample], new: int) -> Group:
         """Room for `new` tokens of each sample, or of those that are left when others had to give way."""
-        while samples:
+        while samples := [s for s in samples if s.seq is not None]:
             try:
                 self.cache.append([s.seq for s in samples], new)  # type: ignore[misc]
                 break
             except CacheFull as full:
-                if self.prefix is not None and self.prefix.evict(full.missing):
-                    continue
-                self._preempt(self.running[-1])
-                samples = [s for s in samples if s.seq is not None]
+                if self.prefix is None or not self.prefix.evict(full.missing):
+                    self._preempt(self.running[-1])
         return Group(samples, new, None)
 
     def _admit(self) -> None:
