@@ -19,7 +19,7 @@ from foveate.generation.engine import Engine, EngineStats
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
 from foveate.models import Checkpoint, load_model, open_checkpoint
-from foveate.models.loading import model_class
+from foveate.models.loading import checked_device, model_class
 from foveate.paged_kv_cache import PagedKVCache
 
 Prompt: TypeAlias = "str | Sequence[int]"
