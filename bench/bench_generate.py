@@ -3,9 +3,10 @@
     python bench/bench_generate.py --model FILE.gguf --out bench/results [--llama FOLDER] [--threads 2] [--rounds 9]
 
 llama.cpp runs the same GGUF file through llama-cpp-python (flash attention on); --llama names the folder that it is installed in, if
-that is not on the path. transformers runs the same weights expanded to fp32 and bf16. Each engine has a process of its own, so that
-their OpenMP runtimes do not meet, and the processes take turns: in every round each runs every case once. A result is the median.
-Greedy decoding of random tokens; the choice of the next token is included, tokenisation is not.
+that is not on the path. transformers runs the same weights expanded to fp32 and bf16. --model random-gpt2 is GPT-2's shape (124M) with
+random weights; --quantization packs a model that is not packed yet. Each engine has a process of its own, so that their OpenMP runtimes
+do not meet, and the processes take turns: in every round each runs every case once. A result is the median. Greedy decoding of random
+tokens; the choice of the next token is included, tokenisation is not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -49,7 +51,9 @@ def timed(prepare: Callable[[], Any], run: Callable[[Any], None], count: int) ->
 # ---- engines: each returns {case: function that runs it once and returns tokens/s} and a few facts ------------------------------
 
 
-def foveate_engine(model: str, threads: int) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
+def foveate_engine(
+    model: str, threads: int, quantization: str | None
+) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
     import torch
 
     import foveate
@@ -60,7 +64,7 @@ def foveate_engine(model: str, threads: int) -> tuple[dict[str, Callable[[], flo
     from foveate.packed_linear import PackedLinear
 
     torch.set_num_threads(threads)
-    module = load_model(model)
+    module = load_model(model, quantization=quantization)
     nbytes = sum(m.nbytes for m in module.modules() if isinstance(m, PackedLinear))
     decoder = NativeDecoder(module)
     c = decoder.config
@@ -167,12 +171,14 @@ def transformers_engine(model: str, threads: int, dtype: str) -> tuple[dict[str,
     from foveate.models import load_model, open_checkpoint
 
     torch.set_num_threads(threads)
-    checkpoint = open_checkpoint(model)
-    weights = load_model(checkpoint, quantization="none").state_dict()
-    config = transformers.AutoConfig.for_model(**checkpoint.config)
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    theirs.load_state_dict(weights, strict=False)
-    theirs = theirs.to(getattr(torch, dtype)).eval()
+    if Path(model).is_dir():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa")
+    else:
+        checkpoint = open_checkpoint(model)
+        config = transformers.AutoConfig.for_model(**checkpoint.config)
+        theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        theirs.load_state_dict(load_model(checkpoint, quantization="none").state_dict(), strict=False)
+    config, theirs = theirs.config, theirs.to(getattr(torch, dtype)).eval()
 
     def step(past: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor]:
         with torch.inference_mode():
@@ -197,11 +203,18 @@ def transformers_engine(model: str, threads: int, dtype: str) -> tuple[dict[str,
     return runs, {"version": transformers.__version__}
 
 
-def serve(engine: str, model: str, threads: int) -> None:
+def random_gpt2(folder: str) -> None:
+    """GPT-2's shape, 124M weights, as a Hugging Face folder."""
+    import transformers
+
+    transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(folder)
+
+
+def serve(engine: str, model: str, threads: int, quantization: str | None) -> None:
     """A worker: prints its facts, then for each case read from stdin the tokens/s of one run. What the engine prints goes to stderr."""
     answers, sys.stdout = sys.stdout, sys.stderr
     if engine == "foveate":
-        runs, facts = foveate_engine(model, threads)
+        runs, facts = foveate_engine(model, threads, quantization)
     elif engine == "llama.cpp":
         runs, facts = llama_engine(model, threads)
     else:
@@ -228,6 +241,8 @@ class Worker:
         ]
         if options.llama:
             command += ["--llama", options.llama]
+        if options.quantization:
+            command += ["--quantization", options.quantization]
         self.engine = engine
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = json.loads(self._line())
@@ -290,7 +305,9 @@ def table(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a .gguf file")
+    parser.add_argument("--model", required=True, help="a .gguf file, a Hugging Face folder, or random-gpt2")
+    parser.add_argument("--quantization", choices=("q8_0", "q4_0"), help="what foveate packs the weights in")
+    parser.add_argument("--label", help="goes into the names of the files; the README shows those without one")
     parser.add_argument("--out", type=Path, help="folder for generate_DATE.csv and .md")
     parser.add_argument("--llama", help="folder that llama_cpp is installed in")
     parser.add_argument("--threads", type=int, default=2)
@@ -303,21 +320,29 @@ def main() -> None:
     if options.llama:
         sys.path.append(options.llama)
     if options.serve:
-        return serve(options.serve, options.model, options.threads)
+        return serve(options.serve, options.model, options.threads, options.quantization)
 
-    results, read, facts = measure(options)
+    name = Path(options.model).stem
+    if not options.model.endswith(".gguf"):
+        options.engines = [engine for engine in options.engines if engine != "llama.cpp"]
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model == "random-gpt2":
+            random_gpt2(folder)
+            options.model = folder
+        results, read, facts = measure(options)
     import torch
 
     from foveate.bench import machine
 
     torch.set_num_threads(options.threads)
     where = machine.describe()
-    text = f"{Path(options.model).name}; {where.line}\n\n" + table(results, read, facts, options.engines)
+    packed = f" in {options.quantization}" if options.quantization else ""
+    text = f"{name}{packed}; {where.line}\n\n" + table(results, read, facts, options.engines)
     print(text)
     if options.out is None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"generate_{where.date}"
+    stem = options.out / "_".join(["generate", *([options.label] if options.label else []), where.date])
     stem.with_suffix(".md").write_text(text)
     with stem.with_suffix(".csv").open("w", newline="") as file:
         rows = csv.writer(file)

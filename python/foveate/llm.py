@@ -20,7 +20,7 @@ from foveate.generation.engine import Engine, EngineStats
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
 from foveate.models import Checkpoint, load_model, open_checkpoint
-from foveate.models.loading import model_class
+from foveate.models.loading import checked_device, model_class
 from foveate.paged_kv_cache import PagedKVCache
 
 Prompt: TypeAlias = "str | Sequence[int]"
@@ -70,7 +70,7 @@ class LLM:
     ) -> None:
         checkpoint = open_checkpoint(path)
         _check_causal(checkpoint)
-        self.device = torch.device(device or "cpu")
+        self.device = checked_device(device)
         if cuda_graphs and self.device.type != "cuda":
             raise ValueError(
                 f'cuda_graphs=True, but the device is {self.device}; use device="cuda", or leave cuda_graphs out'

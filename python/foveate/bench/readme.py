@@ -21,6 +21,7 @@ TITLES = {
     "decode": "decode against a KV cache",
     "softmax": "softmax",
     "cross_entropy": "cross-entropy",
+    "linear": "packed linear",
     "overhead": "call overhead",
     "memory": "peak memory, forward + backward",
 }

@@ -99,7 +99,10 @@ class DecodeGraph:
             return f"CUDA graphs need a CUDA device, and the model is on {device}"
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
-                return f"{name} is quantised, and without a GPU kernel its weights are unpacked by code that reads on the host, which a graph cannot hold"
+                return (
+                    f"{name} is quantised, and without a GPU kernel its weights are unpacked by code that checks values on the "
+                    "host, which a graph cannot hold"
+                )
         dtype = next(x.dtype for x in tensors if x.is_floating_point())
         return not_capturable(device.type, dtype)
 
