@@ -125,7 +125,7 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
     if chosen == "reference":
         return _reference_backward(dout, dlse, c, wanted)
     if chosen == "triton":
-        from foveate._triton.attention_backward import backward as triton_backward
+        from foveate._triton.attention import backward as triton_backward
 
         return triton_backward(_rows(dout), dlse, out, lse, _ready(c), wanted, _empty_grads(c, wanted))
     grads = _empty_grads(c, wanted)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import LN2, LOG2E, kept, key_ranges, scores, sequence, visible
+from .scores import LOG2E, kept, key_ranges, scores, sequence, to_natural, visible
 from .tiles import add_product, dot_rows, load, store
 
 
 @triton.jit
 def _walk(
     acc0, acc1, top, total, q0, q1, k, v, k_stride, v_stride, start, end, i, valid, b, h, Hq, keys, offset, left, right,
-    options, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    opts, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys start..end into acc, the row maxima `top` and the row sums `total`."""
@@ -26,42 +26,42 @@ def _walk(
         j = first + step
         here = step.to(tl.int64)
         k0, k1 = load(k + first * one * k_stride, here * k_stride, j < keys, D0, D1, D, MASKED)
-        qk = dot_rows(q0, q1, k0, k1)
+        qk = dot_rows(q0, q1, k0, k1, D1)
         i2, j2 = i[:, None], j[None, :]
-        if options.plain:
-            factor = options.scale * LOG2E
+        if opts.plain:
+            factor = opts.scale * LOG2E
             if MASKED:
-                qk = tl.where(visible(i2, j2, keys, offset, left, right, options), qk, float("-inf"))
+                qk = tl.where(visible(i2, j2, keys, offset, left, right, opts), qk, float("-inf"))
             new_top = tl.maximum(top, tl.max(qk, 1) * factor)
         else:
             factor = 1.0
-            qk, _ = scores(qk, i2, j2, valid[:, None] & (j < keys)[None, :], b, h, offset, options)
+            qk, _ = scores(qk, i2, j2, valid[:, None] & (j < keys)[None, :], b, h, offset, opts)
             if MASKED:
-                qk = tl.where(visible(i2, j2, keys, offset, left, right, options), qk, float("-inf"))
+                qk = tl.where(visible(i2, j2, keys, offset, left, right, opts), qk, float("-inf"))
             new_top = tl.maximum(top, tl.max(qk, 1))
         base = new_top
-        if MASKED or options.guarded:
+        if MASKED or opts.guarded:
             base = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
         p = tl.exp2(qk * factor - base[:, None])
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(p, 1)
         top = new_top
-        if options.philox is not None:
+        if opts.philox is not None:
             bh = b * Hq + h
             if len(bh.shape) == 2:
                 bh = tl.reshape(bh, [bh.shape[0]])
-            p = tl.where(kept(i, bh, first, options, BLOCK_N, False), p, 0.0)
+            p = tl.where(kept(i, bh, first, opts, BLOCK_N, False), p, 0.0)
         v0, v1 = load(v + first * one * v_stride, here * v_stride, j < keys, V0, V1, DV, MASKED)
         acc0 = acc0 * decay[:, None]
         if V1 > 0:
             acc1 = acc1 * decay[:, None]
-        acc0, acc1 = add_product(acc0, acc1, p, v0, v1)
+        acc0, acc1 = add_product(acc0, acc1, p, v0, v1, V1)
     return acc0, acc1, top, total
 
 
 @triton.jit(do_not_specialize=["Hq", "Sq", "Skv", "blocks", "left", "right"])
 def attention_forward(
-    q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides, Hq, Sq, Skv, blocks, left, right, options,
+    q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides, Hq, Sq, Skv, blocks, left, right, opts,
     SHARE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def attention_forward(
     bh = tl.program_id(0) // blocks
     groups = Hq // GROUP
     b, first_head = bh // groups, bh % groups * GROUP
-    first_q, first_k, queries, keys, _ = sequence(options, b, Sq, Skv)
+    first_q, first_k, queries, keys, _ = sequence(opts, b, Sq, Skv)
     if block * BLOCK_M >= queries * GROUP:
         return
     offset = keys - queries
@@ -93,35 +93,35 @@ def attention_forward(
     q0, q1 = load(q, i.to(tl.int64) * q_strides[2] + head * q_strides[1], valid, D0, D1, D, True)
 
     acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
-    acc1 = None
+    acc1 = acc0
     if V1 > 0:
         acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     first = block * BLOCK_M // GROUP
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
-    start, full_start, full_end, end = key_ranges(first, last, keys, offset, left, right, options, BLOCK_N)
-    if options.has_left:
+    start, full_start, full_end, end = key_ranges(first, last, keys, offset, left, right, opts, BLOCK_N)
+    if opts.has_left:
         acc0, acc1, top, total = _walk(
             acc0, acc1, top, total, q0, q1, k, v, k_strides[2], v_strides[2], start, full_start, i, valid, b, h, Hq, keys, offset,
-            left, right, options, D, DV, D0, D1, V0, V1, BLOCK_N, True)  # fmt: skip
+            left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, True)  # fmt: skip
     acc0, acc1, top, total = _walk(
         acc0, acc1, top, total, q0, q1, k, v, k_strides[2], v_strides[2], full_start, full_end, i, valid, b, h, Hq, keys, offset,
-        left, right, options, D, DV, D0, D1, V0, V1, BLOCK_N, False)  # fmt: skip
+        left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, False)  # fmt: skip
     acc0, acc1, top, total = _walk(
         acc0, acc1, top, total, q0, q1, k, v, k_strides[2], v_strides[2], full_end, end, i, valid, b, h, Hq, keys, offset,
-        left, right, options, D, DV, D0, D1, V0, V1, BLOCK_N, True)  # fmt: skip
+        left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, True)  # fmt: skip
 
     if lse is not None:
-        rows = b64 * lse_strides[0] + head * lse_strides[1] + (first_q + i) * lse_strides[2]
+        rows = b64 * lse_strides[0] + head * lse_strides[1] + first_q + i
         seen = tl.where(total > 0, total, 1.0)  # top is -inf where total is 0
-        tl.store(lse + rows, (top + tl.log2(seen)) * LN2, mask=valid)
-    if options.sinks is not None:
-        sink = tl.load(options.sinks + head) * LOG2E
+        tl.store(lse + rows, to_natural(top + tl.log2(seen)), mask=valid)
+    if opts.sinks is not None:
+        sink = tl.load(opts.sinks + head) * LOG2E
         total += tl.exp2(sink - tl.where(top == float("-inf"), 0.0, top))
     factor = 1 / tl.where(total > 0, total, 1.0)  # acc is 0 where total is
-    if options.philox is not None:
-        factor *= options.keep_scale
+    if opts.philox is not None:
+        factor *= opts.keep_scale
     acc0 = acc0 * factor[:, None]
     if V1 > 0:
         acc1 = acc1 * factor[:, None]

@@ -13,6 +13,9 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# What fp32 leaves of the two constants. A row's sum goes through both, and an error of it is an error of all its weights.
+_LOG2E_REST: tl.constexpr = tl.constexpr(1.92596300e-8)
+_LN2_REST: tl.constexpr = tl.constexpr(-1.90465421e-9)
 
 
 class Options(NamedTuple):
@@ -44,6 +47,18 @@ class Options(NamedTuple):
 
 
 @triton.jit
+def to_log2(x):
+    """x * log2(e)"""
+    return x * LOG2E + x * _LOG2E_REST
+
+
+@triton.jit
+def to_natural(x):
+    """x * ln(2)"""
+    return x * LN2 + x * _LN2_REST
+
+
+@triton.jit
 def tanh(x):
     """By exp2; near 0, where 1 - exp2(...) would cancel, by its series, whose next term is below 1e-8."""
     e = tl.exp2(-2 * LOG2E * tl.abs(x))
@@ -54,13 +69,13 @@ def tanh(x):
 
 
 @triton.jit
-def sequence(options, b, Sq, Skv):
+def sequence(opts, b, Sq, Skv):
     """Of sequence b: its first row in q and in k, the number of queries, of keys, and of rows of k that belong to it."""
-    if options.cu_q is not None:
-        first_q = tl.load(options.cu_q + b).to(tl.int64)
-        first_k = tl.load(options.cu_k + b).to(tl.int64)
-        queries = (tl.load(options.cu_q + b + 1) - first_q).to(tl.int32)
-        keys = (tl.load(options.cu_k + b + 1) - first_k).to(tl.int32)
+    if opts.cu_q is not None:
+        first_q = tl.load(opts.cu_q + b).to(tl.int64)
+        first_k = tl.load(opts.cu_k + b).to(tl.int64)
+        queries = (tl.load(opts.cu_q + b + 1) - first_q).to(tl.int32)
+        keys = (tl.load(opts.cu_k + b + 1) - first_k).to(tl.int32)
         rows = keys
     else:
         first_q = tl.zeros([], tl.int64)
@@ -68,34 +83,34 @@ def sequence(options, b, Sq, Skv):
         queries = Sq
         keys = Skv
         rows = Skv
-        if options.kv_lens is not None:
-            keys = tl.load(options.kv_lens + b).to(tl.int32)
+        if opts.kv_lens is not None:
+            keys = tl.load(opts.kv_lens + b).to(tl.int32)
     return first_q, first_k, queries, keys, rows
 
 
 @triton.jit
-def visible(i, j, keys, offset, left, right, options):
+def visible(i, j, keys, offset, left, right, opts):
     """offset = keys - queries: query i stands at key i + offset."""
     seen = j < keys
-    if options.has_left:
+    if opts.has_left:
         seen = seen & (j >= i + offset - left)
-    if options.has_right:
+    if opts.has_right:
         seen = seen & (j <= i + offset + right)
     return seen
 
 
 @triton.jit
-def key_ranges(first, last, keys, offset, left, right, options, BLOCK: tl.constexpr):
+def key_ranges(first, last, keys, offset, left, right, opts, BLOCK: tl.constexpr):
     """start <= full_start <= full_end <= end, multiples of BLOCK: keys outside start..end are seen by none of the queries first..last,
     keys in full_start..full_end by all."""
     start = 0
     full_start = 0
     end = keys
     full_end = keys
-    if options.has_left:
+    if opts.has_left:
         start = tl.maximum(first + offset - left, 0) // BLOCK * BLOCK
         full_start = tl.cdiv(tl.maximum(last + offset - left, 0), BLOCK) * BLOCK
-    if options.has_right:
+    if opts.has_right:
         end = tl.minimum(keys, last + offset + right + 1)
         full_end = tl.minimum(keys, tl.maximum(first + offset + right + 1, 0))
     end = tl.maximum(end, start)
@@ -105,25 +120,25 @@ def key_ranges(first, last, keys, offset, left, right, options, BLOCK: tl.conste
 
 
 @triton.jit
-def scores(qk, i, j, inside, b, h, offset, options):
+def scores(qk, i, j, inside, b, h, offset, opts):
     """The scores of q.k, and their derivative by scale * q.k (1 without softcap). inside: where bias and mask may be read."""
     slope = 1.0
-    if options.softcap is not None:
-        t = tanh(qk * (options.scale / options.softcap))
+    if opts.softcap is not None:
+        t = tanh(qk * (opts.scale / opts.softcap))
         slope = 1 - t * t
-        s = t * (options.softcap * LOG2E)
+        s = t * (opts.softcap * LOG2E)
     else:
-        s = qk * (options.scale * LOG2E)
-    if options.alibi is not None:
-        alibi = tl.load(options.alibi + b * options.alibi_stride + h) * LOG2E
+        s = qk * (opts.scale * LOG2E)
+    if opts.alibi is not None:
+        alibi = tl.load(opts.alibi + b * opts.alibi_stride + h) * LOG2E
         s -= alibi * tl.abs(i + offset - j).to(tl.float32)
-    if options.rel is not None:
-        place = h * options.rel_shape[0] + (j - i - offset + options.rel_shape[1])
-        s += tl.load(options.rel + place, mask=inside, other=0.0) * LOG2E
-    if options.bias is not None:
-        s += tl.load(_element(options.bias, options.bias_strides, b, h, i, j), mask=inside, other=0.0).to(tl.float32) * LOG2E
-    if options.mask is not None:
-        keep = tl.load(_element(options.mask, options.mask_strides, b, h, i, j), mask=inside, other=0)
+    if opts.rel is not None:
+        place = h * opts.rel_shape[0] + (j - i - offset + opts.rel_shape[1])
+        s += tl.load(opts.rel + place, mask=inside, other=0.0) * LOG2E
+    if opts.bias is not None:
+        s += tl.load(_element(opts.bias, opts.bias_strides, b, h, i, j), mask=inside, other=0.0).to(tl.float32) * LOG2E
+    if opts.mask is not None:
+        keep = tl.load(_element(opts.mask, opts.mask_strides, b, h, i, j), mask=inside, other=0)
         s = tl.where(keep != 0, s, float("-inf"))
     return s, slope
 
@@ -135,11 +150,11 @@ def _element(base, strides, b, h, i, j):
 
 
 @triton.jit
-def kept(i, bh, first_key, options, BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr):
+def kept(i, bh, first_key, opts, BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """Dropout's mask for queries i [BM], whose b * Hq + h is bh (one number or [BM]), and the keys first_key to first_key + BLOCK - 1:
     [BM, BLOCK], or [BLOCK, BM] with KEYS_FIRST. One call of Philox makes the words of four keys."""
-    seed = tl.load(options.philox)
-    stream = (tl.load(options.philox + 1) & 0xFFFFFFFF).to(tl.uint32)
+    seed = tl.load(opts.philox)
+    stream = (tl.load(opts.philox + 1) & 0xFFFFFFFF).to(tl.uint32)
     quad = first_key // 4 + tl.arange(0, BLOCK // 4)
     ones = tl.full([i.shape[0]], 1, tl.int32)
     if KEYS_FIRST:
@@ -153,4 +168,4 @@ def kept(i, bh, first_key, options, BLOCK: tl.constexpr, KEYS_FIRST: tl.constexp
         words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), [BLOCK, i.shape[0]])
     else:
         words = tl.reshape(words, [i.shape[0], BLOCK])
-    return words.to(tl.int64) >= options.keep_from
+    return words.to(tl.int64) >= opts.keep_from
