@@ -114,8 +114,9 @@ def attention_forward(
 
     if lse is not None:
         rows = b64 * lse_strides[0] + head * lse_strides[1] + first_q + i
-        seen = tl.where(total > 0, total, 1.0)  # top is -inf where total is 0
-        tl.store(lse + rows, to_natural(top + tl.log2(seen)), mask=valid)
+        some = total > 0
+        value = to_natural(tl.where(some, top, 0.0) + tl.log2(tl.where(some, total, 1.0)))
+        tl.store(lse + rows, tl.where(some, value, float("-inf")), mask=valid)
     if opts.sinks is not None:
         sink = tl.load(opts.sinks + head) * LOG2E
         total += tl.exp2(sink - tl.where(top == float("-inf"), 0.0, top))

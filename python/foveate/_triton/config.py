@@ -30,19 +30,17 @@ def forward(D: int, Dv: int, dtype: torch.dtype, rows: int, arch: int) -> Config
     on sm_90 and sm_100). fp32 has no tensor cores without tf32: smaller tiles keep its operands in registers.
     """
     width = max(sum(parts(D)), sum(parts(Dv)))
-    if dtype == torch.float32:
-        block_n = 32 if width <= 128 else 16
-        block_m = _rows(rows, 64 if width <= 128 else 32)
-        return Config(block_m, block_n, 8 if block_m == 64 and width > 64 else 4, 2)
     roomy = arch >= 90
-    block_m = _rows(rows, 128)
-    if width <= 64:
-        config = Config(block_m, 128 if roomy else 64, 4, 3)
+    if dtype == torch.float32:
+        config = Config(64, 32, 8, 2) if width <= 64 else Config(64, 16, 8, 2) if width <= 128 else Config(32, 16, 8, 2)
+    elif width <= 64:
+        config = Config(128, 128, 8, 3) if roomy else Config(128, 64, 4, 3)
     elif width <= 128:
-        config = Config(block_m, 128 if roomy else 64, 8, 2)
+        config = Config(128, 128, 8, 2) if roomy else Config(128, 64, 8, 2)
     else:
-        config = Config(block_m, 64 if roomy else 32, 8, 2)
-    return config if block_m == 128 else config._replace(warps=4, block_n=64)
+        config = Config(128, 64, 8, 2) if roomy else Config(64, 64, 8, 2)
+    block_m = _rows(rows, config.block_m)
+    return config if block_m == config.block_m else Config(block_m, min(64, config.block_n), 4, 2)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -58,10 +56,11 @@ def backward(D: int, Dv: int, dtype: torch.dtype, arch: int) -> tuple[Config, Co
     """Of the kernel for dq, where the queries stay and the keys pass, and of the one for dk and dv, where it is the other way round."""
     width = max(sum(parts(D)), sum(parts(Dv)))
     if dtype == torch.float32:
-        size = 32 if width <= 128 else 16
-        return Config(size, size, 4, 1), Config(size, size, 4, 1)
+        if width <= 64:
+            return Config(32, 32, 4, 1), Config(32, 32, 4, 1)
+        return (Config(32, 16, 4, 1), Config(16, 32, 8, 1)) if width <= 128 else (Config(16, 16, 4, 1), Config(16, 16, 8, 1))
     if width <= 64:
-        return Config(128, 64, 8, 2), Config(64, 128, 8, 2)
+        return Config(128, 64, 8, 2), Config(32, 128, 8, 2)
     if width <= 128:
-        return Config(64, 64, 4, 2) if arch < 90 else Config(128, 64, 8, 2), Config(64, 64, 8, 2)
-    return Config(64, 32, 8, 1), Config(32, 64, 8, 1)
+        return (Config(128, 64, 8, 2), Config(32, 128, 8, 2)) if arch >= 90 else (Config(64, 64, 8, 2), Config(64, 64, 8, 1))
+    return Config(32, 32, 4, 1), Config(16, 32, 4, 1)

@@ -37,9 +37,12 @@ def attention_rows(
     b64 = b.to(tl.int64)
     o0, o1 = load(out + b64 * out_strides[0] + h * out_strides[1], row * out_strides[2], valid, V0, V1, DV, True)
     g0, g1 = load(dout + b64 * dout_strides[0] + h * dout_strides[1], row * dout_strides[2], valid, V0, V1, DV, True)
-    delta = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)
+    # fp64 for fp32 inputs: dp - delta cancels, entirely so in a row that sees one key, and here precision costs nothing.
+    WIDE: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float32 else tl.float32
+    delta = tl.sum(o0.to(WIDE) * g0.to(WIDE), 1)
     if V1 > 0:
-        delta += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
+        delta += tl.sum(o1.to(WIDE) * g1.to(WIDE), 1)
+    delta = delta.to(tl.float32)
     place = b64 * rows.strides[0] + h * rows.strides[1] + row
     own = tl.load(lse + place, mask=valid, other=float("-inf"))
     empty = own == float("-inf")
