@@ -33,6 +33,8 @@ def forward(D: int, Dv: int, dtype: torch.dtype, rows: int, arch: int) -> Config
     roomy = arch >= 90
     if dtype == torch.float32:
         config = Config(64, 32, 8, 2) if width <= 64 else Config(64, 16, 8, 2) if width <= 128 else Config(32, 16, 8, 2)
+    elif width <= 128 and arch >= 100:
+        config = Config(128, 64, 8, 3)
     elif width <= 64:
         config = Config(128, 128, 8, 3) if roomy else Config(128, 64, 4, 3)
     elif width <= 128:
