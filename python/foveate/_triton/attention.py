@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ def options(c: Any, *, table_gradient: bool = False) -> Options:
     extras = bias is not None or mask is not None or c.alibi is not None or rel is not None or softcap is not None
     return Options(
         scale=float(c.scale),
+        scale_log2=c.scale * math.log2(math.e),
         softcap=softcap,
         bias=bias,
         bias_strides=bias_strides,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import LOG2E, kept, key_ranges, scores, sequence, to_natural, visible
+from .scores import LOG2E, kept, key_ranges, natural_lse, scaled_difference, scores, sequence, visible
 from .tiles import add_product, dot_rows, load, store
 
 
@@ -29,7 +29,7 @@ def _walk(
         qk = dot_rows(q0, q1, k0, k1, D1)
         i2, j2 = i[:, None], j[None, :]
         if opts.plain:
-            factor = opts.scale * LOG2E
+            factor = opts.scale_log2
             if MASKED:
                 qk = tl.where(visible(i2, j2, keys, offset, left, right, opts), qk, float("-inf"))
             new_top = tl.maximum(top, tl.max(qk, 1) * factor)
@@ -42,7 +42,7 @@ def _walk(
         base = new_top
         if MASKED or opts.guarded:
             base = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
-        p = tl.exp2(qk * factor - base[:, None])
+        p = tl.exp2(scaled_difference(qk, factor, base[:, None]))
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(p, 1)
         top = new_top
@@ -115,7 +115,7 @@ def attention_forward(
     if lse is not None:
         rows = b64 * lse_strides[0] + head * lse_strides[1] + first_q + i
         some = total > 0
-        value = to_natural(tl.where(some, top, 0.0) + tl.log2(tl.where(some, total, 1.0)))
+        value = natural_lse(tl.where(some, top, 0.0), tl.where(some, total, 1.0))
         tl.store(lse + rows, tl.where(some, value, float("-inf")), mask=valid)
     if opts.sinks is not None:
         sink = tl.load(opts.sinks + head) * LOG2E

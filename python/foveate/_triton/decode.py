@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +109,7 @@ def attention_with_kv_cache(
         part_lse = torch.empty((plan.num_splits, B, Hq, Sq), dtype=torch.float32, device=q.device)
     none: dict[str, Any] = dict.fromkeys(Options._fields)
     opts = Options(**none)._replace(
-        scale=float(scale), softcap=float(softcap) if softcap > 0 else None, kv_lens=kv_lens,
+        scale=float(scale), scale_log2=scale * math.log2(math.e), softcap=float(softcap) if softcap > 0 else None, kv_lens=kv_lens,
         alibi=None if alibi is None else alibi.contiguous(),
         alibi_stride=None if alibi is None else Hq if alibi.dim() == 2 and alibi.shape[0] > 1 else 0,
         sinks=None if sinks is None else sinks.contiguous(), has_left=tl.constexpr(left >= 0), has_right=tl.constexpr(right >= 0),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .cache_rows import decoded, slots, turned
-from .scores import LOG2E, scores, to_natural, visible
+from .scores import LOG2E, natural_lse, scores, visible
 from .tiles import add_product, dot_rows, load_part, store, to
 
 
@@ -116,7 +116,7 @@ def decode_split(
     own = tl.where(some, tl.where(some, top, 0.0) + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
     place = (b * Hq + head) * Sq + i
     if part_out is None:
-        tl.store(lse + place, tl.where(some, to_natural(tl.where(some, own, 0.0)), float("-inf")), mask=valid)
+        tl.store(lse + place, tl.where(some, natural_lse(tl.where(some, top, 0.0), tl.where(some, total, 1.0)), float("-inf")), mask=valid)
         if opts.sinks is not None:
             total += tl.exp2(tl.load(opts.sinks + head, mask=valid, other=0.0) * LOG2E - tl.where(some, top, 0.0))
     factor = (1 / tl.where(total > 0, total, 1.0))[:, None]
@@ -144,7 +144,7 @@ def decode_combine(part_out, part_lse, out, lse, sinks, out_strides, Hq, Sq, row
     some = top > float("-inf")
     base = tl.where(some, top, 0.0)
     total = tl.sum(tl.exp2(own - base), 0)
-    tl.store(lse + row, tl.where(some, to_natural(base + tl.log2(tl.where(some, total, 1.0))), float("-inf")))
+    tl.store(lse + row, tl.where(some, natural_lse(base, tl.where(some, total, 1.0)), float("-inf")))
     if sinks is not None:
         total += tl.exp2(tl.load(sinks + h) * LOG2E - base)
     columns = tl.arange(0, BLOCK_V)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .scores import LOG2E, scores, sequence, to_log2, visible
+from .scores import LOG2E, scaled_difference, scores, sequence, to_log2, visible
 from .tiles import load
 
 
@@ -85,19 +85,21 @@ def tile_gradients(qk, dp, keep, total, delta, own, dlse, rows, i, j, inside, b,
     """
     slope = 1.0
     if opts.plain:
-        s = qk * (opts.scale * LOG2E)
+        s = qk
+        factor = opts.scale_log2
     else:
         s, slope = scores(qk, i, j, inside, b, h, offset, opts)
+        factor = 1.0
     if MASKED:
         s = tl.where(visible(i, j, keys, offset, left, right, opts), s, float("-inf"))
-    p = tl.exp2(s - total)
+    p = tl.exp2(scaled_difference(s, factor, total))
     weights = p
     if keep is not None:
         weights = tl.where(keep, p * opts.keep_scale, 0.0)
         dp = tl.where(keep, dp * opts.keep_scale, 0.0)
     ds = p * (dp - delta)
     if rows.own is not None:
-        ds += tl.exp2(s - own) * dlse
+        ds += tl.exp2(scaled_difference(s, factor, own)) * dlse
     return weights, ds, ds * slope
 
 

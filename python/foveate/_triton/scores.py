@@ -11,17 +11,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .tiles import INTERPRETED
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# What fp32 leaves of the two constants. A row's sum goes through both, and an error of it is an error of all its weights.
-_LOG2E_REST: tl.constexpr = tl.constexpr(1.92596300e-8)
-_LN2_REST: tl.constexpr = tl.constexpr(-1.90465421e-9)
-
 
 class Options(NamedTuple):
     """The operands of the scores as the kernels see them; None for those that a call does not have."""
 
-    scale: Any  # float, without log2(e)
+    scale: Any  # float
+    scale_log2: Any  # scale * log2(e), rounded once
     softcap: Any  # float
     bias: Any  # [B, Hq, Sq, Skv] by its strides, 0 where it broadcasts
     bias_strides: Any
@@ -47,15 +46,24 @@ class Options(NamedTuple):
 
 
 @triton.jit
-def to_log2(x):
-    """x * log2(e)"""
-    return x * LOG2E + x * _LOG2E_REST
+def to_log2(lse):
+    """lse * log2(e) with one rounding: an error of a row's sum is an error of all its weights, and one product in fp64 costs nothing."""
+    return (lse.to(tl.float64) * LOG2E).to(tl.float32)
 
 
 @triton.jit
-def to_natural(x):
-    """x * ln(2)"""
-    return x * LN2 + x * _LN2_REST
+def natural_lse(top, total):
+    """(top + log2(total)) * ln(2)"""
+    return ((top.to(tl.float64) + tl.log2(total).to(tl.float64)) * LN2).to(tl.float32)
+
+
+@triton.jit
+def scaled_difference(qk, factor, base):
+    """qk * factor - base with one rounding: a GPU fuses the two, the interpreter does not."""
+    if INTERPRETED:
+        return (qk.to(tl.float64) * factor - base).to(tl.float32)
+    else:
+        return qk * factor - base
 
 
 @triton.jit
@@ -128,7 +136,7 @@ def scores(qk, i, j, inside, b, h, offset, opts):
         slope = 1 - t * t
         s = t * (opts.softcap * LOG2E)
     else:
-        s = qk * (opts.scale * LOG2E)
+        s = qk * opts.scale_log2
     if opts.alibi is not None:
         alibi = tl.load(opts.alibi + b * opts.alibi_stride + h) * LOG2E
         s -= alibi * tl.abs(i + offset - j).to(tl.float32)
