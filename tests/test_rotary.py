@@ -180,7 +180,7 @@ Q, C = torch.zeros(2, 5, 4, 8), torch.zeros(5, 4)
         (
             lambda: foveate.apply_rotary(Q, Q, C, C, backend="triton"),
             foveate.UnsupportedError,
-            "triton has no apply_rotary",
+            "'triton' cannot serve apply_rotary",
         ),
     ],
 )

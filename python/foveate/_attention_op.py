@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate import _ops, _reference
+from foveate import _ops, _reference, _triton
 from foveate._backends import Query, choose, native_cpu, register
 from foveate._native import _C
 
@@ -81,6 +81,7 @@ def _native_supports(query: Query) -> str | None:
 
 for _name in ("attention", "attention_backward"):
     register(_name, "native", _native_supports)
+    register(_name, "triton", _triton.serves)
     register(_name, "reference", lambda query: None)
 
 _runs = 0
@@ -97,10 +98,16 @@ def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
     _runs += 1
     (q, k, v, bias, mask, alibi, table, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal, left, right,
      scale, softcap, bidirectional, max_distance, dropout_p, _) = args  # fmt: skip
-    if _chosen("attention", *args) == "reference":
+    chosen = _chosen("attention", *args)
+    if chosen == "reference":
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             return tuple(x.contiguous() for x in _reference_forward(Operands(*args)))
     out, lse, buckets = _empty_out(q, v), _empty_lse(q, cu_q) if need_lse else None, None
+    if chosen == "triton":
+        from foveate._triton.attention import forward as triton_forward
+
+        triton_forward(_ready(Operands(*args)), out, lse)
+        return out, lse
     if table is not None:
         buckets = _buckets(max_q, max_k, table.shape[0], bidirectional, max_distance, q.device)
     _C.attention_forward(  # type: ignore[union-attr]
@@ -114,8 +121,13 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
     """Gradients of q, k, v, bias, rel_table and sinks; an empty tensor for those that `wanted`, the last argument, leaves out."""
     *operands, wanted = args
     c = Operands(*operands)
-    if _chosen("attention_backward", *c) == "reference":
+    chosen = _chosen("attention_backward", *c)
+    if chosen == "reference":
         return _reference_backward(dout, dlse, c, wanted)
+    if chosen == "triton":
+        from foveate._triton.attention import backward as triton_backward
+
+        return triton_backward(_rows(dout), dlse, out, lse, _ready(c), wanted, _empty_grads(c, wanted))
     grads = _empty_grads(c, wanted)
     dq, dk, dv, _, drel_table, dsinks = (grad if want else None for grad, want in zip(grads, wanted))
     # The kernel sums the gradient of bias in the accumulation dtype, in the shape that bias has itself.
@@ -147,6 +159,13 @@ def _chosen(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, alib
 def _rows(x: Tensor) -> Tensor:
     """x with a contiguous last dimension, copied if it has none."""
     return x if x.is_contiguous() or x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _ready(c: Operands) -> Operands:
+    """For the Triton kernels, which cannot raise: lengths are checked where that needs no wait for the device."""
+    if c.q.is_cpu:
+        _check_lengths(c)
+    return c._replace(q=_rows(c.q), k=_rows(c.k), v=_rows(c.v))
 
 
 @functools.lru_cache(maxsize=64)
@@ -207,13 +226,18 @@ def _reference_forward(c: Operands) -> tuple[Tensor, Tensor]:
         "dropout_p": c.dropout_p,
         "philox": c.philox,
     }
+    _check_lengths(c)
+    if c.cu_q is not None and c.cu_k is not None:
+        return _reference.attention_varlen(c.q, c.k, c.v, c.cu_q, c.cu_k, **options)
+    return _reference.attention(c.q, c.k, c.v, bias=c.bias, mask=c.mask, kv_lens=c.kv_lens, **options)
+
+
+def _check_lengths(c: Operands) -> None:
     if c.cu_q is not None and c.cu_k is not None:
         _check_cu_seqlens("q", c.cu_q, c.q.shape[0], c.max_q)
         _check_cu_seqlens("k", c.cu_k, c.k.shape[0], c.max_k)
-        return _reference.attention_varlen(c.q, c.k, c.v, c.cu_q, c.cu_k, **options)
     if c.kv_lens is not None:
         _check_kv_lens(c.kv_lens, c.k.shape[1])
-    return _reference.attention(c.q, c.k, c.v, bias=c.bias, mask=c.mask, kv_lens=c.kv_lens, **options)
 
 
 def _check_kv_lens(kv_lens: Tensor, Skv: int) -> None:

@@ -77,10 +77,14 @@ def choose(op: str, query: Query, backend: str | None) -> str:
 
 def backends() -> dict[str, str | None]:
     """Each backend's name with None if it can run here, else the sentence why not. `explain` answers for one call."""
+    from foveate import _triton
+
     served = {backend for _, backend in _supports}
     answers = {name: None if name in served else f"this version has no {name} kernels" for name in ORDER}
     if _native._C is None:
         answers["native"] = _native.missing_reason
+    if "triton" in served:
+        answers["triton"] = _triton.missing_reason()
     return answers
 
 

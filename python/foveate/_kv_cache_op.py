@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate import _ops, _reference
+from foveate import _ops, _reference, _triton
 from foveate._attention_checks import MAX_HEAD_DIM
 from foveate._backends import Query, choose, native_cpu, register
 from foveate._native import _C
@@ -92,6 +92,7 @@ def _native_supports(query: Query) -> str | None:
 
 
 register("attention_with_kv_cache", "native", _native_supports)
+register("attention_with_kv_cache", "triton", _triton.serves)
 register("attention_with_kv_cache", "reference", lambda query: None)
 
 
@@ -127,7 +128,8 @@ def _run(
     sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, num_splits: int, batch_invariant: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if choose("attention_with_kv_cache", Query(q.device.type, q.dtype), backend or None) == "reference":
+    chosen = choose("attention_with_kv_cache", Query(q.device.type, q.dtype), backend or None)
+    if chosen == "reference":
         if block_table is not None:
             block_table = _usable_table(q, k_cache, k, kv_lens, block_table, window_left)
         _check_values(q, k_cache, k, kv_lens, block_table, rotary_cos)
@@ -138,6 +140,19 @@ def _run(
             alibi_slopes=alibi_slopes[0] if alibi_slopes is not None and len(alibi_slopes) == 1 else alibi_slopes, sinks=sinks,
             k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
+    if chosen == "triton":
+        from foveate._triton.decode import attention_with_kv_cache as triton_decode
+
+        if q.is_cpu:  # on a GPU this would wait for the device
+            usable = None if block_table is None else _usable_table(q, k_cache, k, kv_lens, block_table, window_left)
+            _check_values(q, k_cache, k, kv_lens, usable, rotary_cos)
+        out, lse = _empty_outputs(q, v_cache)
+        triton_decode(
+            q, k_cache, v_cache, k, v, kv_lens, block_table, rotary_cos, rotary_sin, rotary_interleaved, causal,
+            window_left, window_right, scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits,
+            batch_invariant, out, lse,
+        )  # fmt: skip
+        return out, lse
     B, Sq, Hq, D = q.shape
     Hkv, Dv = v_cache.shape[2:]
     threads = torch.get_num_threads()

@@ -39,9 +39,17 @@ def _matrix(logits: Tensor) -> Tensor:
 # ---- cross_entropy: logits [..., V], target [...] -> loss [...], stats [..., 2] (max and log of the sum of exp(x - max)) ----
 
 
-def _forward_native(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _forward_native(
+    logits: Tensor, target: Tensor, ignore: int, smoothing: float, z_loss: float, softcap: float, backend: str = "native"
+) -> tuple[Tensor, Tensor]:
     loss, stats = _forward_fake(logits, target)
     target = target.contiguous().view(-1)
+    options = (ignore, smoothing, z_loss, softcap)
+    if backend == "triton":
+        from foveate._triton.cross_entropy import cross_entropy
+
+        cross_entropy(_matrix(logits), target, loss.view(-1), stats.view(-1, 2), *options)
+        return loss, stats
     _C.cross_entropy_forward(
         _matrix(logits), target, loss.view(-1), stats.view(-1, 2), *options, torch.get_num_threads()
     )
@@ -53,9 +61,18 @@ def _forward_fake(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tens
     return logits.new_empty(target.shape, dtype=dtype), logits.new_empty((*target.shape, 2), dtype=dtype)
 
 
-def _backward_native(dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, *options: Any) -> Tensor:
+def _backward_native(
+    dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, ignore: int, smoothing: float, z_loss: float,
+    softcap: float, backend: str = "native",
+) -> Tensor:  # fmt: skip
     dlogits = _backward_fake(dloss, logits)
     dloss, target, stats = dloss.reshape(-1), target.contiguous().view(-1), stats.contiguous().view(-1, 2)
+    options = (ignore, smoothing, z_loss, softcap)
+    if backend == "triton":
+        from foveate._triton.cross_entropy import cross_entropy_backward
+
+        cross_entropy_backward(dloss.contiguous(), _matrix(logits), target, stats, _matrix(dlogits), *options)
+        return dlogits
     _C.cross_entropy_backward(
         dloss, _matrix(logits), target, stats, _matrix(dlogits), *options, torch.get_num_threads()
     )
@@ -67,12 +84,13 @@ def _backward_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 
 cross_entropy_rows = _ops.define(
-    f"cross_entropy(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor loss, Tensor stats)",
+    f"cross_entropy(Tensor logits, Tensor target, {_OPTIONS}, str backend='native') -> (Tensor loss, Tensor stats)",
     impl=_forward_native,
     fake=_forward_fake,
 )
 cross_entropy_backward = _ops.define(
-    f"cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor stats, {_OPTIONS}) -> Tensor",
+    f"cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor stats, {_OPTIONS}, "
+    "str backend='native') -> Tensor",
     impl=_backward_native,
     fake=_backward_fake,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _reference_ops
+from foveate import _reference_ops, _triton
 from foveate._autograd import first_order
 from foveate._backends import native_cpu, register
 from foveate._checks import (
@@ -29,6 +29,7 @@ from foveate._loss_ops import (
 for _op in ("cross_entropy", "linear_cross_entropy"):
     register(_op, "native", native_cpu)
     register(_op, "reference", lambda query: None)
+register("cross_entropy", "triton", _triton.serves)
 
 
 def cross_entropy(
@@ -60,12 +61,13 @@ def cross_entropy(
         raise ValueError(f"logits of shape {tuple(logits.shape)} have no classes; they must be [..., V] with V > 0")
     _check_target(target, logits, "logits", logits.shape[:-1])
     options = _check_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
-    if chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend) == "reference":
+    chosen = chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend)
+    if chosen == "reference":
         return _reference_ops.cross_entropy(logits, target, *options, reduction)
     if torch.is_grad_enabled() and logits.requires_grad:
-        loss = _CrossEntropy.apply(logits, target, options)[0]
+        loss = _CrossEntropy.apply(logits, target, options, chosen)[0]
     else:
-        loss = cross_entropy_rows(logits, target, *options)[0]
+        loss = cross_entropy_rows(logits, target, *options, chosen)[0]
     return _reduce(loss, target, ignore_index, reduction)
 
 
@@ -165,18 +167,19 @@ class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True  # the ops have their own rules
 
     @staticmethod
-    def forward(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-        return cross_entropy_rows(logits, target, *options)
+    def forward(logits: Tensor, target: Tensor, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+        return cross_entropy_rows(logits, target, *options, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, target, ctx.options = inputs
+        logits, target, ctx.options, ctx.backend = inputs
         ctx.save_for_backward(logits, target, output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        return first_order(cross_entropy_backward, dloss, *ctx.saved_tensors, *ctx.options), None, None
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        dlogits = first_order(cross_entropy_backward, dloss, *ctx.saved_tensors, *ctx.options, ctx.backend)
+        return dlogits, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _native, _ops, _reference_ops
+from foveate import _native, _ops, _reference_ops, _triton
 from foveate._autograd import batch_first, first_order
 from foveate._backends import native_cpu, register
 from foveate._checks import check_dtype_or_compute, check_finite, check_floating, chosen_backend, compute_dtype
@@ -19,6 +19,7 @@ _C: Any = _native._C  # None without a compiled module: `native_cpu` answers for
 _MAX_DWEIGHT_PARTS = 256
 
 register("rms_norm", "native", native_cpu)
+register("rms_norm", "triton", _triton.serves)
 register("rms_norm", "reference", lambda query: None)
 
 
@@ -42,11 +43,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str | Non
     eps = check_finite("eps", eps)
     if eps < 0:
         raise ValueError(f"eps={eps} must not be negative")
-    if chosen_backend("rms_norm", x.device.type, x.dtype, backend) == "reference":
+    chosen = chosen_backend("rms_norm", x.device.type, x.dtype, backend)
+    if chosen == "reference":
         return _reference_ops.rms_norm(x, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-        return _RmsNorm.apply(x, weight, eps)[0]
-    return _rms_norm(x, weight, eps)[0]
+        return _RmsNorm.apply(x, weight, eps, chosen)[0]
+    return _rms_norm(x, weight, eps, chosen)[0]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -55,21 +57,35 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _rms_norm_native(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _rms_norm_native(
+    x: Tensor, weight: Tensor | None, eps: float, backend: str = "native"
+) -> tuple[Tensor, Tensor]:
     out, rstd = _rms_norm_fake(x, weight, eps)
     weight = None if weight is None else weight.contiguous()
+    if backend == "triton":
+        from foveate._triton.rms_norm import rms_norm
+
+        rms_norm(_rows(x), weight, eps, _rows(out), rstd.view(-1))
+        return out, rstd
     _C.rms_norm_forward(_rows(x), weight, _rows(out), rstd.view(-1), eps, torch.get_num_threads())
     return out, rstd
 
 
-def _rms_norm_fake(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _rms_norm_fake(x: Tensor, weight: Tensor | None, eps: float, *_: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=compute_dtype(x))
 
 
 def _rms_norm_backward_native(
-    dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dweight: bool
+    dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dweight: bool, backend: str = "native"
 ) -> tuple[Tensor, Tensor]:
     dx, dweight = _rms_norm_backward_fake(dout, x, weight, rstd, need_dweight)
+    if backend == "triton":
+        from foveate._triton.rms_norm import rms_norm_backward
+
+        weight = None if weight is None else weight.contiguous()
+        rstd = rstd.contiguous().view(-1)
+        rms_norm_backward(_rows(dout.contiguous()), _rows(x), weight, rstd, _rows(dx), dweight if need_dweight else None)
+        return dx, dweight
     threads = torch.get_num_threads()
     shares = max(1, min(_MAX_DWEIGHT_PARTS, x.shape[:-1].numel() // 64))
     parts = x.new_empty((shares, x.shape[-1]), dtype=compute_dtype(x)) if need_dweight else None
@@ -82,40 +98,41 @@ def _rms_norm_backward_native(
 
 
 def _rms_norm_backward_fake(
-    dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dweight: bool
+    dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dweight: bool, *_: str
 ) -> tuple[Tensor, Tensor]:
     dweight = x.new_empty(x.shape[-1] if need_dweight else 0, dtype=compute_dtype(x))
     return x.new_empty(x.shape), dweight
 
 
 _rms_norm = _ops.define(
-    "rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor out, Tensor rstd)",
+    "rms_norm(Tensor x, Tensor? weight, float eps, str backend='native') -> (Tensor out, Tensor rstd)",
     impl=_rms_norm_native,
     fake=_rms_norm_fake,
 )
 # dweight is empty unless needed, and in the compute dtype.
 _rms_norm_backward = _ops.define(
-    "rms_norm_backward(Tensor dout, Tensor x, Tensor? weight, Tensor rstd, bool need_dweight) -> (Tensor dx, Tensor dweight)",
+    "rms_norm_backward(Tensor dout, Tensor x, Tensor? weight, Tensor rstd, bool need_dweight, "
+    "str backend='native') -> (Tensor dx, Tensor dweight)",
     impl=_rms_norm_backward_native,
     fake=_rms_norm_backward_fake,
 )
 
 
-def _rms_norm_vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Any, Any]:
+def _rms_norm_vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor | None, *options: Any) -> tuple[Any, Any]:
     x = batch_first(x, in_dims[0], info.batch_size)
     if weight is None or in_dims[1] is None:
-        return _rms_norm(x, weight, eps), (0, 0)
-    pairs = [_rms_norm(a, w, eps) for a, w in zip(x, weight.movedim(in_dims[1], 0))]
+        return _rms_norm(x, weight, *options), (0, 0)
+    pairs = [_rms_norm(a, w, *options) for a, w in zip(x, weight.movedim(in_dims[1], 0))]
     return tuple(torch.stack(t) for t in zip(*pairs)), (0, 0)
 
 
 def _rms_norm_backward_vmap(
-    info: Any, in_dims: Any, dout: Any, x: Any, weight: Any, rstd: Any, need: bool
+    info: Any, in_dims: Any, dout: Any, x: Any, weight: Any, rstd: Any, *options: Any
 ) -> tuple[Any, Any]:
     # Each slice has its own dweight, so each is one call.
     n = info.batch_size
     slices = [None if t is None else batch_first(t, d, n) for t, d in zip((dout, x, weight, rstd), in_dims)]
-    pairs = [_rms_norm_backward(*(None if t is None else t[i] for t in slices), need) for i in range(n)]
+    pairs = [_rms_norm_backward(*(None if t is None else t[i] for t in slices), *options) for i in range(n)]
     return tuple(torch.stack(t) for t in zip(*pairs)), (0, 0)
 
 
@@ -127,12 +144,12 @@ class _RmsNorm(torch.autograd.Function):
     generate_vmap_rule = True  # the ops have their own rules
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-        return _rms_norm(x, weight, eps)
+    def forward(x: Tensor, weight: Tensor | None, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+        return _rms_norm(x, weight, eps, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _ = inputs
+        x, weight, _, ctx.backend = inputs
         ctx.save_for_backward(x, weight, output[1])
         ctx.mark_non_differentiable(output[1])
 
@@ -140,5 +157,5 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         need_dweight = ctx.needs_input_grad[1]
-        dx, dweight = first_order(_rms_norm_backward, dout, x, weight, rstd, need_dweight)
-        return dx, dweight.to(weight.dtype) if need_dweight else None, None
+        dx, dweight = first_order(_rms_norm_backward, dout, x, weight, rstd, need_dweight, ctx.backend)
+        return dx, dweight.to(weight.dtype) if need_dweight else None, None, None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _native, _ops, _reference_ops
+from foveate import _native, _ops, _reference_ops, _triton
 from foveate._autograd import batch_first, first_order
 from foveate._backends import native_cpu, register
 from foveate._checks import check_dtype_or_compute, check_floating, check_same_dtype, chosen_backend
@@ -15,6 +15,7 @@ from foveate._checks import check_dtype_or_compute, check_floating, check_same_d
 _C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
 
 register("apply_rotary", "native", native_cpu)
+register("apply_rotary", "triton", _triton.serves)
 register("apply_rotary", "reference", lambda query: None)
 
 
@@ -48,11 +49,12 @@ def apply_rotary(
             raise ValueError(f"{name} requires a gradient, which apply_rotary does not compute; pass {name}.detach()")
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         raise ValueError(f"cos and sin differ: {tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}")
-    if chosen_backend("apply_rotary", q.device.type, q.dtype, backend) == "reference":
+    chosen = chosen_backend("apply_rotary", q.device.type, q.dtype, backend)
+    if chosen == "reference":
         return _reference_ops.apply_rotary(q, k, cos, sin, interleaved)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return _Rotary.apply(q, k, cos, sin, interleaved)
-    return _apply_rotary(q, k, cos, sin, interleaved, False)
+        return _Rotary.apply(q, k, cos, sin, interleaved, chosen)
+    return _apply_rotary(q, k, cos, sin, interleaved, False, chosen)
 
 
 def _last_contiguous(t: Tensor) -> Tensor:
@@ -60,10 +62,16 @@ def _last_contiguous(t: Tensor) -> Tensor:
 
 
 def _rotary_native(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, backend: str = "native"
 ) -> tuple[Tensor, Tensor]:
     out = _rotary_fake(q, k, cos, sin, interleaved, inverse)
     cos, sin = _last_contiguous(cos), _last_contiguous(sin)
+    if backend == "triton":
+        from foveate._triton.rotary import rotary
+
+        for x, turned in zip((q, k), out):
+            rotary(_last_contiguous(x), cos, sin, turned, interleaved, inverse)
+        return out
     for x, turned in zip((q, k), out):
         _C.rotary(_last_contiguous(x), cos, sin, turned, interleaved, inverse, torch.get_num_threads())
     return out
@@ -75,13 +83,14 @@ def _rotary_fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 # inverse turns back, which is the gradient.
 _apply_rotary = _ops.define(
-    "apply_rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> (Tensor q_out, Tensor k_out)",
+    "apply_rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse, "
+    "str backend='native') -> (Tensor q_out, Tensor k_out)",
     impl=_rotary_native,
     fake=_rotary_fake,
 )
 
 
-def _rotary_vmap(info: Any, in_dims: Any, q: Any, k: Any, cos: Any, sin: Any, *flags: bool) -> tuple[Any, Any]:
+def _rotary_vmap(info: Any, in_dims: Any, q: Any, k: Any, cos: Any, sin: Any, *flags: Any) -> tuple[Any, Any]:
     n = info.batch_size
     q, k = batch_first(q, in_dims[0], n), batch_first(k, in_dims[1], n)
     folded = [t.flatten(0, 1) for t in (q, k)]  # [n * B, S, H, D]
@@ -105,16 +114,18 @@ class _Rotary(torch.autograd.Function):
     generate_vmap_rule = True  # the op has its own rule
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-        return _apply_rotary(q, k, cos, sin, interleaved, False)
+    def forward(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        return _apply_rotary(q, k, cos, sin, interleaved, False, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, _, cos, sin, ctx.interleaved = inputs
+        _, _, cos, sin, ctx.interleaved, ctx.backend = inputs
         ctx.save_for_backward(cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        dq, dk = first_order(_apply_rotary, dq, dk, cos, sin, ctx.interleaved, True)
-        return dq, dk, None, None, None
+        dq, dk = first_order(_apply_rotary, dq, dk, cos, sin, ctx.interleaved, True, ctx.backend)
+        return dq, dk, None, None, None, None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _native, _ops, _reference_ops
+from foveate import _native, _ops, _reference_ops, _triton
 from foveate._autograd import batch_first, first_order
 from foveate._backends import native_cpu, register
 from foveate._checks import (
@@ -23,6 +23,7 @@ _C: Any = _native._C  # None without a compiled module: `native_cpu` answers for
 
 for _op in ("softmax", "log_softmax"):
     register(_op, "native", native_cpu)
+    register(_op, "triton", _triton.serves)
     register(_op, "reference", lambda query: None)
 
 
@@ -64,7 +65,8 @@ def softmax(
     if bias is not None:
         check_dtype_or_compute("bias", bias, "x", x)
         _check_broadcast("bias", bias, x)
-    if chosen_backend("softmax", x.device.type, x.dtype, backend) == "reference":
+    chosen = chosen_backend("softmax", x.device.type, x.dtype, backend)
+    if chosen == "reference":
         return _reference_ops.softmax(x, dim, scale, mask, bias, causal)
     if x.dim() == 0:
         return softmax(x[None], 0, scale=scale, mask=mask, bias=bias, backend=backend)[0]
@@ -74,9 +76,9 @@ def softmax(
         bias = bias[(None,) * (x.dim() - bias.dim())].movedim(dim, -1)
     x = x.movedim(dim, -1)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        out = _Softmax.apply(x, bias, mask, scale, causal)
+        out = _Softmax.apply(x, bias, mask, scale, causal, chosen)
     else:
-        out = _softmax(x, bias, mask, scale, causal)
+        out = _softmax(x, bias, mask, scale, causal, chosen)
     return out.movedim(-1, dim)
 
 
@@ -84,12 +86,13 @@ def log_softmax(x: Tensor, dim: int = -1, *, backend: str | None = None) -> Tens
     """x - logsumexp(x) over `dim`. Shapes, dtypes, copies and errors as `softmax`; a line of nothing but -inf stays -inf."""
     check_floating("x", x)
     dim = _check_dim(x, dim)
-    if chosen_backend("log_softmax", x.device.type, x.dtype, backend) == "reference":
+    chosen = chosen_backend("log_softmax", x.device.type, x.dtype, backend)
+    if chosen == "reference":
         return _reference_ops.log_softmax(x, dim)
     if x.dim() == 0:
         return log_softmax(x[None], 0, backend=backend)[0]
     x = x.movedim(dim, -1)
-    out = _LogSoftmax.apply(x) if torch.is_grad_enabled() and x.requires_grad else _log_softmax(x)
+    out = _LogSoftmax.apply(x, chosen) if torch.is_grad_enabled() and x.requires_grad else _log_softmax(x, chosen)
     return out.movedim(-1, dim)
 
 
@@ -114,7 +117,13 @@ def _rowwise(t: Tensor) -> Tensor:
     return t if t.size(-1) <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
-def _softmax_native(x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+def _softmax_native(
+    x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool, backend: str = "native"
+) -> Tensor:
+    if backend == "triton":
+        from foveate._triton.softmax import softmax
+
+        return softmax(x, bias, mask, scale, causal)
     x = _rowwise(x)
     out = _like(x)
     bias = None if bias is None else _rowwise(bias).expand(x.shape)
@@ -123,14 +132,24 @@ def _softmax_native(x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: 
     return out
 
 
-def _log_softmax_native(x: Tensor) -> Tensor:
+def _log_softmax_native(x: Tensor, backend: str = "native") -> Tensor:
+    if backend == "triton":
+        from foveate._triton.softmax import log_softmax
+
+        return log_softmax(x)
     x = _rowwise(x)
     out = _like(x)
     _C.softmax_forward(x, None, None, out, 1.0, False, True, torch.get_num_threads())
     return out
 
 
-def _softmax_backward_native(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool) -> Tensor:
+def _softmax_backward_native(
+    dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool, backend: str = "native"
+) -> Tensor:
+    if backend == "triton":
+        from foveate._triton.softmax import softmax_backward
+
+        return softmax_backward(dout, out, scale, log, wide)
     dout, out = dout.contiguous(), out.contiguous()
     dx = _softmax_backward_fake(dout, out, scale, log, wide)
     _C.softmax_backward(dout, out, dx, scale, log, torch.get_num_threads())
@@ -141,37 +160,37 @@ def _like(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _softmax_backward_fake(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool) -> Tensor:
+def _softmax_backward_fake(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool, *_: str) -> Tensor:
     dtype = compute_dtype(out) if wide else out.dtype
     return out.new_empty(out.shape, dtype=dtype)
 
 
 _softmax = _ops.define(
-    "softmax(Tensor x, Tensor? bias, Tensor? mask, float scale, bool causal) -> Tensor",
+    "softmax(Tensor x, Tensor? bias, Tensor? mask, float scale, bool causal, str backend='native') -> Tensor",
     impl=_softmax_native,
     fake=_like,
 )
-_log_softmax = _ops.define("log_softmax(Tensor x) -> Tensor", impl=_log_softmax_native, fake=_like)
+_log_softmax = _ops.define("log_softmax(Tensor x, str backend='native') -> Tensor", impl=_log_softmax_native, fake=_like)
 # `wide` gives the gradient in the compute dtype, for sums that follow.
 _softmax_backward = _ops.define(
-    "softmax_backward(Tensor dout, Tensor out, float scale, bool log, bool wide) -> Tensor",
+    "softmax_backward(Tensor dout, Tensor out, float scale, bool log, bool wide, str backend='native') -> Tensor",
     impl=_softmax_backward_native,
     fake=_softmax_backward_fake,
 )
 
 
 def _softmax_vmap(
-    info: Any, in_dims: Any, x: Any, bias: Any, mask: Any, scale: float, causal: bool
+    info: Any, in_dims: Any, x: Any, bias: Any, mask: Any, *options: Any
 ) -> tuple[Tensor, int]:
     def front(t: Tensor | None, dim: int | None) -> Tensor | None:
         return t if t is None else t[None] if dim is None else t.movedim(dim, 0)
 
     x = batch_first(x, in_dims[0], info.batch_size)
-    return _softmax(x, front(bias, in_dims[1]), front(mask, in_dims[2]), scale, causal), 0
+    return _softmax(x, front(bias, in_dims[1]), front(mask, in_dims[2]), *options), 0
 
 
-def _log_softmax_vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, int]:
-    return _log_softmax(x.movedim(in_dims[0], 0)), 0
+def _log_softmax_vmap(info: Any, in_dims: Any, x: Tensor, *backend: str) -> tuple[Tensor, int]:
+    return _log_softmax(x.movedim(in_dims[0], 0), *backend), 0
 
 
 def _softmax_backward_vmap(info: Any, in_dims: Any, dout: Any, out: Any, *options: Any) -> tuple[Tensor, int]:
@@ -188,12 +207,14 @@ class _Softmax(torch.autograd.Function):
     generate_vmap_rule = True  # the ops have their own rules
 
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
-        return _softmax(x, bias, mask, scale, causal)
+    def forward(
+        x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool, backend: str
+    ) -> Tensor:
+        return _softmax(x, bias, mask, scale, causal, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, bias, _, ctx.scale, _ = inputs
+        _, bias, _, ctx.scale, _, ctx.backend = inputs
         ctx.bias_shape, ctx.bias_dtype = (None, None) if bias is None else (bias.shape, bias.dtype)
         ctx.save_for_backward(output)
 
@@ -201,24 +222,26 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
-            return first_order(_softmax_backward, dout, out, ctx.scale, False, False), None, None, None, None
-        ds = first_order(_softmax_backward, dout, out, 1.0, False, True)
+            dx = first_order(_softmax_backward, dout, out, ctx.scale, False, False, ctx.backend)
+            return dx, None, None, None, None, None
+        ds = first_order(_softmax_backward, dout, out, 1.0, False, True, ctx.backend)
         dx = (ds * ctx.scale).to(out.dtype) if ctx.needs_input_grad[0] else None
-        return dx, ds.sum_to_size(ctx.bias_shape).to(ctx.bias_dtype), None, None, None
+        return dx, ds.sum_to_size(ctx.bias_shape).to(ctx.bias_dtype), None, None, None, None
 
 
 class _LogSoftmax(torch.autograd.Function):
     generate_vmap_rule = True  # the ops have their own rules
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return _log_softmax(x)
+    def forward(x: Tensor, backend: str) -> Tensor:
+        return _log_softmax(x, backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.backend = inputs[1]
         ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Tensor:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         (out,) = ctx.saved_tensors
-        return first_order(_softmax_backward, dout, out, 1.0, True, False)
+        return first_order(_softmax_backward, dout, out, 1.0, True, False, ctx.backend), None

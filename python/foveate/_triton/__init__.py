@@ -1,0 +1,49 @@
+"""Triton kernels, the backend for GPUs. On CPU tensors they run under triton's interpreter where TRITON_INTERPRET=1 was set at start.
+
+triton is imported with the first call that runs here: `serves` answers without it. docs/triton.md describes the kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+from foveate._backends import Query
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.lru_cache(maxsize=1)
+def interpreted() -> bool:
+    """Whether the kernels run under the interpreter: triton decides that when it is imported, so the answer is kept."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.lru_cache(maxsize=1)
+def missing_reason() -> str | None:
+    """None if the kernels can run on some device here, else the sentence why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton`"
+    if interpreted() or torch.cuda.is_available():
+        return None
+    return "no GPU was found; on CPU tensors the kernels run slowly, for tests, if TRITON_INTERPRET=1 is set at start"
+
+
+def serves(query: Query) -> str | None:
+    """The part of `supports` that every op shares: triton itself, the device and the dtype."""
+    if importlib.util.find_spec("triton") is None:
+        return missing_reason()
+    if query.device == "cpu" and not interpreted():
+        return "the triton kernels run on GPUs, the tensors are on cpu; set TRITON_INTERPRET=1 at start to interpret them"
+    if query.device == "cuda" and interpreted():
+        return "TRITON_INTERPRET=1 is set, so the kernels are interpreted and take CPU tensors; the tensors are on cuda"
+    if query.device not in ("cpu", "cuda"):
+        return f"the triton kernels run on cuda tensors, these are on {query.device}"
+    if query.dtype not in DTYPES:
+        return f"the triton kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
+    return None
+

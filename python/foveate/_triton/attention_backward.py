@@ -1,0 +1,185 @@
+"""Backward attention without atomics, so that two runs give the same bits: one kernel for dq, where a block of queries walks over the
+keys, and one for dk and dv, where a block of keys walks over the queries of all heads that share it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .gradients import load_statistics, query_ranges, tile_gradients
+from .scores import kept, key_ranges, sequence
+from .tiles import add_product, dot_rows, load, store
+
+
+@triton.jit
+def _bucket_sums(dtable, ds, i, j, inside, offset, opts, BUCKETS: tl.constexpr):
+    """dtable + the sum of ds over each bucket of the relative bias. A tile has few of them: all far distances share one."""
+    buckets = tl.load(opts.rel_buckets + (j - i - offset + opts.rel_shape[1]), mask=inside, other=-1)
+    highest = tl.max(tl.max(buckets, 1), 0)
+    lowest = tl.min(tl.min(tl.where(buckets < 0, BUCKETS, buckets), 1), 0)
+    for bucket in range(lowest, highest + 1):
+        part = tl.sum(tl.sum(tl.where(buckets == bucket, ds, 0.0), 1), 0)
+        dtable += tl.where(tl.arange(0, BUCKETS) == bucket, part, 0.0)
+    return dtable
+
+
+@triton.jit
+def _walk_keys(
+    dq0, dq1, dtable, q0, q1, g0, g1, total, delta, own, dlse, rows, k, v, k_stride, v_stride, start, end, i, valid, b, h, Hq, keys,
+    offset, left, right, opts, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr,
+    V1: tl.constexpr, BLOCK_N: tl.constexpr, BUCKETS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    step = tl.arange(0, BLOCK_N)
+    one = tl.full([], 1, tl.int64)
+    for first in range(start, end, BLOCK_N):
+        j = first + step
+        here = step.to(tl.int64)
+        k0, k1 = load(k + first * one * k_stride, here * k_stride, j < keys, D0, D1, D, MASKED)
+        v0, v1 = load(v + first * one * v_stride, here * v_stride, j < keys, V0, V1, DV, MASKED)
+        keep = None
+        if opts.philox is not None:
+            keep = kept(i, b * Hq + h, first, opts, BLOCK_N, False)
+        inside = valid[:, None] & (j < keys)[None, :]
+        _, ds, dqk = tile_gradients(
+            dot_rows(q0, q1, k0, k1, D1), dot_rows(g0, g1, v0, v1, V1), keep, total[:, None], delta[:, None],
+            own[:, None], dlse[:, None], rows, i[:, None], j[None, :], inside, b, h, keys, offset, left, right, opts, MASKED)  # fmt: skip
+        dq0, dq1 = add_product(dq0, dq1, dqk, k0, k1, D1)
+        if BUCKETS > 0:
+            dtable = _bucket_sums(dtable, ds, i[:, None], j[None, :], inside, offset, opts, BUCKETS)
+    return dq0, dq1, dtable
+
+
+@triton.jit(do_not_specialize=["Hq", "Sq", "Skv", "blocks", "left", "right"])
+def attention_dq(
+    q, k, v, dout, dq, dtable_parts, rows, q_strides, k_strides, v_strides, dout_strides, dq_strides, Hq, Sq, Skv, blocks, left, right,
+    opts, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr,
+    V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BUCKETS: tl.constexpr,
+):  # fmt: skip
+    """dq, and with BUCKETS > 0 dtable_parts [B, blocks, Hq, BUCKETS], each block's part of the gradient of the relative table."""
+    block = blocks - 1 - tl.program_id(0) % blocks
+    bh = tl.program_id(0) // blocks
+    b, h = bh // Hq, bh % Hq
+    first_q, first_k, queries, keys, _ = sequence(opts, b, Sq, Skv)
+    offset = keys - queries
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = i < queries
+    b64, head, kv_head = b.to(tl.int64), h.to(tl.int64), (h // SHARE).to(tl.int64)
+    k += b64 * k_strides[0] + first_k * k_strides[2] + kv_head * k_strides[1]
+    v += b64 * v_strides[0] + first_k * v_strides[2] + kv_head * v_strides[1]
+    row = first_q + i
+    q0, q1 = load(q + b64 * q_strides[0] + head * q_strides[1], row * q_strides[2], valid, D0, D1, D, True)
+    g0, g1 = load(dout + b64 * dout_strides[0] + head * dout_strides[1], row * dout_strides[2], valid, V0, V1, DV, True)
+    place = b64 * rows.strides[0] + head * rows.strides[1] + row
+    total, delta, own, dlse = load_statistics(rows, place, valid)
+
+    dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    dq1 = dq0
+    if D1 > 0:
+        dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    dtable = tl.zeros([BUCKETS if BUCKETS > 0 else 1], tl.float32)
+    first, last = block * BLOCK_M, tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1
+    start, full_start, full_end, end = key_ranges(first, last, keys, offset, left, right, opts, BLOCK_N)
+    if first >= queries:
+        start, full_start, full_end, end = 0, 0, 0, 0
+    if opts.has_left:
+        dq0, dq1, dtable = _walk_keys(
+            dq0, dq1, dtable, q0, q1, g0, g1, total, delta, own, dlse, rows, k, v, k_strides[2], v_strides[2], start, full_start, i, valid,
+            b, h, Hq, keys, offset, left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, BUCKETS, True)  # fmt: skip
+    dq0, dq1, dtable = _walk_keys(
+        dq0, dq1, dtable, q0, q1, g0, g1, total, delta, own, dlse, rows, k, v, k_strides[2], v_strides[2], full_start, full_end, i, valid,
+        b, h, Hq, keys, offset, left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, BUCKETS, False)  # fmt: skip
+    dq0, dq1, dtable = _walk_keys(
+        dq0, dq1, dtable, q0, q1, g0, g1, total, delta, own, dlse, rows, k, v, k_strides[2], v_strides[2], full_end, end, i, valid,
+        b, h, Hq, keys, offset, left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, BUCKETS, True)  # fmt: skip
+
+    dq0 = dq0 * opts.scale
+    if D1 > 0:
+        dq1 = dq1 * opts.scale
+    store(dq + b64 * dq_strides[0] + head * dq_strides[1], row * dq_strides[2], valid, dq0, dq1, D0, D1, D)
+    if BUCKETS > 0:
+        part = dtable_parts + ((b64 * blocks + block) * Hq + h) * BUCKETS
+        tl.store(part + tl.arange(0, BUCKETS), dtable)
+
+
+@triton.jit
+def _walk_queries(
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, dout, rows, q_stride, dout_stride, place, start, end, first, j, b, h, Hq, queries, keys,
+    offset, left, right, opts, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr,
+    V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Tiles are [keys, queries]: so the products that sum over queries need no transposed tile of weights."""
+    step = tl.arange(0, BLOCK_M)
+    one = tl.full([], 1, tl.int64)
+    for first_i in range(start, end, BLOCK_M):
+        i = first_i + step
+        here = step.to(tl.int64)
+        valid = i < queries
+        q0, q1 = load(q + first_i * one * q_stride, here * q_stride, valid, D0, D1, D, MASKED)
+        g0, g1 = load(dout + first_i * one * dout_stride, here * dout_stride, valid, V0, V1, DV, MASKED)
+        total, delta, own, dlse = load_statistics(rows, place + (first_i + here), valid)
+        keep = None
+        if opts.philox is not None:
+            keep = kept(i, b * Hq + h, first, opts, BLOCK_N, True)
+        inside = valid[None, :] & (j < keys)[:, None]
+        weights, _, dqk = tile_gradients(
+            dot_rows(k0, k1, q0, q1, D1), dot_rows(v0, v1, g0, g1, V1), keep, total[None, :], delta[None, :],
+            own[None, :], dlse[None, :], rows, i[None, :], j[:, None], inside, b, h, keys, offset, left, right, opts, MASKED)  # fmt: skip
+        dv0, dv1 = add_product(dv0, dv1, weights, g0, g1, V1)
+        dk0, dk1 = add_product(dk0, dk1, dqk, q0, q1, D1)
+    return dk0, dk1, dv0, dv1
+
+
+@triton.jit(do_not_specialize=["Hq", "Sq", "Skv", "blocks", "left", "right"])
+def attention_dkv(
+    q, k, v, dout, dk, dv, rows, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, Hq, Sq, Skv, blocks,
+    left, right, opts, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys of one KV head, in registers over its SHARE query heads. Keys beyond kv_lens get zeros."""
+    block = tl.program_id(0) % blocks
+    bh = tl.program_id(0) // blocks
+    kv_heads = Hq // SHARE
+    b, kv = bh // kv_heads, bh % kv_heads
+    first_q, first_k, queries, keys, key_rows = sequence(opts, b, Sq, Skv)
+    first = block * BLOCK_N
+    if first >= key_rows:
+        return
+    offset = keys - queries
+    j = first + tl.arange(0, BLOCK_N)
+    b64, kv_head = b.to(tl.int64), kv.to(tl.int64)
+    row = first_k + j
+    k0, k1 = load(k + b64 * k_strides[0] + kv_head * k_strides[1], row * k_strides[2], j < keys, D0, D1, D, True)
+    v0, v1 = load(v + b64 * v_strides[0] + kv_head * v_strides[1], row * v_strides[2], j < keys, V0, V1, DV, True)
+    dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
+    dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
+    dk1 = dk0
+    dv1 = dv0
+    if D1 > 0:
+        dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
+    if V1 > 0:
+        dv1 = tl.zeros([BLOCK_N, V1], tl.float32)
+    start, full_start, full_end, end = query_ranges(
+        first, tl.minimum(first + BLOCK_N, key_rows) - 1, keys, queries, offset, left, right, opts, BLOCK_M)  # fmt: skip
+    for member in range(0, SHARE):
+        h = kv * SHARE + member
+        head = h * tl.full([], 1, tl.int64)
+        qh = q + b64 * q_strides[0] + first_q * q_strides[2] + head * q_strides[1]
+        gh = dout + b64 * dout_strides[0] + first_q * dout_strides[2] + head * dout_strides[1]
+        place = b64 * rows.strides[0] + head * rows.strides[1] + first_q
+        if opts.has_right:
+            dk0, dk1, dv0, dv1 = _walk_queries(
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, qh, gh, rows, q_strides[2], dout_strides[2], place, start, full_start, first, j, b,
+                h, Hq, queries, keys, offset, left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_M, BLOCK_N, True)  # fmt: skip
+        dk0, dk1, dv0, dv1 = _walk_queries(
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, qh, gh, rows, q_strides[2], dout_strides[2], place, full_start, full_end, first, j, b,
+            h, Hq, queries, keys, offset, left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_M, BLOCK_N, False)  # fmt: skip
+        dk0, dk1, dv0, dv1 = _walk_queries(
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, qh, gh, rows, q_strides[2], dout_strides[2], place, full_end, end, first, j, b,
+            h, Hq, queries, keys, offset, left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_M, BLOCK_N, True)  # fmt: skip
+
+    dk0 = dk0 * opts.scale
+    if D1 > 0:
+        dk1 = dk1 * opts.scale
+    store(dk + b64 * dk_strides[0] + kv_head * dk_strides[1], row * dk_strides[2], j < key_rows, dk0, dk1, D0, D1, D)
+    store(dv + b64 * dv_strides[0] + kv_head * dv_strides[1], row * dv_strides[2], j < key_rows, dv0, dv1, V0, V1, DV)

@@ -1,0 +1,76 @@
+"""The gradient of a bias that broadcasts: each program owns one tile of it and sums over the batches and heads that share the tile."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .gradients import load_statistics, tile_gradients
+from .scores import kept, key_ranges, sequence
+from .tiles import dot_rows, load
+
+
+@triton.jit(do_not_specialize=["B", "Hq", "Sq", "Skv", "left", "right", "shared_b", "shared_h"])
+def attention_dbias(
+    q, k, v, dout, dbias, rows, q_strides, k_strides, v_strides, dout_strides, dbias_strides, B, Hq, Sq, Skv, left, right,
+    shared_b, shared_h, opts, SHARE: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dbias [B / shared_b, Hq / shared_h, Sq, Skv]; with SUM_Q the third dimension has one sum for each block of queries instead, with
+    SUM_K the fourth one for each block of keys."""
+    blocks_m, blocks_n = tl.cdiv(Sq, BLOCK_M), tl.cdiv(Skv, BLOCK_N)
+    tile = tl.program_id(0) % (blocks_m * blocks_n)
+    owner = tl.program_id(0) // (blocks_m * blocks_n)
+    block_m, block_n = tile // blocks_n, tile % blocks_n
+    heads = Hq // shared_h
+    bias_b, bias_h = owner // heads, owner % heads
+    i = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for b in range(bias_b * shared_b, bias_b * shared_b + shared_b):
+        _, _, queries, keys, _ = sequence(opts, b, Sq, Skv)
+        offset = keys - queries
+        last = tl.minimum(block_m * BLOCK_M + BLOCK_M, queries) - 1
+        start, _, _, end = key_ranges(block_m * BLOCK_M, last, keys, offset, left, right, opts, BLOCK_N)
+        if block_n * BLOCK_N >= start and block_n * BLOCK_N < end:
+            for h in range(bias_h * shared_h, bias_h * shared_h + shared_h):
+                sums += _tile(q, k, v, dout, rows, q_strides, k_strides, v_strides, dout_strides, b, h, Hq, i, j, block_n * BLOCK_N,
+                              queries, keys, left, right, opts, SHARE, D, DV, D0, D1, V0, V1, BLOCK_N)  # fmt: skip
+    base = dbias + bias_b.to(tl.int64) * dbias_strides[0] + bias_h.to(tl.int64) * dbias_strides[1]
+    i64, j64 = i.to(tl.int64) * dbias_strides[2], j.to(tl.int64) * dbias_strides[3]
+    if SUM_Q and SUM_K:
+        total = tl.sum(tl.sum(sums, 1), 0)
+        tl.store(base + block_m.to(tl.int64) * dbias_strides[2] + block_n * dbias_strides[3], total)
+    elif SUM_Q:
+        tl.store(base + block_m.to(tl.int64) * dbias_strides[2] + j64, tl.sum(sums, 0), mask=j < Skv)
+    elif SUM_K:
+        tl.store(base + i64 + block_n.to(tl.int64) * dbias_strides[3], tl.sum(sums, 1), mask=i < Sq)
+    else:
+        tl.store(base + i64[:, None] + j64[None, :], sums, mask=(i < Sq)[:, None] & (j < Skv)[None, :])
+
+
+@triton.jit
+def _tile(
+    q, k, v, dout, rows, q_strides, k_strides, v_strides, dout_strides, b, h, Hq, i, j, first_j, queries, keys, left, right, opts,
+    SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the scores of queries i and keys j of batch b and head h."""
+    one = tl.full([], 1, tl.int64)
+    b64, head, kv_head = b * one, h * one, h // SHARE * one
+    i64, j64 = i.to(tl.int64), j.to(tl.int64)
+    valid = i < queries
+    q0, q1 = load(q + b64 * q_strides[0] + head * q_strides[1], i64 * q_strides[2], valid, D0, D1, D, True)
+    g0, g1 = load(dout + b64 * dout_strides[0] + head * dout_strides[1], i64 * dout_strides[2], valid, V0, V1, DV, True)
+    k0, k1 = load(k + b64 * k_strides[0] + kv_head * k_strides[1], j64 * k_strides[2], j < keys, D0, D1, D, True)
+    v0, v1 = load(v + b64 * v_strides[0] + kv_head * v_strides[1], j64 * v_strides[2], j < keys, V0, V1, DV, True)
+    place = b64 * rows.strides[0] + head * rows.strides[1] + i64
+    total, delta, own, dlse = load_statistics(rows, place, valid)
+    keep = None
+    if opts.philox is not None:
+        keep = kept(i, b * Hq + h, first_j, opts, BLOCK_N, False)
+    inside = valid[:, None] & (j < keys)[None, :]
+    _, ds, _ = tile_gradients(
+        dot_rows(q0, q1, k0, k1, D1), dot_rows(g0, g1, v0, v1, V1), keep, total[:, None], delta[:, None], own[:, None], dlse[:, None],
+        rows, i[:, None], j[None, :], inside, b, h, keys, keys - queries, left, right, opts, True)  # fmt: skip
+    return ds

@@ -1,0 +1,130 @@
+"""Forward attention: one program for a block of queries of one head, or of the heads that share a KV head (GROUP > 1).
+
+FlashAttention-2 (Dao 2023, arXiv 2307.08691). The keys are walked in up to three ranges: those that the left edge of the window crosses,
+those that every query of the block sees, which need no mask, and those that the diagonal or the end of the keys crosses.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .scores import LOG2E, kept, key_ranges, natural_lse, scaled_difference, scores, sequence, visible
+from .tiles import add_product, dot_rows, load, store
+
+
+@triton.jit
+def _walk(
+    acc0, acc1, top, total, q0, q1, k, v, k_stride, v_stride, start, end, i, valid, b, h, Hq, keys, offset, left, right,
+    opts, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Takes the keys start..end into acc, the row maxima `top` and the row sums `total`."""
+    step = tl.arange(0, BLOCK_N)
+    one = tl.full([], 1, tl.int64)
+    for first in range(start, end, BLOCK_N):
+        j = first + step
+        here = step.to(tl.int64)
+        k0, k1 = load(k + first * one * k_stride, here * k_stride, j < keys, D0, D1, D, MASKED)
+        qk = dot_rows(q0, q1, k0, k1, D1)
+        i2, j2 = i[:, None], j[None, :]
+        if opts.plain:
+            factor = opts.scale_log2
+            if MASKED:
+                qk = tl.where(visible(i2, j2, keys, offset, left, right, opts), qk, float("-inf"))
+            new_top = tl.maximum(top, tl.max(qk, 1) * factor)
+        else:
+            factor = 1.0
+            qk, _ = scores(qk, i2, j2, valid[:, None] & (j < keys)[None, :], b, h, offset, opts)
+            if MASKED:
+                qk = tl.where(visible(i2, j2, keys, offset, left, right, opts), qk, float("-inf"))
+            new_top = tl.maximum(top, tl.max(qk, 1))
+        base = new_top
+        if MASKED or opts.guarded:
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
+        p = tl.exp2(scaled_difference(qk, factor, base[:, None]))
+        decay = tl.exp2(top - base)
+        total = total * decay + tl.sum(p, 1)
+        top = new_top
+        if opts.philox is not None:
+            bh = b * Hq + h
+            if len(bh.shape) == 2:
+                bh = tl.reshape(bh, [bh.shape[0]])
+            p = tl.where(kept(i, bh, first, opts, BLOCK_N, False), p, 0.0)
+        v0, v1 = load(v + first * one * v_stride, here * v_stride, j < keys, V0, V1, DV, MASKED)
+        acc0 = acc0 * decay[:, None]
+        if V1 > 0:
+            acc1 = acc1 * decay[:, None]
+        acc0, acc1 = add_product(acc0, acc1, p, v0, v1, V1)
+    return acc0, acc1, top, total
+
+
+@triton.jit(do_not_specialize=["Hq", "Sq", "Skv", "blocks", "left", "right"])
+def attention_forward(
+    q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides, Hq, Sq, Skv, blocks, left, right, opts,
+    SHARE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Strides: (batch, head, row). SHARE: query heads of a KV head; GROUP: how many of them are rows of one program, 1 or SHARE.
+
+    Row r of a program's rows is query r // GROUP of head r % GROUP in the group.
+    """
+    block = blocks - 1 - tl.program_id(0) % blocks  # with causal the last blocks have the most keys: they go first
+    bh = tl.program_id(0) // blocks
+    groups = Hq // GROUP
+    b, first_head = bh // groups, bh % groups * GROUP
+    first_q, first_k, queries, keys, _ = sequence(opts, b, Sq, Skv)
+    if block * BLOCK_M >= queries * GROUP:
+        return
+    offset = keys - queries
+    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = r // GROUP
+    valid = r < queries * GROUP
+    if GROUP > 1:
+        h = (first_head + r % GROUP)[:, None]
+        head = (first_head + r % GROUP).to(tl.int64)
+    else:
+        h = first_head
+        head = tl.zeros([BLOCK_M], tl.int64) + first_head
+    b64, kv_head = b.to(tl.int64), (first_head // SHARE).to(tl.int64)
+    q += b64 * q_strides[0] + first_q * q_strides[2]
+    k += b64 * k_strides[0] + first_k * k_strides[2] + kv_head * k_strides[1]
+    v += b64 * v_strides[0] + first_k * v_strides[2] + kv_head * v_strides[1]
+    q0, q1 = load(q, i.to(tl.int64) * q_strides[2] + head * q_strides[1], valid, D0, D1, D, True)
+
+    acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
+    acc1 = acc0
+    if V1 > 0:
+        acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    first = block * BLOCK_M // GROUP
+    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
+    start, full_start, full_end, end = key_ranges(first, last, keys, offset, left, right, opts, BLOCK_N)
+    if opts.has_left:
+        acc0, acc1, top, total = _walk(
+            acc0, acc1, top, total, q0, q1, k, v, k_strides[2], v_strides[2], start, full_start, i, valid, b, h, Hq, keys, offset,
+            left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, True)  # fmt: skip
+    acc0, acc1, top, total = _walk(
+        acc0, acc1, top, total, q0, q1, k, v, k_strides[2], v_strides[2], full_start, full_end, i, valid, b, h, Hq, keys, offset,
+        left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, False)  # fmt: skip
+    acc0, acc1, top, total = _walk(
+        acc0, acc1, top, total, q0, q1, k, v, k_strides[2], v_strides[2], full_end, end, i, valid, b, h, Hq, keys, offset,
+        left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, True)  # fmt: skip
+
+    if lse is not None:
+        rows = b64 * lse_strides[0] + head * lse_strides[1] + first_q + i
+        some = total > 0
+        value = natural_lse(tl.where(some, top, 0.0), tl.where(some, total, 1.0))
+        tl.store(lse + rows, tl.where(some, value, float("-inf")), mask=valid)
+    if opts.sinks is not None:
+        sink = tl.load(opts.sinks + head) * LOG2E
+        total += tl.exp2(sink - tl.where(top == float("-inf"), 0.0, top))
+    factor = 1 / tl.where(total > 0, total, 1.0)  # acc is 0 where total is
+    if opts.philox is not None:
+        factor *= opts.keep_scale
+    acc0 = acc0 * factor[:, None]
+    if V1 > 0:
+        acc1 = acc1 * factor[:, None]
+    out += b64 * out_strides[0] + first_q * out_strides[2]
+    store(out, i.to(tl.int64) * out_strides[2] + head * out_strides[1], valid, acc0, acc1, V0, V1, DV)

@@ -1,0 +1,131 @@
+"""foveate.attention_with_kv_cache on the Triton kernels: append, attend, combine."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import attention
+from .cache_rows import Cache, Rotary, append_rows
+from .decode_kernels import decode_combine, decode_split
+from .scores import Options
+from .tiles import parts
+
+_INVARIANT_SPLIT_KEYS = 2048
+_MIN_SPLIT_KEYS = 256
+_MAX_SPLITS = 128
+_KINDS = {torch.int8: 1, torch.float8_e4m3fn: 2}
+
+
+class DecodePlan(NamedTuple):
+    """How the work is divided. Only the splits have an influence on the result (by rounding)."""
+
+    block_m: int  # query rows of a program: queries times the heads that share a KV head
+    block_n: int  # keys that it takes at a time
+    num_splits: int
+    keys_per_split: int  # 0: each sequence in num_splits equal parts
+
+
+@functools.lru_cache(maxsize=4096)
+def decode_plan(
+    B: int, rows: int, Hkv: int, D: int, Dv: int, max_keys: int, processors: int, num_splits: int, batch_invariant: bool
+) -> DecodePlan:
+    """A pure function of the shapes, the number of multiprocessors and the options; max_keys is what the cache can hold.
+
+    Keys are split where there would be fewer than two programs for a multiprocessor, into parts of at least 256. With batch_invariant
+    the splits are 2048 keys long, whatever the batch.
+    """
+    width = max(sum(parts(D)), sum(parts(Dv)))
+    block_m = min(64 if width <= 128 else 16, max(16, 1 << (rows - 1).bit_length()))
+    block_n = 64 if width <= 128 else 32 if width <= 256 else 16
+    if num_splits > 0:
+        return DecodePlan(block_m, block_n, num_splits, 0)
+    if batch_invariant:
+        return DecodePlan(block_m, block_n, max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS)), _INVARIANT_SPLIT_KEYS)
+    programs = max(1, B * Hkv * -(-rows // block_m))
+    splits = 1 if 10 * programs >= 8 * processors else -(-2 * processors // programs)
+    return DecodePlan(block_m, block_n, max(1, min(splits, -(-max_keys // _MIN_SPLIT_KEYS), _MAX_SPLITS)), 0)
+
+
+@functools.lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    """Of a GPU; for the interpreter a number that makes small cases split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+def _cache(data: Tensor, scale: Tensor | None) -> Cache:
+    kind = _KINDS.get(data.dtype, 0)
+    strides = None if scale is None else scale.expand(data.shape[:-1]).stride()
+    per_token = scale is not None and scale.dim() == 3
+    bits = data.view(torch.uint8) if kind == 2 else data
+    return Cache(bits, data.stride()[:3], scale, strides, tl.constexpr(kind), tl.constexpr(per_token))
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def attention_with_kv_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, kv_lens: Tensor,
+    block_table: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, causal: bool, left: int, right: int,
+    scale: float, softcap: float, alibi: Tensor | None, sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
+    num_splits: int, batch_invariant: bool, out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """The arguments of the op; fills out [B, Sq, Hq, Dv] and lse [B, Hq, Sq], and the new rows of the caches."""
+    B, Sq, Hq, D = q.shape
+    Hkv, Dv = v_cache.shape[2:]
+    share, page_size, new = Hq // Hkv, k_cache.shape[1], 0 if k is None else k.shape[1]
+    half = 0 if cos is None else cos.shape[-1]
+    if cos is not None and sin is not None:
+        cos, sin = _last_contiguous(cos), _last_contiguous(sin)
+        rotary = Rotary(cos, sin, (cos.stride(0), sin.stride(0)))
+    else:
+        rotary = Rotary(None, None, None)
+    table = None if block_table is None else _last_contiguous(block_table)
+    table_stride = 0 if table is None else table.stride(0)
+    kv_lens = kv_lens.contiguous()
+    keys, values = _cache(k_cache, k_scale), _cache(v_cache, v_scale)
+    if k is not None and v is not None and B * new * Hkv > 0:
+        k, v = _last_contiguous(k), _last_contiguous(v)
+        append_rows[(B * new * Hkv,)](
+            k, v, keys, values, k.stride()[:3], v.stride()[:3], kv_lens, table, table_stride, rotary, new, Hkv, page_size,
+            D=D, DV=Dv, HALF=half, INTERLEAVED=interleaved, BLOCK_K=triton.next_power_of_2(D), BLOCK_V=triton.next_power_of_2(Dv),
+        )  # fmt: skip
+    if out.numel() == 0:
+        return
+    if causal:
+        right = 0 if right < 0 else min(right, 0)
+    capacity = page_size if table is None else page_size * table.shape[1]
+    plan = decode_plan(B, Sq * share, Hkv, D, Dv, capacity, _processors(q.device), num_splits, batch_invariant)
+    part_out = part_lse = None
+    if plan.num_splits > 1:
+        part_out = torch.empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((plan.num_splits, B, Hq, Sq), dtype=torch.float32, device=q.device)
+    none: dict[str, Any] = dict.fromkeys(Options._fields)
+    opts = Options(**none)._replace(
+        scale=float(scale), scale_log2=scale * math.log2(math.e), softcap=float(softcap) if softcap > 0 else None, kv_lens=kv_lens,
+        alibi=None if alibi is None else alibi.contiguous(),
+        alibi_stride=None if alibi is None else Hq if alibi.dim() == 2 and alibi.shape[0] > 1 else 0,
+        sinks=None if sinks is None else sinks.contiguous(), has_left=tl.constexpr(left >= 0), has_right=tl.constexpr(right >= 0),
+        plain=tl.constexpr(False), guarded=tl.constexpr(True),
+    )  # fmt: skip
+    q = _last_contiguous(q)
+    blocks = -(-Sq * share // plan.block_m)
+    wide = max(D, Dv) > 128
+    decode_split[(blocks * B * Hkv, plan.num_splits)](
+        q, keys, values, out, lse, part_out, part_lse, q.stride()[:3], out.stride()[:3], table, table_stride, rotary, Hq, Sq, new,
+        blocks, page_size, plan.num_splits, plan.keys_per_split, left, right, opts, SHARE=share, D=D, DV=Dv, D0=parts(D)[0],
+        D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1], HALF=half, INTERLEAVED=interleaved, APPENDED=k is not None,
+        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=8 if wide else 4, num_stages=2 if attention.arch(q.device) < 90 or wide else 3,
+    )  # fmt: skip
+    if part_out is not None:
+        decode_combine[(B * Hq * Sq,)](
+            part_out, part_lse, out, lse, opts.sinks, out.stride()[:3], Hq, Sq, B * Hq * Sq, plan.num_splits, DV=Dv,
+            BLOCK_V=triton.next_power_of_2(Dv), BLOCK_S=triton.next_power_of_2(plan.num_splits),
+        )  # fmt: skip

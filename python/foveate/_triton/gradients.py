@@ -1,0 +1,126 @@
+"""What the backward kernels of attention share: the row statistics that they start from, and the gradients of one tile of scores."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .scores import LOG2E, scaled_difference, scores, sequence, to_log2, visible
+from .tiles import load
+
+
+class Rows(NamedTuple):
+    """fp32 tensors of lse's shape, and its (batch, head) strides; rows are contiguous."""
+
+    total: Any  # log2 of the sum over a row, sink included; inf for a row that sees no key, so that exp2(s - total) is 0
+    delta: Any  # sum of dout * out, minus dlse where `own` is None
+    own: Any  # log2 of the sum without the sink, inf for an empty row; None unless there are both sinks and dlse
+    dlse: Any
+    strides: Any
+
+
+@triton.jit(do_not_specialize=["Hq", "Sq", "Skv", "blocks"])
+def attention_rows(
+    out, dout, lse, dlse, dsinks, rows, out_strides, dout_strides, Hq, Sq, Skv, blocks, opts,
+    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Fills `rows` and, with sinks, dsinks [B, blocks, Hq]: each block's part of the gradient, -sum(exp(sink - total) * dout . out)."""
+    block = tl.program_id(0) % blocks
+    bh = tl.program_id(0) // blocks
+    b, h = bh // Hq, (bh % Hq).to(tl.int64)
+    first_q, _, queries, _, _ = sequence(opts, b, Sq, Skv)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = i < queries
+    row = first_q + i
+    b64 = b.to(tl.int64)
+    o0, o1 = load(out + b64 * out_strides[0] + h * out_strides[1], row * out_strides[2], valid, V0, V1, DV, True)
+    g0, g1 = load(dout + b64 * dout_strides[0] + h * dout_strides[1], row * dout_strides[2], valid, V0, V1, DV, True)
+    # fp64 for fp32 inputs: dp - delta cancels, entirely so in a row that sees one key, and here precision costs nothing.
+    WIDE: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float32 else tl.float32
+    delta = tl.sum(o0.to(WIDE) * g0.to(WIDE), 1)
+    if V1 > 0:
+        delta += tl.sum(o1.to(WIDE) * g1.to(WIDE), 1)
+    delta = delta.to(tl.float32)
+    place = b64 * rows.strides[0] + h * rows.strides[1] + row
+    own = tl.load(lse + place, mask=valid, other=float("-inf"))
+    empty = own == float("-inf")
+    own = tl.where(empty, float("inf"), to_log2(tl.where(empty, 0.0, own)))
+    total = own
+    if opts.sinks is not None:
+        sink = tl.load(opts.sinks + h) * LOG2E
+        larger = tl.maximum(tl.where(empty, sink, own), sink)
+        sum2 = larger + tl.log2(tl.exp2(tl.where(empty, float("-inf"), own) - larger) + tl.exp2(sink - larger))
+        total = tl.where(empty, float("inf"), sum2)
+        tl.store(dsinks + bh // Hq * blocks * Hq + block * Hq + h, -tl.sum(tl.where(valid, tl.exp2(sink - total) * delta, 0.0), 0))
+    if dlse is not None:
+        g = tl.where(empty, 0.0, tl.load(dlse + place, mask=valid, other=0.0))
+        if rows.own is not None:
+            tl.store(rows.own + place, own, mask=valid)
+            tl.store(rows.dlse + place, g, mask=valid)
+        else:
+            delta -= g
+    tl.store(rows.total + place, total, mask=valid)
+    tl.store(rows.delta + place, tl.where(empty, 0.0, delta), mask=valid)
+
+
+@triton.jit
+def load_statistics(rows, place, valid):
+    """total, delta, own, dlse of some rows; the last two mean nothing without rows.own."""
+    total = tl.load(rows.total + place, mask=valid, other=float("inf"))
+    delta = tl.load(rows.delta + place, mask=valid, other=0.0)
+    if rows.own is not None:
+        own = tl.load(rows.own + place, mask=valid, other=float("inf"))
+        return total, delta, own, tl.load(rows.dlse + place, mask=valid, other=0.0)
+    else:
+        return total, delta, total, delta  # not used
+
+
+@triton.jit
+def tile_gradients(qk, dp, keep, total, delta, own, dlse, rows, i, j, inside, b, h, keys, offset, left, right, opts, MASKED: tl.constexpr):
+    """Of one tile: the weights after dropout, the gradient of the scores, and that of scale * q.k (the same without softcap).
+
+    qk = q.k and dp = dout.v; total, delta, own, dlse and i broadcast with j; keep is dropout's mask or None.
+    """
+    slope = 1.0
+    if opts.plain:
+        s = qk
+        factor = opts.scale_log2
+    else:
+        s, slope = scores(qk, i, j, inside, b, h, offset, opts)
+        factor = 1.0
+    if MASKED:
+        s = tl.where(visible(i, j, keys, offset, left, right, opts), s, float("-inf"))
+    p = tl.exp2(scaled_difference(s, factor, total))
+    weights = p
+    if keep is not None:
+        weights = tl.where(keep, p * opts.keep_scale, 0.0)
+        dp = tl.where(keep, dp * opts.keep_scale, 0.0)
+    ds = p * (dp - delta)
+    if rows.own is not None:
+        ds += tl.exp2(scaled_difference(s, factor, own)) * dlse
+    return weights, ds, ds * slope
+
+
+@triton.jit
+def query_ranges(first, last, keys, queries, offset, left, right, opts, BLOCK: tl.constexpr):
+    """As `key_ranges`: which queries see one of the keys first..last, in whole blocks, and which see all of them."""
+    start = 0
+    full_start = 0
+    end = queries
+    full_end = queries
+    if opts.has_right:
+        start = tl.maximum(first - offset - right, 0) // BLOCK * BLOCK
+        full_start = tl.cdiv(tl.maximum(last - offset - right, 0), BLOCK) * BLOCK
+    if opts.has_left:
+        end = tl.minimum(queries, tl.maximum(tl.minimum(last, keys - 1) - offset + left + 1, 0))
+        full_end = tl.minimum(queries, tl.maximum(first - offset + left + 1, 0))
+    if last >= keys:
+        full_end = 0
+    if first >= keys:
+        end = 0
+    end = tl.maximum(end, start)
+    full_start = tl.minimum(full_start, tl.cdiv(end, BLOCK) * BLOCK)
+    full_end = tl.maximum(full_end // BLOCK * BLOCK, full_start)
+    return start, full_start, full_end, end

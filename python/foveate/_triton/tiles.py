@@ -1,0 +1,102 @@
+"""Loads, stores and products of tiles whose width, a head dim, is not a power of two.
+
+Such a tile is two parts, of a power of two each: 96 = 64 + 32, 80 = 64 + 16, 192 = 128 + 64. Where one is enough the second width is 0.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+# triton 3.6's interpreter multiplies the bit patterns of bf16, forgets the carry when it rounds to bf16, and is slow in fp16: there
+# products are taken in fp32, of operands rounded as on a GPU.
+INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def parts(width: int) -> tuple[int, int]:
+    """The two widths. 72 = 64 + 16 with 8 columns of zeros; where the sum would be a power of two, one part takes it all."""
+    whole = max(16, 1 << (width - 1).bit_length())
+    first = whole // 2
+    second = max(16, 1 << max(width - first - 1, 0).bit_length())
+    return (whole, 0) if first < 16 or first + second >= whole else (first, second)
+
+
+@triton.jit
+def load_part(base, rows, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr):
+    """[rows, WIDTH] from column FIRST on; rows: int64 offsets. Zeros beyond DIM and, with CHECK, where valid is False."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    places = base + rows[:, None] + columns[None, :]
+    if FIRST + WIDTH > DIM:
+        if CHECK:
+            return tl.load(places, mask=valid[:, None] & (columns < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(places, mask=(columns < DIM)[None, :], other=0.0)
+    else:
+        if CHECK:
+            return tl.load(places, mask=valid[:, None], other=0.0)
+        else:
+            return tl.load(places)
+
+
+@triton.jit
+def load(base, rows, valid, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr):
+    x0 = load_part(base, rows, valid, 0, W0, DIM, CHECK)
+    if W1 > 0:
+        return x0, load_part(base, rows, valid, W0, W1, DIM, CHECK)
+    else:
+        return x0, x0  # a function returns tensors only; nothing uses this one
+
+
+@triton.jit
+def store_part(base, rows, valid, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    columns = FIRST + tl.arange(0, WIDTH)
+    places = base + rows[:, None] + columns[None, :]
+    tl.store(places, to(x, base.dtype.element_ty), mask=valid[:, None] & (columns < DIM)[None, :])
+
+
+@triton.jit
+def store(base, rows, valid, x0, x1, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr):
+    store_part(base, rows, valid, x0, 0, W0, DIM)
+    if W1 > 0:
+        store_part(base, rows, valid, x1, W0, W1, DIM)
+
+
+@triton.jit
+def to(x, dtype: tl.constexpr):
+    """x, fp32, rounded to nearest even in dtype."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in fp32, without tf32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_rows(a0, a1, b0, b1, W1: tl.constexpr):
+    """a @ b.T over both parts, fp32."""
+    x = dot(a0, tl.trans(b0), tl.zeros([a0.shape[0], b0.shape[0]], tl.float32))
+    if W1 > 0:
+        x = dot(a1, tl.trans(b1), x)
+    return x
+
+
+@triton.jit
+def add_product(x0, x1, a, b0, b1, W1: tl.constexpr):
+    """x + a @ b for both parts of b, with a rounded to b's dtype."""
+    a = to(a, b0.dtype)
+    x0 = dot(a, b0, x0)
+    if W1 > 0:
+        x1 = dot(a, b1, x1)
+    return x0, x1

@@ -1,0 +1,110 @@
+"""The Triton kernels compile for chips that are not here, and none spills more than what is listed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+import foveate
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs triton without its interpreter", allow_module_level=True)
+
+from aot import compiling
+
+ARCHS = [80, 90, 100]
+SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that a block may have
+# Bytes of stack per thread by (kernel, arch, dtype, head dim), where they are not 0. A new one, or more bytes, is a slower kernel.
+STACK: dict[tuple[str, int, str, int], int] = {}
+HALF, SINGLE = torch.bfloat16, torch.float32
+NAMES = {HALF: "bf16", SINGLE: "fp32"}
+
+
+def tensors(dtype: torch.dtype, d: int, dv: int | None = None, rows: int = 256, heads: int = 2) -> tuple[torch.Tensor, ...]:
+    q = torch.zeros(1, rows, heads, d, dtype=dtype, requires_grad=True)
+    k, v = (torch.zeros(1, 256, 2, n, dtype=dtype, requires_grad=True) for n in (d, dv or d))
+    return q, k, v
+
+
+def check(found, arch: int, dtype: torch.dtype, d: int) -> None:
+    spilled = {kernel: STACK.get((kernel.name, arch, NAMES[dtype], d), 0) for kernel in found}
+    spilled = {kernel: listed for kernel, listed in spilled.items() if kernel.stack > listed}
+    assert not spilled, f"sm_{arch}, {NAMES[dtype]}, head dim {d}: more stack than the listed bytes: {spilled}"
+    for kernel in found:
+        assert kernel.shared <= SHARED[arch], f"{kernel} needs more shared memory than sm_{arch} has"
+
+
+# fp32 works with the same instructions on every chip, so one of them stands for all.
+SIZES = [(arch, HALF, d) for arch in ARCHS for d in (64, 128, 256)] + [(90, SINGLE, d) for d in (64, 128, 256)]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "d"), SIZES, ids=str)
+def test_attention(arch, dtype, d, tmp_path):
+    q, k, v = tensors(dtype, d)
+    with compiling(arch, tmp_path) as found:
+        foveate.attention(q, k, v, causal=True, backend="triton").sum().backward()
+    assert [kernel.name for kernel in found] == ["attention_forward", "attention_rows", "attention_dq", "attention_dkv"]
+    check(found, arch, dtype, d)
+
+
+def test_attention_with_every_option(tmp_path):
+    """Head dims of two parts each, GQA, and all operands of the scores with their gradients."""
+    q, k, v = tensors(HALF, 96, 80, rows=200, heads=6)
+    bias = torch.zeros(1, 6, 1, 256, dtype=HALF, requires_grad=True)
+    table, sinks = torch.zeros(32, 6, requires_grad=True), torch.zeros(6, requires_grad=True)
+    with compiling(90, tmp_path) as found:
+        out, lse = foveate.attention(
+            q, k, v, causal=True, window=(100, -1), softcap=20.0, bias=bias, mask=torch.ones(1, 1, 1, 256, dtype=torch.bool),
+            alibi_slopes=torch.ones(6), relative_bias=foveate.RelativeBias(table, bidirectional=True, max_distance=128), sinks=sinks,
+            kv_lens=torch.tensor([200]), dropout_p=0.1, return_lse=True, backend="triton",
+        )  # fmt: skip
+        (out.sum() + lse.sum()).backward()
+    names = ["attention_forward", "attention_rows", "attention_dq", "attention_dkv", "attention_dbias"]
+    assert [kernel.name for kernel in found] == names
+
+
+def test_varlen_and_packed_heads(tmp_path):
+    """One query row a sequence: the 8 query heads of a KV head are rows of one program."""
+    q, k, v = tensors(HALF, 64, rows=2, heads=16)
+    with compiling(90, tmp_path) as found:
+        cu_q, cu_k = torch.tensor([0, 1, 2]), torch.tensor([0, 100, 256])
+        out = foveate.attention_varlen(q[0], k[0], v[0], cu_q, cu_k, 1, 156, causal=True, backend="triton")
+        out.sum().backward()
+    check(found, 90, HALF, 64)
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("storage", [HALF, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_decode(arch, storage, tmp_path):
+    pages = torch.zeros(64, 16, 2, 128).to(storage)
+    scale = None if storage == HALF else torch.zeros(64, 16, 2)
+    q, new = torch.zeros(1, 1, 8, 128, dtype=HALF), torch.zeros(1, 1, 2, 128, dtype=HALF)
+    angles = torch.zeros(1024, 32)
+    with compiling(arch, tmp_path) as found:
+        foveate.attention_with_kv_cache(
+            q, pages, pages.clone(), k=new, v=new, kv_lens=torch.tensor([900]), block_table=torch.arange(64, dtype=torch.int32)[None],
+            rotary_cos=angles, rotary_sin=angles, k_scale=scale, v_scale=None if scale is None else scale.clone(), backend="triton",
+        )  # fmt: skip
+    assert [kernel.name for kernel in found] == ["append_rows", "decode_split", "decode_combine"]
+    check(found, arch, HALF, 128)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rows(arch, tmp_path):
+    x, weight = torch.zeros(4, 20000, dtype=HALF, requires_grad=True), torch.ones(20000, dtype=HALF, requires_grad=True)
+    q = torch.zeros(1, 4, 8, 128, dtype=HALF, requires_grad=True)
+    with compiling(arch, tmp_path) as found:
+        for row in (x, x[:, :1000]):
+            foveate.softmax(row, mask=row > 0, bias=row, backend="triton").sum().backward()
+            foveate.log_softmax(row, backend="triton").sum().backward()
+            foveate.cross_entropy(row, torch.zeros(4, dtype=torch.int64), softcap=5.0, backend="triton").sum().backward()
+        foveate.rms_norm(x, weight, 1e-5, backend="triton").sum().backward()
+        for interleaved in (False, True):
+            turned = foveate.apply_rotary(q, q, torch.zeros(4, 48), torch.zeros(4, 48), interleaved=interleaved, backend="triton")
+            (turned[0].sum() + turned[1].sum()).backward()
+    assert len({kernel.name for kernel in found}) == 8
+    check(found, arch, HALF, 128)
