@@ -23,9 +23,7 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 NAMES = {HALF: "bf16", SINGLE: "fp32"}
 
 
-def tensors(
-    dtype: torch.dtype, d: int, dv: int | None = None, rows: int = 256, heads: int = 2
-) -> tuple[torch.Tensor, ...]:
+def tensors(dtype: torch.dtype, d: int, dv: int | None = None, rows: int = 256, heads: int = 2) -> tuple[torch.Tensor, ...]:
     q = torch.zeros(1, rows, heads, d, dtype=dtype, requires_grad=True)
     k, v = (torch.zeros(1, 256, 2, n, dtype=dtype, requires_grad=True) for n in (d, dv or d))
     return q, k, v
@@ -103,14 +101,10 @@ def test_rows(arch, tmp_path):
         for row in (x, x[:, :1000]):
             foveate.softmax(row, mask=row > 0, bias=row, backend="triton").sum().backward()
             foveate.log_softmax(row, backend="triton").sum().backward()
-            foveate.cross_entropy(
-                row, torch.zeros(4, dtype=torch.int64), softcap=5.0, backend="triton"
-            ).sum().backward()
+            foveate.cross_entropy(row, torch.zeros(4, dtype=torch.int64), softcap=5.0, backend="triton").sum().backward()
         foveate.rms_norm(x, weight, 1e-5, backend="triton").sum().backward()
         for interleaved in (False, True):
-            turned = foveate.apply_rotary(
-                q, q, torch.zeros(4, 48), torch.zeros(4, 48), interleaved=interleaved, backend="triton"
-            )
+            turned = foveate.apply_rotary(q, q, torch.zeros(4, 48), torch.zeros(4, 48), interleaved=interleaved, backend="triton")
             (turned[0].sum() + turned[1].sum()).backward()
     assert len({kernel.name for kernel in found}) == 8
     check(found, arch, HALF, 128)

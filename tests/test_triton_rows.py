@@ -34,20 +34,13 @@ def test_softmax_options(width):
     x, bias = torch.randn(2, 3, 4, width), torch.randn(3, 1, width)
     mask = torch.rand(2, 1, 4, width) < 0.6
     mask[1, :, 2] = False
-    for options in (
-        {"mask": mask},
-        {"causal": True},
-        {"mask": mask[:, :, :, :1]},
-        {"mask": mask, "causal": True, "scale": -0.5},
-    ):
+    for options in ({"mask": mask}, {"causal": True}, {"mask": mask[:, :, :, :1]}, {"mask": mask, "causal": True, "scale": -0.5}):
 
         def ours(x, bias):
             return foveate.softmax(x, bias=bias, backend="triton", **options)
 
         def peer(x, bias):
-            return _reference_ops.softmax(
-                x, -1, options.get("scale", 1.0), options.get("mask"), bias, options.get("causal", False)
-            )
+            return _reference_ops.softmax(x, -1, options.get("scale", 1.0), options.get("mask"), bias, options.get("causal", False))
 
         compare_op(ours, peer, x, bias)
 
@@ -72,18 +65,13 @@ def test_softmax_of_strided_rows():
 def test_rms_norm(width, dtype):
     x, weight = torch.randn(5, 7, width).to(dtype), (1 + torch.randn(width)).to(dtype)
     compare_op(
-        lambda x, w: foveate.rms_norm(x, w, 1e-3, backend="triton"),
-        lambda x, w: torch.rms_norm(x, (width,), w, 1e-3),
-        x,
-        weight,
+        lambda x, w: foveate.rms_norm(x, w, 1e-3, backend="triton"), lambda x, w: torch.rms_norm(x, (width,), w, 1e-3), x, weight
     )
 
 
 def test_rms_norm_without_weight():
     x = torch.randn(3, 33)
-    compare_op(
-        lambda x: foveate.rms_norm(x, None, 1e-5, backend="triton"), lambda x: torch.rms_norm(x, (33,), None, 1e-5), x
-    )
+    compare_op(lambda x: foveate.rms_norm(x, None, 1e-5, backend="triton"), lambda x: torch.rms_norm(x, (33,), None, 1e-5), x)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

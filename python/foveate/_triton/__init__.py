@@ -38,9 +38,7 @@ def serves(query: Query) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return missing_reason()
     if query.device == "cpu" and not interpreted():
-        return (
-            "the triton kernels run on GPUs, the tensors are on cpu; set TRITON_INTERPRET=1 at start to interpret them"
-        )
+        return "the triton kernels run on GPUs, the tensors are on cpu; set TRITON_INTERPRET=1 at start to interpret them"
     if query.device == "cuda" and interpreted():
         return "TRITON_INTERPRET=1 is set, so the kernels are interpreted and take CPU tensors; the tensors are on cuda"
     if query.device not in ("cpu", "cuda"):
@@ -48,3 +46,4 @@ def serves(query: Query) -> str | None:
     if query.dtype not in DTYPES:
         return f"the triton kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
     return None
+

@@ -60,17 +60,9 @@ def backward(D: int, Dv: int, dtype: torch.dtype, arch: int) -> tuple[Config, Co
     if dtype == torch.float32:
         if width <= 64:
             return Config(32, 32, 4, 1), Config(32, 32, 4, 1)
-        return (
-            (Config(32, 16, 4, 1), Config(16, 32, 8, 1))
-            if width <= 128
-            else (Config(16, 16, 4, 1), Config(16, 16, 8, 1))
-        )
+        return (Config(32, 16, 4, 1), Config(16, 32, 8, 1)) if width <= 128 else (Config(16, 16, 4, 1), Config(16, 16, 8, 1))
     if width <= 64:
         return Config(128, 64, 8, 2), Config(32, 128, 8, 2)
     if width <= 128:
-        return (
-            (Config(128, 64, 8, 2), Config(32, 128, 8, 2))
-            if arch >= 90
-            else (Config(64, 64, 8, 2), Config(64, 64, 8, 1))
-        )
+        return (Config(128, 64, 8, 2), Config(32, 128, 8, 2)) if arch >= 90 else (Config(64, 64, 8, 2), Config(64, 64, 8, 1))
     return Config(32, 32, 4, 1), Config(16, 32, 4, 1)
