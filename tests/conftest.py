@@ -12,7 +12,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         # triton 3.6's interpreter converts loop bounds in a way that newer versions of numpy will refuse
         config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-        config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")  # the maximum of a row of NaN
+        config.addinivalue_line(
+            "filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning"
+        )  # the maximum of a row of NaN
 
 
 @pytest.fixture
@@ -29,7 +31,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     case = request.node.callspec.params.get("case")
-    if request.param == "triton" and (request.function.__name__ == "test_gradcheck" or getattr(case, "dtype", None) == torch.float64):
+    if request.param == "triton" and (
+        request.function.__name__ == "test_gradcheck" or getattr(case, "dtype", None) == torch.float64
+    ):
         pytest.skip("triton: its kernels take no fp64")
     return request.param
 

@@ -137,7 +137,11 @@ X, W = torch.zeros(2, 3), torch.zeros(3)
         (lambda: foveate.rms_norm(X, W.to("meta"), 1e-5), ValueError, "weight is on meta and x on cpu"),
         (lambda: foveate.rms_norm(X, W, -1e-5), ValueError, "eps=-1e-05 must not be negative"),
         (lambda: foveate.rms_norm(X, W, float("nan")), ValueError, "eps=nan must be a finite number"),
-        (lambda: foveate.rms_norm(X, W, 1e-5, backend="triton"), foveate.UnsupportedError, "'triton' cannot serve rms_norm"),
+        (
+            lambda: foveate.rms_norm(X, W, 1e-5, backend="triton"),
+            foveate.UnsupportedError,
+            "'triton' cannot serve rms_norm",
+        ),
     ],
 )
 def test_bad_input(call, error, message):

@@ -40,7 +40,13 @@ def _matrix(logits: Tensor) -> Tensor:
 
 
 def _forward_native(
-    logits: Tensor, target: Tensor, ignore: int, smoothing: float, z_loss: float, softcap: float, backend: str = "native"
+    logits: Tensor,
+    target: Tensor,
+    ignore: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float,
+    backend: str = "native",
 ) -> tuple[Tensor, Tensor]:
     loss, stats = _forward_fake(logits, target)
     target = target.contiguous().view(-1)

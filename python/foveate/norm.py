@@ -57,9 +57,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _rms_norm_native(
-    x: Tensor, weight: Tensor | None, eps: float, backend: str = "native"
-) -> tuple[Tensor, Tensor]:
+def _rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, backend: str = "native") -> tuple[Tensor, Tensor]:
     out, rstd = _rms_norm_fake(x, weight, eps)
     weight = None if weight is None else weight.contiguous()
     if backend == "triton":
@@ -84,7 +82,9 @@ def _rms_norm_backward_native(
 
         weight = None if weight is None else weight.contiguous()
         rstd = rstd.contiguous().view(-1)
-        rms_norm_backward(_rows(dout.contiguous()), _rows(x), weight, rstd, _rows(dx), dweight if need_dweight else None)
+        rms_norm_backward(
+            _rows(dout.contiguous()), _rows(x), weight, rstd, _rows(dx), dweight if need_dweight else None
+        )
         return dx, dweight
     threads = torch.get_num_threads()
     shares = max(1, min(_MAX_DWEIGHT_PARTS, x.shape[:-1].numel() // 64))

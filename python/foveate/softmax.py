@@ -170,7 +170,9 @@ _softmax = _ops.define(
     impl=_softmax_native,
     fake=_like,
 )
-_log_softmax = _ops.define("log_softmax(Tensor x, str backend='native') -> Tensor", impl=_log_softmax_native, fake=_like)
+_log_softmax = _ops.define(
+    "log_softmax(Tensor x, str backend='native') -> Tensor", impl=_log_softmax_native, fake=_like
+)
 # `wide` gives the gradient in the compute dtype, for sums that follow.
 _softmax_backward = _ops.define(
     "softmax_backward(Tensor dout, Tensor out, float scale, bool log, bool wide, str backend='native') -> Tensor",
@@ -179,9 +181,7 @@ _softmax_backward = _ops.define(
 )
 
 
-def _softmax_vmap(
-    info: Any, in_dims: Any, x: Any, bias: Any, mask: Any, *options: Any
-) -> tuple[Tensor, int]:
+def _softmax_vmap(info: Any, in_dims: Any, x: Any, bias: Any, mask: Any, *options: Any) -> tuple[Tensor, int]:
     def front(t: Tensor | None, dim: int | None) -> Tensor | None:
         return t if t is None else t[None] if dim is None else t.movedim(dim, 0)
 
