@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of a call for a chip that is not there: foveate runs on CPU tensors, and each launch becomes a compilation."""
+"""Compiles the Triton kernels of a call for a chip that is not there: each launch becomes a compilation."""
 
 from __future__ import annotations
 

@@ -112,5 +112,8 @@ def test_plan():
     assert plan(max_keys=200).num_splits == 1
     assert plan(num_splits=5) == plan(num_splits=5, B=64) and plan(num_splits=5).num_splits == 5
     invariant = plan(batch_invariant=True)
-    assert invariant == plan(batch_invariant=True, B=64) and (invariant.num_splits, invariant.keys_per_split) == (4, 2048)
+    assert invariant == plan(batch_invariant=True, B=64) and (invariant.num_splits, invariant.keys_per_split) == (
+        4,
+        2048,
+    )
     assert plan(rows=40).block_m == 64 and plan(rows=40, D=256).block_m == 16

@@ -5,6 +5,8 @@ On the CPU they run under the interpreter: TRITON_INTERPRET=1 must be set when P
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -29,20 +31,23 @@ def test_softmax(width, dtype):
     compare_op(lambda x: foveate.log_softmax(x, backend="triton"), lambda x: torch.log_softmax(x, -1), x)
 
 
+OPTIONS = ["mask", "causal", "column mask", "mask, causal and a negative scale"]
+
+
+@pytest.mark.parametrize("what", OPTIONS)
 @pytest.mark.parametrize("width", [5, 9000])
-def test_softmax_options(width):
+def test_softmax_options(width, what):
     x, bias = torch.randn(2, 3, 4, width), torch.randn(3, 1, width)
-    mask = torch.rand(2, 1, 4, width) < 0.6
+    mask = torch.rand(2, 1, 4, 1 if "column" in what else width) < 0.6
     mask[1, :, 2] = False
-    for options in ({"mask": mask}, {"causal": True}, {"mask": mask[:, :, :, :1]}, {"mask": mask, "causal": True, "scale": -0.5}):
-
-        def ours(x, bias):
-            return foveate.softmax(x, bias=bias, backend="triton", **options)
-
-        def peer(x, bias):
-            return _reference_ops.softmax(x, -1, options.get("scale", 1.0), options.get("mask"), bias, options.get("causal", False))
-
-        compare_op(ours, peer, x, bias)
+    used = mask if "mask" in what else None
+    scale = -0.5 if "negative" in what else 1.0
+    compare_op(
+        lambda x, b: foveate.softmax(x, bias=b, mask=used, causal="causal" in what, scale=scale, backend="triton"),
+        lambda x, b: _reference_ops.softmax(x, -1, scale, used, b, "causal" in what),
+        x,
+        bias,
+    )
 
 
 def test_softmax_of_nothing_and_of_minus_infinity():
@@ -65,13 +70,18 @@ def test_softmax_of_strided_rows():
 def test_rms_norm(width, dtype):
     x, weight = torch.randn(5, 7, width).to(dtype), (1 + torch.randn(width)).to(dtype)
     compare_op(
-        lambda x, w: foveate.rms_norm(x, w, 1e-3, backend="triton"), lambda x, w: torch.rms_norm(x, (width,), w, 1e-3), x, weight
+        lambda x, w: foveate.rms_norm(x, w, 1e-3, backend="triton"),
+        lambda x, w: torch.rms_norm(x, (width,), w, 1e-3),
+        x,
+        weight,
     )
 
 
 def test_rms_norm_without_weight():
     x = torch.randn(3, 33)
-    compare_op(lambda x: foveate.rms_norm(x, None, 1e-5, backend="triton"), lambda x: torch.rms_norm(x, (33,), None, 1e-5), x)
+    compare_op(
+        lambda x: foveate.rms_norm(x, None, 1e-5, backend="triton"), lambda x: torch.rms_norm(x, (33,), None, 1e-5), x
+    )
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -79,29 +89,38 @@ def test_rms_norm_without_weight():
 @pytest.mark.parametrize(("d", "half"), [(16, 8), (24, 5), (80, 40)])
 def test_rotary(interleaved, dtype, d, half):
     q, k = torch.randn(2, 5, 3, d).to(dtype), torch.randn(2, 5, 1, d).to(dtype)
-    for shape in ((5, half), (2, 5, half)):
-        angle = torch.rand(shape) * 6.28
+    angle = torch.rand((5, half) if dtype == torch.float32 else (2, 5, half)) * 6.28
 
-        def ours(q, k):
-            return torch.cat([t.flatten(2) for t in foveate.apply_rotary(q, k, angle.cos(), angle.sin(), interleaved=interleaved,
-                                                                         backend="triton")], -1)  # fmt: skip
+    def ours(q, k):
+        turned = foveate.apply_rotary(q, k, angle.cos(), angle.sin(), interleaved=interleaved, backend="triton")
+        return torch.cat([t.flatten(2) for t in turned], -1)
 
-        def peer(q, k):
-            cos, sin = angle.cos().to(q), angle.sin().to(q)
-            return torch.cat([_reference_ops.rotate(t, cos, sin, interleaved).to(t).flatten(2) for t in (q, k)], -1)
+    def peer(q, k):
+        cos, sin = angle.cos().to(q), angle.sin().to(q)
+        return torch.cat([_reference_ops.rotate(t, cos, sin, interleaved).to(t).flatten(2) for t in (q, k)], -1)
 
-        compare_op(ours, peer, q, k)
+    compare_op(ours, peer, q, k)
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"softcap": 3.0}, {"label_smoothing": 0.3, "z_loss": 0.1, "softcap": 8.0}], ids=str)  # fmt: skip
+CROSS_ENTROPY = [
+    {},
+    {"label_smoothing": 0.1},
+    {"z_loss": 1e-2},
+    {"softcap": 3.0},
+    {"label_smoothing": 0.3, "z_loss": 0.1, "softcap": 8.0},
+]
+
+
+@pytest.mark.parametrize("options", CROSS_ENTROPY, ids=str)
 @pytest.mark.parametrize("width", [3, 1000, 9000])
 def test_cross_entropy(width, options):
     x, target = 3 * torch.randn(6, width), torch.randint(0, width, (6,))
     target[2] = -100
-    for reduction in ("none", "mean"):
+    for more in ({"reduction": "none"}, {"reduction": "mean"}):
+        both = options | more
         compare_op(
-            lambda x: foveate.cross_entropy(x, target, reduction=reduction, backend="triton", **options),
-            lambda x: _reference_ops.cross_entropy(x, target, reduction=reduction, **options),
+            functools.partial(foveate.cross_entropy, target=target, backend="triton", **both),
+            functools.partial(_reference_ops.cross_entropy, target=target, **both),
             x,
         )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
 
 import torch
 
@@ -38,7 +37,9 @@ def serves(query: Query) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return missing_reason()
     if query.device == "cpu" and not interpreted():
-        return "the triton kernels run on GPUs, the tensors are on cpu; set TRITON_INTERPRET=1 at start to interpret them"
+        return (
+            "the triton kernels run on GPUs, the tensors are on cpu; set TRITON_INTERPRET=1 at start to interpret them"
+        )
     if query.device == "cuda" and interpreted():
         return "TRITON_INTERPRET=1 is set, so the kernels are interpreted and take CPU tensors; the tensors are on cuda"
     if query.device not in ("cpu", "cuda"):
@@ -46,4 +47,3 @@ def serves(query: Query) -> str | None:
     if query.dtype not in DTYPES:
         return f"the triton kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
     return None
-

@@ -36,7 +36,9 @@ def _expanded(x: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, 
 
 
 @functools.lru_cache(maxsize=64)
-def _distance_buckets(max_q: int, max_k: int, buckets: int, bidirectional: bool, max_distance: int, device: Any) -> Tensor:
+def _distance_buckets(
+    max_q: int, max_k: int, buckets: int, bidirectional: bool, max_distance: int, device: Any
+) -> Tensor:
     """int64 [max_q + max_k]: the bucket of distance t - max_k, for every distance j - (i + L - Sq) that a call can meet."""
     distances = torch.arange(-max_k, max_q, device=device)
     return _reference.relative_buckets(distances, buckets, bidirectional, max_distance)
@@ -51,7 +53,9 @@ def options(c: Any, *, table_gradient: bool = False) -> Options:
     mask, mask_strides = _expanded(c.mask, shape)
     rel = rel_buckets = rel_shape = None
     if c.rel_table is not None:
-        buckets = _distance_buckets(c.max_q, c.max_k, c.rel_table.shape[0], c.rel_bidirectional, c.rel_max_distance, c.q.device)
+        buckets = _distance_buckets(
+            c.max_q, c.max_k, c.rel_table.shape[0], c.rel_bidirectional, c.rel_max_distance, c.q.device
+        )
         # [Hq, distances], so that the kernel looks up once for each score: O(Sq + Skv) memory.
         rel, rel_shape = c.rel_table.t().contiguous()[:, buckets], (c.max_q + c.max_k, c.max_k)
         rel_buckets = buckets.to(torch.int32) if table_gradient else None
@@ -124,7 +128,9 @@ def forward(c: Any, out: Tensor, lse: Tensor | None) -> None:
     )  # fmt: skip
 
 
-def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, c: Any, wanted: Any, grads: Any) -> tuple[Tensor, ...]:
+def backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, c: Any, wanted: Any, grads: Any
+) -> tuple[Tensor, ...]:
     """Fills grads: q, k, v, bias, rel_table and sinks in the order of the op. Every sum has one order, so two runs give the same bits."""
     Hq, Hkv, D, Dv = c.q.shape[-2], c.k.shape[-2], c.q.shape[-1], c.v.shape[-1]
     B = c.q.shape[0] if c.cu_q is None else c.cu_q.shape[0] - 1

@@ -161,7 +161,7 @@ def attention_dkv(
         dv1 = tl.zeros([BLOCK_N, V1], tl.float32)
     start, full_start, full_end, end = query_ranges(
         first, tl.minimum(first + BLOCK_N, key_rows) - 1, keys, queries, offset, left, right, opts, BLOCK_M)  # fmt: skip
-    for member in range(0, SHARE):
+    for member in range(SHARE):
         h = kv * SHARE + member
         head = h * tl.full([], 1, tl.int64)
         qh = q + b64 * q_strides[0] + first_q * q_strides[2] + head * q_strides[1]

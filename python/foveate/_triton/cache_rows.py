@@ -10,7 +10,9 @@ import triton.language as tl
 from .tiles import to
 
 FLOAT, INT8, FP8 = (tl.constexpr(i) for i in range(3))  # how a cache stores its values
-_ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
+_ROUND: tl.constexpr = tl.constexpr(
+    12582912.0
+)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
 
 
 class Cache(NamedTuple):
@@ -44,7 +46,9 @@ def decoded(x, cache, dtype: tl.constexpr):
     """Stored values in dtype, without their scale. fp8 e4m3 is fp16 with a smaller exponent: 2**8 makes up for the bias."""
     if cache.kind == 2:
         bits = x.to(tl.int32)
-        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True).to(
+            tl.float32
+        ) * 256
         return to(tl.where((bits & 0x7F) == 0x7F, float("nan"), half), dtype)
     elif cache.kind == 1:
         return to(x.to(tl.float32), dtype)
@@ -95,7 +99,9 @@ def _put(cache, page, row, head, columns, mask, x):
         tl.store(place, to(x, cache.data.dtype.element_ty), mask=mask)
     else:
         limit = 127.0 if cache.kind == 1 else 448.0
-        scale_place = cache.scale + page * cache.scale_strides[0] + row * cache.scale_strides[1] + head * cache.scale_strides[2]
+        scale_place = (
+            cache.scale + page * cache.scale_strides[0] + row * cache.scale_strides[1] + head * cache.scale_strides[2]
+        )
         if cache.per_token:
             scale = tl.div_rn(tl.max(tl.abs(x), 0), limit)
             tl.store(scale_place, scale)
@@ -124,7 +130,15 @@ def append_rows(
         row = t
     columns = tl.arange(0, BLOCK_K)
     source = k + b * k_strides[0] + i * k_strides[1] + head * k_strides[2]
-    _put(k_cache, page, row, head, columns, columns < D, turned(source, columns, columns < D, rotary, t, HALF, INTERLEAVED))
+    _put(
+        k_cache,
+        page,
+        row,
+        head,
+        columns,
+        columns < D,
+        turned(source, columns, columns < D, rotary, t, HALF, INTERLEAVED),
+    )
     columns = tl.arange(0, BLOCK_V)
     source = v + b * v_strides[0] + i * v_strides[1] + head * v_strides[2]
     x = tl.load(source + columns, mask=columns < DV, other=0.0).to(tl.float32)

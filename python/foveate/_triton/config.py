@@ -33,12 +33,14 @@ def forward(D: int, Dv: int, dtype: torch.dtype, rows: int, arch: int) -> Config
     roomy = arch >= 90
     if dtype == torch.float32:
         config = Config(64, 32, 8, 2) if width <= 64 else Config(64, 16, 8, 2) if width <= 128 else Config(32, 16, 8, 2)
-    elif width <= 128 and arch >= 100:
+    elif (width <= 128 and arch >= 100) or width < 64:
         config = Config(128, 64, 8, 3)
     elif width <= 64:
         config = Config(128, 128, 8, 3) if roomy else Config(128, 64, 4, 3)
     elif width <= 128:
         config = Config(128, 128, 8, 2) if roomy else Config(128, 64, 8, 2)
+    elif arch >= 100:
+        config = Config(128, 32, 8, 2)
     else:
         config = Config(128, 64, 8, 2) if roomy else Config(64, 64, 8, 2)
     block_m = _rows(rows, config.block_m)
@@ -60,9 +62,17 @@ def backward(D: int, Dv: int, dtype: torch.dtype, arch: int) -> tuple[Config, Co
     if dtype == torch.float32:
         if width <= 64:
             return Config(32, 32, 4, 1), Config(32, 32, 4, 1)
-        return (Config(32, 16, 4, 1), Config(16, 32, 8, 1)) if width <= 128 else (Config(16, 16, 4, 1), Config(16, 16, 8, 1))
+        return (
+            (Config(32, 16, 8, 1), Config(16, 32, 8, 1))
+            if width <= 128
+            else (Config(16, 16, 4, 1), Config(16, 16, 8, 1))
+        )
     if width <= 64:
-        return Config(128, 64, 8, 2), Config(32, 128, 8, 2)
+        return Config(128, 64, 8, 2), Config(32, 64, 8, 2) if arch >= 90 else Config(32, 128, 8, 2)
     if width <= 128:
-        return (Config(128, 64, 8, 2), Config(32, 128, 8, 2)) if arch >= 90 else (Config(64, 64, 8, 2), Config(64, 64, 8, 1))
+        return (
+            (Config(128, 64, 8, 2), Config(32, 64, 8, 2))
+            if arch >= 90
+            else (Config(64, 64, 8, 2), Config(64, 64, 8, 1))
+        )
     return Config(32, 32, 4, 1), Config(16, 32, 4, 1)

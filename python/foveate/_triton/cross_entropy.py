@@ -20,7 +20,9 @@ def _capped(logits, columns, V, softcap):
 
 
 @triton.jit(do_not_specialize=["V", "ignore_index"])
-def cross_entropy_rows(logits, target, loss, stats, stride, V, ignore_index, smoothing, z_loss, softcap, BLOCK: tl.constexpr):
+def cross_entropy_rows(
+    logits, target, loss, stats, stride, V, ignore_index, smoothing, z_loss, softcap, BLOCK: tl.constexpr
+):
     """loss fp32 [rows], stats fp32 [rows, 2]: the maximum and the log of the sum of exp(x - maximum)."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -85,7 +87,9 @@ def _check_target(target: Tensor, V: int, ignore_index: int) -> None:
         outside = ((target < 0) | (target >= V)) & (target != ignore_index)
         if outside.any():
             i = int(outside.nonzero()[0])
-            raise ValueError(f"target[{i}] = {int(target[i])} is outside 0..{V - 1} and is not ignore_index = {ignore_index}")
+            raise ValueError(
+                f"target[{i}] = {int(target[i])} is outside 0..{V - 1} and is not ignore_index = {ignore_index}"
+            )
 
 
 def cross_entropy(logits: Tensor, target: Tensor, loss: Tensor, stats: Tensor, ignore_index: int, smoothing: float, z_loss: float,

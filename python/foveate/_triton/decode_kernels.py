@@ -18,11 +18,15 @@ def _query_part(q, rows, valid, rotary, position, FIRST: tl.constexpr, WIDTH: tl
                 INTERLEAVED: tl.constexpr):  # fmt: skip
     columns = (FIRST + tl.arange(0, WIDTH))[None, :]
     mask = valid[:, None] & (columns < D)
-    return to(turned(q + rows[:, None], columns, mask, rotary, position[:, None], HALF, INTERLEAVED), q.dtype.element_ty)
+    return to(
+        turned(q + rows[:, None], columns, mask, rotary, position[:, None], HALF, INTERLEAVED), q.dtype.element_ty
+    )
 
 
 @triton.jit
-def _cache_tile(cache, page, row, head, valid, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr, dtype: tl.constexpr):
+def _cache_tile(
+    cache, page, row, head, valid, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr, dtype: tl.constexpr
+):
     places = page * cache.strides[0] + row * cache.strides[1] + head * cache.strides[2]
     x0 = decoded(load_part(cache.data, places, valid, 0, W0, DIM, True), cache, dtype)
     if W1 > 0:
@@ -116,7 +120,11 @@ def decode_split(
     own = tl.where(some, tl.where(some, top, 0.0) + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
     place = (b * Hq + head) * Sq + i
     if part_out is None:
-        tl.store(lse + place, tl.where(some, natural_lse(tl.where(some, top, 0.0), tl.where(some, total, 1.0)), float("-inf")), mask=valid)
+        tl.store(
+            lse + place,
+            tl.where(some, natural_lse(tl.where(some, top, 0.0), tl.where(some, total, 1.0)), float("-inf")),
+            mask=valid,
+        )
         if opts.sinks is not None:
             total += tl.exp2(tl.load(opts.sinks + head, mask=valid, other=0.0) * LOG2E - tl.where(some, top, 0.0))
     factor = (1 / tl.where(total > 0, total, 1.0))[:, None]
@@ -149,7 +157,7 @@ def decode_combine(part_out, part_lse, out, lse, sinks, out_strides, Hq, Sq, row
         total += tl.exp2(tl.load(sinks + h) * LOG2E - base)
     columns = tl.arange(0, BLOCK_V)
     acc = tl.zeros([BLOCK_V], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         place = split * tl.full([], 1, tl.int64) * rows + row
         weight = tl.exp2(tl.load(part_lse + place) - base)
         acc += weight * tl.load(part_out + place * DV + columns, mask=columns < DV, other=0.0)

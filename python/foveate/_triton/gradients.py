@@ -14,7 +14,9 @@ from .tiles import load
 class Rows(NamedTuple):
     """fp32 tensors of lse's shape, and its (batch, head) strides; rows are contiguous."""
 
-    total: Any  # log2 of the sum over a row, sink included; inf for a row that sees no key, so that exp2(s - total) is 0
+    total: (
+        Any  # log2 of the sum over a row, sink included; inf for a row that sees no key, so that exp2(s - total) is 0
+    )
     delta: Any  # sum of dout * out, minus dlse where `own` is None
     own: Any  # log2 of the sum without the sink, inf for an empty row; None unless there are both sinks and dlse
     dlse: Any
@@ -53,7 +55,10 @@ def attention_rows(
         larger = tl.maximum(tl.where(empty, sink, own), sink)
         sum2 = larger + tl.log2(tl.exp2(tl.where(empty, float("-inf"), own) - larger) + tl.exp2(sink - larger))
         total = tl.where(empty, float("inf"), sum2)
-        tl.store(dsinks + bh // Hq * blocks * Hq + block * Hq + h, -tl.sum(tl.where(valid, tl.exp2(sink - total) * delta, 0.0), 0))
+        tl.store(
+            dsinks + bh // Hq * blocks * Hq + block * Hq + h,
+            -tl.sum(tl.where(valid, tl.exp2(sink - total) * delta, 0.0), 0),
+        )
     if dlse is not None:
         g = tl.where(empty, 0.0, tl.load(dlse + place, mask=valid, other=0.0))
         if rows.own is not None:
@@ -78,7 +83,27 @@ def load_statistics(rows, place, valid):
 
 
 @triton.jit
-def tile_gradients(qk, dp, keep, total, delta, own, dlse, rows, i, j, inside, b, h, keys, offset, left, right, opts, MASKED: tl.constexpr):
+def tile_gradients(
+    qk,
+    dp,
+    keep,
+    total,
+    delta,
+    own,
+    dlse,
+    rows,
+    i,
+    j,
+    inside,
+    b,
+    h,
+    keys,
+    offset,
+    left,
+    right,
+    opts,
+    MASKED: tl.constexpr,
+):
     """Of one tile: the weights after dropout, the gradient of the scores, and that of scale * q.k (the same without softcap).
 
     qk = q.k and dp = dout.v; total, delta, own, dlse and i broadcast with j; keep is dropout's mask or None.

@@ -99,5 +99,7 @@ def rms_norm_backward(
         share = -(-rows // shares)
         parts = torch.empty((shares, N), dtype=torch.float32, device=x.device)
         width = min(128, block)
-        rms_norm_dweight[(shares, -(-N // width))](dout, x, rstd, parts, x.stride(0), N, rows, share, ROWS=16, BLOCK=width)
+        rms_norm_dweight[(shares, -(-N // width))](
+            dout, x, rstd, parts, x.stride(0), N, rows, share, ROWS=16, BLOCK=width
+        )
         torch.sum(parts, 0, out=dweight)

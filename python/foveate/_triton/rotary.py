@@ -29,7 +29,9 @@ def rotary_heads(
         first, second = c[None, :], c[None, :] + HALF
     a1 = tl.load(row + first, mask=pair, other=0.0).to(tl.float32)
     a2 = tl.load(row + second, mask=pair, other=0.0).to(tl.float32)
-    cosine = tl.load(cos + b * cos_strides[0] + s * cos_strides[1] + c, mask=c < HALF, other=1.0).to(tl.float32)[None, :]
+    cosine = tl.load(cos + b * cos_strides[0] + s * cos_strides[1] + c, mask=c < HALF, other=1.0).to(tl.float32)[
+        None, :
+    ]
     sine = tl.load(sin + b * sin_strides[0] + s * sin_strides[1] + c, mask=c < HALF, other=0.0).to(tl.float32)[None, :]
     if INVERSE:
         sine = -sine
@@ -50,7 +52,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool, 
     tables = [(t.stride(0) if t.dim() == 3 else 0, t.stride(-2)) for t in (cos, sin)]
     pairs = max(1, triton.next_power_of_2(half))
     heads = min(triton.next_power_of_2(H), max(1, 2048 // pairs))
-    rest = triton.next_power_of_2(D - 2 * half) if D > 2 * half else 0
+    rest = triton.next_power_of_2(D - 2 * half) if 2 * half < D else 0
     rotary_heads[(B * S, -(-H // heads))](
         x, cos, sin, out, x.stride()[:3], *tables, S, H, D=D, HALF=half, BLOCK_H=heads, BLOCK_C=pairs, BLOCK_REST=rest,
         INTERLEAVED=interleaved, INVERSE=inverse,

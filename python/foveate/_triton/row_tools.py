@@ -13,8 +13,7 @@ MAX_BLOCK = 8192  # elements of a row that one program holds at a time
 def row_offset(row, shape, strides):
     """Where row `row` of a tensor with these leading dims begins: int64."""
     offset = tl.zeros([], tl.int64)
-    for step in tl.static_range(len(shape)):
-        axis: tl.constexpr = len(shape) - 1 - step
+    for axis in tl.static_range(len(shape) - 1, -1, -1):
         offset += (row % shape[axis]) * strides[axis]
         row = row // shape[axis]
     return offset

@@ -16,6 +16,7 @@ from .tiles import INTERPRETED
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
+
 class Options(NamedTuple):
     """The operands of the scores as the kernels see them; None for those that a call does not have."""
 
@@ -171,7 +172,9 @@ def kept(i, bh, first_key, opts, BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr):
     else:
         zero = quad[None, :] * 0 + i[:, None] * 0
         w0, w1, w2, w3 = tl.philox(seed, zero + quad[None, :], zero + i[:, None], zero + (bh * ones)[:, None], stream)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last two dimensions are the bits of the lane, high bit first
+    words = tl.join(
+        tl.join(w0, w2), tl.join(w1, w3)
+    )  # the last two dimensions are the bits of the lane, high bit first
     if KEYS_FIRST:
         words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), [BLOCK, i.shape[0]])
     else:

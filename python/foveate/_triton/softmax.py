@@ -92,7 +92,9 @@ def softmax_backward_rows(dout, out, dx, N, scale, BLOCK: tl.constexpr, LOG: tl.
         tl.store(dx + first + step, to(d, dx.dtype.element_ty), mask=first + step < N)
 
 
-def softmax(x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool, log: bool = False) -> Tensor:
+def softmax(
+    x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool, log: bool = False
+) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
@@ -120,5 +122,7 @@ def softmax_backward(dout: Tensor, out: Tensor, scale: float, log: bool, wide: b
     if out.numel() > 0:
         N = out.shape[-1]
         block, warps = block_of(N)
-        softmax_backward_rows[(out.numel() // N,)](dout, out, dx, N, float(scale), BLOCK=block, LOG=log, num_warps=warps)
+        softmax_backward_rows[(out.numel() // N,)](
+            dout, out, dx, N, float(scale), BLOCK=block, LOG=log, num_warps=warps
+        )
     return dx
