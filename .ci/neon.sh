@@ -14,3 +14,5 @@ printf '%s\n' csrc/cpu/kernels/*.cpp csrc/cpu/table.cpp csrc/cpu/target.cpp csrc
   xargs -P 2 -I{} sh -c 'aarch64-linux-gnu-g++ "$@" -c {} -o '$build'/$(basename {} .cpp)_$(basename $(dirname {})).o' sh "${flags[@]}"
 aarch64-linux-gnu-g++ -fopenmp -static $build/*.o -o $build/attention_check
 qemu-aarch64 $build/attention_check
+aarch64-linux-gnu-g++ "${flags[@]}" -static tests/native/linear_check.cpp $build/linear_kernels.o -o $build/linear_check
+qemu-aarch64 $build/linear_check

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import random
 from pathlib import Path
 
+import pytest
 import torch
 
 import foveate
 from foveate.generation import Engine
+from foveate.generation.decode_graph import DecodeGraph
+from foveate.models.gpt2 import GPT2, GPT2Config
 from foveate.models.llama import Llama, LlamaConfig
 from foveate.tokenizer import Tokenizer
 
@@ -19,6 +24,15 @@ TEXT = [
     '{"name": "value", "count": 12, "list": [1, 2, 3], "flag": true, "nothing": null}',
     "naïve café über 東京 😀 — déjà vu",
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For modules that import it: threads cost tiny models more than they give, and much more where tests run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @functools.cache
@@ -64,9 +78,61 @@ def cache(num_pages: int = 64, page_size: int = 4) -> foveate.PagedKVCache:
     return made
 
 
+@functools.cache
+def gpt2():
+    """Random weights, of the size of model()."""
+    torch.manual_seed(2)
+    sizes = {"vocab_size": 336, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, "n_inner": None}
+    made = GPT2(GPT2Config.from_hf({"model_type": "gpt2", "activation_function": "gelu_new", **sizes}))
+    for parameter in made.requires_grad_(False).parameters():
+        parameter.normal_(0, 0.3)
+    return made.eval()
+
+
+def cache_for(model, num_pages=64, dtype=torch.float32, device="cpu") -> foveate.PagedKVCache:
+    """Empty, of NaN where the dtype has it, in pages of 4 tokens."""
+    c = model.config
+    sizes = {"num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "num_layers": c.num_layers}
+    made = foveate.PagedKVCache(num_pages, 4, **sizes, dtype=dtype, device=device)
+    if dtype.is_floating_point:
+        made.k_pages.fill_(float("nan"))
+        made.v_pages.fill_(float("nan"))
+    return made
+
+
 def engine(num_pages: int = 64, page_size: int = 4, **options) -> Engine:
     options = {"tokenizer": tokenizer(), "eos_ids": {EOS}} | options
     return Engine(options.pop("model", None) or model(), cache(num_pages, page_size), **options)
+
+
+def padded_engine(model, num_pages=64, padded=True, dtype=torch.float32, **options) -> Engine:
+    """On a DecodeGraph, without graphs, with one page more for the padding rows; padded=False: the same without it."""
+    cache = cache_for(model, num_pages + padded, dtype)
+    decode = DecodeGraph(model, cache, graphs=False) if padded else None
+    return Engine(model, cache, eos_ids={EOS}, decode=decode, **options)
+
+
+def spread(of: Engine, prompts, params, seed=0) -> dict[str, list[list[int]]]:
+    """Requests that join at random steps, so that the batch grows and shrinks; {request: token ids of its samples}."""
+    rng, waiting, found = random.Random(seed), list(enumerate(prompts)), {}
+    while waiting or of.has_work:
+        while waiting and (rng.random() < 0.4 or not of.has_work):
+            i, prompt = waiting.pop(0)
+            of.add(str(i), prompt, params[i])
+        found |= {o.request_id: [sample.token_ids for sample in o.outputs] for o in of.step()}
+    # No page is lost, and the scratch page stays.
+    assert of.cache.free_pages + len(of.scheduler.prefix or ()) == of.num_pages
+    return found
+
+
+def native_model():
+    """The model on NativeDecoder, or a skip."""
+    native_decoder = pytest.importorskip("foveate.native_decoder")
+    made = copy.deepcopy(model())
+    reason = native_decoder.NativeDecoder.unsupported(made)
+    if reason is not None:
+        pytest.skip(reason)
+    return native_decoder.NativeDecoder(made)
 
 
 def prompts(count: int, low: int = 3, high: int = 30, seed: int = 0) -> list[list[int]]:
@@ -100,7 +166,7 @@ def check_pages(of: Engine) -> None:
     assert of.cache.free_pages + held == of.cache.num_pages
 
 
-def folder(path: Path, **generation_config) -> Path:
+def folder(path: Path, positions: int = 256, **generation_config) -> Path:
     """The toy model and tokenizer as a Hugging Face folder."""
     from safetensors.torch import save_file
 
@@ -111,7 +177,7 @@ def folder(path: Path, **generation_config) -> Path:
         "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "head_dim": config.head_dim,
         "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers, "rms_norm_eps": config.norm_eps,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "dtype": "float32",
-        "max_position_embeddings": config.max_positions, "eos_token_id": EOS, "tie_word_embeddings": False,
+        "max_position_embeddings": positions, "eos_token_id": EOS, "tie_word_embeddings": False,
     }))  # fmt: skip
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS, **generation_config}))
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": tokenizer().chat_template}))

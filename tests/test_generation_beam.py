@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from foveate.generation.beam import BeamSearch
+from generation_toys import one_thread  # noqa: F401
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,6 +9,7 @@ import pytest
 
 import generation_toys as toys
 from foveate.generation import SamplingParams
+from generation_toys import one_thread  # noqa: F401
 
 pytest.importorskip("llguidance")
 
@@ -55,6 +56,7 @@ def test_grammars_and_free_requests_share_a_batch():
     assert len({sample.text for sample in outputs[0]}) > 1
     for sample in outputs[3]:
         assert sample.finish_reason == "stop" and re.fullmatch(r"[a-f]{3}-\d{2,4}", sample.text)
+    assert toys.EOS not in outputs[4][0].token_ids, "a complete output needs no end token"
     assert outputs[4][0].text in ("yes", "no") and len(outputs[4][0].logprobs) == len(outputs[4][0].token_ids)
     assert outputs[1][0].token_ids == toys.greedy(prompts[1], 25)
     assert [[s.token_ids for s in o] for o in outputs] == [
@@ -77,6 +79,23 @@ def test_too_few_tokens_end_by_length():
         0
     ]
     assert sample.finish_reason == "length" and '{"name": "'.startswith(sample.text)
+
+
+def test_a_grammar_that_fails_on_the_way_ends_its_request_alone():
+    prompts = toys.prompts(2)
+    engine = toys.engine()
+    engine.add("a", prompts[0], SamplingParams(regex="[a-z]{20}", max_tokens=40, temperature=0.0))
+    engine.add("b", prompts[1], SamplingParams(max_tokens=10, temperature=0.0))
+    engine.step()
+    matcher = engine._requests["a"].samples[0].matcher
+    matcher._matcher.consume_token(toys.tokenizer().encode("7")[0])  # as if llguidance had reached a limit
+    outputs = toys.drain(engine)
+    ended = outputs["a"].outputs[0]
+    assert ended.finish_reason == "abort" and ended.stop_reason.startswith(
+        "the grammar cannot be followed any further: "
+    )
+    assert outputs["b"].outputs[0].token_ids == toys.greedy(prompts[1], 10)
+    toys.check_pages(engine)
 
 
 @pytest.mark.parametrize(

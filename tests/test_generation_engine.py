@@ -7,8 +7,10 @@ import random
 import pytest
 import torch
 
+import foveate
 import generation_toys as toys
-from foveate.generation import SamplingParams
+from foveate.generation import Engine, SamplingParams
+from generation_toys import one_thread  # noqa: F401
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 
@@ -223,6 +225,11 @@ def test_requests_that_cannot_run_are_refused_in_a_sentence(tokens, params, sent
     assert not engine.has_work
 
 
+def test_a_context_made_short_says_what_the_model_takes():
+    with pytest.raises(ValueError, match="19 tokens or fewer, or allow more with max_model_len .* the model takes 256"):
+        toys.engine(max_length=20).add("a", [5] * 20, GREEDY)
+
+
 def test_an_id_must_be_new():
     engine = toys.engine()
     engine.add("a", [5, 6], GREEDY)
@@ -232,3 +239,127 @@ def test_an_id_must_be_new():
 
 def test_step_without_work_does_nothing():
     assert toys.engine().step() == []
+
+
+def test_gpt2_with_positions_from_the_cache():
+    from foveate.models.gpt2 import GPT2, GPT2Config
+
+    torch.manual_seed(2)
+    sizes = {"vocab_size": 336, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "n_inner": None}
+    model = (
+        GPT2(GPT2Config.from_hf({"model_type": "gpt2", "activation_function": "gelu_new", **sizes}))
+        .eval()
+        .requires_grad_(False)
+    )
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.3)
+    cache = foveate.PagedKVCache(60, 4, num_kv_heads=2, head_dim=16, num_layers=2, dtype=torch.float32)
+    engine = Engine(model, cache, eos_ids={toys.EOS}, max_prefill_tokens=8)
+    prompts = [*toys.prompts(4, 5, 30), [9, 9, 9] * 20]
+    outputs = run(engine, prompts, GREEDY.with_(prompt_lookup=3))
+    expected = [toys.greedy(prompt, min(20, 64 - len(prompt)), model) for prompt in prompts]
+    assert ids(outputs) == [[tokens] for tokens in expected]
+    assert outputs[0].outputs[0].text == ""
+    # One draft is long, and another sample is too near to the end of the context for a step of that length.
+    repeat = GREEDY.with_(prompt_lookup=8, logit_bias={9: 90.0}, max_tokens=30)
+    cache = foveate.PagedKVCache(60, 4, num_kv_heads=2, head_dim=16, num_layers=2, dtype=torch.float32)
+    engine = Engine(model, cache, max_prefill_tokens=128)
+    assert ids(run(engine, [[9] * 58, [9] * 30], repeat)) == [[[9] * 6], [[9] * 30]]
+    assert engine.stats.accepted_tokens > 0
+
+
+def bits(outputs):
+    """Tokens with their exact log-probabilities."""
+    return [
+        [[(token, found[token].logprob) for token, found in zip(o.token_ids, o.logprobs)] for o in output.outputs]
+        for output in outputs
+    ]
+
+
+def test_the_native_decoder_gives_the_same_bits_in_any_batch():
+    """With chunks of few tokens: attention takes larger tiles of keys for many queries, and so another order of sums."""
+    prompts = toys.prompts(8, 3, 11, seed=6)
+    few = {"model": toys.native_model(), "max_prefill_tokens": 5}
+    params = [
+        SamplingParams(
+            temperature=0.0 if i % 2 else 0.9, seed=i, max_tokens=18, logprobs=0, prompt_lookup=i % 3, ignore_eos=True
+        )
+        for i in range(8)
+    ]
+    alone = [bits(run(toys.engine(**few), [prompt], p))[0] for prompt, p in zip(prompts, params)]
+    for options in ({}, {"max_batch": 3}, {"num_pages": 24}, {"max_prefill_tokens": 3, "enable_prefix_caching": False}):
+        engine = toys.engine(**(few | options))
+        assert bits(run(engine, prompts, params)) == alone, options
+        assert engine.stats.accepted_tokens > 0
+        assert engine.stats.preemptions > 0 or "num_pages" not in options
+    without = [
+        bits(run(toys.engine(**few), [prompt], p.with_(prompt_lookup=0)))[0] for prompt, p in zip(prompts, params)
+    ]
+    assert without == alone
+
+
+def test_the_native_decoder_generates_what_the_modules_do():
+    prompts = toys.prompts(6, 3, 60, seed=2)
+    outputs = run(toys.engine(model=toys.native_model(), num_pages=200), prompts, GREEDY)
+    assert ids(outputs) == [[toys.greedy(prompt, 20)] for prompt in prompts]
+
+
+def test_foreign_sequences_that_fill_the_cache_are_named():
+    engine = toys.engine(num_pages=8)
+    engine.cache.append([engine.cache.create()], 30)
+    engine.add("a", [5] * 6, GREEDY.with_(max_tokens=4))
+    with pytest.raises(foveate.CacheFull, match="nothing can run: .* 8 pages, 0 are free"):
+        engine.step()
+
+
+@pytest.mark.parametrize("round", range(4))
+def test_anything_at_any_time_in_a_small_cache(round):
+    """Random requests with random parameters join, some are aborted; each gives what it gives alone, and no page is lost."""
+    rng = random.Random(round)
+    engine = toys.engine(
+        num_pages=22,
+        max_batch=rng.choice([3, 8]),
+        max_prefill_tokens=rng.choice([6, 24, 64]),
+        enable_prefix_caching=round % 2 == 0,
+    )
+    shared = toys.prompts(1, 16, 16, seed=round)[0]
+    prompts = [shared[: rng.choice([0, 8, 16])] + tail for tail in toys.prompts(16, 2, 30, seed=10 + round)]
+    params = [
+        SamplingParams(
+            n=rng.choice([1, 1, 3]), seed=i, max_tokens=rng.randint(1, 30), temperature=rng.choice([0.0, 0.8]),
+            top_k=rng.choice([0, 5]), prompt_lookup=rng.choice([0, 4]), logit_bias={6: 60.0} if i % 4 == 0 else None,
+        )
+        for i in range(16)
+    ]  # fmt: skip
+    outputs, aborted, waiting = {}, set(), list(range(16))
+    while waiting or engine.has_work:
+        if waiting and rng.random() < 0.5:
+            i = waiting.pop(0)
+            engine.add(str(i), prompts[i], params[i])
+        if rng.random() < 0.03 and engine.has_work:
+            i = rng.choice([i for i in range(16) if i not in waiting and str(i) not in outputs])
+            outputs[str(i)] = engine.abort(str(i))
+            aborted.add(i)
+        outputs |= {output.request_id: output for output in engine.step()}
+        assert len(engine.scheduler.running) <= engine.scheduler.max_batch
+    toys.check_pages(engine)
+    assert engine.stats.preemptions > 0 and engine.stats.accepted_tokens > 0
+    for i in set(range(16)) - aborted:
+        assert ids([outputs[str(i)]]) == ids(run(toys.engine(), [prompts[i]], params[i].with_(prompt_lookup=0))), i
+
+
+def test_a_chunk_that_preempts_the_next_one():
+    engine = toys.engine(num_pages=24, enable_prefix_caching=False, max_prefill_tokens=12)
+    prompts = [toys.prompts(1, length, length, seed=length)[0] for length in (15, 14, 20)]
+    for i, prompt in enumerate(prompts):
+        engine.add(str(i), prompt, GREEDY.with_(max_tokens=10))
+    engine.step()
+    engine.step()
+    assert [sample.cached for sample in engine.scheduler.running] == [15, 9, 0]
+    foreign = engine.cache.create()
+    engine.cache.append([foreign], 4 * engine.cache.free_pages)
+    engine.step()  # the first decodes in its page; the second needs one, so the third and then itself have to wait
+    assert [sample.cached for sample in engine.scheduler.running] == [16] and engine.stats.preemptions == 2
+    engine.cache.free(foreign)
+    outputs = toys.drain(engine)
+    assert ids([outputs[i] for i in "012"]) == [[toys.greedy(prompt, 10)] for prompt in prompts]

@@ -10,7 +10,7 @@ import torch
 from foveate import _reference
 from foveate.generation.params import SamplingParams
 from foveate.generation.random_numbers import philox4x32, uniform
-from foveate.generation.sampler import Row, _sample_block, sample
+from foveate.generation.sampler import Row, _invert, _sample_block, sample
 
 VOCAB = 300
 
@@ -115,6 +115,14 @@ def test_a_row_draws_the_same_token_in_any_batch():
     assert together == [sample(logits[i : i + 1], [r]).tokens[0] for i, r in enumerate(rows)]
     assert together == _sample_block(logits, rows).tokens, "all rows at once, as on a GPU"
     assert together[::-1] == sample(logits.flip(0), rows[::-1]).tokens
+
+
+def test_tokens_without_weight_are_not_drawn_by_the_smallest_number(monkeypatch):
+    r = row()
+    monkeypatch.setattr(r, "random", lambda: 0.0)
+    assert _invert(torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0]]), [r]).tolist() == [[2]]
+    monkeypatch.setattr(r, "random", lambda: 1 - 2.0**-53)
+    assert _invert(torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0]]), [r]).tolist() == [[3]]
 
 
 def test_weights_do_not_depend_on_the_place_in_the_batch():

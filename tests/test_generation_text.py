@@ -13,6 +13,7 @@ from foveate.generation.detokenizer import Detokenizer
 from foveate.generation.prefix_cache import PrefixCache
 from foveate.generation.prompt_lookup import PromptLookup
 from foveate.generation.stops import StopStrings
+from generation_toys import one_thread  # noqa: F401
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30)
 
@@ -258,3 +259,36 @@ def test_the_least_recently_used_page_goes_first():
     assert prefix.evict(1) == 1 and len(prefix.match([1, 2], 2)) == 1, "the end of the branch, not used since"
     prefix.match([1], 1)
     assert prefix.evict(1) == 1 and prefix.match([3], 1) == [] and len(prefix.match([1], 1)) == 1
+
+
+def test_a_beginning_that_is_used_again_and_again_stays():
+    """Pages of a shared beginning outlive the ends of those that used it, however old the pages are."""
+    cache = toys.cache(12, 1)
+    prefix = PrefixCache(cache)
+
+    def finish(tokens):
+        nodes = prefix.match(tokens, len(tokens))
+        seq = cache.create_from_pages([node.page for node in nodes])
+        while cache.free_pages < len(tokens) - len(nodes):
+            assert prefix.evict(2) > 0
+        cache.append([seq], len(tokens) - len(nodes))
+        node = nodes[-1] if nodes else None
+        for i in range(len(nodes), len(tokens)):
+            node = prefix.insert(node, tokens[i : i + 1], cache.pages(seq)[i])
+        cache.free(seq)
+        return len(nodes)
+
+    found = [finish([1, 2, 3, 4, 10 + i, 50 + i, 90 + i]) for i in range(12)]
+    assert found == [0] + [4] * 11
+    assert finish([7] * 12) == 0 and len(prefix) == 12 and finish([1, 2, 3, 4]) == 0
+
+
+def test_drafts_end_with_the_context():
+    for length in (250, 253, 254, 255):
+        output, engine = one(
+            [6] * length,
+            SamplingParams(temperature=0.0, max_tokens=20, logit_bias={6: 60.0}, prompt_lookup=8),
+            num_pages=80,
+        )
+        assert output.token_ids == [6] * (256 - length) and output.finish_reason == "length"
+        assert engine.stats.accepted_tokens > 0 or length >= 254

@@ -430,3 +430,23 @@ def test_reference_definition_is_the_backend(seed):
         sinks=o["sinks"],
     )
     assert torch.equal(inputs.run("reference")[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group", [1, 3, 4, 7])
+def test_batch_invariant_rows_do_not_depend_on_how_many_queries_a_step_has(dtype: torch.dtype, group: int) -> None:
+    """What checking drafts needs: 13 queries at once and one after the other give the same bits."""
+    torch.manual_seed(0)
+    before, new, Hkv, D = 300, 13, 3, 64
+    k_cache, v_cache = torch.randn(2, 1, 512, Hkv, D).to(dtype)
+    q = torch.randn(1, new, Hkv * group, D).to(dtype)
+
+    def attend(q: torch.Tensor, end: int) -> torch.Tensor:
+        lens = torch.tensor([end], dtype=torch.int32)
+        return foveate.attention_with_kv_cache(
+            q, k_cache, v_cache, kv_lens=lens, batch_invariant=True, backend="native"
+        )
+
+    together = attend(q, before + new)
+    for i in range(new):
+        assert torch.equal(together[:, i : i + 1], attend(q[:, i : i + 1], before + i + 1))

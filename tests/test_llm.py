@@ -13,6 +13,7 @@ import generation_toys as toys
 from foveate import SamplingParams
 from foveate.generation import memory
 from foveate.models import open_checkpoint
+from generation_toys import one_thread  # noqa: F401
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -152,6 +153,9 @@ def test_errors_leave_nothing_behind(llm):
         llm.generate([[5] * 300], GREEDY)
     with pytest.raises(ValueError, match="2 prompts have 1 params"):
         llm.generate(["a", "b"], [GREEDY])
+    with pytest.raises(TypeError, match=r"a prompt must be a str or a list of token ids \(int\), got Tensor"):
+        llm.generate([torch.tensor([5, 6])], GREEDY)
+    assert llm.generate([], GREEDY) == []
     with pytest.raises(ValueError, match="only one sample can be streamed"):
         llm.stream("a", SamplingParams(n=2))
     assert not llm.engine.has_work
@@ -205,6 +209,14 @@ def test_missing_and_wrong_paths_are_sentences(tmp_path):
     ):
         foveate.LLM("nowhere")
     with pytest.raises(ValueError, match=r"has no config\.json and no \.gguf file"):
+        foveate.LLM(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(
+        ValueError, match=r"is a bert model, which does not continue text; it is one for foveate\.QuestionAnswerer"
+    ):
+        foveate.LLM(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ValueError, match="'mamba'"):
         foveate.LLM(tmp_path)
 
 

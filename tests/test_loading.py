@@ -17,7 +17,7 @@ with warnings.catch_warnings():
     import transformers
 
 import foveate
-from foveate.models import load_model, open_checkpoint
+from foveate.models import load_model, loading, open_checkpoint
 from foveate.nn import PackedLinear
 from model_cases import assert_logits_close, one_thread, randomize  # noqa: F401
 
@@ -276,3 +276,9 @@ def test_the_package_stays_light() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
     assert foveate.__version__
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"the device cuda cannot be used here: .*; choose device='cpu'"):
+        loading.checked_device("cuda")

@@ -171,6 +171,21 @@ def test_a_sequence_has_the_same_bits_in_any_batch_and_on_any_threads(name, form
         torch.set_num_threads(saved)
 
 
+@torch.no_grad()
+def test_long_contexts_are_divided_by_keys():
+    """More than 2048 keys: the decode kernel splits them, and merges the parts."""
+    model = Llama(LlamaConfig(**{**SIZES, "max_positions": 2304})).eval()
+    length, hidden = 2100, []
+    for runs in (model, NativeDecoder(copy.deepcopy(model))):
+        cache = foveate.PagedKVCache(160, 16, num_kv_heads=2, head_dim=16, num_layers=3, dtype=torch.float32)
+        seq = cache.create()
+        for text in (tokens_of(length, 0), tokens_of(3, 1), tokens_of(1, 2)):
+            cache.append([seq], len(text))
+            hidden.append(runs.hidden(text[None], foveate.CacheView(cache, [seq], len(text)))[0, -3:])
+    for theirs, mine in zip(hidden[:3], hidden[3:]):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_packs_in_place():
     for name in ("llama", "qwen2", "gpt2", "gpt2_untied"):
         model = make(name)

@@ -2,6 +2,7 @@
 // (FOVEATE_ISA, from CMake); table.cpp collects the functions.
 #pragma once
 
+#include "cpu/team.h"
 #include "ops/attention.h"
 #include "ops/kv_cache.h"
 #include "ops/linear.h"
@@ -20,6 +21,8 @@ struct Kernels {
   void (*decode)(const KvCacheParams&, int threads);
   void (*rotate_queries)(const KvCacheParams&, void* out, int threads);
   void (*linear)(const LinearParams&, int threads);
+  // The part of one thread of a team, with its barrier inside; the caller waits after it. scratch: linear_scratch_bytes, shared.
+  void (*linear_share)(const LinearParams&, const Team&, char* scratch);
   void (*packed_rows)(const PackedRowsParams&, int threads);
   void (*norm_rows)(const NormRowsParams&, int threads);
   void (*rms_norm_forward)(const RmsNormParams&, int threads);

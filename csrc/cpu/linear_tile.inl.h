@@ -16,6 +16,8 @@ constexpr int kLinearRows = 4;
 #else
 constexpr int kLinearRows = 2;
 #endif
+// Float formats keep one accumulator where blocks keep two (integers and floats).
+constexpr int kFloatRows = 2 * kLinearRows;
 constexpr int kLinearVecs = 2;  // vectors of features at a time; a panel is one or more such steps
 constexpr int kLinearStep = kLinearVecs * kLanes<float>;
 static_assert(kWeightPanel % kLinearStep == 0);
@@ -171,16 +173,17 @@ FOVEATE_INLINE void float_tile(const uint8_t* panel, const PreparedRows& a, int6
   }
 }
 
-// c [rows, 32] = prepared rows [row, row + rows) times panel `panel` of w, rows <= kLinearRows. Without the bias.
+// c [rows, 32] = prepared rows [row, row + rows) times panel `panel` of w, rows <= kLinearRows for blocks. Without the bias.
 template <int kRows>
 inline void panel_product(const PackedWeight& w, int64_t panel, const PreparedRows& a, int64_t row, float* c) {
   const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * panel_bytes(w.format, w.in);
-  switch (w.format) {
-    case WeightFormat::kF32: return float_tile<WeightFormat::kF32, kRows>(data, a, row, w.in, c);
-    case WeightFormat::kBf16: return float_tile<WeightFormat::kBf16, kRows>(data, a, row, w.in, c);
-    case WeightFormat::kQ8_0: return block_tile<WeightFormat::kQ8_0, kRows>(data, a, row, c);
-    case WeightFormat::kQ4_0: return block_tile<WeightFormat::kQ4_0, kRows>(data, a, row, c);
-    case WeightFormat::kQ4_1: return block_tile<WeightFormat::kQ4_1, kRows>(data, a, row, c);
+  using enum WeightFormat;
+  if (w.format == kF32) return float_tile<kF32, kRows>(data, a, row, w.in, c);
+  if (w.format == kBf16) return float_tile<kBf16, kRows>(data, a, row, w.in, c);
+  if constexpr (kRows <= kLinearRows) {
+    if (w.format == kQ8_0) return block_tile<kQ8_0, kRows>(data, a, row, c);
+    if (w.format == kQ4_0) return block_tile<kQ4_0, kRows>(data, a, row, c);
+    if (w.format == kQ4_1) return block_tile<kQ4_1, kRows>(data, a, row, c);
   }
 }
 
@@ -216,7 +219,9 @@ FOVEATE_INLINE void prepare_blocks(const float* x, int64_t blocks, char* out) {
     VecI sum{};
 #pragma GCC unroll 8
     for (int v = 0; v < vecs; ++v) {
-      const VecI rounded = round_to_int(load<float>(x + v * n) * inverse);
+      // What is not finite becomes 0: dx says it.
+      const VecF scaled = load<float>(x + v * n) * inverse;
+      const VecI rounded = round_to_int(vabs<float>(scaled) <= 128.0f ? scaled : VecF{});
       sum += rounded;
       store_raw(q + v * n, __builtin_convertvector(rounded, vec<int8_t, n>));
     }

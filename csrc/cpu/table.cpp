@@ -8,6 +8,7 @@ void kv_append(const KvCacheParams&, int threads);
 void decode(const KvCacheParams&, int threads);
 void rotate_queries(const KvCacheParams&, void* out, int threads);
 void linear(const LinearParams&, int threads);
+void linear_share(const LinearParams&, const Team&, char* scratch);
 void packed_rows(const PackedRowsParams&, int threads);
 void norm_rows(const NormRowsParams&, int threads);
 void rms_norm_forward(const RmsNormParams&, int threads);
@@ -29,6 +30,7 @@ const Kernels table{
     .decode = decode,
     .rotate_queries = rotate_queries,
     .linear = linear,
+    .linear_share = linear_share,
     .packed_rows = packed_rows,
     .norm_rows = norm_rows,
     .rms_norm_forward = rms_norm_forward,

@@ -1,5 +1,7 @@
 #include "ops/decoder.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -17,10 +19,13 @@ struct Decoder::Buffers {
   float* x = nullptr;     // [tokens, hidden]
   char *qkv = nullptr, *attended = nullptr, *turned = nullptr;  // [tokens, (Hq + 2 Hkv) D], [tokens, Hq D] twice
   float *inner = nullptr, *temp = nullptr;                      // [tokens, inner], [tokens, hidden]
+  char* scratch = nullptr;                                      // of a team, linear_scratch_bytes
   float *partial_out = nullptr, *partial_lse = nullptr;         // as in KvCacheParams
 };
 
 namespace {
+
+constexpr int64_t kTogether = 8;  // tokens that one parallel region carries through all layers
 
 void check_layer_weight(const PackedWeight& w, const char* what, int64_t in, int64_t out) {
   check(w.data && w.in == in && w.out == out, what, " is [", w.out, ", ", w.in, "], expected [", out, ", ", in, "]");
@@ -55,6 +60,31 @@ void check_pages(const TensorView& pages, const char* what, const TensorView& sc
   for (int dim = 0; dim < 4; ++dim) check_size(scale, scale_what, dim, pages.shape[dim]);
 }
 
+// KV heads [head, head + heads) of sequence b, with their query heads, as a call of its own.
+KvCacheParams heads_of(KvCacheParams p, int64_t b, int64_t head, int64_t heads) {
+  const int64_t group = p.heads_q / p.heads_kv;
+  const auto move = [&](Rows& rows, int64_t batch, int64_t first, DType dtype) {
+    rows.data = static_cast<char*>(rows.data) + (batch * rows.batch + first * rows.head) * size_of(dtype);
+  };
+  move(p.q, b, head * group, p.dtype), move(p.out, b, head * group, p.dtype);
+  move(p.new_k, b, head, p.dtype), move(p.new_v, b, head, p.dtype);
+  for (CacheOperand* c : {&p.k, &p.v}) {
+    move(c->rows, 0, head, p.kv_dtype);
+    if (c->scale) c->scale += head * c->scale_head;
+  }
+  p.block_table += b * p.block_table_stride, p.kv_lens += b;
+  p.batch = 1, p.heads_q = heads * group, p.heads_kv = heads, p.heads_per_task = std::min(p.heads_per_task, heads);
+  return p;
+}
+
+void norm_all(NormRowsParams p, int threads, const cpu::Team* team) {
+  if (!team) return cpu::kernels().norm_rows(p, threads);
+  const int64_t begin = team->begin(p.rows), end = team->end(p.rows);
+  p.x += begin * p.cols, p.out += begin * p.cols, p.rows = end - begin;
+  cpu::kernels().norm_rows(p, 1);
+  team->wait();
+}
+
 }  // namespace
 
 Decoder::Decoder(const DecoderSizes& sizes, const Norm& final_norm, TensorView rotary_cos, TensorView rotary_sin)
@@ -86,7 +116,7 @@ void Decoder::add_layer(const DecoderLayer& l) {
   layers_.push_back(l);
 }
 
-void Decoder::attend(const DecoderLayer& l, KvCacheParams p, const Buffers& m, bool blocked, int threads) const {
+void Decoder::attend(const DecoderLayer& l, KvCacheParams p, const Buffers& m, bool blocked, int threads, const cpu::Team* team) const {
   const int64_t D = sizes_.head_dim, q = p.heads_q * D, kv = p.heads_kv * D, size = size_of(m.dtype);
   // Separate weights fill separate buffers, a joint weight rows of q, k and v.
   const auto part = [&](int64_t column, int64_t width) -> Rows {
@@ -96,27 +126,49 @@ void Decoder::attend(const DecoderLayer& l, KvCacheParams p, const Buffers& m, b
   p.q = part(0, q), p.new_k = part(q, kv), p.new_v = part(q + kv, kv);
   p.out = {m.attended, p.seq_q * q, q, D};
   p.scale = l.scale, p.window_left = l.window_left;
-  const auto norm_heads = [&](const Rows& rows, const float* weight, int64_t heads) {
+  // RMS norm of `heads` neighbouring heads of `tokens` tokens, in place.
+  const auto norm_heads = [&](const Rows& rows, const float* weight, int64_t tokens, int64_t heads) {
     if (!weight) return;
-    cpu::kernels().rms_norm_forward({.x = rows.data,
-                                     .weight = weight,
-                                     .out = rows.data,
-                                     .rstd = nullptr,
-                                     .rows = m.tokens * heads,
-                                     .cols = D,
-                                     .x_stride = D,
-                                     .eps = l.head_norm_eps,
-                                     .dtype = m.dtype,
-                                     .weight_dtype = DType::kFloat32},
-                                    threads);
+    for (int64_t t = 0; t < (team ? tokens : 1); ++t) {
+      char* x = static_cast<char*>(rows.data) + t * rows.seq * size;
+      cpu::kernels().rms_norm_forward({.x = x,
+                                       .weight = weight,
+                                       .out = x,
+                                       .rstd = nullptr,
+                                       .rows = team ? heads : tokens * heads,
+                                       .cols = D,
+                                       .x_stride = D,
+                                       .eps = l.head_norm_eps,
+                                       .dtype = m.dtype,
+                                       .weight_dtype = DType::kFloat32},
+                                      threads);
+    }
   };
-  norm_heads(p.q, l.q_norm, p.heads_q), norm_heads(p.new_k, l.k_norm, p.heads_kv);
-  append_and_attend(p, blocked, m.turned, threads);
+  if (!team) {
+    norm_heads(p.q, l.q_norm, m.tokens, p.heads_q), norm_heads(p.new_k, l.k_norm, m.tokens, p.heads_kv);
+    return append_and_attend(p, blocked, m.turned, threads);
+  }
+  // A thread's share: KV heads of sequences, in order. It appends them itself, so nobody waits between the two.
+  const int64_t items = p.batch * p.heads_kv;
+  for (int64_t item = team->begin(items), end = team->end(items); item < end;) {
+    const int64_t b = item / p.heads_kv, head = item % p.heads_kv, heads = std::min(p.heads_kv - head, end - item);
+    const KvCacheParams own = heads_of(p, b, head, heads);
+    norm_heads(own.q, l.q_norm, p.seq_q, own.heads_q), norm_heads(own.new_k, l.k_norm, p.seq_q, heads);
+    append_and_attend(own, false, nullptr, 1);
+    item += heads;
+  }
+  team->wait();
 }
 
-void Decoder::run_layer(const DecoderLayer& l, const KvCacheParams& cache, const Buffers& m, bool blocked, int threads) const {
+void Decoder::run_layer(const DecoderLayer& l, const KvCacheParams& cache, const Buffers& m, bool blocked, int threads,
+                        const cpu::Team* team) const {
   const auto& kernels = cpu::kernels();
   const int64_t hidden = sizes_.hidden, q = sizes_.heads_q * sizes_.head_dim, kv = sizes_.heads_kv * sizes_.head_dim;
+  const auto linear = [&](const LinearParams& p) {
+    if (!team) return kernels.linear(p, threads);
+    kernels.linear_share(p, *team, m.scratch);
+    team->wait();
+  };
 
   LinearParams in{.x = m.x, .rows = m.tokens, .x_stride = hidden, .norm = l.attention_norm, .out_dtype = m.dtype};
   in.count = l.k.data ? 3 : 1;
@@ -124,17 +176,17 @@ void Decoder::run_layer(const DecoderLayer& l, const KvCacheParams& cache, const
   const int64_t size = size_of(m.dtype);
   in.out[0] = m.qkv, in.out[1] = m.qkv + m.tokens * q * size, in.out[2] = m.qkv + m.tokens * (q + kv) * size;
   in.out_stride[0] = l.q.out, in.out_stride[1] = in.out_stride[2] = kv;
-  kernels.linear(in, threads);
+  linear(in);
 
-  attend(l, cache, m, blocked, threads);
+  attend(l, cache, m, blocked, threads, team);
 
   // x += y W, or x += norm(y W)
   const auto back = [&](const void* y, DType dtype, const PackedWeight& w, const Norm& norm) {
     const bool normed = norm.kind != NormKind::kNone;
     LinearParams p{.x = y, .rows = m.tokens, .x_stride = w.in, .accumulate = !normed, .dtype = dtype};
     p.weight[0] = w, p.out[0] = normed ? m.temp : m.x, p.out_stride[0] = hidden;
-    kernels.linear(p, threads);
-    if (normed) kernels.norm_rows({.x = m.temp, .out = m.x, .rows = m.tokens, .cols = hidden, .norm = norm, .accumulate = true}, threads);
+    linear(p);
+    if (normed) norm_all({.x = m.temp, .out = m.x, .rows = m.tokens, .cols = hidden, .norm = norm, .accumulate = true}, threads, team);
   };
   back(m.attended, m.dtype, l.o, l.attention_out_norm);
 
@@ -142,7 +194,7 @@ void Decoder::run_layer(const DecoderLayer& l, const KvCacheParams& cache, const
   up.gated = l.gate.data != nullptr, up.count = up.gated ? 2 : 1;
   up.weight[0] = up.gated ? l.gate : l.up, up.weight[1] = l.up;
   up.out[0] = m.inner, up.out_stride[0] = sizes_.inner;
-  kernels.linear(up, threads);
+  linear(up);
   back(m.inner, DType::kFloat32, l.down, l.mlp_out_norm);
 }
 
@@ -190,25 +242,40 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
   if (m.tokens == 0) return;
   const int64_t q = sizes_.heads_q * sizes_.head_dim, kv = sizes_.heads_kv * sizes_.head_dim, size = size_of(m.dtype);
   const bool split = p.num_splits > 1, temp = !layers_.empty() && layers_[0].attention_out_norm.kind != NormKind::kNone;
+  // Where attention has little to divide; long contexts are divided by keys, many tokens have work enough for a region a phase.
+  const bool together = m.tokens <= kTogether && !split && !plan.blocked;
   int64_t bytes = 0;
   const auto add = [&](int64_t n) { return std::exchange(bytes, bytes + round_up<int64_t>(n, 64)); };
   const int64_t qkv = add(m.tokens * (q + 2 * kv) * size), attended = add(m.tokens * q * size);
   const int64_t turned = add(plan.blocked ? m.tokens * q * size : 0), inner = add(m.tokens * sizes_.inner * 4);
   const int64_t temp_at = add(temp ? m.tokens * sizes_.hidden * 4 : 0);
   const int64_t partial_out = add(split ? p.num_splits * m.tokens * q * 4 : 0);
+  const int64_t widest = std::max({sizes_.hidden, sizes_.inner, q});
+  const int64_t scratch = add(together ? linear_scratch_bytes(m.tokens, widest, threads) : 0);
   const int64_t partial_lse = add(split ? p.num_splits * m.tokens * p.heads_q * 4 : 0);
   const auto free = [](char* memory) { ::operator delete(memory, std::align_val_t{64}); };
   const std::unique_ptr<char, decltype(free)> memory(static_cast<char*>(::operator new(bytes, std::align_val_t{64})), free);
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(memory.get() + at); };
   m.qkv = memory.get() + qkv, m.attended = memory.get() + attended, m.turned = memory.get() + turned;
+  m.scratch = memory.get() + scratch;
   m.inner = floats(inner), m.temp = floats(temp_at);
   p.partial_out = floats(partial_out), p.partial_lse = floats(partial_lse);
 
-  for (int64_t i = 0; i < layers; ++i) {
-    p.k = pages_of(k_pages, k_scale, i), p.v = pages_of(v_pages, v_scale, i);
-    run_layer(layers_[i], p, m, plan.blocked, threads);
+  const auto run = [&](const cpu::Team* team) {
+    KvCacheParams cache = p;
+    for (int64_t i = 0; i < layers; ++i) {
+      cache.k = pages_of(k_pages, k_scale, i), cache.v = pages_of(v_pages, v_scale, i);
+      run_layer(layers_[i], cache, m, plan.blocked, team ? 1 : threads, team);
+    }
+    norm_all({.x = m.x, .out = m.x, .rows = m.tokens, .cols = sizes_.hidden, .norm = final_norm_}, threads, team);
+  };
+  if (!together) return run(nullptr);
+  cpu::Barrier barrier;
+#pragma omp parallel num_threads(threads)
+  {
+    const cpu::Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+    run(&team);
   }
-  cpu::kernels().norm_rows({.x = m.x, .out = m.x, .rows = m.tokens, .cols = sizes_.hidden, .norm = final_norm_}, threads);
 }
 
 }  // namespace foveate

@@ -4,11 +4,13 @@
 //   q, k, v = norm(x) Wq, Wk, Wv      [q, k normed by head]      a = attention(q, k, v)      x += a Wo        [or += norm(a Wo)]
 //   h = act(norm(x) Wgate) * norm(x) Wup     [or act(norm(x) Wup)]      x += h Wdown        [or += norm(h Wdown)]
 //
-// x, the residual stream, is fp32. Weights and norms are borrowed: whoever builds a Decoder keeps their tensors alive.
+// Steps of a few tokens run in one parallel region, whose threads meet at barriers between the phases; longer ones let each kernel divide
+// its own work. x, the residual stream, is fp32. Weights and norms are borrowed: whoever builds a Decoder keeps their tensors alive.
 #pragma once
 
 #include <vector>
 
+#include "cpu/team.h"
 #include "ops/kv_cache.h"
 #include "ops/linear.h"
 
@@ -51,8 +53,10 @@ class Decoder {
 
  private:
   struct Buffers;
-  void attend(const DecoderLayer& layer, KvCacheParams p, const Buffers& buffers, bool blocked, int threads) const;
-  void run_layer(const DecoderLayer& layer, const KvCacheParams& cache, const Buffers& buffers, bool blocked, int threads) const;
+  // team null: each kernel divides its own work among `threads`. Else this thread does its share of every phase.
+  void attend(const DecoderLayer& layer, KvCacheParams p, const Buffers& buffers, bool blocked, int threads, const cpu::Team* team) const;
+  void run_layer(const DecoderLayer& layer, const KvCacheParams& cache, const Buffers& buffers, bool blocked, int threads,
+                 const cpu::Team* team) const;
 
   DecoderSizes sizes_;
   Norm final_norm_;

@@ -42,6 +42,13 @@ struct PackedWeight {
   return 0;
 }
 
+// At least what a row takes once it is prepared for a product, whatever the format and the instruction set.
+[[gnu::always_inline]] constexpr int64_t linear_row_bytes(int64_t in) { return round_up<int64_t>(in * 4 + in / kWeightBlock * 12 + 8, 64); }
+// The scratch of the kernel linear_share: prepared rows, and floats of one row for each thread.
+[[gnu::always_inline]] constexpr int64_t linear_scratch_bytes(int64_t rows, int64_t in, int threads) {
+  return rows * linear_row_bytes(in) + threads * round_up<int64_t>(in * 4, 64);
+}
+
 enum class NormKind : uint8_t { kNone, kRms, kLayer };
 struct Norm {
   NormKind kind = NormKind::kNone;

@@ -96,6 +96,16 @@ register("attention_with_kv_cache", "triton", _triton.serves)
 register("attention_with_kv_cache", "reference", lambda query: None)
 
 
+def not_capturable(device: str, dtype: torch.dtype) -> str | None:
+    """None, or the sentence why a CUDA graph cannot hold a call of this kind."""
+    if choose("attention_with_kv_cache", Query(device, dtype), None) != "reference":
+        return None
+    return (
+        "the reference backend of attention_with_kv_cache, the only one here that serves this call, reads kv_lens on the host, "
+        "which a graph cannot hold"
+    )
+
+
 def _rows(x: Tensor | None) -> Tensor | None:
     """x with a contiguous last dimension, copied if need be."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

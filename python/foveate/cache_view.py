@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.kv_cache import attention_with_kv_cache
 from foveate.paged_kv_cache import PagedKVCache
 
 
@@ -29,3 +30,23 @@ class CacheView:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         """`attention_with_kv_cache` of q [B, new, Hq, D], after k, v [B, new, Hkv, D or Dv] were written."""
         return self.cache.attend(layer, q, k, v, seqs=self.seqs, **options)
+
+
+class StaticCacheView(CacheView):
+    """One new token of each of B rows of a cache, told by tensors alone, so that a CUDA graph can hold the step.
+
+    lens: int32 [B], the tokens before this one; block_table: int32 [B, pages], as `attention_with_kv_cache` takes them. Nothing here
+    reads them on the host, or checks that the page of the new token may be written: their owner does.
+    """
+
+    def __init__(self, cache: PagedKVCache, lens: Tensor, block_table: Tensor) -> None:
+        self.cache, self.new = cache, 1
+        self.lens, self.block_table = lens, block_table
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        cache = self.cache
+        return attention_with_kv_cache(
+            q, cache.k_pages[layer], cache.v_pages[layer], k=k, v=v, kv_lens=self.lens, block_table=self.block_table,
+            k_scale=None if cache.k_scale is None else cache.k_scale[layer],
+            v_scale=None if cache.v_scale is None else cache.v_scale[layer], **options,
+        )  # fmt: skip

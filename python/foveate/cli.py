@@ -15,7 +15,7 @@ import foveate
 from foveate.commands import answer, chat, generate
 from foveate.commands.options import UsageError
 
-BENCHES = ("attention", "backward", "decode", "softmax", "cross_entropy", "overhead", "memory")
+BENCHES = ("attention", "backward", "decode", "softmax", "cross_entropy", "linear", "overhead", "memory")
 
 _BENCH_HELP = """\
 benches:
@@ -24,6 +24,7 @@ benches:
   decode         one query token against a KV cache with grouped heads; GB/s, held against the measured read rate
   softmax        rows of 1k to 128k columns; GB/s, held against the measured copy rate
   cross_entropy  the same rows as logits, forward alone and with the gradient
+  linear         packed weights times 1, 16 and 512 rows; GB/s of weights read for one row, else GFLOP/s
   overhead       one query, one key: microseconds that a call costs beside its arithmetic
   memory         peak memory of forward and backward by length, each in a process of its own
   all            every one of these

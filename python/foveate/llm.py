@@ -15,10 +15,12 @@ import torch
 from foveate.cache_view import CacheView
 from foveate.generation import memory
 from foveate.generation.beam_request import beam_request
+from foveate.generation.decode_graph import DecodeGraph
 from foveate.generation.engine import Engine, EngineStats
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
-from foveate.models import load_model, open_checkpoint
+from foveate.models import Checkpoint, load_model, open_checkpoint
+from foveate.models.loading import checked_device, model_class
 from foveate.paged_kv_cache import PagedKVCache
 
 Prompt: TypeAlias = "str | Sequence[int]"
@@ -41,6 +43,8 @@ class LLM:
     The cache is allocated once: num_pages of page_size tokens, or kv_cache_bytes, by default up to a quarter of the free memory.
     kv_cache_dtype: "int8" or "fp8" store keys and values in a byte; None is the model's dtype.
     max_batch, max_prefill_tokens, enable_prefix_caching: see Engine.
+    cuda_graphs: on a CUDA device, replays decode steps from CUDA graphs (`DecodeGraph`), for one page of cache more; None: where that is
+    possible, which `runs_on` says; True: ValueError where it is not; False: never.
 
     default_params: what generate, stream and chat use for params=None: SamplingParams() with the checkpoint's generation_config
     (temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens; do_sample=false is temperature 0). One thread at a time.
@@ -61,10 +65,16 @@ class LLM:
         max_batch: int = 64,
         max_prefill_tokens: int = 512,
         enable_prefix_caching: bool = True,
+        cuda_graphs: bool | None = None,
         progress: bool | None = None,
     ) -> None:
         checkpoint = open_checkpoint(path)
-        self.device = torch.device(device or "cpu")
+        _check_causal(checkpoint)
+        self.device = checked_device(device)
+        if cuda_graphs and self.device.type != "cuda":
+            raise ValueError(
+                f'cuda_graphs=True, but the device is {self.device}; use device="cuda", or leave cuda_graphs out'
+            )
         memory.check_model_fits(checkpoint, self.device, dtype, quantization)
         module: Any = load_model(
             checkpoint, device=self.device, dtype=dtype, quantization=quantization, progress=progress
@@ -77,6 +87,10 @@ class LLM:
         weights = (p for p in itertools.chain(module.parameters(), module.buffers()) if p.is_floating_point())
         model_dtype = next(weights).dtype
         self.model, self.runs_on = _fastest(module, self.device)
+        graphs = False
+        if self.device.type == "cuda":
+            graphs, sentence = _graphs(module, cuda_graphs)
+            self.runs_on += f"; {sentence}"
         cache_dtype = _CACHE_DTYPES.get(str(kv_cache_dtype), kv_cache_dtype) or model_dtype
         if not isinstance(cache_dtype, torch.dtype):
             raise ValueError(f'kv_cache_dtype={kv_cache_dtype!r} must be "int8", "fp8", a torch.dtype or None')
@@ -85,13 +99,13 @@ class LLM:
         )
         self.max_model_len = min(max_model_len or self.config.max_positions, pages * page_size)
         cache = PagedKVCache(
-            pages, page_size, num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim,
+            pages + graphs, page_size, num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim,
             num_layers=self.config.num_layers, dtype=cache_dtype, device=self.device,
         )  # fmt: skip
         self.engine = Engine(
             self.model, cache, tokenizer=self.tokenizer, eos_ids=_eos_ids(self.tokenizer, checkpoint.generation_config, checkpoint.config),
             max_length=self.max_model_len, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens,
-            enable_prefix_caching=enable_prefix_caching,
+            enable_prefix_caching=enable_prefix_caching, decode=DecodeGraph(module, cache, graphs=True) if graphs else None,
         )  # fmt: skip
         self._ids = itertools.count()
         self._arrived: dict[
@@ -117,7 +131,7 @@ class LLM:
         """
         texts: list[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         wanted = self._params(params, len(texts))
-        tokens = [self.encode(text) if isinstance(text, str) else list(text) for text in texts]
+        tokens = [self._tokens(text) for text in texts]
         for ids, p in zip(tokens, wanted):
             self.engine.check(ids, p)
         outputs: dict[int, RequestOutput] = {}
@@ -153,7 +167,7 @@ class LLM:
             raise ValueError(
                 f"n={params.n}, num_beams={params.num_beams}: only one sample can be streamed; use generate"
             )
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._tokens(prompt)
         self.engine.check(ids, params)
         return self._stream(ids, params, prompt)
 
@@ -193,7 +207,7 @@ class LLM:
     @torch.inference_mode()
     def perplexity(self, text: Prompt) -> float:
         """exp of the mean negative log-likelihood of each token after the first; beyond the context in windows without overlap."""
-        ids = self.encode(text) if isinstance(text, str) else list(text)
+        ids = self._tokens(text)
         if len(ids) < 2:
             raise ValueError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
         total, counted, step = 0.0, 0, self.engine.scheduler.max_prefill_tokens
@@ -212,6 +226,15 @@ class LLM:
             finally:
                 self.engine.cache.free(seq)
         return math.exp(total / counted)
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.encode(prompt)
+        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+            raise TypeError(
+                f"a prompt must be a str or a list of token ids (int), got {type(prompt).__name__}: {str(prompt)[:60]}"
+            )
+        return [int(token) for token in prompt]
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
@@ -253,6 +276,13 @@ def default_params(generation_config: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**found)
 
 
+def _check_causal(checkpoint: Checkpoint) -> None:
+    if not hasattr(model_class(checkpoint.config), "hidden"):
+        kind = checkpoint.config["model_type"]
+        other = {"bert": "foveate.QuestionAnswerer", "t5": "foveate.Text2Text"}.get(kind, "foveate.models.load_model")
+        raise ValueError(f"{checkpoint.path} is a {kind} model, which does not continue text; it is one for {other}")
+
+
 def _is_ids(prompts: Any) -> bool:
     return len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
 
@@ -276,6 +306,18 @@ def _fastest(module: torch.nn.Module, device: torch.device) -> tuple[Any, str]:
     if reason is not None:
         return module, f"torch modules with foveate's attention, as the native decoder cannot run this model: {reason}"
     return NativeDecoder(module), "the native decoder"
+
+
+def _graphs(module: torch.nn.Module, wanted: bool | None) -> tuple[bool, str]:
+    """Whether decode steps run in CUDA graphs, and a sentence about it; ValueError if they are wanted and cannot."""
+    if wanted is False:
+        return False, "decode steps without CUDA graphs: cuda_graphs=False"
+    reason = DecodeGraph.unsupported(module)
+    if reason is None:
+        return True, "decode steps in CUDA graphs"
+    if wanted:
+        raise ValueError(f"cuda_graphs=True, but {reason}; leave cuda_graphs out to run without graphs")
+    return False, f"decode steps without CUDA graphs: {reason}"
 
 
 def _pages(

@@ -2,7 +2,7 @@
 //
 // Rows are the queries of all G = Hq / Hkv heads of one KV head, one head after the other; kTileRows of them are the unit of work.
 // K and V of a few KV heads at a time are packed first (they stay in the shared cache), then every (KV head, block of rows) is a task that
-// walks over the blocks of keys its rows can see:  S = Q K^T -> options -> online softmax -> O = alpha O + P V.
+// walks over the blocks of keys its rows can see:  S = Q K^T -> options -> online softmax -> O = alpha O + P V. Many small heads are a task each.
 #include "core/dispatch.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -16,6 +16,7 @@ constexpr int64_t kMaxBlockRows = 96;  // a multiple of kTileRows
 constexpr int64_t kQueryStride =
     kMaxHeadDim + 16;  // fixed, so that rows of a tile are constant offsets; not a power of two, for the cache's sets
 constexpr int64_t kPackedBytes = int64_t{8} << 20;  // K and V packed at a time; more stays in no cache
+constexpr int64_t kOwnBytes = int64_t{512} << 10;  // packed K and V of a head that stay in one core's second cache
 
 template <class M>
 struct Forward {
@@ -80,7 +81,8 @@ struct Forward {
   void run() {
     const int64_t block = block_rows(), row_blocks = ceil_div(rows, block), heads = p.batch * p.heads_kv;
     const int64_t bytes_per_head = key_blocks * (packed_k + packed_v) * static_cast<int64_t>(sizeof(Unit));
-    int64_t wave = bytes_per_head > 0 ? kPackedBytes / bytes_per_head : heads;
+    const bool own = bytes_per_head <= kOwnBytes && (heads % threads == 0 || heads >= 8 * threads);
+    int64_t wave = own ? threads : bytes_per_head > 0 ? kPackedBytes / bytes_per_head : heads;
     wave = wave < 1 ? 1 : wave > heads ? heads : wave;
 
     Scratch scratch;
@@ -96,6 +98,13 @@ struct Forward {
     }
     Unit* packed = scratch.at<Unit>(packed_at);
 
+    if (own)
+      return parallel_tasks(heads, threads, [&](int64_t head, int thread) {
+        const Local x = local(scratch, {}, locals_at, block, thread);
+        Unit* mine = packed + thread * key_blocks * (packed_k + packed_v);
+        for (int64_t j = 0; j < key_blocks; ++j) pack(head, j, mine + j * (packed_k + packed_v), x.temp);
+        for (int64_t r = 0; r < row_blocks; ++r) attend(head, r * block, block, mine, x);
+      });
     for (int64_t first = 0; first < heads; first += wave) {
       const int64_t count = heads - first < wave ? heads - first : wave;
       parallel_tasks(count * key_blocks, threads, [&](int64_t task, int thread) {

@@ -70,8 +70,9 @@ void kv_append(const KvCacheParams& p, int threads) {
   const int64_t grain = 1 + 4096 / (1 + p.heads_kv * widest);
   const int64_t floats = round_up<int64_t>(widest + 2 * p.rotary_pairs, 16);
   const AlignedFloats memory = aligned_floats(threads * floats);
+  // One thread may be any of a team that shares the work on another level (ops/decoder.cpp).
   parallel_for(tokens, grain, threads, [&](int64_t begin, int64_t end) {
-    float *row = memory.get() + omp_get_thread_num() * floats, *cos = row + widest, *sin = cos + p.rotary_pairs;
+    float *row = memory.get() + (threads > 1 ? omp_get_thread_num() : 0) * floats, *cos = row + widest, *sin = cos + p.rotary_pairs;
     for (int64_t token = begin; token < end; ++token) {
       const int64_t b = token / p.seq_new, i = token % p.seq_new, position = p.kv_lens[b] + i;
       const Slot slot = slot_of(p, b, position);
@@ -95,7 +96,7 @@ void rotate_queries(const KvCacheParams& p, void* out, int threads) {
   const int64_t floats = round_up<int64_t>(p.head_dim + 2 * p.rotary_pairs, 16), grain = 1 + 4096 / (1 + p.heads_q * p.head_dim);
   const AlignedFloats memory = aligned_floats(threads * floats);
   parallel_for(p.batch * p.seq_q, grain, threads, [&](int64_t begin, int64_t end) {
-    float *row = memory.get() + omp_get_thread_num() * floats, *cos = row + p.head_dim, *sin = cos + p.rotary_pairs;
+    float *row = memory.get() + (threads > 1 ? omp_get_thread_num() : 0) * floats, *cos = row + p.head_dim, *sin = cos + p.rotary_pairs;
     for (int64_t token = begin; token < end; ++token) {
       const int64_t b = token / p.seq_q, i = token % p.seq_q, position = p.kv_lens[b] - (p.new_k.data ? 0 : p.seq_q) + i;
       load_floats(cos, p.rotary_cos, position * p.rotary_pairs, p.rotary_pairs, p.rotary_dtype);

@@ -6,6 +6,7 @@
 #include "cpu/parallel.h"
 #include "cpu/row.h"
 #include "cpu/scratch.h"
+#include "cpu/team.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
@@ -104,6 +105,8 @@ void tile(const LinearParams& p, int which, int64_t panel, const PreparedRows& a
 // Prepared rows [row, row + rows) times one panel; prepared row 0 is row `first` of p.
 void panel_rows(const LinearParams& p, int which, int64_t panel, const PreparedRows& a, int64_t first, int64_t row, int64_t rows) {
   const int64_t end = row + rows;
+  if (!is_blocks(p.weight[which].format))
+    for (; row + kFloatRows <= end; row += kFloatRows) tile<kFloatRows>(p, which, panel, a, first, row);
   for (; row + kLinearRows <= end; row += kLinearRows) tile<kLinearRows>(p, which, panel, a, first, row);
   if constexpr (kLinearRows > 2) {
     if (end - row == 3) return tile<3>(p, which, panel, a, first, row);
@@ -112,57 +115,99 @@ void panel_rows(const LinearParams& p, int which, int64_t panel, const PreparedR
   if (row < end) tile<1>(p, which, panel, a, first, row);
 }
 
-// Rows [first, first + rows), few enough that all of them are prepared at once.
-void linear_rows(const LinearParams& p, int64_t first, int64_t rows, const PreparedRows& a, float* temp, int threads) {
-  const int64_t in = p.weight[0].in, temp_stride = round_up<int64_t>(in, 16);
-  int64_t ends[3], panels = 0, bytes = 0;
-  const int used = p.gated ? 1 : p.count;
-  for (int i = 0; i < used; ++i) ends[i] = panels += ceil_div<int64_t>(p.weight[i].out, kWeightPanel);
-  for (int i = 0; i < p.count; ++i) bytes += panel_bytes(p.weight[i].format, in) * ceil_div<int64_t>(p.weight[i].out, kWeightPanel);
-  const int64_t chunks = ceil_div(rows, kRowChunk), items = chunks * panels;
-  // A thread is worth waking for about 2 us of reading or of arithmetic.
-  const int64_t useful = 1 + bytes * ceil_div<int64_t>(rows, 4) / 65536, most = useful < items ? useful : items;
-  const int team = static_cast<int>(most < threads ? most : threads);
-  const auto prepare = [&](int64_t begin, int64_t end, float* own) {
-    for (int64_t i = begin; i < end; ++i) prepare_row(p, first + i, own, a.data + i * a.row_bytes);
-  };
-  const auto multiply = [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t chunk = item / panels, row = chunk * kRowChunk;
-      int64_t panel = item % panels;
-      int which = 0;
-      while (panel >= ends[which]) ++which;
-      if (which > 0) panel -= ends[which - 1];
-      panel_rows(p, which, panel, a, first, row, rows - row < kRowChunk ? rows - row : kRowChunk);
-    }
-  };
-  if (team <= 1) return prepare(0, rows, temp), multiply(0, items);
-  const bool alone = rows * in < 4096;  // dividing the preparation would cost more than it saves
-  if (alone) prepare(0, rows, temp);
-#pragma omp parallel num_threads(team)
-  {
-    const int64_t id = omp_get_thread_num(), count = omp_get_num_threads();
-    if (!alone) {
-      prepare(rows * id / count, rows * (id + 1) / count, temp + id * temp_stride);
-#pragma omp barrier
-    }
-    multiply(items * id / count, items * (id + 1) / count);
+// The work on rows [first, first + rows), few enough that all of them are prepared at once.
+struct Work {
+  const LinearParams& p;
+  int64_t first, rows;
+  PreparedRows prepared;
+  float* temp;  // [threads, in rounded up to 16]
+  int64_t ends[3] = {}, panels = 0, bytes = 0;
+
+  Work(const LinearParams& params, int64_t first_row, int64_t count, PreparedRows a, float* memory)
+      : p(params), first(first_row), rows(count), prepared(a), temp(memory) {
+    const int used = p.gated ? 1 : p.count;
+    for (int i = 0; i < used; ++i) ends[i] = panels += ceil_div<int64_t>(p.weight[i].out, kWeightPanel);
+    for (int i = 0; i < p.count; ++i)
+      bytes += panel_bytes(p.weight[i].format, p.weight[i].in) * ceil_div<int64_t>(p.weight[i].out, kWeightPanel);
   }
+  int64_t items() const { return ceil_div(rows, kRowChunk) * panels; }  // chunks of rows times panels
+
+  void prepare(const Team& team) const {
+    float* own = temp + team.id * round_up<int64_t>(p.weight[0].in, 16);
+    for (int64_t i = team.begin(rows); i < team.end(rows); ++i) prepare_row(p, first + i, own, prepared.data + i * prepared.row_bytes);
+  }
+  // The weight that panel `panel` of all belongs to; `panel` becomes its index there.
+  int locate(int64_t& panel) const {
+    int which = 0;
+    while (panel >= ends[which]) ++which;
+    if (which > 0) panel -= ends[which - 1];
+    return which;
+  }
+  void multiply(const Team& team) const {
+    for (int64_t item = team.begin(items()); item < team.end(items()); ++item) {
+      const int64_t row = item / panels * kRowChunk;
+      int64_t panel = item % panels;
+      const int which = locate(panel);
+      panel_rows(p, which, panel, prepared, first, row, rows - row < kRowChunk ? rows - row : kRowChunk);
+    }
+  }
+  // The first weights that a thread will read, while it waits for the rows.
+  void prefetch_share(const Team& team) const {
+    int64_t panel = team.begin(panels);
+    if (panel == team.end(panels)) return;
+    const PackedWeight& w = p.weight[locate(panel)];
+    const char* data = static_cast<const char*>(w.data) + panel * panel_bytes(w.format, w.in);
+    for (int64_t line = 0; line < kLinearAhead; line += 64) prefetch(data + line);
+  }
+};
+
+PreparedRows prepared_rows(const LinearParams& p, char* data) {
+  const int64_t in = p.weight[0].in;
+  return {data, prepared_row_bytes(p.weight[0].format, in), in / kWeightBlock};
 }
 
 }  // namespace
 
 void linear(const LinearParams& p, int threads) {
-  const int64_t in = p.weight[0].in, most = 8 * kRowChunk;
-  PreparedRows a{nullptr, prepared_row_bytes(p.weight[0].format, in), in / kWeightBlock};
+  constexpr int64_t most = 8 * kRowChunk;
+  PreparedRows a = prepared_rows(p, nullptr);
   Layout layout;
   const int64_t at_rows = layout.add<char>(a.row_bytes * (p.rows < most ? p.rows : most));
-  const int64_t at_temp = layout.add<float>(round_up<int64_t>(in, 16) * threads);
+  const int64_t at_temp = layout.add<float>(round_up<int64_t>(p.weight[0].in, 16) * threads);
   Scratch scratch;
   scratch.allocate(layout.total());
   a.data = scratch.at<char>(at_rows);
-  for (int64_t first = 0; first < p.rows; first += most)
-    linear_rows(p, first, p.rows - first < most ? p.rows - first : most, a, scratch.at<float>(at_temp), threads);
+  for (int64_t first = 0; first < p.rows; first += most) {
+    const Work work(p, first, p.rows - first < most ? p.rows - first : most, a, scratch.at<float>(at_temp));
+    // A thread is worth waking for about 2 us of reading or of arithmetic.
+    const int64_t useful = 1 + work.bytes * ceil_div<int64_t>(work.rows, 4) / 65536;
+    const int64_t wanted = useful < work.items() ? useful : work.items();
+    const int count = static_cast<int>(wanted < threads ? wanted : threads);
+    if (count <= 1) {
+      work.prepare({}), work.multiply({});
+      continue;
+    }
+    const bool alone = work.rows * p.weight[0].in < 4096;  // dividing the preparation would cost more than it saves
+    if (alone) work.prepare({});
+#pragma omp parallel num_threads(count)
+    {
+      const Team team{omp_get_thread_num(), omp_get_num_threads(), nullptr};
+      if (!alone) {
+        work.prepare(team);
+#pragma omp barrier
+      }
+      work.multiply(team);
+    }
+  }
+}
+
+void linear_share(const LinearParams& p, const Team& team, char* scratch) {
+  float* temp = reinterpret_cast<float*>(scratch + p.rows * linear_row_bytes(p.weight[0].in));
+  const Work work(p, 0, p.rows, prepared_rows(p, scratch), temp);
+  work.prefetch_share(team);
+  work.prepare(team);
+  team.wait();
+  work.multiply(team);
 }
 
 void norm_rows(const NormRowsParams& p, int threads) {

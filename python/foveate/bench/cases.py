@@ -72,6 +72,21 @@ class RowsCase:
 
 
 @dataclass(frozen=True)
+class LinearCase:
+    """`rows` rows times a packed weight [outer, inner] in `format`; the rows are of `dtype`."""
+
+    rows: int
+    inner: int
+    outer: int
+    format: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows} row{'s' if self.rows > 1 else ''} x {self.outer} x {self.inner} {self.format}"
+
+
+@dataclass(frozen=True)
 class OverheadCase:
     """One query and one key: what a call costs beside its arithmetic. gradient: q, k and v require one."""
 
@@ -101,7 +116,7 @@ class MemoryCase:
         return f"B{self.B} S{self.S} H{self.H} D{self.D} causal"
 
 
-Case = AttentionCase | DecodeCase | RowsCase | OverheadCase | MemoryCase
+Case = AttentionCase | DecodeCase | RowsCase | LinearCase | OverheadCase | MemoryCase
 
 
 def _attention(lengths: Sequence[int], dtypes: Sequence[str], H: int = 8) -> list[Case]:
@@ -139,6 +154,15 @@ def _rows(quick: bool) -> list[tuple[int, int]]:
     return [(16, 1024)] if quick else [((32 << 20) // cols, cols) for cols in (1 << 10, 1 << 12, 1 << 15, 1 << 17)]
 
 
+def linear(quick: bool, dtypes: Sequence[str]) -> list[Case]:
+    """One row reads the weights from memory, many rows multiply. Blocks meet fp32 rows."""
+    formats = [(f, "fp32") for f in ("f32", "q8_0", "q4_0") if "fp32" in dtypes] + [("bf16", "bf16")] * (
+        "bf16" in dtypes
+    )
+    inner, outer = (256, 320) if quick else (2048, 16384)
+    return [LinearCase(rows, inner, outer, *f) for f in formats for rows in ((1, 5) if quick else (1, 16, 512))]
+
+
 def overhead(quick: bool, dtypes: Sequence[str]) -> list[Case]:
     return [
         OverheadCase(op, 8, 64, dtype, gradient)
@@ -158,6 +182,7 @@ BENCHES: dict[str, Callable[[bool, Sequence[str]], list[Case]]] = {
     "decode": decode,
     "softmax": softmax,
     "cross_entropy": cross_entropy,
+    "linear": linear,
     "overhead": overhead,
     "memory": memory,
 }

@@ -21,6 +21,7 @@ TITLES = {
     "decode": "decode against a KV cache",
     "softmax": "softmax",
     "cross_entropy": "cross-entropy",
+    "linear": "packed linear",
     "overhead": "call overhead",
     "memory": "peak memory, forward + backward",
 }
@@ -75,7 +76,9 @@ def generated(root: Path) -> dict[str, str]:
         picture = results.with_suffix(".png")
         if picture.exists():
             measured += f"\n\n![ratio of every case]({picture.relative_to(root).as_posix()})"
-    return {"support matrix": support.matrix(), "numbers": measured}
+    generation = max((root / "bench" / "results").glob("generate_[0-9]*.md"), default=None)
+    words = "No results are committed yet." if generation is None else generation.read_text().strip()
+    return {"support matrix": support.matrix(), "numbers": measured, "generation": words}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

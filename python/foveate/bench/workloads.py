@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 import foveate
 from foveate.bench import cases, roofline
 from foveate.bench.check import GRADIENT_FACTOR, Checked
+from foveate.packed_linear import quantize_activations
 
 Call = Callable[[], Any]
 
@@ -24,6 +26,7 @@ PEERS = {
     "decode": ("sdpa",),
     "softmax": ("torch",),
     "cross_entropy": ("torch",),
+    "linear": ("torch",),
     "overhead": ("sdpa",),
     "memory": ("sdpa",),
 }
@@ -54,6 +57,8 @@ def build(bench: str, case: cases.Case, seed: int, quick: bool) -> Workload:
         return _decode(case, generator, 1 if quick else _copies(case))
     if isinstance(case, cases.RowsCase):
         return _softmax(case, generator) if bench == "softmax" else _cross_entropy(case, generator)
+    if isinstance(case, cases.LinearCase):
+        return _linear(case, generator, quick)
     if isinstance(case, cases.OverheadCase):
         return _overhead(case, generator)
     raise TypeError(f"{bench} has no workload for a {type(case).__name__}")
@@ -171,8 +176,8 @@ def _decode(case: cases.DecodeCase, generator: torch.Generator, copies: int) -> 
     )
 
 
-def _rotating(function: Callable[..., Any], arguments: Sequence[tuple[Tensor, ...]]) -> Call:
-    turns: Iterator[tuple[Tensor, ...]] = itertools.cycle(arguments)
+def _rotating(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Call:
+    turns: Iterator[tuple[Any, ...]] = itertools.cycle(arguments)
     return lambda: function(*next(turns))
 
 
@@ -224,6 +229,36 @@ def _cross_entropy(case: cases.RowsCase, generator: torch.Generator) -> Workload
 
     # Read forward, read backward, written once.
     return Workload(ours, {"torch": peer}, results, 3.0 * case.bytes, "copy_gbs")
+
+
+def _linear(case: cases.LinearCase, generator: torch.Generator, quick: bool) -> Workload:
+    x = _random((case.rows, case.inner), case.dtype, generator)
+    weight = _random((case.outer, case.inner), case.dtype, generator)
+    linear = torch.nn.Linear(case.inner, case.outer, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer = foveate.nn.PackedLinear.from_linear(linear, case.format)
+    many = 1 if quick or case.rows > 1 else -(-4 * roofline.last_cache_bytes() // layer.nbytes)
+    layers = [
+        layer,
+        *(copy.deepcopy(layer) for _ in range(many - 1)),
+    ]  # so that no call finds its weight in the CPU's caches
+
+    def peer() -> Tensor:
+        return F.linear(x, weight)
+
+    def results() -> list[Checked]:
+        # What the rounding of x to int8 costs is part of a format; the sums are not.
+        exact, seen = layer.dequantize(), x
+        if case.format not in ("f32", "bf16"):
+            q, dx = quantize_activations(x)
+            seen = (q * dx[..., None]).flatten(-2)
+        return [Checked("out", layer(x), F.linear(seen, exact.to(x.dtype)), F.linear(seen.double(), exact.double()))]
+
+    ours = _rotating(lambda layer: layer(x), [(layer,) for layer in layers])
+    if case.rows == 1:
+        return Workload(ours, {"torch": peer}, results, layer.nbytes, "read_gbs")
+    work = 2.0 * case.rows * case.inner * case.outer
+    return Workload(ours, {"torch": peer}, results, work, _multiply_add_limit(case.dtype))
 
 
 def _overhead(case: cases.OverheadCase, generator: torch.Generator) -> Workload:

@@ -50,6 +50,12 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help='one JSON object: {"answers": [{"question", "answer", "score", "start", "end"}]}',
     )
+    parser.add_argument("--top-k", type=int, default=1, metavar="N", help="the N best answers; 1 by default")
+    parser.add_argument(
+        "--max-answer-len", type=int, default=15, metavar="N", help="tokens of an answer; 15 by default"
+    )
+    parser.add_argument("--doc-stride", type=int, metavar="N", help="tokens that two windows of a long text share")
+    parser.add_argument("--impossible", action="store_true", help="an empty line where the text has no answer")
     parser.set_defaults(run=run)
 
 
@@ -58,12 +64,17 @@ def run(args: argparse.Namespace) -> None:
 
     context = _context(args)
     answerer = foveate.QuestionAnswerer(args.model)
-    answers = [{"question": question, **answerer(question=question, context=context)} for question in args.questions]
+    found = answerer(
+        args.questions, context, top_k=args.top_k, max_answer_len=args.max_answer_len, doc_stride=args.doc_stride,
+        handle_impossible_answer=args.impossible,
+    )  # fmt: skip
+    best = [answers if isinstance(answers, list) else [answers] for answers in found]
+    rows = [{"question": question, **answer} for question, answers in zip(args.questions, best) for answer in answers]
     if args.json:
-        print(json.dumps({"answers": answers}, ensure_ascii=False))
+        print(json.dumps({"answers": rows}, ensure_ascii=False))
     else:
-        for answer in answers:
-            print(answer["answer"])
+        for row in rows:
+            print(row["answer"])
 
 
 def _context(args: argparse.Namespace) -> str:

@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> None:
             try:
                 reply = _reply(llm, messages, params, quiet=args.json)
             except ValueError as error:  # most likely a conversation longer than the context
-                messages.pop()
-                print(f"foveate: {error}; /reset starts again", file=sys.stderr)
                 if not sys.stdin.isatty():
                     raise
+                messages.pop()
+                print(f"foveate: {error}; /reset starts again", file=sys.stderr)
                 continue
             messages.append({"role": "assistant", "content": reply})
     if args.json:

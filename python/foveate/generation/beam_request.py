@@ -68,10 +68,10 @@ def beam_request(
 def _check_room(engine: Engine, prompt_length: int, max_length: int, beams: int) -> None:
     size = engine.cache.page_size
     needed = prompt_length // size + beams * (-(-max_length // size) - prompt_length // size) + 1
-    if needed > engine.cache.num_pages:
+    if needed > engine.num_pages:
         raise ValueError(
             f"the cache is too small: {beams} beams of up to {max_length} tokens need {needed} pages of {size} tokens, and there are "
-            f"{engine.cache.num_pages}; lower num_beams or max_tokens, or make the cache larger with num_pages={needed} (LLM) or more"
+            f"{engine.num_pages}; lower num_beams or max_tokens, or make the cache larger with num_pages={needed} (LLM) or more"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from foveate.generation.params import SamplingParams
+
+_KEPT = 32  # grammars that are not compiled again
 
 
 class GrammarCompiler:
@@ -20,7 +23,7 @@ class GrammarCompiler:
         self._vocabulary: Any = (
             None  # llguidance's form of the tokenizer: takes a second, so it waits for the first grammar
         )
-        self._last: tuple[str, Grammar] | None = None
+        self._compiled: OrderedDict[str, Grammar] = OrderedDict()  # the latest last
 
     def compile(self, params: SamplingParams) -> Grammar | None:
         """None for parameters without a grammar. ValueError for a schema or expression that llguidance refuses, with its reason."""
@@ -42,8 +45,9 @@ class GrammarCompiler:
             # Spaces as json.dumps writes them: free ones let a weak model add them for ever.
             style: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
             kind, grammar = "json_schema", matcher.grammar_from_json_schema(schema, overrides=style)
-        if self._last is not None and self._last[0] == grammar:
-            return self._last[1]
+        if grammar in self._compiled:
+            self._compiled.move_to_end(grammar)
+            return self._compiled[grammar]
         if self._vocabulary is None:
             self._vocabulary = llguidance.LLTokenizer(
                 self._tokenizer.backend.to_str(),
@@ -53,8 +57,10 @@ class GrammarCompiler:
         wrong, messages = matcher.validate_grammar_with_warnings(grammar, self._vocabulary)
         if wrong:
             raise ValueError(f"{kind} cannot be followed: {messages[0]}")
-        self._last = grammar, Grammar(matcher(self._vocabulary, grammar), self._vocab_size)
-        return self._last[1]
+        found = self._compiled[grammar] = Grammar(matcher(self._vocabulary, grammar), self._vocab_size)
+        if len(self._compiled) > _KEPT:
+            self._compiled.popitem(last=False)
+        return found
 
 
 class Grammar:
@@ -68,23 +74,25 @@ class Grammar:
 
 
 class Matcher:
+    """One sample's place in a grammar. error: None, or why llguidance gave up, such as a grammar that grew beyond its limits."""
+
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
         self._bits = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
+        self.error: str | None = None
 
     def allowed(self) -> Tensor:
-        """bool [vocab], True for the tokens that may come next."""
+        """bool [vocab], True for the tokens that may come next; for all of them after an error, which `consume` then reports."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        self._check()
+        if self._matcher.is_error():
+            return torch.ones(self._vocab_size, dtype=torch.bool)
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab_size]
         return torch.from_numpy(bits).bool()
 
     def consume(self, token: int) -> bool:
-        """Goes on by a token; True if the output is complete and nothing may follow."""
+        """Goes on by a token; True if the output is complete and nothing may follow. Sets `error`."""
         self._matcher.consume_token(token)
-        self._check()
-        return self._matcher.is_stopped()
-
-    def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar cannot be followed any further: {self._matcher.get_error()}")
+            self.error = f"the grammar cannot be followed any further: {self._matcher.get_error()}"
+            return False
+        return self._matcher.is_stopped()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foveate.cache_view import CacheView
 from foveate.generation.constrained import GrammarCompiler
+from foveate.generation.decode_graph import DecodeGraph
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
 from foveate.generation.request import Request, Sample
@@ -56,6 +57,7 @@ class Engine:
     model: has config, hidden(tokens, cache) and logits(hidden), as foveate.models' causal models and NativeDecoder have.
     cache: a PagedKVCache that nothing else uses. max_length: tokens of prompt and output together, the model's max_positions by default.
     max_batch: samples that run at once. max_prefill_tokens: prompt tokens in one step, between which the others decode.
+    decode: a DecodeGraph of this model and cache, for the groups of a step with one token per sample and no drafts.
 
     The tokens of a request depend on its prompt, parameters and seed alone: not on other requests, on chunks, on drafts, on preemption.
     For floating point that takes a model whose rows do not depend on their batch, as those on PackedLinear; with torch's matrix products
@@ -73,7 +75,12 @@ class Engine:
         max_batch: int = 64,
         max_prefill_tokens: int = 512,
         enable_prefix_caching: bool = True,
+        decode: DecodeGraph | None = None,
     ) -> None:
+        if decode is not None and (decode.model is not model or decode.cache is not cache):
+            raise ValueError(
+                "decode was made for another model or cache; use DecodeGraph(model, cache) of this engine's"
+            )
         for name, value in {"max_batch": max_batch, "max_prefill_tokens": max_prefill_tokens}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
@@ -84,6 +91,8 @@ class Engine:
             max_length=self.max_length,
         )  # fmt: skip
         self.device = cache.k_pages.device
+        self.decode = decode
+        self.num_pages = cache.num_pages - (decode is not None)  # that sequences can have: a DecodeGraph keeps one
         self._requests: dict[str, Request] = {}
         self._grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
         self._arrivals = 0
@@ -127,7 +136,7 @@ class Engine:
         if len(tokens) >= self.max_length:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens and the context {self.max_length}; shorten the prompt to "
-                f"{self.max_length - 1} tokens or fewer, or raise max_model_len if the model allows it"
+                f"{self.max_length - 1} tokens or fewer" + _larger(self.max_length, self.model.config.max_positions)
             )
         if not all(0 <= token < vocab for token in tokens):
             wrong = next(token for token in tokens if not 0 <= token < vocab)
@@ -143,10 +152,10 @@ class Engine:
             )
         max_length = min(self.max_length, len(tokens) + params.max_tokens)
         needed = -(-max_length // self.cache.page_size)
-        if needed > self.cache.num_pages:
+        if needed > self.num_pages:
             raise ValueError(
                 f"the cache is too small: {len(tokens)} prompt tokens and up to {max_length - len(tokens)} new ones need {needed} "
-                f"pages of {self.cache.page_size} tokens, and there are {self.cache.num_pages}; lower max_tokens, or make the cache "
+                f"pages of {self.cache.page_size} tokens, and there are {self.num_pages}; lower max_tokens, or make the cache "
                 f"larger with num_pages={needed} (LLM) or more"
             )
         return max_length
@@ -176,23 +185,30 @@ class Engine:
         """One step of the model for all that can run: outputs of the requests that finished, and of all changed ones that stream."""
         start = time.perf_counter()
         groups = self.scheduler.schedule()
+        if not groups and self._requests:
+            raise CacheFull(
+                f"nothing can run: the cache has {self.cache.num_pages} pages, {self.cache.free_pages} are free, and sequences that are "
+                "not this engine's hold the others; free them"
+            )
         rows: list[Tensor] = []
         ready: list[_Ready] = []
+        logits: Tensor | None = None
         prefilled = 0
         for group in groups:
             prefilled += 0 if group.new == 1 or group.drafts is not None else group.new * len(group.samples)
-            self._run(group, rows, ready)
+            logits = self._run(group, rows, ready, alone=len(groups) == 1)
         changed: dict[Request, None] = {}  # in order
         chosen = 0
         if ready:
-            logits = self.model.logits(rows[0] if len(rows) == 1 else torch.cat(rows))
+            if logits is None:
+                logits = self.model.logits(rows[0] if len(rows) == 1 else torch.cat(rows))
             chosen = self._choose(logits, ready, changed)
         now = time.perf_counter()
         self._count(prefilled, chosen, now - start)
         return self._outputs(changed, now)
 
-    def _run(self, group: Group, rows: list[Tensor], ready: list[_Ready]) -> None:
-        """One forward pass; adds the rows from which tokens can be chosen."""
+    def _run(self, group: Group, rows: list[Tensor], ready: list[_Ready], *, alone: bool) -> Tensor | None:
+        """One forward pass; adds the rows from which tokens can be chosen. Their logits, if they came with it and nothing else does."""
         samples, new, drafts = group
         if drafts is not None:
             inputs = [[s.tokens[-1], *draft, *[0] * (new - 1 - len(draft))] for s, draft in zip(samples, drafts)]
@@ -200,13 +216,18 @@ class Engine:
             inputs = [[s.tokens[s.cached]] for s in samples]
         else:
             inputs = [s.tokens[s.cached : s.cached + new] for s in samples]
-        view = CacheView(self.cache, [s.seq for s in samples], new)  # type: ignore[misc]
-        hidden = self.model.hidden(torch.tensor(inputs, device=self.device), view)
+        seqs: list[int] = [s.seq for s in samples]  # type: ignore[misc]
+        logits: Tensor | None = None
+        if self.decode is not None and new == 1 and drafts is None:
+            last, logits = self.decode([token for [token] in inputs], seqs)
+            hidden = (last if alone else last.clone())[:, None]  # another group's step may overwrite it
+        else:
+            hidden = self.model.hidden(torch.tensor(inputs, device=self.device), CacheView(self.cache, seqs, new))
         first = sum(len(block) for block in rows)
         if drafts is not None:
             rows.append(hidden.flatten(0, 1))
             ready += [_Ready(s, first + i * new, draft) for i, (s, draft) in enumerate(zip(samples, drafts))]
-            return
+            return None
         complete: list[int] = []
         for i, sample in enumerate(samples):
             if sample.request.params.prompt_logprobs is not None and sample.cached < sample.prompt_length - 1:
@@ -222,6 +243,7 @@ class Engine:
         if complete:
             last = hidden[:, -1]
             rows.append(last if len(complete) == len(samples) else last[complete])
+        return logits if alone and len(complete) == len(samples) else None
 
     def _choose(self, logits: Tensor, ready: list[_Ready], changed: dict[Request, None]) -> int:
         """Tokens for all ready samples, then for those whose first draft was right, and so on; how many tokens."""
@@ -298,3 +320,10 @@ class Engine:
             elif request.stream:
                 outputs.append(request.output())
         return outputs
+
+
+def _larger(max_length: int, max_positions: int) -> str:
+    """What else helps against a short context."""
+    if max_length == max_positions:
+        return ""
+    return f", or allow more with max_model_len and a cache that holds it; the model takes {max_positions}"

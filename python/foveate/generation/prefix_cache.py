@@ -15,7 +15,9 @@ class Node:
     id: int
     page: int
     parent: Node | None
+    used: int  # when, by the tree's clock
     children: int = 0
+    alive: bool = True
 
 
 class PrefixCache:
@@ -28,7 +30,7 @@ class PrefixCache:
     def __init__(self, cache: PagedKVCache) -> None:
         self.cache = cache
         self._nodes: OrderedDict[tuple[int, tuple[int, ...]], Node] = OrderedDict()  # least recently used first
-        self._next = 1
+        self._clock = 0
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -42,7 +44,9 @@ class PrefixCache:
                 break
             chain.append(node)
             parent = node.id
+        self._clock += 1
         for node in reversed(chain):  # so that a page is newer than those after it
+            node.used = self._clock
             self._nodes.move_to_end(node.key)
         return chain
 
@@ -51,8 +55,8 @@ class PrefixCache:
         key = (0 if parent is None else parent.id, tuple(tokens))
         node = self._nodes.get(key)
         if node is None:
-            node = self._nodes[key] = Node(key, self._next, page, parent)
-            self._next += 1
+            self._clock += 1
+            node = self._nodes[key] = Node(key, self._clock, page, parent, self._clock)
             if parent is not None:
                 parent.children += 1
             self.cache.hold(page)
@@ -60,21 +64,37 @@ class PrefixCache:
 
     def evictable(self) -> int:
         """Pages that `evict` could free."""
-        return sum(self.cache.references(node.page) == 1 for node in self._nodes.values())
+        return sum(map(self._unused, self._nodes.values()))
 
     def evict(self, count: int) -> int:
         """Frees up to `count` pages; how many it freed."""
-        for freed in range(count):
-            unused = [node for node in self._nodes.values() if self.cache.references(node.page) == 1]
-            if not unused:
+        freed = 0
+        for start in list(self._nodes.values()):
+            node: Node | None = start
+            # An end of a branch, then what it leaves as an end, unless that was used since.
+            while node is not None and freed < count and node.alive and not node.children and self._unused(node):
+                self._remove(node)
+                freed += 1
+                parent = node.parent
+                node = parent if parent is not None and parent.used <= node.used else None
+            if freed == count:
                 return freed
-            # Only a page that was computed twice can be unused before one that is in use; then nothing finds what comes after it.
-            node = next((node for node in unused if node.children == 0), unused[0])
-            del self._nodes[node.key]
-            if node.parent is not None:
-                node.parent.children -= 1
-            self.cache.release(node.page)
-        return count
+        # A page that was computed twice can be unused before one that is in use. Nothing finds then what comes after it.
+        for node in list(self._nodes.values()):
+            if freed < count and self._unused(node):
+                self._remove(node)
+                freed += 1
+        return freed
+
+    def _unused(self, node: Node) -> bool:
+        return self.cache.references(node.page) == 1
+
+    def _remove(self, node: Node) -> None:
+        del self._nodes[node.key]
+        node.alive = False
+        if node.parent is not None:
+            node.parent.children -= 1
+        self.cache.release(node.page)
 
     def clear(self) -> None:
         self.evict(len(self._nodes))

@@ -124,6 +124,8 @@ class Sample:
             self.finish_reason, self.stop_reason = "stop", token
         elif len(self.tokens) >= request.max_length and self.finish_reason is None:
             self.finish_reason = "length"
+        if self.matcher is not None and self.matcher.error is not None:
+            self.finish_reason, self.stop_reason = "abort", self.matcher.error
         if self.detokenizer is not None:
             self._read(token, may_stop)
 

