@@ -14,6 +14,15 @@ if foveate.backends()["triton"] is not None:
 
 from foveate._triton.decode import decode_plan
 
+
+@pytest.fixture(autouse=True)
+def _on_the_device(device):
+    """Every tensor that a test makes is on the device under test."""
+    torch.set_default_device(None if device == "cpu" else device)
+    yield
+    torch.set_default_device(None)
+
+
 CASES = (
     [KvCase(**option) for option in kv.OPTIONS]
     + [KvCase(**layout, **option) for layout in kv.LAYOUTS[1:] for option in (kv.OPTIONS[0], kv.OPTIONS[-1])]

@@ -8,10 +8,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 
 from foveate._backends import Query
+
+Launch = TypeVar("Launch", bound=Callable[..., Any])
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,3 +51,17 @@ def serves(query: Query) -> str | None:
     if query.dtype not in DTYPES:
         return f"the triton kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
     return None
+
+
+def on_device(launch: Launch) -> Launch:
+    """`launch` with the GPU of its first argument, a tensor or a call's Operands, as the current one: there triton starts kernels."""
+
+    @functools.wraps(launch)
+    def guarded(first: Any, *args: Any) -> Any:
+        device = getattr(first, "q", first).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(first, *args)
+        with torch.cuda.device(device):
+            return launch(first, *args)
+
+    return cast(Launch, guarded)

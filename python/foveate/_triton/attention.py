@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate import _reference
 
-from . import config
+from . import config, on_device
 from .attention_backward import attention_dkv, attention_dq
 from .attention_dbias import attention_dbias
 from .attention_forward import attention_forward
@@ -108,6 +108,7 @@ def lse_strides(c: Any) -> tuple[int, int]:
     return c.q.shape[2] * c.q.shape[1], c.q.shape[1]
 
 
+@on_device
 def forward(c: Any, out: Tensor, lse: Tensor | None) -> None:
     """Fills out and lse for `_attention_op.Operands` whose last dimensions are contiguous."""
     Hq, Hkv, D, Dv = c.q.shape[-2], c.k.shape[-2], c.q.shape[-1], c.v.shape[-1]
@@ -128,6 +129,7 @@ def forward(c: Any, out: Tensor, lse: Tensor | None) -> None:
     )  # fmt: skip
 
 
+@on_device
 def backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, c: Any, wanted: Any, grads: Any
 ) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_device
 from .row_tools import block_of
 from .scores import tanh
 from .tiles import to
@@ -92,6 +93,7 @@ def _check_target(target: Tensor, V: int, ignore_index: int) -> None:
             )
 
 
+@on_device
 def cross_entropy(logits: Tensor, target: Tensor, loss: Tensor, stats: Tensor, ignore_index: int, smoothing: float, z_loss: float,
                   softcap: float) -> None:  # fmt: skip
     """logits [rows, V] with a last dim of stride 1; target, loss [rows] and stats [rows, 2] contiguous."""
@@ -105,6 +107,7 @@ def cross_entropy(logits: Tensor, target: Tensor, loss: Tensor, stats: Tensor, i
         )  # fmt: skip
 
 
+@on_device
 def cross_entropy_backward(dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, dlogits: Tensor, ignore_index: int,
                            smoothing: float, z_loss: float, softcap: float) -> None:  # fmt: skip
     rows, V = logits.shape

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import attention
+from . import attention, on_device
 from .cache_rows import Cache, Rotary, append_rows
 from .decode_kernels import decode_combine, decode_split
 from .scores import Options
@@ -71,6 +71,7 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+@on_device
 def attention_with_kv_cache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, kv_lens: Tensor,
     block_table: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, causal: bool, left: int, right: int,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_device
 from .row_tools import block_of
 from .tiles import to
 
@@ -75,6 +76,7 @@ def rms_norm_dweight(dout, x, rstd, parts, x_stride, N, rows, share, ROWS: tl.co
     tl.store(parts + part * N + columns, sums, mask=inside)
 
 
+@on_device
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, out: Tensor, rstd: Tensor) -> None:
     """x [rows, N] with a last dim of stride 1; out [rows, N] and rstd [rows] contiguous."""
     if x.shape[0] == 0 or x.shape[1] == 0:
@@ -84,6 +86,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, out: Tensor, rstd: Te
     rms_norm_rows[(x.shape[0],)](x, weight, out, rstd, x.stride(0), x.shape[1], eps, BLOCK=block, num_warps=warps)
 
 
+@on_device
 def rms_norm_backward(
     dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, dweight: Tensor | None
 ) -> None:

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_device
 from .tiles import to
 
 
@@ -43,6 +44,7 @@ def rotary_heads(
         tl.store(target + r, tl.load(row + r, mask=rest, other=0.0), mask=rest)
 
 
+@on_device
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool, inverse: bool) -> None:
     """x [B, S, H, D], cos and sin [S, rot / 2] or [B, S, rot / 2], last dims of stride 1; out contiguous."""
     if x.numel() == 0:

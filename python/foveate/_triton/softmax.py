@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_device
 from .row_tools import block_of, leading, row_offset, walkable
 from .tiles import to
 
@@ -92,6 +93,7 @@ def softmax_backward_rows(dout, out, dx, N, scale, BLOCK: tl.constexpr, LOG: tl.
         tl.store(dx + first + step, to(d, dx.dtype.element_ty), mask=first + step < N)
 
 
+@on_device
 def softmax(
     x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool, log: bool = False
 ) -> Tensor:
@@ -116,6 +118,7 @@ def log_softmax(x: Tensor) -> Tensor:
     return softmax(x, None, None, 1.0, False, True)
 
 
+@on_device
 def softmax_backward(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool) -> Tensor:
     dout, out = dout.contiguous(), out.contiguous()
     dx = torch.empty(out.shape, dtype=torch.float32 if wide else out.dtype, device=out.device)

@@ -1,0 +1,59 @@
+"""Block sizes of the Triton kernels: pure functions, tested without a kernel."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from foveate._triton import config
+from foveate._triton.tiles import parts
+
+
+@pytest.mark.parametrize("width", range(1, 577))
+def test_parts_hold_the_width_in_powers_of_two(width):
+    first, second = parts(width)
+    assert first >= 16
+    assert first & (first - 1) == 0
+    assert second & (second - 1) == 0
+    assert second != 0 or first >= width
+    assert first + second >= width
+    assert first + second <= max(16, 2 ** (width - 1).bit_length()), "no more than one power of two that holds it"
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (64, (64, 0)),
+        (72, (64, 16)),
+        (80, (64, 16)),
+        (96, (64, 32)),
+        (112, (128, 0)),
+        (192, (128, 64)),
+        (576, (512, 64)),
+    ],
+)
+def test_parts_waste_little(width, expected):
+    assert parts(width) == expected
+
+
+def test_heads_are_packed_for_short_queries_only():
+    assert config.packs(1, 8, 16)
+    assert config.packs(20, 4, 128)
+    assert not config.packs(1, 1, 16)
+    assert not config.packs(4096, 8, 128)
+    assert not config.packs(128, 4, 128)
+
+
+def test_blocks_are_powers_of_two_and_fit_the_rows():
+    dtypes, dims, archs = (torch.float32, torch.bfloat16), (8, 64, 80, 128, 192, 256), (0, 80, 90, 100)
+    for dtype, D, rows, arch in itertools.product(dtypes, dims, (1, 16, 17, 100, 5000), archs):
+        chosen = config.forward(D, D, dtype, rows, arch)
+        for size in (chosen.block_m, chosen.block_n):
+            assert size >= 16
+            assert size & (size - 1) == 0
+        assert chosen.block_m == 16 or chosen.block_m < 2 * rows, "half of the rows of a block may be empty, not more"
+        assert all(c.warps in (4, 8) for c in (chosen, *config.backward(D, D, dtype, arch)))
