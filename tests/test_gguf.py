@@ -17,7 +17,6 @@ with warnings.catch_warnings():
     import transformers
 
 import smollm2
-
 from compare import assert_as_good_as_torch
 from foveate.models import load_model, open_checkpoint
 from foveate.models.gguf_file import BLOCKS, TYPES, GgufFile
