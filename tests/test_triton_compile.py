@@ -18,7 +18,11 @@ from aot import compiling
 ARCHS = [80, 90, 100]
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that a block may have
 # Bytes of stack per thread by (kernel, arch, dtype, head dim), where they are not 0. A new one, or more bytes, is a slower kernel.
-STACK = {("attention_dkv", 80, "bf16", 64): 16, ("attention_dkv", 90, "bf16", 64): 88}  # the latter with cu_seqlens
+STACK = {
+    ("attention_dkv", 80, "bf16", 64): 16,
+    ("attention_dkv", 90, "bf16", 64): 88,  # with cu_seqlens
+    ("attention_dkv", 90, "fp32", 64): 8,
+}
 HALF, SINGLE = torch.bfloat16, torch.float32
 NAMES = {HALF: "bf16", SINGLE: "fp32"}
 
