@@ -18,7 +18,11 @@ from aot import compiling
 ARCHS = [80, 90, 100]
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that a block may have
 # Bytes of stack per thread by (kernel, arch, dtype, head dim), where they are not 0. A new one, or more bytes, is a slower kernel.
-STACK = {("attention_dkv", 80, "bf16", 64): 16}
+STACK = {
+    ("attention_dkv", 80, "bf16", 64): 16,
+    ("attention_dkv", 90, "bf16", 64): 88,  # with cu_seqlens
+    ("attention_dkv", 90, "fp32", 64): 8,
+}
 HALF, SINGLE = torch.bfloat16, torch.float32
 NAMES = {HALF: "bf16", SINGLE: "fp32"}
 
@@ -70,6 +74,19 @@ def test_attention_with_every_option(tmp_path):
         (out.sum() + lse.sum()).backward()
     names = ["attention_forward", "attention_rows", "attention_dq", "attention_dkv", "attention_dbias"]
     assert [kernel.name for kernel in found] == names
+
+
+@pytest.mark.parametrize(("rows", "d"), [(1, 64), (5, 1)])
+def test_strides_of_one(rows, d, tmp_path):
+    """The compiler takes an argument of 1 as a constant: heads of lse are 1 apart with one query, rows of q with one head of dim 1."""
+    heads = 4 if d > 1 else 1
+    q = torch.zeros(2, rows, heads, d, dtype=HALF, requires_grad=True)
+    k, v = (torch.zeros(2, 100, max(1, heads // 2), d, dtype=HALF, requires_grad=True) for _ in range(2))
+    bias, sinks = torch.zeros(1, 1, rows, 1, dtype=HALF, requires_grad=True), torch.zeros(heads, requires_grad=True)
+    with compiling(90, tmp_path) as found:
+        foveate.attention(q, k, v, window=(3, 3), bias=bias, sinks=sinks, backend="triton").sum().backward()
+        foveate.attention(q, k, v, causal=True, backend="triton").sum().backward()
+    assert len(found) == 9
 
 
 def test_varlen_and_packed_heads(tmp_path):

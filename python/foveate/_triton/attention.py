@@ -148,15 +148,17 @@ def backward(
     sizes = (Hq, c.max_q, c.max_k)
 
     both = c.sinks is not None and dlse is not None
-    total, delta = torch.empty_like(lse), torch.empty_like(lse)
-    own, seed = (torch.empty_like(lse), torch.empty_like(lse)) if both else (None, None)
-    rows = Rows(total, delta, own, seed, lse_strides(c))
+    shape = (*lse.shape[:-1], max(2, lse.shape[-1]))  # so that no stride is 1: see Rows
+    total, delta, own, seed = (
+        torch.empty(shape, dtype=lse.dtype, device=lse.device) if use else None for use in (1, 1, both, both)
+    )
+    rows = Rows(total, delta, own, seed, (0 if c.cu_q is not None else Hq * shape[-1], shape[-1]))
     block = 64
     blocks = -(-c.max_q // block)
     sink_parts = torch.empty((B * blocks, Hq), dtype=torch.float32, device=lse.device) if c.sinks is not None else None
     attention_rows[(blocks * B * Hq,)](
-        out, dout, lse, None if dlse is None else dlse.contiguous(), sink_parts, rows, strides(out), strides(dout), *sizes, blocks,
-        opts, DV=Dv, V0=widths["V0"], V1=widths["V1"], BLOCK_M=block,
+        out, dout, lse, None if dlse is None else dlse.contiguous(), sink_parts, rows, strides(out), strides(dout), lse_strides(c),
+        *sizes, blocks, opts, DV=Dv, V0=widths["V0"], V1=widths["V1"], BLOCK_M=block,
     )  # fmt: skip
     if dsinks is not None and sink_parts is not None:
         torch.sum(sink_parts, 0, out=dsinks)

@@ -142,6 +142,9 @@ def attention_dkv(
     kv_heads = Hq // SHARE
     b, kv = bh // kv_heads, bh % kv_heads
     first_q, first_k, queries, keys, key_rows = sequence(opts, b, Sq, Skv)
+    one = tl.full([], 1, tl.int64)
+    rows_of_b = b * one * rows.strides[0] + first_q
+    head_step = one * rows.strides[1]
     first = block * BLOCK_N
     if first >= key_rows:
         return
@@ -163,10 +166,10 @@ def attention_dkv(
         first, tl.minimum(first + BLOCK_N, key_rows) - 1, keys, queries, offset, left, right, opts, BLOCK_M)  # fmt: skip
     for member in range(SHARE):
         h = kv * SHARE + member
-        head = h * tl.full([], 1, tl.int64)
+        head = h * one
         qh = q + b64 * q_strides[0] + first_q * q_strides[2] + head * q_strides[1]
         gh = dout + b64 * dout_strides[0] + first_q * dout_strides[2] + head * dout_strides[1]
-        place = b64 * rows.strides[0] + head * rows.strides[1] + first_q
+        place = rows_of_b + head * head_step
         if opts.has_right:
             dk0, dk1, dv0, dv1 = _walk_queries(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, qh, gh, rows, q_strides[2], dout_strides[2], place, start, full_start, first, j, b,

@@ -12,7 +12,8 @@ from .tiles import load
 
 
 class Rows(NamedTuple):
-    """fp32 tensors of lse's shape, and its (batch, head) strides; rows are contiguous."""
+    """fp32 tensors as lse, with (batch, head) strides of their own; rows are contiguous. No stride is 1: triton 3.6 takes an argument
+    of 1 as a constant, and loses a constant of a nested tuple inside loops."""
 
     total: (
         Any  # log2 of the sum over a row, sink included; inf for a row that sees no key, so that exp2(s - total) is 0
@@ -25,7 +26,7 @@ class Rows(NamedTuple):
 
 @triton.jit(do_not_specialize=["Hq", "Sq", "Skv", "blocks"])
 def attention_rows(
-    out, dout, lse, dlse, dsinks, rows, out_strides, dout_strides, Hq, Sq, Skv, blocks, opts,
+    out, dout, lse, dlse, dsinks, rows, out_strides, dout_strides, lse_strides, Hq, Sq, Skv, blocks, opts,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Fills `rows` and, with sinks, dsinks [B, blocks, Hq]: each block's part of the gradient, -sum(exp(sink - total) * dout . out)."""
@@ -46,7 +47,8 @@ def attention_rows(
         delta += tl.sum(o1.to(WIDE) * g1.to(WIDE), 1)
     delta = delta.to(tl.float32)
     place = b64 * rows.strides[0] + h * rows.strides[1] + row
-    own = tl.load(lse + place, mask=valid, other=float("-inf"))
+    lse_place = b64 * lse_strides[0] + h * lse_strides[1] + row
+    own = tl.load(lse + lse_place, mask=valid, other=float("-inf"))
     empty = own == float("-inf")
     own = tl.where(empty, float("inf"), to_log2(tl.where(empty, 0.0, own)))
     total = own
@@ -60,7 +62,7 @@ def attention_rows(
             -tl.sum(tl.where(valid, tl.exp2(sink - total) * delta, 0.0), 0),
         )
     if dlse is not None:
-        g = tl.where(empty, 0.0, tl.load(dlse + place, mask=valid, other=0.0))
+        g = tl.where(empty, 0.0, tl.load(dlse + lse_place, mask=valid, other=0.0))
         if rows.own is not None:
             tl.store(rows.own + place, own, mask=valid)
             tl.store(rows.dlse + place, g, mask=valid)
