@@ -345,7 +345,7 @@ def main() -> None:
     stem = options.out / "_".join(["generate", *([options.label] if options.label else []), where.date])
     stem.with_suffix(".md").write_text(text)
     with stem.with_suffix(".csv").open("w", newline="") as file:
-        rows = csv.writer(file)
+        rows = csv.writer(file, lineterminator="\n")
         rows.writerow([*asdict(where), "case", "engine", "version", "tokens_per_s", "lowest", "highest", "rounds"])
         for (case, engine), rates in results.items():
             version = facts[engine].get("version", where.foveate)

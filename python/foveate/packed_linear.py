@@ -84,7 +84,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """q [..., in / 32, 32], integers in fp32, and dx [..., in / 32], of fp32 x [..., in]: x ~ q * dx. dx is NaN where x is not finite."""
     blocks = x.unflatten(-1, (-1, BLOCK))
     largest = blocks.abs().amax(-1)
-    # 127 / largest would be torch's reciprocal times 127, which rounds twice: some elements would fall to another integer than the kernel's.
+    # 127 / largest would be a reciprocal times 127 in torch, which rounds twice: some elements would fall to another integer.
     inverse = torch.full_like(largest, 127) / largest
     q = (blocks * torch.where(largest > 2.0**-100, inverse, 0)[..., None]).round()
     return torch.where(q.isfinite(), q, 0), largest / 127 + (blocks * 0).sum(-1)
