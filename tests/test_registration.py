@@ -90,6 +90,7 @@ def test_gradients_of_meta_tensors_have_shapes():
 
 
 @pytest.mark.skipif(_native._C is None, reason="no compiled module")
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # torch's own, once in a process
 @pytest.mark.parametrize("exchange", [True, False])
 def test_both_ways_to_take_tensors(exchange):
     """The DLPack exchange table and the attribute fallback give the same bits, and both refuse tensors without memory."""
