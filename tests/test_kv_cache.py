@@ -408,11 +408,14 @@ def test_bad_input(call, sentence, backend):
 
 def test_gradients_are_only_refused_where_they_would_be_lost(seed):
     inputs = make_kv_inputs(KvCase(), seed)
-    inputs.q.requires_grad_()
-    with torch.no_grad():
-        inputs.run()
-    with torch.inference_mode():
-        inputs.run()
+    expected = inputs.clone().run()[0]
+    for allowed in (torch.no_grad, torch.inference_mode):
+        trial = inputs.clone()
+        trial.q.requires_grad_()
+        with allowed():
+            assert torch.equal(trial.run()[0], expected)
+    with pytest.raises(ValueError, match="q requires a gradient"):
+        trial.run()
 
 
 def test_reference_definition_is_the_backend(seed):

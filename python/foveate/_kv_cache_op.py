@@ -34,7 +34,7 @@ _STATE_BYTES = 256 * 1024
 _MIN_SPLIT_KEYS = 256
 _INVARIANT_SPLIT_KEYS = 2048
 _TASKS_PER_THREAD = 4
-_BLOCKED_ROWS = 48
+BLOCKED_ROWS = 48
 
 
 class DecodePlan(NamedTuple):
@@ -71,7 +71,7 @@ def decode_plan(
     if not batch_invariant:
         splits = max(1, min(-(-wanted // tasks()), -(-max_keys // _MIN_SPLIT_KEYS)))
         # A step of one query stays with the decode kernel: it is bound by memory, however many heads share a KV head.
-        if Sq > 1 and rows >= _BLOCKED_ROWS and not quantized and max(D, Dv) <= MAX_HEAD_DIM:
+        if Sq > 1 and rows >= BLOCKED_ROWS and not quantized and max(D, Dv) <= MAX_HEAD_DIM:
             return DecodePlan(1, 0, rows_per_task, heads_per_task, True)
         return DecodePlan(splits, 0, rows_per_task, heads_per_task, False)
     while heads_per_task > 1 and tasks() < wanted:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate import _native
-from foveate._kv_cache_op import QUANTIZED, decode_plan
+from foveate._attention_checks import MAX_HEAD_DIM
+from foveate._kv_cache_op import BLOCKED_ROWS, QUANTIZED, decode_plan
 from foveate.cache_view import CacheView
 from foveate.models.blocks import PackedEmbedding, RMSNorm
 from foveate.models.gpt2 import GPT2
@@ -25,8 +26,6 @@ _ACTIVATIONS = {
 # From this many tokens of a sequence on, the blocked kernel attends: a prompt. Below it, the decode kernel, whose rows are the same
 # however many tokens a step has, as checking drafts needs.
 _PROMPT_TOKENS = 32
-_BLOCKED_ROWS = 48
-_BLOCKED_HEAD_DIM = 256
 
 
 class NativeDecoder:
@@ -94,7 +93,7 @@ class NativeDecoder:
         threads, quantized = torch.get_num_threads(), pages.k_pages.dtype in QUANTIZED
         capacity = cache.block_table.shape[1] * pages.page_size
         plan = decode_plan(B, S, Hq, Hkv, D, D, capacity, threads, 0, True, quantized)
-        if S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= _BLOCKED_ROWS and not quantized and D <= _BLOCKED_HEAD_DIM:
+        if S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= BLOCKED_ROWS and not quantized and D <= MAX_HEAD_DIM:
             plan = plan._replace(num_splits=1, keys_per_split=0, blocked=True)
         self._native.step(
             x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, *plan, threads
