@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -124,3 +127,11 @@ def test_the_named_backend_runs(monkeypatch):
     if _native._C is not None:
         foveate.attention(q, k, v, backend="native")
         assert called == [1]
+
+
+def test_importing_foveate_imports_little() -> None:
+    """Not torch's compiler (a second), not triton, not the model layer."""
+    heavy = ("torch._dynamo", "triton", "transformers", "tokenizers", "foveate.models", "foveate.generation")
+    code = f"import sys, foveate; print(*[name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -54,7 +54,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@torch.compiler.assume_constant_result
 def chosen_backend(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
     """`choose`, as a constant for torch.compile: it need not trace the table."""
     return choose(op, Query(device, dtype), backend)
+
+
+# All that torch.compiler.assume_constant_result does, but that imports torch._dynamo: a second of `import foveate`.
+chosen_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
