@@ -1,11 +1,11 @@
-// The stream that a launch goes to.
+// Where a kernel is launched. Plain C++: the op layer passes it on without knowing CUDA.
 #pragma once
 
 namespace foveate::cuda {
 
 struct Stream {
-  int device = 0;
-  void* handle = nullptr;  // cudaStream_t; null: the default stream
+  int device;    // CUDA device index
+  void* handle;  // cudaStream_t; nullptr is the legacy default stream
 };
 
 }  // namespace foveate::cuda
