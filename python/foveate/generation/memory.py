@@ -46,11 +46,10 @@ def model_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization:
     total = sum(p.numel() for p in model.parameters())  # a tied head counts once
     if quantization not in _BLOCK_BYTES:
         return total * size
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    packed = sum(m.weight.numel() // 32 * _BLOCK_BYTES[packed_format(model, m, quantization)] for m in linears)
-    linear = sum(m.weight.numel() for m in linears)
+    linears = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    packed = sum(n // 32 * _BLOCK_BYTES[packed_format(name, quantization)] for name, n in linears.items())
     tied = sum(p.numel() for name, p in model.named_parameters() if name in model.tied.values())
-    return packed + (total - linear + tied) * size
+    return packed + (total - sum(linears.values()) + tied) * size
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -21,6 +21,7 @@ from foveate.tokenizer import NEED
 
 _MODELS: dict[str, type[nn.Module]] = dict.fromkeys(llama.MODEL_TYPES, llama.Llama) | {"gpt2": gpt2.GPT2, "t5": t5.T5}
 _QUANTIZATIONS = (None, "none", "q8_0", "q4_0")
+_HEADS = ("lm_head", "cls.predictions.decoder")  # of causal models and T5, of BERT
 _LARGE = 256 * 2**20  # bytes from which loading takes a second or more
 
 
@@ -253,12 +254,12 @@ def _quantize(model: nn.Module, form: str) -> None:
                 raise ValueError(
                     f"{name} has {module.in_features} input features, but {form} packs blocks of 32; use quantization='none'"
                 )
-            model.set_submodule(name, PackedLinear.from_linear(module, packed_format(model, module, form)))
+            model.set_submodule(name, PackedLinear.from_linear(module, packed_format(name, form)))
 
 
-def packed_format(model: Any, linear: nn.Linear, quantization: str) -> str:
-    """What `load_model` packs this layer of the model in."""
-    return "q8_0" if linear.out_features == model.config.vocab_size else quantization
+def packed_format(name: str, quantization: str) -> str:
+    """What `load_model` packs the linear layer of this name in."""
+    return "q8_0" if name in _HEADS else quantization
 
 
 @contextmanager
