@@ -78,6 +78,7 @@ def options(c: Any, *, table_gradient: bool = False) -> Options:
         kv_lens=None if c.kv_lens is None else c.kv_lens.contiguous(),
         cu_q=None if c.cu_q is None else c.cu_q.contiguous(),
         cu_k=None if c.cu_k is None else c.cu_k.contiguous(),
+        totals=None if c.cu_q is None else (c.q.shape[0], c.k.shape[0]),
         philox=c.philox,
         keep_from=round(c.dropout_p * 2**32) if c.dropout_p > 0 else None,
         keep_scale=1 / (1 - c.dropout_p) if c.dropout_p > 0 else None,

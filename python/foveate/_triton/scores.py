@@ -36,6 +36,7 @@ class Options(NamedTuple):
     kv_lens: Any  # [B]
     cu_q: Any  # [B + 1]
     cu_k: Any
+    totals: Any  # (rows of q, rows of k) that cu_q and cu_k may point into
     philox: Any  # int64 [2]
     keep_from: Any  # round(p * 2**32)
     keep_scale: Any  # 1 / (1 - p)
@@ -78,13 +79,28 @@ def tanh(x):
 
 
 @triton.jit
+def clamped(x, largest):
+    """x, int32 or int64, within 0..largest: int64."""
+    return tl.minimum(tl.maximum(x.to(tl.int64), 0), largest)
+
+
+@triton.jit
+def _span(cu, total, longest):
+    """First row and length of the sequence between two entries of cu_seqlens."""
+    first = clamped(tl.load(cu), total)
+    end = clamped(tl.load(cu + 1), total)
+    return first, tl.minimum(tl.maximum(end - first, 0), longest).to(tl.int32)
+
+
+@triton.jit
 def sequence(opts, b, Sq, Skv):
-    """Of sequence b: its first row in q and in k, the number of queries, of keys, and of rows of k that belong to it."""
+    """Of sequence b: its first row in q and in k, the number of queries, of keys, and of rows of k that belong to it.
+
+    Lengths on a GPU are not checked by the host. What lies outside the tensors is cut off here, so no value makes a kernel leave them.
+    """
     if opts.cu_q is not None:
-        first_q = tl.load(opts.cu_q + b).to(tl.int64)
-        first_k = tl.load(opts.cu_k + b).to(tl.int64)
-        queries = (tl.load(opts.cu_q + b + 1) - first_q).to(tl.int32)
-        keys = (tl.load(opts.cu_k + b + 1) - first_k).to(tl.int32)
+        first_q, queries = _span(opts.cu_q + b, opts.totals[0], Sq)
+        first_k, keys = _span(opts.cu_k + b, opts.totals[1], Skv)
         rows = keys
     else:
         first_q = tl.zeros([], tl.int64)
@@ -93,7 +109,7 @@ def sequence(opts, b, Sq, Skv):
         keys = Skv
         rows = Skv
         if opts.kv_lens is not None:
-            keys = tl.load(opts.kv_lens + b).to(tl.int32)
+            keys = clamped(tl.load(opts.kv_lens + b), Skv).to(tl.int32)
     return first_q, first_k, queries, keys, rows
 
 
