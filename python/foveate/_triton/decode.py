@@ -120,8 +120,8 @@ def attention_with_kv_cache(
     blocks = -(-Sq * share // plan.block_m)
     wide = max(D, Dv) > 128
     decode_split[(blocks * B * Hkv, plan.num_splits)](
-        q, keys, values, out, lse, part_out, part_lse, q.stride()[:3], out.stride()[:3], table, table_stride, rotary, Hq, Sq, new,
-        blocks, page_size, pages, capacity, plan.num_splits, plan.keys_per_split, left, right, opts, SHARE=share, D=D, DV=Dv, D0=parts(D)[0],
+        q, keys, values, out, lse, part_out, part_lse, q.stride()[:3], out.stride()[:3], table, table_stride, rotary, Hq, Sq, new, blocks,
+        page_size, pages, capacity, plan.num_splits, plan.keys_per_split, left, right, opts, SHARE=share, D=D, DV=Dv, D0=parts(D)[0],
         D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1], HALF=half, INTERLEAVED=interleaved, APPENDED=k is not None,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=8 if wide else 4,
         num_stages=2 if attention.arch(q.device) < 90 or wide else 3,

@@ -41,26 +41,15 @@ def _cache_scale(cache, page, row, head, valid):
     return tl.load(cache.scale + places, mask=valid, other=0.0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "Hq",
-        "Sq",
-        "new",
-        "blocks",
-        "page_size",
-        "pages",
-        "capacity",
-        "splits",
-        "keys_per_split",
-        "left",
-        "right",
-    ]
-)
+_SIZES = ["Hq", "Sq", "new", "blocks", "page_size", "pages", "capacity", "splits", "keys_per_split", "left", "right"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def decode_split(
     q, k_cache, v_cache, out, lse, part_out, part_lse, q_strides, out_strides, table, table_stride, rotary, Hq, Sq, new, blocks,
-    page_size, pages, capacity, splits, keys_per_split, left, right, opts, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr,
-    D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, APPENDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    page_size, pages, capacity, splits, keys_per_split, left, right, opts, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    APPENDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, Sq, Hq, DV] and lse [B, Hq, Sq], or with part_out [splits, B, Hq, Sq, DV] and part_lse [splits, B, Hq, Sq] (in powers of
     two) the share of one split. keys_per_split: 0 for equal parts of each sequence. Keys beyond the capacity and those on pages that the
