@@ -14,6 +14,8 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("needs triton without its interpreter", allow_module_level=True)
 
 from aot import compiling
+from foveate._triton.packed_linear import weight_rows
+from foveate.packed_linear import packed_linear
 
 ARCHS = [80, 90, 100]
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that a block may have
@@ -134,4 +136,18 @@ def test_rows(arch, tmp_path):
             )
             (turned[0].sum() + turned[1].sum()).backward()
     assert len({kernel.name for kernel in found}) == 8
+    check(found, arch, HALF, 128)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("format", ["f32", "bf16", "q8_0", "q4_0", "q4_1"])
+def test_packed_linear(format, arch, tmp_path):
+    from foveate.packed_weight import packed_bytes
+
+    data, x = torch.zeros(packed_bytes(format, 4096, 64), dtype=torch.int8), torch.zeros(64, 4096, dtype=HALF)
+    with compiling(arch, tmp_path) as found:
+        for rows in (x[:1], x):
+            packed_linear(rows, data, format, 64, backend="triton")
+        weight_rows(torch.zeros(3, dtype=torch.int64), data, format, torch.zeros(3, 4096), 64)
+    assert {kernel.name for kernel in found} - {"quantize_rows"} == {"packed_product", "add_shares", "packed_rows"}
     check(found, arch, HALF, 128)

@@ -54,7 +54,7 @@ def decode_plan(
 
 
 @functools.lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Of a GPU; for the interpreter a number that makes small cases split."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
@@ -103,7 +103,7 @@ def attention_with_kv_cache(
         return
     if causal:
         right = 0 if right < 0 else min(right, 0)
-    plan = decode_plan(B, Sq * share, Hkv, D, Dv, capacity, _processors(q.device), num_splits, batch_invariant)
+    plan = decode_plan(B, Sq * share, Hkv, D, Dv, capacity, processors(q.device), num_splits, batch_invariant)
     part_out = part_lse = None
     if plan.num_splits > 1:
         part_out = torch.empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32, device=q.device)
