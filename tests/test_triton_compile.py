@@ -15,6 +15,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 from aot import compiling
 from foveate._triton.packed_linear import weight_rows
+from foveate._triton.page_copy import copy_pages
 from foveate.packed_linear import packed_linear
 
 ARCHS = [80, 90, 100]
@@ -114,7 +115,8 @@ def test_decode(arch, storage, tmp_path):
             q, pages, pages.clone(), k=new, v=new, kv_lens=torch.tensor([900]), block_table=torch.arange(64, dtype=torch.int32)[None],
             rotary_cos=angles, rotary_sin=angles, k_scale=scale, v_scale=None if scale is None else scale.clone(), backend="triton",
         )  # fmt: skip
-    assert [kernel.name for kernel in found] == ["append_rows", "decode_split", "decode_combine"]
+        copy_pages(pages[None], [0], [1])
+    assert [kernel.name for kernel in found] == ["append_rows", "decode_split", "decode_combine", "copy_words"]
     check(found, arch, HALF, 128)
 
 
