@@ -13,6 +13,9 @@ import foveate
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton without its interpreter", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from aot import compiling
 from foveate._triton.packed_linear import weight_rows
 from foveate._triton.page_copy import copy_pages
@@ -38,8 +41,8 @@ def tensors(
     return q, k, v
 
 
-def check(found, arch: int, dtype: torch.dtype, d: int) -> None:
-    spilled = {kernel: STACK.get((kernel.name, arch, NAMES[dtype], d), 0) for kernel in found}
+def check(found, arch: int, dtype: torch.dtype, d: int, more: int = 0) -> None:
+    spilled = {kernel: STACK.get((kernel.name, arch, NAMES[dtype], d), 0) + more for kernel in found}
     spilled = {kernel: listed for kernel, listed in spilled.items() if kernel.stack > listed}
     assert not spilled, f"sm_{arch}, {NAMES[dtype]}, head dim {d}: more stack than the listed bytes: {spilled}"
     for kernel in found:
@@ -153,3 +156,48 @@ def test_packed_linear(format, arch, tmp_path):
         weight_rows(torch.zeros(3, dtype=torch.int64), data, format, torch.zeros(3, 4096), 64)
     assert {kernel.name for kernel in found} - {"quantize_rows"} == {"packed_product", "add_shares", "packed_rows"}
     check(found, arch, HALF, 128)
+
+
+@triton.jit
+def document_mask(score, b, h, i, j, aux):
+    return tl.where(tl.load(aux[0] + i) == tl.load(aux[0] + j), score, float("-inf"))
+
+
+@triton.jit
+def same(score, grad, b, h, i, j, aux):
+    return grad
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_score_mod(arch, tmp_path):
+    q, k, v = tensors(HALF, 128)
+    mod = {"score_mod": document_mask, "score_mod_bwd": same, "score_mod_aux": [torch.zeros(256, dtype=torch.int32)]}
+    with compiling(arch, tmp_path) as found:
+        foveate.attention(q, k, v, causal=True, **mod, backend="triton").sum().backward()
+    assert [kernel.name for kernel in found] == ["attention_forward", "attention_rows", "attention_dq", "attention_dkv"]
+    check(found, arch, HALF, 128, 8 if arch == 80 else 0)
+
+
+def test_another_score_mod_is_another_kernel(tmp_path):
+    """Two functions of one name: what is remembered by the compiler goes by what they do."""
+
+    def made(sign):
+        if sign:
+
+            @triton.jit
+            def mod(score, b, h, i, j, aux):
+                return score + 1.0
+
+        else:
+
+            @triton.jit
+            def mod(score, b, h, i, j, aux):
+                return score - 1.0
+
+        return mod
+
+    q, k, v = (x.detach() for x in tensors(HALF, 64))
+    with compiling(90, tmp_path):
+        for sign in (0, 1, 1, 0):
+            foveate.attention(q, k, v, score_mod=made(sign), backend="triton")
+    assert len(list(tmp_path.glob("*/attention_forward.cubin"))) == 2

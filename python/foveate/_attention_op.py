@@ -59,7 +59,8 @@ _NUM_TENSORS = 12
 # What has a gradient, by its place among the tensors: q, k, v, bias, rel_table, sinks.
 _DIFFERENTIABLE = (0, 1, 2, 3, 6, 7)
 _OPTION_NAMES = ("bias", "mask", "alibi_slopes", "relative_bias", "sinks", "kv_lens", "varlen", "causal", "window",
-                 "softcap", "dropout_p")  # fmt: skip
+                 "softcap", "dropout_p", "score_mod")  # fmt: skip
+_NO_SCORE_MOD = "score_mod is a Triton function, which only the triton backend can run"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,6 +70,8 @@ def query(device: str, dtype: torch.dtype, D: int, Dv: int, used: tuple[bool, ..
 
 
 def _native_supports(query: Query) -> str | None:
+    if "score_mod" in query.features:
+        return _NO_SCORE_MOD
     reason = native_cpu(query)
     if reason is not None:
         return reason
@@ -79,10 +82,17 @@ def _native_supports(query: Query) -> str | None:
     return None
 
 
+def _triton_backward_supports(query: Query) -> str | None:
+    if "no score_mod_bwd" in query.features:
+        return "score_mod comes without its derivative; give score_mod_bwd"
+    return _triton.serves(query)
+
+
 for _name in ("attention", "attention_backward"):
     register(_name, "native", _native_supports)
     register(_name, "triton", _triton.serves)
-    register(_name, "reference", lambda query: None)
+    register(_name, "reference", lambda query: _NO_SCORE_MOD if "score_mod" in query.features else None)
+register("attention_backward", "triton", _triton_backward_supports)
 
 _runs = 0
 

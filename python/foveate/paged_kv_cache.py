@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from foveate import _triton
-from foveate._backends import Query, choose, register
+from foveate._backends import Query
 from foveate._kv_cache_op import QUANTIZED
 from foveate.kv_cache import attention_with_kv_cache
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZED)
-
-register("page_copy", "triton", _triton.serves)
-register("page_copy", "reference", lambda query: None)
 
 
 class CacheFull(RuntimeError):
@@ -292,9 +289,7 @@ class PagedKVCache:
         """Each sequence gets a last page of its own. The old ones keep other holders, so none of them is taken as a new one."""
         old, new = [self._pages[seq][-1] for seq in seqs], [self._take() for _ in seqs]
         pools = [pool for pool in (self.k_pages, self.v_pages, self.k_scale, self.v_scale) if pool is not None]
-        if (
-            choose("page_copy", Query(self.k_pages.device.type, torch.float32), None) == "triton"
-        ):  # bytes, whatever the dtype
+        if _triton.serves(Query(self.k_pages.device.type, torch.float32)) is None:  # bytes, whatever the dtype
             from foveate._triton.page_copy import copy_pages
 
             for pool in pools:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -44,7 +44,15 @@ def _distance_buckets(
     return _reference.relative_buckets(distances, buckets, bidirectional, max_distance)
 
 
-def options(c: Any, *, table_gradient: bool = False) -> Options:
+class ScoreMod(NamedTuple):
+    """`foveate.attention`'s score_mod and what belongs to it."""
+
+    forward: Any
+    backward: Any
+    aux: tuple[Tensor, ...]
+
+
+def options(c: Any, mod: ScoreMod | None = None, *, table_gradient: bool = False) -> Options:
     """c: `_attention_op.Operands`."""
     B = c.cu_q.shape[0] - 1 if c.cu_q is not None else c.q.shape[0]
     Hq = c.q.shape[-2]
@@ -60,7 +68,14 @@ def options(c: Any, *, table_gradient: bool = False) -> Options:
         rel, rel_shape = c.rel_table.t().contiguous()[:, buckets], (c.max_q + c.max_k, c.max_k)
         rel_buckets = buckets.to(torch.int32) if table_gradient else None
     softcap = float(c.softcap) if c.softcap > 0 else None
-    extras = bias is not None or mask is not None or c.alibi is not None or rel is not None or softcap is not None
+    extras = (
+        bias is not None
+        or mask is not None
+        or c.alibi is not None
+        or rel is not None
+        or softcap is not None
+        or mod is not None
+    )
     return Options(
         scale=float(c.scale),
         scale_log2=c.scale * math.log2(math.e),
@@ -82,10 +97,13 @@ def options(c: Any, *, table_gradient: bool = False) -> Options:
         philox=c.philox,
         keep_from=round(c.dropout_p * 2**32) if c.dropout_p > 0 else None,
         keep_scale=1 / (1 - c.dropout_p) if c.dropout_p > 0 else None,
+        score_mod=None if mod is None else mod.forward,
+        score_mod_bwd=None if mod is None else mod.backward,
+        aux=None if mod is None or not mod.aux else mod.aux,
         has_left=tl.constexpr(c.window_left >= 0),
         has_right=tl.constexpr(c.causal or c.window_right >= 0),
         plain=tl.constexpr(not extras and c.scale > 0),
-        guarded=tl.constexpr(mask is not None or bias is not None),
+        guarded=tl.constexpr(mask is not None or bias is not None or mod is not None),
     )
 
 
@@ -110,7 +128,7 @@ def lse_strides(c: Any) -> tuple[int, int]:
 
 
 @on_device
-def forward(c: Any, out: Tensor, lse: Tensor | None) -> None:
+def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None) -> None:
     """Fills out and lse for `_attention_op.Operands` whose last dimensions are contiguous."""
     Hq, Hkv, D, Dv = c.q.shape[-2], c.k.shape[-2], c.q.shape[-1], c.v.shape[-1]
     B = c.q.shape[0] if c.cu_q is None else c.cu_q.shape[0] - 1
@@ -124,7 +142,7 @@ def forward(c: Any, out: Tensor, lse: Tensor | None) -> None:
     blocks = -(-c.max_q * group // chosen.block_m)
     attention_forward[(blocks * B * (Hq // group),)](
         c.q, c.k, c.v, out, lse, strides(c.q), strides(c.k), strides(c.v), strides(out), lse_strides(c),
-        Hq, c.max_q, c.max_k, blocks, *window(c), options(c),
+        Hq, c.max_q, c.max_k, blocks, *window(c), options(c, mod),
         SHARE=share, GROUP=group, D=D, DV=Dv, D0=parts(D)[0], D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1],
         BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
@@ -132,7 +150,14 @@ def forward(c: Any, out: Tensor, lse: Tensor | None) -> None:
 
 @on_device
 def backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, c: Any, wanted: Any, grads: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    c: Any,
+    wanted: Any,
+    grads: Any,
+    mod: ScoreMod | None = None,
 ) -> tuple[Tensor, ...]:
     """Fills grads: q, k, v, bias, rel_table and sinks in the order of the op. Every sum has one order, so two runs give the same bits."""
     Hq, Hkv, D, Dv = c.q.shape[-2], c.k.shape[-2], c.q.shape[-1], c.v.shape[-1]
@@ -142,7 +167,7 @@ def backward(
         for grad in grads:
             grad.zero_()
         return grads
-    opts, share = options(c, table_gradient=dtable is not None), Hq // Hkv
+    opts, share = options(c, mod, table_gradient=dtable is not None), Hq // Hkv
     keys_kernel, queries_kernel = config.backward(D, Dv, c.q.dtype, arch(c.q.device))
     widths = {"D": D, "DV": Dv, "D0": parts(D)[0], "D1": parts(D)[1], "V0": parts(Dv)[0], "V1": parts(Dv)[1]}
     left, right = window(c)

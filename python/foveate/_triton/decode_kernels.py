@@ -104,7 +104,7 @@ def decode_split(
         if k_cache.scale is not None:
             qk = qk * _cache_scale(k_cache, page, row, kv_head, inside)[None, :]
         i2, j2 = i[:, None], j[None, :]
-        s, _ = scores(qk, i2, j2, valid[:, None] & inside[None, :], b, head[:, None], offset, opts)
+        s, _, _ = scores(qk, i2, j2, valid[:, None] & inside[None, :], b, head[:, None], keys, offset, opts)
         s = tl.where(visible(i2, j2, keys, offset, left, right, opts) & inside[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)

@@ -40,6 +40,9 @@ class Options(NamedTuple):
     philox: Any  # int64 [2]
     keep_from: Any  # round(p * 2**32)
     keep_scale: Any  # 1 / (1 - p)
+    score_mod: Any  # the caller's @triton.jit functions
+    score_mod_bwd: Any
+    aux: Any  # their tensors
     # Flags, each a tl.constexpr.
     has_left: Any
     has_right: Any
@@ -145,8 +148,9 @@ def key_ranges(first, last, keys, offset, left, right, opts, BLOCK: tl.constexpr
 
 
 @triton.jit
-def scores(qk, i, j, inside, b, h, offset, opts):
-    """The scores of q.k, and their derivative by scale * q.k (1 without softcap). inside: where bias and mask may be read."""
+def scores(qk, i, j, inside, b, h, keys, offset, opts):
+    """The scores of q.k, their derivative by scale * q.k up to score_mod (1 without softcap), and what score_mod was given. inside:
+    where bias and mask may be read."""
     slope = 1.0
     if opts.softcap is not None:
         t = tanh(qk * (opts.scale / opts.softcap))
@@ -162,10 +166,21 @@ def scores(qk, i, j, inside, b, h, offset, opts):
         s += tl.load(opts.rel + place, mask=inside, other=0.0) * LOG2E
     if opts.bias is not None:
         s += tl.load(_element(opts.bias, opts.bias_strides, b, h, i, j), mask=inside, other=0.0).to(tl.float32) * LOG2E
+    unmodified = s
+    if opts.score_mod is not None:
+        unmodified = s * LN2
+        i_inside, j_inside = clipped(i, j, keys, offset)
+        s = opts.score_mod(unmodified, b, h, i_inside, j_inside, opts.aux) * LOG2E
     if opts.mask is not None:
         keep = tl.load(_element(opts.mask, opts.mask_strides, b, h, i, j), mask=inside, other=0)
         s = tl.where(keep != 0, s, float("-inf"))
-    return s, slope
+    return s, slope, unmodified
+
+
+@triton.jit
+def clipped(i, j, keys, offset):
+    """Query and key indices of tiles that reach beyond the last ones: a score_mod may use them as addresses."""
+    return tl.minimum(i, keys - offset - 1), tl.minimum(j, keys - 1)
 
 
 @triton.jit
