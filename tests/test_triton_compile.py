@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from aot import compiling
+from foveate._triton import config
 from foveate._triton.packed_linear import weight_rows
 from foveate._triton.page_copy import copy_pages
 from foveate.packed_linear import packed_linear
@@ -201,3 +202,24 @@ def test_another_score_mod_is_another_kernel(tmp_path):
         for sign in (0, 1, 1, 0):
             foveate.attention(q, k, v, score_mod=made(sign), backend="triton")
     assert len(list(tmp_path.glob("*/attention_forward.cubin"))) == 2
+
+
+@pytest.mark.parametrize("variant", [config.DESCRIPTORS, config.SPECIALIZED], ids=["descriptors", "specialized"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_forward_for_hopper(d, variant, tmp_path, monkeypatch):
+    """TMA loads, and with SPECIALIZED warps that give registers away and others that take them."""
+    block_n = 128 if d < 256 else 64
+    warps = 4 if variant == config.SPECIALIZED else 8
+    monkeypatch.setattr(config, "forward", lambda *shape: config.Config(128, block_n, warps, 2, variant))
+    q, k, v = (x.detach() for x in tensors(HALF, d))
+    with compiling(90, tmp_path) as found:
+        foveate.attention(q, k, v, backend="triton")
+        foveate.attention(
+            q, k, v, causal=True, window=(100, 0), sinks=torch.zeros(2), return_lse=True, backend="triton"
+        )
+    assert {kernel.name for kernel in found} == {"attention_forward_hopper"}
+    check(found, 90, HALF, d)
+    for listing in tmp_path.glob("*/attention_forward_hopper.ptx"):
+        code = listing.read_text()
+        assert "cp.async.bulk.tensor" in code
+        assert ("setmaxnreg" in code) == (variant == config.SPECIALIZED)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from . import config, on_device
 from .attention_backward import attention_dkv, attention_dq
 from .attention_dbias import attention_dbias
 from .attention_forward import attention_forward
+from .attention_forward_hopper import attention_forward_hopper
+from .config import PLAIN, SPECIALIZED
 from .gradients import Rows, attention_rows
 from .scores import Options
 from .tiles import parts
@@ -127,6 +131,35 @@ def lse_strides(c: Any) -> tuple[int, int]:
     return c.q.shape[2] * c.q.shape[1], c.q.shape[1]
 
 
+def takes_descriptors(c: Any, mod: ScoreMod | None) -> bool:
+    """Whether `attention_forward_hopper` can serve the call: plain scores, and tensors that TMA can address, in steps of 16 bytes."""
+    extras = (c.bias, c.mask, c.alibi, c.rel_table, c.philox, mod)
+    if (
+        any(x is not None for x in extras)
+        or c.softcap > 0
+        or c.scale <= 0
+        or c.q.dtype == torch.float32
+        or c.max_k == 0
+    ):
+        return False
+    if any(D not in (64, 128, 256) for D in (c.q.shape[-1], c.v.shape[-1])):
+        return False
+    return all(
+        x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides(x)) and strides(x)[2] > 0 for x in (c.q, c.k, c.v)
+    )
+
+
+def _with_scratch(launch: Any, *args: Any, **options: Any) -> None:
+    """A launch with memory from torch for the descriptors that the kernel makes. triton keeps the allocator in a context variable, so in
+    a context of its own the caller's stays what it is."""
+
+    def run() -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+        launch(*args, **options)
+
+    contextvars.copy_context().run(run)
+
+
 @on_device
 def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None) -> None:
     """Fills out and lse for `_attention_op.Operands` whose last dimensions are contiguous."""
@@ -140,10 +173,19 @@ def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None
     if group > 1:
         chosen = config.forward(D, Dv, c.q.dtype, c.max_q * group, chip)
     blocks = -(-c.max_q * group // chosen.block_m)
-    attention_forward[(blocks * B * (Hq // group),)](
+    args = (
         c.q, c.k, c.v, out, lse, strides(c.q), strides(c.k), strides(c.v), strides(out), lse_strides(c),
         Hq, c.max_q, c.max_k, blocks, *window(c), options(c, mod),
-        SHARE=share, GROUP=group, D=D, DV=Dv, D0=parts(D)[0], D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1],
+    )  # fmt: skip
+    if chosen.variant != PLAIN and group == 1 and takes_descriptors(c, mod):
+        ragged = c.kv_lens is not None or c.cu_q is not None or c.max_k % chosen.block_n != 0
+        _with_scratch(
+            attention_forward_hopper[(blocks * B * Hq,)], *args, SHARE=share, D=D, DV=Dv, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
+            RAGGED=ragged, SPECIALIZE=chosen.variant == SPECIALIZED, num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
+        return
+    attention_forward[(blocks * B * (Hq // group),)](
+        *args, SHARE=share, GROUP=group, D=D, DV=Dv, D0=parts(D)[0], D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1],
         BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
 
@@ -192,7 +234,7 @@ def backward(
     inputs = (c.q, c.k, c.v, dout)
     input_strides = tuple(strides(x) for x in inputs)
     if dq is not None or dtable is not None:
-        m, n, warps, stages = keys_kernel
+        m, n, warps, stages, _ = keys_kernel
         blocks, buckets, table_parts = -(-c.max_q // m), 0, None
         if dtable is not None:
             buckets = 1 << (c.rel_table.shape[0] - 1).bit_length()
@@ -205,7 +247,7 @@ def backward(
         if dtable is not None and table_parts is not None:
             dtable.copy_(table_parts.sum(0)[:, : dtable.shape[0]].t())
     if dk is not None or dv is not None:
-        m, n, warps, stages = queries_kernel
+        m, n, warps, stages, _ = queries_kernel
         blocks = -(-c.max_k // n)
         dk_out, dv_out = torch.empty_like(c.k) if dk is None else dk, torch.empty_like(c.v) if dv is None else dv
         attention_dkv[(blocks * B * Hkv,)](
@@ -213,7 +255,7 @@ def backward(
             SHARE=share, **widths, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if dbias is not None:
-        m, n, warps, stages = keys_kernel
+        m, n, warps, stages, _ = keys_kernel
         blocks_m, blocks_n = -(-c.max_q // m), -(-c.max_k // n)
         nb, nh, nq, nk = dbias.shape
         sum_q, sum_k = nq == 1 < c.max_q, nk == 1 < c.max_k
