@@ -12,7 +12,7 @@ from foveate import _native, _ops
 from foveate._autograd import batch_first
 from foveate._checks import compute_dtype
 
-_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+_C: Any = _native._C  # None without a compiled module: `native` answers for that
 
 # Of the logits of one chunk of tokens. Far more than a core's cache, since the matrix products want many tokens, and far less
 # than all logits.
@@ -131,7 +131,8 @@ _ops.vmap("cross_entropy_backward", _backward_vmap)
 def _chunks(
     target: Tensor, vocab: int, itemsize: int, ignore_index: int, backend: str = "native"
 ) -> Iterator[Tensor | slice]:
-    """The rows of the tokens that are not ignored, chunk by chunk; for triton of all tokens: to know them is to wait for the device."""
+    """The rows of the tokens that are not ignored, chunk by chunk; but of all tokens for triton and on a GPU, where to know them
+    is to wait for the device."""
     tokens = max(_MIN_CHUNK_TOKENS, (_CHUNK_BYTES if target.is_cpu else _GPU_CHUNK_BYTES) // (vocab * itemsize))
     outside = ((target < 0) | (target >= vocab)) & (target != ignore_index)
     if target.is_cpu and outside.any():
@@ -139,7 +140,7 @@ def _chunks(
         raise ValueError(
             f"target[{i}] = {int(target[i])} is outside 0..{vocab - 1} and is not ignore_index = {ignore_index}"
         )
-    if backend == "triton":
+    if backend == "triton" or not target.is_cpu:
         return iter([slice(first, first + tokens) for first in range(0, len(target), tokens)])
     rows = (target != ignore_index).nonzero().squeeze(1)
     return iter(rows.split(tokens))
@@ -212,7 +213,7 @@ def _gradients(
         logits = _chunk_logits(h, weight, bias)
         loss[rows], stats = _forward(logits, t, *options)
         dlogits = _backward_into(logits, dloss[rows], logits, t, stats, *options)
-        if backend == "triton" and need_weight:
+        if isinstance(rows, slice) and need_weight:
             h = torch.where((t != ignore)[:, None], h, 0)  # ignored tokens are among the rows, and may be NaN
         if need_hidden:
             dhidden[rows] = (torch.mm(dlogits, weight) * factor).to(hidden.dtype)
