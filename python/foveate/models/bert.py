@@ -90,7 +90,7 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, packed: Packed | None, **padding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed | None, **padding: Any) -> Tensor:
         q, k, v = (split_heads(projection(x), self.heads) for projection in (self.query, self.key, self.value))
         dropout_p = self.dropout_p if self.training else 0.0
         return attend(q, k, v, packed, dropout_p=dropout_p, **padding).flatten(2)
@@ -120,7 +120,7 @@ class BertLayer(nn.Module):
         self.output = BertOutput(config.intermediate_size, config)
         self.activation = activation(config.activation)
 
-    def forward(self, x: Tensor, packed: Packed | None, **padding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed | None, **padding: Any) -> Tensor:
         x = self.attention["output"](self.attention["self"](x, packed, **padding), x)
         return self.output(self.activation(self.intermediate["dense"](x)), x)
 
@@ -217,7 +217,8 @@ class BertForMaskedLM(BertWithHead):
 
     def transform(self, hidden: Tensor) -> Tensor:
         """What the decoder, a linear layer, is applied to: [..., hidden] -> [..., hidden]."""
-        transform: Any = self.cls["predictions"]["transform"]
+        predictions: Any = self.cls["predictions"]
+        transform = predictions["transform"]
         return transform["LayerNorm"](self.activation(transform["dense"](hidden)))
 
 

@@ -27,7 +27,7 @@ class CausalLM:
     """
 
     units = "target tokens"
-    head = None
+    head: str | None = None
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, max_length: int) -> None:
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
@@ -114,7 +114,7 @@ def cut(lengths: np.ndarray, longest: int) -> Pieces:
     return Pieces(documents, starts, np.minimum(lengths[documents] - starts, longest))
 
 
-def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor, config: TrainConfig, **options: Any) -> Tensor:
+def head_loss(head: Any, hidden: Tensor, labels: Tensor, config: TrainConfig, **options: Any) -> Tensor:
     """The summed cross-entropy of head(hidden); the logits are never stored. Evaluation measures it without smoothing and z-loss."""
     weight, bias = (head.dequantize(), head.bias) if isinstance(head, PackedLinear) else (head.weight, head.bias)
     if torch.is_grad_enabled():

@@ -18,8 +18,8 @@ def is_rendered(row: dict[str, Any]) -> bool:
 def text_of(row: dict[str, Any], field: str, tokenizer: Tokenizer) -> tuple[str, Spans | None, bool]:
     """The text, the characters to be predicted (None: all), and whether the end token follows."""
     if "messages" in row:
-        text, spans = render(row["messages"], tokenizer)
-        return text, spans, False
+        rendered, spans = render(row["messages"], tokenizer)
+        return rendered, spans, False
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
         return prompt + completion, [(len(prompt), len(prompt) + len(completion))], True

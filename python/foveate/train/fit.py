@@ -18,6 +18,7 @@ from foveate.train.char_tokenizer import char_tokenizer
 from foveate.train.checkpoints import Checkpoints
 from foveate.train.config import TrainConfig
 from foveate.train.data_files import read_rows
+from foveate.train.gradient_checkpointing import checkpoint_layers
 from foveate.train.loop import Data, Loop
 from foveate.train.model_files import TrainedModel
 from foveate.train.objective import Objective
@@ -86,6 +87,8 @@ def fit(
         tensorboard=config.tensorboard,
         active=strategy.is_main,
     )
+    if config.gradient_checkpointing:
+        checkpoint_layers(trained.model)
     torch.manual_seed(config.seed + strategy.rank)  # of dropout
     loop = Loop(
         config, trained.model, objective, train, held_out, checkpoints=checkpoints, report=report, strategy=strategy,
@@ -143,8 +146,7 @@ def _tokenizer(config: TrainConfig) -> Tokenizer | None:
 
 def _data(config: TrainConfig, objective: Objective, store: TokenStore, *, shuffle: bool) -> Data:
     pieces = objective.pieces(store)
-    capacity = max(int(pieces.lengths.max(initial=1)), getattr(objective, "max_length", 1))
-    plan = DataPlan(pieces.lengths, capacity, packing=config.packing, seed=config.seed, shuffle=shuffle)
+    plan = DataPlan(pieces.lengths, objective.max_length, packing=config.packing, seed=config.seed, shuffle=shuffle)
     return Data(store, pieces, plan)
 
 

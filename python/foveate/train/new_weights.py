@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,18 +23,19 @@ def draw_weights(model: nn.Module, seed: int) -> None:
     T5 scales by its own rules, as its attention has no factor D**-0.5 (Raffel et al. 2020, in the authors' code).
     """
     generator = torch.Generator().manual_seed(seed)
-    layers = model.config.num_layers  # type: ignore[union-attr]
+    config: Any = model.config
     for path, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):
             name = f"{path}.{leaf}"
             if isinstance(module, (RMSNorm, nn.LayerNorm)):
-                p.fill_(0.0 if leaf == "bias" else 1.0 - getattr(module, "offset", 0.0))
+                offset: Any = getattr(module, "offset", 0.0)  # Gemma's norms multiply by 1 + weight
+                p.fill_(0.0 if leaf == "bias" else 1.0 - offset)
             elif p.dim() < 2:
                 p.zero_()
             else:
                 std = _t5_std(model, name) if isinstance(model, T5) else _STD
                 if _RESIDUAL.fullmatch(name):
-                    std /= (2 * layers) ** 0.5
+                    std /= (2 * config.num_layers) ** 0.5
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
 
 

@@ -34,6 +34,7 @@ class Objective(Protocol):
 
     units: str
     head: str | None  # of load_model
+    max_length: int
 
     def signature(self) -> dict[str, Any]:
         """What `encode` depends on, beside the rows and the tokenizer; part of the cache's key."""
