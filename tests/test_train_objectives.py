@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -137,7 +138,7 @@ def test_spans_come_back_together(tmp_path):
 @pytest.mark.parametrize("objective", ["seq2seq", "span-corruption"])
 def test_encoder_decoders_learn(tmp_path, objective):
     words = sorted(set(WORDS))
-    pairs = list(zip(words, words[1:])) * 6  # what comes next in the alphabet
+    pairs = list(itertools.pairwise(words)) * 6  # what comes next in the alphabet
     rows = [{"source": a, "target": b, "text": "the quick brown fox jumps over a lazy dog"} for a, b in pairs]
     result = run(
         tmp_path, objective=objective, new_model=T5_CONFIG, tokenizer=unigram(tmp_path), eval_fraction=0.2, max_steps=80,

@@ -117,13 +117,13 @@ class QuestionAnswering:
         if not rows:
             return {}
         answerer = QuestionAnswerer(model, self.tokenizer)
-        found = answerer(
+        found: Any = answerer(
             [row["question"] for row in rows], [row["context"] for row in rows], max_seq_len=self.max_length,
             doc_stride=min(self.config.doc_stride, self.max_length // 2), max_answer_len=MAX_ANSWER_LEN, batch_size=16,
             max_question_len=self.max_length,
         )  # fmt: skip
         truths = [[answer["text"] for answer in _answers(row)] for row in rows]
-        return scores([answer["answer"] for answer in found], truths)
+        return scores([best["answer"] for best in found], truths)
 
 
 def by_sequence(logits: Tensor, batch: Batch) -> Tensor:
