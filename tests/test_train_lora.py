@@ -18,7 +18,6 @@ from test_train_objectives import BERT, squad, wordpiece
 from train_toys import GPT2, LLAMA, largest_difference, losses, options, run, texts, weights
 from train_toys import one_thread as one_thread
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 
 
