@@ -1,7 +1,7 @@
 """The device layer (csrc/cuda/device) against golden vectors and torch: on the emulator always, on a GPU where there is one.
 
-The golden vectors come from the PTX ISA's tables (tests/native/device/make_golden.py), not from the emulator, so that kernel and emulator cannot
-share a wrong idea of a layout. Conversions are compared for every 16-bit number."""
+The golden vectors come from the PTX ISA's tables (tests/native/device/make_golden.py), not from the emulator, so that kernel
+and emulator cannot share a wrong idea of a layout. Conversions are compared for every 16-bit number."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from device_programs import SOURCES, emulated, for_gpu
 
 Conformance = Callable[..., np.ndarray]
@@ -73,7 +74,9 @@ def bits(x: torch.Tensor) -> np.ndarray:
     return x.contiguous().view(torch.int32).numpy().view(np.uint32)
 
 
-@pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16), ("f8e4m3", torch.float8_e4m3fn)])
+@pytest.mark.parametrize(
+    "name, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16), ("f8e4m3", torch.float8_e4m3fn)]
+)
 def test_widening_every_code(conformance: Conformance, name: str, dtype: torch.dtype) -> None:
     codes = CODES[:256] if name == "f8e4m3" else CODES
     integer = torch.uint8 if name == "f8e4m3" else torch.uint16
@@ -92,8 +95,28 @@ def floats_around(dtype: torch.dtype) -> torch.Tensor:
     finite = values[values.isfinite()].double()
     middle = ((finite[1:] + finite[:-1]) / 2).float()
     above, below = torch.nextafter(middle, torch.tensor(torch.inf)), torch.nextafter(middle, torch.tensor(-torch.inf))
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 3.4e38, -3.4e38, 1e-45, 447, 448, 449, 464, 65519, 65520])
-    random = torch.from_numpy(np.random.default_rng(1).integers(0, 1 << 32, 50000, dtype=np.uint32).view(np.float32).copy())
+    special = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            torch.inf,
+            -torch.inf,
+            torch.nan,
+            -torch.nan,
+            3.4e38,
+            -3.4e38,
+            1e-45,
+            447,
+            448,
+            449,
+            464,
+            65519,
+            65520,
+        ]
+    )
+    random = torch.from_numpy(
+        np.random.default_rng(1).integers(0, 1 << 32, 50000, dtype=np.uint32).view(np.float32).copy()
+    )
     return torch.cat([values, middle, above, below, special, random])
 
 
@@ -116,7 +139,9 @@ def test_narrowing_to_fp8(conformance: Conformance) -> None:
 
 
 def test_narrowing_to_int8(conformance: Conformance) -> None:
-    x = torch.cat([torch.arange(-300, 300, dtype=torch.float32) / 2, torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30])])
+    x = torch.cat(
+        [torch.arange(-300, 300, dtype=torch.float32) / 2, torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30])]
+    )
     out = conformance("narrow_int8", bits(x))
     expected = x.nan_to_num(0, 127, -128).round().clamp(-128, 127).to(torch.int8).view(torch.uint8).numpy()
     assert np.array_equal(out, expected)
@@ -124,7 +149,9 @@ def test_narrowing_to_int8(conformance: Conformance) -> None:
 
 def test_tf32_rounds_half_away_from_zero(conformance: Conformance) -> None:
     rng = np.random.default_rng(2)
-    x = np.concatenate([rng.normal(size=5000).astype(np.float32), np.float32([1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-23, 1.0, 0.0])])
+    x = np.concatenate(
+        [rng.normal(size=5000).astype(np.float32), np.float32([1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-23, 1.0, 0.0])]
+    )
     out = conformance("to_tf32", x.view(np.uint32)).view(np.float32)
     _, exponent = np.frexp(x)
     step = np.exp2(exponent.astype(np.float64) - 11)  # 1 + 10 bits of mantissa
@@ -143,7 +170,9 @@ def test_tf32_rounds_half_away_from_zero(conformance: Conformance) -> None:
         ("tanh", np.tanh, -10, 10, 2.0**-10.5, 0),
     ],
 )
-def test_approximate_math(conformance: Conformance, name: str, function: Callable, low: float, high: float, relative: float, absolute: float) -> None:
+def test_approximate_math(
+    conformance: Conformance, name: str, function: Callable, low: float, high: float, relative: float, absolute: float
+) -> None:
     rng = np.random.default_rng(3)
     if low > 0:
         x = np.exp(rng.uniform(np.log(low), np.log(high), 20000)).astype(np.float32)

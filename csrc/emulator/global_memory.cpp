@@ -55,8 +55,8 @@ void GlobalMemory::find(uintptr_t address, size_t bytes, const char* what, Site 
     }
     if (distance < least) nearest = &span, least = distance;
   }
-  kernel_error(what, " of ", bytes, " bytes at ", name(site), " is outside every tensor; the nearest is ", nearest->name, " of ", nearest->bytes,
-               " bytes, and the access is at its byte ", static_cast<int64_t>(address - nearest->data));
+  kernel_error(what, " of ", bytes, " bytes at ", name(site), " is outside every tensor; the nearest is ", nearest->name, " of ",
+               nearest->bytes, " bytes, and the access is at its byte ", static_cast<int64_t>(address - nearest->data));
 }
 
 }  // namespace foveate::emulator

@@ -70,9 +70,15 @@ __global__ void warp_kernel(const __grid_constant__ Params p) {
   wide = dev::shfl_xor(wide, 1);
   uint2 other;
   memcpy(&other, &wide, 8);
-  const uint32_t results[9] = {dev::shfl_xor(value, 5), dev::shfl_idx(value, lane * 7 + 3), dev::shfl_down(value, 3), dev::shfl_up(value, 2),
-                               other.y, dev::ballot(value % 3 == 0), static_cast<uint32_t>(dev::any(value == 0)),
-                               static_cast<uint32_t>(dev::all(value < 1000000)), static_cast<uint32_t>(dev::warp())};
+  const uint32_t results[9] = {dev::shfl_xor(value, 5),
+                               dev::shfl_idx(value, lane * 7 + 3),
+                               dev::shfl_down(value, 3),
+                               dev::shfl_up(value, 2),
+                               other.y,
+                               dev::ballot(value % 3 == 0),
+                               static_cast<uint32_t>(dev::any(value == 0)),
+                               static_cast<uint32_t>(dev::all(value < 1000000)),
+                               static_cast<uint32_t>(dev::warp())};
   for (int i = 0; i < 9; ++i) dev::st_global(p.out + lane * 9 + i, results[i]);
 }
 
