@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveate import _ops, _reference, _triton
 from foveate._attention_checks import MAX_HEAD_DIM
-from foveate._backends import Query, choose, native_cpu, register
+from foveate._backends import Query, choose, native, register
 from foveate._native import _C
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
@@ -82,12 +82,15 @@ def decode_plan(
     return DecodePlan(splits, _INVARIANT_SPLIT_KEYS, rows_per_task, heads_per_task, False)
 
 
+_native_shared = native("kv_append", "decode", "rotate_queries", "attention_forward")
+
+
 def _native_supports(query: Query) -> str | None:
-    reason = native_cpu(query)
+    reason = _native_shared(query)
     if reason is not None:
         return reason
     if query.dtype not in _NATIVE_DTYPES:
-        return f"the CPU kernels take {', '.join(map(str, _NATIVE_DTYPES))}, q is {query.dtype}"
+        return f"the kernels take {', '.join(map(str, _NATIVE_DTYPES))}, q is {query.dtype}"
     return None
 
 

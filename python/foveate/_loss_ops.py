@@ -12,7 +12,7 @@ from foveate import _native, _ops
 from foveate._autograd import batch_first
 from foveate._checks import compute_dtype
 
-_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+_C: Any = _native._C  # None without a compiled module: `native` answers for that
 
 # Of the logits of one chunk of tokens. Far more than a core's cache, since the matrix products want many tokens, and far less
 # than all logits.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate import _reference_ops, _triton
 from foveate._autograd import first_order
-from foveate._backends import native_cpu, register
+from foveate._backends import native, register
 from foveate._checks import (
     check_finite,
     check_floating,
@@ -27,7 +27,7 @@ from foveate._loss_ops import (
 )
 
 for _op in ("cross_entropy", "linear_cross_entropy"):
-    register(_op, "native", native_cpu)
+    register(_op, "native", native("cross_entropy_forward", "cross_entropy_backward"))
     register(_op, "reference", lambda query: None)
 register("cross_entropy", "triton", _triton.serves)
 

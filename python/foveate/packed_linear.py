@@ -10,14 +10,14 @@ from torch import Tensor
 
 from foveate import _native, _ops
 from foveate._autograd import first_order
-from foveate._backends import native_cpu, register
+from foveate._backends import native, register
 from foveate._checks import chosen_backend
 from foveate.linear import BLOCK, check_format, quantize
 from foveate.packed_weight import pack_blocks, pack_floats, packed_bytes, unpack_rows, unpack_weight
 
 _C: Any = _native._C
 
-register("packed_linear", "native", native_cpu)
+register("packed_linear", "native", native())
 register("packed_linear", "reference", lambda query: None)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
