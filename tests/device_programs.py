@@ -32,7 +32,8 @@ def emulated(program: str) -> Path:
         if not (BUILD / "build.ninja").exists():
             launcher = ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
             _run(
-                "cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DFOVEATE_EMULATOR=ON", "-DFOVEATE_CUDA=OFF", "-DFOVEATE_CPU_TARGETS=baseline",
+                "cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DFOVEATE_EMULATOR=ON", "-DFOVEATE_CUDA=OFF",
+                "-DFOVEATE_CPU_TARGETS=baseline",
                 f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *launcher,
                 env=environment,
             )  # fmt: skip
