@@ -309,7 +309,8 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
         ctx.options = inputs[_NUM_TENSORS:]
-        ctx.set_materialize_grads(False)
+        # Zeros for an output that the loss does not use are left out, but for vmap: torch 2.6 does not map what is not there.
+        ctx.set_materialize_grads(_vmapped())
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -384,6 +385,14 @@ def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
     if torch.compiler.is_compiling() or _long_way or _transforms() is not None:  # type: ignore[misc]
         return Attention.apply(*operands)
     return _apply(*operands)
+
+
+def _vmapped() -> bool:
+    """True right below torch.vmap."""
+    if torch.compiler.is_compiling() or _transforms is None:
+        return False
+    level = _transforms()
+    return level is not None and level.key() == torch._C._functorch.TransformType.Vmap
 
 
 def _needs_gradient(operands: tuple[Tensor | None, ...]) -> bool:
