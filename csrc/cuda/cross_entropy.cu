@@ -25,12 +25,12 @@ __global__ void __launch_bounds__(kLargestBlock, 1) cross_entropy_forward_kernel
     const int64_t target = dev::ld_global_nc<int64_t>(p.target + row);
     const bool ignored = target == p.options.ignore_index, outside = target < 0 || target >= p.cols;
     const int64_t cols = ignored || outside ? 0 : p.cols;  // such rows are not read
-    const int64_t offset = chunk_offset(logits), chunks = cols == 0 ? 0 : chunks_of(cols + offset, kVec<T>);
+    const int64_t chunks = chunks_of(cols, kVec<T>);
     MaxSum all;
     float centred = 0, count = 0;  // of the smoothing: sum(x - all.max) over `count` logits
     for (int64_t chunk = team.thread; chunk < chunks; chunk += int64_t{kAhead} * team.lanes) {
       float x[kAhead][kVec<T>];
-      const auto column = [&](int c) { return (chunk + c * team.lanes) * kVec<T> - offset; };
+      const auto column = [&](int c) { return (chunk + c * team.lanes) * kVec<T>; };
 #pragma unroll
       for (int c = 0; c < kAhead; ++c) load_chunk<Read::kOnce>(logits, column(c), cols, -kInfinity, x[c]);
 #pragma unroll
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) cross_entropy_forward_kernel
 #pragma unroll
           for (int i = 0; i < kVec<T>; ++i) {
             const int64_t j = column(c) + i;
-            if (j >= 0 && j < cols) centred += x[c][i] - all.max, count += 1;
+            if (j < cols) centred += x[c][i] - all.max, count += 1;
           }
         }
       }
@@ -87,10 +87,10 @@ __global__ void __launch_bounds__(kLargestBlock, 1) cross_entropy_backward_kerne
     const float2 stats = dev::ld_global_nc<float2>(static_cast<const float*>(p.stats) + 2 * row);
     const float dlse = dloss * (1 + 2 * static_cast<float>(p.options.z_loss) * (stats.x + stats.y));
     const float uniform = dloss * smoothing / static_cast<float>(p.cols);
-    const int64_t offset = chunk_offset(logits), chunks = chunks_of(p.cols + offset, kVec<T>);
+    const int64_t chunks = chunks_of(p.cols, kVec<T>);
     for (int64_t chunk = team.thread; chunk < chunks; chunk += int64_t{kAhead} * team.lanes) {
       float x[kAhead][kVec<T>];
-      const auto column = [&](int c) { return (chunk + c * team.lanes) * kVec<T> - offset; };
+      const auto column = [&](int c) { return (chunk + c * team.lanes) * kVec<T>; };
       if (!ignored) {
 #pragma unroll
         for (int c = 0; c < kAhead; ++c) load_chunk<Read::kInPlace>(logits, column(c), p.cols, 0.0f, x[c]);
@@ -114,14 +114,14 @@ __global__ void __launch_bounds__(kLargestBlock, 1) cross_entropy_backward_kerne
 
 void cross_entropy_forward(const CrossEntropyParams& p, Stream stream) {
   visit_activation(p.dtype, [&]<class T>(std::type_identity<T>) {
-    const RowPlan plan = plan_rows(p.rows, row_chunks<T>(p.cols, p.logits, {p.logits_stride}), kAhead);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kAhead);
     launch<cross_entropy_forward_kernel<T>>(plan.grid, plan.threads, kTeamBytes, stream, Work{p, plan.lanes});
   });
 }
 
 void cross_entropy_backward(const CrossEntropyParams& p, Stream stream) {
   visit_activation(p.dtype, [&]<class T>(std::type_identity<T>) {
-    const RowPlan plan = plan_rows(p.rows, row_chunks<T>(p.cols, p.logits, {p.logits_stride}), kAhead);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kAhead);
     launch<cross_entropy_backward_kernel<T>>(plan.grid, plan.threads, kTeamBytes, stream, Work{p, plan.lanes});
   });
 }

@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_forward_kernel(cons
     const int64_t row = mine ? first + team.index : p.rows - 1;
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     T* out = static_cast<T*>(p.out) + row * p.cols;
-    const int64_t offset = chunk_offset(x), chunks = chunks_of(p.cols + offset, kVec<T>);
-    const auto column = [&](int64_t chunk) { return chunk * kVec<T> - offset; };
+    const int64_t chunks = chunks_of(p.cols, kVec<T>);
+    const auto column = [&](int64_t chunk) { return chunk * kVec<T>; };
     float v[kChunks][kVec<T>], squares = 0;
     const auto add_squares = [&] {
 #pragma unroll
@@ -72,7 +72,6 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_forward_kernel(cons
   }
 }
 
-// Here chunks begin at the row's first number, so that a thread has the same columns in all rows.
 template <class T, class W, bool kKept>
 __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(const __grid_constant__ RowWork<RmsNormBackwardParams> work) {
   constexpr int kChunks = kKeptChunks<T> / 2;
@@ -195,7 +194,7 @@ void visit_dtypes(DType dtype, DType weight_dtype, const F& f) {
 
 void rms_norm_forward(const RmsNormParams& p, Stream stream) {
   visit_dtypes(p.dtype, p.weight_dtype, [&]<class T, class W>(std::type_identity<T>, std::type_identity<W>) {
-    const RowPlan plan = plan_rows(p.rows, row_chunks<T>(p.cols, p.x, {p.x_stride}), kKeptChunks<T>);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks<T>);
     const RowWork<RmsNormParams> work{p, plan.lanes};
     if (plan.kept)
       launch<rms_norm_forward_kernel<T, W, true>>(plan.grid, plan.threads, kTeamBytes, stream, work);
@@ -207,7 +206,7 @@ void rms_norm_forward(const RmsNormParams& p, Stream stream) {
 void rms_norm_backward(const RmsNormBackwardParams& p, Stream stream) {
   constexpr int64_t kSharesWithoutDweight = 4096;
   visit_dtypes(p.dtype, p.weight_dtype, [&]<class T, class W>(std::type_identity<T>, std::type_identity<W>) {
-    const RowPlan plan = plan_rows(p.rows, ceil_div<int64_t>(p.cols, kVec<T>), kKeptChunks<T> / 2);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks<T> / 2);
     RowWork<RmsNormBackwardParams> work{p, plan.lanes};
     if (!p.dweight_parts) work.params.parts = std::min<int64_t>(plan.grid.x, kSharesWithoutDweight);
     const auto blocks = static_cast<unsigned>(work.params.parts);

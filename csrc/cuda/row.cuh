@@ -1,11 +1,10 @@
 // What kernels over rows share: numbers in chunks of 16 bytes, the threads that work on one row, and how many those are.
 //
-// A row is cut into chunks at multiples of 16 bytes of its address, so that all but its first and last chunk are one access each, wherever
-// the row begins. A chunk that is not whole, or not aligned in another operand, is accessed number by number.
+// A row is cut into chunks of 16 bytes from its first number on, so that the order of every sum, and with it the bits of a result, is the same
+// wherever the row lies in memory. A chunk that is not whole or not aligned is accessed number by number.
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 #include <limits>
 
 #include "core/check.h"
@@ -57,11 +56,11 @@ __device__ __forceinline__ bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % kBytes == 0;
 }
 
-// x[i] = row[j + i], and `fill` where that is not in 0..n - 1, which is not read.
+// x[i] = row[j + i], and `fill` from number n on, which is not read.
 template <Read kRead, int kCount, class T>
 __device__ __forceinline__ void load_chunk(const T* row, int64_t j, int64_t n, float fill, float (&x)[kCount]) {
   constexpr int kEach = kCount < kVec<T> ? kCount : kVec<T>;
-  if (j >= 0 && j + kCount <= n && aligned<sizeof(T) * kEach>(row + j)) {
+  if (j + kCount <= n && aligned<sizeof(T) * kEach>(row + j)) {
 #pragma unroll
     for (int i = 0; i < kCount; i += kEach) {
       const auto packed = read<kRead, Packed<T, kEach>>(row + j + i);
@@ -71,10 +70,10 @@ __device__ __forceinline__ void load_chunk(const T* row, int64_t j, int64_t n, f
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = fill;
-    if (j >= n || j + kCount <= 0) return;
+    if (j >= n) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      if (j + i >= 0 && j + i < n) x[i] = dev::to_float(read<kRead, T>(row + j + i));
+      if (j + i < n) x[i] = dev::to_float(read<kRead, T>(row + j + i));
   }
 }
 
@@ -94,25 +93,20 @@ __device__ __forceinline__ Packed<T, kCount> pack_chunk(const float* x) {
   return packed;
 }
 
-// row[j + i] = x[i] where that is in 0..n - 1.
+// row[j + i] = x[i], below number n.
 template <int kCount, class T>
 __device__ __forceinline__ void store_chunk(T* row, int64_t j, int64_t n, const float (&x)[kCount]) {
   constexpr int kEach = kCount < kVec<T> ? kCount : kVec<T>;
-  if (j >= 0 && j + kCount <= n && aligned<sizeof(T) * kEach>(row + j)) {
+  if (j + kCount <= n && aligned<sizeof(T) * kEach>(row + j)) {
 #pragma unroll
-    for (int i = 0; i < kCount; i += kEach) dev::st_global_stream(row + j + i, pack_chunk<T, kEach>(x + i));
-  } else if (j < n && j + kCount > 0) {
+    for (int i = 0; i < kCount; i += kEach) dev::st_global(row + j + i, pack_chunk<T, kEach>(x + i));
+  } else if (j < n) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      if (j + i >= 0 && j + i < n) dev::st_global(row + j + i, dev::from_float<T>(x[i]));
+      if (j + i < n) dev::st_global(row + j + i, dev::from_float<T>(x[i]));
   }
 }
 
-// How far the row's first number lies behind a multiple of 16 bytes: chunk c begins at number c * kVec - offset.
-template <class T>
-__device__ __forceinline__ int64_t chunk_offset(const T* row) {
-  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
-}
 __device__ __forceinline__ int64_t chunks_of(int64_t numbers, int vec) { return (numbers + vec - 1) / vec; }
 
 // ---- teams -------------------------------------------------------------------------------------------------------------------
@@ -198,8 +192,10 @@ inline dim3 blocks_for(int64_t items, int threads) {
   return dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div<int64_t>(items, threads), int64_t{1} << 30)));
 }
 
-// A warp or a part of one for each row that fits its registers, else a block.
-inline RowPlan plan_rows(int64_t rows, int64_t row_chunks, int chunks) {
+// A warp or a part of one for each row that fits its registers, else a block. chunks: of a thread.
+template <class T>
+RowPlan plan_rows(int64_t rows, int64_t cols, int chunks) {
+  const int64_t row_chunks = ceil_div<int64_t>(cols, kVec<T>);
   RowPlan plan{32, kWarpBlock, true, 1};
   if (row_chunks <= 32 * chunks) {
     while (plan.lanes > 1 && plan.lanes / 2 >= row_chunks) plan.lanes /= 2;
@@ -210,14 +206,6 @@ inline RowPlan plan_rows(int64_t rows, int64_t row_chunks, int chunks) {
   }
   plan.grid = blocks_for(rows, plan.threads / plan.lanes);
   return plan;
-}
-
-// Chunks of a row of `cols` numbers of T. Rows that do not all begin at multiples of 16 bytes may have one more.
-template <class T>
-int64_t row_chunks(int64_t cols, const void* base, std::initializer_list<int64_t> strides) {
-  int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(base));
-  for (int64_t stride : strides) bits |= stride * static_cast<int64_t>(sizeof(T));
-  return ceil_div<int64_t>(cols + (bits % 16 ? kVec<T> - 1 : 0), kVec<T>);
 }
 
 }  // namespace foveate::cuda

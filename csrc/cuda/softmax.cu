@@ -58,7 +58,7 @@ struct Scores {
       for (int i = 0; i < kVec<T>; ++i) s[i] = operand[i] != 0 ? s[i] : -kInfinity;
     }
 #pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) s[i] = j + i >= 0 && j + i < visible ? s[i] : -kInfinity;
+    for (int i = 0; i < kVec<T>; ++i) s[i] = j + i < visible ? s[i] : -kInfinity;
   }
 
   __device__ __forceinline__ void store(int64_t row, int64_t j, float (&y)[kVec<T>]) const {
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kLargestBlock, 1) softmax_forward_kernel(const
     const bool mine = first + team.index < p.rows;
     const int64_t row = mine ? first + team.index : p.rows - 1;
     const Scores<T> scores(p, row);
-    const int64_t offset = chunk_offset(scores.x), chunks = chunks_of(p.cols + offset, kVec<T>);
-    const auto column = [&](int64_t chunk) { return chunk * kVec<T> - offset; };
+    const int64_t chunks = chunks_of(p.cols, kVec<T>);
+    const auto column = [&](int64_t chunk) { return chunk * kVec<T>; };
     MaxSum all;
     float s[kChunks][kVec<T>];
     if constexpr (kKept) {
@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(kLargestBlock, 1) softmax_backward_kernel(cons
     const bool mine = first + team.index < p.rows;
     const int64_t at = (mine ? first + team.index : p.rows - 1) * p.cols;
     const T *out = static_cast<const T*>(p.out) + at, *dout = static_cast<const T*>(p.dout) + at;
-    const int64_t offset = chunk_offset(out), chunks = chunks_of(p.cols + offset, kVec<T>);
-    const auto column = [&](int64_t chunk) { return chunk * kVec<T> - offset; };
+    const int64_t chunks = chunks_of(p.cols, kVec<T>);
+    const auto column = [&](int64_t chunk) { return chunk * kVec<T>; };
     float y[kChunks][kVec<T>], dy[kChunks][kVec<T>];
     const auto load = [&]<Read kRead>(std::integral_constant<Read, kRead>, int64_t chunk) {
 #pragma unroll
@@ -202,9 +202,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) softmax_backward_kernel(cons
 
 void softmax_forward(const SoftmaxParams& p, Stream stream) {
   visit_activation(p.dtype, [&]<class T>(std::type_identity<T>) {
-    int64_t strides = 0;
-    for (int d = 0; d < p.ndim; ++d) strides |= p.x_stride[d];
-    const RowPlan plan = plan_rows(p.rows, row_chunks<T>(p.cols, p.x, {strides}), kKeptChunks<T>);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks<T>);
     const RowWork<SoftmaxParams> work{p, plan.lanes};
     if (plan.kept)
       launch<softmax_forward_kernel<T, true>>(plan.grid, plan.threads, kTeamBytes, stream, work);
@@ -215,7 +213,7 @@ void softmax_forward(const SoftmaxParams& p, Stream stream) {
 
 void softmax_backward(const SoftmaxBackwardParams& p, Stream stream) {
   visit_activation(p.dtype, [&]<class T>(std::type_identity<T>) {
-    const RowPlan plan = plan_rows(p.rows, row_chunks<T>(p.cols, p.out, {p.cols}), kKeptChunks<T> / 2);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks<T> / 2);
     const auto run = [&]<class Out>(std::type_identity<Out>) {
       const RowWork<SoftmaxBackwardParams> work{p, plan.lanes};
       if (plan.kept)
