@@ -5,7 +5,13 @@ namespace foveate::cuda {
 
 #ifdef FOVEATE_WITH_CUDA
 const Kernels& kernels() {
-  static const Kernels table{};
+  static const Kernels table{.softmax_forward = softmax_forward,
+                             .softmax_backward = softmax_backward,
+                             .cross_entropy_forward = cross_entropy_forward,
+                             .cross_entropy_backward = cross_entropy_backward,
+                             .rms_norm_forward = rms_norm_forward,
+                             .rms_norm_backward = rms_norm_backward,
+                             .rotary = rotary};
   return table;
 }
 #else
