@@ -1,0 +1,89 @@
+// What the forward kernels share: their parameters, which rows a block works on, where rows of q, k, v and out lie.
+#pragma once
+
+#include "cuda/device/device.cuh"
+#include "cuda/flash_config.h"
+#include "cuda/score.cuh"
+#include "ops/attention.h"
+
+namespace foveate::cuda {
+
+struct ForwardParams {
+  AttentionParams attention;
+  ScoreParams score;
+  ForwardGrid grid;
+  int packed;  // heads in a tile of rows: 1, or the heads that share a KV head
+  bool score_options;  // scores become logits before the softmax; else they are q.k
+  float factor;  // what the softmax takes is exp2(factor * score)
+  bool vector_loads, vector_stores;  // rows of q, k, v and of out begin at multiples of 16 bytes and fill them
+};
+
+// The rows of one block: [first, first + count) of a head or of `packed` heads.
+struct BlockRows {
+  int batch, head, packed, first, count;
+
+  __device__ __forceinline__ int query(int row) const { return packed == 1 ? first + row : (first + row) / packed; }
+  __device__ __forceinline__ int head_of(int row) const { return packed == 1 ? head : head + (first + row) % packed; }
+};
+
+// No row is left if the sequence is shorter than the longest.
+__device__ __forceinline__ BlockRows block_rows(const ForwardParams& f, const ForwardBlock& block, int rows) {
+  const int heads = static_cast<int>(f.attention.heads_q) / f.packed;
+  const int batch = block.head / heads;
+  return {batch, block.head % heads * f.packed, f.packed, block.tile * rows, rows};
+}
+
+// Where row i of head h of a [batch, seq, head, dim] operand of queries begins; `start` is that of the sequence in a packed batch, else 0.
+template <class T>
+__device__ __forceinline__ T* query_row(const Rows& x, int64_t start, int b, int h, int i) {
+  return static_cast<T*>(x.data) + (x.batch * b + x.seq * (start + i) + x.head * h);
+}
+
+__device__ __forceinline__ float* lse_row(const AttentionParams& p, const Sequence& s, int b, int h, int i) {
+  return static_cast<float*>(p.lse.data) + (p.lse.batch * b + p.lse.head * h + s.first_q + i);
+}
+
+// How a row ends: what its output is multiplied by, and its log-sum-exp. max: in the exponents of 2 of the softmax.
+struct RowEnd {
+  float share, lse;
+};
+__device__ __forceinline__ RowEnd end_of_row(const AttentionParams& p, int h, float max, float sum) {
+  constexpr float ln2 = static_cast<float>(kLn2);
+  if (sum == 0) return {0, -kInfinity};  // no key
+  const RowEnd end{1 / sum, fmaf(max, ln2, logf(sum))};
+  if (p.sinks == nullptr) return end;
+  // The sink is one more column: both sums under the larger of the two maxima.
+  const float sink = dev::ld_global_nc<float>(static_cast<const float*>(p.sinks) + h) * static_cast<float>(kLog2e);
+  const float top = fmaxf(sink, max), mine = dev::exp2_approx(max - top);
+  return {mine / (sum * mine + dev::exp2_approx(sink - top)), end.lse};
+}
+
+// The keys or values of one KV head of one sequence, dense or in pages.
+template <class T>
+struct KeyRows {
+  const T* base;
+  int64_t seq, page;  // strides
+  const int32_t* table;  // of the sequence; null: dense
+  int page_size, pages;
+
+  __device__ __forceinline__ KeyRows(const AttentionParams& p, const Rows& x, int64_t start, int b, int h)
+      : base(static_cast<const T*>(x.data) + (p.block_table ? x.head * h : x.batch * b + x.seq * start + x.head * h)),
+        seq(x.seq),
+        page(x.batch),
+        table(p.block_table ? p.block_table + p.block_table_stride * b : nullptr),
+        page_size(static_cast<int>(p.page_size)),
+        pages(static_cast<int>(p.pages)) {}
+
+  template <bool kPaged>
+  __device__ __forceinline__ const T* row(int key) const {
+    if constexpr (kPaged) {
+      if (table) {
+        const int id = dev::ld_global_nc<int32_t>(table + key / page_size);
+        return base + page * max(0, min(id, pages - 1)) + seq * (key % page_size);
+      }
+    }
+    return base + seq * key;
+  }
+};
+
+}  // namespace foveate::cuda
