@@ -22,6 +22,7 @@ struct ForwardInstance {
   using QTile = Tile<T, kRows, kD>;
   using KTile = Tile<T, kKeys, kD>;
   using VTile = Tile<T, kKeys, kDv>;
+  static constexpr int kDimsAtOnce = kD > 64 ? 2 : kD / 16;  // unrolled steps of q k^T: more of them cost registers that spill
   static constexpr int kScores = kKeys / 8, kOutputs = kDv / 8;  // fragments of 8 columns
 };
 
@@ -44,7 +45,7 @@ __device__ __forceinline__ void multiply_qk(ForwardState<C>& state, const Fragme
     for (int n = 0; n < C::kScores; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) state.score[m][n][e] = 0;
-#pragma unroll
+#pragma unroll C::kDimsAtOnce
   for (int d = 0; d < C::kD; d += 16) {
     uint32_t a[C::kFragments][4];
 #pragma unroll
@@ -117,8 +118,8 @@ __device__ __forceinline__ void softmax_step(ForwardState<C>& state, float facto
 // -inf for keys that a row does not see.
 template <class C>
 __device__ __forceinline__ void mask_step(ForwardState<C>& state, const ScoreParams& o, const Sequence& s, const BlockRows& rows,
-                                          int warp_row, int key0) {
-  const int first_column = key0 + fragment_column(0);
+                                          int key0) {
+  const int warp_row = dev::warp() * C::kRowsPerWarp, first_column = key0 + fragment_column(0);
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m) {
 #pragma unroll
@@ -214,28 +215,37 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm) attention
   const uint32_t q_tile = dev::smem_base(), k_tile = q_tile + C::QTile::kBytes, v_tile = k_tile + C::KTile::kBytes;
   const int thread = static_cast<int>(threadIdx.x), warp_row = dev::warp() * C::kRowsPerWarp;
   const KeyRows<T> k_rows(p, p.k, s.first_k, rows.batch, head_kv), v_rows(p, p.v, s.first_k, rows.batch, head_kv);
-  const auto load = [&]<class Tile>(std::type_identity<Tile>, uint32_t tile, int64_t columns, const auto& row) {
-    if (!C::kGeneral || f.vector_loads)
-      load_tile_async<Tile, C::kThreads>(tile, thread, static_cast<int>(columns), row);
-    else
-      load_tile_unaligned<Tile, C::kThreads>(tile, thread, static_cast<int>(columns), row);
+  // Keys that no row sees are not read: what lies there may be NaN, and in v 0 * NaN would be NaN.
+  const auto load_keys = [&]<class Tile>(std::type_identity<Tile>, uint32_t tile, const KeyRows<T>& source, int64_t columns, int key0) {
+    if (!C::kGeneral || (f.vector_loads && source.table == nullptr)) {
+      source.template load<Tile, C::kThreads>(tile, thread, static_cast<int>(columns), key0, some.end);
+    } else {
+      const auto row = [&](int r) { return key0 + r < some.end ? source.row(key0 + r) : nullptr; };
+      if (f.vector_loads)
+        load_tile_async<Tile, C::kThreads>(tile, thread, static_cast<int>(columns), row);
+      else
+        load_tile_unaligned<Tile, C::kThreads>(tile, thread, static_cast<int>(columns), row);
+    }
     dev::cp_async_commit();
   };
-  // Keys that no row sees are not read: what lies there may be NaN, and in v 0 * NaN would be NaN.
-  const auto load_keys = [&]<class Tile>(std::type_identity<Tile> type, uint32_t tile, int64_t columns, const KeyRows<T>& source, int key0) {
-    load(type, tile, columns, [&](int r) { return key0 + r < some.end ? source.template row<C::kGeneral>(key0 + r) : nullptr; });
+  const auto load_k = [&](int key0) { load_keys(std::type_identity<typename C::KTile>(), k_tile, k_rows, p.head_dim, key0); };
+  const auto load_v = [&](int key0) { load_keys(std::type_identity<typename C::VTile>(), v_tile, v_rows, p.head_dim_v, key0); };
+  const auto load_q = [&] {
+    const auto row = [&](int r) -> const T* {
+      return rows.first + r < total ? query_row<const T>(p.q, s.first_q, rows.batch, rows.head_of(r), rows.query(r)) : nullptr;
+    };
+    if (!C::kGeneral || f.vector_loads)
+      load_tile_async<typename C::QTile, C::kThreads>(q_tile, thread, static_cast<int>(p.head_dim), row);
+    else
+      load_tile_unaligned<typename C::QTile, C::kThreads>(q_tile, thread, static_cast<int>(p.head_dim), row);
+    dev::cp_async_commit();
   };
 
   ForwardState<C> state;
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m) state.max[m][0] = state.max[m][1] = -kInfinity;
 
-  if (!some.empty()) {
-    load(std::type_identity<typename C::QTile>(), q_tile, p.head_dim, [&](int r) -> const T* {
-      return rows.first + r < total ? query_row<const T>(p.q, s.first_q, rows.batch, rows.head_of(r), rows.query(r)) : nullptr;
-    });
-    load_keys(std::type_identity<typename C::KTile>(), k_tile, p.head_dim, k_rows, begin);
-  }
+  if (!some.empty()) load_q(), load_k(begin);
   const Fragments<typename C::QTile, Operand::kA> q(q_tile);
   const Fragments<typename C::KTile, Operand::kB> k(k_tile);
   const Fragments<typename C::VTile, Operand::kBTransposed> v(v_tile);
@@ -243,13 +253,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm) attention
   for (int key0 = begin; key0 < some.end; key0 += C::kKeys) {
     dev::cp_async_wait<0>();
     dev::sync_threads();  // k (and q) have landed, and all warps are done with the v of the last step
-    load_keys(std::type_identity<typename C::VTile>(), v_tile, p.head_dim_v, v_rows, key0);
+    load_v(key0);
     multiply_qk<C>(state, q, k, warp_row);
     dev::cp_async_wait<0>();
     dev::sync_threads();  // v has landed, and all warps are done with k
-    if (key0 + C::kKeys < some.end) load_keys(std::type_identity<typename C::KTile>(), k_tile, p.head_dim, k_rows, key0 + C::kKeys);
+    if (key0 + C::kKeys < some.end) load_k(key0 + C::kKeys);
     if constexpr (C::kGeneral) options_step<C>(state, f, s, rows, warp_row, key0);
-    if (key0 < all_begin || key0 + C::kKeys > all_end) mask_step<C>(state, f.score, s, rows, warp_row, key0);
+    if (key0 < all_begin || key0 + C::kKeys > all_end) mask_step<C>(state, f.score, s, rows, key0);
     softmax_step<C>(state, f.factor);
     if constexpr (C::kGeneral) dropout_step<C>(state, f, rows, warp_row, key0);
     multiply_pv<C>(state, v);

@@ -38,7 +38,7 @@ struct ForwardTile {
 constexpr ForwardTile forward_tile(HeadDims dims, bool general) {
   const int rows_per_warp = general || dims.dv > 128 ? 16 : 32, rows = rows_per_warp * kForwardWarps;
   const int shared_bytes = 2 * (rows * dims.d + kForwardKeys * (dims.d + dims.dv));
-  return {rows_per_warp, rows, shared_bytes, dims.dv <= 64 ? 3 : 2};
+  return {rows_per_warp, rows, shared_bytes, dims.dv <= 32 ? 3 : 2};
 }
 
 // ---- the forward in fp32 -----------------------------------------------------------------------------------------------------
