@@ -15,8 +15,8 @@ struct ForwardParams {
   ForwardGrid grid;
   int packed;  // heads in a tile of rows: 1, or the heads that share a KV head
   uint32_t packed_inverse;  // 2^32 / packed, rounded up: __umulhi by it divides; for packed = 1 not used
-  bool score_options;  // scores become logits before the softmax; else they are q.k
-  float factor;  // what the softmax takes is exp2(factor * score)
+  bool score_options;  // options make logits of q.k before the softmax
+  float factor, logit;  // exp2(factor * score) is summed, logit * score is the logit
   bool vector_loads, vector_stores;  // rows of q, k, v and of out begin at multiples of 16 bytes and fill them
 };
 
@@ -48,19 +48,18 @@ __device__ __forceinline__ float* lse_row(const AttentionParams& p, const Sequen
   return static_cast<float*>(p.lse.data) + (p.lse.batch * b + p.lse.head * h + s.first_q + i);
 }
 
-// How a row ends: what its output is multiplied by, and its log-sum-exp. max: in the exponents of 2 of the softmax.
+// How a row ends: what its output is multiplied by, and its log-sum-exp. max: the largest logit; sum: of exp(logit - max).
 struct RowEnd {
   float share, lse;
 };
 __device__ __forceinline__ RowEnd end_of_row(const AttentionParams& p, int h, float max, float sum) {
-  constexpr float ln2 = static_cast<float>(kLn2);
   if (sum == 0) return {0, -kInfinity};  // no key
-  const RowEnd end{1 / sum, fmaf(max, ln2, logf(sum))};
+  const RowEnd end{1 / sum, max + logf(sum)};
   if (p.sinks == nullptr) return end;
   // The sink is one more column: both sums under the larger of the two maxima.
-  const float sink = dev::ld_global_nc<float>(static_cast<const float*>(p.sinks) + h) * static_cast<float>(kLog2e);
-  const float top = fmaxf(sink, max), mine = dev::exp2_approx(max - top);
-  return {mine / (sum * mine + dev::exp2_approx(sink - top)), end.lse};
+  const float sink = dev::ld_global_nc<float>(static_cast<const float*>(p.sinks) + h), top = fmaxf(sink, max);
+  const float mine = expf(max - top);
+  return {mine / (sum * mine + expf(sink - top)), end.lse};
 }
 
 // The keys or values of one KV head of one sequence, dense or in pages.

@@ -144,14 +144,19 @@ __device__ __forceinline__ void pack_a(uint32_t (&a)[4], const float (&left)[4],
 // Stores the C fragments of rows [row, row + 16) and columns [0, 8 * kCount) into a tile, rounded to its type.
 template <class Tile, int kCount>
 __device__ __forceinline__ void store_fragments(uint32_t tile, int row, const float (&c)[kCount][4]) {
-  static_assert(kCount <= Tile::kChunks && sizeof(typename Tile::T) == 2);
-  const int lane = dev::lane();
+  using T = typename Tile::T;
+  static_assert(8 * kCount <= Tile::kColumns);
+  const int first = row + dev::lane() / 4, t = dev::lane() % 4;
 #pragma unroll
   for (int n = 0; n < kCount; ++n) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      dev::st_shared(tile + Tile::offset(row + lane / 4 + half * 8, n) + lane % 4 * 4,
-                     dev::pack<typename Tile::T>(c[n][2 * half], c[n][2 * half + 1]));
+    for (int half = 0; half < 2; ++half) {
+      const float left = c[n][2 * half], right = c[n][2 * half + 1];
+      if constexpr (sizeof(T) == 2)
+        dev::st_shared(tile + Tile::offset(first + half * 8, n) + t * 4, dev::pack<T>(left, right));
+      else
+        dev::st_shared(tile + Tile::offset(first + half * 8, 2 * n + t / 2) + t % 2 * 8, make_float2(left, right));
+    }
   }
 }
 
