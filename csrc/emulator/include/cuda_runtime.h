@@ -63,10 +63,11 @@ constexpr float2 make_float2(float x, float y) { return {x, y}; }
 constexpr float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // Of the thread that runs; set at each switch between threads and at each block.
-extern thread_local uint3 threadIdx;
-extern thread_local uint3 blockIdx;
-extern thread_local dim3 blockDim;
-extern thread_local dim3 gridDim;
+// initial-exec: read often, and few enough bytes for the static part of thread-local storage.
+extern constinit thread_local uint3 threadIdx [[gnu::tls_model("initial-exec")]];
+extern constinit thread_local uint3 blockIdx [[gnu::tls_model("initial-exec")]];
+extern constinit thread_local dim3 blockDim [[gnu::tls_model("initial-exec")]];
+extern constinit thread_local dim3 gridDim [[gnu::tls_model("initial-exec")]];
 
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
