@@ -34,6 +34,9 @@ struct Kernels {
   void (*rotary)(const RotaryParams&, Stream) = nullptr;
 };
 
+void attention_backward(const AttentionParams& p, const AttentionGrads& g, void* workspace, Stream stream);
+int64_t attention_backward_workspace(const AttentionParams& p, const AttentionGrads& g);
+
 const Kernels& kernels();                                     // throws in a build without CUDA
 std::vector<std::pair<std::string, bool>> compiled_kernels();  // (name, compiled) of each member above but the workspace's size
 

@@ -5,7 +5,10 @@ namespace foveate::cuda {
 
 #ifdef FOVEATE_WITH_CUDA
 const Kernels& kernels() {
-  static const Kernels table{};
+  static const Kernels table{
+      .attention_backward = attention_backward,
+      .attention_backward_workspace = attention_backward_workspace,
+  };
   return table;
 }
 #else
