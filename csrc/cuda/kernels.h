@@ -34,6 +34,7 @@ struct Kernels {
   void (*rotary)(const RotaryParams&, Stream) = nullptr;
 };
 
+void attention_forward(const AttentionParams& p, Stream stream);
 void attention_backward(const AttentionParams& p, const AttentionGrads& g, void* workspace, Stream stream);
 int64_t attention_backward_workspace(const AttentionParams& p, const AttentionGrads& g);
 

@@ -6,6 +6,7 @@ namespace foveate::cuda {
 #ifdef FOVEATE_WITH_CUDA
 const Kernels& kernels() {
   static const Kernels table{
+      .attention_forward = attention_forward,
       .attention_backward = attention_backward,
       .attention_backward_workspace = attention_backward_workspace,
   };
