@@ -1,4 +1,4 @@
-// The instances of the forward kernels, one source file for each type so that they compile side by side.
+// The instances of the forward kernel, one source file for each type so that they compile side by side.
 #pragma once
 
 #include "cuda/attention_forward_params.cuh"

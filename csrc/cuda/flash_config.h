@@ -14,36 +14,37 @@ namespace foveate::cuda {
 // Shared memory that a block may have on every GPU from sm_80 on (sm_86 and sm_89 have the least).
 constexpr int kLeastSharedMemory = 99 * 1024;
 
-// ---- the forward in bf16 and fp16 --------------------------------------------------------------------------------------------
+// ---- tiles of the forward ----------------------------------------------------------------------------------------------------
 
 // Head dims are padded to the next of these in shared memory and registers; global memory has no padding.
 struct HeadDims {
   int d, dv;
 };
 constexpr HeadDims kForwardDims[] = {{32, 32}, {64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
-// With options that few calls have (see ForwardParams::general): fewer instances, smaller tiles.
+// With options that few calls have (see is_general in attention_forward.cu), and in fp32: fewer instances, smaller tiles.
 constexpr HeadDims kGeneralForwardDims[] = {{64, 64}, {128, 128}, {256, 256}};
 
-constexpr int kForwardKeys = 64;  // the same in every instance, so that a row's bits do not depend on which of them computes it
-constexpr int kForwardWarps = 4;
+// The smallest instance that holds these head dims, at most 256.
+constexpr HeadDims forward_dims(int64_t d, int64_t dv, bool general) {
+  const auto fits = [&](const HeadDims& dims) { return d <= dims.d && dv <= dims.dv; };
+  return general ? *std::ranges::find_if(kGeneralForwardDims, fits) : *std::ranges::find_if(kForwardDims, fits);
+}
 
 struct ForwardTile {
-  int rows_per_warp, rows;  // queries
+  int rows_per_warp, rows, keys;  // rows: queries
   int shared_bytes;
-  int blocks_per_sm;  // at least so many have room on an SM with 64 Ki registers: the bound on the registers of a thread
+  int blocks_per_sm;  // so many have room in the 64 Ki registers of an SM: the bound on the registers of a thread
 };
 
 // A warp of 32 rows reads K and V from shared memory half as often per product as one of 16, but its output alone is dv fp32 registers
-// a thread; beyond 128 that does not fit, and the options of the general instance need registers too.
-constexpr ForwardTile forward_tile(HeadDims dims, bool general) {
-  const int rows_per_warp = general || dims.dv > 128 ? 16 : 32, rows = rows_per_warp * kForwardWarps;
-  const int shared_bytes = 2 * (rows * dims.d + kForwardKeys * (dims.d + dims.dv));
-  return {rows_per_warp, rows, shared_bytes, dims.dv <= 64 ? 3 : 2};
+// a thread; beyond 128 that does not fit, and the general instance needs registers too. The number of keys is the same in all instances of a
+// head dim, so that a row's bits do not depend on which of them computes it.
+constexpr ForwardTile forward_tile(HeadDims dims, bool general, int element_bytes) {
+  const bool wide = element_bytes == 4 && dims.d > 128;
+  const int rows_per_warp = general || dims.dv > 128 ? 16 : 32, rows = rows_per_warp * (wide ? 2 : 4), keys = wide ? 32 : 64;
+  const int shared_bytes = element_bytes * (rows * dims.d + keys * (dims.d + dims.dv));
+  return {rows_per_warp, rows, keys, shared_bytes, dims.dv <= 32 ? 3 : 2};
 }
-
-// ---- the forward in fp32 -----------------------------------------------------------------------------------------------------
-
-constexpr int kFloatForwardRows = 32, kFloatForwardKeys = 32;
 
 // ---- which block does what ---------------------------------------------------------------------------------------------------
 

@@ -27,24 +27,45 @@ struct Tile {
 
 // ---- global memory -> tile ---------------------------------------------------------------------------------------------------
 
+// Which rows and chunks of a tile a thread copies: neighbours take neighbouring chunks of a row.
+template <class Tile, int kThreads>
+struct CopyShare {
+  static constexpr int kLanes = Tile::kMask + 1, kRowsAtOnce = kThreads / kLanes;
+  static_assert(kThreads % (8 * kLanes) == 0 && Tile::kRows % kRowsAtOnce == 0 && Tile::kChunks % kLanes == 0);
+};
+
 // Starts the copies of a tile by all kThreads threads of the block (`thread` is one's number among them); the caller commits and waits.
 // row(r) is the address of row r of the tile, or null for a row of zeros; chunks from `columns` on are zero too. Rows begin at multiples of
 // 16 bytes, and `columns` is a multiple of Tile::kPerChunk.
 template <class Tile, int kThreads, class RowAddress>
 __device__ __forceinline__ void load_tile_async(uint32_t tile, int thread, int columns, const RowAddress& row) {
-  using T = typename Tile::T;
-  constexpr int kLanes = Tile::kMask + 1, kRowsAtOnce = kThreads / kLanes;  // neighbours load neighbouring chunks of a row
-  static_assert(kThreads % (8 * kLanes) == 0 && Tile::kRows % kRowsAtOnce == 0 && Tile::kChunks % kLanes == 0);
-  const int first_row = thread / kLanes, first_chunk = thread % kLanes;
+  using Share = CopyShare<Tile, kThreads>;
+  const int first_row = thread / Share::kLanes, first_chunk = thread % Share::kLanes;
 #pragma unroll
-  for (int r = 0; r < Tile::kRows; r += kRowsAtOnce) {
-    const T* from = row(first_row + r);
+  for (int r = 0; r < Tile::kRows; r += Share::kRowsAtOnce) {
+    const typename Tile::T* from = row(first_row + r);
 #pragma unroll
-    for (int c = 0; c < Tile::kChunks; c += kLanes) {
+    for (int c = 0; c < Tile::kChunks; c += Share::kLanes) {
       const int chunk = first_chunk + c, column = chunk * Tile::kPerChunk;
       const bool valid = from != nullptr && column < columns;
       dev::cp_async<16>(tile + Tile::offset(first_row + r, chunk), valid ? from + column : from, valid);
     }
+  }
+}
+
+// The same for rows at regular distances, in few instructions and registers: row r begins 16 * (first + r * stride) bytes after `base`, rows from
+// `rows` on are zeros.
+template <class Tile, int kThreads>
+__device__ __forceinline__ void load_tile_async(uint32_t tile, int thread, int rows, int columns, const void* base, uint32_t first, uint32_t stride) {
+  using Share = CopyShare<Tile, kThreads>;
+  const int first_row = thread / Share::kLanes, first_chunk = thread % Share::kLanes;
+#pragma unroll
+  for (int r = 0; r < Tile::kRows; r += Share::kRowsAtOnce) {
+    const char* from = static_cast<const char*>(base) + size_t{first + (first_row + r) * stride + first_chunk} * 16;
+#pragma unroll
+    for (int c = 0; c < Tile::kChunks; c += Share::kLanes)
+      dev::cp_async<16>(tile + Tile::offset(first_row + r, first_chunk + c), from + c * 16,
+                        first_row + r < rows && (first_chunk + c) * Tile::kPerChunk < columns);
   }
 }
 
@@ -92,10 +113,11 @@ class Fragments {
     row_ = tile + row * Tile::kRowBytes;
     chunk_ = (chunk ^ (row >> Tile::kShift & Tile::kMask)) * 16;
   }
-  // row and column: of the block's first element in the tile, multiples of 16. The swizzle repeats every 8 rows or less, and the block's
-  // first chunk is even, so both come in by plain arithmetic.
+  // row and column: of the block's first element in the tile, multiples of 16. The swizzle repeats every 8 rows or less and changes only the
+  // last bits of a chunk's number, the first chunk's last bit is 0: what is a multiple of the pattern comes in by addition, the rest by xor.
   __device__ __forceinline__ void load(uint32_t (&d)[4], int row, int column, dev::Site site = dev::Site::here()) const {
-    const uint32_t address = row_ + row * Tile::kRowBytes + (static_cast<uint32_t>(column / Tile::kPerChunk * 16) ^ chunk_);
+    const uint32_t chunk = column / Tile::kPerChunk, low = chunk & Tile::kMask;
+    const uint32_t address = row_ + row * Tile::kRowBytes + (chunk - low) * 16 + (low * 16 ^ chunk_);
     if constexpr (operand == Operand::kA || operand == Operand::kB)
       dev::ldmatrix_x4(d, address, site);
     else
@@ -122,14 +144,19 @@ __device__ __forceinline__ void pack_a(uint32_t (&a)[4], const float (&left)[4],
 // Stores the C fragments of rows [row, row + 16) and columns [0, 8 * kCount) into a tile, rounded to its type.
 template <class Tile, int kCount>
 __device__ __forceinline__ void store_fragments(uint32_t tile, int row, const float (&c)[kCount][4]) {
-  static_assert(kCount <= Tile::kChunks && sizeof(typename Tile::T) == 2);
-  const int lane = dev::lane();
+  using T = typename Tile::T;
+  static_assert(8 * kCount <= Tile::kColumns);
+  const int first = row + dev::lane() / 4, t = dev::lane() % 4;
 #pragma unroll
   for (int n = 0; n < kCount; ++n) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      dev::st_shared(tile + Tile::offset(row + lane / 4 + half * 8, n) + lane % 4 * 4,
-                     dev::pack<typename Tile::T>(c[n][2 * half], c[n][2 * half + 1]));
+    for (int half = 0; half < 2; ++half) {
+      const float left = c[n][2 * half], right = c[n][2 * half + 1];
+      if constexpr (sizeof(T) == 2)
+        dev::st_shared(tile + Tile::offset(first + half * 8, n) + t * 4, dev::pack<T>(left, right));
+      else
+        dev::st_shared(tile + Tile::offset(first + half * 8, 2 * n + t / 2) + t % 2 * 8, make_float2(left, right));
+    }
   }
 }
 
