@@ -8,8 +8,8 @@
 // 16 rows, and warps meet only where a stage changes. No block adds to what another writes: equal calls give equal bits, in O(S) memory.
 // S and dP are computed by both kernels: seven products instead of five.
 //
-// Head dims are padded to 64, 128 or 256. With 256, dK and dV do not fit the registers together and are different blocks' work.
-// fp32 uses the same code with tf32 products of split numbers (3xtf32: 22 bits of mantissa).
+// Head dims are padded to 64, 128 or 256. With 256 (fp32: 128), dK and dV do not fit the registers together and are different blocks' work.
+// fp32 uses the same code with products by FMA.
 #pragma once
 
 #include <type_traits>
@@ -108,34 +108,11 @@ __device__ __forceinline__ void store_gradient(const HeadRows<T>& to, int row, i
 
 // ---- products ----------------------------------------------------------------------------------------------------------------
 
-// A number in two tf32 numbers.
-struct Split {
-  uint32_t big, small;
-  __device__ explicit Split(float x) {
-    big = dev::to_tf32(x);
-    small = dev::to_tf32(x - __uint_as_float(big));
-  }
-};
+// fp32: each thread computes its elements of the fragment of mma_m16n8k16, so that everything else is the same for all types. tf32 products
+// of split numbers would be faster, but their 22 bits of mantissa are too few where dP - delta cancels.
 
-struct SplitA {
-  uint32_t big[4], small[4];
-  __device__ SplitA(float a0, float a1, float a2, float a3) {
-    const Split s0(a0), s1(a1), s2(a2), s3(a3);
-    big[0] = s0.big, big[1] = s1.big, big[2] = s2.big, big[3] = s3.big;
-    small[0] = s0.small, small[1] = s1.small, small[2] = s2.small, small[3] = s3.small;
-  }
-};
-
-__device__ __forceinline__ void multiply_split(float (&d)[4], const SplitA& a, float b0, float b1) {
-  const Split s0(b0), s1(b1);
-  dev::mma_m16n8k8_tf32(d, a.small, s0.big, s1.big);
-  dev::mma_m16n8k8_tf32(d, a.big, s0.small, s1.small);
-  dev::mma_m16n8k8_tf32(d, a.big, s0.big, s1.big);
-}
-
-template <class Tile>
-__device__ __forceinline__ float element(uint32_t tile, int row, int column) {
-  return dev::ld_shared<float>(tile + Tile::offset(row, column / 4) + column % 4 * 4);
+__device__ __forceinline__ float dot4(const float4& x, const float4& y, float sum) {
+  return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
 }
 
 // Columns of a tile of 256 that are padding are left out of the products, 64 at a time.
@@ -150,15 +127,18 @@ __device__ __forceinline__ void multiply_rows(float (&x)[n][4], uint32_t own, in
 #pragma unroll
   for (int c = 0; c < n; ++c) x[c][0] = x[c][1] = x[c][2] = x[c][3] = 0.0f;
   if constexpr (std::is_same_v<typename Own::T, float>) {
-    const int g = dev::lane() / 4, t = dev::lane() % 4;
-#pragma unroll
-    for (int d = 0; d < Own::kColumns; d += 8) {
+    const auto load = [](auto tile, uint32_t at, int r, int d) { return dev::ld_shared<float4>(at + decltype(tile)::offset(r, d / 4)); };
+    const int own_row = row + fragment_row(0), other_row = fragment_column(0);
+#pragma unroll 4
+    for (int d = 0; d < Own::kColumns; d += 4) {
       if (!used<Own::kColumns>(d, columns)) break;
-      const SplitA a(element<Own>(own, row + g, d + t), element<Own>(own, row + g + 8, d + t), element<Own>(own, row + g, d + t + 4),
-                     element<Own>(own, row + g + 8, d + t + 4));
+      const float4 a0 = load(Own{}, own, own_row, d), a1 = load(Own{}, own, own_row + 8, d);
 #pragma unroll
-      for (int c = 0; c < n; ++c)
-        multiply_split(x[c], a, element<Other>(other, 8 * c + g, d + t), element<Other>(other, 8 * c + g, d + t + 4));
+      for (int c = 0; c < n; ++c) {
+        const float4 b0 = load(Other{}, other, 8 * c + other_row, d), b1 = load(Other{}, other, 8 * c + other_row + 1, d);
+        x[c][0] = dot4(a0, b0, x[c][0]), x[c][1] = dot4(a0, b1, x[c][1]);
+        x[c][2] = dot4(a1, b0, x[c][2]), x[c][3] = dot4(a1, b1, x[c][3]);
+      }
     }
   } else {
     const Fragments<Own, Operand::kA> from_own(own);
@@ -183,15 +163,17 @@ __device__ __forceinline__ void multiply_rows(float (&x)[n][4], uint32_t own, in
 template <class Other, int n, int m>
 __device__ __forceinline__ void accumulate(float (&acc)[m][4], const float (&x)[n][4], uint32_t other, int columns) {
   if constexpr (std::is_same_v<typename Other::T, float>) {
-    // x's fragment has columns 2t and 2t + 1 where an A fragment has t and t + 4: the rows of `other` come in the same order.
-    const int g = dev::lane() / 4, t = dev::lane() % 4;
+    const int first_lane = dev::lane() / 4 * 4, column = fragment_column(0);
 #pragma unroll
-    for (int k = 0; k < n; ++k) {
-      const SplitA a(x[k][0], x[k][2], x[k][1], x[k][3]);
+    for (int k = 0; k < 8 * n; ++k) {
+      const float x0 = dev::shfl_idx(x[k / 8][k % 2], first_lane + k % 8 / 2);
+      const float x1 = dev::shfl_idx(x[k / 8][2 + k % 2], first_lane + k % 8 / 2);
 #pragma unroll
       for (int c = 0; c < m; ++c) {
         if (!used<Other::kColumns>(8 * c, columns)) break;
-        multiply_split(acc[c], a, element<Other>(other, 8 * k + 2 * t, 8 * c + g), element<Other>(other, 8 * k + 2 * t + 1, 8 * c + g));
+        const float2 b = dev::ld_shared<float2>(other + Other::offset(k, 2 * c + column / 4) + column % 4 * 4);
+        acc[c][0] = fmaf(x0, b.x, acc[c][0]), acc[c][1] = fmaf(x0, b.y, acc[c][1]);
+        acc[c][2] = fmaf(x1, b.x, acc[c][2]), acc[c][3] = fmaf(x1, b.y, acc[c][3]);
       }
     }
   } else {

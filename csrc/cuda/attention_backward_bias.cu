@@ -53,22 +53,34 @@ __device__ __forceinline__ void add_scores(const BackwardParams& a, const Philox
     for (int e = 0; e < 4; ++e) acc[c][e] += x.dp[c][e];
 }
 
-// The block's registers as a matrix [kOwn, kOther] of fp32 in shared memory.
+// The block's registers as a matrix [kOwn, kOther] of fp32 in shared memory, and the sums of its rows.
 template <class Tiles>
 struct SumTile {
-  static constexpr int kStride = Tiles::kOther + 1;
-  static constexpr uint32_t kBytes = Tiles::kOwn * kStride * 4;
+  static constexpr uint32_t kStride = Tiles::kOther + 1, kRowSums = Tiles::kOwn * kStride * 4, kBytes = kRowSums + Tiles::kOwn * 4;
 
   __device__ explicit SumTile(const float (&acc)[Tiles::kBlocks][4]) {
     dev::sync_threads();
 #pragma unroll
     for (int c = 0; c < Tiles::kBlocks; ++c)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) set(16 * dev::warp() + fragment_row(e), 8 * c + fragment_column(e), acc[c][e]);
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t row = 16 * dev::warp() + fragment_row(e), column = 8 * c + fragment_column(e);
+        dev::st_shared(dev::smem_base() + (row * kStride + column) * 4, acc[c][e]);
+      }
     dev::sync_threads();
   }
   __device__ float get(int row, int column) const { return dev::ld_shared<float>(dev::smem_base() + (row * kStride + column) * 4); }
-  __device__ void set(int row, int column, float x) const { dev::st_shared(dev::smem_base() + (row * kStride + column) * 4, x); }
+
+  __device__ void sum_rows() const {
+    const int row = static_cast<int>(threadIdx.x);
+    if (row < Tiles::kOwn) {
+      float sum = 0;
+      for (int c = 0; c < Tiles::kOther; ++c) sum += get(row, c);
+      dev::st_shared(dev::smem_base() + kRowSums + row * 4, sum);
+    }
+    dev::sync_threads();
+  }
+  __device__ float row_sum(int row) const { return dev::ld_shared<float>(dev::smem_base() + kRowSums + row * 4); }
 };
 
 template <class Tiles>
@@ -121,31 +133,17 @@ __global__ void __launch_bounds__(Tiles::kThreads) bias_gradient(const __grid_co
   const SumTile<Tiles> sums(acc);
   const int64_t* stride = a.g.dbias_stride;
   const int thread = static_cast<int>(threadIdx.x);
-  int rows = Tiles::kOwn, columns = Tiles::kOther;
-  if (stride[3] == 0) {
-    if (thread < rows) {
-      float sum = 0;
-      for (int c = 0; c < columns; ++c) sum += sums.get(thread, c);
-      sums.set(thread, 0, sum);
-    }
-    dev::sync_threads();
-    columns = 1;
-  }
-  if (stride[2] == 0) {
-    if (thread < columns) {
-      float sum = 0;
-      for (int i = 0; i < rows; ++i) sum += sums.get(i, thread);
-      sums.set(0, thread, sum);
-    }
-    dev::sync_threads();
-    rows = 1;
-  }
+  const bool one_row = stride[2] == 0, one_column = stride[3] == 0;
+  const int rows = one_row ? 1 : Tiles::kOwn, columns = one_column ? 1 : Tiles::kOther;
+  if (one_column) sums.sum_rows();
   float* to = r.to + split * a.g.dbias_numel + own[0] * stride[0] + own[1] * stride[1];
   for (int at = thread; at < rows * columns; at += Tiles::kThreads) {
-    const int row = at / columns, column = at % columns;
-    const int64_t i = stride[2] == 0 ? 0 : own[2] * Tiles::kOwn + row, j = stride[3] == 0 ? 0 : own[3] * Tiles::kOther + column;
-    if ((stride[2] == 0 || i < a.p.seq_q) && (stride[3] == 0 || j < a.p.seq_kv))
-      dev::st_global(to + i * stride[2] + j * stride[3], sums.get(row, column));
+    const int row = at / columns, column = at % columns, last = one_row ? Tiles::kOwn : row + 1;
+    const int64_t i = one_row ? 0 : own[2] * Tiles::kOwn + row, j = one_column ? 0 : own[3] * Tiles::kOther + column;
+    if ((!one_row && i >= a.p.seq_q) || (!one_column && j >= a.p.seq_kv)) continue;
+    float sum = 0;
+    for (int x = row; x < last; ++x) sum += one_column ? sums.row_sum(x) : sums.get(x, column);
+    dev::st_global(to + i * stride[2] + j * stride[3], sum);
   }
 }
 

@@ -98,7 +98,7 @@ void backward_key_gradients(const BackwardParams& params, const Stream& stream) 
   visit_backward(a.p, [&]<class Tiles, bool kOptions>(Tiles, std::bool_constant<kOptions>) {
     a.tiles = static_cast<int>(ceil_div<int64_t>(a.p.seq_kv, Tiles::kOwn));
     const dim3 grid = one_dimensional(int64_t{a.batch} * a.heads_kv * a.tiles), block(Tiles::kThreads);
-    if constexpr (Tiles::kHeadDim == 256) {
+    if constexpr (Tiles::kHeadDim == 256 || (Tiles::kFloat && Tiles::kHeadDim == 128)) {
       if (a.g.dk.data) launch<key_gradients<Tiles, kOptions, Part::kKeys>>(grid, block, Tiles::kSharedBytes, stream, a);
       if (a.g.dv.data) launch<key_gradients<Tiles, kOptions, Part::kValues>>(grid, block, Tiles::kSharedBytes, stream, a);
     } else {
