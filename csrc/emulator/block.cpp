@@ -1,6 +1,7 @@
 #include "emulator/block.h"
 
 #include <bit>
+#include <cstring>
 #include <map>
 
 #include "emulator/error.h"
@@ -44,7 +45,7 @@ std::string ranges(const std::vector<int>& sorted) {
 
 void Block::begin(const Kernel& kernel, dim3 grid, dim3 block, uint64_t index, size_t smem_bytes, const Options& options) {
   const int threads = static_cast<int>(block.x), warps = threads / kWarpSize;
-  kernel_ = kernel, options_ = options, live_threads_ = threads, spins_ = 0, error_ = nullptr;
+  kernel_ = kernel, options_ = options, live_threads_ = threads, spins_ = 0, error_ = nullptr, host_ = Fiber();
   gridDim = grid, blockDim = block;
   blockIdx = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
               static_cast<unsigned>(index / grid.x / grid.y)};
@@ -81,6 +82,7 @@ void Block::run(const Kernel& kernel, dim3 grid, dim3 block, uint64_t index, siz
 }
 
 void Block::thread_main() {
+  Fiber::entered();
   Block& block = *current_block;
   Thread* next = nullptr;
   try {

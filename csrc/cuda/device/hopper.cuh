@@ -36,7 +36,7 @@ __device__ __forceinline__ void tma_store(const TensorMap& map, const int32_t (&
 template <int kRank>
 __device__ __forceinline__ void tma_add(const TensorMap& map, const int32_t (&at)[kRank], uint32_t from, Site site = Site::here());
 __device__ void tma_store_commit();
-// Until at most kPending groups of this thread still read shared memory. The last may be under way when the kernel ends only after wait<0>.
+// Until at most kPending groups of this thread still read shared memory. A thread that has stored ends with wait<0>.
 template <int kPending>
 __device__ __forceinline__ void tma_store_wait(Site site = Site::here());
 
