@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <stdexcept>
@@ -27,34 +28,49 @@ struct Case {
 };
 
 // Memory that the kernel can reach.
+class DeviceWords {
+ public:
+  explicit DeviceWords(const std::vector<uint32_t>& words) : bytes_(words.size() * 4) {
 #ifdef __CUDACC__
-inline uint32_t* device_words(const std::vector<uint32_t>& words) {
-  void* p = nullptr;
-  foveate::cuda::check_cuda(cudaMalloc(&p, words.size() * 4), "cudaMalloc of ", words.size(), " words");
-  foveate::cuda::check_cuda(cudaMemcpy(p, words.data(), words.size() * 4, cudaMemcpyHostToDevice), "the copy to the device");
-  return static_cast<uint32_t*>(p);
-}
-inline void fetch(std::vector<uint32_t>& words, const uint32_t* p) {
-  foveate::cuda::check_cuda(cudaMemcpy(words.data(), p, words.size() * 4, cudaMemcpyDeviceToHost),
-                            "the kernel, or the copy from the device");
-}
+    foveate::cuda::check_cuda(cudaMalloc(&data_, bytes_), "cudaMalloc of ", bytes_, " bytes");
+    foveate::cuda::check_cuda(cudaMemcpy(data_, words.data(), bytes_, cudaMemcpyHostToDevice), "the copy to the device");
 #else
-// Aligned as device memory is.
-inline uint32_t* device_words(const std::vector<uint32_t>& words) {
-  auto* p = static_cast<uint32_t*>(std::aligned_alloc(256, (words.size() * 4 + 255) / 256 * 256));
-  std::memcpy(p, words.data(), words.size() * 4);
-  return p;
-}
-inline void fetch(std::vector<uint32_t>& words, const uint32_t* p) { std::memcpy(words.data(), p, words.size() * 4); }
+    data_ = std::aligned_alloc(256, (bytes_ + 255) / 256 * 256);  // as device memory is aligned
+    std::memcpy(data_, words.data(), bytes_);
 #endif
+  }
+  ~DeviceWords() {
+#ifdef __CUDACC__
+    cudaFree(data_);
+#else
+    std::free(data_);
+#endif
+  }
+  DeviceWords(const DeviceWords&) = delete;
+  DeviceWords& operator=(const DeviceWords&) = delete;
+
+  uint32_t* data() { return static_cast<uint32_t*>(data_); }
+  void fetch(std::vector<uint32_t>& words) {
+#ifdef __CUDACC__
+    foveate::cuda::check_cuda(cudaMemcpy(words.data(), data_, bytes_, cudaMemcpyDeviceToHost), "the kernel, or the copy from the device");
+#else
+    std::memcpy(words.data(), data_, bytes_);
+#endif
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_;
+};
 
 inline void run_case(const Case& c, const std::vector<uint32_t>& in) {
   const int n = static_cast<int>(in.size());
   std::vector<uint32_t> out(c.out_words ? c.out_words : n, 0xdeadbeef);
   if (c.in_out) out.assign(in.begin(), in.begin() + c.out_words);
-  const Params params{device_words(in), device_words(out), device_words(std::vector<uint32_t>(64, 0)), n};
+  DeviceWords device_in(in), device_out(out), scratch(std::vector<uint32_t>(64, 0));
+  const Params params{device_in.data(), device_out.data(), scratch.data(), n};
   c.run(c.blocks ? c.blocks : (n + c.threads - 1) / c.threads, c.threads, 32768, foveate::cuda::Stream{0, nullptr}, params);
-  fetch(out, params.out);
+  device_out.fetch(out);
   std::fwrite(out.data(), 4, out.size(), stdout);
 }
 
