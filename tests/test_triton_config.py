@@ -56,4 +56,4 @@ def test_blocks_are_powers_of_two_and_fit_the_rows():
             assert size >= 16
             assert size & (size - 1) == 0
         assert chosen.block_m == 16 or chosen.block_m < 2 * rows, "half of the rows of a block may be empty, not more"
-        assert all(c.warps in (4, 8) for c in (chosen, *config.backward(D, D, dtype, arch)))
+        assert all(c.warps in (4, 8) for c in (chosen, *config.backward(D, D, dtype, rows, arch)))

@@ -168,14 +168,16 @@ def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None
     if out.numel() == 0 or B == 0 or c.max_q == 0:
         return
     share, chip = Hq // Hkv, arch(c.q.device)
-    chosen = config.forward(D, Dv, c.q.dtype, c.max_q, chip)
+    left, right = window(c)
+    masked = left >= 0 or right >= 0
+    chosen = config.forward(D, Dv, c.q.dtype, c.max_q, chip, masked)
     group = share if config.packs(c.max_q, share, chosen.block_m) else 1
     if group > 1:
-        chosen = config.forward(D, Dv, c.q.dtype, c.max_q * group, chip)
+        chosen = config.forward(D, Dv, c.q.dtype, c.max_q * group, chip, masked)
     blocks = -(-c.max_q * group // chosen.block_m)
     args = (
         c.q, c.k, c.v, out, lse, strides(c.q), strides(c.k), strides(c.v), strides(out), lse_strides(c),
-        Hq, c.max_q, c.max_k, blocks, *window(c), options(c, mod),
+        Hq, c.max_q, c.max_k, blocks, left, right, options(c, mod),
     )  # fmt: skip
     if chosen.variant != PLAIN and group == 1 and takes_descriptors(c, mod):
         ragged = c.kv_lens is not None or c.cu_q is not None or c.max_k % chosen.block_n != 0
@@ -210,7 +212,7 @@ def backward(
             grad.zero_()
         return grads
     opts, share = options(c, mod, table_gradient=dtable is not None), Hq // Hkv
-    keys_kernel, queries_kernel = config.backward(D, Dv, c.q.dtype, arch(c.q.device))
+    keys_kernel, queries_kernel = config.backward(D, Dv, c.q.dtype, c.max_q, arch(c.q.device))
     widths = {"D": D, "DV": Dv, "D0": parts(D)[0], "D1": parts(D)[1], "V0": parts(Dv)[0], "V1": parts(Dv)[1]}
     left, right = window(c)
     sizes = (Hq, c.max_q, c.max_k)
