@@ -40,6 +40,13 @@ def test_parts_waste_little(width, expected):
     assert parts(width) == expected
 
 
+@pytest.mark.parametrize(
+    ("width", "expected"), [(8, (16, 0)), (32, (16, 16)), (96, (64, 32)), (128, (64, 64)), (120, (64, 64))]
+)
+def test_halves(width, expected):
+    assert parts(width, halves=True) == expected
+
+
 def test_heads_are_packed_for_short_queries_only():
     assert config.packs(1, 8, 16)
     assert config.packs(20, 4, 128)
