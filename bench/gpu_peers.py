@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from gpu_triton import Bench, Call, Work, arguments, here, measure, write
 
 PACKAGES = {"fa3": "fa3-fwd", "flashinfer": "flashinfer-python", "liger": "liger-kernel", "xformers": "xformers"}
+MODULES = {"fa3": "fa3_fwd_interface", "flashinfer": "flashinfer", "liger": "liger_kernel", "xformers": "xformers.ops"}
 
 
 def torch_calls(work: Work) -> dict[str, Call]:
@@ -54,7 +56,7 @@ def flashinfer(work: Work) -> dict[str, Call]:
 def liger(work: Work) -> dict[str, Call]:
     from liger_kernel.transformers import functional as peer
 
-    if work.op.startswith("linear_cross_entropy"):
+    if work.op == "linear_cross_entropy":
         hidden, weight, labels = work.inputs
         return {
             "liger": lambda: torch.autograd.grad(
@@ -106,6 +108,11 @@ def calls(peer: str, work: Work) -> dict[str, Call]:
 def main() -> None:
     args = arguments("Times one other library.", "peer")
     bench = Bench(args.dry_run, time.monotonic() + args.seconds)
+    try:
+        importlib.import_module(MODULES[args.peer])
+    except Exception as error:  # a library for another torch or CUDA fails in many ways
+        print(f"{args.peer}: cannot be imported: {(str(error).splitlines() or [type(error).__name__])[0]}", flush=True)
+        return
     rows = measure(bench, lambda work: calls(args.peer, work))
     write(args.file, [row for row in rows if row["who"] == args.peer], *here(bench, PACKAGES[args.peer]))
 
