@@ -36,6 +36,7 @@ def test_an_entry_overrules_the_rules_for_its_own_calls_only():
         others = [(64, HALF, 8192, 90), (128, HALF, 1024, 90), (128, torch.float32, 8192, 90), (128, HALF, 8192, 100)]
         assert all(config.forward(D, D, dtype, rows, arch) != entry for D, dtype, rows, arch in others)
         assert config.forward(128, 128, HALF, 8192, 90, True) == rule
+        assert config.forward(128, 128, HALF, 8192, 90, False, False) == rule, "a call that the variant cannot serve"
     assert config.forward(128, 128, HALF, 8192, 90) == rule
     dq, dkv = config.backward(64, 64, HALF, 100, 90)
     with config.table_is({config.key("dkv", 64, HALF, 100, 90): Config(64, 64, 4, 2)}):

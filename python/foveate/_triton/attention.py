@@ -27,8 +27,8 @@ from .tiles import parts
 
 @functools.lru_cache(maxsize=16)
 def arch(device: torch.device) -> int:
-    """90 for sm_90; 0 on the CPU, under the interpreter."""
-    if device.type != "cuda":
+    """90 for sm_90; 0 on the CPU, under the interpreter, and on AMD's GPUs, whose numbers mean something else."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
@@ -179,14 +179,15 @@ def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None
     masked = left >= 0 or right >= 0
     chosen = config.forward(D, Dv, c.q.dtype, c.max_q, chip, masked)
     group = share if config.packs(c.max_q, share, chosen.block_m) else 1
-    if group > 1:
-        chosen = config.forward(D, Dv, c.q.dtype, c.max_q * group, chip, masked)
+    descriptors = chosen.variant != PLAIN and group == 1 and takes_descriptors(c, mod)
+    if group > 1 or (chosen.variant != PLAIN and not descriptors):
+        chosen = config.forward(D, Dv, c.q.dtype, c.max_q * group, chip, masked, False)
     blocks = -(-c.max_q * group // chosen.block_m)
     args = (
         c.q, c.k, c.v, out, lse, strides(c.q), strides(c.k), strides(c.v), strides(out), lse_strides(c),
         Hq, c.max_q, c.max_k, blocks, left, right, options(c, mod),
     )  # fmt: skip
-    if chosen.variant != PLAIN and group == 1 and takes_descriptors(c, mod):
+    if descriptors:
         ragged = c.kv_lens is not None or c.cu_q is not None or c.max_k % chosen.block_n != 0
         _with_scratch(
             attention_forward_hopper[(blocks * B * Hq,)], *args, SHARE=share, D=D, DV=Dv, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,

@@ -77,8 +77,11 @@ def _rows(wanted: int, longest: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def forward(D: int, Dv: int, dtype: torch.dtype, rows: int, arch: int, masked: bool = False) -> Config:
+def forward(
+    D: int, Dv: int, dtype: torch.dtype, rows: int, arch: int, masked: bool = False, descriptors: bool = True
+) -> Config:
     """rows: query rows that one program could take. arch: 80, 90, 100, ... (0 for the interpreter). masked: causal or a window.
+    descriptors: whether the kernel with them may be chosen.
 
     Half precision: 128 queries, and as many keys as leave two or three stages in the shared memory of the chip (163 KiB on sm_80, 227
     on sm_90 and sm_100). fp32 has no tensor cores without tf32: smaller tiles keep its operands in registers.
@@ -86,7 +89,7 @@ def forward(D: int, Dv: int, dtype: torch.dtype, rows: int, arch: int, masked: b
     width = max(sum(parts(D)), sum(parts(Dv)))
     roomy = arch >= 90
     entry = _entry("forward masked" if masked else "forward", width, dtype, rows, arch)
-    if entry is not None:
+    if entry is not None and (descriptors or entry.variant == PLAIN):
         config = entry
     elif dtype == torch.float32:
         config = Config(64, 32, 8, 2) if width <= 64 else Config(64, 16, 8, 2) if width <= 128 else Config(32, 16, 8, 2)
