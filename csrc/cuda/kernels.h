@@ -34,6 +34,28 @@ struct Kernels {
   void (*rotary)(const RotaryParams&, Stream) = nullptr;
 };
 
+// attention_forward.cu
+void attention_forward(const AttentionParams& p, Stream stream);
+// attention_backward.cu
+void attention_backward(const AttentionParams& p, const AttentionGrads& g, void* workspace, Stream stream);
+int64_t attention_backward_workspace(const AttentionParams& p, const AttentionGrads& g);
+// softmax.cu
+void softmax_forward(const SoftmaxParams& p, Stream stream);
+void softmax_backward(const SoftmaxBackwardParams& p, Stream stream);
+// cross_entropy.cu
+void cross_entropy_forward(const CrossEntropyParams& p, Stream stream);
+void cross_entropy_backward(const CrossEntropyParams& p, Stream stream);
+// rms_norm.cu
+void rms_norm_forward(const RmsNormParams& p, Stream stream);
+void rms_norm_backward(const RmsNormBackwardParams& p, Stream stream);
+// rotary.cu
+void rotary(const RotaryParams& p, Stream stream);
+// kv_append.cu
+void kv_append(const KvCacheParams& p, Stream stream);
+void rotate_queries(const KvCacheParams& p, void* out, Stream stream);
+// decode.cu
+void decode(const KvCacheParams& p, Stream stream);
+
 const Kernels& kernels();                                     // throws in a build without CUDA
 std::vector<std::pair<std::string, bool>> compiled_kernels();  // (name, compiled) of each member above but the workspace's size
 

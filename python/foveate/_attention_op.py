@@ -150,7 +150,7 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
         buckets = _buckets(c.max_q, c.max_k, c.rel_table.shape[0], c.rel_bidirectional, c.rel_max_distance, c.q.device)
     if c.q.is_cuda:
         c = c._replace(kv_lens=_int32(c.kv_lens), cu_q=_int32(c.cu_q), cu_k=_int32(c.cu_k))
-    workspace = functools.partial(torch.empty, dtype=torch.uint8, device=c.q.device)
+    workspace = functools.partial(torch.empty, dtype=torch.int8, device=c.q.device)
     _C.attention_backward(  # type: ignore[union-attr]
         _rows(dout), None if dlse is None else dlse.contiguous(), _rows(c.q), _rows(c.k), _rows(c.v), out, lse, dq, dk,
         dv, dbias, drel_table, dsinks, workspace, c.bias, c.mask, c.alibi, c.rel_table, buckets, c.sinks, c.kv_lens, c.cu_q,
