@@ -5,7 +5,10 @@ namespace foveate::cuda {
 
 #ifdef FOVEATE_WITH_CUDA
 const Kernels& kernels() {
-  static const Kernels table{.softmax_forward = softmax_forward,
+  static const Kernels table{.kv_append = kv_append,
+                             .decode = decode,
+                             .rotate_queries = rotate_queries,
+                             .softmax_forward = softmax_forward,
                              .softmax_backward = softmax_backward,
                              .cross_entropy_forward = cross_entropy_forward,
                              .cross_entropy_backward = cross_entropy_backward,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveate import _ops, _reference, _triton
 from foveate._attention_checks import MAX_HEAD_DIM
-from foveate._backends import Query, choose, native, register, runs_cuda_kernels
+from foveate._backends import Query, choose, native, processors, register, runs_cuda_kernels
 from foveate._native import _C
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
@@ -115,12 +115,6 @@ def cuda_decode_plan(
     return DecodePlan(max(1, splits), 0, _TILE_ROWS, 1, False)
 
 
-@functools.lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    """Of a GPU; for the emulator a number that makes small cases split."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
-
-
 _native_shared = native("kv_append", "decode", "rotate_queries", "attention_forward")
 
 
@@ -200,7 +194,7 @@ def _run(
     threads = torch.get_num_threads()
     capacity = k_cache.shape[1] if block_table is None else k_cache.shape[1] * block_table.shape[1]
     divide, workers = (
-        (cuda_decode_plan, _processors(q.device)) if runs_cuda_kernels(q.device.type) else (decode_plan, threads)
+        (cuda_decode_plan, processors(q.device)) if runs_cuda_kernels(q.device.type) else (decode_plan, threads)
     )
     plan = divide(B, Sq, Hq, Hkv, D, Dv, capacity, workers, num_splits, batch_invariant, k_cache.dtype in QUANTIZED)
     if not q.is_cpu:

@@ -119,8 +119,17 @@ _ops.vmap("cross_entropy_backward", _backward_vmap)
 # ---- linear_cross_entropy: hidden [T, K], weight [V, K], bias [V] or None, target [T] ----------------------------------------
 
 
-def _chunks(target: Tensor, vocab: int, itemsize: int, ignore_index: int) -> Iterator[Tensor]:
-    """Row numbers of the tokens that are not ignored, chunk by chunk."""
+def _readable(target: Tensor) -> bool:
+    """Whether its values can be had without waiting for a GPU."""
+    return target.is_cpu
+
+
+def _chunks(target: Tensor, vocab: int, itemsize: int, ignore_index: int) -> Iterator[Tensor] | Iterator[slice]:
+    """Row numbers of the tokens that are not ignored, chunk by chunk. Where the targets cannot be read, slices of all rows: the kernels
+    give 0 for those of ignored tokens, and NaN for targets outside of the vocabulary."""
+    chunk = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (vocab * itemsize))
+    if not _readable(target):
+        return (slice(first, first + chunk) for first in range(0, len(target), chunk))
     outside = ((target < 0) | (target >= vocab)) & (target != ignore_index)
     if outside.any():
         i = int(outside.nonzero()[0])
@@ -128,7 +137,7 @@ def _chunks(target: Tensor, vocab: int, itemsize: int, ignore_index: int) -> Ite
             f"target[{i}] = {int(target[i])} is outside 0..{vocab - 1} and is not ignore_index = {ignore_index}"
         )
     rows = (target != ignore_index).nonzero().squeeze(1)
-    return iter(rows.split(max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (vocab * itemsize))))
+    return iter(rows.split(chunk))
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -187,6 +196,8 @@ def _gradients_native(
     dbias = _Sum(weight, (weight.shape[0] if need_bias else 0,))
     for rows in _chunks(target, weight.shape[0], hidden.element_size(), options[0]):
         h, t = hidden[rows], target[rows]
+        if isinstance(rows, slice):
+            h = torch.where((t != options[0])[:, None], h, 0)  # what is ignored must not reach dweight, NaN neither
         logits = _chunk_logits(h, weight, bias)
         loss[rows], stats = _chunk_loss(logits, t, Options(*options))
         dlogits = logits  # in place
