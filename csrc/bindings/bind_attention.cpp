@@ -28,10 +28,13 @@ void bind_attention(py::module_& m) {
          TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks, const py::function& workspace,
          OPTIONS_OF) {
         py::object kept;
+        Reachable reachable;
         const auto allocate = [&](int64_t bytes) {
           const py::gil_scoped_acquire gil;
           kept = workspace(bytes);
-          return tensor_from_python(kept).data;
+          const TensorView view = tensor_from_python(kept);
+          reachable.set(view);
+          return view.data;
         };
         const py::gil_scoped_release released;
         attention_backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, drel_table, dsinks, allocate,

@@ -34,6 +34,11 @@ struct Kernels {
   void (*rotary)(const RotaryParams&, Stream) = nullptr;
 };
 
+// attention_forward.cu
+void attention_forward(const AttentionParams& p, Stream stream);
+// attention_backward.cu
+void attention_backward(const AttentionParams& p, const AttentionGrads& g, void* workspace, Stream stream);
+int64_t attention_backward_workspace(const AttentionParams& p, const AttentionGrads& g);
 // softmax.cu
 void softmax_forward(const SoftmaxParams& p, Stream stream);
 void softmax_backward(const SoftmaxBackwardParams& p, Stream stream);

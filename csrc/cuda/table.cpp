@@ -5,16 +5,21 @@ namespace foveate::cuda {
 
 #ifdef FOVEATE_WITH_CUDA
 const Kernels& kernels() {
-  static const Kernels table{.kv_append = kv_append,
-                             .decode = decode,
-                             .rotate_queries = rotate_queries,
-                             .softmax_forward = softmax_forward,
-                             .softmax_backward = softmax_backward,
-                             .cross_entropy_forward = cross_entropy_forward,
-                             .cross_entropy_backward = cross_entropy_backward,
-                             .rms_norm_forward = rms_norm_forward,
-                             .rms_norm_backward = rms_norm_backward,
-                             .rotary = rotary};
+  static const Kernels table{
+      .attention_forward = attention_forward,
+      .attention_backward = attention_backward,
+      .attention_backward_workspace = attention_backward_workspace,
+      .kv_append = kv_append,
+      .decode = decode,
+      .rotate_queries = rotate_queries,
+      .softmax_forward = softmax_forward,
+      .softmax_backward = softmax_backward,
+      .cross_entropy_forward = cross_entropy_forward,
+      .cross_entropy_backward = cross_entropy_backward,
+      .rms_norm_forward = rms_norm_forward,
+      .rms_norm_backward = rms_norm_backward,
+      .rotary = rotary,
+  };
   return table;
 }
 #else

@@ -1,7 +1,9 @@
 #include "emulator/global_memory.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
+#include <utility>
 
 #include "emulator/error.h"
 
@@ -17,10 +19,10 @@ std::vector<GlobalMemory::Span>& GlobalMemory::registered() {
   return spans;
 }
 
-GlobalSpan::GlobalSpan(const void* data, size_t bytes, const char* name) {
+GlobalSpan::GlobalSpan(const void* data, size_t bytes, std::string name) {
   const std::lock_guard lock(spans_mutex);
   id_ = next_id++;
-  GlobalMemory::registered().push_back({reinterpret_cast<uintptr_t>(data), bytes, name, id_});
+  GlobalMemory::registered().push_back({reinterpret_cast<uintptr_t>(data), bytes, std::move(name), id_});
 }
 
 GlobalSpan::GlobalSpan(GlobalSpan&& other) noexcept : id_(other.id_) { other.id_ = -1; }
@@ -44,19 +46,15 @@ void GlobalMemory::find(uintptr_t address, size_t bytes, const char* what, Site 
       return;
     }
   }
-  // The span that the access misses by least.
   const Span* nearest = nullptr;
-  uintptr_t least = UINTPTR_MAX;
+  int64_t least = INT64_MAX;
   for (const Span& span : spans_) {
-    const uintptr_t distance = address < span.data ? span.data - address : address - span.data - span.bytes;
-    if (address + bytes > span.data + span.bytes && address < span.data + span.bytes) {
-      nearest = &span;
-      break;
-    }
+    const int64_t offset = static_cast<int64_t>(address - span.data), beyond = offset - static_cast<int64_t>(span.bytes);
+    const int64_t distance = offset < 0 ? -offset : std::max<int64_t>(beyond, 0);  // 0: its first bytes are inside
     if (distance < least) nearest = &span, least = distance;
   }
-  kernel_error(what, " of ", bytes, " bytes at ", name(site), " is outside every tensor; the nearest is ", nearest->name, " of ", nearest->bytes,
-               " bytes, and the access is at its byte ", static_cast<int64_t>(address - nearest->data));
+  kernel_error(what, " of ", bytes, " bytes at ", name(site), " is outside every tensor; the nearest is ", nearest->name, " of ",
+               nearest->bytes, " bytes, and the access is at its byte ", static_cast<int64_t>(address - nearest->data));
 }
 
 }  // namespace foveate::emulator

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 #include <vector>
 
 #include "emulator/site.h"
@@ -11,7 +12,7 @@ namespace foveate::emulator {
 // Memory that kernels may touch as long as this object lives: a tensor's, from its first to its last element.
 class GlobalSpan {
  public:
-  GlobalSpan(const void* data, size_t bytes, const char* name);
+  GlobalSpan(const void* data, size_t bytes, std::string name);
   ~GlobalSpan();
   GlobalSpan(const GlobalSpan&) = delete;
   GlobalSpan& operator=(const GlobalSpan&) = delete;
@@ -37,7 +38,7 @@ class GlobalMemory {
   struct Span {
     uintptr_t data;
     size_t bytes;
-    const char* name;
+    std::string name;
     long id;
     bool contains(uintptr_t address, size_t count) const { return address - data <= bytes && count <= bytes - (address - data); }
   };

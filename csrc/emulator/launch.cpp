@@ -41,8 +41,9 @@ BlockPool& pool() {
 
 void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t smem_bytes) {
   const Options options = options_from_environment();
-  check(block.y == 1 && block.z == 1 && block.x > 0 && block.x % kWarpSize == 0 && block.x <= kMaxWarps * kWarpSize, "a block of ", block.x, " x ",
-        block.y, " x ", block.z, " threads; the kernels of this package have one-dimensional blocks of whole warps, up to 1024 threads");
+  check(block.y == 1 && block.z == 1 && block.x > 0 && block.x % kWarpSize == 0 && block.x <= kMaxWarps * kWarpSize, "a block of ", block.x,
+        " x ", block.y, " x ", block.z,
+        " threads; the kernels of this package have one-dimensional blocks of whole warps, up to 1024 threads");
   check(smem_bytes <= SharedMemory::kMost, smem_bytes, " bytes of shared memory; a block has at most ", SharedMemory::kMost);
 
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;

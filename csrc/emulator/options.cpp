@@ -13,7 +13,8 @@ uint64_t number(const char* variable, uint64_t otherwise, uint64_t largest) {
   if (!text) return otherwise;
   char* end = nullptr;
   const unsigned long long value = std::strtoull(text, &end, 10);
-  check(*text >= '0' && *text <= '9' && *end == 0 && value <= largest, variable, " is '", text, "', expected a whole number from 0 to ", largest);
+  check(*text >= '0' && *text <= '9' && *end == 0 && value <= largest, variable, " is '", text, "', expected a whole number from 0 to ",
+        largest);
   return value;
 }
 }  // namespace

@@ -20,8 +20,8 @@ std::string describe(int warp, uint32_t where) {
 const char* verb(Access kind) { return kind == Access::kRead ? "read" : kind == Access::kWrite ? "write" : "atomic addition"; }
 
 [[noreturn]] void race(const char* earlier, int warp, uint32_t earlier_where, Access kind, uint32_t offset, Accessor who, Site site) {
-  kernel_error("race on byte ", offset, " of shared memory: ", verb(kind), " ", describe(who.warp, where(site, who.lane)), ", and ", earlier, " ",
-               describe(warp, earlier_where), ", with ", warp == who.warp ? "no sync_warp" : "no barrier", " between them");
+  kernel_error("race on byte ", offset, " of shared memory: ", verb(kind), " ", describe(who.warp, where(site, who.lane)), ", and ",
+               earlier, " ", describe(warp, earlier_where), ", with ", warp == who.warp ? "no sync_warp" : "no barrier", " between them");
 }
 
 // Whether two lanes of one warp race in one tick.
@@ -119,8 +119,9 @@ void RaceDetector::checked_access(Access kind, uint32_t offset, uint32_t bytes, 
     Granule& granule = granules_[index];
     Read* reads = &reads_[static_cast<size_t>(index) * warps_];
     if (granule.pending & mask) {
-      kernel_error(verb(kind), " ", describe(who.warp, place), " of byte ", offset, " of shared memory, to which the asynchronous copy issued at ",
-                   name(site_of_number(granule.pending_site)), " is under way: it has not been waited for");
+      kernel_error(verb(kind), " ", describe(who.warp, place), " of byte ", offset,
+                   " of shared memory, to which the asynchronous copy issued at ", name(site_of_number(granule.pending_site)),
+                   " is under way: it has not been waited for");
     }
     if (granule.whole) {
       check_write(granule.word[0], 0xf, kind, offset, who, site);

@@ -36,7 +36,8 @@ class SharedMemory {
   [[noreturn]] void bad_address(uint32_t address, uint32_t bytes, const char* what, Site site) const {
     const int64_t offset = static_cast<int64_t>(address) - kBase;
     if (address % bytes != 0)
-      kernel_error(what, " of ", bytes, " bytes at ", name(site), ": the address, smem_base() + ", offset, ", is not a multiple of ", bytes);
+      kernel_error(what, " of ", bytes, " bytes at ", name(site), ": the address, smem_base() + ", offset, ", is not a multiple of ",
+                   bytes);
     kernel_error(what, " of ", bytes, " bytes at ", name(site), ": the address, smem_base() + ", offset, ", is outside the block's ", size_,
                  " bytes of shared memory");
   }

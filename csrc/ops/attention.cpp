@@ -130,7 +130,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   if (varlen) {
     check(o.cu_k.defined() && o.cu_q.ndim == 1 && o.cu_k.ndim == 1 && o.cu_q.shape[0] >= 1 && o.cu_k.shape[0] == o.cu_q.shape[0],
           "cu_seqlens_q and cu_seqlens_k must both be [batch + 1]");
-    p.batch = o.cu_q.shape[0] - 1, p.seq_q = o.max_q, p.seq_kv = o.max_k;
+    p.batch = o.cu_q.shape[0] - 1, p.seq_q = o.max_q, p.seq_kv = o.max_k, p.total_q = q.shape[0], p.total_k = k.shape[0];
     check(p.seq_q >= 0 && p.seq_kv >= 0, "max_seqlen_q = ", p.seq_q, " and max_seqlen_k = ", p.seq_kv, " must not be negative");
     p.cu_q = read_cu_seqlens(cu_q, o.cu_q, "cu_seqlens_q", p.batch, q.shape[0], p.seq_q, place);
     p.cu_k = read_cu_seqlens(cu_k, o.cu_k, "cu_seqlens_k", p.batch, k.shape[0], p.seq_kv, place);

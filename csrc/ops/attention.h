@@ -38,6 +38,7 @@ struct AttentionParams {
   const int32_t* kv_lens = nullptr;  // [B]; a sequence has kv_lens[b] + new_keys keys
   int64_t new_keys = 0;
   const int32_t *cu_q = nullptr, *cu_k = nullptr;  // [B + 1], varlen only
+  int64_t total_q = 0, total_k = 0;  // rows of the packed tensors, varlen only
   const int32_t* block_table = nullptr;  // [B, max_pages] of a paged k/v [pages, page_size, Hkv, D]: Rows.batch is the page stride
   int64_t block_table_stride = 0, page_size = 0, pages = 0;
   const float *k_scale = nullptr, *v_scale = nullptr;  // of int8/fp8 storage, addressed by the strides below; null: 1

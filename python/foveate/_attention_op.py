@@ -59,7 +59,8 @@ _NUM_TENSORS = 12
 # What has a gradient, by its place among the tensors: q, k, v, bias, rel_table, sinks.
 _DIFFERENTIABLE = (0, 1, 2, 3, 6, 7)
 _OPTION_NAMES = ("bias", "mask", "alibi_slopes", "relative_bias", "sinks", "kv_lens", "varlen", "causal", "window",
-                 "softcap", "dropout_p")  # fmt: skip
+                 "softcap", "dropout_p", "score_mod")  # fmt: skip
+_NO_SCORE_MOD = "score_mod is a Triton function, which only the triton backend can run"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -72,6 +73,8 @@ def _native_supports(cuda_kernel: str) -> Supports:
     shared = native(cuda_kernel)
 
     def supports(query: Query) -> str | None:
+        if "score_mod" in query.features:
+            return _NO_SCORE_MOD
         reason = shared(query)
         if reason is None and query.dtype not in DTYPES:
             return f"the kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
@@ -80,10 +83,17 @@ def _native_supports(cuda_kernel: str) -> Supports:
     return supports
 
 
+def _triton_backward_supports(query: Query) -> str | None:
+    if "no score_mod_bwd" in query.features:
+        return "score_mod comes without its derivative; give score_mod_bwd"
+    return _triton.serves(query)
+
+
 for _name, _kernel in (("attention", "attention_forward"), ("attention_backward", "attention_backward")):
     register(_name, "native", _native_supports(_kernel))
     register(_name, "triton", _triton.serves)
-    register(_name, "reference", lambda query: None)
+    register(_name, "reference", lambda query: _NO_SCORE_MOD if "score_mod" in query.features else None)
+register("attention_backward", "triton", _triton_backward_supports)
 
 _runs = 0
 
@@ -140,7 +150,7 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
         buckets = _buckets(c.max_q, c.max_k, c.rel_table.shape[0], c.rel_bidirectional, c.rel_max_distance, c.q.device)
     if c.q.is_cuda:
         c = c._replace(kv_lens=_int32(c.kv_lens), cu_q=_int32(c.cu_q), cu_k=_int32(c.cu_k))
-    workspace = functools.partial(torch.empty, dtype=torch.uint8, device=c.q.device)
+    workspace = functools.partial(torch.empty, dtype=torch.int8, device=c.q.device)
     _C.attention_backward(  # type: ignore[union-attr]
         _rows(dout), None if dlse is None else dlse.contiguous(), _rows(c.q), _rows(c.k), _rows(c.v), out, lse, dq, dk,
         dv, dbias, drel_table, dsinks, workspace, c.bias, c.mask, c.alibi, c.rel_table, buckets, c.sinks, c.kv_lens, c.cu_q,

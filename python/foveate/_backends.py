@@ -56,7 +56,7 @@ def native(*cuda_kernels: str) -> Supports:
             return f"the compiled kernels of this build run on cpu, the tensors are on {query.device}"
         if query.dtype == torch.float64:
             return "the CUDA kernels take float32, bfloat16 and float16; float64 runs on the CPU and on the reference backend"
-        if query.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        if query.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
             return "the CUDA kernels need compute capability 8.0 (Ampere) or later"
         return None
 
@@ -137,5 +137,6 @@ def info() -> Info:
         )
         cuda = C.cuda_info() if hasattr(C, "cuda_info") else {"compiled": False}
         found.update({f"cuda {name}": value for name, value in cuda.items()})
+        found["cuda kernels"] = ", ".join(C.cuda_kernels()) or "none"
     found["threads"] = torch.get_num_threads()
     return found

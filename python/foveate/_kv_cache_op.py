@@ -16,6 +16,7 @@ from torch import Tensor
 from foveate import _ops, _reference, _triton
 from foveate._attention_checks import MAX_HEAD_DIM
 from foveate._backends import Query, choose, native, processors, register, runs_cuda_kernels
+from foveate._counters import counters
 from foveate._native import _C
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
@@ -204,12 +205,14 @@ def _run(
     q_turned = (
         torch.empty_like(q, memory_format=torch.contiguous_format) if plan.blocked and rotary_cos is not None else None
     )
-    partial_out = partial_lse = None
+    partial_out = partial_lse = counted = None
     if plan.num_splits > 1:
         partial_out = q.new_empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32)
         partial_lse = q.new_empty((plan.num_splits, B, Hq, Sq), dtype=torch.float32)
+        if divide is cuda_decode_plan:
+            counted = counters(q.device, B * Hkv * -(-Sq * (Hq // Hkv) // _TILE_ROWS))
     _C.attention_with_kv_cache(  # type: ignore[union-attr]
-        q, k_cache, v_cache, _rows(k), _rows(v), kv_lens, out, lse, partial_out, partial_lse, q_turned, block_table,
+        q, k_cache, v_cache, _rows(k), _rows(v), kv_lens, out, lse, partial_out, partial_lse, q_turned, counted, block_table,
         rotary_cos, rotary_sin, rotary_interleaved, _expanded(k_scale, k_cache), _expanded(v_scale, v_cache),
         k_scale is not None and k_scale.dim() == 3, v_scale is not None and v_scale.dim() == 3, alibi_slopes, sinks,
         causal, window_left, window_right, scale, softcap, *plan, threads,
