@@ -79,3 +79,23 @@ def test_counters_are_zero_again(monkeypatch, seed):
     assert torch.equal(*results)
     kept[:4] = 1  # a count that is never reached: nobody merges
     assert not torch.equal(inputs.clone().run("native")[0], results[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3, 9, 4, 2, 8), BF16), ((2, 90, 3), torch.int8), ((1, 9, 5, 1, 1000), torch.float32)],
+    ids=str,
+)
+def test_copies_of_pages(shape, dtype):
+    pool = (torch.randn(shape) * 50).to(dtype)
+    expected, pages = pool.clone(), shape[1]
+    old, new = [1, 1, 7], [4, 8, 0]
+    if pages > 64:  # more than one launch takes
+        old, new = [page % 10 for page in range(80)], list(range(10, 90))
+    expected[:, new] = expected[:, old]
+    _C.copy_pages(pool, old, new)
+    assert torch.equal(pool, expected)
+    with pytest.raises(ValueError, match="page 4 would be read and written"):
+        _C.copy_pages(pool, [1, 4], [4, 5])
+    with pytest.raises(ValueError, match="page -1 is outside 0"):
+        _C.copy_pages(pool, [-1], [4])

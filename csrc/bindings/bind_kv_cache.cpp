@@ -1,5 +1,8 @@
+#include <pybind11/stl.h>
+
 #include "bindings/bind.h"
 #include "bindings/tensor_from_python.h"
+#include "ops/copy_pages.h"
 #include "ops/kv_cache.h"
 
 namespace py = pybind11;
@@ -31,6 +34,7 @@ void bind_kv_cache(py::module_& m) {
         py::arg("alibi"), py::arg("sinks"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("scale"),
         py::arg("softcap"), py::arg("num_splits"), py::arg("keys_per_split"), py::arg("rows_per_task"), py::arg("heads_per_task"),
         py::arg("blocked"), py::arg("threads"), release_gil());
+  m.def("copy_pages", &copy_pages, py::arg("pool"), py::arg("from_pages"), py::arg("to_pages"), release_gil());
 }
 
 }  // namespace foveate
