@@ -223,7 +223,7 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
   std::vector<int32_t> lens;
   if (place.readable) {
     lens = read_lens(kv_lens, p.batch, capacity);
-    p.kv_lens = lens.data();
+    p.kv_lens = kv_lens.dtype == DType::kInt32 && (p.batch <= 1 || kv_lens.stride[0] == 1) ? kv_lens.as<const int32_t>() : lens.data();
     check_cache_values(p);
   } else {
     check_shape(kv_lens, "kv_lens", {p.batch}), check_dtype(kv_lens, "kv_lens", DType::kInt32), check_contiguous(kv_lens, "kv_lens");

@@ -198,8 +198,10 @@ def _run(
         (cuda_decode_plan, processors(q.device)) if runs_cuda_kernels(q.device.type) else (decode_plan, threads)
     )
     plan = divide(B, Sq, Hq, Hkv, D, Dv, capacity, workers, num_splits, batch_invariant, k_cache.dtype in QUANTIZED)
-    if not q.is_cpu:
-        kv_lens = kv_lens.to(torch.int32).contiguous()
+    if divide is cuda_decode_plan:  # the kernels read them, as int32
+        limits = torch.iinfo(torch.int32)
+        kv_lens = kv_lens if kv_lens.dtype == torch.int32 else kv_lens.clamp(limits.min, limits.max).to(torch.int32)
+        kv_lens = kv_lens.contiguous()
     out, lse = _empty_outputs(q, v_cache)
     q = _rows(q)  # type: ignore[assignment]
     q_turned = (
