@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate import _native, _ops
 from foveate._autograd import batch_first
 from foveate._checks import compute_dtype
+from foveate._cpu_matmul import product
 
 _C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
 
@@ -132,7 +133,7 @@ def _chunks(target: Tensor, vocab: int, itemsize: int, ignore_index: int) -> Ite
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
+    return product(hidden, weight, bias)
 
 
 def _chunk_loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -192,9 +193,9 @@ def _gradients_native(
         dlogits = logits  # in place
         _C.cross_entropy_backward(dloss[rows], logits, t, stats, dlogits, *options, torch.get_num_threads())
         if need_hidden:
-            dhidden[rows] = (torch.mm(dlogits, weight) * factor).to(hidden.dtype)
+            dhidden[rows] = (product(dlogits, weight.t()) * factor).to(hidden.dtype)
         if need_weight:
-            dweight.add(torch.mm(dlogits.t(), h))
+            dweight.add(product(dlogits.t(), h.t()))
         if need_bias:
             dbias.add(dlogits.sum(0, dtype=compute))
     return loss, dhidden, dweight.times(factor), dbias.times(factor)

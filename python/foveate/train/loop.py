@@ -23,6 +23,7 @@ from foveate.train.report import Report
 from foveate.train.schedule import rate_factor
 from foveate.train.store import TokenStore
 from foveate.train.strategy import Strategy
+from foveate.train.trained_linear import speed_up_linear
 
 
 class NonFiniteLoss(RuntimeError):
@@ -88,6 +89,7 @@ class Loop:
         self.checkpoints, self.report, self.strategy = checkpoints, report, strategy
         self.export, self.after_evaluation = export, after_evaluation
         self.device = next(model.parameters()).device
+        speed_up_linear(model)
         self.module = strategy.wrap(LossModule(model, objective))
         self.optimizer = adamw(
             model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2),
