@@ -107,13 +107,13 @@ class Loop:
         """Steps until the schedule's end or early stopping; leaves a checkpoint of the last step."""
         saved = self.progress.step if self.checkpoints.named("last") else -1
         self.report.start(self.progress.step, self.steps)
-        for step in range(self.progress.step, self.steps):
+        for step in range(self.progress.step, self.steps if not self._is_stale() else 0):
             self._step(step)
             done = step + 1
-            better = stop = False
+            better = False
             if self.evaluation is not None and (done % self.eval_every == 0 or done == self.steps):
                 better = self._evaluate(done)
-                stop = self.config.patience is not None and self.progress.stale >= self.config.patience
+            stop = self._is_stale()
             if better or stop or done % self.save_every == 0 or done == self.steps:
                 self._save(better)
                 saved = done
@@ -123,6 +123,9 @@ class Loop:
         if saved < 0:
             self._save(best=False)
         return self.progress
+
+    def _is_stale(self) -> bool:
+        return self.config.patience is not None and self.progress.stale >= self.config.patience
 
     def resume(self) -> bool:
         """Goes on from the last checkpoint, if there is one."""
