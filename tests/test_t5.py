@@ -145,13 +145,13 @@ def test_relative_bias_is_the_small_table(pair: tuple[Any, Any], monkeypatch: py
     """Every self-attention gets the first layer's table, cross-attention none, and nothing of the size [S, S] is passed."""
     _, ours = pair
     seen = []
-    original = t5_module.attention
+    original = t5_module.attend
 
     def spy(*args: Any, **options: Any) -> Any:
         seen.append(options)
         return original(*args, **options)
 
-    monkeypatch.setattr(t5_module, "attention", spy)
+    monkeypatch.setattr(t5_module, "attend", spy)
     tokens, mask, target = batch()
     ours(tokens, target, mask)
     tables = [None if o.get("relative_bias") is None else o["relative_bias"].table for o in seen]

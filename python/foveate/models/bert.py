@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.attention import attention
 from foveate.models.blocks import activation, need, split_heads
+from foveate.models.packed import Packed, attend, check_positions
 
 # Constants that old checkpoints store, and parts that a model with another head does not use.
 _IGNORED = re.compile(
@@ -75,8 +75,8 @@ class BertEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def forward(self, tokens: Tensor, token_type_ids: Tensor | None, packed: Packed | None) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if packed is None else packed.positions
         types = torch.zeros_like(tokens) if token_type_ids is None else token_type_ids
         x = self.word_embeddings(tokens) + self.token_type_embeddings(types) + self.position_embeddings(positions)
         return self.dropout(self.LayerNorm(x))
@@ -90,10 +90,10 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None, kv_lens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed | None, **padding: Any) -> Tensor:
         q, k, v = (split_heads(projection(x), self.heads) for projection in (self.query, self.key, self.value))
         dropout_p = self.dropout_p if self.training else 0.0
-        return attention(q, k, v, mask=mask, kv_lens=kv_lens, dropout_p=dropout_p).flatten(2)
+        return attend(q, k, v, packed, dropout_p=dropout_p, **padding).flatten(2)
 
 
 class BertOutput(nn.Module):
@@ -120,8 +120,8 @@ class BertLayer(nn.Module):
         self.output = BertOutput(config.intermediate_size, config)
         self.activation = activation(config.activation)
 
-    def forward(self, x: Tensor, mask: Tensor | None, kv_lens: Tensor | None) -> Tensor:
-        x = self.attention["output"](self.attention["self"](x, mask, kv_lens), x)
+    def forward(self, x: Tensor, packed: Packed | None, **padding: Any) -> Tensor:
+        x = self.attention["output"](self.attention["self"](x, packed, **padding), x)
         return self.output(self.activation(self.intermediate["dense"](x)), x)
 
 
@@ -150,28 +150,32 @@ class Bert(nn.Module):
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         kv_lens: Tensor | None = None,
+        packed: Packed | None = None,
     ) -> Tensor:
         """tokens int64 [B, S] -> [B, S, hidden].
 
         token_type_ids: int64 [B, S], zeros if None. Padding: attention_mask [B, S], not 0 where there is text, anywhere; or
-        kv_lens int32 [B] for padding on the right, which is faster. The outputs at padding mean nothing.
+        kv_lens int32 [B] for padding on the right, which is faster. The outputs at padding mean nothing. packed: tokens
+        [1, total] are several sequences without padding, which is fastest.
         """
-        if tokens.shape[1] > self.config.max_positions:
-            raise ValueError(
-                f"{tokens.shape[1]} tokens do not fit the model's {self.config.max_positions} positions; cut the text into windows"
-            )
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        x = self.embeddings(tokens, token_type_ids)
+        check_positions(tokens, packed, self.config.max_positions, "; cut the text into windows")
+        padding = {} if kv_lens is None else {"kv_lens": kv_lens}
+        if attention_mask is not None:
+            padding["mask"] = attention_mask.bool()[:, None, None, :]
+        if padding and packed is not None:
+            raise ValueError("packed sequences have no padding; leave attention_mask and kv_lens away")
+        x = self.embeddings(tokens, token_type_ids, packed)
         layers: Any = self.encoder["layer"]
         for layer in layers:
-            x = layer(x, mask, kv_lens)
+            x = layer(x, packed, **padding)
         return x
 
-    def pool(self, hidden: Tensor) -> Tensor:
-        """tanh(dense(hidden at the first token)): [B, S, hidden] -> [B, hidden]."""
+    def pool(self, hidden: Tensor, packed: Packed | None = None) -> Tensor:
+        """tanh(dense(hidden at the first token)): [B, S, hidden] -> [B, hidden], B being the sequences if they are packed."""
         if self.pooler is None:
             raise ValueError("this checkpoint has no pooler; average the hidden states instead")
-        return torch.tanh(self.pooler["dense"](hidden[:, 0]))
+        first = hidden[:, 0] if packed is None else hidden[0, packed.starts]
+        return torch.tanh(self.pooler["dense"](first))
 
 
 class BertWithHead(nn.Module):
@@ -202,15 +206,20 @@ class BertForMaskedLM(BertWithHead):
             self.tied["cls.predictions.decoder.weight"] = "bert.embeddings.word_embeddings.weight"
         self.activation = activation(config.activation)
 
-    def forward(self, tokens: Tensor, *args: Tensor | None, **options: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, *args: Tensor | None, **options: Any) -> Tensor:
         """As Bert's; returns logits [B, S, vocab]."""
         return self.logits(self.bert(tokens, *args, **options))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab]; pick the masked positions first, and this costs little."""
         predictions: Any = self.cls["predictions"]
-        x = self.activation(predictions["transform"]["dense"](hidden))
-        return predictions["decoder"](predictions["transform"]["LayerNorm"](x))
+        return predictions["decoder"](self.transform(hidden))
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """What the decoder, a linear layer, is applied to: [..., hidden] -> [..., hidden]."""
+        predictions: Any = self.cls["predictions"]
+        transform = predictions["transform"]
+        return transform["LayerNorm"](self.activation(transform["dense"](hidden)))
 
 
 class BertForSequenceClassification(BertWithHead):
@@ -219,9 +228,12 @@ class BertForSequenceClassification(BertWithHead):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, tokens: Tensor, *args: Tensor | None, **options: Tensor | None) -> Tensor:
-        """As Bert's; returns logits [B, num_labels]."""
-        return self.classifier(self.dropout(self.bert.pool(self.bert(tokens, *args, **options))))
+    def forward(
+        self, tokens: Tensor, *args: Tensor | None, packed: Packed | None = None, **options: Tensor | None
+    ) -> Tensor:
+        """As Bert's; returns logits [B, num_labels], B being the sequences if they are packed."""
+        hidden = self.bert(tokens, *args, packed=packed, **options)
+        return self.classifier(self.dropout(self.bert.pool(hidden, packed)))
 
 
 class BertForQuestionAnswering(BertWithHead):
@@ -229,7 +241,7 @@ class BertForQuestionAnswering(BertWithHead):
         super().__init__(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
-    def forward(self, tokens: Tensor, *args: Tensor | None, **options: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, *args: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
         """As Bert's; returns the logits of an answer's start and end at each token, [B, S] each."""
         start, end = self.qa_outputs(self.bert(tokens, *args, **options)).unbind(-1)
         return start, end

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.attention import attention
 from foveate.cache_view import CacheView
 from foveate.models.blocks import activation, need, split_heads
+from foveate.models.packed import Packed, attend, check_positions
 
 MODEL_TYPES = ("gpt2",)
 
@@ -70,12 +70,12 @@ class GPT2Attention(nn.Module):
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cache: CacheView | None) -> Tensor:
+    def forward(self, x: Tensor, cache: CacheView | None, packed: Packed | None = None) -> Tensor:
         q, k, v = (split_heads(y, self.config.num_heads) for y in self.c_attn(x).chunk(3, -1))
         scale = self.config.scales[self.layer]
         if cache is None:
             dropout_p = self.config.attention_dropout if self.training else 0.0
-            out = attention(q, k, v, causal=True, scale=scale, dropout_p=dropout_p)
+            out = attend(q, k, v, packed, causal=True, scale=scale, dropout_p=dropout_p)
         else:
             out = cache.attend(self.layer, q, k, v, causal=True, scale=scale, batch_invariant=True)
         return self.c_proj(out.flatten(2))
@@ -101,8 +101,8 @@ class GPT2Layer(nn.Module):
         self.mlp = GPT2MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: CacheView | None) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x), cache))
+    def forward(self, x: Tensor, cache: CacheView | None, packed: Packed | None = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x), cache, packed))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
@@ -135,19 +135,21 @@ class GPT2(nn.Module):
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def hidden(self, tokens: Tensor, cache: CacheView | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: CacheView | None = None, packed: Packed | None = None) -> Tensor:
         """tokens int64 [B, S] -> [B, S, hidden] after the final norm.
 
         Without a cache the S tokens attend causally to each other, differentiable. With one they continue each sequence at
-        cache.lens. ValueError for more tokens than max_positions.
+        cache.lens. packed: tokens [1, total] are several sequences (without a cache). ValueError for more tokens than
+        max_positions.
         """
-        S = tokens.shape[-1]
-        if self.config.max_positions < S:
-            raise ValueError(f"{S} tokens do not fit the model's {self.config.max_positions} positions")
-        positions = torch.arange(S, device=tokens.device) if cache is None else cache.positions()
+        check_positions(tokens, packed, self.config.max_positions)
+        if packed is not None:
+            positions = packed.positions
+        else:
+            positions = torch.arange(tokens.shape[-1], device=tokens.device) if cache is None else cache.positions()
         x = self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe(positions))
         for layer in self.transformer.h:
-            x = layer(x, cache)
+            x = layer(x, cache, packed)
         return self.transformer.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.attention import attention
 from foveate.cache_view import CacheView
 from foveate.models.blocks import RMSNorm, Rotary, activation, need, split_heads
+from foveate.models.packed import Packed, attend, check_positions
 from foveate.rotary import apply_rotary
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
@@ -122,8 +122,10 @@ class LlamaAttention(nn.Module):
             "softcap": config.attn_softcap,
         }
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None) -> Tensor:
-        """x [B, S, hidden]; cos, sin [max_positions, D / 2]."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None, packed: Packed | None = None
+    ) -> Tensor:
+        """x [B, S, hidden]; cos, sin [max_positions, D / 2], or with `packed` those of each token."""
         q = split_heads(self.q_proj(x), self.config.num_heads)
         k = split_heads(self.k_proj(x), self.config.num_kv_heads)
         v = split_heads(self.v_proj(x), self.config.num_kv_heads)
@@ -133,7 +135,7 @@ class LlamaAttention(nn.Module):
             S = x.shape[1]
             q, k = apply_rotary(q, k, cos[:S], sin[:S])
             dropout_p = self.config.attention_dropout if self.training else 0.0
-            out = attention(q, k, v, dropout_p=dropout_p, **self.options)
+            out = attend(q, k, v, packed, dropout_p=dropout_p, **self.options)
         else:
             out = cache.attend(
                 self.layer, q, k, v, rotary_cos=cos, rotary_sin=sin, batch_invariant=True, **self.options
@@ -173,8 +175,10 @@ class LlamaLayer(nn.Module):
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None) -> Tensor:
-        out = self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None, packed: Packed | None = None
+    ) -> Tensor:
+        out = self.self_attn(self.input_layernorm(x), cos, sin, cache, packed)
         if not self.post_norms:
             x = x + out
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -210,21 +214,23 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = Rotary(config.head_dim, config.max_positions, config.rope_theta, config.rope_scaling)
 
-    def hidden(self, tokens: Tensor, cache: CacheView | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: CacheView | None = None, packed: Packed | None = None) -> Tensor:
         """tokens int64 [B, S] -> [B, S, hidden] after the final norm.
 
         Without a cache the S tokens attend causally to each other, differentiable. With one they continue each sequence at
-        cache.lens. ValueError for more tokens than max_positions.
+        cache.lens. packed: tokens [1, total] are several sequences (without a cache). ValueError for more tokens than
+        max_positions.
         """
-        if tokens.shape[-1] > self.config.max_positions:
-            raise ValueError(f"{tokens.shape[-1]} tokens do not fit the model's {self.config.max_positions} positions")
+        check_positions(tokens, packed, self.config.max_positions)
         x = self.model.embed_tokens(tokens)
         if self.config.embed_scale is not None:
             # rounded to x's dtype, as the model was trained
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device="cpu")
         cos, sin = self.rotary.tables(x.device, x.dtype)
+        if packed is not None:
+            cos, sin = cos[packed.positions], sin[packed.positions]
         for layer in self.model.layers:
-            x = layer(x, cos, sin, cache)
+            x = layer(x, cos, sin, cache, packed)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -141,6 +141,11 @@ def _fill(
                 continue
             value = dequantize(value.blocks, value.format)
         _set_parameter(model, name, value.to(device=device, dtype=dtype))
+    tie_weights(model)
+
+
+def tie_weights(model: Any) -> None:
+    """Makes each name of model.tied the same tensor as the one that it stands for."""
     for alias, name in model.tied.items():
         path, _, leaf = name.rpartition(".")
         source = model.get_submodule(path)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate._relative_bias import RelativeBias
-from foveate.attention import attention
 from foveate.models.blocks import RMSNorm, activation, need, split_heads
+from foveate.models.packed import Packed, attend
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,13 @@ class T5Attention(nn.Module):
         """[B, S, H, D] each."""
         return split_heads(self.k(x), self.heads), split_heads(self.v(x), self.heads)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, k: Tensor, v: Tensor, packed: Packed | None, keys: Packed | None = None, **options: Any
+    ) -> Tensor:
         """x [B, Sq, hidden], k and v [B, Skv, H, D]. B may be beams times that of k: the beams of a text then share its keys."""
         q = split_heads(self.q(x), self.heads)
-        out = attention(
-            q.reshape(k.shape[0], -1, *q.shape[2:]), k, v, scale=1.0,
+        out = attend(
+            q.reshape(k.shape[0], -1, *q.shape[2:]), k, v, packed, keys, scale=1.0,
             dropout_p=self.dropout if self.training else 0.0, **options,
         )  # fmt: skip
         return self.o(out.reshape(*x.shape[:2], -1))
@@ -132,6 +134,30 @@ class T5Block(nn.Module):
             parts.append(T5Sublayer("EncDecAttention", T5Attention(config), config))
         parts.append(T5Sublayer("DenseReluDense", T5DenseReluDense(config), config))
         self.layer = nn.ModuleList(parts)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: RelativeBias,
+        index: int,
+        mask: Tensor | None,
+        cache: T5Cache | None,
+        packed: Packed | None,
+    ) -> Tensor:
+        """x [B, S, hidden]; index: of this block among the decoder's, for the cache."""
+        layer: Any = self.layer
+        y = layer[0].layer_norm(x)
+        k, v = layer[0].SelfAttention.keys_values(y)
+        if cache is None:
+            x = x + self.dropout(layer[0].SelfAttention(y, k, v, packed, relative_bias=bias, **_mask_option(mask)))
+        else:
+            k, v = cache.append(index, k, v)
+            x = x + self.dropout(layer[0].SelfAttention(y, k, v, packed, relative_bias=bias, causal=True))
+            k, v = cache.cross[index]
+            y = layer[1].layer_norm(x)
+            x = x + self.dropout(layer[1].EncDecAttention(y, k, v, packed, cache.packed, **_mask_option(mask)))
+        return x + self.dropout(layer[-1].DenseReluDense(layer[-1].layer_norm(x)))
 
 
 class T5Stack(nn.Module):
@@ -143,26 +169,16 @@ class T5Stack(nn.Module):
         self.final_layer_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: T5Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, cache: T5Cache | None = None, packed: Packed | None = None
+    ) -> Tensor:
         """x [B, S, hidden]. mask [B, 1, 1, source length] over the encoder's tokens. The decoder has a cache, also in training."""
         first: Any = self.block[0]
         table = first.layer[0].SelfAttention.relative_attention_bias.weight
         bias = RelativeBias(table, bidirectional=not self.decoder, max_distance=self.max_distance)
         x = self.dropout(x)
         for i, block in enumerate(self.block):
-            layer: Any = block.layer
-            y = layer[0].layer_norm(x)
-            k, v = layer[0].SelfAttention.keys_values(y)
-            if cache is None:
-                y = layer[0].SelfAttention(y, k, v, relative_bias=bias, mask=mask)
-            else:
-                k, v = cache.append(i, k, v)
-                y = layer[0].SelfAttention(y, k, v, relative_bias=bias, causal=True)
-                x = x + self.dropout(y)
-                k, v = cache.cross[i]
-                y = layer[1].EncDecAttention(layer[1].layer_norm(x), k, v, mask=mask)
-            x = x + self.dropout(y)
-            x = x + self.dropout(layer[-1].DenseReluDense(layer[-1].layer_norm(x)))
+            x = block(x, bias, i, mask, cache, packed)
         return self.dropout(self.final_layer_norm(x))
 
 
@@ -170,14 +186,16 @@ class T5Cache:
     """Keys and values of the decoder: those of the source, computed once, and those of the tokens so far.
 
     cross: for each layer k, v [B, source length, H, D]; mask: [B, 1, 1, source length] or None. The decoder's rows may be beams
-    times B. Without `keep`, nothing is kept after a call, which is then a whole decoder pass.
+    times B. Without `keep`, nothing is kept after a call, which is then a whole decoder pass. packed: the sources' places.
     """
 
-    def __init__(self, model: T5, encoded: Tensor, attention_mask: Tensor | None, keep: bool = True) -> None:
+    def __init__(
+        self, model: T5, encoded: Tensor, attention_mask: Tensor | None, keep: bool = True, packed: Packed | None = None
+    ) -> None:
         blocks: Any = model.decoder.block
         self.cross = [block.layer[1].EncDecAttention.keys_values(encoded) for block in blocks]
         self.mask = _mask(attention_mask)
-        self.keep = keep
+        self.keep, self.packed = keep, packed
         self._kept: list[tuple[Tensor, Tensor] | None] = [None] * len(self.cross)
         self._lengths = [0] * len(self.cross)
 
@@ -226,13 +244,19 @@ class T5(nn.Module):
         if config.tied:
             self.lm_head.weight = self.shared.weight
 
-    def encode(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """tokens int64 [B, S] -> [B, S, hidden]. attention_mask [B, S]: not 0 where there is text, None for everywhere."""
-        return self.encoder(self.shared(tokens), _mask(attention_mask))
+    def encode(self, tokens: Tensor, attention_mask: Tensor | None = None, packed: Packed | None = None) -> Tensor:
+        """tokens int64 [B, S] -> [B, S, hidden]. attention_mask [B, S]: not 0 where there is text, None for everywhere.
 
-    def decode(self, tokens: Tensor, cache: T5Cache) -> Tensor:
-        """The next tokens int64 [B * beams, S] of each target -> [B * beams, S, hidden], ready for `logits`."""
-        hidden = self.decoder(self.shared(tokens), cache.mask, cache)
+        packed: tokens [1, total] are several sources.
+        """
+        return self.encoder(self.shared(tokens), _mask(attention_mask), packed=packed)
+
+    def decode(self, tokens: Tensor, cache: T5Cache, packed: Packed | None = None) -> Tensor:
+        """The next tokens int64 [B * beams, S] of each target -> [B * beams, S, hidden], ready for `logits`.
+
+        packed: tokens [1, total] are the targets of the cache's packed sources.
+        """
+        hidden = self.decoder(self.shared(tokens), cache.mask, cache, packed)
         return hidden * self.config.hidden_size**-0.5 if self.config.scaled else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -249,6 +273,11 @@ class T5(nn.Module):
         start = labels.new_full((labels.shape[0], 1), self.config.start_id)
         shifted = torch.cat([start, labels[:, :-1]], 1)
         return shifted.masked_fill(shifted == -100, self.config.pad_id)
+
+
+def _mask_option(mask: Tensor | None) -> dict[str, Tensor]:
+    """Packed attention takes no mask at all."""
+    return {} if mask is None else {"mask": mask}
 
 
 def _mask(attention_mask: Tensor | None) -> Tensor | None:

@@ -1,0 +1,58 @@
+"""Sequences of different lengths one after the other in one row, instead of padded: what training uses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.attention import attention
+from foveate.attention_varlen import attention_varlen
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where each sequence of a row of `total` tokens begins. Positions count within the sequence; nothing crosses its ends.
+
+    cu_seqlens: int32 [sequences + 1], from 0 to total; positions: int64 [total]; longest: of all sequences.
+    """
+
+    cu_seqlens: Tensor
+    positions: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Packed:
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        positions = torch.cat([torch.arange(length) for length in lengths] or [torch.empty(0, dtype=torch.long)])
+        return cls(ends, positions, max(lengths, default=0))
+
+    def to(self, device: torch.device) -> Packed:
+        return Packed(self.cu_seqlens.to(device), self.positions.to(device), self.longest)
+
+    @property
+    def starts(self) -> Tensor:
+        """int64 [sequences]: the first token of each."""
+        return self.cu_seqlens[:-1].long()
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, keys: Packed | None = None, **options: Any
+) -> Tensor:
+    """`attention` of [B, S, H, D], or `attention_varlen` of [1, total, H, D]. keys: the sequences of k and v if not those of q."""
+    if packed is None:
+        return attention(q, k, v, **options)
+    keys = keys or packed
+    lengths = (packed.cu_seqlens, keys.cu_seqlens, packed.longest, keys.longest)
+    return attention_varlen(q[0], k[0], v[0], *lengths, **options)[None]
+
+
+def check_positions(tokens: Tensor, packed: Packed | None, max_positions: int, cure: str = "") -> None:
+    """ValueError for sequences longer than the model's positions."""
+    longest = tokens.shape[-1] if packed is None else packed.longest
+    if longest > max_positions:
+        raise ValueError(f"{longest} tokens do not fit the model's {max_positions} positions{cure}")

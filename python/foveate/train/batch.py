@@ -1,0 +1,58 @@
+"""Batch: tensors of one forward pass, sequences packed in one row or padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.models.packed import Packed
+
+IGNORED = -100  # a label without a loss
+
+
+@dataclass
+class Batch:
+    """tensors: int64, [1, total] if packed, else [B, S]. units: what the loss is a mean of: target tokens, examples, answers.
+
+    packed: where the sequences lie, one entry for each side ("tokens"; "source" and "target"), empty when padded.
+    """
+
+    tensors: dict[str, Tensor]
+    packed: dict[str, Packed]
+    units: int
+    tokens: int  # read by the model, without padding
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def to(self, device: torch.device) -> Batch:
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        packed = {name: p.to(device) for name, p in self.packed.items()}
+        return Batch(tensors, packed, self.units, self.tokens, self.extra)
+
+    def padding(self, side: str = "tokens") -> dict[str, Any]:
+        """The options of an encoder's forward pass that say where the sequences are."""
+        return {"packed": self.packed[side]} if side in self.packed else {"kv_lens": self.tensors[f"{side}_lens"]}
+
+
+def join(sequences: Sequence[np.ndarray], packing: bool, fill: int = 0) -> Tensor:
+    """int64 [1, total], or [B, longest] filled up with `fill` on the right."""
+    if packing:
+        return torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
+    out = torch.full((len(sequences), max(map(len, sequences))), fill, dtype=torch.int64)
+    for row, sequence in zip(out, sequences):
+        row[: len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+    return out
+
+
+def layout(lengths: Sequence[int], packing: bool, side: str = "tokens") -> tuple[dict[str, Packed], dict[str, Tensor]]:
+    """`packed` of a batch, or the tensor of its lengths."""
+    if packing:
+        return {side: Packed.of(lengths)}, {}
+    return {}, {f"{side}_lens": torch.tensor(lengths, dtype=torch.int32)}

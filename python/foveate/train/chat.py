@@ -1,0 +1,63 @@
+"""What of a row is text, and which of its characters are to be predicted: chats through the checkpoint's template, prompts, plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from foveate.tokenizer import Tokenizer
+
+Spans = list[tuple[int, int]]
+
+
+def is_rendered(row: dict[str, Any]) -> bool:
+    """Whether the text comes from a template, which writes special tokens itself."""
+    return "messages" in row
+
+
+def text_of(row: dict[str, Any], field: str, tokenizer: Tokenizer) -> tuple[str, Spans | None, bool]:
+    """The text, the characters to be predicted (None: all), and whether the end token follows."""
+    if "messages" in row:
+        rendered, spans = render(row["messages"], tokenizer)
+        return rendered, spans, False
+    if "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+        return prompt + completion, [(len(prompt), len(prompt) + len(completion))], True
+    text = row.get(field)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"a row has no text in {field!r}; its fields are {', '.join(map(repr, row)) or 'none'}: set text_field, or give 'messages', or "
+            "'prompt' and 'completion'"
+        )
+    return text, None, bool(row.get("end", True))
+
+
+def render(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> tuple[str, Spans]:
+    """The conversation by the checkpoint's template, and the characters of the assistant's messages with what ends them."""
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
+        if not (after.startswith(before) and whole.startswith(after)):
+            raise ValueError(
+                "the chat template writes a message differently when others follow, so the replies cannot be found in the whole; "
+                "train on each reply by itself, as 'prompt' and 'completion'"
+            )
+        spans.append((len(before), len(after)))
+    return whole, spans
+
+
+def target_flags(offsets: Sequence[tuple[int, int]], spans: Spans | None) -> list[int]:
+    """For each token, by its characters, whether it lies within a span. Tokens without characters are not targets beside spans."""
+    if spans is None:
+        return [1] * len(offsets)
+    flags = []
+    at = 0
+    for start, end in offsets:
+        while at < len(spans) and spans[at][1] <= start:
+            at += 1
+        flags.append(int(at < len(spans) and start >= spans[at][0] and end > start))
+    return flags

@@ -1,0 +1,187 @@
+"""TrainConfig: every choice of a training run, checked before anything is read. Its help texts are those of `foveate train --help`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foveate.train.schedule import SCHEDULES
+
+OBJECTIVES = (
+    "causal-lm", "masked-lm", "span-corruption", "seq2seq", "question-answering", "sequence-classification",
+)  # fmt: skip
+
+
+def _option(default: Any, text: str, group: str, **more: Any) -> Any:
+    """A field with its help text, its group of the command line, and what argparse should know."""
+    metadata = {"help": text, "group": group, **more}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _data(default: Any, text: str, **more: Any) -> Any:
+    return _option(default, text, "data", **more)
+
+
+def _step(default: Any, text: str, **more: Any) -> Any:
+    return _option(default, text, "optimisation", **more)
+
+
+def _run(default: Any, text: str, **more: Any) -> Any:
+    return _option(default, text, "run", **more)
+
+
+def _lora(default: Any, text: str, **more: Any) -> Any:
+    return _option(default, text, "LoRA", **more)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """See the help text of each field. ValueError for values that cannot work, each with the cure."""
+
+    output_dir: str = _option("", "folder for checkpoints, metrics and the curve", "model", required=True)
+    objective: str = _option("causal-lm", "what is learnt", "model", choices=OBJECTIVES)
+    model: str | None = _option(
+        None, "what to fine-tune: a Hugging Face folder, a .gguf file, or an installed package that holds one", "model"
+    )
+    new_model: dict[str, Any] | None = _option(
+        None, "train from scratch: a config.json (file or JSON text) of a supported architecture", "model", kind="json"
+    )
+    tokenizer: str | None = _option(
+        None,
+        "for --new-model: 'char' (one token a character of the training data), or a folder with a tokenizer",
+        "model",
+    )
+    quantization: str | None = _option(
+        None, "pack the frozen weights under LoRA in 8 or 4 bits (QLoRA)", "model", choices=("q8_0", "q4_0")
+    )
+    device: str | None = _option(None, "cpu (the default), cuda, ...", "model")
+
+    train_data: list[str] = _data(
+        [], "files (.txt, .jsonl, .parquet, SQuAD's .json) or folders of the datasets library", required=True
+    )
+    eval_data: list[str] = _data([], "the same, to evaluate on")
+    eval_fraction: float = _data(0.0, "without --eval-data: share of the documents, the last ones, held out for it")
+    text_field: str = _data("text", "field of the rows that holds the text")
+    label_field: str = _data("label", "field that holds the class, for sequence-classification")
+    max_length: int | None = _data(
+        None, "tokens of a training sequence; the model's context by default, at most 1024 of it"
+    )
+    too_long: str = _data(
+        "error", "what a row longer than max_length does where it cannot be cut into pieces", choices=("error", "drop")
+    )
+    packing: bool = _data(True, "fill rows with several sequences that do not see each other; otherwise pad them")
+    mask_share: float = _data(0.15, "share of the tokens that masked-lm and span-corruption hide")
+    whole_word: bool = _data(False, "masked-lm hides whole words")
+    span_length: float = _data(3.0, "mean length of a hidden span, for span-corruption")
+    doc_stride: int = _data(128, "tokens that two windows of a long context share, for question-answering")
+    cache_dir: str | None = _data(None, "folder for tokenised data; foveate/train in the user's cache by default")
+
+    epochs: float = _step(1.0, "passes over the data, if max_steps is not given")
+    max_steps: int | None = _step(None, "optimizer steps")
+    batch_size: int = _step(8, "rows in a forward pass")
+    accumulation: int = _step(1, "forward passes in a step; their losses are normalised together, by tokens")
+    learning_rate: float = _step(5e-5, "at the top of the schedule")
+    schedule: str = _step("cosine", "after the warm-up; wsd is constant with a linear end", choices=SCHEDULES)
+    warmup: float = _step(0.05, "steps of the warm-up, or their share of all if below 1")
+    min_rate: float = _step(0.0, "share of the learning rate at the end of the schedule")
+    decay_share: float = _step(0.2, "share of the steps in wsd's end")
+    weight_decay: float = _step(0.01, "of matrices; biases, norms and embeddings have none")
+    beta1: float = _step(0.9, "of AdamW")
+    beta2: float = _step(0.999, "of AdamW; 0.95 is usual for pre-training")
+    adam_eps: float = _step(1e-8, "of AdamW")
+    max_grad_norm: float = _step(1.0, "gradients are scaled down to this norm; 0 for no limit")
+    label_smoothing: float = _step(0.0, "share of the target's probability spread over all classes")
+    z_loss: float = _step(0.0, "weight of logsumexp(logits)**2 in the loss")
+    dropout: float | None = _step(None, "instead of the checkpoint's, everywhere")
+    precision: str = _step(
+        "fp32", "of the matrix products; bf16 is autocast over fp32 weights", choices=("fp32", "bf16")
+    )
+    gradient_checkpointing: bool = _step(False, "keep only each layer's input and compute the layer again: less memory")
+
+    lora_rank: int = _lora(0, "rank of the adapters; 0 trains all weights")
+    lora_alpha: float | None = _lora(None, "the update is scaled by alpha / rank; twice the rank by default")
+    lora_dropout: float = _lora(0.0, "of the adapters' input")
+    lora_targets: list[str] = _lora(
+        [], "names of the layers, such as q_proj v_proj; all of attention and MLP by default"
+    )
+    rslora: bool = _lora(False, "scale by alpha / sqrt(rank)")
+
+    eval_every: int | None = _run(None, "steps between evaluations; the end of each epoch by default")
+    save_every: int | None = _run(None, "steps between checkpoints; with each evaluation by default")
+    log_every: int = _run(10, "steps between lines of metrics.jsonl")
+    patience: int | None = _run(None, "stop after so many evaluations without a better loss")
+    seed: int = _run(0, "of new weights, the order of the data, masks and dropout")
+    threads: int | None = _run(None, "as torch.set_num_threads")
+    resume: bool = _run(False, "go on from the last checkpoint in the output folder, bit for bit")
+    progress: bool | None = _run(None, "show a bar; by default in a terminal")
+    tensorboard: bool = _run(False, "write event files to the output folder's tensorboard/")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata.get("choices"), getattr(self, field.name)
+            if choices is not None and value is not None and value not in choices:
+                raise ValueError(f"{field.name}={value!r} is not one of {', '.join(choices)}")
+        for name in ("train_data", "eval_data", "lora_targets"):
+            if isinstance(getattr(self, name), (str, Path)):
+                object.__setattr__(self, name, [str(getattr(self, name))])
+        _check_model(self)
+        _check_numbers(self)
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        return dataclasses.replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of one optimizer step of one process."""
+        return self.batch_size * self.accumulation
+
+
+def _check_model(c: TrainConfig) -> None:
+    if not c.output_dir:
+        raise ValueError("there is no output_dir; name a folder for the checkpoints")
+    if not c.train_data:
+        raise ValueError("there is no train_data; name files or folders to learn from")
+    if (c.model is None) == (c.new_model is None):
+        raise ValueError("give either model, to fine-tune it, or new_model, to train from scratch")
+    if c.new_model is not None and c.tokenizer is None:
+        raise ValueError("a new_model needs a tokenizer: 'char', or a folder that has one")
+    if c.model is not None and c.tokenizer is not None:
+        raise ValueError("a model comes with its own tokenizer; leave tokenizer away, or give new_model")
+    if c.quantization is not None and not c.lora_rank:
+        raise ValueError(
+            f"quantization={c.quantization!r} freezes the weights; give a lora_rank to train adapters on them"
+        )
+    if c.new_model is not None and c.lora_rank:
+        raise ValueError("LoRA adapts a trained model; leave lora_rank away to train a new one")
+    if c.eval_data and c.eval_fraction:
+        raise ValueError("eval_data and eval_fraction both say what to evaluate on; give one of them")
+
+
+def _check_numbers(c: TrainConfig) -> None:
+    at_least = {
+        "batch_size": 1, "accumulation": 1, "log_every": 1, "max_steps": 1, "eval_every": 1, "save_every": 1, "patience": 1,
+        "max_length": 2, "lora_rank": 0, "max_grad_norm": 0, "weight_decay": 0, "warmup": 0, "doc_stride": 0, "threads": 1,
+        "span_length": 1, "z_loss": 0,
+    }  # fmt: skip
+    for name, low in at_least.items():
+        value = getattr(c, name)
+        if value is not None and value < low:
+            raise ValueError(f"{name}={value} must be {low} or more")
+    for name in ("eval_fraction", "dropout", "lora_dropout", "label_smoothing"):
+        value = getattr(c, name)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{name}={value} must be from 0 to below 1")
+    for name in ("learning_rate", "epochs"):
+        if not getattr(c, name) > 0:
+            raise ValueError(f"{name}={getattr(c, name)} must be more than 0")
+    if not 0 < c.mask_share < 1:
+        raise ValueError(f"mask_share={c.mask_share} must be between 0 and 1")
+    if not (0 <= c.min_rate <= 1 and 0 <= c.decay_share <= 1):
+        raise ValueError(f"min_rate={c.min_rate} and decay_share={c.decay_share} must be from 0 to 1")

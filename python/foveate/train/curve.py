@@ -1,0 +1,23 @@
+"""The picture of a run: loss of training and evaluation over the steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def draw_curve(history: list[dict[str, float]], file: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('matplotlib is not installed: pip install "foveate[train]"') from error
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        points = [(row["step"], row[name]) for row in history if name in row]
+        if points:
+            axes.plot(*zip(*points), label=label, linewidth=1.2, marker="." if len(points) < 40 else None)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=110)

@@ -1,0 +1,123 @@
+"""Rows of data files, one after the other: text, JSONL, JSON, Parquet, and folders of the datasets library. Nothing is read whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+PIECE = 2**16  # characters of a text file that make a document
+SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
+
+
+def read_rows(paths: Sequence[str]) -> Iterator[Row]:
+    """Rows as dictionaries, {"text": ...} for text files.
+
+    A text file is cut at line ends into documents of about 64 thousand characters; "end" is True in the last one. JSON: a list of
+    objects, or SQuAD's format, which gives {"id", "question", "context", "answers": [{"text", "answer_start"}]}.
+    FileNotFoundError and ValueError with the place of what cannot be read.
+    """
+    for path in paths:
+        for file in data_files(path):
+            if file.is_dir():
+                yield from _dataset(file)
+            else:
+                yield from _READERS[file.suffix](file)
+
+
+def data_files(path: str) -> list[Path]:
+    """The files that `path` stands for, or the folder itself if the datasets library wrote it."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise FileNotFoundError(f"the data {path} does not exist")
+    if place.is_file():
+        if place.suffix not in SUFFIXES:
+            raise ValueError(f"{path} is of no known kind; data files end in {', '.join(SUFFIXES)}")
+        return [place]
+    if (place / "dataset_dict.json").exists():
+        splits = json.loads((place / "dataset_dict.json").read_text())["splits"]
+        raise ValueError(f"{path} holds several data sets, {', '.join(splits)}; name one of them: {place / splits[0]}")
+    if (place / "dataset_info.json").exists():
+        return [place]
+    files = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    if not files:
+        raise ValueError(f"the folder {path} has no data: no file in it ends in {', '.join(SUFFIXES)}")
+    return files
+
+
+def _text(file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8") as stream:
+        piece = ""
+        try:
+            for line in stream:
+                # not before white space: a tokenizer may join the line end to it
+                if len(piece) >= PIECE and not line[0].isspace():
+                    yield {"text": piece, "end": False}
+                    piece = ""
+                piece += line
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    if piece:
+        yield {"text": piece, "end": True}
+
+
+def _lines(file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} of {file} is not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} of {file} must be a JSON object, not a {type(row).__name__}")
+            yield row
+
+
+def _json(file: Path) -> Iterator[Row]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if isinstance(value, list) and all(isinstance(row, dict) for row in value):
+        yield from value
+    elif isinstance(value, dict) and isinstance(value.get("data"), list):
+        for article in value["data"]:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    yield {
+                        "id": question["id"],
+                        "question": question["question"],
+                        "context": paragraph["context"],
+                        "answers": question["answers"],
+                    }
+    else:
+        raise ValueError(f"{file} must hold a list of objects, or an object in SQuAD's format")
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError('pyarrow is not installed: pip install "foveate[train]"') from error
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file} is not a Parquet file that pyarrow can read: {error}") from error
+
+
+def _dataset(folder: Path) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('datasets is not installed: pip install "foveate[train]"') from error
+    yield from datasets.load_from_disk(str(folder))
+
+
+_READERS = {".txt": _text, ".jsonl": _lines, ".ndjson": _lines, ".json": _json, ".parquet": _parquet}

@@ -1,0 +1,156 @@
+"""foveate.train.fit: a training run from its configuration."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foveate.models import open_checkpoint
+from foveate.tokenizer import Tokenizer
+from foveate.train import model_files
+from foveate.train.char_tokenizer import char_tokenizer
+from foveate.train.checkpoints import Checkpoints
+from foveate.train.config import TrainConfig
+from foveate.train.data_files import read_rows
+from foveate.train.gradient_checkpointing import checkpoint_layers
+from foveate.train.loop import Data, Loop
+from foveate.train.model_files import TrainedModel
+from foveate.train.objective import Objective
+from foveate.train.objectives import check_architecture, make_objective
+from foveate.train.plan import DataPlan
+from foveate.train.report import Report
+from foveate.train.store import TokenStore
+from foveate.train.strategy import Strategy
+from foveate.train.tokenized import tokenized
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """metrics: of the last evaluation, {} without one. best: the checkpoint of the lowest evaluation loss; without evaluation, last."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    metrics: dict[str, float]
+    best_loss: float | None
+    last: Path
+    best: Path
+    model: nn.Module
+    tokenizer: Tokenizer
+    history: list[dict[str, float]]
+
+
+def fit(
+    config: TrainConfig | None = None,
+    *,
+    strategy: Strategy | None = None,
+    after_evaluation: Callable[[int, dict[str, float]], None] | None = None,
+    **options: Any,
+) -> TrainResult:
+    """Trains a model and writes checkpoints, metrics and the curve of the loss to config.output_dir.
+
+        fit(model="path", train_data=["text.txt"], output_dir="out", learning_rate=3e-4)
+
+    config: a TrainConfig, or its fields as options; both: the config with these fields changed. strategy: how several processes
+    share the work; None: one process. after_evaluation(step, metrics) is called after each evaluation and may raise to stop.
+
+    The loss of a step is the sum over its target tokens (answers, examples) divided by their number over all accumulated batches
+    and processes, so that neither accumulation nor the number of processes changes it. Weights and the optimizer's state are fp32.
+    ValueError, OSError and NonFiniteLoss explain themselves; what was saved before stays.
+    """
+    config = TrainConfig(**options) if config is None else config.replace(**options)
+    strategy = strategy or Strategy()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    folder = Path(config.output_dir).expanduser()
+    checkpoints = Checkpoints(folder, strategy)
+    checkpoints.prepare()
+    if not config.resume and checkpoints.named("last") is not None:
+        raise ValueError(
+            f"{folder} already has a run, whose last checkpoint is {checkpoints.named('last')}; go on with resume, or choose another "
+            "output_dir"
+        )
+    trained, objective, store, evaluation = _open(config)
+    train = _data(config, objective, store, shuffle=True)
+    held_out = None if evaluation is None else _data(config, objective, evaluation, shuffle=False)
+    checkpoints.check_space(_checkpoint_bytes(trained.model))
+    report = Report(
+        folder,
+        log_every=config.log_every,
+        progress=config.progress,
+        tensorboard=config.tensorboard,
+        active=strategy.is_main,
+    )
+    if config.gradient_checkpointing:
+        checkpoint_layers(trained.model)
+    torch.manual_seed(config.seed + strategy.rank)  # of dropout
+    loop = Loop(
+        config, trained.model, objective, train, held_out, checkpoints=checkpoints, report=report, strategy=strategy,
+        export=trained.export, after_evaluation=after_evaluation,
+    )  # fmt: skip
+    if not (config.resume and loop.resume()):
+        report.begin()
+    try:
+        progress = loop.run()
+    finally:
+        report.close()
+    last = checkpoints.named("last")
+    assert last is not None
+    evaluations = [row for row in report.history if "eval_loss" in row]
+    return TrainResult(
+        steps=progress.step, tokens=progress.tokens, seconds=progress.seconds,
+        metrics={name.removeprefix("eval_"): value for name, value in (evaluations or [{}])[-1].items() if name != "step"},
+        best_loss=progress.best_loss if evaluations else None, last=last, best=checkpoints.named("best") or last,
+        model=trained.model.eval(), tokenizer=trained.tokenizer, history=report.history,
+    )  # fmt: skip
+
+
+def _open(config: TrainConfig) -> tuple[TrainedModel, Objective, TokenStore, TokenStore | None]:
+    """The model, and the tokenised data of training and evaluation. All that is cheap to check comes first."""
+    checkpoint = None if config.model is None else open_checkpoint(config.model)
+    settings = config.new_model if checkpoint is None else checkpoint.config
+    assert settings is not None
+    check_architecture(config.objective, settings)
+    tokenizer = _tokenizer(config) if checkpoint is None else checkpoint.tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"{config.model or config.tokenizer} has no tokenizer, so no text can be read for it")
+    objective = make_objective(config, tokenizer, settings)
+    cache = None if config.cache_dir is None else Path(config.cache_dir).expanduser()
+    store = tokenized(config.train_data, objective, tokenizer, cache=cache, progress=config.progress)
+    evaluation = None
+    if config.eval_data:
+        evaluation = tokenized(config.eval_data, objective, tokenizer, cache=cache, progress=config.progress)
+    elif config.eval_fraction:
+        store, evaluation = store.split(config.eval_fraction)
+    labels: list[str] | None = getattr(objective, "labels", None)
+    if checkpoint is None:
+        trained = model_files.create(config, tokenizer, objective.head, labels)
+    else:
+        trained = model_files.load(config, checkpoint, tokenizer, objective.head, labels)
+    return trained, objective, store, evaluation
+
+
+def _tokenizer(config: TrainConfig) -> Tokenizer | None:
+    assert config.tokenizer is not None
+    if config.tokenizer != "char":
+        return open_checkpoint(config.tokenizer).tokenizer()
+    texts = (row.get(config.text_field) for row in read_rows(config.train_data))
+    return char_tokenizer(itertools.filterfalse(lambda text: not isinstance(text, str), texts))  # type: ignore[arg-type]
+
+
+def _data(config: TrainConfig, objective: Objective, store: TokenStore, *, shuffle: bool) -> Data:
+    pieces = objective.pieces(store)
+    plan = DataPlan(pieces.lengths, objective.max_length, packing=config.packing, seed=config.seed, shuffle=shuffle)
+    return Data(store, pieces, plan)
+
+
+def _checkpoint_bytes(model: nn.Module) -> int:
+    """The exported weights, and the state: the trained ones with AdamW's two moments, fp32."""
+    exported = sum(p.nbytes for p in model.parameters())
+    return exported + sum(12 * p.numel() for p in model.parameters() if p.requires_grad)

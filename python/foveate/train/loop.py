@@ -1,0 +1,253 @@
+"""The training loop: steps, evaluations, checkpoints, early stopping."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.train.batch import Batch
+from foveate.train.checkpoints import STATE, Checkpoints
+from foveate.train.config import TrainConfig
+from foveate.train.objective import Objective, Piece, Pieces
+from foveate.train.optimizer import adamw
+from foveate.train.plan import DataPlan, Sequence
+from foveate.train.report import Report
+from foveate.train.schedule import rate_factor
+from foveate.train.store import TokenStore
+from foveate.train.strategy import Strategy
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient is no number; the weights are those before the step, the batch lies in the output folder."""
+
+
+class LossModule(nn.Module):
+    """The model with its loss, as one module to be wrapped for several processes."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch, evaluate: bool = False) -> tuple[Tensor, dict[str, float]]:
+        """The sum of the losses; with `evaluate` also sums of metrics."""
+        loss = self.objective.loss(self.model, batch)
+        return loss, self.objective.metrics(self.model, batch, loss) if evaluate else {}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised data, the sequences in it, and the order in which they are read."""
+
+    store: TokenStore
+    pieces: Pieces
+    plan: DataPlan
+
+    def row(self, row: list[Sequence]) -> list[Piece]:
+        documents, starts, lengths = self.pieces
+        return [Piece(int(documents[i]), int(starts[i]), int(lengths[i]), (epoch, i)) for i, epoch in row]
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside tensors."""
+
+    step: int = 0  # finished optimizer steps
+    tokens: int = 0
+    best_loss: float = math.inf
+    stale: int = 0  # evaluations since the best one
+    seconds: float = 0.0  # of training, over all starts
+
+
+class Loop:
+    """export(folder, weights) writes the model for others to load. after_evaluation(step, metrics) may raise to stop the run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        objective: Objective,
+        train: Data,
+        evaluation: Data | None,
+        *,
+        checkpoints: Checkpoints,
+        report: Report,
+        strategy: Strategy,
+        export: Callable[[Path, dict[str, Tensor]], None],
+        after_evaluation: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
+        self.config, self.model, self.objective = config, model, objective
+        self.train_data, self.evaluation = train, evaluation
+        self.checkpoints, self.report, self.strategy = checkpoints, report, strategy
+        self.export, self.after_evaluation = export, after_evaluation
+        self.device = next(model.parameters()).device
+        self.module = strategy.wrap(LossModule(model, objective))
+        self.optimizer = adamw(
+            model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2),
+            eps=config.adam_eps,
+        )  # fmt: skip
+        self.progress = Progress()
+        rows = config.step_rows * strategy.world_size
+        self.epoch_steps = math.ceil(len(train.plan) / rows)
+        self.steps = config.max_steps or max(1, math.ceil(config.epochs * len(train.plan) / rows))
+        self.warmup_steps = round(config.warmup * self.steps) if config.warmup < 1 else round(config.warmup)
+        self.eval_every = config.eval_every or self.epoch_steps
+        self.save_every = config.save_every or self.eval_every
+
+    def run(self) -> Progress:
+        """Steps until the schedule's end or early stopping; leaves a checkpoint of the last step."""
+        saved = self.progress.step if self.checkpoints.named("last") else -1
+        self.report.start(self.progress.step, self.steps)
+        for step in range(self.progress.step, self.steps):
+            self._step(step)
+            done = step + 1
+            better = stop = False
+            if self.evaluation is not None and (done % self.eval_every == 0 or done == self.steps):
+                better = self._evaluate(done)
+                stop = self.config.patience is not None and self.progress.stale >= self.config.patience
+            if better or stop or done % self.save_every == 0 or done == self.steps:
+                self._save(better)
+                saved = done
+            if stop:
+                self.report.note(f"stopped: {self.progress.stale} evaluations without a better loss")
+                break
+        if saved < 0:
+            self._save(best=False)
+        return self.progress
+
+    def resume(self) -> bool:
+        """Goes on from the last checkpoint, if there is one."""
+        last = self.checkpoints.named("last")
+        if last is None:
+            return False
+        numbers = self.strategy.load_state(last / STATE, self.model, self.optimizer)
+        if numbers["plan"] != self._plan():
+            raise ValueError(
+                f"{last} belongs to a run with other data or another batch size ({numbers['plan']} there, {self._plan()} here); go on "
+                "with the same, or start in a new output folder"
+            )
+        self.progress = Progress(**numbers["progress"])
+        self.report.forget_after(self.progress.step)
+        return True
+
+    def _step(self, step: int) -> None:
+        start = time.perf_counter()
+        config, strategy = self.config, self.strategy
+        rate = config.learning_rate * rate_factor(
+            step, self.steps, schedule=config.schedule, warmup_steps=self.warmup_steps, min_factor=config.min_rate,
+            decay_share=config.decay_share,
+        )  # fmt: skip
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        rows = self.train_data.plan.step(step, config.step_rows, strategy.rank, strategy.world_size)
+        batches = [
+            self._batch(self.train_data, rows[i : i + config.batch_size])
+            for i in range(0, len(rows), config.batch_size)
+        ]
+        units, tokens = strategy.sum(
+            torch.tensor([sum(b.units for b in batches), sum(b.tokens for b in batches)], device=self.device)
+        ).tolist()
+        self.module.train()
+        total = torch.zeros((), device=self.device)
+        for i, batch in enumerate(batches):
+            with strategy.accumulating(self.module, last=i == len(batches) - 1):
+                with self._autocast():
+                    loss, _ = self.module(batch.to(self.device))
+                (loss * (strategy.gradient_factor / max(units, 1))).backward()
+            total += loss.detach()
+        norm = strategy.clip(self._parameters(), config.max_grad_norm or math.inf)
+        mean = float(strategy.sum(total)) / max(units, 1)
+        if not (math.isfinite(mean) and math.isfinite(float(norm))):
+            self._stop_at(step, batches, mean, float(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress = self.progress
+        seconds = time.perf_counter() - start
+        progress.step, progress.tokens, progress.seconds = (
+            step + 1,
+            progress.tokens + tokens,
+            progress.seconds + seconds,
+        )
+        self.report.step(
+            step + 1, loss=mean, learning_rate=rate, grad_norm=float(norm), tokens=tokens, seconds=seconds,
+            epoch=(step + 1) / self.epoch_steps,
+        )  # fmt: skip
+
+    def _evaluate(self, step: int) -> bool:
+        """Whether the loss is the best so far."""
+        assert self.evaluation is not None
+        metrics = self.evaluate(self.evaluation)
+        self.report.evaluation(step, metrics)
+        better = metrics["loss"] < self.progress.best_loss
+        self.progress.best_loss = min(metrics["loss"], self.progress.best_loss)
+        self.progress.stale = 0 if better else self.progress.stale + 1
+        if self.after_evaluation is not None:
+            self.after_evaluation(step, metrics)
+        return better
+
+    @torch.no_grad()
+    def evaluate(self, data: Data) -> dict[str, float]:
+        """Means over all units of the data, and what the task measures as a whole."""
+        self.module.eval()
+        size, world = self.config.batch_size, self.strategy.world_size
+        sums: dict[str, float] = {}
+        # Each process makes the same number of calls; the rows that are missing at the end are read again, with weight 0.
+        for first in range(0, len(data.plan), size * world):
+            numbers = [first + self.strategy.rank + i * world for i in range(size)]
+            present = [n for n in numbers if n < len(data.plan)]
+            batch = self._batch(data, [data.plan.row(n) for n in present or [0]])
+            with self._autocast():
+                loss, found = self.module(batch.to(self.device), evaluate=True)
+            for name, value in {"loss": float(loss), "units": batch.units, **found}.items():
+                sums[name] = sums.get(name, 0.0) + (value if present else 0.0)
+        values = self.strategy.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)).tolist()
+        units = max(values[list(sums).index("units")], 1)
+        means = {name: value / units for name, value in zip(sums, values) if name != "units"}
+        return means | self.objective.task_metrics(self.model)
+
+    def _save(self, best: bool) -> None:
+        def write(folder: Path) -> None:
+            weights = self.strategy.weights(self.model)
+            if self.strategy.is_main:
+                self.export(folder, weights)
+            numbers = {"progress": vars(self.progress), "plan": self._plan(), "config": self.config.as_dict()}
+            self.strategy.save_state(folder / STATE, self.model, self.optimizer, numbers)
+
+        self.checkpoints.save(self.progress.step, write, best=best)
+
+    def _batch(self, data: Data, rows: list[list[Sequence]]) -> Batch:
+        return self.objective.collate(data.store, [piece for row in rows for piece in data.row(row)])
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for p in self.model.parameters() if p.grad is not None]
+
+    def _plan(self) -> dict[str, int]:
+        """What a run that goes on must have in common with its start, for the data's position to mean the same."""
+        rows = self.config.step_rows * self.strategy.world_size
+        return {"rows": len(self.train_data.plan), "rows_a_step": rows, "seed": self.config.seed, "steps": self.steps}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _stop_at(self, step: int, batches: list[Batch], loss: float, norm: float) -> None:
+        from safetensors.torch import save_file
+
+        file = self.checkpoints.folder / f"not_finite_step_{step + 1}_rank_{self.strategy.rank}.safetensors"
+        tensors = {f"{i}.{name}": t for i, batch in enumerate(batches) for name, t in batch.tensors.items()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+        last = self.checkpoints.named("last")
+        raise NonFiniteLoss(
+            f"the loss is {loss} and the gradient's norm {norm} at step {step + 1}, so training stopped before the weights were "
+            f"changed; the batch is in {file}. "
+            + (f"The last checkpoint is {last}. " if last else "There is no checkpoint yet. ")
+            + "A lower learning_rate, a longer warmup, or max_grad_norm=1 usually cures it"
+        )

@@ -1,0 +1,63 @@
+"""Objective: what a task adds to the loop: how rows become tokens, tokens become batches, batches become a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from foveate.train.batch import Batch
+from foveate.train.store import TokenStore
+
+Columns = dict[str, list[np.ndarray]]
+
+
+class Pieces(NamedTuple):
+    """Every sequence that a store gives: its document, its first token in it, and how many tokens the model reads; int64 each."""
+
+    documents: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+
+class Piece(NamedTuple):
+    document: int
+    start: int
+    length: int
+    draw: tuple[int, int]  # (pass over the data, number of the piece): what masks are drawn from, with the run's seed
+
+
+class Objective(Protocol):
+    """`units` is what the loss is a mean over, in words."""
+
+    units: str
+    head: str | None  # of load_model
+    max_length: int
+
+    def signature(self) -> dict[str, Any]:
+        """What `encode` depends on, beside the rows and the tokenizer; part of the cache's key."""
+        ...
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
+        """Ragged columns, an array for each document."""
+        ...
+
+    def pieces(self, store: TokenStore) -> Pieces:
+        """ValueError for data that cannot be learnt from."""
+        ...
+
+    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch: ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The sum over the batch's units."""
+        ...
+
+    def metrics(self, model: nn.Module, batch: Batch, loss: Tensor) -> dict[str, float]:
+        """Sums over a batch of evaluation data, to be divided by its units, e.g. {"accuracy": right answers}."""
+        ...
+
+    def task_metrics(self, model: nn.Module) -> dict[str, float]:
+        """What needs the whole evaluation data as it was read, such as F1; {} if nothing does."""
+        ...

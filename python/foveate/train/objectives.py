@@ -1,0 +1,49 @@
+"""The objectives by name, and which architectures they are for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from foveate.tokenizer import Tokenizer
+from foveate.train.causal_lm import CausalLM
+from foveate.train.config import TrainConfig
+from foveate.train.objective import Objective
+
+_CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2")
+_KINDS: dict[str, tuple[str, ...]] = {
+    "causal-lm": _CAUSAL,
+    "masked-lm": ("bert",),
+    "question-answering": ("bert",),
+    "sequence-classification": ("bert",),
+    "seq2seq": ("t5",),
+    "span-corruption": ("t5",),
+}
+DEFAULT_LENGTH = 1024
+
+
+def check_architecture(objective: str, settings: dict[str, Any]) -> None:
+    """ValueError for a checkpoint of another architecture than the objective's."""
+    kind, kinds = settings.get("model_type"), _KINDS[objective]
+    if kind not in kinds:
+        suited = [name for name, kinds in _KINDS.items() if kind in kinds]
+        cure = f"; {kind} models learn {' or '.join(suited)}" if suited else ""
+        raise ValueError(
+            f"the objective {objective} is for {', '.join(kinds)}, and this model is of architecture {kind!r}{cure}"
+        )
+
+
+def sequence_length(config: TrainConfig, settings: dict[str, Any]) -> int:
+    """max_length, held against the model's context, of which T5 has none."""
+    names = ("max_position_embeddings", "n_positions", "n_ctx")
+    positions = next((settings[name] for name in names if settings.get(name)), None)
+    if settings["model_type"] == "t5":
+        positions = None
+    longest = config.max_length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH // 2)
+    if positions is not None and longest > positions:
+        raise ValueError(f"max_length={longest} is more than the model's context of {positions} tokens; lower it")
+    return longest
+
+
+def make_objective(config: TrainConfig, tokenizer: Tokenizer, settings: dict[str, Any]) -> Objective:
+    length = sequence_length(config, settings)
+    return CausalLM(config, tokenizer, length)

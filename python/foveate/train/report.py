@@ -1,0 +1,149 @@
+"""Report: metrics.jsonl, the bar, TensorBoard, and the picture of the loss."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveate.tokenizer import NEED
+
+METRICS, PICTURE = "metrics.jsonl", "loss.png"
+
+
+class Report:
+    """One process writes; on the others `active` is False and nothing happens.
+
+    metrics.jsonl has a line for every `log_every` steps, {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second",
+    "memory_mib", "epoch"}, means since the last line, and one for each evaluation, {"step", "eval_loss", ...}.
+    """
+
+    def __init__(self, folder: Path, *, log_every: int, progress: bool | None, tensorboard: bool, active: bool) -> None:
+        self.folder, self.log_every, self.active = folder, log_every, active
+        self.history: list[dict[str, float]] = []
+        self._sums: dict[str, float] = {}
+        self._bar: Any = None
+        self._shown = active and (sys.stderr.isatty() if progress is None else progress)
+        self._writer = _tensorboard(folder / "tensorboard") if tensorboard and active else None
+        self._evaluated: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """A new run: forgets the lines of an earlier one."""
+        if self.active:
+            (self.folder / METRICS).write_text("")
+
+    def forget_after(self, step: int) -> None:
+        """A run that goes on from `step` writes the lines after it again."""
+        if not self.active:
+            return
+        file = self.folder / METRICS
+        lines = file.read_text().splitlines() if file.exists() else []
+        rows = []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:  # half a line, from a run that was killed
+                continue
+            if row["step"] <= step:
+                rows.append(row)
+        self.history = rows
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def start(self, step: int, steps: int) -> None:
+        if not self._shown:
+            return
+        self._bar = _bar()
+        self._task = self._bar.add_task("training", total=steps, completed=step, note="")
+        self._bar.start()
+
+    def step(self, step: int, *, tokens: int, seconds: float, epoch: float, **values: float) -> None:
+        """values are averaged over the steps of a line."""
+        if not self.active:
+            return
+        sums = self._sums
+        for name, value in {**values, "tokens": tokens, "seconds": seconds, "steps": 1}.items():
+            sums[name] = sums.get(name, 0.0) + value
+        speed = sums["tokens"] / sums["seconds"]
+        if self._bar is not None:
+            evaluated = "".join(f"  {name} {value:.4g}" for name, value in self._evaluated.items())
+            note = f"loss {values['loss']:.4f}{evaluated}  {speed:,.0f} tokens/s  {memory_mib():,.0f} MiB"
+            self._bar.update(self._task, completed=step, note=note)
+        if step % self.log_every == 0:
+            row = {name: sums[name] / sums["steps"] for name in values}
+            self._write({
+                "step": step, **row, "tokens_per_second": round(speed, 1), "memory_mib": round(memory_mib(), 1),
+                "epoch": round(epoch, 4),
+            })  # fmt: skip
+            self._sums = {}
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self._evaluated = {f"eval_{name}": value for name, value in metrics.items()}
+        self._write({"step": step, **self._evaluated})
+        self.draw()
+
+    def note(self, text: str) -> None:
+        if self.active and self._shown:
+            (self._bar.console.print if self._bar is not None else print)(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._writer is not None:
+            self._writer.close()
+        self.draw()
+
+    def draw(self) -> None:
+        """loss.png, where matplotlib is installed: without it there are still the metrics."""
+        if not self.active or not self.history:
+            return
+        from foveate.train.curve import draw_curve
+
+        draw_curve(self.history, self.folder / PICTURE)
+
+    def _write(self, row: dict[str, float]) -> None:
+        if not self.active:
+            return
+        self.history.append(row)
+        with (self.folder / METRICS).open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        if self._writer is not None:
+            for name, value in row.items():
+                kind = "evaluation" if name.startswith("eval_") else "training"
+                if name not in ("step", "epoch"):
+                    self._writer.add_scalar(
+                        f"{kind}/{name.removeprefix('eval_')}", value, int(row["step"]), time.time()
+                    )
+
+
+def memory_mib() -> float:
+    """The most that was in use so far: of the GPU's memory, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError('tensorboard is not installed: pip install "foveate[train]"') from error
+    return SummaryWriter(str(folder))
+
+
+def _bar() -> Any:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError as error:
+        raise ImportError(f"rich {NEED}") from error
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    return Progress(*columns, console=Console(stderr=True))

@@ -1,0 +1,73 @@
+"""The state of a run in safetensors and JSON, never a pickle: parameters, the optimizer's state, random state, counters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TENSORS, _NUMBERS = "state.safetensors", "state.json"
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that receive gradients, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def random_state() -> dict[str, Tensor]:
+    """Of torch's generators, from which dropout draws (also that of the attention kernels)."""
+    found = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found["random.cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["random.cpu"])
+    if "random.cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random.cuda"])
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = random_state()
+    for name, p in trained(model).items():
+        tensors[f"parameter.{name}"] = p.detach().contiguous()
+        for key, value in optimizer.state[p].items():
+            tensors[f"{key}.{name}"] = torch.as_tensor(value).contiguous()
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / _TENSORS)
+    (folder / _NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Raises ValueError where the state is not that of this model."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / _TENSORS)
+    parameters = trained(model)
+    stored = {name.removeprefix("parameter.") for name in tensors if name.startswith("parameter.")}
+    if stored != set(parameters):
+        different = sorted(stored ^ set(parameters))
+        raise ValueError(
+            f"{folder} is the state of another model or another choice of trained weights: {', '.join(different[:4])} "
+            f"{'differ' if len(different) > 1 else 'differs'}; start in a new output folder"
+        )
+    keys = {name.partition(".")[0] for name in tensors} - {"parameter", "random"}
+    with torch.no_grad():
+        for name, p in parameters.items():
+            value = tensors[f"parameter.{name}"]
+            if value.shape != p.shape:
+                raise ValueError(
+                    f"{folder} has {name} of shape {list(value.shape)}, the model of {list(p.shape)}; start in a new output folder"
+                )
+            p.copy_(value)
+            for key in keys:
+                if f"{key}.{name}" in tensors:
+                    value = tensors[f"{key}.{name}"]
+                    optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+    set_random_state(tensors)
+    return json.loads((folder / _NUMBERS).read_text())

@@ -1,0 +1,94 @@
+"""TokenStore: tokenised documents in memory-mapped files, written piece by piece and found again by what they were made from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+
+class TokenStore:
+    """Ragged columns: column[i] is a 1-d array, for each document i. On disk: NAME.bin, NAME.ends.bin (int64), columns.json."""
+
+    def __init__(self, columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        self._columns = columns
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._columns)
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values()))[1]) if self._columns else 0
+
+    def get(self, name: str, i: int) -> np.ndarray:
+        values, ends = self._columns[name]
+        return values[int(ends[i - 1]) if i else 0 : int(ends[i])]
+
+    def lengths(self, name: str) -> np.ndarray:
+        """int64 [documents]"""
+        return np.diff(self._columns[name][1], prepend=0)
+
+    def values(self, name: str) -> np.ndarray:
+        """Of all documents, one after the other."""
+        return self._columns[name][0]
+
+    def split(self, share: float) -> tuple[TokenStore, TokenStore]:
+        """Without the last documents, and these: `share` of them, one at least."""
+        last = max(1, round(share * len(self)))
+        if last >= len(self):
+            raise ValueError(
+                f"eval_fraction={share} of {len(self)} documents leaves none to train on; give eval_data, or more documents"
+            )
+        return self._part(0, len(self) - last), self._part(len(self) - last, len(self))
+
+    def _part(self, first: int, last: int) -> TokenStore:
+        columns = {}
+        for name, (values, ends) in self._columns.items():
+            before = int(ends[first - 1]) if first else 0
+            columns[name] = (values[before : int(ends[last - 1])], ends[first:last] - before)
+        return TokenStore(columns)
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenStore:
+        columns = {}
+        for name, dtype in json.loads((folder / "columns.json").read_text()).items():
+            columns[name] = (_map(folder / f"{name}.bin", dtype), _map(folder / f"{name}.ends.bin", "int64"))
+        return cls(columns)
+
+    @classmethod
+    def write(cls, folder: Path, parts: Iterable[dict[str, list[np.ndarray]]]) -> TokenStore:
+        """All parts, each of the same columns and dtypes. Written beside `folder` and renamed, so it is whole or not there."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        dtypes: dict[str, str] = {}
+        size: dict[str, int] = {}
+        try:
+            for part in parts:
+                for name, arrays in part.items():
+                    if not arrays:
+                        continue
+                    ends = size.get(name, 0) + np.cumsum([len(a) for a in arrays], dtype=np.int64)
+                    size[name] = int(ends[-1])
+                    dtypes[name] = str(arrays[0].dtype)
+                    for file, values in ((f"{name}.bin", np.concatenate(arrays)), (f"{name}.ends.bin", ends)):
+                        with (temporary / file).open("ab") as stream:
+                            values.tofile(stream)
+            (temporary / "columns.json").write_text(json.dumps(dtypes))
+            if folder.exists():  # another process was faster
+                shutil.rmtree(temporary)
+            else:
+                temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return cls.open(folder)
+
+
+def _map(file: Path, dtype: str) -> np.ndarray:
+    return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)

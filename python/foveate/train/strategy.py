@@ -1,0 +1,67 @@
+"""Strategy: where and in how many processes training runs. This one is a single process; others override its methods."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.train import state_files
+
+
+class Strategy:
+    """One process on one device. The loop calls nothing else that depends on the number of processes.
+
+    Every process reads the same data plan, takes its share of each step's rows, and calls every method here at the same points.
+    """
+
+    rank = 0
+    world_size = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints, logs and writes what all processes have in common."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module that is called for the loss. Its parameters keep their names but for a prefix that `weights` takes off."""
+        return module
+
+    @contextlib.contextmanager
+    def accumulating(self, module: nn.Module, last: bool) -> Iterator[None]:
+        """Around the backward pass of one micro-batch; `last`: the one after which gradients must be complete."""
+        yield
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all processes, the same everywhere."""
+        return values
+
+    @property
+    def gradient_factor(self) -> float:
+        """What a loss is multiplied with so that gradients are those of the sum over all processes: DDP takes their mean."""
+        return 1.0
+
+    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+        """Scales the gradients to a norm of at most max_norm; the norm before."""
+        return nn.utils.clip_grad_norm_(list(parameters), max_norm)
+
+    def barrier(self) -> None:
+        """Returns when every process is here."""
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Whole weights by name on the main process, each storage once; called by all processes."""
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    def save_state(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]
+    ) -> None:
+        """What a run needs to go on, beside the exported weights: the trained parameters, the optimizer's state, the random state."""
+        state_files.save(folder, model, optimizer, numbers)
+
+    def load_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The inverse of save_state; returns `numbers`."""
+        return state_files.load(folder, model, optimizer)

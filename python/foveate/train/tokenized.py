@@ -1,0 +1,75 @@
+"""Data files as tokens: encoded in parallel, with a bar, and kept for the next run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from foveate.tokenizer import NEED, Tokenizer
+from foveate.train.data_files import data_files, read_rows
+from foveate.train.objective import Columns, Objective
+from foveate.train.store import TokenStore
+
+_VERSION = 1  # of what is stored; raised when an objective's columns change their meaning
+_ROWS = 512  # encoded at once, by as many threads as there are cores
+
+
+def default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "foveate" / "train"
+
+
+def tokenized(
+    paths: Sequence[str], objective: Objective, tokenizer: Tokenizer, *, cache: Path | None, progress: bool | None
+) -> TokenStore:
+    """The tokens of all rows. A store is found again if objective, tokenizer, and the files' paths, sizes and times are the same."""
+    folder = (cache or default_cache()) / _key(paths, objective, tokenizer)
+    if folder.exists():
+        return TokenStore.open(folder)
+    with _bar(progress) as advance:
+        return TokenStore.write(folder, _parts(paths, objective, advance))
+
+
+def _parts(paths: Sequence[str], objective: Objective, advance: Callable[[int], None]) -> Iterator[Columns]:
+    rows = read_rows(paths)
+    while batch := list(itertools.islice(rows, _ROWS)):
+        yield objective.encode(batch)
+        advance(len(batch))
+
+
+def _key(paths: Sequence[str], objective: Objective, tokenizer: Tokenizer) -> str:
+    files: list[Any] = []
+    for path in paths:
+        for file in data_files(path):
+            for part in sorted(file.rglob("*")) if file.is_dir() else [file]:
+                stat = part.stat()
+                files.append([str(part.resolve()), stat.st_size, stat.st_mtime_ns])
+    made_from = [
+        _VERSION, type(objective).__name__, objective.signature(), files, tokenizer.backend.to_str(), tokenizer.chat_template,
+        tokenizer.special, sorted(tokenizer.eos_ids),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _bar(progress: bool | None) -> Iterator[Callable[[int], None]]:
+    """Yields advance(rows)."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda rows: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    except ImportError as error:
+        raise ImportError(f"rich {NEED}") from error
+    columns = (SpinnerColumn(), TextColumn("tokenising: {task.completed:,} rows"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda rows: bar.advance(task, rows)
