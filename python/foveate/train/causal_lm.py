@@ -27,6 +27,7 @@ class CausalLM:
     """
 
     units = "target tokens"
+    perplexity = True
     head: str | None = None
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, max_length: int) -> None:

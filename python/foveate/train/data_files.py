@@ -27,6 +27,15 @@ def read_rows(paths: Sequence[str]) -> Iterator[Row]:
                 yield from _READERS[file.suffix](file)
 
 
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a row, whatever its fields are."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
 def data_files(path: str) -> list[Path]:
     """The files that `path` stands for, or the folder itself if the datasets library wrote it."""
     place = Path(path).expanduser()

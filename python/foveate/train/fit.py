@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from foveate.train import model_files
 from foveate.train.char_tokenizer import char_tokenizer
 from foveate.train.checkpoints import Checkpoints
 from foveate.train.config import TrainConfig
-from foveate.train.data_files import read_rows
+from foveate.train.data_files import read_rows, strings
 from foveate.train.gradient_checkpointing import checkpoint_layers
 from foveate.train.loop import Data, Loop
 from foveate.train.model_files import TrainedModel
@@ -140,8 +139,7 @@ def _tokenizer(config: TrainConfig) -> Tokenizer | None:
     assert config.tokenizer is not None
     if config.tokenizer != "char":
         return open_checkpoint(config.tokenizer).tokenizer()
-    texts = (row.get(config.text_field) for row in read_rows(config.train_data))
-    return char_tokenizer(itertools.filterfalse(lambda text: not isinstance(text, str), texts))  # type: ignore[arg-type]
+    return char_tokenizer(text for row in read_rows(config.train_data) for text in strings(row))
 
 
 def _data(config: TrainConfig, objective: Objective, store: TokenStore, *, shuffle: bool) -> Data:

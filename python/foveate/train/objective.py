@@ -33,6 +33,7 @@ class Objective(Protocol):
     """`units` is what the loss is a mean over, in words."""
 
     units: str
+    perplexity: bool  # whether exp(loss) is one
     head: str | None  # of load_model
     max_length: int
 
