@@ -52,8 +52,9 @@ def ring_attention(
     the same shapes, dtype and options, and calls in the same order, also in its backward pass. Returns this rank's out [B, Sq, Hq, Dv],
     or (out, lse [B, Hq, Sq]) with return_lse; lse is over all keys, without the sink, differentiable.
 
-    layout: which tokens a rank holds; `ring_layout.split_sequence` gives them. "zigzag" (2n chunks, rank r holds chunks r and 2n - 1 - r; Sq and Skv
-    even) has the same work on each rank when causal; "contiguous" (chunk r of n) sends keys no further than a window reaches.
+    layout: which tokens a rank holds; `ring_layout.split_sequence` gives them. "zigzag" (2n chunks, rank r holds chunks r and
+    2n - 1 - r; Sq and Skv even) has the same work on each rank when causal; "contiguous" (chunk r of n) sends keys no further than a
+    window reaches.
     causal, window, scale, softcap, sinks [Hq], backend: as in `attention`, positions counting in the whole sequence. The other options of
     `attention` are refused. Gradients of sinks are of this rank's queries: sum them over the group, like those of any other parameter.
 

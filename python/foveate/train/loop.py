@@ -211,7 +211,9 @@ class Loop:
         units = max(values[list(sums).index("units")], 1)
         means = {name: value / units for name, value in zip(sums, values) if name != "units"}
         if self.objective.perplexity:
-            means["perplexity"] = math.exp(min(means["loss"], 700.0))  # of an untrained model it may be more than a float holds
+            means["perplexity"] = math.exp(
+                min(means["loss"], 700.0)
+            )  # of an untrained model it may be more than a float holds
         return means | self.objective.task_metrics(self.model)
 
     def _save(self, best: bool) -> None:
@@ -225,7 +227,9 @@ class Loop:
         self.checkpoints.save(self.progress.step, write, best=best)
 
     def _batch(self, data: Data, rows: list[list[Sequence]]) -> Batch:
-        return self.objective.collate(data.store, [piece for row in rows for piece in data.row(row)])
+        return self.strategy.share(
+            self.objective.collate(data.store, [piece for row in rows for piece in data.row(row)])
+        )
 
     def _parameters(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.grad is not None]
@@ -243,7 +247,7 @@ class Loop:
     def _stop_at(self, step: int, batches: list[Batch], loss: float, norm: float) -> None:
         from safetensors.torch import save_file
 
-        file = self.checkpoints.folder / f"not_finite_step_{step + 1}_rank_{self.strategy.rank}.safetensors"
+        file = self.checkpoints.folder / f"not_finite_step_{step + 1}_rank_{self.strategy.process}.safetensors"
         tensors = {f"{i}.{name}": t for i, batch in enumerate(batches) for name, t in batch.tensors.items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
         last = self.checkpoints.named("last")
