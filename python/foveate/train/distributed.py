@@ -48,12 +48,20 @@ def started(
             )
         place = torch.device("cuda", local)
         torch.cuda.set_device(place)
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    _join("nccl" if place.type == "cuda" else "gloo", datetime.timedelta(minutes=timeout_minutes))
     try:
         yield {"ddp": DataParallel, "fsdp": FullyShard}[name](place, context_parallel)
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: datetime.timedelta) -> None:
+    store, process, processes = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):
+        # torchrun's store outlives its processes: those that it restarts would find addresses of the dead there (pytorch issue 135712).
+        # The count is each machine's own, so on several of them torchrun has to be told; docs/distributed.md says how.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=process, world_size=processes, timeout=timeout)
 
 
 class Distributed(Strategy):
