@@ -27,11 +27,10 @@ ROWS = [{"text": text, "number": i} for i, text in enumerate(sentences(20))]
 
 def test_files_of_every_kind_give_the_same_rows(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     files = [write_jsonl(tmp_path / "a.jsonl", ROWS), str(tmp_path / "a.json"), str(tmp_path / "a.parquet")]
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     for file in files:
         assert list(read_rows([file])) == ROWS
     assert list(read_rows([str(tmp_path)])) == ROWS * 3
@@ -50,7 +49,7 @@ def test_folders_of_the_datasets_library(tmp_path):
 
 
 def test_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
-    text = "\n".join(("line %d" % i) * (i % 7) + ("\n" if i % 3 else "") for i in range(20000))
+    text = "\n".join(f"line {i}" * (i % 7) + ("\n" if i % 3 else "") for i in range(20000))
     (tmp_path / "a.txt").write_text(text)
     rows = list(read_rows([str(tmp_path / "a.txt")]))
     assert len(rows) > 3 and "".join(row["text"] for row in rows) == text
@@ -107,9 +106,17 @@ original = CausalLM.encode
 def test_a_store_of_many_parts_and_its_split(tmp_path):
     parts = [{"a": [np.array([1, 2], np.int32), np.array([], np.int32)]}, {"a": [np.array([3], np.int32)]}]
     store = TokenStore.write(tmp_path / "s", parts)
-    assert [store.get("a", i).tolist() for i in range(3)] == [[1, 2], [], [3]] and store.lengths("a").tolist() == [2, 0, 1]
+    assert [store.get("a", i).tolist() for i in range(3)] == [[1, 2], [], [3]] and store.lengths("a").tolist() == [
+        2,
+        0,
+        1,
+    ]
     first, second = store.split(0.3)
-    assert [len(first), len(second)] == [2, 1] and second.get("a", 0).tolist() == [3] and first.get("a", 0).tolist() == [1, 2]
+    assert (
+        [len(first), len(second)] == [2, 1]
+        and second.get("a", 0).tolist() == [3]
+        and first.get("a", 0).tolist() == [1, 2]
+    )
     with pytest.raises(ValueError, match="leaves none to train on"):
         store.split(0.9)
 
@@ -179,7 +186,13 @@ def test_packed_sequences_leak_nothing(tmp_path, settings):
 def test_packing_and_padding_learn_the_same(tmp_path):
     """The same sequences in a step, in one row or padded."""
     file = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    settings = {"train_data": [file], "learning_rate": 1.0, "adam_eps": 1.0, "max_grad_norm": 0, "cache_dir": str(tmp_path / "c")}
+    settings = {
+        "train_data": [file],
+        "learning_rate": 1.0,
+        "adam_eps": 1.0,
+        "max_grad_norm": 0,
+        "cache_dir": str(tmp_path / "c"),
+    }
     rows = len(best_fit(np.array([len(row["text"]) for row in ROWS]), 64))
     packed = run(tmp_path / "a", **settings, batch_size=rows, max_steps=3)
     padded = run(tmp_path / "b", **settings, batch_size=20, max_steps=3, packing=False)

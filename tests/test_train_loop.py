@@ -27,11 +27,17 @@ def prompts(folder, count=48):
 @pytest.mark.parametrize("packing", [True, False])
 def test_accumulation_is_one_big_batch(tmp_path, packing):
     data = [prompts(tmp_path)]
-    config = {"new_model": LLAMA | {"max_position_embeddings": 128}, "train_data": data, "max_steps": 4, "packing": packing}
+    config = {
+        "new_model": LLAMA | {"max_position_embeddings": 128},
+        "train_data": data,
+        "max_steps": 4,
+        "packing": packing,
+    }
     # Adam divides a gradient by its own size, which would magnify rounding where gradients are almost 0; with this eps it does not
     config |= {"adam_eps": 1.0, "learning_rate": 1.0, "max_grad_norm": 0}
     results = [
-        run(tmp_path / str(n), **config, cache_dir=str(tmp_path / "c"), batch_size=8 // n, accumulation=n) for n in (1, 2, 8)
+        run(tmp_path / str(n), **config, cache_dir=str(tmp_path / "c"), batch_size=8 // n, accumulation=n)
+        for n in (1, 2, 8)
     ]
     for other in results[1:]:
         assert largest_difference(results[0], other) < 1e-6
@@ -130,7 +136,14 @@ def test_evaluation_best_and_last(tmp_path):
 def test_early_stopping(tmp_path):
     """A learning rate that makes it worse from the second evaluation on."""
     result = run(
-        tmp_path, eval_fraction=0.25, max_steps=60, eval_every=1, learning_rate=1.0, schedule="constant", warmup=0, patience=3
+        tmp_path,
+        eval_fraction=0.25,
+        max_steps=60,
+        eval_every=1,
+        learning_rate=1.0,
+        schedule="constant",
+        warmup=0,
+        patience=3,
     )
     evaluated = losses(result, "eval_loss")
     best = evaluated.index(min(evaluated))
@@ -151,7 +164,9 @@ def test_what_a_run_writes(tmp_path):
     assert sorted(p.name for p in result.last.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "state", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
-    assert not any(b"pickle" in p.read_bytes() or p.suffix in (".pt", ".bin") for p in result.last.rglob("*") if p.is_file())
+    assert not any(
+        b"pickle" in p.read_bytes() or p.suffix in (".pt", ".bin") for p in result.last.rglob("*") if p.is_file()
+    )
 
 
 def test_the_bar_tells_speed_and_memory(tmp_path, capsys):
@@ -163,7 +178,10 @@ def test_the_bar_tells_speed_and_memory(tmp_path, capsys):
 def test_a_loss_that_is_no_number_stops_with_the_batch(tmp_path):
     from safetensors.torch import load_file
 
-    with pytest.raises(NonFiniteLoss, match=r"the loss is .* and the gradient's norm nan at step \d+.*the batch is in .*\. The last checkpoint is .*lower learning_rate"):
+    with pytest.raises(
+        NonFiniteLoss,
+        match=r"the loss is .* and the gradient's norm nan at step \d+.*the batch is in .*\. The last checkpoint is .*lower learning_rate",
+    ):
         run(tmp_path, max_steps=20, learning_rate=1e30, warmup=0, schedule="constant", save_every=1, max_grad_norm=0)
     [file] = (tmp_path / "out").glob("not_finite_step_*.safetensors")
     saved = load_file(file)

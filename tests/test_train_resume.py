@@ -53,7 +53,11 @@ def killed(folder: Path, moment: str, **changes: object) -> dict:
     settings = options(folder, **SETTINGS | changes)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.run(
-        [sys.executable, "-c", _CHILD, json.dumps(settings), moment], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", _CHILD, json.dumps(settings), moment],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
     return settings
@@ -73,7 +77,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, moment, last):
     assert [row["step"] for row in continued.history] == [row["step"] for row in whole.history]
     assert not list(out.glob("*.tmp"))
     first, second = (
-        {name: tensor for name, tensor in read_state(r.last).items() if not name.startswith("random")} for r in (whole, continued)
+        {name: tensor for name, tensor in read_state(r.last).items() if not name.startswith("random")}
+        for r in (whole, continued)
     )
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -124,6 +129,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         (folder / "model").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match=r"the disk of .* is full.*step-00000001 is still there: make room and go on with resume"):
+    with pytest.raises(
+        OSError, match=r"the disk of .* is full.*step-00000001 is still there: make room and go on with resume"
+    ):
         checkpoints.save(2, full, best=False)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["last", "step-00000001"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import foveate
-from foveate.commands import answer, chat, generate
+from foveate.commands import answer, chat, generate, search, train
 from foveate.commands.options import UsageError
 
 BENCHES = ("attention", "backward", "decode", "softmax", "cross_entropy", "linear", "overhead", "memory")
@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_parser(commands)
     chat.add_parser(commands)
     answer.add_parser(commands)
+    train.add_parser(commands)
+    search.add_parser(commands)
 
     info = commands.add_parser("info", help="what is compiled in, and what this machine can run")
     info.add_argument("--json", action="store_true", help="as JSON")

@@ -1,8 +1,22 @@
-"""Pre-training and fine-tuning on foveate's kernels: `fit`, `TrainConfig`."""
+"""Pre-training and fine-tuning on foveate's kernels: `fit`, `TrainConfig`; adapters: `LoraConfig`, `add_lora`, `load_adapter`, ..."""
 
+from foveate.train.adapter_files import load_adapter, merge_adapter, save_adapter
 from foveate.train.config import TrainConfig
 from foveate.train.fit import TrainResult, fit
 from foveate.train.loop import NonFiniteLoss
+from foveate.train.lora import LoraConfig, add_lora, merge_lora
 from foveate.train.strategy import Strategy
 
-__all__ = ["NonFiniteLoss", "Strategy", "TrainConfig", "TrainResult", "fit"]
+__all__ = [
+    "LoraConfig",
+    "NonFiniteLoss",
+    "Strategy",
+    "TrainConfig",
+    "TrainResult",
+    "add_lora",
+    "fit",
+    "load_adapter",
+    "merge_adapter",
+    "merge_lora",
+    "save_adapter",
+]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from foveate.loss import linear_cross_entropy
-from foveate.packed_linear import PackedLinear
 from foveate.tokenizer import Tokenizer
 from foveate.train import chat
 from foveate.train.batch import IGNORED, Batch, join, layout
@@ -117,9 +116,6 @@ def cut(lengths: np.ndarray, longest: int) -> Pieces:
 
 def head_loss(head: Any, hidden: Tensor, labels: Tensor, config: TrainConfig, **options: Any) -> Tensor:
     """The summed cross-entropy of head(hidden); the logits are never stored. Evaluation measures it without smoothing and z-loss."""
-    weight, bias = (head.dequantize(), head.bias) if isinstance(head, PackedLinear) else (head.weight, head.bias)
     if torch.is_grad_enabled():
         options |= {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(weight.dtype)
-    return linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="sum", **options)
+    return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, reduction="sum", **options)

@@ -109,6 +109,7 @@ class TrainConfig:
         [], "names of the layers, such as q_proj v_proj; all of attention and MLP by default"
     )
     rslora: bool = _lora(False, "scale by alpha / sqrt(rank)")
+    merge: bool = _lora(False, "at the end write the best adapter and the model as one to the output folder's merged/")
 
     eval_every: int | None = _run(None, "steps between evaluations; the end of each epoch by default")
     save_every: int | None = _run(None, "steps between checkpoints; with each evaluation by default")
@@ -162,6 +163,8 @@ def _check_model(c: TrainConfig) -> None:
         raise ValueError(
             f"quantization={c.quantization!r} freezes the weights; give a lora_rank to train adapters on them"
         )
+    if c.merge and not c.lora_rank:
+        raise ValueError("merge folds adapters into the model; give a lora_rank, or leave it away")
     if c.new_model is not None and c.lora_rank:
         raise ValueError("LoRA adapts a trained model; leave lora_rank away to train a new one")
     if c.eval_data and c.eval_fraction:

@@ -14,12 +14,14 @@ from torch import nn
 from foveate.models import open_checkpoint
 from foveate.tokenizer import Tokenizer
 from foveate.train import model_files
+from foveate.train.adapter_files import adapted, merge_adapter
 from foveate.train.char_tokenizer import char_tokenizer
 from foveate.train.checkpoints import Checkpoints
 from foveate.train.config import TrainConfig
 from foveate.train.data_files import read_rows, strings
 from foveate.train.gradient_checkpointing import checkpoint_layers
 from foveate.train.loop import Data, Loop
+from foveate.train.lora import LoraConfig
 from foveate.train.model_files import TrainedModel
 from foveate.train.objective import Objective
 from foveate.train.objectives import check_architecture, make_objective
@@ -114,6 +116,14 @@ def fit(
         report.close()
     last = checkpoints.named("last")
     assert last is not None
+    if config.merge and strategy.is_main:
+        merge_adapter(
+            checkpoints.named("best") or last,
+            folder / "merged",
+            base=config.model,
+            head=objective.head,
+            settings=trained.config,
+        )
     evaluations = [row for row in report.history if "eval_loss" in row]
     return TrainResult(
         steps=progress.step, tokens=progress.tokens, seconds=progress.seconds,
@@ -145,7 +155,14 @@ def _open(config: TrainConfig) -> tuple[TrainedModel, Objective, TokenStore, Tok
         trained = model_files.create(config, tokenizer, objective.head, labels)
     else:
         trained = model_files.load(config, checkpoint, tokenizer, objective.head, labels)
+        if config.lora_rank:
+            trained = adapted(trained, lora_config(config))
     return trained, objective, store, evaluation
+
+
+def lora_config(config: TrainConfig) -> LoraConfig:
+    targets = tuple(config.lora_targets) or None
+    return LoraConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, targets, config.rslora)
 
 
 def _tokenizer(config: TrainConfig) -> Tokenizer | None:

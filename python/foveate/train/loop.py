@@ -211,7 +211,9 @@ class Loop:
         units = max(values[list(sums).index("units")], 1)
         means = {name: value / units for name, value in zip(sums, values) if name != "units"}
         if self.objective.perplexity:
-            means["perplexity"] = math.exp(min(means["loss"], 700.0))  # of an untrained model it may be more than a float holds
+            means["perplexity"] = math.exp(
+                min(means["loss"], 700.0)
+            )  # of an untrained model it may be more than a float holds
         return means | self.objective.task_metrics(self.model)
 
     def _save(self, best: bool) -> None:

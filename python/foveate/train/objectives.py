@@ -6,8 +6,13 @@ from typing import Any
 
 from foveate.tokenizer import Tokenizer
 from foveate.train.causal_lm import CausalLM
+from foveate.train.classification import Classification, class_names
 from foveate.train.config import TrainConfig
+from foveate.train.data_files import read_rows
+from foveate.train.masked_lm import MaskedLM
 from foveate.train.objective import Objective
+from foveate.train.question_answering import QuestionAnswering
+from foveate.train.seq2seq import Seq2Seq, SpanCorruption
 
 _CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2")
 _KINDS: dict[str, tuple[str, ...]] = {
@@ -45,5 +50,19 @@ def sequence_length(config: TrainConfig, settings: dict[str, Any]) -> int:
 
 
 def make_objective(config: TrainConfig, tokenizer: Tokenizer, settings: dict[str, Any]) -> Objective:
+    """settings: the keys of config.json."""
     length = sequence_length(config, settings)
+    if config.objective == "masked-lm":
+        return MaskedLM(config, tokenizer, length)
+    if config.objective == "question-answering":
+        return QuestionAnswering(config, tokenizer, length)
+    if config.objective == "sequence-classification":
+        known = {int(i): name for i, name in (settings.get("id2label") or {}).items()}
+        names = [known[i] for i in sorted(known)]
+        return Classification(
+            config, tokenizer, length, class_names(read_rows(config.train_data), config.label_field, names)
+        )
+    if config.objective in ("seq2seq", "span-corruption"):
+        kind = Seq2Seq if config.objective == "seq2seq" else SpanCorruption
+        return kind(config, tokenizer, length, settings)
     return CausalLM(config, tokenizer, length)

@@ -1,0 +1,164 @@
+"""Adapters on disk in peft's format: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.models import load_model, open_checkpoint
+from foveate.train.lora import LoraConfig, adapters, add_lora, fits, merge_lora, saved_modules, target_names
+from foveate.train.model_files import TrainedModel, export_tokenizer
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_TASKS = {
+    "BertForQuestionAnswering": "QUESTION_ANS",
+    "BertForSequenceClassification": "SEQ_CLS",
+    "T5": "SEQ_2_SEQ_LM",
+    "Llama": "CAUSAL_LM",
+    "GPT2": "CAUSAL_LM",
+}
+# Settings of peft under which the weights mean something else than they do here, with the values that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,), "bias": ("none",), "rank_pattern": ({},), "alpha_pattern": ({},), "layers_to_transform": (),
+    "layer_replication": (), "lora_bias": (False,), "trainable_token_indices": (), "target_parameters": ([],),
+    "use_qalora": (False,), "use_bdlora": (), "arrow_config": (),
+}  # fmt: skip
+
+
+@dataclass
+class AdaptedModel(TrainedModel):
+    """A model whose export is its adapters, with the tokenizer beside them."""
+
+    lora: LoraConfig = field(kw_only=True)
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        save_adapter(self.model, self.lora, folder, base=self.name, weights=weights)
+        export_tokenizer(self.tokenizer, folder)
+
+
+def adapted(trained: TrainedModel, lora: LoraConfig) -> AdaptedModel:
+    add_lora(trained.model, lora)
+    return AdaptedModel(trained.model, trained.config, trained.tokenizer, trained.name, lora=lora)
+
+
+def save_adapter(
+    model: nn.Module, config: LoraConfig, folder: Path, *, base: str | None, weights: dict[str, Tensor] | None = None
+) -> None:
+    """peft.PeftModel.from_pretrained(base model, folder) reads it. weights: instead of the model's own, by name."""
+    from safetensors.torch import save_file
+
+    weights = dict(model.named_parameters()) if weights is None else weights
+    stored = {}
+    for name, _ in adapters(model):
+        for part in ("lora_A", "lora_B"):
+            stored[f"{_PREFIX}{name}.{part}.weight"] = weights[f"{name}.{part}"]
+    heads = saved_modules(model)
+    for name, module in heads.items():
+        for leaf, _ in module.named_parameters():
+            stored[f"{_PREFIX}{name}.{leaf}"] = weights[f"{name}.{leaf}"]
+    save_file(
+        {name: t.detach().contiguous().cpu() for name, t in stored.items()},
+        folder / _WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    settings = {
+        "peft_type": "LORA", "task_type": _TASKS.get(type(model).__name__), "base_model_name_or_path": base,
+        "r": config.rank, "lora_alpha": config.peft_alpha, "lora_dropout": config.dropout,
+        "target_modules": _short_names(model, [name for name, _ in adapters(model)]), "use_rslora": config.rslora,
+        "modules_to_save": sorted({name.rpartition(".")[2] for name in heads}) or None, "bias": "none",
+        "fan_in_fan_out": type(model).__name__ == "GPT2", "inference_mode": True,
+    }  # fmt: skip
+    (folder / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _short_names(model: nn.Module, names: list[str]) -> list[str]:
+    """The last parts of the names if they mean the same layers, else the whole names."""
+    short = sorted({name.rpartition(".")[2] for name in names})
+    linear = {name.removesuffix(".base") for name, m in model.named_modules() if hasattr(m, "in_features")}
+    meant = {name for name in linear if any(fits(name, s) for s in short)}
+    return short if meant == set(names) else sorted(names)
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
+    """Puts the adapter of a folder of peft's format, and its head, into the model; `merge_lora` then folds it in.
+
+    ValueError for adapters of another kind, or of another model.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / _CONFIG).exists() or not (folder / _WEIGHTS).exists():
+        raise ValueError(f"{folder} has no adapter: it needs {_CONFIG} and {_WEIGHTS}")
+    settings = json.loads((folder / _CONFIG).read_text())
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} is an adapter of type {settings.get('peft_type')!r}; only LORA is supported")
+    for name, neutral in _NEUTRAL.items():
+        if settings.get(name) is not None and settings[name] not in neutral:
+            raise ValueError(f"{folder} is an adapter with {name}={settings[name]!r}, which is not supported")
+    targets = settings["target_modules"]
+    config = LoraConfig(
+        settings["r"], settings["lora_alpha"], settings["lora_dropout"],
+        None if targets == "all-linear" else tuple([targets] if isinstance(targets, str) else targets),
+        bool(settings.get("use_rslora")),
+    )  # fmt: skip
+    stored = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / _WEIGHTS).items()}
+    # The weights say which layers have adapters, also where the config gives a pattern.
+    layers = tuple(sorted(name.removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")))
+    known = set(target_names(model, None)) | {name for name, m in model.named_modules() if hasattr(m, "in_features")}
+    foreign = [name for name in layers if name not in known]
+    if foreign:
+        raise ValueError(
+            f"{folder} adapts {', '.join(foreign[:3])}, which {type(model).__name__} does not have: another model's adapter"
+        )
+    add_lora(model, dataclasses.replace(config, targets=layers))
+    parameters = dict(model.named_parameters())
+    for name, value in stored.items():
+        own = name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
+        if own not in parameters or parameters[own].shape != value.shape:
+            shape = list(parameters[own].shape) if own in parameters else "no such weight"
+            raise ValueError(
+                f"{folder} has {name} of shape {list(value.shape)}, and the model {shape}: another model's adapter"
+            )
+        with torch.no_grad():
+            parameters[own].copy_(value)
+    return config
+
+
+def merge_adapter(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    head: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Path:
+    """Writes base model and adapter as one model, a Hugging Face folder in float32.
+
+    base: the one that the adapter names, if None. head: of a BERT, see `load_model`. settings: keys of config.json that are not the
+    base model's, such as the labels of a classifier.
+    """
+    base = base or json.loads((Path(adapter) / _CONFIG).read_text()).get("base_model_name_or_path")
+    if base is None:
+        raise ValueError(f"{adapter} does not say what it adapts; give base")
+    checkpoint = open_checkpoint(base)
+    checkpoint.config |= settings or {}
+    model = load_model(
+        checkpoint, dtype=torch.float32, quantization="none", progress=False, head=head, new_head=head is not None
+    )
+    load_adapter(model, adapter)
+    merge_lora(model)
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"{base} has no tokenizer")
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = TrainedModel(model, checkpoint.config, tokenizer)
+    trained.export(folder, {name: p.detach() for name, p in model.named_parameters()})
+    return folder

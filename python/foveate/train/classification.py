@@ -1,0 +1,102 @@
+"""Sequence classification: a label for a text or a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.loss import cross_entropy
+from foveate.tokenizer import Tokenizer
+from foveate.train.batch import Batch, join, layout
+from foveate.train.config import TrainConfig
+from foveate.train.objective import Columns, Piece, Pieces
+from foveate.train.store import TokenStore
+
+
+class Classification:
+    """Rows: {"text", "label"}, or with "text_pair" too. labels: the names of the classes, in the order of their numbers."""
+
+    units = "examples"
+    perplexity = False
+    head: str | None = "sequence-classification"
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, max_length: int, labels: list[str]) -> None:
+        self.config, self.tokenizer, self.max_length, self.labels = config, tokenizer, max_length, labels
+        self._number = {label: i for i, label in enumerate(labels)}
+
+    def signature(self) -> dict[str, Any]:
+        return {"fields": [self.config.text_field, self.config.label_field], "labels": self.labels}
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
+        """tokens int32, types uint8, label int32 [1]."""
+        field = self.config.text_field
+        texts: list[Any] = []
+        for row in rows:
+            if not isinstance(row.get(field), str):
+                raise ValueError(
+                    f"a row has no text in {field!r}; its fields are {', '.join(map(repr, row))}: set text_field"
+                )
+            label = label_of(row, self.config.label_field)
+            if label not in self._number:
+                raise ValueError(f"the label {label!r} is not one of the training data's, {', '.join(self.labels)}")
+            texts.append((row[field], row["text_pair"]) if "text_pair" in row else row[field])
+        encodings = self.tokenizer.backend.encode_batch(texts)
+        return {
+            "tokens": [np.array(e.ids, np.int32) for e in encodings],
+            "types": [np.array(e.type_ids, np.uint8) for e in encodings],
+            "label": [np.array([self._number[label_of(row, self.config.label_field)]], np.int32) for row in rows],
+        }
+
+    def pieces(self, store: TokenStore) -> Pieces:
+        lengths = store.lengths("tokens") if len(store) else np.empty(0, np.int64)
+        fits = lengths <= self.max_length
+        if not fits.all() and self.config.too_long == "error":
+            raise ValueError(
+                f"{int((~fits).sum())} of {len(fits)} texts are longer than max_length={self.max_length} tokens, the longest has "
+                f"{int(lengths.max())}; raise max_length, or leave them out with too_long='drop'"
+            )
+        documents = np.flatnonzero(fits)
+        return Pieces(documents, np.zeros_like(documents), lengths[fits])
+
+    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
+        packing = self.config.packing
+        packed, tensors = layout([piece.length for piece in pieces], packing)
+        for name in ("tokens", "types"):
+            tensors[name] = join([store.get(name, piece.document) for piece in pieces], packing)
+        labels = np.concatenate([store.get("label", piece.document) for piece in pieces])
+        tensors["labels"] = torch.from_numpy(labels.astype(np.int64))
+        return Batch(tensors, packed, len(pieces), sum(piece.length for piece in pieces))
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        smoothing = self.config.label_smoothing if torch.is_grad_enabled() else 0.0
+        return cross_entropy(self._logits(model, batch), batch["labels"], label_smoothing=smoothing, reduction="sum")
+
+    def metrics(self, model: Any, batch: Batch, loss: Tensor) -> dict[str, float]:
+        return {"accuracy": float((self._logits(model, batch).argmax(-1) == batch["labels"]).sum())}
+
+    def _logits(self, model: Any, batch: Batch) -> Tensor:
+        return model(batch["tokens"], batch["types"], **batch.padding())
+
+    def task_metrics(self, model: torch.nn.Module) -> dict[str, float]:
+        return {}
+
+
+def label_of(row: dict[str, Any], field: str) -> str:
+    if row.get(field) is None:
+        raise ValueError(
+            f"a row has no label in {field!r}; its fields are {', '.join(map(repr, row))}: set label_field"
+        )
+    return str(row[field])
+
+
+def class_names(rows: Iterable[dict[str, Any]], field: str, known: Sequence[str]) -> list[str]:
+    """The checkpoint's classes if they are all that occur; else those that occur, in the order of numbers or of the alphabet."""
+    found = {label_of(row, field) for row in rows}
+    if found and found <= set(known):
+        return list(known)
+    numbers = all(label.lstrip("-").isdigit() for label in found)
+    return sorted(found, key=int) if numbers else sorted(found)

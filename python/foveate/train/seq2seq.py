@@ -1,0 +1,178 @@
+"""Sequence to sequence with an encoder-decoder: rows of source and target, and T5's span corruption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.models.t5 import T5Cache
+from foveate.tokenizer import Tokenizer
+from foveate.train.batch import IGNORED, Batch, join, layout
+from foveate.train.causal_lm import cut, head_loss
+from foveate.train.config import TrainConfig
+from foveate.train.objective import Columns, Piece, Pieces
+from foveate.train.store import TokenStore
+
+
+class Seq2Seq:
+    """Rows: {"source", "target"}; the end token follows both. Neither is cut."""
+
+    units = "target tokens"
+    perplexity = True
+    head: str | None = None
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, max_length: int, settings: dict[str, Any]) -> None:
+        self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
+        if not tokenizer.eos_ids:
+            raise ValueError("the tokenizer has no end token, without which an output would never end")
+        self.end_id = min(tokenizer.eos_ids)
+        pad = settings.get("pad_token_id") or 0
+        start = settings.get("decoder_start_token_id")
+        self.start_id = pad if start is None else start
+
+    def signature(self) -> dict[str, Any]:
+        return {}
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
+        """source and target int32."""
+        columns: Columns = {}
+        for name in ("source", "target"):
+            for row in rows:
+                if not isinstance(row.get(name), str):
+                    raise ValueError(f"a row has no text in {name!r}; its fields are {', '.join(map(repr, row))}")
+            encodings = self.tokenizer.backend.encode_batch([row[name] for row in rows], add_special_tokens=False)
+            columns[name] = [np.array([*e.ids, self.end_id], np.int32) for e in encodings]
+        return columns
+
+    def pieces(self, store: TokenStore) -> Pieces:
+        if not len(store):
+            return cut(np.empty(0, np.int64), self.max_length)
+        source, target = store.lengths("source"), store.lengths("target")
+        too_long = np.maximum(source, target) > self.max_length
+        if too_long.any() and self.config.too_long == "error":
+            raise ValueError(
+                f"{int(too_long.sum())} of {len(store)} sources or targets are longer than max_length={self.max_length} tokens, the "
+                f"longest has {int(np.maximum(source, target).max())}; raise max_length, or leave them out with too_long='drop'"
+            )
+        return cut(np.where(too_long, 0, source), self.max_length)
+
+    def pair(self, store: TokenStore, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+        """Source and target of a piece."""
+        return store.get("source", piece.document), store.get("target", piece.document)
+
+    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
+        pairs = [self.pair(store, piece) for piece in pieces]
+        sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
+        inputs = [np.concatenate([[self.start_id], target[:-1]]) for target in targets]
+        packing = self.config.packing
+        packed, tensors = layout([len(x) for x in sources], packing, "source")
+        packed |= layout([len(x) for x in targets], packing, "target")[0]
+        tensors |= {
+            "source": join(sources, packing), "inputs": join(inputs, packing), "labels": join(targets, packing, IGNORED),
+        }  # fmt: skip
+        units = sum(map(len, targets))
+        return Batch(tensors, packed, units, units + sum(map(len, sources)))
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        source, target = batch.packed.get("source"), batch.packed.get("target")
+        mask = None
+        if source is None:
+            places = torch.arange(batch["source"].shape[1], device=batch["source"].device)
+            mask = places < batch["source_lens"][:, None]
+        encoded = model.encode(batch["source"], mask, source)
+        cache = T5Cache(model, encoded, mask, keep=False, packed=source)
+        return head_loss(model.lm_head, model.decode(batch["inputs"], cache, target), batch["labels"], self.config)
+
+    def metrics(self, model: torch.nn.Module, batch: Batch, loss: Tensor) -> dict[str, float]:
+        return {}
+
+    def task_metrics(self, model: torch.nn.Module) -> dict[str, float]:
+        return {}
+
+
+class SpanCorruption(Seq2Seq):
+    """T5's pre-training (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4). Rows: {"text"}, cut into pieces.
+
+    mask_share of a piece's tokens lie in spans of mean length span_length, at random places. The source has a sentinel,
+    <extra_id_0>, <extra_id_1>, ..., instead of each span; the target is each sentinel and the span that it stands for.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, max_length: int, settings: dict[str, Any]) -> None:
+        super().__init__(config, tokenizer, max_length, settings)
+        self.length = self._longest_text(max_length)
+        spans = self._spans(self.length)[1]
+        ids = [tokenizer.backend.token_to_id(f"<extra_id_{i}>") for i in range(spans)]
+        if None in ids:
+            raise ValueError(
+                f"the tokenizer lacks <extra_id_{ids.index(None)}>, and pieces of {self.length} tokens need {spans} sentinels; lower "
+                "max_length or mask_share, or raise span_length"
+            )
+        self._sentinels = np.array(ids, np.int32)
+
+    def _spans(self, length: int) -> tuple[int, int]:
+        """How many tokens of a text are hidden, and in how many spans."""
+        hidden = min(max(1, round(self.config.mask_share * length)), length - 1)
+        spans = min(max(1, round(hidden / self.config.span_length)), hidden, length - hidden)
+        return hidden, spans
+
+    def _longest_text(self, max_length: int) -> int:
+        """The longest text of which neither source nor target, with sentinels and end token, is longer than max_length."""
+        for length in range(2 * max_length, 1, -1):
+            hidden, spans = self._spans(length)
+            if max(length - hidden, hidden) + spans + 1 <= max_length:
+                return length
+        raise ValueError(
+            f"max_length={max_length} leaves no room for a text beside a sentinel and the end token; raise it"
+        )
+
+    def signature(self) -> dict[str, Any]:
+        return {"text_field": self.config.text_field}
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
+        """tokens int32"""
+        field = self.config.text_field
+        for row in rows:
+            if not isinstance(row.get(field), str):
+                raise ValueError(
+                    f"a row has no text in {field!r}; its fields are {', '.join(map(repr, row))}: set text_field"
+                )
+        encodings = self.tokenizer.backend.encode_batch([row[field] for row in rows], add_special_tokens=False)
+        return {"tokens": [np.array(e.ids, np.int32) for e in encodings]}
+
+    def pieces(self, store: TokenStore) -> Pieces:
+        found = cut(store.lengths("tokens") if len(store) else np.empty(0, np.int64), self.length)
+        enough = found.lengths > 1  # nothing is left to see of a single hidden token
+        documents, starts, lengths = (values[enough] for values in found)
+        # Rows are packed by the length of the source.
+        return Pieces(documents, starts, np.array([self._source_length(int(n)) for n in lengths], np.int64))
+
+    def _source_length(self, length: int) -> int:
+        hidden, spans = self._spans(length)
+        return length - hidden + spans + 1
+
+    def pair(self, store: TokenStore, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+        tokens = store.get("tokens", piece.document)[piece.start : piece.start + self.length]
+        return self.corrupt(tokens, np.random.default_rng([self.config.seed, *piece.draw]))
+
+    def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        hidden, spans = self._spans(len(tokens))
+        seen_lengths = _partition(len(tokens) - hidden, spans, rng)
+        hidden_lengths = _partition(hidden, spans, rng)
+        source, target = [], []
+        at = 0
+        for sentinel, seen, unseen in zip(self._sentinels[:spans, None], seen_lengths, hidden_lengths):
+            source += [tokens[at : at + seen], sentinel]
+            target += [sentinel, tokens[at + seen : at + seen + unseen]]
+            at += seen + unseen
+        end = np.array([self.end_id], np.int32)
+        return np.concatenate([*source, end]), np.concatenate([*target, end])
+
+
+def _partition(total: int, parts: int, rng: np.random.Generator) -> list[int]:
+    """`total` as a sum of `parts` numbers of at least 1, each such sum equally probable."""
+    ends = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+    return np.diff(np.concatenate([[0], ends, [total]])).astype(int).tolist()
