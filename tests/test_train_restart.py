@@ -21,11 +21,6 @@ from train_toys import GPT2
 pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
 pytestmark = needs_gloo
 
-_PROGRAM = """
-import json, sys
-from foveate.train import TrainConfig, fit
-fit(TrainConfig(**json.load(open(sys.argv[1]))))
-"""
 _STEPS, _SAVED, _KILLED = 32, 10, 13
 
 
@@ -47,12 +42,23 @@ def lines(folder: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
+def flags(options: dict) -> list[str]:
+    """Of `foveate train`."""
+    found = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+            found += [f"--{flag}", *values]
+    return found
+
+
 def torchrun(folder: Path, options: dict) -> subprocess.Popen:
-    (folder / "program.py").write_text(_PROGRAM)
-    (folder / "options.json").write_text(json.dumps(options))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-        "--monitor-interval=0.1", str(folder / "program.py"), str(folder / "options.json"),
+        "--monitor-interval=0.1", "-m", "foveate", "train", *flags(options),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with open(folder / "log", "w") as log:
@@ -85,3 +91,4 @@ def test_a_killed_process_changes_nothing(tmp_path):
     rows, wanted_rows = ([json.loads(line) for line in lines(tmp_path / name)] for name in ("killed", "calm"))
     assert [(row["step"], row["loss"]) for row in rows] == [(row["step"], row["loss"]) for row in wanted_rows]
     assert len(rows) == _STEPS
+    assert log.count(f"{_STEPS} steps, ") == 1, "one process speaks for all"
