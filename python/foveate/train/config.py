@@ -131,8 +131,10 @@ class TrainConfig:
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"{field.name}={value!r} is not one of {', '.join(choices)}")
         for name in ("train_data", "eval_data", "lora_targets"):
-            if isinstance(getattr(self, name), (str, Path)):
-                object.__setattr__(self, name, [str(getattr(self, name))])
+            value = getattr(self, name)
+            values = [value] if isinstance(value, (str, Path)) else value
+            object.__setattr__(self, name, [str(value) for value in values])
+        object.__setattr__(self, "output_dir", str(self.output_dir))
         _check_model(self)
         _check_numbers(self)
 
