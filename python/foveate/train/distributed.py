@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from foveate.models.bert import BertLayer
+from foveate.models.gpt2 import GPT2Layer
+from foveate.models.llama import LlamaLayer
 from foveate.train import sharded_checkpoint, state_files
 from foveate.train.batch import Batch
 from foveate.train.context_parallel import spread
@@ -48,20 +51,23 @@ def started(
             )
         place = torch.device("cuda", local)
         torch.cuda.set_device(place)
-    _join("nccl" if place.type == "cuda" else "gloo", datetime.timedelta(minutes=timeout_minutes))
+    _join(place, datetime.timedelta(minutes=timeout_minutes))
     try:
         yield {"ddp": DataParallel, "fsdp": FullyShard}[name](place, context_parallel)
     finally:
         dist.destroy_process_group()
 
 
-def _join(backend: str, timeout: datetime.timedelta) -> None:
+def _join(place: torch.device, timeout: datetime.timedelta) -> None:
     store, process, processes = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):
         # torchrun's store outlives its processes: those that it restarts would find addresses of the dead there (pytorch issue 135712).
         # The count is each machine's own, so on several of them torchrun has to be told; docs/distributed.md says how.
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=process, world_size=processes, timeout=timeout)
+    backend, device_id = ("nccl", place) if place.type == "cuda" else ("gloo", None)
+    dist.init_process_group(
+        backend, store=store, rank=process, world_size=processes, timeout=timeout, device_id=device_id
+    )
 
 
 class Distributed(Strategy):
@@ -123,19 +129,25 @@ class DataParallel(Distributed):
         self._reduced = True
 
 
+# Layers whose weights are read by their own forward alone. T5's are not: its first table serves all blocks, and the decoder's keys of
+# the source are computed before the blocks; so its weights are gathered all at once.
+_LAYERS = (LlamaLayer, GPT2Layer, BertLayer)
+
+
 class FullyShard(Distributed):
     """Parameters, gradients and optimizer state are split over the processes; a layer's are whole only while it is computed (FSDP2;
     Zhao et al. 2023, arXiv 2304.11277). The weights in a TrainResult are this process's part; the whole is in the checkpoint."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         try:
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
         except ImportError as error:
             raise ImportError(f"strategy='fsdp' needs torch 2.6 or later, this is {torch.__version__}") from error
-        for layers in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
-            for layer in layers:
-                fully_shard(layer)
-        fully_shard(module)
+        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
+        for layer in [part for part in module.modules() if isinstance(part, _LAYERS)]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(module, mesh=mesh)
         self._module = module
         return module
 

@@ -68,6 +68,6 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             for key in keys:
                 if f"{key}.{name}" in tensors:
                     value = tensors[f"{key}.{name}"]
-                    optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+                    optimizer.state[p][key] = value.to(p.device)  # "step" too, for the fused AdamW
     set_random_state(tensors)
     return json.loads((folder / _NUMBERS).read_text())
