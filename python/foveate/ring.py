@@ -25,7 +25,7 @@ _NOT_SPREAD = {
     "relative_bias": "its buckets would be counted within each part",
     "alibi_slopes": "its distances would be counted within each part",
     "kv_lens": "the sequences are split where they are, so they need one length; pad causal ones at their end",
-    "dropout_p": "the mask is drawn by positions within one call",
+    "dropout_p": "the mask is drawn by positions within one call; set the attention's dropout to 0",
     "generator": "there is no dropout",
 }
 

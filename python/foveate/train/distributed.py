@@ -52,10 +52,8 @@ def started(
         place = torch.device("cuda", local)
         torch.cuda.set_device(place)
     _join(place, datetime.timedelta(minutes=timeout_minutes))
-    try:
-        yield {"ddp": DataParallel, "fsdp": FullyShard}[name](place, context_parallel)
-    finally:
-        dist.destroy_process_group()
+    yield {"ddp": DataParallel, "fsdp": FullyShard}[name](place, context_parallel)
+    dist.destroy_process_group()  # not after an error: with NCCL it might wait for processes that never come
 
 
 def _join(place: torch.device, timeout: datetime.timedelta) -> None:
