@@ -65,8 +65,8 @@ def foveate_engine(
 
     torch.set_num_threads(threads)
     module = load_model(model, quantization=quantization)
+    decoder = NativeDecoder(module)  # packs every linear layer
     nbytes = sum(m.nbytes for m in module.modules() if isinstance(m, PackedLinear))
-    decoder = NativeDecoder(module)
     c = decoder.config
     cache = foveate.PagedKVCache(
         128, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, num_layers=c.num_layers, dtype=torch.float32

@@ -272,6 +272,12 @@ HALF_OPTIONS = [
 ]
 
 ATTENTION_CASES = [*SINGLE_OPTION, *COMBINED, *SHAPES, *HEAD_DIMS, *VALUE_DIMS, *HEADS, *DTYPES, *HALF_OPTIONS]
+# The fp32 cases once more: on a GPU the kernels of 16-bit types are others, with branches of their own.
+BF16_CASES = [
+    case
+    for case in (dataclasses.replace(c, dtype=torch.bfloat16) for c in ATTENTION_CASES if c.dtype == torch.float32)
+    if case not in ATTENTION_CASES
+]
 
 
 def random_cases(n: int, seed: int) -> list[AttentionCase]:

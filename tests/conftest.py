@@ -31,10 +31,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     case = request.node.callspec.params.get("case")
-    if request.param == "triton" and (
-        request.function.__name__ == "test_gradcheck" or getattr(case, "dtype", None) == torch.float64
-    ):
-        pytest.skip("triton: its kernels take no fp64")
+    on_gpu = request.param == "triton" or (
+        request.param == "native" and foveate._backends.runs_cuda_kernels(request.getfixturevalue("device"))
+    )
+    if on_gpu and (request.function.__name__ == "test_gradcheck" or getattr(case, "dtype", None) == torch.float64):
+        pytest.skip(f"{request.param}: its kernels for GPUs take no fp64")
     return request.param
 
 

@@ -9,7 +9,7 @@ import torch
 
 import compare
 import poison
-from cases import ATTENTION_CASES, EMPTY, AttentionCase, make_inputs, random_cases
+from cases import ATTENTION_CASES, BF16_CASES, EMPTY, AttentionCase, make_inputs, random_cases
 
 
 def run(inputs, grads, backend, **options) -> dict[str, torch.Tensor]:
@@ -25,6 +25,11 @@ def check_backward(case: AttentionCase, seed: int, backend: str, device: str = "
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.id)
 def test_against_exact(case, backend, device, seed):
+    check_backward(case, seed, backend, device)
+
+
+@pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.id)
+def test_in_bf16(case, backend, device, seed):
     check_backward(case, seed, backend, device)
 
 

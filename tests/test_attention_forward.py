@@ -10,7 +10,7 @@ import torch
 import compare
 import foveate
 import poison
-from cases import ATTENTION_CASES, EMPTY, AttentionCase, make_inputs, random_cases
+from cases import ATTENTION_CASES, BF16_CASES, EMPTY, AttentionCase, make_inputs, random_cases
 
 
 def check_forward(case: AttentionCase, seed: int, backend: str, device: str = "cpu") -> None:
@@ -20,6 +20,11 @@ def check_forward(case: AttentionCase, seed: int, backend: str, device: str = "c
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.id)
 def test_against_exact(case, backend, device, seed):
+    check_forward(case, seed, backend, device)
+
+
+@pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.id)
+def test_in_bf16(case, backend, device, seed):
     check_forward(case, seed, backend, device)
 
 

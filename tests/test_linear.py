@@ -220,9 +220,9 @@ def test_gradient_of_x():
 def test_op_as_torch_sees_it():
     for format in ALL_FORMATS:
         layer = make_layer(format, 64, 40)
-        for native in (True, False):
+        for backend in ("native", "reference"):
             opcheck(
-                torch.ops.foveate.packed_linear.default, (random(2, 3, 64), layer.data, format, 40, layer.bias, native)
+                torch.ops.foveate.packed_linear.default, (random(2, 3, 64), layer.data, format, 40, layer.bias, backend)
             )
     x = random(4, 2, 64)
     assert torch.equal(torch.func.vmap(layer, in_dims=1)(x), layer(x).transpose(0, 1))

@@ -260,7 +260,7 @@ H, W, T = torch.zeros(4, 3), torch.zeros(5, 3), torch.tensor([0, 1, 2, 3])
         (
             lambda: foveate.linear_cross_entropy(H, W, T, backend="triton"),
             foveate.UnsupportedError,
-            "triton has no linear_cross_entropy",
+            "backend='triton' cannot serve linear_cross_entropy",
         ),
     ],
 )

@@ -107,6 +107,16 @@ def test_quantization_packs_every_linear_and_a_tied_head(tied: bool, tmp_path: P
         assert 0 < difference < 0.05 * exact(TOKENS).abs().max()
 
 
+def test_four_bits_leave_the_head_at_eight(folder: Path) -> None:
+    formats = {
+        name: m.format
+        for name, m in load_model(folder, quantization="q4_0").named_modules()
+        if isinstance(m, PackedLinear)
+    }
+    assert formats.pop("lm_head") == "q8_0"
+    assert set(formats.values()) == {"q4_0"}
+
+
 def test_widths_that_blocks_do_not_divide_are_refused(folder: Path, tmp_path: Path) -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(LLAMA | {"intermediate_size": 40})))
     model.save_pretrained(tmp_path / "odd")

@@ -13,7 +13,14 @@ import foveate
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs triton without its interpreter", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from aot import compiling
+from foveate._triton import config
+from foveate._triton.packed_linear import weight_rows
+from foveate._triton.page_copy import copy_pages
+from foveate.packed_linear import packed_linear
 
 ARCHS = [80, 90, 100]
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that a block may have
@@ -35,8 +42,8 @@ def tensors(
     return q, k, v
 
 
-def check(found, arch: int, dtype: torch.dtype, d: int) -> None:
-    spilled = {kernel: STACK.get((kernel.name, arch, NAMES[dtype], d), 0) for kernel in found}
+def check(found, arch: int, dtype: torch.dtype, d: int, more: int = 0) -> None:
+    spilled = {kernel: STACK.get((kernel.name, arch, NAMES[dtype], d), 0) + more for kernel in found}
     spilled = {kernel: listed for kernel, listed in spilled.items() if kernel.stack > listed}
     assert not spilled, f"sm_{arch}, {NAMES[dtype]}, head dim {d}: more stack than the listed bytes: {spilled}"
     for kernel in found:
@@ -112,7 +119,8 @@ def test_decode(arch, storage, tmp_path):
             q, pages, pages.clone(), k=new, v=new, kv_lens=torch.tensor([900]), block_table=torch.arange(64, dtype=torch.int32)[None],
             rotary_cos=angles, rotary_sin=angles, k_scale=scale, v_scale=None if scale is None else scale.clone(), backend="triton",
         )  # fmt: skip
-    assert [kernel.name for kernel in found] == ["append_rows", "decode_split", "decode_combine"]
+        copy_pages(pages[None], [0], [1])
+    assert [kernel.name for kernel in found] == ["append_rows", "decode_split", "decode_combine", "copy_words"]
     check(found, arch, HALF, 128)
 
 
@@ -135,3 +143,83 @@ def test_rows(arch, tmp_path):
             (turned[0].sum() + turned[1].sum()).backward()
     assert len({kernel.name for kernel in found}) == 8
     check(found, arch, HALF, 128)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("format", ["f32", "bf16", "q8_0", "q4_0", "q4_1"])
+def test_packed_linear(format, arch, tmp_path):
+    from foveate.packed_weight import packed_bytes
+
+    data, x = torch.zeros(packed_bytes(format, 4096, 64), dtype=torch.int8), torch.zeros(64, 4096, dtype=HALF)
+    with compiling(arch, tmp_path) as found:
+        for rows in (x[:1], x):
+            packed_linear(rows, data, format, 64, backend="triton")
+        weight_rows(torch.zeros(3, dtype=torch.int64), data, format, torch.zeros(3, 4096), 64)
+    assert {kernel.name for kernel in found} - {"quantize_rows"} == {"packed_product", "add_shares", "packed_rows"}
+    check(found, arch, HALF, 128)
+
+
+@triton.jit
+def document_mask(score, b, h, i, j, aux):
+    return tl.where(tl.load(aux[0] + i) == tl.load(aux[0] + j), score, float("-inf"))
+
+
+@triton.jit
+def same(score, grad, b, h, i, j, aux):
+    return grad
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_score_mod(arch, tmp_path):
+    q, k, v = tensors(HALF, 128)
+    mod = {"score_mod": document_mask, "score_mod_bwd": same, "score_mod_aux": [torch.zeros(256, dtype=torch.int32)]}
+    with compiling(arch, tmp_path) as found:
+        foveate.attention(q, k, v, causal=True, **mod, backend="triton").sum().backward()
+    assert [kernel.name for kernel in found] == ["attention_forward", "attention_rows", "attention_dq", "attention_dkv"]
+    check(found, arch, HALF, 128, 8 if arch == 80 else 0)
+
+
+def test_another_score_mod_is_another_kernel(tmp_path):
+    """Two functions of one name: what is remembered by the compiler goes by what they do."""
+
+    def made(sign):
+        if sign:
+
+            @triton.jit
+            def mod(score, b, h, i, j, aux):
+                return score + 1.0
+
+        else:
+
+            @triton.jit
+            def mod(score, b, h, i, j, aux):
+                return score - 1.0
+
+        return mod
+
+    q, k, v = (x.detach() for x in tensors(HALF, 64))
+    with compiling(90, tmp_path):
+        for sign in (0, 1, 1, 0):
+            foveate.attention(q, k, v, score_mod=made(sign), backend="triton")
+    assert len(list(tmp_path.glob("*/attention_forward.cubin"))) == 2
+
+
+@pytest.mark.parametrize("variant", [config.DESCRIPTORS, config.SPECIALIZED], ids=["descriptors", "specialized"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_forward_for_hopper(d, variant, tmp_path, monkeypatch):
+    """TMA loads, and with SPECIALIZED warps that give registers away and others that take them."""
+    block_n = 128 if d < 256 else 64
+    warps = 4 if variant == config.SPECIALIZED else 8
+    monkeypatch.setattr(config, "forward", lambda *shape: config.Config(128, block_n, warps, 2, variant))
+    q, k, v = (x.detach() for x in tensors(HALF, d))
+    with compiling(90, tmp_path) as found:
+        foveate.attention(q, k, v, backend="triton")
+        foveate.attention(
+            q, k, v, causal=True, window=(100, 0), sinks=torch.zeros(2), return_lse=True, backend="triton"
+        )
+    assert {kernel.name for kernel in found} == {"attention_forward_hopper"}
+    check(found, 90, HALF, d)
+    for listing in tmp_path.glob("*/attention_forward_hopper.ptx"):
+        code = listing.read_text()
+        assert "cp.async.bulk.tensor" in code
+        assert ("setmaxnreg" in code) == (variant == config.SPECIALIZED)

@@ -12,7 +12,9 @@ from kv_cases import BF16, F8, F16, F32, I8, KvCase, KvInputs, bits, make_kv_inp
 if foveate.backends()["triton"] is not None:
     pytest.skip(f"triton: {foveate.backends()['triton']}", allow_module_level=True)
 
+from foveate._triton import page_copy
 from foveate._triton.decode import decode_plan
+from foveate._triton.page_copy import copy_pages
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +128,33 @@ def test_plan():
         2048,
     )
     assert plan(rows=40).block_m == 64 and plan(rows=40, D=256).block_m == 16
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 16, 2, 64), (3, 9, 3, 1, 5), (2, 9, 4, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, I8, F8], ids=str)
+def test_pages_are_copied_in_every_layer_and_no_others(dtype, shape):
+    pool = torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize)).to(torch.uint8).view(dtype)
+    expected = pool.clone()
+    for old, new in ((1, 4), (1, 8), (7, 0)):
+        expected[:, new] = expected[:, old]
+    copy_pages(pool, [1, 1, 7], [4, 8, 0])
+    assert torch.equal(bits(pool), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", [F32, I8], ids=str)
+def test_a_forked_cache_copies_its_last_page_by_the_kernel(dtype, device, monkeypatch):
+    copied = []
+    monkeypatch.setattr(page_copy, "copy_pages", lambda *args: (copied.append(args[1:]), copy_pages(*args)))
+    cache = foveate.PagedKVCache(9, 4, num_kv_heads=2, head_dim=16, num_layers=2, dtype=dtype, device=device)
+    seqs = [cache.create()]
+    cache.append(seqs, 6)
+    k, v = torch.randn(1, 6, 2, 16), torch.randn(1, 6, 2, 16)
+    for layer in range(2):
+        cache.attend(layer, k, k, v, seqs=seqs)
+    seqs += [cache.fork(seqs[0]) for _ in range(2)]
+    cache.append(seqs)
+    assert copied == [([1, 1], [2, 3])] * (2 if dtype == F32 else 4)
+    for pool in (cache.k_pages, cache.v_pages, *([] if dtype == F32 else [cache.k_scale, cache.v_scale])):
+        rows = [pool[:, cache.pages(seq)[1], :2] for seq in seqs]
+        assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+    assert len({cache.pages(seq)[1] for seq in seqs}) == 3

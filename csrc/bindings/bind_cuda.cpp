@@ -1,6 +1,10 @@
-#include "bindings/bind.h"
+#include <pybind11/stl.h>
 
-#ifdef FOVEATE_WITH_CUDA
+#include "bindings/bind.h"
+#include "cuda/kernels.h"
+
+#if defined(FOVEATE_WITH_CUDA) && !defined(FOVEATE_CUDA_EMULATED)
+#define FOVEATE_WITH_CUDA_RUNTIME
 #include "cuda/runtime.h"
 #endif
 
@@ -11,7 +15,7 @@ namespace {
 
 py::dict cuda_info() {
   py::dict info;
-#ifdef FOVEATE_WITH_CUDA
+#ifdef FOVEATE_WITH_CUDA_RUNTIME
   const cuda::RuntimeInfo runtime = cuda::runtime_info();
   info["compiled"] = true;
   info["runtime_version"] = runtime.runtime_version;
@@ -33,6 +37,20 @@ py::dict cuda_info() {
 void bind_cuda(py::module_& m) {
   m.def("cuda_info", &cuda_info,
         "whether CUDA kernels are compiled in, the CUDA versions (13000 is 13.0), the number of devices, why there are none");
+  m.def(
+      "cuda_kernels",
+      [] {
+        std::vector<std::string> names;
+        for (const auto& [name, compiled] : cuda::compiled_kernels())
+          if (compiled) names.push_back(name);
+        return names;
+      },
+      "the CUDA kernels of this build");
+#ifdef FOVEATE_CUDA_EMULATED
+  m.attr("cuda_emulated") = true;
+#else
+  m.attr("cuda_emulated") = false;
+#endif
 }
 
 }  // namespace foveate

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "core/check.h"
+#include "ops/place.h"
 
 namespace py = pybind11;
 
@@ -17,6 +18,14 @@ struct Torch {
   py::handle data_ptr, shape, stride, dtype, device, type, index, itemsize;
 };
 
+// torch's current stream on a device.
+void* stream_through_exchange(int device);
+void* stream_through_attributes(int device) {
+  const py::gil_scoped_acquire gil;
+  const py::object torch_c = py::module_::import("torch").attr("_C");
+  return reinterpret_cast<void*>(torch_c.attr("_cuda_getCurrentRawStream")(device).cast<uintptr_t>());
+}
+
 Torch load_torch() {
   Torch t;
   t.tensor_type = py::object(py::module_::import("torch").attr("Tensor")).release();
@@ -27,6 +36,7 @@ Torch load_torch() {
     if (api->version_major == 1) t.exchange = api;
   }
   t.use_exchange = t.exchange != nullptr;
+  set_stream_source(t.exchange && t.exchange->current_work_stream ? stream_through_exchange : stream_through_attributes);
   const auto intern = [](const char* s) { return py::handle(PyUnicode_InternFromString(s)); };
   t.data_ptr = intern("data_ptr"), t.shape = intern("shape"), t.stride = intern("stride"), t.dtype = intern("dtype");
   t.device = intern("device"), t.type = intern("type"), t.index = intern("index");
@@ -36,6 +46,13 @@ Torch load_torch() {
 Torch& torch_api() {
   static Torch* t = new Torch(load_torch());  // never destroyed: Python may be gone before static destructors run
   return *t;
+}
+
+void* stream_through_exchange(int device) {
+  void* stream = nullptr;
+  check(torch_api().exchange->current_work_stream(dlpack::kCUDA, device, &stream) == 0,
+        "torch does not tell the current stream of cuda:", device);
+  return stream;
 }
 
 DType dtype_from_dlpack(const dlpack::Tensor& t) {

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/dlpack.h"
+#include "bindings/reachable.h"
 #include "core/tensor.h"
 
 namespace foveate {
@@ -22,8 +23,10 @@ struct type_caster<foveate::TensorView> {
   PYBIND11_TYPE_CASTER(foveate::TensorView, const_name("torch.Tensor | None"));
   bool load(handle source, bool) {
     value = foveate::tensor_from_python(source);
+    reachable.set(value);
     return true;
   }
+  foveate::Reachable reachable;  // as long as the call lasts
 };
 
 }  // namespace pybind11::detail

@@ -13,7 +13,7 @@ struct Sequence {
 };
 FOVEATE_INLINE Sequence sequence(const AttentionParams& p, int64_t b) {
   const int64_t q = p.cu_q ? p.cu_q[b + 1] - p.cu_q[b] : p.seq_q;
-  const int64_t k = p.cu_k ? p.cu_k[b + 1] - p.cu_k[b] : p.kv_lens ? p.kv_lens[b] : p.seq_kv;
+  const int64_t k = p.cu_k ? p.cu_k[b + 1] - p.cu_k[b] : p.kv_lens ? p.kv_lens[b] + p.new_keys : p.seq_kv;
   return {q, k, k - q};
 }
 

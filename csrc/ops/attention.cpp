@@ -12,13 +12,14 @@
 #include "cpu/kernels.h"
 #include "cpu/target.h"
 #include "ops/kv_cache.h"
+#include "ops/place.h"
 
 namespace foveate {
 namespace {
 
 void check_activation(const TensorView& t, const char* what) {
   check(t.dtype == DType::kFloat32 || t.dtype == DType::kFloat64 || t.dtype == DType::kFloat16 || t.dtype == DType::kBFloat16, what, " is ",
-        name(t.dtype), "; the CPU kernels take float32, bfloat16, float16 and float64");
+        name(t.dtype), "; the kernels take float32, bfloat16, float16 and (on the CPU) float64");
   check_last_contiguous(t, what);
 }
 
@@ -53,12 +54,15 @@ ScoreOperand score_operand(const TensorView& t, const char* what, const Attentio
   return s;
 }
 
-// Lengths come as int32 or int64. What fits int32 after `valid` has looked at it is kept for the life of the call.
+// Lengths come as int32 or int64. What fits int32 after `valid` has looked at it is kept for the life of the call. On a GPU they come as int32
+// and nobody looks at them.
 class Lengths {
  public:
   template <class Valid>
-  const int32_t* read(const TensorView& t, const char* what, int64_t size, const Valid& valid) {
+  const int32_t* read(const TensorView& t, const char* what, int64_t size, const Place& place, const Valid& valid) {
     check_rank(t, what, 1), check_size(t, what, 0, size), check_contiguous(t, what);
+    if (!place.readable) check_dtype(t, what, DType::kInt32);
+    if (!place.readable) return t.as<int32_t>();
     check(t.dtype == DType::kInt32 || t.dtype == DType::kInt64, what, " is ", name(t.dtype), ", expected int32 or int64");
     for (int64_t i = 0; i < size; ++i) {
       const int64_t value = t.dtype == DType::kInt32 ? t.as<int32_t>()[i] : t.as<int64_t>()[i];
@@ -72,11 +76,12 @@ class Lengths {
   std::vector<int32_t> kept_;
 };
 
-const int32_t* read_cu_seqlens(Lengths& lengths, const TensorView& t, const char* what, int64_t batch, int64_t total, int64_t longest) {
+const int32_t* read_cu_seqlens(Lengths& lengths, const TensorView& t, const char* what, int64_t batch, int64_t total, int64_t longest,
+                               const Place& place) {
   int64_t previous = 0;
   check(total <= std::numeric_limits<int32_t>::max(), what, ": ", total,
         " tokens in all are more than a packed batch may have, 2147483647");
-  return lengths.read(t, what, batch + 1, [&](int64_t i, int64_t value) {
+  return lengths.read(t, what, batch + 1, place, [&](int64_t i, int64_t value) {
     const bool ok = (i > 0 || value == 0) && value >= previous && (i < batch || value == total);
     check(ok, what, " must start at 0, never decrease and end at ", total, "; entry ", i, " is ", value);
     check(i == 0 || value - previous <= longest, what, " has a sequence of length ", value - previous, " at ", i - 1,
@@ -95,6 +100,7 @@ int64_t longest_of(const int32_t* cu, int64_t batch) {
 // AttentionParams and what it points to beside the tensors.
 struct AttentionCall {
   Lengths kv_lens, cu_q, cu_k;
+  Place place;
   AttentionParams params;
 
   AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
@@ -104,6 +110,8 @@ struct AttentionCall {
 AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
                              const AttentionOptions& o) {
   AttentionParams& p = params;
+  place = place_of({&q, &k, &v, &out, &lse, &o.bias, &o.mask, &o.alibi, &o.rel_table, &o.rel_buckets, &o.sinks, &o.kv_lens, &o.cu_q,
+                    &o.cu_k, &o.philox});
   const bool varlen = o.cu_q.defined();
   const int ndim = varlen ? 3 : 4;
   for (const auto& [t, what] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}})
@@ -122,11 +130,11 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   if (varlen) {
     check(o.cu_k.defined() && o.cu_q.ndim == 1 && o.cu_k.ndim == 1 && o.cu_q.shape[0] >= 1 && o.cu_k.shape[0] == o.cu_q.shape[0],
           "cu_seqlens_q and cu_seqlens_k must both be [batch + 1]");
-    p.batch = o.cu_q.shape[0] - 1, p.seq_q = o.max_q, p.seq_kv = o.max_k;
+    p.batch = o.cu_q.shape[0] - 1, p.seq_q = o.max_q, p.seq_kv = o.max_k, p.total_q = q.shape[0], p.total_k = k.shape[0];
     check(p.seq_q >= 0 && p.seq_kv >= 0, "max_seqlen_q = ", p.seq_q, " and max_seqlen_k = ", p.seq_kv, " must not be negative");
-    p.cu_q = read_cu_seqlens(cu_q, o.cu_q, "cu_seqlens_q", p.batch, q.shape[0], p.seq_q);
-    p.cu_k = read_cu_seqlens(cu_k, o.cu_k, "cu_seqlens_k", p.batch, k.shape[0], p.seq_kv);
-    if (!o.rel_table.defined()) {  // whose table of buckets has max_seqlen's size
+    p.cu_q = read_cu_seqlens(cu_q, o.cu_q, "cu_seqlens_q", p.batch, q.shape[0], p.seq_q, place);
+    p.cu_k = read_cu_seqlens(cu_k, o.cu_k, "cu_seqlens_k", p.batch, k.shape[0], p.seq_kv, place);
+    if (!o.rel_table.defined() && place.readable) {  // whose table of buckets has max_seqlen's size
       p.seq_q = longest_of(p.cu_q, p.batch), p.seq_kv = longest_of(p.cu_k, p.batch);
     }
     check(!o.bias.defined() && !o.mask.defined() && !o.kv_lens.defined(), "bias, mask and kv_lens have no meaning in a packed batch");
@@ -158,7 +166,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
     p.rel_num_buckets = static_cast<int>(o.rel_table.shape[0]);
     const int64_t distances = p.seq_q + p.seq_kv > 0 ? p.seq_q + p.seq_kv - 1 : 0;
     check_vector(o.rel_buckets, "relative buckets", distances, DType::kInt32);
-    for (int64_t i = 0; i < distances; ++i) {
+    for (int64_t i = 0; i < distances && place.readable; ++i) {
       const int32_t bucket = o.rel_buckets.as<int32_t>()[i];
       check(bucket >= 0 && bucket < p.rel_num_buckets, "relative bucket ", bucket, " is outside the table of ", p.rel_num_buckets);
     }
@@ -166,7 +174,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   }
   if (o.sinks.defined()) check_vector(o.sinks, "sinks", p.heads_q, acc), p.sinks = o.sinks.data;
   if (o.kv_lens.defined())
-    p.kv_lens = kv_lens.read(o.kv_lens, "kv_lens", p.batch, [&](int64_t b, int64_t value) {
+    p.kv_lens = kv_lens.read(o.kv_lens, "kv_lens", p.batch, place, [&](int64_t b, int64_t value) {
       check(value >= 0 && value <= p.seq_kv, "kv_lens[", b, "] = ", value, " is outside 0..", p.seq_kv, ", the number of keys in k");
     });
   check(o.dropout_p >= 0 && o.dropout_p < 1, "dropout_p = ", o.dropout_p, " is outside [0, 1)");
@@ -174,23 +182,21 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
     check(o.philox.defined(), "dropout needs its seed and offset");
     check_vector(o.philox, "philox", 2, DType::kInt64);
     p.dropout_p = o.dropout_p;
-    p.philox_seed = static_cast<uint64_t>(o.philox.as<int64_t>()[0]), p.philox_offset = static_cast<uint32_t>(o.philox.as<int64_t>()[1]);
+    p.philox = o.philox.as<const int64_t>();
+    if (place.readable) p.philox_seed = static_cast<uint64_t>(p.philox[0]), p.philox_offset = static_cast<uint32_t>(p.philox[1]);
   }
   check(std::isfinite(o.scale) && std::isfinite(o.softcap) && o.softcap >= 0, "scale = ", o.scale, " and softcap = ", o.softcap,
         " must be finite, softcap not negative");
   p.scale = o.scale, p.softcap = o.softcap, p.causal = o.causal;
   p.window_left = o.window_left, p.window_right = o.window_right;
-  for (const auto& t :
-       {q, k, v, out, lse, o.bias, o.mask, o.alibi, o.rel_table, o.rel_buckets, o.sinks, o.kv_lens, o.cu_q, o.cu_k, o.philox})
-    check(!t.defined() || t.device == DeviceType::kCPU,
-          "this kernel runs on the CPU, but a tensor is on a CUDA device: move all of them to one device");
 }
 
 // Few queries per KV head and nothing but what the decode kernel knows: it reads K and V once, in place, where the blocked kernel copies them first.
 constexpr int64_t kDecodeRows = 16;
 
 bool suits_decode(const AttentionParams& p, const TensorView& lse) {
-  const bool plain = !p.cu_q && !p.bias.defined() && !p.mask.defined() && !p.rel_table && p.dropout_p == 0;
+  const bool plain = !p.cu_q && p.seq_kv <= std::numeric_limits<int32_t>::max() && !p.bias.defined() && !p.mask.defined() && !p.rel_table &&
+                     p.dropout_p == 0;
   const bool lse_fits =
       !lse.defined() || (lse.stride[2] == 1 && lse.stride[1] == p.seq_q && lse.stride[0] == p.heads_q * p.seq_q) || lse.numel() == 1;
   return plain && lse_fits && p.dtype != DType::kFloat64 && p.seq_q * (p.heads_q / p.heads_kv) <= kDecodeRows;
@@ -204,8 +210,8 @@ void decode_forward(const AttentionParams& p, int threads) {
   d.alibi = p.alibi, d.alibi_batch = p.alibi_batch, d.alibi_head = p.alibi_head, d.sinks = static_cast<const float*>(p.sinks);
   d.scale = p.scale, d.softcap = p.softcap, d.causal = p.causal, d.window_left = p.window_left, d.window_right = p.window_right;
   d.dtype = d.kv_dtype = p.dtype;
-  const std::vector<int64_t> lens =
-      p.kv_lens ? std::vector<int64_t>(p.kv_lens, p.kv_lens + p.batch) : std::vector<int64_t>(p.batch, p.seq_kv);
+  const std::vector<int32_t> lens =
+      p.kv_lens ? std::vector<int32_t>(p.kv_lens, p.kv_lens + p.batch) : std::vector<int32_t>(p.batch, static_cast<int32_t>(p.seq_kv));
   d.kv_lens = lens.data();
   d.lse = static_cast<float*>(p.lse.data);
 
@@ -232,6 +238,7 @@ void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out,
   const AttentionCall call(q, k, v, out, lse, options);
   const AttentionParams& p = call.params;
   if (out.numel() == 0 && (!lse.defined() || lse.numel() == 0)) return;
+  if (call.place.cuda) return cuda::kernels().attention_forward(p, current_stream(call.place));
   // Starting the threads costs microseconds: less than that of work stays on this one.
   const int64_t products = p.batch * p.heads_q * p.seq_q * p.seq_kv * (p.head_dim + p.head_dim_v);
   threads = products < (int64_t{1} << 17) ? 1 : usable_threads(threads);
@@ -243,7 +250,7 @@ void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out,
 
 void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
                         TensorView dq, TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks,
-                        const AttentionOptions& options, int threads) {
+                        const Allocate& allocate, const AttentionOptions& options, int threads) {
   check(lse.defined(), "the backward needs the lse of the forward");
   const AttentionCall call(q, k, v, out, lse, options);
   const AttentionParams& p = call.params;
@@ -276,8 +283,11 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
   }
   if (dsinks.defined())
     check(p.sinks != nullptr, "dsinks without sinks"), check_vector(dsinks, "dsinks", p.heads_q, acc), g.dsinks = dsinks.data;
-  for (const auto& t : {dout, dlse, dq, dk, dv, dbias, drel_table, dsinks})
-    check(!t.defined() || t.device == DeviceType::kCPU, "this kernel runs on the CPU, but a gradient is on a CUDA device");
+  place_of({&q, &dout, &dlse, &dq, &dk, &dv, &dbias, &drel_table, &dsinks});
+  if (call.place.cuda) {
+    const int64_t bytes = cuda::kernels().attention_backward_workspace(p, g);
+    return cuda::kernels().attention_backward(p, g, bytes > 0 ? allocate(bytes) : nullptr, current_stream(call.place));
+  }
   if (p.batch == 0 || p.heads_kv == 0) {  // q, k and v are empty; what is broadcast over them has gradient 0
     const size_t size = size_of(acc);
     if (g.dbias) std::memset(g.dbias, 0, g.dbias_numel * size);

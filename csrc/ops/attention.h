@@ -1,6 +1,8 @@
 // softmax(scale * q k^T + bias ...) v, dense and varlen, forward and backward. python/foveate/_reference.py defines the meaning of each option.
 #pragma once
 
+#include <functional>
+
 #include "core/tensor.h"
 
 namespace foveate {
@@ -33,10 +35,12 @@ struct AttentionParams {
   const int32_t* rel_buckets = nullptr;  // [seq_q + seq_kv - 1]: bucket of distance (index - (seq_kv - 1))
   int rel_num_buckets = 0;
   const void* sinks = nullptr;  // acc [Hq]
-  const int32_t* kv_lens = nullptr;  // [B]
+  const int32_t* kv_lens = nullptr;  // [B]; a sequence has kv_lens[b] + new_keys keys
+  int64_t new_keys = 0;
   const int32_t *cu_q = nullptr, *cu_k = nullptr;  // [B + 1], varlen only
+  int64_t total_q = 0, total_k = 0;  // rows of the packed tensors, varlen only
   const int32_t* block_table = nullptr;  // [B, max_pages] of a paged k/v [pages, page_size, Hkv, D]: Rows.batch is the page stride
-  int64_t block_table_stride = 0, page_size = 0;
+  int64_t block_table_stride = 0, page_size = 0, pages = 0;
   const float *k_scale = nullptr, *v_scale = nullptr;  // of int8/fp8 storage, addressed by the strides below; null: 1
   int64_t scale_batch = 0, scale_seq = 0, scale_head = 0;  // batch or page, token, KV head
   int64_t batch = 0, seq_q = 0, seq_kv = 0, heads_q = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;  // seq_*: the longest, in varlen
@@ -46,6 +50,7 @@ struct AttentionParams {
   double dropout_p = 0;
   uint64_t philox_seed = 0;
   uint32_t philox_offset = 0;
+  const int64_t* philox = nullptr;  // [2], seed and offset in the memory of the GPU, where it cannot be read here
   DType dtype = DType::kFloat32, kv_dtype = DType::kFloat32;
 };
 
@@ -67,10 +72,13 @@ struct AttentionOptions {
   double scale = 1, softcap = 0, dropout_p = 0;
 };
 
+// Bytes -> memory on the device of the call, which its caller keeps until the kernels that were launched with it are queued.
+using Allocate = std::function<void*(int64_t)>;
+
 void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options,
                        int threads);
 void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
                         TensorView dq, TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks,
-                        const AttentionOptions& options, int threads);
+                        const Allocate& allocate, const AttentionOptions& options, int threads);
 
 }  // namespace foveate

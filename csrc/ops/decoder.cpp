@@ -218,10 +218,11 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
   check_dtype(block_table, "block_table", DType::kInt32), check_last_contiguous(block_table, "block_table");
   p.block_table = block_table.as<const int32_t>(), p.block_table_stride = block_table.stride[0], p.page_size = k_pages.shape[2];
   check_rank(lens, "lens", 1), check_size(lens, "lens", 0, p.batch), check_dtype(lens, "lens", DType::kInt32);
-  std::vector<int64_t> kv_lens(p.batch);
+  std::vector<int32_t> kv_lens(p.batch);
   for (int64_t b = 0; b < p.batch; ++b) kv_lens[b] = lens.as<const int32_t>()[b * lens.stride[0]];
   p.kv_lens = kv_lens.data();
   const int64_t capacity = block_table.shape[1] * p.page_size;
+  p.capacity = capacity, p.pages = k_pages.shape[1];
   check(plan.num_splits >= 1 && plan.rows_per_task >= 1 && plan.heads_per_task >= 1 &&
             plan.num_splits * plan.keys_per_split <= capacity * 2 + 65536,
         "the division of the work is not positive, or has more splits than the cache has keys");
@@ -230,13 +231,15 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
   check(!plan.blocked || p.dtype == p.kv_dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
   p.num_splits = plan.num_splits, p.keys_per_split = plan.keys_per_split, p.rows_per_task = plan.rows_per_task;
   p.heads_per_task = plan.heads_per_task < p.heads_kv ? plan.heads_per_task : p.heads_kv;
-  if (rotary_cos_.defined()) p.rotary_cos = rotary_cos_.data, p.rotary_sin = rotary_sin_.data, p.rotary_pairs = rotary_cos_.shape[1];
+  if (rotary_cos_.defined())
+    p.rotary_cos = rotary_cos_.data, p.rotary_sin = rotary_sin_.data, p.rotary_pairs = rotary_cos_.shape[1],
+    p.rotary_positions = rotary_cos_.shape[0];
   // A layer without a window reads all pages, so all must be there.
   p.window_left = layers_.empty() ? -1 : layers_[0].window_left;
   for (const DecoderLayer& l : layers_)
     p.window_left = l.window_left < 0 || p.window_left < 0 ? -1 : std::max(p.window_left, l.window_left);
   p.new_k.data = x.data;  // there will be new keys
-  check_cache_values(p, capacity, k_pages.shape[1], rotary_cos_.defined() ? rotary_cos_.shape[0] : 0);
+  check_cache_values(p);
 
   Buffers m{.tokens = p.batch * p.seq_q, .dtype = p.dtype, .x = x.as<float>()};
   if (m.tokens == 0) return;

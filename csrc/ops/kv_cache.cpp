@@ -7,6 +7,7 @@
 #include "core/math.h"
 #include "cpu/kernels.h"
 #include "cpu/target.h"
+#include "ops/place.h"
 
 namespace foveate {
 namespace {
@@ -14,7 +15,6 @@ namespace {
 Rows rows_of(const TensorView& t, const char* what) {
   check_rank(t, what, 4);
   check_last_contiguous(t, what);
-  check(t.device == DeviceType::kCPU, what, " must be on the CPU");
   return {t.data, t.stride[0], t.stride[1], t.stride[2]};
 }
 
@@ -38,26 +38,31 @@ CacheOperand cache_of(const TensorView& cache, const TensorView& scale, bool per
   return c;
 }
 
-std::vector<int64_t> read_lens(const TensorView& lens, int64_t batch) {
+std::vector<int32_t> read_lens(const TensorView& lens, int64_t batch, int64_t capacity) {
   check_shape(lens, "kv_lens", {batch});
   check(lens.dtype == DType::kInt32 || lens.dtype == DType::kInt64, "kv_lens is ", name(lens.dtype), ", expected int32 or int64");
-  check(lens.device == DeviceType::kCPU, "kv_lens must be on the CPU");
-  std::vector<int64_t> values(batch);
-  for (int64_t b = 0; b < batch; ++b)
-    values[b] = lens.dtype == DType::kInt32 ? lens.as<const int32_t>()[b * lens.stride[0]] : lens.as<const int64_t>()[b * lens.stride[0]];
+  std::vector<int32_t> values(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t value =
+        lens.dtype == DType::kInt32 ? lens.as<const int32_t>()[b * lens.stride[0]] : lens.as<const int64_t>()[b * lens.stride[0]];
+    check(value >= 0, "kv_lens[", b, "] = ", value, " is negative");
+    check(value <= INT32_MAX, "kv_lens[", b, "] = ", value, " exceeds the cache's ", capacity, " keys");
+    values[b] = static_cast<int32_t>(value);
+  }
   return values;
 }
 
-// What the blocked kernel needs to attend to a cache that holds the new keys already. lens: keys in all.
-AttentionParams blocked_params(const KvCacheParams& p, const int32_t* lens) {
+// What the blocked kernel needs to attend to a cache that holds the new keys already.
+AttentionParams blocked_params(const KvCacheParams& p) {
   AttentionParams a;
   a.q = p.q, a.k = p.k.rows, a.v = p.v.rows, a.out = p.out;
   a.lse = {p.lse, p.heads_q * p.seq_q, 1, p.seq_q};
   a.alibi = p.alibi, a.alibi_batch = p.alibi_batch, a.alibi_head = p.alibi_head, a.sinks = p.sinks;
-  a.kv_lens = lens, a.block_table = p.block_table, a.block_table_stride = p.block_table_stride, a.page_size = p.page_size;
+  a.kv_lens = p.kv_lens, a.new_keys = p.seq_new, a.pages = p.pages;
+  a.block_table = p.block_table, a.block_table_stride = p.block_table_stride, a.page_size = p.page_size;
   a.batch = p.batch, a.seq_q = p.seq_q, a.heads_q = p.heads_q, a.heads_kv = p.heads_kv, a.head_dim = p.head_dim,
   a.head_dim_v = p.head_dim_v;
-  for (int64_t b = 0; b < p.batch; ++b) a.seq_kv = std::max<int64_t>(a.seq_kv, lens[b]);
+  a.seq_kv = p.capacity;
   a.scale = p.scale, a.softcap = p.softcap, a.causal = p.causal, a.window_left = p.window_left, a.window_right = p.window_right;
   a.dtype = p.dtype, a.kv_dtype = p.kv_dtype;
   return a;
@@ -66,17 +71,17 @@ AttentionParams blocked_params(const KvCacheParams& p, const int32_t* lens) {
 }  // namespace
 
 // The values that would make a kernel read or write outside of the cache, the block table or the rotary tables.
-void check_cache_values(const KvCacheParams& p, int64_t capacity, int64_t pages, int64_t max_pos) {
+void check_cache_values(const KvCacheParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t len = p.kv_lens[b], end = len + p.seq_new;
     check(len >= 0, "kv_lens[", b, "] = ", len, " is negative");
-    check(len <= capacity && end <= capacity, "kv_lens[", b, "] + Snew = ", len, " + ", p.seq_new, " = ", end, " exceeds the cache's ",
-          capacity, " keys; use a larger cache or ", p.block_table ? "a block_table with more pages" : "shorter sequences");
+    check(end <= p.capacity, "kv_lens[", b, "] + Snew = ", len, " + ", p.seq_new, " = ", end, " exceeds the cache's ", p.capacity,
+          " keys; use a larger cache or ", p.block_table ? "a block_table with more pages" : "shorter sequences");
     if (p.rotary_cos) {
       const int64_t first = p.new_k.data ? len : len - p.seq_q, last = std::max(end, first + p.seq_q);
       check(first >= 0, "kv_lens[", b, "] = ", len, " is less than the ", p.seq_q,
             " queries: without k, query i is rotated by position kv_lens - Sq + i, which must not be negative");
-      check(last <= max_pos, "rotary_cos and rotary_sin have ", max_pos, " positions, sequence ", b, " needs ", last,
+      check(last <= p.rotary_positions, "rotary_cos and rotary_sin have ", p.rotary_positions, " positions, sequence ", b, " needs ", last,
             "; build them for at least that many");
     }
     if (!p.block_table) continue;
@@ -84,7 +89,7 @@ void check_cache_values(const KvCacheParams& p, int64_t capacity, int64_t pages,
     const int64_t first_key = p.window_left >= 0 ? std::clamp<int64_t>(end - p.seq_q - p.window_left, 0, len) : 0;
     for (int64_t i = first_key / p.page_size; i * p.page_size < end; ++i) {
       const int64_t page = p.block_table[b * p.block_table_stride + i];
-      check(page >= 0 && page < pages, "block_table[", b, ", ", i, "] = ", page, " is not a page: the cache has ", pages,
+      check(page >= 0 && page < p.pages, "block_table[", b, ", ", i, "] = ", page, " is not a page: the cache has ", p.pages,
             " pages and sequence ", b, " needs this entry for its ", end, " keys");
     }
   }
@@ -98,10 +103,26 @@ void append_and_attend(KvCacheParams p, bool blocked, void* q_turned, int thread
     cpu::kernels().rotate_queries(p, q_turned, threads);
     p.q = {q_turned, p.seq_q * p.heads_q * p.head_dim, p.heads_q * p.head_dim, p.head_dim};
   }
-  std::vector<int32_t> total(p.batch);
-  for (int64_t b = 0; b < p.batch; ++b) total[b] = static_cast<int32_t>(p.kv_lens[b] + p.seq_new);
-  cpu::kernels().attention_forward(blocked_params(p, total.data()), threads);
+  AttentionParams a = blocked_params(p);
+  a.seq_kv = 0;  // workspaces follow from it: the longest sequence, not what the cache could hold
+  for (int64_t b = 0; b < p.batch; ++b) a.seq_kv = std::max<int64_t>(a.seq_kv, p.kv_lens[b] + p.seq_new);
+  cpu::kernels().attention_forward(a, threads);
 }
+
+namespace {
+
+void append_and_attend_on_gpu(KvCacheParams p, bool blocked, void* q_turned, cuda::Stream stream) {
+  if (p.seq_new > 0) cuda::kernels().kv_append(p, stream);
+  if (p.seq_q == 0 || p.heads_q == 0) return;
+  if (!blocked) return cuda::kernels().decode(p, stream);
+  if (p.rotary_cos) {
+    cuda::kernels().rotate_queries(p, q_turned, stream);
+    p.q = {q_turned, p.seq_q * p.heads_q * p.head_dim, p.heads_q * p.head_dim, p.head_dim};
+  }
+  cuda::kernels().attention_forward(blocked_params(p), stream);
+}
+
+}  // namespace
 
 void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens,
                              TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned,
@@ -132,11 +153,10 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
     check_shape(v, "v", {p.batch, p.seq_new, p.heads_kv, p.head_dim_v}), check_dtype(v, "v", p.dtype);
   }
 
-  int64_t capacity = k_cache.shape[1], max_pos = 0;
+  int64_t capacity = k_cache.shape[1];
   if (const TensorView& table = o.block_table; table.defined()) {
     check_rank(table, "block_table", 2), check_size(table, "block_table", 0, p.batch);
     check_dtype(table, "block_table", DType::kInt32), check_last_contiguous(table, "block_table");
-    check(table.device == DeviceType::kCPU, "block_table must be on the CPU");
     p.block_table = table.as<const int32_t>(), p.block_table_stride = table.stride[0], p.page_size = k_cache.shape[1];
     check(p.page_size >= 1, "the pages of k_cache hold no keys: page_size is ", p.page_size);
     capacity = table.shape[1] * p.page_size;
@@ -146,10 +166,10 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
   check(o.rotary_cos.defined() == o.rotary_sin.defined(), "rotary_cos and rotary_sin must be given together");
   if (const TensorView& cos = o.rotary_cos; cos.defined()) {
     check_rank(cos, "rotary_cos", 2), check_contiguous(cos, "rotary_cos");
-    max_pos = cos.shape[0], p.rotary_pairs = cos.shape[1], p.rotary_dtype = cos.dtype;
+    p.rotary_positions = cos.shape[0], p.rotary_pairs = cos.shape[1], p.rotary_dtype = cos.dtype;
     check(2 * p.rotary_pairs <= p.head_dim, "rotary_cos turns ", 2 * p.rotary_pairs, " elements, the head dim is ", p.head_dim);
     check(cos.dtype == DType::kFloat32 || cos.dtype == p.dtype, "rotary_cos is ", name(cos.dtype), ", expected float32 or ", name(p.dtype));
-    check_shape(o.rotary_sin, "rotary_sin", {max_pos, p.rotary_pairs}), check_contiguous(o.rotary_sin, "rotary_sin");
+    check_shape(o.rotary_sin, "rotary_sin", {p.rotary_positions, p.rotary_pairs}), check_contiguous(o.rotary_sin, "rotary_sin");
     check_dtype(o.rotary_sin, "rotary_sin", cos.dtype);
     if (p.rotary_pairs > 0) p.rotary_cos = cos.data, p.rotary_sin = o.rotary_sin.data, p.rotary_interleaved = o.rotary_interleaved;
   }
@@ -191,10 +211,23 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
       check_shape(q_turned, "q_turned", {p.batch, p.seq_q, p.heads_q, p.head_dim}), check_contiguous(q_turned, "q_turned"),
           check_dtype(q_turned, "q_turned", p.dtype);
   }
-  const std::vector<int64_t> lens = read_lens(kv_lens, p.batch);
-  p.kv_lens = lens.data();
-  check_cache_values(p, capacity, k_cache.shape[0], max_pos);
-  if (p.batch > 0) append_and_attend(p, o.blocked, q_turned.data, threads);
+  p.capacity = capacity, p.pages = k_cache.shape[0];
+  const Place place = place_of({&q, &k_cache, &v_cache, &k, &v, &kv_lens, &out, &lse, &partial_out, &partial_lse, &q_turned, &o.block_table,
+                                &o.rotary_cos, &o.rotary_sin, &o.k_scale, &o.v_scale, &o.alibi, &o.sinks});
+  std::vector<int32_t> lens;
+  if (place.readable) {
+    lens = read_lens(kv_lens, p.batch, capacity);
+    p.kv_lens = lens.data();
+    check_cache_values(p);
+  } else {
+    check_shape(kv_lens, "kv_lens", {p.batch}), check_dtype(kv_lens, "kv_lens", DType::kInt32), check_contiguous(kv_lens, "kv_lens");
+    p.kv_lens = kv_lens.as<const int32_t>();
+  }
+  if (p.batch == 0) return;
+  if (place.cuda)
+    append_and_attend_on_gpu(p, o.blocked, q_turned.data, current_stream(place));
+  else
+    append_and_attend(p, o.blocked, q_turned.data, threads);
 }
 
 }  // namespace foveate

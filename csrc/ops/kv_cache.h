@@ -22,11 +22,12 @@ struct KvCacheParams {
   float* lse = nullptr;                  // [B, Hq, Sq], natural log, without the sink; may be null
   float* partial_out = nullptr;          // [num_splits, B, Hq, Sq, Dv], only with num_splits > 1
   float* partial_lse = nullptr;          // [num_splits, B, Hq, Sq]
-  const int64_t* kv_lens = nullptr;      // [B], keys before the append
+  const int32_t* kv_lens = nullptr;      // [B], keys before the append
   const int32_t* block_table = nullptr;  // [B, max_pages], row stride block_table_stride; null: dense
   int64_t block_table_stride = 0, page_size = 0;
+  int64_t capacity = 0, pages = 0;  // keys that a sequence may have; the first size of a paged cache
   const void *rotary_cos = nullptr, *rotary_sin = nullptr;  // [max_pos, rotary_pairs], contiguous, of rotary_dtype; null: none
-  int64_t rotary_pairs = 0;
+  int64_t rotary_pairs = 0, rotary_positions = 0;  // rotary_positions: max_pos
   bool rotary_interleaved = false;
   const float* alibi = nullptr;  // slopes, [B, Hq] by the strides below
   int64_t alibi_batch = 0, alibi_head = 0;
@@ -57,9 +58,9 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
                              TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned,
                              const KvCacheOptions& options, int threads);
 
-// The two halves of it, for callers that fill KvCacheParams themselves (ops/decoder.cpp). capacity: keys that a sequence may have; pages: the
-// cache's first size; max_pos: positions of the rotary tables. The first throws before anything is written.
-void check_cache_values(const KvCacheParams& p, int64_t capacity, int64_t pages, int64_t max_pos);
+// The two halves of it, for callers that fill KvCacheParams themselves (ops/decoder.cpp), on the CPU. The first throws before anything is
+// written; a CUDA call has no such check, its kernels stay inside the cache whatever the values are.
+void check_cache_values(const KvCacheParams& p);
 // blocked: by attention_forward; with rotary, the turned queries [B, Sq, Hq, D], contiguous, go to q_turned first.
 void append_and_attend(KvCacheParams p, bool blocked, void* q_turned, int threads);
 

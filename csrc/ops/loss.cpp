@@ -2,6 +2,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
+#include "ops/place.h"
 
 namespace foveate {
 namespace {
@@ -16,6 +17,7 @@ void check_rows(const TensorView& logits, const TensorView& target, const Tensor
   check_dtype(stats, "stats", accumulator_of(logits.dtype)), check_contiguous(stats, "stats");
 }
 
+// On the CPU; a GPU is not waited for, its kernels give a loss of NaN.
 void check_target(const TensorView& target, int64_t classes, int64_t ignore_index) {
   const int64_t* values = target.as<int64_t>();
   for (int64_t i = 0; i < target.shape[0]; ++i)
@@ -38,12 +40,16 @@ void cross_entropy_forward(TensorView logits, TensorView target, TensorView loss
   check_rows(logits, target, stats);
   check_rank(loss, "loss", 1), check_size(loss, "loss", 0, logits.shape[0]);
   check_dtype(loss, "loss", accumulator_of(logits.dtype)), check_contiguous(loss, "loss");
-  check_target(target, logits.shape[1], options.ignore_index);
+  const Place place = place_of({&logits, &target, &loss, &stats});
+  if (place.readable) check_target(target, logits.shape[1], options.ignore_index);
   if (logits.shape[0] == 0) return;
   check(logits.shape[1] > 0, "logits has no classes: its last dimension is 0");
   CrossEntropyParams p = params(logits, target, stats, options);
   p.loss = loss.data;
-  cpu::kernels().cross_entropy_forward(p, threads);
+  if (place.cuda)
+    cuda::kernels().cross_entropy_forward(p, current_stream(place));
+  else
+    cpu::kernels().cross_entropy_forward(p, threads);
 }
 
 void cross_entropy_backward(TensorView dloss, TensorView logits, TensorView target, TensorView stats, TensorView dlogits,
@@ -52,12 +58,16 @@ void cross_entropy_backward(TensorView dloss, TensorView logits, TensorView targ
   check_rank(dloss, "dloss", 1), check_size(dloss, "dloss", 0, logits.shape[0]), check_dtype(dloss, "dloss", accumulator_of(logits.dtype));
   check_rank(dlogits, "dlogits", 2), check_size(dlogits, "dlogits", 0, logits.shape[0]), check_size(dlogits, "dlogits", 1, logits.shape[1]);
   check_dtype(dlogits, "dlogits", logits.dtype), check_contiguous(dlogits, "dlogits");
-  check_target(target, logits.shape[1], options.ignore_index);
+  const Place place = place_of({&dloss, &logits, &target, &stats, &dlogits});
+  if (place.readable) check_target(target, logits.shape[1], options.ignore_index);
   if (logits.numel() == 0) return;
   CrossEntropyParams p = params(logits, target, stats, options);
   p.dloss = dloss.data, p.dloss_stride = dloss.stride[0];
   p.dlogits = dlogits.data;
-  cpu::kernels().cross_entropy_backward(p, threads);
+  if (place.cuda)
+    cuda::kernels().cross_entropy_backward(p, current_stream(place));
+  else
+    cpu::kernels().cross_entropy_backward(p, threads);
 }
 
 }  // namespace foveate

@@ -2,6 +2,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
+#include "ops/place.h"
 
 namespace foveate {
 namespace {
@@ -32,17 +33,20 @@ void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorVie
   check_rows(out, "out", x);
   if (rstd.defined()) check_rstd(rstd, x);
   if (x.numel() == 0) return;
-  cpu::kernels().rms_norm_forward({.x = x.data,
-                                   .weight = weight.data,
-                                   .out = out.data,
-                                   .rstd = rstd.data,
-                                   .rows = x.shape[0],
-                                   .cols = x.shape[1],
-                                   .x_stride = x.stride[0],
-                                   .eps = eps,
-                                   .dtype = x.dtype,
-                                   .weight_dtype = weight.defined() ? weight.dtype : x.dtype},
-                                  threads);
+  const RmsNormParams p{.x = x.data,
+                        .weight = weight.data,
+                        .out = out.data,
+                        .rstd = rstd.data,
+                        .rows = x.shape[0],
+                        .cols = x.shape[1],
+                        .x_stride = x.stride[0],
+                        .eps = eps,
+                        .dtype = x.dtype,
+                        .weight_dtype = weight.defined() ? weight.dtype : x.dtype};
+  if (const Place place = place_of({&x, &weight, &out, &rstd}); place.cuda)
+    cuda::kernels().rms_norm_forward(p, current_stream(place));
+  else
+    cpu::kernels().rms_norm_forward(p, threads);
 }
 
 void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorView rstd, TensorView dx, TensorView dweight_parts,
@@ -57,19 +61,22 @@ void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorV
     check(parts > 0, "dweight_parts has no rows; it needs one for each thread");
   }
   if (x.shape[1] == 0) return;
-  cpu::kernels().rms_norm_backward({.dout = dout.data,
-                                    .x = x.data,
-                                    .weight = weight.data,
-                                    .rstd = rstd.data,
-                                    .dx = dx.data,
-                                    .dweight_parts = dweight_parts.data,
-                                    .rows = x.shape[0],
-                                    .cols = x.shape[1],
-                                    .x_stride = x.stride[0],
-                                    .parts = parts,
-                                    .dtype = x.dtype,
-                                    .weight_dtype = weight.defined() ? weight.dtype : x.dtype},
-                                   threads);
+  const RmsNormBackwardParams p{.dout = dout.data,
+                                .x = x.data,
+                                .weight = weight.data,
+                                .rstd = rstd.data,
+                                .dx = dx.data,
+                                .dweight_parts = dweight_parts.data,
+                                .rows = x.shape[0],
+                                .cols = x.shape[1],
+                                .x_stride = x.stride[0],
+                                .parts = parts,
+                                .dtype = x.dtype,
+                                .weight_dtype = weight.defined() ? weight.dtype : x.dtype};
+  if (const Place place = place_of({&dout, &x, &weight, &rstd, &dx, &dweight_parts}); place.cuda)
+    cuda::kernels().rms_norm_backward(p, current_stream(place));
+  else
+    cpu::kernels().rms_norm_backward(p, threads);
 }
 
 }  // namespace foveate

@@ -2,6 +2,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
+#include "ops/place.h"
 
 namespace foveate {
 namespace {
@@ -38,7 +39,10 @@ void rotary(TensorView x, TensorView cos, TensorView sin, TensorView out, bool i
   p.batch = x.shape[0], p.seq = x.shape[1], p.heads = x.shape[2], p.dim = x.shape[3], p.pairs = pairs;
   p.interleaved = interleaved, p.inverse = inverse;
   p.dtype = x.dtype, p.table_dtype = cos.dtype;
-  cpu::kernels().rotary(p, threads);
+  if (const Place place = place_of({&x, &cos, &sin, &out}); place.cuda)
+    cuda::kernels().rotary(p, current_stream(place));
+  else
+    cpu::kernels().rotary(p, threads);
 }
 
 }  // namespace foveate

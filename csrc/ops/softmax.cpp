@@ -2,6 +2,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
+#include "ops/place.h"
 
 namespace foveate {
 namespace {
@@ -66,7 +67,10 @@ void softmax_forward(TensorView x, TensorView bias, TensorView mask, TensorView 
   p.scale = scale, p.log = log;
   p.dtype = x.dtype, p.bias_dtype = bias.dtype;
   merge_dimensions(p);
-  cpu::kernels().softmax_forward(p, threads);
+  if (const Place place = place_of({&x, &bias, &mask, &out}); place.cuda)
+    cuda::kernels().softmax_forward(p, current_stream(place));
+  else
+    cpu::kernels().softmax_forward(p, threads);
 }
 
 void softmax_backward(TensorView dout, TensorView out, TensorView dx, double scale, bool log, int threads) {
@@ -77,16 +81,19 @@ void softmax_backward(TensorView dout, TensorView out, TensorView dx, double sca
         name(accumulator_of(out.dtype)));
   if (out.numel() == 0) return;
   const int64_t cols = out.shape[out.ndim - 1];
-  cpu::kernels().softmax_backward({.dout = dout.data,
-                                   .out = out.data,
-                                   .dx = dx.data,
-                                   .rows = out.numel() / cols,
-                                   .cols = cols,
-                                   .scale = scale,
-                                   .log = log,
-                                   .dx_wide = dx.dtype != out.dtype,
-                                   .dtype = out.dtype},
-                                  threads);
+  const SoftmaxBackwardParams p{.dout = dout.data,
+                                .out = out.data,
+                                .dx = dx.data,
+                                .rows = out.numel() / cols,
+                                .cols = cols,
+                                .scale = scale,
+                                .log = log,
+                                .dx_wide = dx.dtype != out.dtype,
+                                .dtype = out.dtype};
+  if (const Place place = place_of({&dout, &out, &dx}); place.cuda)
+    cuda::kernels().softmax_backward(p, current_stream(place));
+  else
+    cpu::kernels().softmax_backward(p, threads);
 }
 
 }  // namespace foveate

@@ -4,6 +4,7 @@ Compiled kernels of foveate. Take them through torch.ops.foveate or the public f
 
 from __future__ import annotations
 
+import collections.abc
 import typing
 
 import torch
@@ -18,7 +19,9 @@ __all__: list[str] = [
     "cpu_targets",
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "cuda_emulated",
     "cuda_info",
+    "cuda_kernels",
     "multiply_add",
     "packed_linear",
     "packed_rows",
@@ -100,7 +103,7 @@ def attention_backward(
     arg10: torch.Tensor | None,
     arg11: torch.Tensor | None,
     arg12: torch.Tensor | None,
-    arg13: torch.Tensor | None,
+    arg13: collections.abc.Callable,
     arg14: torch.Tensor | None,
     arg15: torch.Tensor | None,
     arg16: torch.Tensor | None,
@@ -110,16 +113,21 @@ def attention_backward(
     arg20: torch.Tensor | None,
     arg21: torch.Tensor | None,
     arg22: torch.Tensor | None,
-    arg23: typing.SupportsInt | typing.SupportsIndex,
+    arg23: torch.Tensor | None,
     arg24: typing.SupportsInt | typing.SupportsIndex,
-    arg25: bool,
-    arg26: typing.SupportsInt | typing.SupportsIndex,
+    arg25: typing.SupportsInt | typing.SupportsIndex,
+    arg26: bool,
     arg27: typing.SupportsInt | typing.SupportsIndex,
-    arg28: typing.SupportsFloat | typing.SupportsIndex,
+    arg28: typing.SupportsInt | typing.SupportsIndex,
     arg29: typing.SupportsFloat | typing.SupportsIndex,
     arg30: typing.SupportsFloat | typing.SupportsIndex,
-    arg31: typing.SupportsInt | typing.SupportsIndex,
-) -> None: ...
+    arg31: typing.SupportsFloat | typing.SupportsIndex,
+    arg32: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    workspace: bytes -> a tensor of them on the device, asked for where the kernels need one
+    """
+
 def attention_forward(
     arg0: torch.Tensor | None,
     arg1: torch.Tensor | None,
@@ -221,6 +229,11 @@ def cuda_info() -> dict:
     whether CUDA kernels are compiled in, the CUDA versions (13000 is 13.0), the number of devices, why there are none
     """
 
+def cuda_kernels() -> list[str]:
+    """
+    the CUDA kernels of this build
+    """
+
 def multiply_add(
     sums: torch.Tensor | None,
     dtype: str,
@@ -293,3 +306,5 @@ def softmax_forward(
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
 def uses_dlpack_exchange() -> bool: ...
+
+cuda_emulated: bool = False

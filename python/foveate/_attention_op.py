@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate import _ops, _reference, _triton
-from foveate._backends import Query, choose, native_cpu, register
+from foveate._backends import Query, Supports, choose, native, register
 from foveate._native import _C
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -59,7 +59,8 @@ _NUM_TENSORS = 12
 # What has a gradient, by its place among the tensors: q, k, v, bias, rel_table, sinks.
 _DIFFERENTIABLE = (0, 1, 2, 3, 6, 7)
 _OPTION_NAMES = ("bias", "mask", "alibi_slopes", "relative_bias", "sinks", "kv_lens", "varlen", "causal", "window",
-                 "softcap", "dropout_p")  # fmt: skip
+                 "softcap", "dropout_p", "score_mod")  # fmt: skip
+_NO_SCORE_MOD = "score_mod is a Triton function, which only the triton backend can run"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -68,21 +69,31 @@ def query(device: str, dtype: torch.dtype, D: int, Dv: int, used: tuple[bool, ..
     return Query(device, dtype, (D, Dv, *(name for name, use in zip(_OPTION_NAMES, used) if use)))
 
 
-def _native_supports(query: Query) -> str | None:
-    reason = native_cpu(query)
-    if reason is not None:
+def _native_supports(cuda_kernel: str) -> Supports:
+    shared = native(cuda_kernel)
+
+    def supports(query: Query) -> str | None:
+        if "score_mod" in query.features:
+            return _NO_SCORE_MOD
+        reason = shared(query)
+        if reason is None and query.dtype not in DTYPES:
+            return f"the kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
         return reason
-    if not hasattr(_C, "attention_forward"):
-        return "the compiled module of this build has no attention kernels; rebuild foveate"
-    if query.dtype not in DTYPES:
-        return f"the kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
-    return None
+
+    return supports
 
 
-for _name in ("attention", "attention_backward"):
-    register(_name, "native", _native_supports)
+def _triton_backward_supports(query: Query) -> str | None:
+    if "no score_mod_bwd" in query.features:
+        return "score_mod comes without its derivative; give score_mod_bwd"
+    return _triton.serves(query)
+
+
+for _name, _kernel in (("attention", "attention_forward"), ("attention_backward", "attention_backward")):
+    register(_name, "native", _native_supports(_kernel))
     register(_name, "triton", _triton.serves)
-    register(_name, "reference", lambda query: None)
+    register(_name, "reference", lambda query: _NO_SCORE_MOD if "score_mod" in query.features else None)
+register("attention_backward", "triton", _triton_backward_supports)
 
 _runs = 0
 
@@ -110,6 +121,8 @@ def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
         return out, lse
     if table is not None:
         buckets = _buckets(max_q, max_k, table.shape[0], bidirectional, max_distance, q.device)
+    if q.is_cuda:
+        kv_lens, cu_q, cu_k = _int32(kv_lens), _int32(cu_q), _int32(cu_k)
     _C.attention_forward(  # type: ignore[union-attr]
         _rows(q), _rows(k), _rows(v), out, lse, bias, mask, alibi, table, buckets, sinks, kv_lens, cu_q, cu_k, philox,
         max_q, max_k, causal, left, right, scale, softcap, dropout_p, torch.get_num_threads(),
@@ -135,9 +148,12 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
     buckets = None
     if c.rel_table is not None:
         buckets = _buckets(c.max_q, c.max_k, c.rel_table.shape[0], c.rel_bidirectional, c.rel_max_distance, c.q.device)
+    if c.q.is_cuda:
+        c = c._replace(kv_lens=_int32(c.kv_lens), cu_q=_int32(c.cu_q), cu_k=_int32(c.cu_k))
+    workspace = functools.partial(torch.empty, dtype=torch.int8, device=c.q.device)
     _C.attention_backward(  # type: ignore[union-attr]
         _rows(dout), None if dlse is None else dlse.contiguous(), _rows(c.q), _rows(c.k), _rows(c.v), out, lse, dq, dk,
-        dv, dbias, drel_table, dsinks, c.bias, c.mask, c.alibi, c.rel_table, buckets, c.sinks, c.kv_lens, c.cu_q,
+        dv, dbias, drel_table, dsinks, workspace, c.bias, c.mask, c.alibi, c.rel_table, buckets, c.sinks, c.kv_lens, c.cu_q,
         c.cu_k, c.philox, c.max_q, c.max_k, c.causal, c.window_left, c.window_right, c.scale, c.softcap, c.dropout_p,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -159,6 +175,11 @@ def _chosen(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, alib
 def _rows(x: Tensor) -> Tensor:
     """x with a contiguous last dimension, copied if it has none."""
     return x if x.is_contiguous() or x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _int32(lengths: Tensor | None) -> Tensor | None:
+    """What the CUDA kernels read: a conversion there, where a check of the values would wait for the device."""
+    return lengths if lengths is None else lengths.to(torch.int32)
 
 
 def _ready(c: Operands) -> Operands:
@@ -298,7 +319,8 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
         ctx.options = inputs[_NUM_TENSORS:]
-        ctx.set_materialize_grads(False)
+        # Zeros for an output that the loss does not use are left out, but for vmap: torch 2.6 does not map what is not there.
+        ctx.set_materialize_grads(_vmapped())
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -373,6 +395,14 @@ def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
     if torch.compiler.is_compiling() or _long_way or _transforms() is not None:  # type: ignore[misc]
         return Attention.apply(*operands)
     return _apply(*operands)
+
+
+def _vmapped() -> bool:
+    """True right below torch.vmap."""
+    if torch.compiler.is_compiling() or _transforms is None:
+        return False
+    level = _transforms()
+    return level is not None and level.key() == torch._C._functorch.TransformType.Vmap
 
 
 def _needs_gradient(operands: tuple[Tensor | None, ...]) -> bool:

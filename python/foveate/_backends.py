@@ -38,13 +38,34 @@ def register(op: str, backend: str, supports: Supports) -> None:
     _supports[op, backend] = supports
 
 
-def native_cpu(query: Query) -> str | None:
-    """The part of the answer that every native op shares."""
-    if _native._C is None:
-        return _native.missing_reason
-    if query.device != "cpu":
-        return f"the compiled kernels of this build run on cpu, the tensors are on {query.device}"
-    return None
+def native(*cuda_kernels: str) -> Supports:
+    """The part of the answer that the native ops share: on CUDA tensors they need these kernels; without any, they run on the CPU only."""
+
+    def supports(query: Query) -> str | None:
+        C = _native._C
+        if C is None:
+            return _native.missing_reason
+        if not runs_cuda_kernels(query.device):
+            return (
+                None
+                if query.device == "cpu"
+                else f"the compiled kernels run on cpu and cuda, the tensors are on {query.device}"
+            )
+        missing = [name for name in cuda_kernels if name not in C.cuda_kernels()]
+        if missing or not cuda_kernels:
+            return f"the compiled kernels of this build run on cpu, the tensors are on {query.device}"
+        if query.dtype == torch.float64:
+            return "the CUDA kernels take float32, bfloat16 and float16; float64 runs on the CPU and on the reference backend"
+        if query.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+            return "the CUDA kernels need compute capability 8.0 (Ampere) or later"
+        return None
+
+    return supports
+
+
+def runs_cuda_kernels(device: str) -> bool:
+    """True for what the native backend does with CUDA kernels: in the emulator's test build that is everything."""
+    return device == "cuda" or (device == "cpu" and _native._C is not None and _native._C.cuda_emulated)
 
 
 def why_not(op: str, backend: str, query: Query) -> str | None:
@@ -110,5 +131,6 @@ def info() -> Info:
         )
         cuda = C.cuda_info() if hasattr(C, "cuda_info") else {"compiled": False}
         found.update({f"cuda {name}": value for name, value in cuda.items()})
+        found["cuda kernels"] = ", ".join(C.cuda_kernels()) or "none"
     found["threads"] = torch.get_num_threads()
     return found

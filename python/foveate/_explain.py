@@ -67,10 +67,15 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
         o["window"] is not None and max(checks.check_window(o["window"])) >= 0,
         o["softcap"] is not None and checks.check_softcap(o["softcap"]) > 0,
         o["dropout_p"] > 0,
+        o["score_mod"] is not None,
     )
     call = query(q.device.type, q.dtype, q.shape[-1], v.shape[-1], used)
-    answers = (_answers(op, call, o["backend"]) for op in ("attention", "attention_backward"))
-    return Explanation(call, *answers)
+    backward = call
+    if o["score_mod"] is not None and o["score_mod_bwd"] is None:
+        backward = call._replace(features=(*call.features, "no score_mod_bwd"))
+    return Explanation(
+        call, _answers("attention", call, o["backend"]), _answers("attention_backward", backward, o["backend"])
+    )
 
 
 def _answers(op: str, call: Query, backend: str | None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveate import _ops, _reference, _triton
 from foveate._attention_checks import MAX_HEAD_DIM
-from foveate._backends import Query, choose, native_cpu, register
+from foveate._backends import Query, choose, native, register, runs_cuda_kernels
 from foveate._native import _C
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
@@ -37,8 +37,17 @@ _TASKS_PER_THREAD = 4
 BLOCKED_ROWS = 48
 
 
+# Of the CUDA kernel (csrc/cuda/decode.cu): a block takes 16 query rows, at most 256 columns of V, and keeps 128 keys under way.
+_TILE_ROWS = 16
+_SLICE_COLUMNS = 256
+_MIN_SPLIT_KEYS_CUDA = 128
+_MAX_SPLITS_CUDA = 128
+_BLOCKS_PER_PROCESSOR = 2
+_BLOCKED_QUERIES_CUDA = 64
+
+
 class DecodePlan(NamedTuple):
-    """How the native CPU kernel divides its work. Only the splits have an influence on the result (by rounding)."""
+    """How a native kernel divides its work. Only the splits have an influence on the result (by rounding)."""
 
     num_splits: int
     keys_per_split: int  # 0: each sequence in num_splits equal parts
@@ -82,12 +91,45 @@ def decode_plan(
     return DecodePlan(splits, _INVARIANT_SPLIT_KEYS, rows_per_task, heads_per_task, False)
 
 
+@functools.lru_cache(maxsize=4096)
+def cuda_decode_plan(
+    B: int, Sq: int, Hq: int, Hkv: int, D: int, Dv: int, max_keys: int, processors: int, num_splits: int, batch_invariant: bool,
+    quantized: bool,
+) -> DecodePlan:  # fmt: skip
+    """The same for the CUDA kernel and a GPU of so many multiprocessors.
+
+    Keys are split where there would be fewer than two blocks for a multiprocessor, into as many parts as fill it once. With
+    batch_invariant the splits are 2048 keys long. Many queries go to the blocked kernel if its blocks, one for each head and 64
+    queries or more, are enough to keep the GPU busy.
+    """
+    rows = Sq * (Hq // Hkv)
+    if num_splits > 0:
+        return DecodePlan(num_splits, 0, _TILE_ROWS, 1, False)
+    if batch_invariant:
+        return DecodePlan(max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS)), _INVARIANT_SPLIT_KEYS, _TILE_ROWS, 1, False)
+    many = Sq >= _BLOCKED_QUERIES_CUDA or (Sq > 1 and rows >= _BLOCKED_QUERIES_CUDA and B * Hq >= processors)
+    if many and not quantized and max(D, Dv) <= MAX_HEAD_DIM:
+        return DecodePlan(1, 0, _TILE_ROWS, 1, True)
+    blocks = max(1, B * Hkv * -(-rows // _TILE_ROWS) * -(-Dv // _SLICE_COLUMNS))
+    splits = min(_BLOCKS_PER_PROCESSOR * processors // blocks, -(-max_keys // _MIN_SPLIT_KEYS_CUDA), _MAX_SPLITS_CUDA)
+    return DecodePlan(max(1, splits), 0, _TILE_ROWS, 1, False)
+
+
+@functools.lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    """Of a GPU; for the emulator a number that makes small cases split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+_native_shared = native("kv_append", "decode", "rotate_queries", "attention_forward")
+
+
 def _native_supports(query: Query) -> str | None:
-    reason = native_cpu(query)
+    reason = _native_shared(query)
     if reason is not None:
         return reason
     if query.dtype not in _NATIVE_DTYPES:
-        return f"the CPU kernels take {', '.join(map(str, _NATIVE_DTYPES))}, q is {query.dtype}"
+        return f"the kernels take {', '.join(map(str, _NATIVE_DTYPES))}, q is {query.dtype}"
     return None
 
 
@@ -157,8 +199,12 @@ def _run(
     Hkv, Dv = v_cache.shape[2:]
     threads = torch.get_num_threads()
     capacity = k_cache.shape[1] if block_table is None else k_cache.shape[1] * block_table.shape[1]
-    plan = decode_plan(B, Sq, Hq, Hkv, D, Dv, capacity, threads, num_splits, batch_invariant,
-                       k_cache.dtype in QUANTIZED)  # fmt: skip
+    divide, workers = (
+        (cuda_decode_plan, _processors(q.device)) if runs_cuda_kernels(q.device.type) else (decode_plan, threads)
+    )
+    plan = divide(B, Sq, Hq, Hkv, D, Dv, capacity, workers, num_splits, batch_invariant, k_cache.dtype in QUANTIZED)
+    if not q.is_cpu:
+        kv_lens = kv_lens.to(torch.int32).contiguous()
     out, lse = _empty_outputs(q, v_cache)
     q = _rows(q)  # type: ignore[assignment]
     q_turned = (

@@ -12,11 +12,12 @@ from foveate import _native, _ops
 from foveate._autograd import batch_first
 from foveate._checks import compute_dtype
 
-_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+_C: Any = _native._C  # None without a compiled module: `native` answers for that
 
 # Of the logits of one chunk of tokens. Far more than a core's cache, since the matrix products want many tokens, and far less
 # than all logits.
 _CHUNK_BYTES = 64 << 20
+_GPU_CHUNK_BYTES = 512 << 20  # there each chunk costs a pass over the gradient of the weight in fp32
 _MIN_CHUNK_TOKENS = 64
 
 
@@ -39,7 +40,7 @@ def _matrix(logits: Tensor) -> Tensor:
 # ---- cross_entropy: logits [..., V], target [...] -> loss [...], stats [..., 2] (max and log of the sum of exp(x - max)) ----
 
 
-def _forward_native(
+def _forward(
     logits: Tensor,
     target: Tensor,
     ignore: int,
@@ -67,11 +68,19 @@ def _forward_fake(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tens
     return logits.new_empty(target.shape, dtype=dtype), logits.new_empty((*target.shape, 2), dtype=dtype)
 
 
-def _backward_native(
+def _backward(
     dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, ignore: int, smoothing: float, z_loss: float,
     softcap: float, backend: str = "native",
 ) -> Tensor:  # fmt: skip
-    dlogits = _backward_fake(dloss, logits)
+    options = (ignore, smoothing, z_loss, softcap)
+    return _backward_into(_backward_fake(dloss, logits), dloss, logits, target, stats, *options, backend)
+
+
+def _backward_into(
+    dlogits: Tensor, dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, ignore: int, smoothing: float, z_loss: float,
+    softcap: float, backend: str,
+) -> Tensor:  # fmt: skip
+    """dlogits may be logits itself."""
     dloss, target, stats = dloss.reshape(-1), target.contiguous().view(-1), stats.contiguous().view(-1, 2)
     options = (ignore, smoothing, z_loss, softcap)
     if backend == "triton":
@@ -91,13 +100,13 @@ def _backward_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 cross_entropy_rows = _ops.define(
     f"cross_entropy(Tensor logits, Tensor target, {_OPTIONS}, str backend='native') -> (Tensor loss, Tensor stats)",
-    impl=_forward_native,
+    impl=_forward,
     fake=_forward_fake,
 )
 cross_entropy_backward = _ops.define(
     f"cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor stats, {_OPTIONS}, "
     "str backend='native') -> Tensor",
-    impl=_backward_native,
+    impl=_backward,
     fake=_backward_fake,
 )
 
@@ -119,33 +128,37 @@ _ops.vmap("cross_entropy_backward", _backward_vmap)
 # ---- linear_cross_entropy: hidden [T, K], weight [V, K], bias [V] or None, target [T] ----------------------------------------
 
 
-def _chunks(target: Tensor, vocab: int, itemsize: int, ignore_index: int) -> Iterator[Tensor]:
-    """Row numbers of the tokens that are not ignored, chunk by chunk."""
+def _chunks(
+    target: Tensor, vocab: int, itemsize: int, ignore_index: int, backend: str = "native"
+) -> Iterator[Tensor | slice]:
+    """The rows of the tokens that are not ignored, chunk by chunk; but of all tokens for triton and on a GPU, where to know them
+    is to wait for the device."""
+    tokens = max(_MIN_CHUNK_TOKENS, (_CHUNK_BYTES if target.is_cpu else _GPU_CHUNK_BYTES) // (vocab * itemsize))
     outside = ((target < 0) | (target >= vocab)) & (target != ignore_index)
-    if outside.any():
+    if target.is_cpu and outside.any():
         i = int(outside.nonzero()[0])
         raise ValueError(
             f"target[{i}] = {int(target[i])} is outside 0..{vocab - 1} and is not ignore_index = {ignore_index}"
         )
+    if backend == "triton" or not target.is_cpu:
+        return iter([slice(first, first + tokens) for first in range(0, len(target), tokens)])
     rows = (target != ignore_index).nonzero().squeeze(1)
-    return iter(rows.split(max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (vocab * itemsize))))
+    return iter(rows.split(tokens))
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
 
 
-def _chunk_loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    loss, stats = _forward_fake(logits, target)
-    _C.cross_entropy_forward(logits, target, loss, stats, *options, torch.get_num_threads())
-    return loss, stats
-
-
-def _linear_native(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> Tensor:
+def _linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore: int, smoothing: float, z_loss: float,
+    softcap: float, backend: str = "native",
+) -> Tensor:  # fmt: skip
     loss = hidden.new_zeros(target.shape, dtype=compute_dtype(hidden))
-    for rows in _chunks(target, weight.shape[0], hidden.element_size(), options[0]):
+    for rows in _chunks(target, weight.shape[0], hidden.element_size(), ignore, backend):
         logits = _chunk_logits(hidden[rows], weight, bias)
-        loss[rows] = _chunk_loss(logits, target[rows], Options(*options))[0]
+        loss[rows] = _forward(logits, target[rows], ignore, smoothing, z_loss, softcap, backend)[0]
+        del logits  # before the next chunk's come to be
     return loss
 
 
@@ -164,11 +177,16 @@ class _Sum:
     def add(self, term: Tensor) -> None:
         self.total = term if self.total is None else self.total.to(self.compute).add_(term)
 
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """a @ b; from a GPU in fp32 where torch can (2.8), so that it is not rounded before it is added."""
+        wide = a.is_cuda and a.dtype != self.compute and hasattr(torch.ops.aten.mm, "dtype")
+        self.add(torch.mm(a, b, out_dtype=self.compute) if wide else torch.mm(a, b))
+
     def times(self, factor: Tensor) -> Tensor:
         return self.zeros(self.shape) if self.total is None else (self.total * factor).to(self.dtype)
 
 
-def _gradients_native(
+def _gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -178,25 +196,32 @@ def _gradients_native(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-    *options: Any,
+    ignore: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float,
+    backend: str = "native",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (ignore, smoothing, z_loss, softcap, backend)
     compute = compute_dtype(hidden)
     loss = hidden.new_zeros(target.shape, dtype=compute)
     dhidden = hidden.new_zeros(hidden.shape) if need_hidden else hidden.new_empty(0)
     dweight = _Sum(weight, tuple(weight.shape) if need_weight else (0,))
     dbias = _Sum(weight, (weight.shape[0] if need_bias else 0,))
-    for rows in _chunks(target, weight.shape[0], hidden.element_size(), options[0]):
+    for rows in _chunks(target, weight.shape[0], hidden.element_size(), ignore, backend):
         h, t = hidden[rows], target[rows]
         logits = _chunk_logits(h, weight, bias)
-        loss[rows], stats = _chunk_loss(logits, t, Options(*options))
-        dlogits = logits  # in place
-        _C.cross_entropy_backward(dloss[rows], logits, t, stats, dlogits, *options, torch.get_num_threads())
+        loss[rows], stats = _forward(logits, t, *options)
+        dlogits = _backward_into(logits, dloss[rows], logits, t, stats, *options)
+        if isinstance(rows, slice) and need_weight:
+            h = torch.where((t != ignore)[:, None], h, 0)  # ignored tokens are among the rows, and may be NaN
         if need_hidden:
             dhidden[rows] = (torch.mm(dlogits, weight) * factor).to(hidden.dtype)
         if need_weight:
-            dweight.add(torch.mm(dlogits.t(), h))
+            dweight.add_product(dlogits.t(), h)
         if need_bias:
             dbias.add(dlogits.sum(0, dtype=compute))
+        del logits, dlogits  # before the next chunk's come to be
     return loss, dhidden, dweight.times(factor), dbias.times(factor)
 
 
@@ -221,16 +246,17 @@ def _gradients_fake(
 
 
 linear_cross_entropy_rows = _ops.define(
-    f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {_OPTIONS}) -> Tensor",
-    impl=_linear_native,
+    f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {_OPTIONS}, "
+    "str backend='native') -> Tensor",
+    impl=_linear,
     fake=_linear_fake,
 )
 # The losses, and factor times the gradients of sum(dloss * loss); those not needed are empty. factor comes last, in the compute
 # dtype, so that 1 / tokens does not push float16 gradients of the logits below its range.
 linear_cross_entropy_gradients = _ops.define(
     "linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor dloss, Tensor factor, "
-    f"bool need_hidden, bool need_weight, bool need_bias, {_OPTIONS}) "
+    f"bool need_hidden, bool need_weight, bool need_bias, {_OPTIONS}, str backend='native') "
     "-> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
-    impl=_gradients_native,
+    impl=_gradients,
     fake=_gradients_fake,
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foveate import _attention_checks as checks
-from foveate import _attention_op, _attention_vmap, _reference  # noqa: F401
+from foveate import _attention_op, _attention_vmap, _reference, _score_mod  # noqa: F401
 from foveate._relative_bias import RelativeBias
 
 
@@ -27,6 +28,9 @@ def attention(
     relative_bias: RelativeBias | None = None,
     sinks: Tensor | None = None,
     kv_lens: Tensor | None = None,
+    score_mod: Any = None,
+    score_mod_bwd: Any = None,
+    score_mod_aux: Sequence[Tensor] = (),
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     deterministic: bool = False,
@@ -40,13 +44,19 @@ def attention(
     last dimension that is not contiguous is copied. Returns out [B, Sq, Hq, Dv], or (out, lse [B, Hq, Sq]) with return_lse.
 
     With L = kv_lens[b] or Skv, and distance = j - (i + L - Sq) of key j and query i, the scores are, in this order,
-    s = scale * q.k; softcap * tanh(s / softcap); - alibi_slopes * |distance| + bias + relative bias; masks; softmax; dropout; @ v.
+    s = scale * q.k; softcap * tanh(s / softcap); - alibi_slopes * |distance| + bias + relative bias; score_mod; masks; softmax;
+    dropout; @ v.
 
     causal: distance <= 0, so the last query sees the last key. window (left, right): -left <= distance <= right; None or -1 is
     unlimited. scale: D**-0.5 if None. softcap: None or 0 for none. bias: float, differentiable; mask: bool, True = keep; both
     broadcast to [B, Hq, Sq, Skv], from fewer dimensions too, and are not expanded in memory. alibi_slopes: fp32 [Hq] or [B, Hq].
     relative_bias: T5's buckets, see `RelativeBias`. sinks: [Hq], one more logit in each row's softmax, without a value.
     kv_lens: int32 or int64 [B], 0 to Skv; keys from there on are never read.
+
+    score_mod: a @triton.jit function (score, b, h, i, j, aux) -> score, the last change of the scores before the masks; -inf masks. score
+    is a tile in fp32, b, h, i, j its batch (in varlen the sequence), query head, query and key, which broadcast with it; aux the
+    tensors score_mod_aux, on q's device. score_mod_bwd (score, grad, b, h, i, j, aux) -> grad: from the gradient of what score_mod gave
+    that of what it was given; without it there is no backward pass. The triton backend only, and not inside torch.compile.
 
     dropout_p: in [0, 1), applied whenever it is not 0; Philox-4x32-10 seeded by two numbers from `generator` or torch's default
     generator, the same mask on every backend. deterministic: two backward passes give the same bits (on the CPU they always do).
@@ -79,10 +89,14 @@ def attention(
     if dropout_p != 0:
         checks.check_dropout(dropout_p)
         philox = checks.draw_philox(q.device, generator)
-    out, lse = _attention_op.run((
+    operands = (
         q, k, v, bias, mask, alibi_slopes, table, sinks, kv_lens, None, None, philox, Sq, Skv, causal, left, right,
         scale, softcap, bidirectional, max_distance, dropout_p, backend or "",
-    ), need_lse=return_lse)  # fmt: skip
+    )  # fmt: skip
+    if score_mod is not None or score_mod_bwd is not None or score_mod_aux:
+        out, lse = _score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)
+    else:
+        out, lse = _attention_op.run(operands, need_lse=return_lse)
     return (out, lse) if return_lse else out
 
 

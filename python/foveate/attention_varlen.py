@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foveate import _attention_checks as checks
-from foveate import _attention_op
+from foveate import _attention_op, _score_mod
 from foveate._relative_bias import RelativeBias
 
 
@@ -28,6 +29,9 @@ def attention_varlen(
     alibi_slopes: Tensor | None = None,
     relative_bias: RelativeBias | None = None,
     sinks: Tensor | None = None,
+    score_mod: Any = None,
+    score_mod_bwd: Any = None,
+    score_mod_aux: Sequence[Tensor] = (),
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     deterministic: bool = False,
@@ -68,8 +72,12 @@ def attention_varlen(
     if dropout_p != 0:
         checks.check_dropout(dropout_p)
         philox = checks.draw_philox(q.device, generator)
-    out, lse = _attention_op.run((
+    operands = (
         q, k, v, None, None, alibi_slopes, table, sinks, None, cu_q, cu_k, philox, max_seqlen_q, max_seqlen_k, causal,
         left, right, scale, softcap, bidirectional, max_distance, dropout_p, backend or "",
-    ), need_lse=return_lse)  # fmt: skip
+    )  # fmt: skip
+    if score_mod is not None or score_mod_bwd is not None or score_mod_aux:
+        out, lse = _score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)
+    else:
+        out, lse = _attention_op.run(operands, need_lse=return_lse)
     return (out, lse) if return_lse else out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate import _reference_ops, _triton
 from foveate._autograd import first_order
-from foveate._backends import native_cpu, register
+from foveate._backends import native, register
 from foveate._checks import (
     check_finite,
     check_floating,
@@ -27,9 +27,9 @@ from foveate._loss_ops import (
 )
 
 for _op in ("cross_entropy", "linear_cross_entropy"):
-    register(_op, "native", native_cpu)
+    register(_op, "native", native("cross_entropy_forward", "cross_entropy_backward"))
+    register(_op, "triton", _triton.serves)
     register(_op, "reference", lambda query: None)
-register("cross_entropy", "triton", _triton.serves)
 
 
 def cross_entropy(
@@ -89,7 +89,7 @@ def linear_cross_entropy(
     hidden: [..., K]; weight: [V, K]; bias: [V] or None; one dtype, cast to autocast's under autocast; target: int64 [...].
     Options, result and errors as `cross_entropy`. Rows with target == ignore_index cost nothing, and hidden may be NaN there.
 
-    The native backend takes the tokens in chunks: the logits of one chunk (at most 64 MiB, or 64 tokens' worth) exist at a time,
+    The tokens are taken in chunks: the logits of one chunk (at most 64 MiB, on a GPU 512 MiB, or 64 tokens' worth) exist at a time,
     rounded to hidden's dtype; they come from torch's matrix product and become their own gradient in place. With "mean" and
     "sum" the gradients of hidden, weight and bias are computed along with the loss and kept until the backward pass, so nothing
     is computed twice; with "none" the backward pass computes the logits again. Gradients add up in fp32 over the chunks.
@@ -110,16 +110,17 @@ def linear_cross_entropy(
             )
     _check_target(target, hidden, "hidden", hidden.shape[:-1])
     options = _check_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
-    if chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend) == "reference":
+    chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend)
+    if chosen == "reference":
         return _reference_ops.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
     rows, labels = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
     needed = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if not (torch.is_grad_enabled() and any(needed)):
-        loss = linear_cross_entropy_rows(rows, weight, bias, labels, *options)
+        loss = linear_cross_entropy_rows(rows, weight, bias, labels, *options, chosen)
     elif reduction == "none":
-        loss = _LinearCrossEntropyRows.apply(rows, weight, bias, labels, options)
+        loss = _LinearCrossEntropyRows.apply(rows, weight, bias, labels, options, chosen)
     else:
-        return _LinearCrossEntropy.apply(rows, weight, bias, labels, options, reduction, *needed)[0]
+        return _LinearCrossEntropy.apply(rows, weight, bias, labels, options, reduction, chosen, *needed)[0]
     return _reduce(loss.view(target.shape), target, ignore_index, reduction)
 
 
@@ -193,13 +194,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target: Tensor,
         options: Options,
         reduction: str,
+        backend: str,
         *needed: bool,
     ) -> tuple[Tensor, ...]:
         factor = torch.ones((), dtype=compute_dtype(hidden), device=hidden.device)
         if reduction == "mean":
             factor = factor / (target != options.ignore_index).sum()
         ones = torch.ones((), dtype=factor.dtype, device=hidden.device).expand(target.shape)
-        loss, *grads = linear_cross_entropy_gradients(hidden, weight, bias, target, ones, factor, *needed, *options)
+        args = (hidden, weight, bias, target, ones, factor, *needed, *options, backend)
+        loss, *grads = linear_cross_entropy_gradients(*args)
         return loss.sum() * factor, *grads
 
     @staticmethod
@@ -211,25 +214,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
         scaled = [(g * dloss).to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, needed)]
-        return (*scaled, *(None,) * 6)
+        return (*scaled, *(None,) * 7)
 
 
 class _LinearCrossEntropyRows(torch.autograd.Function):
     """The loss of every row. Their weights in the gradient are known only in the backward pass, which computes the logits again."""
 
     @staticmethod
-    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: Options) -> Tensor:
-        return linear_cross_entropy_rows(hidden, weight, bias, target, *options)
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: Options, backend: str
+    ) -> Tensor:
+        return linear_cross_entropy_rows(hidden, weight, bias, target, *options, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.options = inputs
+        *tensors, ctx.options, ctx.backend = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         factor = torch.ones((), dtype=dloss.dtype, device=dloss.device)
-        args = (*ctx.saved_tensors, dloss, factor, *needed, *ctx.options)
+        args = (*ctx.saved_tensors, dloss, factor, *needed, *ctx.options, ctx.backend)
         _, *grads = first_order(linear_cross_entropy_gradients, *args)
-        return (*(g if need else None for g, need in zip(grads, needed)), None, None)
+        return (*(g if need else None for g, need in zip(grads, needed)), None, None, None)

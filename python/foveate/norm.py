@@ -9,16 +9,16 @@ from torch import Tensor
 
 from foveate import _native, _ops, _reference_ops, _triton
 from foveate._autograd import batch_first, first_order
-from foveate._backends import native_cpu, register
+from foveate._backends import native, register
 from foveate._checks import check_dtype_or_compute, check_finite, check_floating, chosen_backend, compute_dtype
 
-_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+_C: Any = _native._C  # None without a compiled module: `native` answers for that
 
 # dweight adds up over this many shares of the rows, then over the shares: less rounding than one long sum, and the same bits
 # whatever the number of threads.
 _MAX_DWEIGHT_PARTS = 256
 
-register("rms_norm", "native", native_cpu)
+register("rms_norm", "native", native("rms_norm_forward", "rms_norm_backward"))
 register("rms_norm", "triton", _triton.serves)
 register("rms_norm", "reference", lambda query: None)
 

@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate import _native, _ops
+from foveate import _native, _ops, _triton
 from foveate._autograd import first_order
-from foveate._backends import native_cpu, register
+from foveate._backends import native, register
 from foveate._checks import chosen_backend
 from foveate.linear import BLOCK, check_format, quantize
 from foveate.packed_weight import pack_blocks, pack_floats, packed_bytes, unpack_rows, unpack_weight
 
 _C: Any = _native._C
 
-register("packed_linear", "native", native_cpu)
+register("packed_linear", "native", native())
+register("packed_linear", "triton", _triton.serves)
 register("packed_linear", "reference", lambda query: None)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,19 +53,24 @@ def packed_linear(
     for name, t in (("data", data), ("bias", bias)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} is on {t.device} and x on {x.device}; move one with .to(device)")
-    native = chosen_backend("packed_linear", x.device.type, x.dtype, backend) == "native"
+    chosen = chosen_backend("packed_linear", x.device.type, x.dtype, backend)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _PackedLinear.apply(x, data, format, out_features, bias, native)
-    return _packed_linear(x, data, format, out_features, bias, native)
+        return _PackedLinear.apply(x, data, format, out_features, bias, chosen)
+    return _packed_linear(x, data, format, out_features, bias, chosen)
 
 
-def _run(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None, native: bool) -> Tensor:
-    if not native:
+def _run(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None, backend: str) -> Tensor:
+    if backend == "reference":
         return _reference(x, data, format, out_features, bias)
-    out = _fake(x, data, format, out_features, bias, native)
+    out = _fake(x, data, format, out_features, bias, backend)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     rows = rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
     bias = None if bias is None else bias.contiguous()
+    if backend == "triton":
+        from foveate._triton.packed_linear import packed_linear as triton_packed_linear
+
+        triton_packed_linear(rows, data, format, bias, out.view(len(rows), out_features))
+        return out
     _C.packed_linear(rows, data, format, bias, out.view(len(rows), out_features), torch.get_num_threads())
     return out
 
@@ -90,23 +96,23 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(q.isfinite(), q, 0), largest / 127 + (blocks * 0).sum(-1)
 
 
-def _fake(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None, native: bool) -> Tensor:
+def _fake(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None, backend: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 _packed_linear = _ops.define(
-    "packed_linear(Tensor x, Tensor data, str format, SymInt out_features, Tensor? bias, bool native) -> Tensor",
+    "packed_linear(Tensor x, Tensor data, str format, SymInt out_features, Tensor? bias, str backend) -> Tensor",
     impl=_run,
     fake=_fake,
 )
 
 
 def _vmap(
-    info: Any, in_dims: Any, x: Tensor, data: Tensor, format: str, out_features: int, bias: Any, native: bool
+    info: Any, in_dims: Any, x: Tensor, data: Tensor, format: str, out_features: int, bias: Any, backend: str
 ) -> Any:
     if in_dims[1] is not None or in_dims[4] is not None:
         raise ValueError("packed_linear maps x only; data and bias belong to one layer")
-    return _packed_linear(x.movedim(in_dims[0], 0), data, format, out_features, bias, native), 0
+    return _packed_linear(x.movedim(in_dims[0], 0), data, format, out_features, bias, backend), 0
 
 
 _ops.vmap("packed_linear", _vmap)
@@ -116,8 +122,8 @@ class _PackedLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None, native: bool) -> Tensor:
-        return _packed_linear(x, data, format, out_features, bias, native)
+    def forward(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None, backend: str) -> Tensor:
+        return _packed_linear(x, data, format, out_features, bias, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -195,10 +201,21 @@ class PackedLinear(torch.nn.Module):
         return unpack_weight(self.data, self.format, self.in_features, self.out_features)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The rows `ids`, int64 [...], of the weight as fp32 [..., in]: an embedding that is tied to this layer."""
-        if _C is None or not self.data.is_cpu:
+        """The rows `ids`, int64 [...], of the weight as fp32 [..., in]: an embedding that is tied to this layer.
+
+        Raises IndexError for an id outside 0..out_features - 1. On a GPU, where that would wait for the device, it is cut off there.
+        """
+        chosen = chosen_backend("packed_linear", self.data.device.type, torch.float32, None)
+        if chosen == "reference":
             return unpack_rows(self.data, self.format, self.in_features, self.out_features, ids)
-        out = torch.empty((*ids.shape, self.in_features))
+        out = torch.empty((*ids.shape, self.in_features), device=self.data.device)
+        if chosen == "triton":
+            from foveate._triton.packed_linear import weight_rows
+
+            weight_rows(
+                ids.reshape(-1).contiguous(), self.data, self.format, out.view(-1, self.in_features), self.out_features
+            )
+            return out
         _C.packed_rows(
             self.data, self.format, self.in_features, self.out_features, ids.reshape(-1).contiguous(), out.view(-1, self.in_features),
             torch.get_num_threads(),

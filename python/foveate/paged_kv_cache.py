@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foveate import _triton
+from foveate._backends import Query
 from foveate._kv_cache_op import QUANTIZED
 from foveate.kv_cache import attention_with_kv_cache
 
@@ -174,8 +176,8 @@ class PagedKVCache:
                 f"{len(self._free)} of {len(self._references)} are free; free sequences or make the cache larger",
                 needed + len(copies) - len(self._free),
             )
-        for seq in copies:
-            self._copy_last_page(seq)
+        if copies:
+            self._copy_last_pages(copies)
         taken = []  # (row, column, page) of the block table
         for row, seq in enumerate(seqs):
             self._lengths[seq] += n
@@ -283,13 +285,22 @@ class PagedKVCache:
             self._free.append(page)
 
     @torch.no_grad()
-    def _copy_last_page(self, seq: int) -> None:
-        old, new = self._pages[seq][-1], self._take()
-        for pages in (self.k_pages, self.v_pages, self.k_scale, self.v_scale):
-            if pages is not None:
-                pages[:, new].copy_(pages[:, old])
-        self._release(old)
-        self._pages[seq][-1] = new
+    def _copy_last_pages(self, seqs: Sequence[int]) -> None:
+        """Each sequence gets a last page of its own. The old ones keep other holders, so none of them is taken as a new one."""
+        old, new = [self._pages[seq][-1] for seq in seqs], [self._take() for _ in seqs]
+        pools = [pool for pool in (self.k_pages, self.v_pages, self.k_scale, self.v_scale) if pool is not None]
+        if _triton.serves(Query(self.k_pages.device.type, torch.float32)) is None:  # bytes, whatever the dtype
+            from foveate._triton.page_copy import copy_pages
+
+            for pool in pools:
+                copy_pages(pool, old, new)
+        else:
+            for pool in pools:
+                for source, target in zip(old, new):
+                    pool[:, target].copy_(pool[:, source])
+        for seq, source, target in zip(seqs, old, new):
+            self._release(source)
+            self._pages[seq][-1] = target
 
     def _check(self, seqs: Iterable[int]) -> None:
         seen = set()

@@ -24,6 +24,9 @@ _NOT_SPREAD = {
     "mask": "no rank has the scores' other columns",
     "relative_bias": "its buckets would be counted within each part",
     "alibi_slopes": "its distances would be counted within each part",
+    "score_mod": "its positions would be counted within each part",
+    "score_mod_bwd": "there is no score_mod",
+    "score_mod_aux": "there is no score_mod",
     "kv_lens": "the sequences are split where they are, so they need one length; pad causal ones at their end",
     "dropout_p": "the mask is drawn by positions within one call; set the attention's dropout to 0",
     "generator": "there is no dropout",
@@ -100,7 +103,7 @@ def _refuse(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name not in _NOT_SPREAD:
             raise TypeError(f"ring_attention has no option {name!r}")
-        if value is not None and not (name == "dropout_p" and value == 0):
+        if value is not None and value != () and not (name == "dropout_p" and value == 0):
             raise ValueError(f"ring_attention does not take {name}: {_NOT_SPREAD[name]}")
 
 

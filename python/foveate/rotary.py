@@ -9,12 +9,12 @@ from torch import Tensor
 
 from foveate import _native, _ops, _reference_ops, _triton
 from foveate._autograd import batch_first, first_order
-from foveate._backends import native_cpu, register
+from foveate._backends import native, register
 from foveate._checks import check_dtype_or_compute, check_floating, check_same_dtype, chosen_backend
 
-_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+_C: Any = _native._C  # None without a compiled module: `native` answers for that
 
-register("apply_rotary", "native", native_cpu)
+register("apply_rotary", "native", native("rotary"))
 register("apply_rotary", "triton", _triton.serves)
 register("apply_rotary", "reference", lambda query: None)
 

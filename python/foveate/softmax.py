@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate import _native, _ops, _reference_ops, _triton
 from foveate._autograd import batch_first, first_order
-from foveate._backends import native_cpu, register
+from foveate._backends import native, register
 from foveate._checks import (
     check_dtype_or_compute,
     check_finite,
@@ -19,10 +19,10 @@ from foveate._checks import (
     compute_dtype,
 )
 
-_C: Any = _native._C  # None without a compiled module: `native_cpu` answers for that
+_C: Any = _native._C  # None without a compiled module: `native` answers for that
 
 for _op in ("softmax", "log_softmax"):
-    register(_op, "native", native_cpu)
+    register(_op, "native", native("softmax_forward", "softmax_backward"))
     register(_op, "triton", _triton.serves)
     register(_op, "reference", lambda query: None)
 

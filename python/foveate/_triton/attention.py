@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from . import config, on_device
 from .attention_backward import attention_dkv, attention_dq
 from .attention_dbias import attention_dbias
 from .attention_forward import attention_forward
+from .attention_forward_hopper import attention_forward_hopper
+from .config import PLAIN, SPECIALIZED
 from .gradients import Rows, attention_rows
 from .scores import Options
 from .tiles import parts
@@ -44,7 +48,15 @@ def _distance_buckets(
     return _reference.relative_buckets(distances, buckets, bidirectional, max_distance)
 
 
-def options(c: Any, *, table_gradient: bool = False) -> Options:
+class ScoreMod(NamedTuple):
+    """`foveate.attention`'s score_mod and what belongs to it."""
+
+    forward: Any
+    backward: Any
+    aux: tuple[Tensor, ...]
+
+
+def options(c: Any, mod: ScoreMod | None = None, *, table_gradient: bool = False) -> Options:
     """c: `_attention_op.Operands`."""
     B = c.cu_q.shape[0] - 1 if c.cu_q is not None else c.q.shape[0]
     Hq = c.q.shape[-2]
@@ -60,7 +72,14 @@ def options(c: Any, *, table_gradient: bool = False) -> Options:
         rel, rel_shape = c.rel_table.t().contiguous()[:, buckets], (c.max_q + c.max_k, c.max_k)
         rel_buckets = buckets.to(torch.int32) if table_gradient else None
     softcap = float(c.softcap) if c.softcap > 0 else None
-    extras = bias is not None or mask is not None or c.alibi is not None or rel is not None or softcap is not None
+    extras = (
+        bias is not None
+        or mask is not None
+        or c.alibi is not None
+        or rel is not None
+        or softcap is not None
+        or mod is not None
+    )
     return Options(
         scale=float(c.scale),
         scale_log2=c.scale * math.log2(math.e),
@@ -78,13 +97,17 @@ def options(c: Any, *, table_gradient: bool = False) -> Options:
         kv_lens=None if c.kv_lens is None else c.kv_lens.contiguous(),
         cu_q=None if c.cu_q is None else c.cu_q.contiguous(),
         cu_k=None if c.cu_k is None else c.cu_k.contiguous(),
+        totals=None if c.cu_q is None else (c.q.shape[0], c.k.shape[0]),
         philox=c.philox,
         keep_from=round(c.dropout_p * 2**32) if c.dropout_p > 0 else None,
         keep_scale=1 / (1 - c.dropout_p) if c.dropout_p > 0 else None,
+        score_mod=None if mod is None else mod.forward,
+        score_mod_bwd=None if mod is None else mod.backward,
+        aux=None if mod is None or not mod.aux else mod.aux,
         has_left=tl.constexpr(c.window_left >= 0),
         has_right=tl.constexpr(c.causal or c.window_right >= 0),
         plain=tl.constexpr(not extras and c.scale > 0),
-        guarded=tl.constexpr(mask is not None or bias is not None),
+        guarded=tl.constexpr(mask is not None or bias is not None or mod is not None),
     )
 
 
@@ -108,8 +131,37 @@ def lse_strides(c: Any) -> tuple[int, int]:
     return c.q.shape[2] * c.q.shape[1], c.q.shape[1]
 
 
+def takes_descriptors(c: Any, mod: ScoreMod | None) -> bool:
+    """Whether `attention_forward_hopper` can serve the call: plain scores, and tensors that TMA can address, in steps of 16 bytes."""
+    extras = (c.bias, c.mask, c.alibi, c.rel_table, c.philox, mod)
+    if (
+        any(x is not None for x in extras)
+        or c.softcap > 0
+        or c.scale <= 0
+        or c.q.dtype == torch.float32
+        or c.max_k == 0
+    ):
+        return False
+    if any(D not in (64, 128, 256) for D in (c.q.shape[-1], c.v.shape[-1])):
+        return False
+    return all(
+        x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides(x)) and strides(x)[2] > 0 for x in (c.q, c.k, c.v)
+    )
+
+
+def _with_scratch(launch: Any, *args: Any, **options: Any) -> None:
+    """A launch with memory from torch for the descriptors that the kernel makes. triton keeps the allocator in a context variable, so in
+    a context of its own the caller's stays what it is."""
+
+    def run() -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+        launch(*args, **options)
+
+    contextvars.copy_context().run(run)
+
+
 @on_device
-def forward(c: Any, out: Tensor, lse: Tensor | None) -> None:
+def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None) -> None:
     """Fills out and lse for `_attention_op.Operands` whose last dimensions are contiguous."""
     Hq, Hkv, D, Dv = c.q.shape[-2], c.k.shape[-2], c.q.shape[-1], c.v.shape[-1]
     B = c.q.shape[0] if c.cu_q is None else c.cu_q.shape[0] - 1
@@ -121,17 +173,33 @@ def forward(c: Any, out: Tensor, lse: Tensor | None) -> None:
     if group > 1:
         chosen = config.forward(D, Dv, c.q.dtype, c.max_q * group, chip)
     blocks = -(-c.max_q * group // chosen.block_m)
-    attention_forward[(blocks * B * (Hq // group),)](
+    args = (
         c.q, c.k, c.v, out, lse, strides(c.q), strides(c.k), strides(c.v), strides(out), lse_strides(c),
-        Hq, c.max_q, c.max_k, blocks, *window(c), options(c),
-        SHARE=share, GROUP=group, D=D, DV=Dv, D0=parts(D)[0], D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1],
+        Hq, c.max_q, c.max_k, blocks, *window(c), options(c, mod),
+    )  # fmt: skip
+    if chosen.variant != PLAIN and group == 1 and takes_descriptors(c, mod):
+        ragged = c.kv_lens is not None or c.cu_q is not None or c.max_k % chosen.block_n != 0
+        _with_scratch(
+            attention_forward_hopper[(blocks * B * Hq,)], *args, SHARE=share, D=D, DV=Dv, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
+            RAGGED=ragged, SPECIALIZE=chosen.variant == SPECIALIZED, num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
+        return
+    attention_forward[(blocks * B * (Hq // group),)](
+        *args, SHARE=share, GROUP=group, D=D, DV=Dv, D0=parts(D)[0], D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1],
         BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
 
 
 @on_device
 def backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, c: Any, wanted: Any, grads: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    c: Any,
+    wanted: Any,
+    grads: Any,
+    mod: ScoreMod | None = None,
 ) -> tuple[Tensor, ...]:
     """Fills grads: q, k, v, bias, rel_table and sinks in the order of the op. Every sum has one order, so two runs give the same bits."""
     Hq, Hkv, D, Dv = c.q.shape[-2], c.k.shape[-2], c.q.shape[-1], c.v.shape[-1]
@@ -141,7 +209,7 @@ def backward(
         for grad in grads:
             grad.zero_()
         return grads
-    opts, share = options(c, table_gradient=dtable is not None), Hq // Hkv
+    opts, share = options(c, mod, table_gradient=dtable is not None), Hq // Hkv
     keys_kernel, queries_kernel = config.backward(D, Dv, c.q.dtype, arch(c.q.device))
     widths = {"D": D, "DV": Dv, "D0": parts(D)[0], "D1": parts(D)[1], "V0": parts(Dv)[0], "V1": parts(Dv)[1]}
     left, right = window(c)
@@ -166,7 +234,7 @@ def backward(
     inputs = (c.q, c.k, c.v, dout)
     input_strides = tuple(strides(x) for x in inputs)
     if dq is not None or dtable is not None:
-        m, n, warps, stages = keys_kernel
+        m, n, warps, stages, _ = keys_kernel
         blocks, buckets, table_parts = -(-c.max_q // m), 0, None
         if dtable is not None:
             buckets = 1 << (c.rel_table.shape[0] - 1).bit_length()
@@ -179,7 +247,7 @@ def backward(
         if dtable is not None and table_parts is not None:
             dtable.copy_(table_parts.sum(0)[:, : dtable.shape[0]].t())
     if dk is not None or dv is not None:
-        m, n, warps, stages = queries_kernel
+        m, n, warps, stages, _ = queries_kernel
         blocks = -(-c.max_k // n)
         dk_out, dv_out = torch.empty_like(c.k) if dk is None else dk, torch.empty_like(c.v) if dv is None else dv
         attention_dkv[(blocks * B * Hkv,)](
@@ -187,7 +255,7 @@ def backward(
             SHARE=share, **widths, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if dbias is not None:
-        m, n, warps, stages = keys_kernel
+        m, n, warps, stages, _ = keys_kernel
         blocks_m, blocks_n = -(-c.max_q // m), -(-c.max_k // n)
         nb, nh, nq, nk = dbias.shape
         sum_q, sum_k = nq == 1 < c.max_q, nk == 1 < c.max_k

@@ -35,7 +35,7 @@ def _walk(
             new_top = tl.maximum(top, tl.max(qk, 1) * factor)
         else:
             factor = 1.0
-            qk, _ = scores(qk, i2, j2, valid[:, None] & (j < keys)[None, :], b, h, offset, opts)
+            qk, _, _ = scores(qk, i2, j2, valid[:, None] & (j < keys)[None, :], b, h, keys, offset, opts)
             if MASKED:
                 qk = tl.where(visible(i2, j2, keys, offset, left, right, opts), qk, float("-inf"))
             new_top = tl.maximum(top, tl.max(qk, 1))

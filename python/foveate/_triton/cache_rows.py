@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .scores import clamped
 from .tiles import to
 
 FLOAT, INT8, FP8 = (tl.constexpr(i) for i in range(3))  # how a cache stores its values
@@ -30,15 +31,18 @@ class Rotary(NamedTuple):
     cos: Any  # [positions, half], or None
     sin: Any
     strides: Any  # of a position, in cos and in sin
+    positions: Any
 
 
 @triton.jit
-def slots(table, b, t, page_size, valid):
-    """(page, row) of the positions t of sequence b: int64; without a table the sequence itself is the page."""
+def slots(table, b, t, page_size, pages, valid):
+    """(page, row) of the positions t of sequence b, int64, and whether they are valid and in the cache; without a table the sequence
+    itself is the page."""
     if table is not None:
-        return tl.load(table + t // page_size, mask=valid, other=0).to(tl.int64), (t % page_size).to(tl.int64)
+        page = tl.load(table + t // page_size, mask=valid, other=0).to(tl.int64)
+        return page, (t % page_size).to(tl.int64), valid & (page >= 0) & (page < pages)
     else:
-        return t.to(tl.int64) * 0 + b, t.to(tl.int64)
+        return t.to(tl.int64) * 0 + b, t.to(tl.int64), valid
 
 
 @triton.jit
@@ -72,10 +76,11 @@ def _encoded(x, KIND: tl.constexpr):
 
 @triton.jit
 def turned(row, columns, mask, rotary, position, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """fp32 values of row + columns, turned by the angles of `position`: x[c] cos - x[partner] sin, or + for a pair's second."""
+    """fp32 values of row + columns, turned by the angles of `position`: x[c] cos - x[partner] sin, or + for a pair's second. Positions
+    that the tables do not have leave them as they are."""
     x = tl.load(row + columns, mask=mask, other=0.0).to(tl.float32)
     if rotary.cos is not None:
-        inside = mask & (columns < 2 * HALF)
+        inside = mask & (columns < 2 * HALF) & (position >= 0) & (position < rotary.positions)
         if INTERLEAVED:
             second = columns % 2 == 1
             pair = columns // 2
@@ -112,22 +117,24 @@ def _put(cache, page, row, head, columns, mask, x):
         tl.store(place, _encoded(x, cache.kind), mask=mask)
 
 
-@triton.jit(do_not_specialize=["new", "heads", "page_size"])
+@triton.jit(do_not_specialize=["new", "heads", "page_size", "pages", "capacity"])
 def append_rows(
-    k, v, k_cache, v_cache, k_strides, v_strides, kv_lens, table, table_stride, rotary, new, heads, page_size,
+    k, v, k_cache, v_cache, k_strides, v_strides, kv_lens, table, table_stride, rotary, new, heads, page_size, pages, capacity,
     D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program for one head of one new token: k [B, new, heads, D] turned and stored at kv_lens[b] + i, v as it is."""
+    """One program for one head of one new token: k [B, new, heads, D] turned and stored at kv_lens[b] + i, v as it is. A token that has
+    no place in the cache is not stored."""
     token = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
     b, i = (token // new).to(tl.int64), (token % new).to(tl.int64)
-    t = tl.load(kv_lens + b).to(tl.int64) + i
+    t = clamped(tl.load(kv_lens + b), capacity) + i
+    if t >= capacity:
+        return
     if table is not None:
-        page = tl.load(table + b * table_stride + t // page_size).to(tl.int64)
-        row = t % page_size
-    else:
-        page = b
-        row = t
+        table += b * table_stride
+    page, row, stored = slots(table, b, t, page_size, pages, t >= 0)
+    if not stored:
+        return
     columns = tl.arange(0, BLOCK_K)
     source = k + b * k_strides[0] + i * k_strides[1] + head * k_strides[2]
     _put(

@@ -9,12 +9,15 @@ import torch
 
 from .tiles import parts
 
+PLAIN, DESCRIPTORS, SPECIALIZED = range(3)  # kernels of the forward pass; the last two are for sm_90
+
 
 class Config(NamedTuple):
     block_m: int  # queries
     block_n: int  # keys
     warps: int
     stages: int
+    variant: int = PLAIN
 
 
 def _rows(wanted: int, longest: int) -> int:

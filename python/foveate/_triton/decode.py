@@ -54,7 +54,7 @@ def decode_plan(
 
 
 @functools.lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Of a GPU; for the interpreter a number that makes small cases split."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
@@ -85,25 +85,25 @@ def attention_with_kv_cache(
     half = 0 if cos is None else cos.shape[-1]
     if cos is not None and sin is not None:
         cos, sin = _last_contiguous(cos), _last_contiguous(sin)
-        rotary = Rotary(cos, sin, (cos.stride(0), sin.stride(0)))
+        rotary = Rotary(cos, sin, (cos.stride(0), sin.stride(0)), cos.shape[0])
     else:
-        rotary = Rotary(None, None, None)
+        rotary = Rotary(None, None, None, None)
     table = None if block_table is None else _last_contiguous(block_table)
     table_stride = 0 if table is None else table.stride(0)
+    pages, capacity = k_cache.shape[0], page_size if table is None else page_size * table.shape[1]
     kv_lens = kv_lens.contiguous()
     keys, values = _cache(k_cache, k_scale), _cache(v_cache, v_scale)
     if k is not None and v is not None and B * new * Hkv > 0:
         k, v = _last_contiguous(k), _last_contiguous(v)
         append_rows[(B * new * Hkv,)](
-            k, v, keys, values, k.stride()[:3], v.stride()[:3], kv_lens, table, table_stride, rotary, new, Hkv, page_size,
+            k, v, keys, values, k.stride()[:3], v.stride()[:3], kv_lens, table, table_stride, rotary, new, Hkv, page_size, pages, capacity,
             D=D, DV=Dv, HALF=half, INTERLEAVED=interleaved, BLOCK_K=triton.next_power_of_2(D), BLOCK_V=triton.next_power_of_2(Dv),
         )  # fmt: skip
     if out.numel() == 0:
         return
     if causal:
         right = 0 if right < 0 else min(right, 0)
-    capacity = page_size if table is None else page_size * table.shape[1]
-    plan = decode_plan(B, Sq * share, Hkv, D, Dv, capacity, _processors(q.device), num_splits, batch_invariant)
+    plan = decode_plan(B, Sq * share, Hkv, D, Dv, capacity, processors(q.device), num_splits, batch_invariant)
     part_out = part_lse = None
     if plan.num_splits > 1:
         part_out = torch.empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32, device=q.device)
@@ -120,8 +120,8 @@ def attention_with_kv_cache(
     blocks = -(-Sq * share // plan.block_m)
     wide = max(D, Dv) > 128
     decode_split[(blocks * B * Hkv, plan.num_splits)](
-        q, keys, values, out, lse, part_out, part_lse, q.stride()[:3], out.stride()[:3], table, table_stride, rotary, Hq, Sq, new,
-        blocks, page_size, plan.num_splits, plan.keys_per_split, left, right, opts, SHARE=share, D=D, DV=Dv, D0=parts(D)[0],
+        q, keys, values, out, lse, part_out, part_lse, q.stride()[:3], out.stride()[:3], table, table_stride, rotary, Hq, Sq, new, blocks,
+        page_size, pages, capacity, plan.num_splits, plan.keys_per_split, left, right, opts, SHARE=share, D=D, DV=Dv, D0=parts(D)[0],
         D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1], HALF=half, INTERLEAVED=interleaved, APPENDED=k is not None,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=8 if wide else 4,
         num_stages=2 if attention.arch(q.device) < 90 or wide else 3,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .cache_rows import decoded, slots, turned
-from .scores import LOG2E, natural_lse, scores, visible
+from .scores import LOG2E, clamped, natural_lse, scores, visible
 from .tiles import add_product, dot_rows, load_part, store, to
 
 
@@ -41,23 +41,27 @@ def _cache_scale(cache, page, row, head, valid):
     return tl.load(cache.scale + places, mask=valid, other=0.0)
 
 
-@triton.jit(do_not_specialize=["Hq", "Sq", "new", "blocks", "page_size", "splits", "keys_per_split", "left", "right"])
+_SIZES = ["Hq", "Sq", "new", "blocks", "page_size", "pages", "capacity", "splits", "keys_per_split", "left", "right"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def decode_split(
     q, k_cache, v_cache, out, lse, part_out, part_lse, q_strides, out_strides, table, table_stride, rotary, Hq, Sq, new, blocks,
-    page_size, splits, keys_per_split, left, right, opts, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr,
-    D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, APPENDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    page_size, pages, capacity, splits, keys_per_split, left, right, opts, SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    APPENDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, Sq, Hq, DV] and lse [B, Hq, Sq], or with part_out [splits, B, Hq, Sq, DV] and part_lse [splits, B, Hq, Sq] (in powers of
-    two) the share of one split. keys_per_split: 0 for equal parts of each sequence."""
+    two) the share of one split. keys_per_split: 0 for equal parts of each sequence. Keys beyond the capacity and those on pages that the
+    cache does not have are not seen."""
     split = tl.program_id(1)
     block = tl.program_id(0) % blocks
     owner = tl.program_id(0) // blocks
     kv_heads = Hq // SHARE
     b, kv_head = (owner // kv_heads).to(tl.int64), (owner % kv_heads).to(tl.int64)
     batches = tl.num_programs(0) // blocks // kv_heads
-    before = tl.load(opts.kv_lens + b).to(tl.int32)
-    keys = before + new
+    before = clamped(tl.load(opts.kv_lens + b), capacity).to(tl.int32)
+    keys = tl.minimum(before + new, capacity)
     offset = keys - Sq
     r = block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = r < Sq * SHARE
@@ -94,14 +98,14 @@ def decode_split(
     for first in range(start, end, BLOCK_N):
         j = first + tl.arange(0, BLOCK_N)
         inside = (j >= lowest) & (j < keys)  # pages before the window may be gone
-        page, row = slots(table_row, b, j, page_size, inside)
+        page, row, inside = slots(table_row, b, j, page_size, pages, inside)
         k0, k1 = _cache_tile(k_cache, page, row, kv_head, inside, D0, D1, D, q.dtype.element_ty)
         qk = dot_rows(q0, q1, k0, k1, D1)
         if k_cache.scale is not None:
             qk = qk * _cache_scale(k_cache, page, row, kv_head, inside)[None, :]
         i2, j2 = i[:, None], j[None, :]
-        s, _ = scores(qk, i2, j2, valid[:, None] & inside[None, :], b, head[:, None], offset, opts)
-        s = tl.where(visible(i2, j2, keys, offset, left, right, opts) & (j2 >= lowest), s, float("-inf"))
+        s, _, _ = scores(qk, i2, j2, valid[:, None] & inside[None, :], b, head[:, None], keys, offset, opts)
+        s = tl.where(visible(i2, j2, keys, offset, left, right, opts) & inside[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s - base[:, None])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .scores import LOG2E, scaled_difference, scores, sequence, to_log2, visible
+from .scores import LOG2E, clipped, scaled_difference, scores, sequence, to_log2, visible
 from .tiles import load
 
 
@@ -106,7 +106,8 @@ def tile_gradients(
     opts,
     MASKED: tl.constexpr,
 ):
-    """Of one tile: the weights after dropout, the gradient of the scores, and that of scale * q.k (the same without softcap).
+    """Of one tile: the weights after dropout, the gradient of the scores before score_mod, and that of scale * q.k (the same without
+    softcap).
 
     qk = q.k and dp = dout.v; total, delta, own, dlse and i broadcast with j; keep is dropout's mask or None.
     """
@@ -115,7 +116,7 @@ def tile_gradients(
         s = qk
         factor = opts.scale_log2
     else:
-        s, slope = scores(qk, i, j, inside, b, h, offset, opts)
+        s, slope, unmodified = scores(qk, i, j, inside, b, h, keys, offset, opts)
         factor = 1.0
     if MASKED:
         s = tl.where(visible(i, j, keys, offset, left, right, opts), s, float("-inf"))
@@ -127,6 +128,10 @@ def tile_gradients(
     ds = p * (dp - delta)
     if rows.own is not None:
         ds += tl.exp2(scaled_difference(s, factor, own)) * dlse
+    if opts.score_mod is not None:
+        i_inside, j_inside = clipped(i, j, keys, offset)
+        modified = opts.score_mod_bwd(unmodified, ds, b, h, i_inside, j_inside, opts.aux)
+        ds = tl.where(s == float("-inf"), 0.0, modified)  # where ds is 0, a derivative of inf would make it NaN
     return weights, ds, ds * slope
 
 

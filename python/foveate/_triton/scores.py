@@ -36,9 +36,13 @@ class Options(NamedTuple):
     kv_lens: Any  # [B]
     cu_q: Any  # [B + 1]
     cu_k: Any
+    totals: Any  # (rows of q, rows of k) that cu_q and cu_k may point into
     philox: Any  # int64 [2]
     keep_from: Any  # round(p * 2**32)
     keep_scale: Any  # 1 / (1 - p)
+    score_mod: Any  # the caller's @triton.jit functions
+    score_mod_bwd: Any
+    aux: Any  # their tensors
     # Flags, each a tl.constexpr.
     has_left: Any
     has_right: Any
@@ -78,13 +82,28 @@ def tanh(x):
 
 
 @triton.jit
+def clamped(x, largest):
+    """x, int32 or int64, within 0..largest: int64."""
+    return tl.minimum(tl.maximum(x.to(tl.int64), 0), largest)
+
+
+@triton.jit
+def _span(cu, total, longest):
+    """First row and length of the sequence between two entries of cu_seqlens."""
+    first = clamped(tl.load(cu), total)
+    end = clamped(tl.load(cu + 1), total)
+    return first, tl.minimum(tl.maximum(end - first, 0), longest).to(tl.int32)
+
+
+@triton.jit
 def sequence(opts, b, Sq, Skv):
-    """Of sequence b: its first row in q and in k, the number of queries, of keys, and of rows of k that belong to it."""
+    """Of sequence b: its first row in q and in k, the number of queries, of keys, and of rows of k that belong to it.
+
+    Lengths on a GPU are not checked by the host. What lies outside the tensors is cut off here, so no value makes a kernel leave them.
+    """
     if opts.cu_q is not None:
-        first_q = tl.load(opts.cu_q + b).to(tl.int64)
-        first_k = tl.load(opts.cu_k + b).to(tl.int64)
-        queries = (tl.load(opts.cu_q + b + 1) - first_q).to(tl.int32)
-        keys = (tl.load(opts.cu_k + b + 1) - first_k).to(tl.int32)
+        first_q, queries = _span(opts.cu_q + b, opts.totals[0], Sq)
+        first_k, keys = _span(opts.cu_k + b, opts.totals[1], Skv)
         rows = keys
     else:
         first_q = tl.zeros([], tl.int64)
@@ -93,7 +112,7 @@ def sequence(opts, b, Sq, Skv):
         keys = Skv
         rows = Skv
         if opts.kv_lens is not None:
-            keys = tl.load(opts.kv_lens + b).to(tl.int32)
+            keys = clamped(tl.load(opts.kv_lens + b), Skv).to(tl.int32)
     return first_q, first_k, queries, keys, rows
 
 
@@ -129,8 +148,9 @@ def key_ranges(first, last, keys, offset, left, right, opts, BLOCK: tl.constexpr
 
 
 @triton.jit
-def scores(qk, i, j, inside, b, h, offset, opts):
-    """The scores of q.k, and their derivative by scale * q.k (1 without softcap). inside: where bias and mask may be read."""
+def scores(qk, i, j, inside, b, h, keys, offset, opts):
+    """The scores of q.k, their derivative by scale * q.k up to score_mod (1 without softcap), and what score_mod was given. inside:
+    where bias and mask may be read."""
     slope = 1.0
     if opts.softcap is not None:
         t = tanh(qk * (opts.scale / opts.softcap))
@@ -146,10 +166,21 @@ def scores(qk, i, j, inside, b, h, offset, opts):
         s += tl.load(opts.rel + place, mask=inside, other=0.0) * LOG2E
     if opts.bias is not None:
         s += tl.load(_element(opts.bias, opts.bias_strides, b, h, i, j), mask=inside, other=0.0).to(tl.float32) * LOG2E
+    unmodified = s
+    if opts.score_mod is not None:
+        unmodified = s * LN2
+        i_inside, j_inside = clipped(i, j, keys, offset)
+        s = opts.score_mod(unmodified, b, h, i_inside, j_inside, opts.aux) * LOG2E
     if opts.mask is not None:
         keep = tl.load(_element(opts.mask, opts.mask_strides, b, h, i, j), mask=inside, other=0)
         s = tl.where(keep != 0, s, float("-inf"))
-    return s, slope
+    return s, slope, unmodified
+
+
+@triton.jit
+def clipped(i, j, keys, offset):
+    """Query and key indices of tiles that reach beyond the last ones: a score_mod may use them as addresses."""
+    return tl.minimum(i, keys - offset - 1), tl.minimum(j, keys - 1)
 
 
 @triton.jit

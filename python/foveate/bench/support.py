@@ -16,6 +16,15 @@ from foveate._backends import Query
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = {"native": ("cpu", "cuda"), "triton": ("cuda",), "reference": ("cpu", "cuda")}
 
+# What a served cell says. No GPU has run the package yet, so its columns say how they are tested; see the README's words on them.
+_SERVED = {
+    ("native", "cpu"): "yes",
+    ("native", "cuda"): "emulated",
+    ("triton", "cuda"): "interpreted",
+    ("reference", "cpu"): "yes",
+    ("reference", "cuda"): "not run",
+}
+
 # Ops whose backward has an entry of its own in the backend table; the others have None (no backward) or one answer for both.
 _BACKWARD: dict[str, str | None] = {
     "attention": "attention_backward",
@@ -53,7 +62,7 @@ def _line(title: str, columns: Columns, op: str, query: Callable[[str], Query], 
             reason = _backends.why_not(name, backend, query(device))
             if reason is not None and reason not in notes:
                 notes.append(reason)
-            cells.append("yes" if reason is None else f"no ({notes.index(reason) + 1})")
+            cells.append(_SERVED[backend, device] if reason is None else f"no ({notes.index(reason) + 1})")
     return f"| {title} | " + " | ".join(cells) + " |"
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from foveate._kv_cache_op import not_capturable
 from foveate.cache_view import StaticCacheView
-from foveate.packed_linear import PackedLinear
 from foveate.paged_kv_cache import PagedKVCache
 
 _MIN_PAGES = 16  # the narrowest block table: 256 tokens in pages of 16
@@ -66,8 +65,8 @@ class DecodeGraph:
     and replayed afterwards (`captures` counts). Padding rows write to a scratch page, which is taken from the cache for good.
 
     graphs None: captured where that is possible; `runs_on` says which, and `eager` is None or the reason why steps run as plain calls,
-    on the same padded buffers. False: never captured. True: ValueError where it is not possible: on a device other than CUDA, with
-    `PackedLinear` (quantised weights), or where the reference backend serves attention, which reads lengths on the host.
+    on the same padded buffers. False: never captured. True: ValueError where it is not possible: on a device other than CUDA, or
+    where the reference backend serves attention, which reads lengths on the host.
 
     A graph keeps the addresses of the weights: change them in place or not at all. One thread at a time.
     """
@@ -97,12 +96,6 @@ class DecodeGraph:
         device = tensors[0].device
         if device.type != "cuda":
             return f"CUDA graphs need a CUDA device, and the model is on {device}"
-        for name, module in model.named_modules():
-            if isinstance(module, PackedLinear):
-                return (
-                    f"{name} is quantised, and without a GPU kernel its weights are unpacked by code that checks values on the "
-                    "host, which a graph cannot hold"
-                )
         dtype = next(x.dtype for x in tensors if x.is_floating_point())
         return not_capturable(device.type, dtype)
 

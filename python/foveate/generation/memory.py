@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from foveate.models import Checkpoint
-from foveate.models.loading import model_class
+from foveate.models.loading import model_class, packed_format
 
 _BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}  # for 32 weights
 
@@ -46,9 +46,10 @@ def model_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization:
     total = sum(p.numel() for p in model.parameters())  # a tied head counts once
     if quantization not in _BLOCK_BYTES:
         return total * size
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    linears = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    packed = sum(n // 32 * _BLOCK_BYTES[packed_format(name, quantization)] for name, n in linears.items())
     tied = sum(p.numel() for name, p in model.named_parameters() if name in model.tied.values())
-    return linear * _BLOCK_BYTES[quantization] // 32 + (total - linear + tied) * size
+    return packed + (total - sum(linears.values()) + tied) * size
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -1,0 +1,36 @@
+// The memory of a tensor that a call has been given: the emulator, in a test build, lets kernels touch no other. Elsewhere nothing.
+#pragma once
+
+#include "core/tensor.h"
+
+#ifdef FOVEATE_CUDA_EMULATED
+#include <optional>
+#include <string>
+
+#include "emulator/global_memory.h"
+#endif
+
+namespace foveate {
+
+class Reachable {
+ public:
+#ifdef FOVEATE_CUDA_EMULATED
+  void set(const TensorView& tensor) {
+    if (!tensor.defined()) return;
+    int64_t last = 0;
+    std::string name = std::string("a tensor of ") + foveate::name(tensor.dtype) + " [";
+    for (int i = 0; i < tensor.ndim; ++i) {
+      last += (tensor.shape[i] - 1) * tensor.stride[i];
+      name += (i ? ", " : "") + std::to_string(tensor.shape[i]);
+    }
+    span_.emplace(tensor.data, tensor.numel() == 0 ? 0 : (last + 1) * size_of(tensor.dtype), name + "]");
+  }
+
+ private:
+  std::optional<emulator::GlobalSpan> span_;
+#else
+  void set(const TensorView&) {}
+#endif
+};
+
+}  // namespace foveate

@@ -1,0 +1,13 @@
+// The instances of the forward kernel, one source file for each type so that they compile side by side.
+#pragma once
+
+#include "cuda/attention_forward_params.cuh"
+#include "cuda/stream.h"
+
+namespace foveate::cuda {
+
+void attention_forward_bf16(const ForwardParams& f, bool general, Stream stream);
+void attention_forward_f16(const ForwardParams& f, bool general, Stream stream);
+void attention_forward_f32(const ForwardParams& f, Stream stream);
+
+}  // namespace foveate::cuda

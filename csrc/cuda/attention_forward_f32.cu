@@ -1,0 +1,7 @@
+#include "cuda/attention_forward.cuh"
+
+namespace foveate::cuda {
+
+void attention_forward_f32(const ForwardParams& f, Stream stream) { launch_forward<float, true, kGeneralForwardDims>(f, stream); }
+
+}  // namespace foveate::cuda

@@ -1,0 +1,88 @@
+// How attention is divided into blocks: pure functions of sizes and options, which run and are tested without a GPU
+// (tests/test_cuda_config.py).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/math.h"
+
+namespace foveate::cuda {
+
+// Shared memory that a block may have on every GPU from sm_80 on (sm_86 and sm_89 have the least).
+constexpr int kLeastSharedMemory = 99 * 1024;
+
+// ---- tiles of the forward ----------------------------------------------------------------------------------------------------
+
+// Head dims are padded to the next of these in shared memory and registers; global memory has no padding.
+struct HeadDims {
+  int d, dv;
+};
+constexpr HeadDims kForwardDims[] = {{32, 32}, {64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
+// With options that few calls have (see is_general in attention_forward.cu), and in fp32: fewer instances, smaller tiles.
+constexpr HeadDims kGeneralForwardDims[] = {{64, 64}, {128, 128}, {256, 256}};
+
+// The smallest instance that holds these head dims, at most 256.
+constexpr HeadDims forward_dims(int64_t d, int64_t dv, bool general) {
+  const auto fits = [&](const HeadDims& dims) { return d <= dims.d && dv <= dims.dv; };
+  return general ? *std::ranges::find_if(kGeneralForwardDims, fits) : *std::ranges::find_if(kForwardDims, fits);
+}
+
+struct ForwardTile {
+  int rows_per_warp, rows, keys;  // rows: queries
+  int shared_bytes;
+  int blocks_per_sm;  // so many have room in the 64 Ki registers of an SM: the bound on the registers of a thread
+};
+
+// A warp of 32 rows reads K and V from shared memory half as often per product as one of 16, but its output alone is dv fp32 registers
+// a thread; beyond 128 that does not fit, and the general instance needs registers too. The number of keys is the same in all instances of a
+// head dim, so that a row's bits do not depend on which of them computes it.
+constexpr ForwardTile forward_tile(HeadDims dims, bool general, int element_bytes) {
+  const bool wide = element_bytes == 4 && dims.d > 128;
+  const int rows_per_warp = general || dims.dv > 128 ? 16 : 32, rows = rows_per_warp * (wide ? 2 : 4), keys = wide ? 32 : 64;
+  const int shared_bytes = element_bytes * (rows * dims.d + keys * (dims.d + dims.dv));
+  return {rows_per_warp, rows, keys, shared_bytes, dims.dv <= 32 ? 3 : 2};
+}
+
+// ---- which block does what ---------------------------------------------------------------------------------------------------
+
+// The rows of a tile are the queries of one head, or the queries of all heads that share a KV head, query-major: row r is query
+// r / packed of head r % packed. The second where the first would leave tiles largely empty.
+constexpr int packed_heads(int64_t seq_q, int64_t group, int rows) {
+  const int64_t apart = group * ceil_div<int64_t>(seq_q, rows), together = ceil_div<int64_t>(seq_q * group, rows);
+  return 4 * together <= 3 * apart ? static_cast<int>(group) : 1;
+}
+
+// Blocks are numbered so that those that run at the same time share K and V in the second cache, and long ones start first: heads in
+// sections whose keys and values fit the cache, in a section the last rows of every head (with a causal mask they see the most keys) before
+// the ones above.
+struct ForwardGrid {
+  int64_t heads;  // of all sequences; packed ones count once
+  int tiles, section;  // tiles of rows per head; heads in a section
+
+  int64_t blocks() const { return heads * tiles; }
+};
+
+constexpr int64_t kSectionBytes = int64_t{16} << 20;
+
+// bytes_per_head: of the keys and values that one of `heads` reads and no other does.
+constexpr ForwardGrid forward_grid(int64_t heads, int64_t rows_per_head, int rows, int64_t bytes_per_head) {
+  const int64_t fit = bytes_per_head > 0 ? kSectionBytes / bytes_per_head : heads;
+  const int64_t section = std::clamp<int64_t>(fit, 1, std::max<int64_t>(heads, 1));
+  return {heads, static_cast<int>(ceil_div<int64_t>(rows_per_head, rows)), static_cast<int>(section)};
+}
+
+struct ForwardBlock {
+  int head, tile;
+};
+
+__host__ __device__ constexpr ForwardBlock forward_block(const ForwardGrid& g, int block) {
+  const int64_t per_section = static_cast<int64_t>(g.section) * g.tiles;
+  const int64_t first = block / per_section * g.section, left = g.heads - first;
+  const int heads = static_cast<int>(left < g.section ? left : g.section), at = static_cast<int>(block % per_section);
+  return {static_cast<int>(first) + at % heads, g.tiles - 1 - at / heads};
+}
+
+}  // namespace foveate::cuda

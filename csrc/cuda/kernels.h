@@ -1,0 +1,62 @@
+// The CUDA kernels: one host function for each op, on device pointers. csrc/cuda/*.cu defines them, table.cpp collects them.
+// None waits for the device, so lengths, tables and targets are clamped in the kernels where the CPU's ops check them.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/stream.h"
+#include "ops/attention.h"
+#include "ops/kv_cache.h"
+#include "ops/loss.h"
+#include "ops/norm.h"
+#include "ops/rotary.h"
+#include "ops/softmax.h"
+
+namespace foveate::cuda {
+
+// A null pointer: not compiled (yet); Python asks `compiled` before it chooses this backend.
+struct Kernels {
+  void (*attention_forward)(const AttentionParams&, Stream) = nullptr;
+  // workspace: bytes of attention_backward_workspace, uninitialised
+  void (*attention_backward)(const AttentionParams&, const AttentionGrads&, void* workspace, Stream) = nullptr;
+  int64_t (*attention_backward_workspace)(const AttentionParams&, const AttentionGrads&) = nullptr;
+  void (*kv_append)(const KvCacheParams&, Stream) = nullptr;
+  void (*decode)(const KvCacheParams&, Stream) = nullptr;
+  void (*rotate_queries)(const KvCacheParams&, void* out, Stream) = nullptr;
+  void (*softmax_forward)(const SoftmaxParams&, Stream) = nullptr;
+  void (*softmax_backward)(const SoftmaxBackwardParams&, Stream) = nullptr;
+  void (*cross_entropy_forward)(const CrossEntropyParams&, Stream) = nullptr;
+  void (*cross_entropy_backward)(const CrossEntropyParams&, Stream) = nullptr;
+  void (*rms_norm_forward)(const RmsNormParams&, Stream) = nullptr;
+  void (*rms_norm_backward)(const RmsNormBackwardParams&, Stream) = nullptr;
+  void (*rotary)(const RotaryParams&, Stream) = nullptr;
+};
+
+// attention_forward.cu
+void attention_forward(const AttentionParams& p, Stream stream);
+// attention_backward.cu
+void attention_backward(const AttentionParams& p, const AttentionGrads& g, void* workspace, Stream stream);
+int64_t attention_backward_workspace(const AttentionParams& p, const AttentionGrads& g);
+// softmax.cu
+void softmax_forward(const SoftmaxParams& p, Stream stream);
+void softmax_backward(const SoftmaxBackwardParams& p, Stream stream);
+// cross_entropy.cu
+void cross_entropy_forward(const CrossEntropyParams& p, Stream stream);
+void cross_entropy_backward(const CrossEntropyParams& p, Stream stream);
+// rms_norm.cu
+void rms_norm_forward(const RmsNormParams& p, Stream stream);
+void rms_norm_backward(const RmsNormBackwardParams& p, Stream stream);
+// rotary.cu
+void rotary(const RotaryParams& p, Stream stream);
+// kv_append.cu
+void kv_append(const KvCacheParams& p, Stream stream);
+void rotate_queries(const KvCacheParams& p, void* out, Stream stream);
+// decode.cu
+void decode(const KvCacheParams& p, Stream stream);
+
+const Kernels& kernels();                                     // throws in a build without CUDA
+std::vector<std::pair<std::string, bool>> compiled_kernels();  // (name, compiled) of each member above but the workspace's size
+
+}  // namespace foveate::cuda

@@ -1,0 +1,156 @@
+#include "emulator/race.h"
+
+#include <algorithm>
+
+#include "emulator/error.h"
+
+namespace foveate::emulator {
+
+namespace {
+
+uint32_t where(Site site, uint8_t lane) { return site_number(site) << 8 | lane; }
+
+std::string describe(int warp, uint32_t where) {
+  const uint32_t lane = where & 0xff;
+  std::string text = "by warp " + std::to_string(warp);
+  if (lane < 32) text += " lane " + std::to_string(lane);
+  return text + " at " + name(site_of_number(where >> 8));
+}
+
+const char* verb(Access kind) { return kind == Access::kRead ? "read" : kind == Access::kWrite ? "write" : "atomic addition"; }
+
+[[noreturn]] void race(const char* earlier, int warp, uint32_t earlier_where, Access kind, uint32_t offset, Accessor who, Site site) {
+  kernel_error("race on byte ", offset, " of shared memory: ", verb(kind), " ", describe(who.warp, where(site, who.lane)), ", and ",
+               earlier, " ", describe(warp, earlier_where), ", with ", warp == who.warp ? "no sync_warp" : "no barrier", " between them");
+}
+
+// Whether two lanes of one warp race in one tick.
+bool lanes_race(uint8_t a, uint8_t b) { return a != Accessor::kWholeWarp && (a != b || a == Accessor::kSeveralLanes); }
+
+}  // namespace
+
+void RaceDetector::begin(bool enabled, int warps, uint32_t bytes) {
+  enabled_ = enabled;
+  if (!enabled) return;
+  const uint32_t granules = (bytes + 15) / 16;
+  if (warps != warps_ || granules > granules_.size() || latest_ > UINT32_MAX / 2) {
+    warps_ = warps, latest_ = 0;
+    granules_.assign(granules, {});
+    reads_.assign(static_cast<size_t>(granules) * warps, {});
+  }
+  const uint32_t start = latest_ + 1;
+  for (int w = 0; w < warps; ++w) {
+    clocks_[w].fill(start);
+    clocks_[w][w] = start + 1;
+  }
+  latest_ = start + 1;
+}
+
+void RaceDetector::release(int warp, Clock& clock) const {
+  for (int w = 0; w < warps_; ++w) clock[w] = std::max(clock[w], clocks_[warp][w]);
+}
+void RaceDetector::acquire(int warp, const Clock& clock) {
+  for (int w = 0; w < warps_; ++w) clocks_[warp][w] = std::max(clocks_[warp][w], clock[w]);
+}
+void RaceDetector::tick(int warp) { latest_ = std::max(latest_, ++clocks_[warp][warp]); }
+
+void RaceDetector::check_write(const Write& write, uint32_t bytes, Access kind, uint32_t offset, Accessor who, Site site) const {
+  if (!(write.bytes & bytes) || write.clock < clocks_[who.warp][write.warp]) return;
+  if (write.atomic && kind == Access::kAtomic) return;
+  if (write.warp == who.warp) {
+    if (!lanes_race(static_cast<uint8_t>(write.where), who.lane)) return;
+  } else if (write.clock == clocks_[who.warp][write.warp]) {
+    return;
+  }
+  race(write.atomic ? "atomic addition" : "write", write.warp, write.where, kind, offset, who, site);
+}
+
+void RaceDetector::check_reads(const Read* reads, uint32_t bytes, uint32_t offset, Accessor who, Site site) const {
+  const Clock& known = clocks_[who.warp];
+  for (int w = 0; w < warps_; ++w) {
+    const Read& read = reads[w];
+    if (read.clock < known[w] || !(read.bytes & bytes)) continue;
+    if (w == who.warp ? lanes_race(static_cast<uint8_t>(read.where), who.lane) : read.clock > known[w])
+      race("read", w, read.where, Access::kWrite, offset, who, site);
+  }
+}
+
+void RaceDetector::record_read(Read& read, uint32_t clock, uint32_t bytes, uint32_t where) {
+  if (read.clock != clock) {
+    read = {clock, where, bytes};
+    return;
+  }
+  const uint32_t before = read.where & 0xff, now = where & 0xff;
+  read.bytes |= bytes;
+  if (before == Accessor::kWholeWarp) {
+    read.where = where;
+  } else if (now != Accessor::kWholeWarp && now != before) {
+    read.where = (where & ~0xffu) | Accessor::kSeveralLanes;
+  }
+}
+
+void RaceDetector::record_write(Granule& granule, const Write& write, uint32_t bytes) {
+  if (bytes == 0xffff) {
+    granule.whole = true;
+    granule.word[0] = write;
+    granule.word[0].bytes = 0xf;
+    return;
+  }
+  if (granule.whole) {
+    granule.whole = false;
+    granule.word[3] = granule.word[2] = granule.word[1] = granule.word[0];
+  }
+  for (int i = 0; i < 4; ++i) {
+    const uint8_t in_word = bytes >> 4 * i & 0xf;
+    if (!in_word) continue;
+    // Several writes of one tick to parts of a word, as of 16-bit numbers, are one.
+    const bool same = granule.word[i].clock == write.clock && granule.word[i].where == write.where && granule.word[i].warp == write.warp;
+    const uint8_t before = same ? granule.word[i].bytes : 0;
+    granule.word[i] = write;
+    granule.word[i].bytes = before | in_word;
+  }
+}
+
+void RaceDetector::checked_access(Access kind, uint32_t offset, uint32_t bytes, Accessor who, Site site) {
+  const uint32_t place = where(site, who.lane), clock = clocks_[who.warp][who.warp];
+  for (uint32_t done = 0; done < bytes;) {
+    const uint32_t index = (offset + done) / 16, first = (offset + done) % 16, count = std::min(16 - first, bytes - done);
+    const uint32_t mask = ((1u << count) - 1) << first;
+    Granule& granule = granules_[index];
+    Read* reads = &reads_[static_cast<size_t>(index) * warps_];
+    if (granule.pending & mask) {
+      kernel_error(verb(kind), " ", describe(who.warp, place), " of byte ", offset,
+                   " of shared memory, to which the asynchronous copy issued at ", name(site_of_number(granule.pending_site)),
+                   " is under way: it has not been waited for");
+    }
+    if (granule.whole) {
+      check_write(granule.word[0], 0xf, kind, offset, who, site);
+    } else {
+      for (int i = 0; i < 4; ++i) check_write(granule.word[i], mask >> 4 * i & 0xf, kind, offset, who, site);
+    }
+    if (kind == Access::kRead) {
+      record_read(reads[who.warp], clock, mask, place);
+    } else {
+      check_reads(reads, mask, offset, who, site);
+      record_write(granule, {clock, place, who.warp, 0, kind == Access::kAtomic}, mask);
+    }
+    done += count;
+  }
+}
+
+void RaceDetector::under_way(uint32_t offset, uint32_t bytes, Site site) {
+  if (!enabled_) return;
+  const uint32_t number = site_number(site);
+  for (uint32_t b = offset; b < offset + bytes; ++b) {
+    granules_[b / 16].pending |= 1u << b % 16;
+    granules_[b / 16].pending_site = number;
+  }
+}
+
+void RaceDetector::landed(uint32_t offset, uint32_t bytes, Accessor who, Site site) {
+  if (!enabled_) return;
+  for (uint32_t b = offset; b < offset + bytes; ++b) granules_[b / 16].pending &= ~(1u << b % 16);
+  access(Access::kWrite, offset, bytes, who, site);
+}
+
+}  // namespace foveate::emulator

@@ -1,0 +1,83 @@
+// Race detector for shared memory: two accesses to a byte, one of them a write, that no barrier orders. It does not depend on the
+// schedule: what counts is whether an order exists, not which came first.
+//
+// Each warp has a vector clock (what it knows of the others' time); barriers hand clocks on. Each 16 bytes of shared memory remember the last
+// write of each word and the last read of each warp. Within a warp, whose lanes share a clock that ticks at each sync_warp and
+// barrier, two lanes race if they touch a byte in the same tick.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "emulator/site.h"
+
+namespace foveate::emulator {
+
+constexpr int kMaxWarps = 32;
+using Clock = std::array<uint32_t, kMaxWarps>;
+
+// Who accesses. kWholeWarp: an operation that all lanes execute together, ordered with each lane's own accesses after it.
+struct Accessor {
+  static constexpr uint8_t kWholeWarp = 0xff, kSeveralLanes = 0xfe;
+  uint8_t warp;
+  uint8_t lane;
+};
+
+enum class Access : uint8_t { kRead, kWrite, kAtomic };
+
+class RaceDetector {
+ public:
+  // Forgets the last block: one of `warps` warps begins.
+  void begin(bool enabled, int warps, uint32_t bytes);
+  // After a block that failed: copies may be under way that will never land.
+  void forget() { granules_.clear(), warps_ = 0; }
+
+  // `offset` counts from the start of the block's shared memory. Throws KernelError at a race, or where an asynchronous copy is under way.
+  void access(Access kind, uint32_t offset, uint32_t bytes, Accessor who, Site site) {
+    if (enabled_) checked_access(kind, offset, bytes, who, site);
+  }
+  // An asynchronous copy has been issued to these bytes (after a kWrite access); until `landed` nobody may touch them.
+  void under_way(uint32_t offset, uint32_t bytes, Site site);
+  void landed(uint32_t offset, uint32_t bytes, Accessor who, Site site);
+
+  // Order: a warp gives what it knows to `clock`; another takes it over. tick() separates what follows from what was given.
+  void release(int warp, Clock& clock) const;
+  void acquire(int warp, const Clock& clock);
+  void tick(int warp);
+
+ private:
+  struct Write {
+    uint32_t clock = 0;
+    uint32_t where = 0;  // site and lane
+    uint8_t warp = 0;
+    uint8_t bytes = 0;  // of the word
+    bool atomic = false;
+  };
+  struct Granule {
+    Write word[4];  // `whole`: word[0] stands for all four
+    uint32_t pending_site = 0;
+    uint16_t pending = 0;  // bytes that an asynchronous copy will write
+    bool whole = true;
+  };
+  struct Read {
+    uint32_t clock = 0;
+    uint32_t where = 0;
+    uint32_t bytes = 0;
+  };
+
+  void checked_access(Access kind, uint32_t offset, uint32_t bytes, Accessor who, Site site);
+  void check_write(const Write& write, uint32_t bytes, Access kind, uint32_t offset, Accessor who, Site site) const;
+  void check_reads(const Read* reads, uint32_t bytes, uint32_t offset, Accessor who, Site site) const;
+  static void record_read(Read& read, uint32_t clock, uint32_t bytes, uint32_t where);
+  static void record_write(Granule& granule, const Write& write, uint32_t bytes);
+
+  bool enabled_ = false;
+  int warps_ = 0;
+  uint32_t latest_ = 0;  // the largest clock yet; a block begins after it, so that shadow memory needs no clearing
+  std::array<Clock, kMaxWarps> clocks_{};
+  std::vector<Granule> granules_;
+  std::vector<Read> reads_;  // [granule][warp]
+};
+
+}  // namespace foveate::emulator

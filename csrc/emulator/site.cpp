@@ -1,0 +1,42 @@
+#include "emulator/site.h"
+
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+namespace foveate::emulator {
+
+namespace {
+constexpr int kLineBits = 14, kFileBits = 10;
+
+std::mutex files_mutex;
+std::vector<const char*>& files() {
+  static std::vector<const char*> list{"an unknown file"};
+  return list;
+}
+}  // namespace
+
+std::string name(Site site) {
+  const char* slash = std::strrchr(site.file, '/');
+  return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+uint32_t site_number(Site site) {
+  thread_local const char* last_file = nullptr;
+  thread_local uint32_t last_number = 0;
+  if (site.file != last_file) {
+    const std::lock_guard lock(files_mutex);
+    uint32_t i = 1;
+    while (i < files().size() && std::strcmp(files()[i], site.file) != 0) ++i;
+    if (i == files().size() && i < 1u << kFileBits) files().push_back(site.file);
+    last_file = site.file, last_number = i < files().size() ? i : 0;
+  }
+  return last_number << kLineBits | (static_cast<uint32_t>(site.line) & ((1u << kLineBits) - 1));
+}
+
+Site site_of_number(uint32_t number) {
+  const std::lock_guard lock(files_mutex);
+  return {files()[number >> kLineBits], static_cast<int>(number & ((1u << kLineBits) - 1))};
+}
+
+}  // namespace foveate::emulator

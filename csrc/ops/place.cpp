@@ -1,0 +1,38 @@
+#include "ops/place.h"
+
+#include <string>
+
+namespace foveate {
+namespace {
+
+StreamOfDevice stream_source = nullptr;
+
+std::string describe(const TensorView& t) { return t.device == DeviceType::kCPU ? "the CPU" : "cuda:" + std::to_string(t.device_index); }
+
+#ifdef FOVEATE_CUDA_EMULATED
+constexpr bool kEmulated = true;  // a test build: tensors on the CPU stand for tensors on a GPU
+#else
+constexpr bool kEmulated = false;
+#endif
+
+}  // namespace
+
+Place place_of(std::initializer_list<const TensorView*> tensors) {
+  const TensorView* first = nullptr;
+  for (const TensorView* t : tensors) {
+    if (!t->defined()) continue;
+    if (!first) first = t;
+    const bool together = t->device == first->device && (t->device == DeviceType::kCPU || t->device_index == first->device_index);
+    check(together, "the tensors of a call must be on one device: one is on ", describe(*first), ", another on ", describe(*t));
+  }
+  if (!first || first->device == DeviceType::kCPU) return {.cuda = kEmulated};
+  return {.cuda = true, .device = first->device_index, .readable = false};
+}
+
+cuda::Stream current_stream(const Place& place) {
+  return {place.device, stream_source && !kEmulated ? stream_source(place.device) : nullptr};
+}
+
+void set_stream_source(StreamOfDevice source) { stream_source = source; }
+
+}  // namespace foveate

@@ -1,0 +1,109 @@
+"""Forward attention for sm_90: keys and values come through tensor descriptors (TMA), and with SPECIALIZE a warp of its own loads them for
+two groups of warps that compute. For plain scores of half precision, a head dim that is a power of two, and no dropout; what runs is
+chosen by `config.forward`, and `attention_forward.py` has everything else.
+
+triton 3.6 specialises one loop of a kernel, whose operands all come through descriptors: there every block of keys gets the mask if one
+does.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .scores import LOG2E, key_ranges, natural_lse, scaled_difference, sequence, visible
+from .tiles import dot, store_part, to
+
+
+@triton.jit
+def _step(
+    acc,
+    top,
+    total,
+    q,
+    keys_at,
+    values_at,
+    first,
+    i,
+    keys,
+    offset,
+    left,
+    right,
+    opts,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Takes the keys from `first` on into acc, the row maxima `top` and the row sums `total`."""
+    qk = dot(q, tl.trans(keys_at.load([first, 0])), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+    if MASKED:
+        j = first + tl.arange(0, BLOCK_N)
+        qk = tl.where(visible(i[:, None], j[None, :], keys, offset, left, right, opts), qk, float("-inf"))
+    new_top = tl.maximum(top, tl.max(qk, 1) * opts.scale_log2)
+    base = new_top
+    if MASKED:
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(scaled_difference(qk, opts.scale_log2, base[:, None]))
+    decay = tl.exp2(top - base)
+    total = total * decay + tl.sum(p, 1)
+    values = values_at.load([first, 0])
+    acc = dot(to(p, values.dtype), values, acc * decay[:, None])
+    return acc, new_top, total
+
+
+@triton.jit(do_not_specialize=["Hq", "Sq", "Skv", "blocks", "left", "right"])
+def attention_forward_hopper(
+    q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides, Hq, Sq, Skv, blocks, left, right, opts,
+    SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """The arguments of `attention_forward`. RAGGED: a sequence may have a number of keys that is no multiple of BLOCK_N."""
+    block = blocks - 1 - tl.program_id(0) % blocks
+    bh = tl.program_id(0) // blocks
+    b, h = bh // Hq, bh % Hq
+    first_q, first_k, queries, keys, _ = sequence(opts, b, Sq, Skv)
+    offset = keys - queries
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    b64, head, kv_head = b.to(tl.int64), h.to(tl.int64), (h // SHARE).to(tl.int64)
+    q += b64 * q_strides[0] + first_q * q_strides[2] + head * q_strides[1]
+    k += b64 * k_strides[0] + first_k * k_strides[2] + kv_head * k_strides[1]
+    v += b64 * v_strides[0] + first_k * v_strides[2] + kv_head * v_strides[1]
+    # Rows beyond the last come as zeros. A descriptor of no rows is none, so there is always one; the ranges below do not reach it.
+    queries_at = tl.make_tensor_descriptor(q, [tl.maximum(queries, 1), D], [q_strides[2], 1], [BLOCK_M, D])
+    keys_at = tl.make_tensor_descriptor(k, [tl.maximum(keys, 1), D], [k_strides[2], 1], [BLOCK_N, D])
+    values_at = tl.make_tensor_descriptor(v, [tl.maximum(keys, 1), DV], [v_strides[2], 1], [BLOCK_N, DV])
+    queries_of_block = queries_at.load([block * BLOCK_M, 0])
+
+    acc = tl.zeros([BLOCK_M, DV], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    first, last = block * BLOCK_M, tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1
+    start, full_start, full_end, end = key_ranges(first, last, keys, offset, left, right, opts, BLOCK_N)
+    MASKED: tl.constexpr = opts.has_left or opts.has_right or RAGGED
+    if SPECIALIZE:
+        for n in tl.range(start, end, BLOCK_N, warp_specialize=True):
+            acc, top, total = _step(acc, top, total, queries_of_block, keys_at, values_at, n, i, keys, offset, left, right, opts, BLOCK_N,
+                                    MASKED)  # fmt: skip
+    else:
+        if opts.has_left:
+            for n in range(start, full_start, BLOCK_N):
+                acc, top, total = _step(acc, top, total, queries_of_block, keys_at, values_at, n, i, keys, offset, left, right, opts,
+                                        BLOCK_N, True)  # fmt: skip
+        for n in range(full_start, full_end, BLOCK_N):
+            acc, top, total = _step(acc, top, total, queries_of_block, keys_at, values_at, n, i, keys, offset, left, right, opts, BLOCK_N,
+                                    False)  # fmt: skip
+        if MASKED:
+            for n in range(full_end, end, BLOCK_N):
+                acc, top, total = _step(acc, top, total, queries_of_block, keys_at, values_at, n, i, keys, offset, left, right, opts,
+                                        BLOCK_N, True)  # fmt: skip
+
+    valid = i < queries
+    if lse is not None:
+        some = total > 0
+        value = natural_lse(tl.where(some, top, 0.0), tl.where(some, total, 1.0))
+        rows = b64 * lse_strides[0] + head * lse_strides[1] + first_q + i
+        tl.store(lse + rows, tl.where(some, value, float("-inf")), mask=valid)
+    if opts.sinks is not None:
+        total += tl.exp2(tl.load(opts.sinks + h) * LOG2E - tl.where(top == float("-inf"), 0.0, top))
+    acc = acc * (1 / tl.where(total > 0, total, 1.0))[:, None]
+    out += b64 * out_strides[0] + first_q * out_strides[2] + head * out_strides[1]
+    store_part(out, i.to(tl.int64) * out_strides[2], valid, acc, 0, DV, DV)

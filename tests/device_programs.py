@@ -1,0 +1,55 @@
+"""Builds and runs the C++ programs of tests/native/device: on the emulator, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "emulator"
+SOURCES = ROOT / "tests" / "native" / "device"
+
+
+def _run(*command: str | Path, **options) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{' '.join(str(c) for c in command)}\n{done.stdout}\n{done.stderr}"
+
+
+def emulated(program: str) -> Path:
+    """The program compiled by g++ against the emulator. Test processes take turns to build."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        environment = {**os.environ, "FOVEATE_CUDA": "OFF"}
+        if not (BUILD / "build.ninja").exists():
+            launcher = ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
+            _run(
+                "cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DFOVEATE_EMULATOR=ON", "-DFOVEATE_CUDA=OFF",
+                "-DFOVEATE_CPU_TARGETS=baseline",
+                f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *launcher,
+                env=environment,
+            )  # fmt: skip
+        _run("cmake", "--build", BUILD, "--target", f"emulated_{program}", env=environment)
+    return BUILD / "tests" / "native" / "device" / f"emulated_{program}"
+
+
+def for_gpu(program: str, folder: Path) -> Path:
+    """The program compiled by nvcc, for the GPU here or, where there is none, for the architectures of the package."""
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not on the PATH")
+    archs = (
+        ["-arch=native"]
+        if torch.cuda.is_available()
+        else ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
+    )
+    path = folder / program
+    _run("nvcc", *archs, "-std=c++20", "-O2", f"-I{ROOT / 'csrc'}", SOURCES / f"{program}.cu", "-o", path)
+    return path

@@ -1,0 +1,134 @@
+"""Packed linear layers on the Triton kernels. On the CPU they run under the interpreter: TRITON_INTERPRET=1 at Python's start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import foveate
+from compare import assert_as_good_as_torch
+from foveate.packed_linear import packed_linear, quantize_activations
+from poison import guarded_outputs, nan_padded
+from test_linear import ALL_FORMATS, DTYPES, expected, make_layer, random
+
+if foveate.backends()["triton"] is not None:
+    pytest.skip(f"triton: {foveate.backends()['triton']}", allow_module_level=True)
+
+from foveate._triton.packed_linear import quantize_rows, shares, weight_rows
+
+
+@pytest.fixture(autouse=True)
+def _many_shares(monkeypatch):
+    """So that small layers are divided too."""
+    from foveate._triton import packed_linear as launches
+
+    monkeypatch.setattr(launches, "shares", lambda in_features, *_: max(1, in_features // 64))
+
+
+def on(device: str, format: str, in_features: int, out_features: int, bias: bool = True):
+    return make_layer(format, in_features, out_features, bias).to(device)
+
+
+def run(layer, x):
+    return packed_linear(x, layer.data, layer.format, layer.out_features, layer.bias, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", ALL_FORMATS)
+def test_against_fp64_with_the_same_rounding(format, dtype, device):
+    for in_features, out_features, rows in ((32, 1, 3), (96, 33, 1), (320, 70, 20), (160, 40, 70)):
+        layer, x = on(device, format, in_features, out_features), random(rows, in_features, seed=rows).to(dtype)
+        out = run(layer, x.to(device))
+        assert out.dtype == dtype
+        layer, peer = layer.cpu(), expected(layer.cpu(), x, torch.float32).to(dtype)
+        name = f"{in_features} x {out_features}, {rows} rows"
+        assert_as_good_as_torch(out.cpu(), expected(layer, x, torch.float64), peer, name=name)
+
+
+@pytest.mark.parametrize("in_features", [1, 31, 129])
+@pytest.mark.parametrize("format", ["f32", "bf16"])
+def test_odd_sizes_of_float_formats(format, in_features, device):
+    layer, x = on(device, format, in_features, 45), random(7, in_features)
+    out, layer = run(layer, x.to(device)).cpu(), layer.cpu()
+    assert_as_good_as_torch(out, expected(layer, x, torch.float64), expected(layer, x, torch.float32))
+
+
+@pytest.mark.parametrize("format", ALL_FORMATS)
+def test_rows_do_not_depend_on_their_batch(format, device):
+    """Few rows and many take different ways."""
+    layer, x = on(device, format, 192, 70), random(40, 192, seed=7).to(device)
+    full = run(layer, x)
+    for rows in (1, 2, 15, 16, 17):
+        assert torch.equal(run(layer, x[:rows]), full[:rows]), rows
+        if device != "cpu" or format not in (
+            "f32",
+            "bf16",
+        ):  # numpy's product of floats depends on the row's place in the tile
+            assert torch.equal(run(layer, x[-rows:]), full[-rows:]), rows
+
+
+@pytest.mark.parametrize("rows", [5, 20])
+@pytest.mark.parametrize("format", ALL_FORMATS)
+def test_reads_and_writes_only_its_own(format, rows, device):
+    layer = on(device, format, 96, 45)
+    for dtype in DTYPES:
+        x = nan_padded(random(rows, 96).to(dtype).to(device))
+        with guarded_outputs() as guard:
+            out = run(layer, x)
+        guard.check()
+        assert torch.equal(out, run(layer, x.clone())) and out.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("rows", [6, 20])
+@pytest.mark.parametrize("format", ALL_FORMATS)
+def test_not_finite_rows_show_and_stay_alone(format, rows, device):
+    layer, x = on(device, format, 96, 45), random(rows, 96).to(device)
+    clean = run(layer, x)
+    x[1, 40], x[3, 95], x[4, 0] = float("nan"), float("inf"), float("-inf")
+    out = run(layer, x)
+    bad = torch.isin(torch.arange(rows), torch.tensor([1, 3, 4]))
+    assert not out[bad].isfinite().any()
+    assert torch.equal(out[~bad], clean[~bad])
+
+
+def test_activations_are_rounded_as_the_reference_does(device):
+    x = random(3, 32 * 20) * random(3, 32 * 20, seed=2).exp()
+    x[0, :32], x[1, 32:64] = 0, 1e-38
+    x[2, :64] = torch.arange(-32, 32) / 2  # halves
+    x = x.to(device)
+    q, dx, sums = (
+        torch.empty(3, n, dtype=t, device=device)
+        for n, t in ((640, torch.int8), (20, torch.float32), (20, torch.float32))
+    )
+    quantize_rows[(3, 2)](x, q, dx, sums, x.stride(0), 20, BLOCKS=16)
+    expected_q, expected_dx = quantize_activations(x)
+    assert torch.equal(q.view(3, 20, 32).float(), expected_q) and torch.equal(dx, expected_dx)
+    assert torch.equal(sums, expected_q.sum(-1))
+
+
+@pytest.mark.parametrize("format", ALL_FORMATS)
+def test_rows_of_the_weight(format, device):
+    layer = on(device, format, 96, 45)
+    ids = torch.tensor([0, 44, 13, 2**40, -1, -(2**40)], device=device)
+    out = torch.full((6, 96), float("nan"), device=device)
+    weight_rows(ids, layer.data, format, out, 45)
+    assert torch.equal(out, layer.dequantize()[[0, 44, 13, 44, 0, 0]]), "what lies outside is cut off"
+
+
+@pytest.mark.parametrize("format", ALL_FORMATS)
+def test_gradient_of_x_and_empty_batches(format, device):
+    layer, x = on(device, format, 64, 40), random(3, 64).to(device).requires_grad_()
+    dout = random(3, 40, seed=1).to(device)
+    (dx,) = torch.autograd.grad(run(layer, x), x, dout)
+    torch.testing.assert_close(dx, dout @ layer.dequantize())
+    assert run(layer, x[:0].detach()).shape == (0, 40)
+
+
+def test_shares():
+    """One token fills the chip: a small layer is divided, a large one is not, and a share is four blocks or more."""
+    assert shares(4096, 4096, 132) == 9
+    assert shares(4096, 128256, 132) == 1
+    assert shares(256, 256, 132) == 2
+    assert shares(32, 32, 132) == 1
+    assert shares(65536, 32, 132) == 16
