@@ -50,7 +50,9 @@ def flags(options: dict) -> list[str]:
         if isinstance(value, bool):
             found.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+            values = (
+                value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+            )
             found += [f"--{flag}", *values]
     return found
 
