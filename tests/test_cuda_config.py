@@ -24,7 +24,9 @@ def decisions(tmp_path_factory: pytest.TempPathFactory) -> Lines:
     program = tmp_path_factory.mktemp("config") / "flash_config_check"
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'emulator' / 'include'}"]  # the latter for cuda_runtime.h
     source = ROOT / "tests" / "native" / "flash_config_check.cpp"
-    subprocess.run([compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", *includes, source, "-o", program], check=True)
+    subprocess.run(
+        [compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", *includes, source, "-o", program], check=True
+    )
     lines: Lines = collections.defaultdict(list)
     for line in subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines():
         name, *numbers = line.split()
@@ -50,7 +52,8 @@ def test_the_number_of_keys_depends_on_nothing_but_type_and_head_dim(decisions: 
 
 def test_the_smallest_instance_that_holds_the_head_dims(decisions: Lines) -> None:
     instances = {
-        general: [(d, dv) for d, dv, g, size, *_ in decisions["tile"] if g == general and size == 2] for general in (0, 1)
+        general: [(d, dv) for d, dv, g, size, *_ in decisions["tile"] if g == general and size == 2]
+        for general in (0, 1)
     }
     for general, d, dv, chosen_d, chosen_dv in decisions["dims"]:
         able = [(x, y) for x, y in instances[general] if d <= x and dv <= y]
