@@ -1,5 +1,5 @@
-"""The same bits whatever the order in which the warps of a block run, with the race detector on: rows, the append to a KV cache and decode, a
-small case for each way through a kernel. In the emulator's build."""
+"""The same bits whatever the order in which the warps of a block run, with the race detector on: rows, the append to a KV cache and decode,
+a small case for each way through a kernel. In the emulator's build."""
 
 from __future__ import annotations
 
