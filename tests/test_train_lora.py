@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import foveate
 from foveate.models import load_model
+from foveate.models.blocks import PackedEmbedding
 from foveate.packed_linear import PackedLinear
 from foveate.train import LoraConfig, add_lora, fit, load_adapter, merge_lora, save_adapter
 from foveate.train.lora import FrozenLinear, adapters
@@ -151,6 +152,19 @@ def test_qlora_is_lora_on_the_rounded_weights(tmp_path, base, form):
         torch.testing.assert_close(grads[0][name], grads[1][name])
     merged = merge_lora(packed)
     torch.testing.assert_close(merged(TOKENS), outs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_head_that_is_the_embedding(base):
+    """As a GGUF file with tied embeddings is loaded."""
+    model = load_model(base)
+    packed = PackedLinear.from_linear(model.lm_head, "q8_0")
+    model.set_submodule("lm_head", packed)
+    model.set_submodule("model.embed_tokens", PackedEmbedding(packed, torch.float32))
+    add_lora(model, LoraConfig(4))
+    assert isinstance(model.lm_head, torch.nn.Linear) and torch.equal(model.lm_head.weight, packed.dequantize())
+    assert torch.equal(model.model.embed_tokens(TOKENS), packed.dequantize()[TOKENS])
+    model(TOKENS).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
 def test_qlora_learns_and_goes_on(tmp_path, base):

@@ -15,6 +15,7 @@ __all__: list[str] = [
     "attention_forward",
     "attention_with_kv_cache",
     "copy_memory",
+    "copy_pages",
     "cpu_target",
     "cpu_targets",
     "cross_entropy_backward",
@@ -167,6 +168,7 @@ def attention_with_kv_cache(
     partial_out: torch.Tensor | None,
     partial_lse: torch.Tensor | None,
     q_turned: torch.Tensor | None,
+    counters: torch.Tensor | None,
     block_table: torch.Tensor | None,
     rotary_cos: torch.Tensor | None,
     rotary_sin: torch.Tensor | None,
@@ -191,6 +193,11 @@ def attention_with_kv_cache(
 ) -> None: ...
 def copy_memory(
     x: torch.Tensor | None, out: torch.Tensor | None, threads: typing.SupportsInt | typing.SupportsIndex
+) -> None: ...
+def copy_pages(
+    pool: torch.Tensor | None,
+    from_pages: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    to_pages: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
 ) -> None: ...
 def cpu_target() -> str:
     """

@@ -26,10 +26,13 @@ _LAZY = {
     "QuestionAnswerer": "foveate.question_answering",
     "SamplingParams": "foveate.generation",
     "Text2Text": "foveate.text2text",
+    "ring_attention": "foveate.ring",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":
+        return importlib.import_module("foveate.train")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'foveate' has no attribute {name!r}")
@@ -58,6 +61,7 @@ __all__ = [
     "log_softmax",
     "merge_attention",
     "nn",
+    "ring_attention",
     "rms_norm",
     "sdpa",
     "softmax",

@@ -129,7 +129,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> list[str]:
     model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, LoraLinear(model.get_submodule(name), config))
-    for name, module in list(model.named_modules()):
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a tied head is the embedding's module
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, PackedLinear) and not isinstance(parent, (FrozenLinear, PackedEmbedding)):
             # The loss needs the head's matrix in each step, and expanding it there would take longer than using it.
