@@ -26,6 +26,7 @@ _LAZY = {
     "QuestionAnswerer": "foveate.question_answering",
     "SamplingParams": "foveate.generation",
     "Text2Text": "foveate.text2text",
+    "ring_attention": "foveate.ring",
 }
 
 
@@ -60,6 +61,7 @@ __all__ = [
     "log_softmax",
     "merge_attention",
     "nn",
+    "ring_attention",
     "rms_norm",
     "sdpa",
     "softmax",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import typing
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,8 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
 
 def run(args: argparse.Namespace) -> None:
     result = fit(config_from(args))
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all
+        return
     found = {
         "steps": result.steps,
         "tokens": result.tokens,

@@ -34,6 +34,12 @@ class Packed:
     def to(self, device: torch.device) -> Packed:
         return Packed(self.cu_seqlens.to(device), self.positions.to(device), self.longest)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Packed | None = None, **options: Any) -> Tensor:
+        """`attention_varlen` of [1, total, H, D]. keys: the sequences of k and v if not these."""
+        keys = keys or self
+        lengths = (self.cu_seqlens, keys.cu_seqlens, self.longest, keys.longest)
+        return attention_varlen(q[0], k[0], v[0], *lengths, **options)[None]
+
     @property
     def starts(self) -> Tensor:
         """int64 [sequences]: the first token of each."""
@@ -43,12 +49,8 @@ class Packed:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, keys: Packed | None = None, **options: Any
 ) -> Tensor:
-    """`attention` of [B, S, H, D], or `attention_varlen` of [1, total, H, D]. keys: the sequences of k and v if not those of q."""
-    if packed is None:
-        return attention(q, k, v, **options)
-    keys = keys or packed
-    lengths = (packed.cu_seqlens, keys.cu_seqlens, packed.longest, keys.longest)
-    return attention_varlen(q[0], k[0], v[0], *lengths, **options)[None]
+    """`attention` of [B, S, H, D], or what `packed` makes of it. keys: the sequences of k and v if not those of q."""
+    return attention(q, k, v, **options) if packed is None else packed.attend(q, k, v, keys, **options)
 
 
 def check_positions(tokens: Tensor, packed: Packed | None, max_positions: int, cure: str = "") -> None:

@@ -117,6 +117,10 @@ class TrainConfig:
     patience: int | None = _run(None, "stop after so many evaluations without a better loss")
     seed: int = _run(0, "of new weights, the order of the data, masks and dropout")
     threads: int | None = _run(None, "as torch.set_num_threads")
+    strategy: str | None = _run(
+        None, "in several processes, started by torchrun: ddp copies the model, fsdp splits it", choices=("ddp", "fsdp")
+    )
+    context_parallel: int = _run(1, "processes that share each sequence, with a strategy: ring attention")
     resume: bool = _run(False, "go on from the last checkpoint in the output folder, bit for bit")
     progress: bool | None = _run(None, "show a bar; by default in a terminal")
     tensorboard: bool = _run(False, "write event files to the output folder's tensorboard/")
@@ -170,10 +174,15 @@ def _check_model(c: TrainConfig) -> None:
 
 
 def _check_numbers(c: TrainConfig) -> None:
+    if c.context_parallel > 1 and (c.strategy is None or c.objective != "causal-lm" or c.packing):
+        raise ValueError(
+            f"context_parallel={c.context_parallel} spreads single sequences of a causal-lm over processes; it needs a strategy, "
+            "objective='causal-lm' and packing=False"
+        )
     at_least = {
         "batch_size": 1, "accumulation": 1, "log_every": 1, "max_steps": 1, "eval_every": 1, "save_every": 1, "patience": 1,
         "max_length": 2, "lora_rank": 0, "max_grad_norm": 0, "weight_decay": 0, "warmup": 0, "doc_stride": 0, "threads": 1,
-        "span_length": 1, "z_loss": 0,
+        "span_length": 1, "z_loss": 0, "context_parallel": 1,
     }  # fmt: skip
     for name, low in at_least.items():
         value = getattr(c, name)

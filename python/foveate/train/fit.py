@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,18 @@ def fit(
     ValueError, OSError and NonFiniteLoss explain themselves; what was saved before stays.
     """
     config = TrainConfig(**options) if config is None else config.replace(**options)
+    if strategy is None and config.strategy is not None:
+        from foveate.train.distributed import started
+
+        with started(config.strategy, config.device, config.context_parallel) as strategy:
+            return fit(config, strategy=strategy, after_evaluation=after_evaluation)
+    if strategy is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were started, and each would train alone; give a strategy, ddp or fsdp"
+        )
     strategy = strategy or Strategy()
+    if not strategy.is_main:
+        config = config.replace(progress=False)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = Path(config.output_dir).expanduser()
@@ -77,7 +89,8 @@ def fit(
             f"{folder} already has a run, whose last checkpoint is {checkpoints.named('last')}; go on with resume, or choose another "
             "output_dir"
         )
-    trained, objective, store, evaluation = _open(config)
+    with strategy.main_first():
+        trained, objective, store, evaluation = _open(config)
     train = _data(config, objective, store, shuffle=True)
     held_out = None if evaluation is None else _data(config, objective, evaluation, shuffle=False)
     checkpoints.check_space(_checkpoint_bytes(trained.model))
@@ -90,7 +103,7 @@ def fit(
     )
     if config.gradient_checkpointing:
         checkpoint_layers(trained.model)
-    torch.manual_seed(config.seed + strategy.rank)  # of dropout
+    torch.manual_seed(config.seed + strategy.process)  # of dropout
     loop = Loop(
         config, trained.model, objective, train, held_out, checkpoints=checkpoints, report=report, strategy=strategy,
         export=trained.export, after_evaluation=after_evaluation,

@@ -230,7 +230,9 @@ class Loop:
         self.checkpoints.save(self.progress.step, write, best=best)
 
     def _batch(self, data: Data, rows: list[list[Sequence]]) -> Batch:
-        return self.objective.collate(data.store, [piece for row in rows for piece in data.row(row)])
+        return self.strategy.share(
+            self.objective.collate(data.store, [piece for row in rows for piece in data.row(row)])
+        )
 
     def _parameters(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.grad is not None]
@@ -248,7 +250,7 @@ class Loop:
     def _stop_at(self, step: int, batches: list[Batch], loss: float, norm: float) -> None:
         from safetensors.torch import save_file
 
-        file = self.checkpoints.folder / f"not_finite_step_{step + 1}_rank_{self.strategy.rank}.safetensors"
+        file = self.checkpoints.folder / f"not_finite_step_{step + 1}_rank_{self.strategy.process}.safetensors"
         tensors = {f"{i}.{name}": t for i, batch in enumerate(batches) for name, t in batch.tensors.items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
         last = self.checkpoints.named("last")

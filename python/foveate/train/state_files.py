@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_TENSORS, _NUMBERS = "state.safetensors", "state.json"
+TENSORS, _NUMBERS = "state.safetensors", "state.json"
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -39,7 +39,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbe
         tensors[f"parameter.{name}"] = p.detach().contiguous()
         for key, value in optimizer.state[p].items():
             tensors[f"{key}.{name}"] = torch.as_tensor(value).contiguous()
-    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / _TENSORS)
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / TENSORS)
     (folder / _NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n")
 
 
@@ -47,7 +47,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """Raises ValueError where the state is not that of this model."""
     from safetensors.torch import load_file
 
-    tensors = load_file(folder / _TENSORS)
+    tensors = load_file(folder / TENSORS)
     parameters = trained(model)
     stored = {name.removeprefix("parameter.") for name in tensors if name.startswith("parameter.")}
     if stored != set(parameters):
@@ -68,6 +68,6 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             for key in keys:
                 if f"{key}.{name}" in tensors:
                     value = tensors[f"{key}.{name}"]
-                    optimizer.state[p][key] = value.to(p.device)
+                    optimizer.state[p][key] = value.to(p.device)  # "step" too, for the fused AdamW
     set_random_state(tensors)
     return json.loads((folder / _NUMBERS).read_text())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.train import state_files
+from foveate.train.batch import Batch
 
 
 class Strategy:
@@ -19,13 +20,19 @@ class Strategy:
     Every process reads the same data plan, takes its share of each step's rows, and calls every method here at the same points.
     """
 
-    rank = 0
+    rank = 0  # which share of each step's rows, of
     world_size = 1
+    process = 0  # among all; processes of one rank share its rows
+    gradient_factor = 1.0  # on a loss, so that gradients are those of the sum over all processes: DDP takes their mean
 
     @property
     def is_main(self) -> bool:
         """Whether this process prints, logs and writes what all processes have in common."""
-        return self.rank == 0
+        return self.process == 0
+
+    def share(self, batch: Batch) -> Batch:
+        """This process's part of a batch that the processes of its rank have in common."""
+        return batch
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module that is called for the loss. Its parameters keep their names but for a prefix that `weights` takes off."""
@@ -40,17 +47,21 @@ class Strategy:
         """Over all processes, the same everywhere."""
         return values
 
-    @property
-    def gradient_factor(self) -> float:
-        """What a loss is multiplied with so that gradients are those of the sum over all processes: DDP takes their mean."""
-        return 1.0
-
     def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         """Scales the gradients to a norm of at most max_norm; the norm before."""
         return nn.utils.clip_grad_norm_(list(parameters), max_norm)
 
     def barrier(self) -> None:
         """Returns when every process is here."""
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process does this before the others, which then find what it has written."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Whole weights by name on the main process, each storage once; called by all processes."""
@@ -63,5 +74,9 @@ class Strategy:
         state_files.save(folder, model, optimizer, numbers)
 
     def load_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The inverse of save_state; returns `numbers`."""
-        return state_files.load(folder, model, optimizer)
+        """The inverse of save_state, whatever the number of processes that saved it; returns `numbers`."""
+        if (folder / state_files.TENSORS).exists():
+            return state_files.load(folder, model, optimizer)
+        from foveate.train import sharded_checkpoint
+
+        return sharded_checkpoint.load(folder, model, optimizer)

@@ -1,0 +1,56 @@
+"""Context parallelism: every rank of a group reads the same sequences and holds its part of each; attention goes round the ring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.ring import ring_attention
+from foveate.ring_layout import sequence_multiple, sequence_positions, split_sequence
+from foveate.train.batch import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What a model needs to know of sequences spread over a group, in place of `Packed`.
+
+    positions: int64 [S / ranks] of this rank's tokens; longest: S, for the check of the model's positions.
+    """
+
+    positions: Tensor
+    longest: int
+    group: dist.ProcessGroup | None
+
+    def to(self, device: Any) -> Spread:
+        return Spread(self.positions.to(device), self.longest, self.group)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: None = None, **options: Any) -> Tensor:
+        """`ring_attention` of this rank's [B, S / ranks, H, D]."""
+        return ring_attention(q, k, v, group=self.group, **options)
+
+
+def spread(batch: Batch, group: dist.ProcessGroup | None) -> Batch:
+    """This rank's part of a causal language model's batch, which is the same on each rank of the group.
+
+    Rows are filled up at their end, without a label, to a length that can be split; no token before sees that. `units` counts this
+    rank's labels and the group's first rank counts the tokens, so that sums over the ranks are those of the whole batch.
+    """
+    if batch.packed:
+        raise ValueError(
+            "a row of packed sequences cannot be spread over ranks: ring attention takes one sequence a row. Set packing=False"
+        )
+    if batch.tensors.keys() != {"tokens", "labels"}:
+        raise ValueError(f"context parallelism is for causal-lm; this batch has {', '.join(batch.tensors)}")
+    length = batch["tokens"].shape[1]
+    fill = -length % sequence_multiple(group)
+    tokens = split_sequence(F.pad(batch["tokens"], (0, fill)), group=group)
+    labels = split_sequence(F.pad(batch["labels"], (0, fill), value=IGNORED), group=group)
+    # the filling may stand anywhere, but not beyond the model's positions
+    positions = sequence_positions(length + fill, group=group, device=tokens.device).clamp(max=length - 1)
+    place: Any = Spread(positions, length, group)
+    units, read = int((labels != IGNORED).sum()), batch.tokens if dist.get_rank(group) == 0 else 0
+    return Batch({"tokens": tokens, "labels": labels}, {"tokens": place}, units, read, batch.extra)
