@@ -21,6 +21,10 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
+needs_fsdp = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 runs on the CPU from torch 2.7 on"
+)
+
 # A module that is missing here is left out; the rank that needs it says so.
 _PRELOADED = [
     "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "foveate.train", "foveate.ring", "compare",

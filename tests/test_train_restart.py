@@ -15,11 +15,10 @@ import torch
 
 import train_toys
 from foveate.train import TrainConfig, fit
-from ranks import needs_gloo, run_ranks
+from ranks import needs_fsdp, needs_gloo, run_ranks
 from train_toys import GPT2
 
-pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
-pytestmark = needs_gloo
+pytestmark = [needs_gloo, needs_fsdp]
 
 _STEPS, _SAVED, _KILLED = 32, 10, 13
 
