@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in foveate only: less memory, more time")
     parser.add_argument("--case", nargs="+", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--engine", choices=("foveate", "transformers"))
     parser.add_argument("--squad", type=Path)
@@ -68,8 +69,9 @@ def steps(args: argparse.Namespace) -> None:
         memory = {e: max(r["memory_mib"] for r in results) for e, results in found.items()}
         for engine in found:
             rows.append({
-                "case": case, "precision": args.precision, "engine": engine, "step_seconds": round(medians[engine], 4),
-                "peak_mib": round(memory[engine]), "time_ratio": round(medians["transformers"] / medians[engine], 3),
+                "case": case, "precision": args.precision, "checkpointing": args.gradient_checkpointing, "engine": engine,
+                "step_seconds": round(medians[engine], 4), "peak_mib": round(memory[engine]),
+                "time_ratio": round(medians["transformers"] / medians[engine], 3),
                 "memory_ratio": round(memory[engine] / memory["transformers"], 3), "first_loss": found[engine][0]["first_loss"],
             })  # fmt: skip
             print(rows[-1], flush=True)
@@ -119,6 +121,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 def spawn(args: argparse.Namespace, case: str, engine: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "worker", "--case", case, "--engine", engine, "--steps", str(args.steps)]
     command += ["--precision", args.precision, *(["--threads", str(args.threads)] if args.threads else [])]
+    command += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -150,6 +153,7 @@ def with_foveate(
     from foveate.train import Strategy, TrainConfig, model_files
     from foveate.train.checkpoints import Checkpoints
     from foveate.train.fit import _data
+    from foveate.train.gradient_checkpointing import checkpoint_layers
     from foveate.train.loop import Loop
     from foveate.train.objectives import make_objective
     from foveate.train.report import Report
@@ -167,8 +171,11 @@ def with_foveate(
         train_config = TrainConfig(
             output_dir=folder, objective=objective, new_model=config, tokenizer="x", train_data=["x"], max_length=LENGTH,
             batch_size=batch, max_steps=args.steps + WARM, learning_rate=1e-4, precision=args.precision, log_every=1,
+            gradient_checkpointing=args.gradient_checkpointing,
         )  # fmt: skip
         trained = model_files.create(train_config, tokenizer, "masked-lm" if objective == "masked-lm" else None, None)
+        if args.gradient_checkpointing:
+            checkpoint_layers(trained.model)
         task = make_objective(train_config, tokenizer, trained.config)
         report = Report(Path(folder), log_every=1, progress=False, tensorboard=False, active=True)
         loop = Loop(

@@ -40,8 +40,8 @@ def main() -> None:
             file.write_text(part, encoding="utf-8")
     result = fit(
         new_model=MODEL, tokenizer="char", train_data=[train], eval_data=[held_out], output_dir=str(args.output_dir),
-        max_steps=args.steps, batch_size=12, learning_rate=4e-3, beta2=0.99, weight_decay=0.1, warmup=100,
-        schedule="linear", eval_every=400, resume=args.resume,
+        max_steps=args.steps, batch_size=12, learning_rate=3e-3, beta2=0.99, weight_decay=0.1, warmup=100,
+        schedule="linear", eval_every=400, precision="bf16", resume=args.resume,
     )  # fmt: skip
     print(f"{result.seconds:.0f} seconds, evaluation loss {result.best_loss:.4f} nats a character")
     llm = foveate.LLM(str(result.best))

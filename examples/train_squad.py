@@ -32,7 +32,7 @@ def main() -> None:
         start = {"new_model": open_checkpoint(BASE).config, "tokenizer": BASE}
     result = fit(
         **start, objective="question-answering", train_data=[args.train], eval_data=[args.held_out], max_length=384,
-        doc_stride=128, output_dir=args.output_dir, epochs=args.epochs, batch_size=4, learning_rate=2e-4, warmup=0.1,
+        doc_stride=128, output_dir=args.output_dir, epochs=args.epochs, batch_size=8, learning_rate=2e-4, warmup=0.1,
         schedule="linear", precision="bf16", resume=args.resume,
     )  # fmt: skip
     print(json.dumps(result.metrics))

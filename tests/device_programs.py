@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pybind11
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "emulator"
@@ -41,15 +40,13 @@ def emulated(program: str) -> Path:
     return BUILD / "tests" / "native" / "device" / f"emulated_{program}"
 
 
-def for_gpu(program: str, folder: Path) -> Path:
-    """The program compiled by nvcc, for the GPU here or, where there is none, for the architectures of the package."""
+def for_gpu(program: str, folder: Path, archs: tuple[str, ...]) -> Path:
+    """The program compiled by nvcc for these architectures, such as 80 and 90a."""
     if not shutil.which("nvcc"):
         pytest.skip("nvcc is not on the PATH")
-    archs = (
-        ["-arch=native"]
-        if torch.cuda.is_available()
-        else ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
-    )
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    # and PTX for newer GPUs, which sm_90a has none of
+    codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs if not a.endswith("a")]
     path = folder / program
-    _run("nvcc", *archs, "-std=c++20", "-O2", f"-I{ROOT / 'csrc'}", SOURCES / f"{program}.cu", "-o", path)
+    _run("nvcc", *codes, "-std=c++20", "-O2", f"-I{ROOT / 'csrc'}", SOURCES / f"{program}.cu", "-o", path)
     return path

@@ -9,7 +9,7 @@ import torch
 
 import compare
 import foveate
-from foveate._kv_cache_op import DecodePlan, decode_plan
+from foveate._kv_cache_op import DecodePlan, cuda_decode_plan, decode_plan
 from kv_cases import BF16, F8, F32, KvCase, KvInputs, exact, in_torch, make_kv_inputs
 
 
@@ -55,6 +55,50 @@ def test_plan_gives_many_queries_to_the_blocked_kernel():
     assert plan(Sq=16).blocked and not plan(Sq=4).blocked and not plan(Hq=64, Hkv=1).blocked
     assert not plan(Sq=16, batch_invariant=True).blocked and not plan(Sq=16, num_splits=2).blocked
     assert not plan(Sq=16, quantized=True).blocked and not plan(Sq=16, D=576, Dv=512).blocked
+
+
+def cuda_plan(
+    B=1,
+    Sq=1,
+    Hq=32,
+    Hkv=8,
+    D=128,
+    Dv=128,
+    keys=8192,
+    processors=132,
+    num_splits=0,
+    batch_invariant=False,
+    quantized=False,
+) -> DecodePlan:
+    return cuda_decode_plan(B, Sq, Hq, Hkv, D, Dv, keys, processors, num_splits, batch_invariant, quantized)
+
+
+def test_cuda_plan_fills_the_gpu_once():
+    for b in (1, 3, 16, 33, 64):
+        blocks = b * 8 * cuda_plan(B=b).num_splits
+        assert blocks <= 2 * 132 or cuda_plan(B=b).num_splits == 1
+    assert cuda_plan().num_splits == 33
+    assert cuda_plan(B=64).num_splits == 1
+    assert cuda_plan(keys=1024).num_splits == 8  # a split has 128 keys
+    assert cuda_plan(keys=0).num_splits == cuda_plan(keys=128).num_splits == 1
+    assert cuda_plan(num_splits=5).num_splits == 5
+    assert cuda_plan(Hq=128, Hkv=1, D=576, Dv=512).num_splits == 2 * 132 // (
+        8 * 2
+    )  # 8 tiles of rows, 2 slices of columns
+
+
+def test_cuda_plan_with_batch_invariance_splits_by_the_cache_alone():
+    assert {cuda_plan(B=b, processors=n, batch_invariant=True)[:2] for b in (1, 3, 32) for n in (1, 108, 132)} == {
+        (4, 2048)
+    }
+    assert not cuda_plan(Sq=512, batch_invariant=True).blocked
+
+
+def test_cuda_plan_gives_many_queries_to_the_blocked_kernel():
+    assert cuda_plan(Sq=64).blocked and not cuda_plan(Sq=8).blocked
+    assert cuda_plan(Sq=16, B=8).blocked and not cuda_plan(Sq=16).blocked  # too few heads to fill the GPU
+    assert not cuda_plan(Sq=64, quantized=True).blocked and not cuda_plan(Sq=64, num_splits=2).blocked
+    assert not cuda_plan(Sq=64, D=576, Dv=512).blocked and not cuda_plan(Hq=128, Hkv=1, B=8).blocked
 
 
 SHAPES = [

@@ -9,6 +9,8 @@ import importlib.util
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,10 +18,15 @@ import torch
 
 from device_programs import SOURCES, emulated, for_gpu
 
-Conformance = Callable[..., np.ndarray]
+
+def load_make_golden() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_golden", SOURCES / "make_golden.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def read_golden() -> dict[str, dict[str, np.ndarray]]:
+def read_golden() -> dict[str, dict[str, list[int]]]:
     cases: dict[str, dict[str, list[int]]] = {}
     for line in (SOURCES / "golden.txt").read_text().splitlines():
         words = line.split()
@@ -27,44 +34,61 @@ def read_golden() -> dict[str, dict[str, np.ndarray]]:
             current = cases.setdefault(words[0], {}).setdefault(words[1], [])
         else:
             current += [int(w, 16) for w in words]
-    return {name: {k: np.array(v, np.uint32) for k, v in case.items()} for name, case in cases.items()}
+    return cases
 
 
 GOLDEN = read_golden()
+GOLDEN_HOPPER = load_make_golden().golden_hopper()
+ARCHS = {"conformance": ("80", "90a"), "conformance_hopper": ("90a",)}
 
 
-@pytest.fixture(scope="module", params=["emulator", "gpu"])
-def conformance(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Conformance:
-    if request.param == "emulator":
-        program = emulated("conformance")
-    else:
-        if not torch.cuda.is_available():
-            pytest.skip("there is no GPU here")
-        program = for_gpu("conformance", tmp_path_factory.mktemp("gpu"))
+class Program(NamedTuple):
+    path: Path
 
-    def run(case: str, words: np.ndarray) -> np.ndarray:
-        done = subprocess.run([program, case], input=words.astype(np.uint32).tobytes(), capture_output=True)
+    def __call__(self, case: str, words: np.ndarray) -> np.ndarray:
+        done = subprocess.run([self.path, case], input=words.astype(np.uint32).tobytes(), capture_output=True)
         assert done.returncode == 0, done.stderr.decode()
         return np.frombuffer(done.stdout, np.uint32)
 
-    return run
+
+def build(where: str, program: str, capabilities: tuple[int, ...], folder: Path) -> Program:
+    if where == "emulator":
+        return Program(emulated(program))
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
+    if torch.cuda.get_device_capability()[0] not in capabilities:
+        pytest.skip(f"the GPU here has none of the compute capabilities {capabilities}")
+    return Program(for_gpu(program, folder, ARCHS[program]))
+
+
+@pytest.fixture(scope="module", params=["emulator", "gpu"])
+def conformance(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return build(request.param, "conformance", tuple(range(8, 20)), tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture(scope="module", params=["emulator", "gpu"])
+def conformance_hopper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return build(request.param, "conformance_hopper", (9,), tmp_path_factory.mktemp("gpu"))
 
 
 def test_golden_vectors_are_those_of_the_tables() -> None:
-    spec = importlib.util.spec_from_file_location("make_golden", SOURCES / "make_golden.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (SOURCES / "golden.txt").read_text() == module.text()
+    assert (SOURCES / "golden.txt").read_text() == load_make_golden().text()
 
 
-def test_compiles_for_the_gpus_of_the_package(tmp_path: Path) -> None:
-    assert for_gpu("conformance", tmp_path).exists()
+@pytest.mark.parametrize("program", ARCHS)
+def test_compiles_for_the_gpus_of_the_package(program: str, tmp_path: Path) -> None:
+    assert for_gpu(program, tmp_path, ARCHS[program]).exists()
 
 
 @pytest.mark.parametrize("case", GOLDEN)
-def test_golden(conformance: Conformance, case: str) -> None:
-    out = conformance(case, GOLDEN[case]["in"])
-    assert out.tolist() == GOLDEN[case]["out"].tolist()
+def test_golden(conformance: Program, case: str) -> None:
+    assert conformance(case, np.array(GOLDEN[case]["in"])).tolist() == GOLDEN[case]["out"]
+
+
+@pytest.mark.parametrize("case", GOLDEN_HOPPER)
+def test_golden_hopper(conformance_hopper: Program, case: str) -> None:
+    words, expected = GOLDEN_HOPPER[case]
+    assert conformance_hopper(case, np.array(words)).tolist() == expected
 
 
 CODES = np.arange(1 << 16, dtype=np.uint32)
@@ -77,7 +101,7 @@ def bits(x: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize(
     "name, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16), ("f8e4m3", torch.float8_e4m3fn)]
 )
-def test_widening_every_code(conformance: Conformance, name: str, dtype: torch.dtype) -> None:
+def test_widening_every_code(conformance: Program, name: str, dtype: torch.dtype) -> None:
     codes = CODES[:256] if name == "f8e4m3" else CODES
     integer = torch.uint8 if name == "f8e4m3" else torch.uint16
     expected = torch.from_numpy(codes.astype(np.int32)).to(integer).view(dtype).float()
@@ -121,7 +145,7 @@ def floats_around(dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
-def test_narrowing_to_16_bits(conformance: Conformance, name: str, dtype: torch.dtype) -> None:
+def test_narrowing_to_16_bits(conformance: Program, name: str, dtype: torch.dtype) -> None:
     x = floats_around(dtype)
     out = conformance(f"narrow_{name}", bits(x))
     expected = x.to(dtype).view(torch.uint16).numpy().astype(np.uint32)
@@ -130,7 +154,7 @@ def test_narrowing_to_16_bits(conformance: Conformance, name: str, dtype: torch.
     assert np.array_equal(out >> 16, expected)  # by pack()
 
 
-def test_narrowing_to_fp8(conformance: Conformance) -> None:
+def test_narrowing_to_fp8(conformance: Program) -> None:
     x = floats_around(torch.float8_e4m3fn)
     out = conformance("narrow_f8e4m3", bits(x))
     expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint32)
@@ -138,7 +162,7 @@ def test_narrowing_to_fp8(conformance: Conformance) -> None:
     assert np.array_equal(out, expected)
 
 
-def test_narrowing_to_int8(conformance: Conformance) -> None:
+def test_narrowing_to_int8(conformance: Program) -> None:
     x = torch.cat(
         [torch.arange(-300, 300, dtype=torch.float32) / 2, torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30])]
     )
@@ -147,7 +171,7 @@ def test_narrowing_to_int8(conformance: Conformance) -> None:
     assert np.array_equal(out, expected)
 
 
-def test_tf32_rounds_half_away_from_zero(conformance: Conformance) -> None:
+def test_tf32_rounds_half_away_from_zero(conformance: Program) -> None:
     rng = np.random.default_rng(2)
     x = np.concatenate(
         [rng.normal(size=5000).astype(np.float32), np.float32([1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-23, 1.0, 0.0])]
@@ -171,7 +195,7 @@ def test_tf32_rounds_half_away_from_zero(conformance: Conformance) -> None:
     ],
 )
 def test_approximate_math(
-    conformance: Conformance, name: str, function: Callable, low: float, high: float, relative: float, absolute: float
+    conformance: Program, name: str, function: Callable, low: float, high: float, relative: float, absolute: float
 ) -> None:
     rng = np.random.default_rng(3)
     if low > 0:
@@ -183,7 +207,7 @@ def test_approximate_math(
     assert (np.abs(out - expected) <= relative * np.abs(expected) + absolute).all()
 
 
-def test_edges_of_approximate_math(conformance: Conformance) -> None:
+def test_edges_of_approximate_math(conformance: Program) -> None:
     inf, nan = np.inf, np.nan
     edges = {
         "exp2": ([-inf, inf, 0, -0.0, -200, 1e-40, -127], [0, inf, 1, 1, 0, 1, 0]),  # subnormal results are zeros

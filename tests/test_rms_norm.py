@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import foveate
 from foveate import _reference_ops
+from foveate.norm import _dweight_parts
 from op_compare import compare_op
 from poison import guarded_outputs, nan_padded
 
@@ -38,6 +39,12 @@ def test_float32_weight(dtype):
 def test_dweight_of_many_rows():
     x, weight = torch.randn(5000, 33), torch.randn(33)
     compare_op(lambda x, w: foveate.rms_norm(x, w, 1e-5), lambda x, w: F.rms_norm(x, (33,), w, 1e-5), x, weight)
+
+
+def test_dweight_parts():
+    assert _dweight_parts(1, 0) == _dweight_parts(1, 132) == 1
+    assert _dweight_parts(10**6, 0) == 256 and _dweight_parts(10**6, 132) == 264
+    assert _dweight_parts(640, 0) == 10 and _dweight_parts(640, 132) == 40
 
 
 def test_strides_and_shapes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -282,3 +283,21 @@ def test_search_needs_an_evaluation(tmp_path, capsys):
     assert "give eval_data or eval_fraction" in capsys.readouterr().err
     assert main(["search", *flags(tmp_path, eval_fraction=0.2), "--over", "sed=1,2"]) == 2
     assert "'sed=1,2' is no range" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "library, more, extra",
+    [
+        ("matplotlib.figure", {}, "train"),
+        ("torch.utils.tensorboard", {"tensorboard": True}, "train"),
+        ("pyarrow", {"train_data": "a.parquet"}, "train"),
+    ],
+)
+def test_a_missing_library_is_named_at_once(tmp_path, capsys, monkeypatch, library, more, extra):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    assert main(["train", *flags(tmp_path, **more)]) == 1
+    error = capsys.readouterr().err
+    assert "is not installed: pip install" in error and f"foveate[{extra}]" in error
+    assert not list(tmp_path.glob("out/step-*"))

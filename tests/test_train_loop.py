@@ -135,20 +135,20 @@ def test_evaluation_best_and_last(tmp_path):
 
 def test_early_stopping(tmp_path):
     """A learning rate that makes it worse from the second evaluation on."""
-    result = run(
-        tmp_path,
-        eval_fraction=0.25,
-        max_steps=60,
-        eval_every=1,
-        learning_rate=1.0,
-        schedule="constant",
-        warmup=0,
-        patience=3,
-    )
+    settings = {
+        "eval_fraction": 0.25,
+        "max_steps": 60,
+        "eval_every": 1,
+        "learning_rate": 1.0,
+        "schedule": "constant",
+        "patience": 3,
+    }
+    result = run(tmp_path, **settings, warmup=0)
     evaluated = losses(result, "eval_loss")
     best = evaluated.index(min(evaluated))
     assert result.steps == best + 1 + 3 == len(evaluated) < 60
     assert result.last.name == f"step-{result.steps:08d}"
+    assert run(tmp_path, **settings, warmup=0, resume=True).steps == result.steps
 
 
 def test_what_a_run_writes(tmp_path):

@@ -40,6 +40,13 @@ def test_parts_waste_little(width, expected):
     assert parts(width) == expected
 
 
+@pytest.mark.parametrize(
+    ("width", "expected"), [(8, (16, 0)), (32, (16, 16)), (96, (64, 32)), (128, (64, 64)), (120, (64, 64))]
+)
+def test_halves(width, expected):
+    assert parts(width, halves=True) == expected
+
+
 def test_heads_are_packed_for_short_queries_only():
     assert config.packs(1, 8, 16)
     assert config.packs(20, 4, 128)
@@ -56,4 +63,4 @@ def test_blocks_are_powers_of_two_and_fit_the_rows():
             assert size >= 16
             assert size & (size - 1) == 0
         assert chosen.block_m == 16 or chosen.block_m < 2 * rows, "half of the rows of a block may be empty, not more"
-        assert all(c.warps in (4, 8) for c in (chosen, *config.backward(D, D, dtype, arch)))
+        assert all(c.warps in (4, 8) for c in (chosen, *config.backward(D, D, dtype, rows, arch)))

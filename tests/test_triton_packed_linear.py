@@ -7,9 +7,10 @@ import torch
 
 import foveate
 from compare import assert_as_good_as_torch
+from foveate.linear import FORMATS, quantize
+from foveate.nn import PackedLinear
 from foveate.packed_linear import packed_linear, quantize_activations
 from poison import guarded_outputs, nan_padded
-from test_linear import ALL_FORMATS, DTYPES, expected, make_layer, random
 
 if foveate.backends()["triton"] is not None:
     pytest.skip(f"triton: {foveate.backends()['triton']}", allow_module_level=True)
@@ -25,8 +26,37 @@ def _many_shares(monkeypatch):
     monkeypatch.setattr(launches, "shares", lambda in_features, *_: max(1, in_features // 64))
 
 
-def on(device: str, format: str, in_features: int, out_features: int, bias: bool = True):
-    return make_layer(format, in_features, out_features, bias).to(device)
+ALL_FORMATS = ["f32", "bf16", *FORMATS]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def on(device: str, format: str, in_features: int, out_features: int) -> PackedLinear:
+    weight, bias = random(out_features, in_features, seed=3) / in_features**0.5, random(out_features, seed=4)
+    if format == "q4_1":  # d, m and nibbles of each block
+        headers = (random(out_features, in_features // 32, 2, seed=5) / in_features**0.5).half()
+        nibbles = torch.randint(
+            0, 256, (out_features, in_features // 32, 16), generator=torch.Generator().manual_seed(6)
+        )
+        blocks = torch.cat([headers.view(torch.uint8), nibbles.to(torch.uint8)], -1)
+        return PackedLinear.from_blocks(blocks.flatten(1), format, in_features, bias).to(device)
+    if format in FORMATS:
+        return PackedLinear.from_blocks(quantize(weight, format), format, in_features, bias).to(device)
+    linear = torch.nn.Linear(in_features, out_features)
+    linear.weight.data, linear.bias.data = weight, bias
+    return PackedLinear.from_linear(linear, format).to(device)
+
+
+def expected(layer: PackedLinear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """With x as the product sees it."""
+    rounded = x.bfloat16() if layer.format == "bf16" else x
+    if layer.format in FORMATS:
+        q, dx = quantize_activations(x.float())
+        rounded = (q * dx[..., None]).flatten(-2)
+    return torch.nn.functional.linear(rounded.to(dtype), layer.dequantize().to(dtype), layer.bias.to(dtype))
 
 
 def run(layer, x):

@@ -25,16 +25,16 @@ __device__ __forceinline__ float dot8(const T* x, const T* y, int d, int columns
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         if constexpr (std::is_same_v<T, float>) {
-          sum += __uint_as_float(words_a[w]) * __uint_as_float(words_b[w]);
+          sum = fmaf(__uint_as_float(words_a[w]), __uint_as_float(words_b[w]), sum);
         } else {
           const float2 pair_a = dev::unpack<T>(words_a[w]), pair_b = dev::unpack<T>(words_b[w]);
-          sum += pair_a.x * pair_b.x + pair_a.y * pair_b.y;
+          sum = fmaf(pair_a.y, pair_b.y, fmaf(pair_a.x, pair_b.x, sum));
         }
       }
     }
   } else {
     for (int at = d; at < d + 8 && at < columns; ++at)
-      sum += dev::to_float(dev::ld_global_nc<T>(x + at)) * dev::to_float(dev::ld_global_nc<T>(y + at));
+      sum = fmaf(dev::to_float(dev::ld_global_nc<T>(x + at)), dev::to_float(dev::ld_global_nc<T>(y + at)), sum);
   }
   return sum;
 }
@@ -54,10 +54,11 @@ __global__ void __launch_bounds__(kStatisticsThreads) row_statistics(const __gri
     const int i = tile * kRowAlign + row;
     const bool inside = i < s.q;
     float dot = 0;
-    if (inside)
-      for (int d = lane * 8; d < columns; d += kLanesPerRow * 8) dot += dot8(dout.row(i), out.row(i), d, columns, a.vectors);
+    for (int d = 0; d < columns; d += kLanesPerRow * 8) {  // summed in the order of multiply_rows
+      const float part = inside ? dot8(dout.row(i), out.row(i), d + lane * 8, columns, a.vectors) : 0.0f;
 #pragma unroll
-    for (int mask = kLanesPerRow / 2; mask > 0; mask /= 2) dot += dev::shfl_xor(dot, mask);
+      for (int l = 0; l < kLanesPerRow; ++l) dot += dev::shfl_idx(part, dev::lane() / kLanesPerRow * kLanesPerRow + l);
+    }
     if (lane != 0) continue;
     float total = kInfinity, delta = 0;
     if (inside) {

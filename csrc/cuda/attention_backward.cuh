@@ -109,10 +109,17 @@ __device__ __forceinline__ void store_gradient(const HeadRows<T>& to, int row, i
 // ---- products ----------------------------------------------------------------------------------------------------------------
 
 // fp32: each thread computes its elements of the fragment of mma_m16n8k16, so that everything else is the same for all types. tf32 products
-// of split numbers would be faster, but their 22 bits of mantissa are too few where dP - delta cancels.
+// of split numbers would be faster, but their 22 bits of mantissa are too few where dP - delta cancels. Sums are made of sums of 8 products:
+// less rounding, and an order that row_statistics can have too. Then dP - delta is exactly 0 where a query sees one key, as it is in torch.
 
 __device__ __forceinline__ float dot4(const float4& x, const float4& y, float sum) {
   return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
+}
+
+// Four numbers of a tile, from a column on that is a multiple of 4.
+template <class Tile>
+__device__ __forceinline__ float4 four(uint32_t tile, int row, int column) {
+  return dev::ld_shared<float4>(tile + Tile::offset(row, column / 4));
 }
 
 // Columns of a tile of 256 that are padding are left out of the products, 64 at a time.
@@ -127,18 +134,22 @@ __device__ __forceinline__ void multiply_rows(float (&x)[n][4], uint32_t own, in
 #pragma unroll
   for (int c = 0; c < n; ++c) x[c][0] = x[c][1] = x[c][2] = x[c][3] = 0.0f;
   if constexpr (std::is_same_v<typename Own::T, float>) {
-    const auto load = [](auto tile, uint32_t at, int r, int d) { return dev::ld_shared<float4>(at + decltype(tile)::offset(r, d / 4)); };
     const int own_row = row + fragment_row(0), other_row = fragment_column(0);
-#pragma unroll 4
-    for (int d = 0; d < Own::kColumns; d += 4) {
+#pragma unroll 2
+    for (int d = 0; d < Own::kColumns; d += 8) {
       if (!used<Own::kColumns>(d, columns)) break;
-      const float4 a0 = load(Own{}, own, own_row, d), a1 = load(Own{}, own, own_row + 8, d);
+      float4 a[2][2];
 #pragma unroll
-      for (int c = 0; c < n; ++c) {
-        const float4 b0 = load(Other{}, other, 8 * c + other_row, d), b1 = load(Other{}, other, 8 * c + other_row + 1, d);
-        x[c][0] = dot4(a0, b0, x[c][0]), x[c][1] = dot4(a0, b1, x[c][1]);
-        x[c][2] = dot4(a1, b0, x[c][2]), x[c][3] = dot4(a1, b1, x[c][3]);
-      }
+      for (int half = 0; half < 2; ++half)
+        a[half][0] = four<Own>(own, own_row + 8 * half, d), a[half][1] = four<Own>(own, own_row + 8 * half, d + 4);
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int c = 0; c < n; ++c) {
+          const float4 b0 = four<Other>(other, 8 * c + other_row + e, d), b1 = four<Other>(other, 8 * c + other_row + e, d + 4);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) x[c][2 * half + e] += dot4(a[half][1], b1, dot4(a[half][0], b0, 0.0f));
+        }
     }
   } else {
     const Fragments<Own, Operand::kA> from_own(own);
@@ -165,15 +176,25 @@ __device__ __forceinline__ void accumulate(float (&acc)[m][4], const float (&x)[
   if constexpr (std::is_same_v<typename Other::T, float>) {
     const int first_lane = dev::lane() / 4 * 4, column = fragment_column(0);
 #pragma unroll
-    for (int k = 0; k < 8 * n; ++k) {
-      const float x0 = dev::shfl_idx(x[k / 8][k % 2], first_lane + k % 8 / 2);
-      const float x1 = dev::shfl_idx(x[k / 8][2 + k % 2], first_lane + k % 8 / 2);
+    for (int block = 0; block < n; ++block) {
+      float x0[8], x1[8];  // the row of this thread, of which four lanes hold two numbers each, and the row 8 below
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        x0[k] = dev::shfl_idx(x[block][k % 2], first_lane + k / 2);
+        x1[k] = dev::shfl_idx(x[block][2 + k % 2], first_lane + k / 2);
+      }
 #pragma unroll
       for (int c = 0; c < m; ++c) {
         if (!used<Other::kColumns>(8 * c, columns)) break;
-        const float2 b = dev::ld_shared<float2>(other + Other::offset(k, 2 * c + column / 4) + column % 4 * 4);
-        acc[c][0] = fmaf(x0, b.x, acc[c][0]), acc[c][1] = fmaf(x0, b.y, acc[c][1]);
-        acc[c][2] = fmaf(x1, b.x, acc[c][2]), acc[c][3] = fmaf(x1, b.y, acc[c][3]);
+        float sum[4] = {};
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const float2 b = dev::ld_shared<float2>(other + Other::offset(8 * block + k, 2 * c + column / 4) + column % 4 * 4);
+          sum[0] = fmaf(x0[k], b.x, sum[0]), sum[1] = fmaf(x0[k], b.y, sum[1]);
+          sum[2] = fmaf(x1[k], b.x, sum[2]), sum[3] = fmaf(x1[k], b.y, sum[3]);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[c][e] += sum[e];
       }
     }
   } else {
@@ -206,7 +227,7 @@ __device__ __forceinline__ float stored_lse(float natural) {
 // exp(factor * x - lse)
 template <class T>
 __device__ __forceinline__ float probability(float x, float factor, float lse) {
-  if constexpr (std::is_same_v<T, float>) return dev::exp2_approx((x * factor - lse) * static_cast<float>(kLog2e));
+  if constexpr (std::is_same_v<T, float>) return dev::exp2_approx(fmaf(x, factor, -lse) * static_cast<float>(kLog2e));
   return dev::exp2_approx(fmaf(x, factor, -lse));
 }
 

@@ -1,9 +1,8 @@
 // AttentionParams -> the instance and the grid of the forward kernel.
-#include "cuda/attention_forward.h"
-
 #include <limits>
 
 #include "core/check.h"
+#include "cuda/attention_forward.h"
 #include "cuda/kernels.h"
 
 namespace foveate::cuda {

@@ -91,11 +91,13 @@ __device__ __forceinline__ void options_step(ForwardState<C>& state, const Forwa
   if (!f.score_options) return;
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m)
-    apply_options<std::is_same_v<typename C::T, float>>(f.attention, f.score, s, rows.batch, rows.head, Places<false>(rows.first + warp_row + 16 * m, key0), state.score[m]);
+    apply_options<std::is_same_v<typename C::T, float>>(f.attention, f.score, s, rows.batch, rows.head,
+                                                        Places<false>(rows.first + warp_row + 16 * m, key0), state.score[m]);
 }
 
 template <class C>
-__device__ __forceinline__ void dropout_step(ForwardState<C>& state, const ForwardParams& f, const BlockRows& rows, int warp_row, int key0) {
+__device__ __forceinline__ void dropout_step(ForwardState<C>& state, const ForwardParams& f, const BlockRows& rows, int warp_row,
+                                             int key0) {
   const AttentionParams& p = f.attention;
   if (!(p.dropout_p > 0)) return;
   const Philox words = philox(p);
@@ -115,7 +117,8 @@ __device__ __forceinline__ void dropout_step(ForwardState<C>& state, const Forwa
 
 // Divides by the sums, stores output (by way of the tile of q, of which each warp needs only its own rows) and lse.
 template <class C>
-__device__ __forceinline__ void finish(ForwardState<C>& state, const ForwardParams& f, const Sequence& s, const BlockRows& rows, uint32_t q_tile) {
+__device__ __forceinline__ void finish(ForwardState<C>& state, const ForwardParams& f, const Sequence& s, const BlockRows& rows,
+                                       uint32_t q_tile) {
   using T = typename C::T;
   const AttentionParams& p = f.attention;
   const int warp_row = dev::warp() * C::kRowsPerWarp, total = s.q * rows.packed;

@@ -74,31 +74,43 @@ __device__ __forceinline__ void multiply_pv(ForwardState<C>& state, uint32_t v_t
   }
 }
 
-// The same in fp32. A lane computes the elements of the C fragments that it owns: 2 rows (of 16) x 2 columns (of 8).
+// The same in fp32. A lane computes the elements of the C fragments that it owns: 2 rows (of 16) x 2 columns (of 8). Sums of 32 dims are
+// added up: one long sum of 256 products would lose a bit or two.
 template <class C>
 __device__ __forceinline__ void multiply_qk_by_fma(ForwardState<C>& state, uint32_t q_tile, uint32_t k_tile, int warp_row, int dims) {
 #pragma unroll 1
-  for (int chunk = 0; 4 * chunk < dims; ++chunk) {
-    float4 q[C::kFragments][2];
+  for (int first = 0; first < dims; first += 32) {
+    float part[C::kFragments][C::kScores][4] = {};
+#pragma unroll 1
+    for (int chunk = first / 4; chunk < first / 4 + 8; ++chunk) {
+      float4 q[C::kFragments][2];
+#pragma unroll
+      for (int m = 0; m < C::kFragments; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          q[m][half] = dev::ld_shared<float4>(q_tile + C::QTile::offset(warp_row + 16 * m + fragment_row(2 * half), chunk));
+#pragma unroll
+      for (int n = 0; n < C::kScores; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float4 k = dev::ld_shared<float4>(k_tile + C::KTile::offset(8 * n + fragment_column(e), chunk));
+#pragma unroll
+          for (int m = 0; m < C::kFragments; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              float& s = part[m][n][2 * half + e];
+              s = fmaf(q[m][half].x, k.x, s), s = fmaf(q[m][half].y, k.y, s), s = fmaf(q[m][half].z, k.z, s),
+              s = fmaf(q[m][half].w, k.w, s);
+            }
+        }
+      }
+    }
 #pragma unroll
     for (int m = 0; m < C::kFragments; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        q[m][half] = dev::ld_shared<float4>(q_tile + C::QTile::offset(warp_row + 16 * m + fragment_row(2 * half), chunk));
+      for (int n = 0; n < C::kScores; ++n)
 #pragma unroll
-    for (int n = 0; n < C::kScores; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float4 k = dev::ld_shared<float4>(k_tile + C::KTile::offset(8 * n + fragment_column(e), chunk));
-#pragma unroll
-        for (int m = 0; m < C::kFragments; ++m)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float& s = state.score[m][n][2 * half + e];
-            s = fmaf(q[m][half].x, k.x, s), s = fmaf(q[m][half].y, k.y, s), s = fmaf(q[m][half].z, k.z, s), s = fmaf(q[m][half].w, k.w, s);
-          }
-      }
-    }
+        for (int e = 0; e < 4; ++e) state.score[m][n][e] += part[m][n][e];
   }
 }
 

@@ -8,7 +8,6 @@ namespace {
 
 using Work = RowWork<CrossEntropyParams>;
 
-constexpr int kAhead = 4;  // chunks that a thread has under way
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 __device__ __forceinline__ float capped(float logit, float softcap) { return softcap > 0 ? softcap * tanhf(logit / softcap) : logit; }
@@ -28,13 +27,13 @@ __global__ void __launch_bounds__(kLargestBlock, 1) cross_entropy_forward_kernel
     const int64_t chunks = chunks_of(cols, kVec<T>);
     MaxSum all;
     float centred = 0, count = 0;  // of the smoothing: sum(x - all.max) over `count` logits
-    for (int64_t chunk = team.thread; chunk < chunks; chunk += int64_t{kAhead} * team.lanes) {
-      float x[kAhead][kVec<T>];
+    for (int64_t chunk = team.thread; chunk < chunks; chunk += int64_t{kKeptChunks} * team.lanes) {
+      float x[kKeptChunks][kVec<T>];
       const auto column = [&](int c) { return (chunk + c * team.lanes) * kVec<T>; };
 #pragma unroll
-      for (int c = 0; c < kAhead; ++c) load_chunk<Read::kOnce>(logits, column(c), cols, -kInfinity, x[c]);
+      for (int c = 0; c < kKeptChunks; ++c) load_chunk<Read::kOnce>(logits, column(c), cols, -kInfinity, x[c]);
 #pragma unroll
-      for (int c = 0; c < kAhead; ++c) {
+      for (int c = 0; c < kKeptChunks; ++c) {
         const float before = all.max;
         if (softcap > 0) {
 #pragma unroll
@@ -88,15 +87,15 @@ __global__ void __launch_bounds__(kLargestBlock, 1) cross_entropy_backward_kerne
     const float dlse = dloss * (1 + 2 * static_cast<float>(p.options.z_loss) * (stats.x + stats.y));
     const float uniform = dloss * smoothing / static_cast<float>(p.cols);
     const int64_t chunks = chunks_of(p.cols, kVec<T>);
-    for (int64_t chunk = team.thread; chunk < chunks; chunk += int64_t{kAhead} * team.lanes) {
-      float x[kAhead][kVec<T>];
+    for (int64_t chunk = team.thread; chunk < chunks; chunk += int64_t{kKeptChunks} * team.lanes) {
+      float x[kKeptChunks][kVec<T>];
       const auto column = [&](int c) { return (chunk + c * team.lanes) * kVec<T>; };
       if (!ignored) {
 #pragma unroll
-        for (int c = 0; c < kAhead; ++c) load_chunk<Read::kInPlace>(logits, column(c), p.cols, 0.0f, x[c]);
+        for (int c = 0; c < kKeptChunks; ++c) load_chunk<Read::kInPlace>(logits, column(c), p.cols, 0.0f, x[c]);
       }
 #pragma unroll
-      for (int c = 0; c < kAhead; ++c) {
+      for (int c = 0; c < kKeptChunks; ++c) {
 #pragma unroll
         for (int i = 0; i < kVec<T>; ++i) {
           const float t = softcap > 0 ? tanhf(x[c][i] / softcap) : 0.0f, value = softcap > 0 ? softcap * t : x[c][i];
@@ -114,14 +113,14 @@ __global__ void __launch_bounds__(kLargestBlock, 1) cross_entropy_backward_kerne
 
 void cross_entropy_forward(const CrossEntropyParams& p, Stream stream) {
   visit_activation(p.dtype, [&]<class T>(std::type_identity<T>) {
-    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kAhead);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks);
     launch<cross_entropy_forward_kernel<T>>(plan.grid, plan.threads, kTeamBytes, stream, Work{p, plan.lanes});
   });
 }
 
 void cross_entropy_backward(const CrossEntropyParams& p, Stream stream) {
   visit_activation(p.dtype, [&]<class T>(std::type_identity<T>) {
-    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kAhead);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks);
     launch<cross_entropy_backward_kernel<T>>(plan.grid, plan.threads, kTeamBytes, stream, Work{p, plan.lanes});
   });
 }

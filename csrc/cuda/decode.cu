@@ -7,7 +7,8 @@
 // keys 16t.., belongs to warp t % warps: the order of every sum is fixed by the shapes.
 //
 // int8 and fp8 keys are copied as they are and widened to the dtype of q in shared memory. Where Dv exceeds 256, as in MLA, the columns of V are
-// divided among blocks, which compute the scores again. Splits write partial results; a second kernel merges them by their log-sum-exp.
+// divided among blocks, which compute the scores again. Splits write partial results; the last block of a tile of rows to finish merges them by
+// their log-sum-exp, in the order of the splits, so that a call is one launch and its bits do not depend on who was last.
 #include "cuda/decode_tile.cuh"
 #include "cuda/kernels.h"
 #include "cuda/kv_cache.cuh"
@@ -179,27 +180,9 @@ __device__ __forceinline__ void write_out(const KvCacheParams& p, int64_t b, int
 
 // T: of q, S: of the cache. kColumns: of V, at most, of one block.
 template <class T, class S, int kColumns>
-__global__ void __launch_bounds__(32 * kMaxWarps) decode_kernel(const __grid_constant__ DecodeWork work) {
+__device__ __forceinline__ void attend(const DecodeWork& work, const Task& task, int64_t len) {
   const KvCacheParams& p = work.params;
   const int64_t group = p.heads_q / p.heads_kv, rows = p.seq_q * group;
-  Task task;
-  int64_t block = blockIdx.x;
-  const auto next = [&](int64_t n) {
-    const int64_t index = block % n;
-    block /= n;
-    return index;
-  };
-  task.first_column = static_cast<int>(next(work.slices)) * kColumns;
-  task.row0 = next(work.row_blocks) * kTileRows;
-  task.head = next(p.heads_kv), task.split = next(p.num_splits), task.b = block;
-  const int64_t len = length_of(p, task.b);
-  task = task_of(work, len, task);
-  if (p.num_splits > 1 && task.begin >= task.end) {  // nothing to read: the merge skips this split
-    const int64_t row = task.row0 + threadIdx.x, at = (task.split * p.batch + task.b) * p.heads_q + task.head * group + row % group;
-    if (threadIdx.x < kTileRows && row < rows && task.first_column == 0)
-      dev::st_global(p.partial_lse + at * p.seq_q + row / group, -kInfinity);
-    return;
-  }
   const int columns = min(kColumns, static_cast<int>(p.head_dim_v) - task.first_column);  // that are there
   const int lane = dev::lane(), warp = dev::warp();
 
@@ -312,11 +295,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps) decode_kernel(const __grid_con
   }
 }
 
-constexpr int kMergeColumns = 4, kMergeThreads = 128, kMergeAhead = 8;  // columns of a thread; splits that it asks for at a time
+constexpr int kMergeColumns = 4, kMergeAhead = 8;  // columns of a thread; splits that it asks for at a time
 
 // A warp merges 128 columns of one row.
-__device__ __forceinline__ void merge_splits(const KvCacheParams& p, int64_t row, int64_t first_column) {
-  const int64_t rows = p.batch * p.heads_q * p.seq_q, dim = p.head_dim_v, d = first_column + kMergeColumns * dev::lane();
+__device__ __forceinline__ void merge_splits(const KvCacheParams& p, int64_t b, int64_t head, int64_t i, int64_t first_column) {
+  const int64_t rows = p.batch * p.heads_q * p.seq_q, row = (b * p.heads_q + head) * p.seq_q + i, dim = p.head_dim_v,
+                d = first_column + kMergeColumns * dev::lane();
   const auto lse_of = [&](int64_t split) {
     return split < p.num_splits ? dev::ld_global<float>(p.partial_lse + split * rows + row) : -kInfinity;
   };
@@ -348,11 +332,42 @@ __device__ __forceinline__ void merge_splits(const KvCacheParams& p, int64_t row
     if (d + c < dim) write_out(p, row / (p.heads_q * p.seq_q), row / p.seq_q % p.heads_q, row % p.seq_q, d + c, merged[c] * factor, lse);
 }
 
-__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ KvCacheParams p) {
-  constexpr int kWarps = kMergeThreads / 32, kWarpColumns = 32 * kMergeColumns;
-  const int64_t column_blocks = chunks_of(p.head_dim_v, kWarpColumns), items = p.batch * p.heads_q * p.seq_q * column_blocks;
-  for (int64_t item = int64_t{blockIdx.x} * kWarps + dev::warp(); item < items; item += int64_t{gridDim.x} * kWarps)
-    merge_splits(p, item / column_blocks, item % column_blocks * kWarpColumns);
+template <class T, class S, int kColumns>
+__global__ void __launch_bounds__(32 * kMaxWarps) decode_kernel(const __grid_constant__ DecodeWork work) {
+  const KvCacheParams& p = work.params;
+  Task task;
+  int64_t block = blockIdx.x;
+  const auto next = [&](int64_t n) {
+    const int64_t index = block % n;
+    block /= n;
+    return index;
+  };
+  task.first_column = static_cast<int>(next(work.slices)) * kColumns;
+  task.row0 = next(work.row_blocks) * kTileRows;
+  task.head = next(p.heads_kv), task.split = next(p.num_splits), task.b = block;
+  const int64_t len = length_of(p, task.b);
+  task = task_of(work, len, task);
+  const bool empty = p.num_splits > 1 && task.begin >= task.end;
+  if (!empty) attend<T, S, kColumns>(work, task, len);
+  if (p.num_splits == 1) return;
+
+  const int64_t group = p.heads_q / p.heads_kv, used = min(int64_t{kTileRows}, p.seq_q * group - task.row0);
+  if (empty && threadIdx.x < used && task.first_column == 0) {  // the merge skips this split
+    const int64_t row = task.row0 + threadIdx.x, head = task.head * group + row % group;
+    dev::st_global(p.partial_lse + ((task.split * p.batch + task.b) * p.heads_q + head) * p.seq_q + row / group, -kInfinity);
+  }
+  dev::fence_gpu();
+  dev::sync_threads();
+  uint32_t* counter = p.counters + (task.b * p.heads_kv + task.head) * work.row_blocks + task.row0 / kTileRows;
+  const auto last = static_cast<uint32_t>(p.num_splits * work.slices - 1);
+  if (!dev::sync_threads_or(threadIdx.x == 0 && dev::atomic_add_acq_rel(counter, 1) == last)) return;
+  dev::fence_gpu();
+  if (threadIdx.x == 0) dev::st_global<uint32_t>(counter, 0);  // as the next call expects it
+  const int64_t column_blocks = chunks_of(p.head_dim_v, kMergeColumns * 32);
+  for (int64_t item = dev::warp(); item < used * column_blocks; item += work.warps) {
+    const int64_t row = task.row0 + item / column_blocks;
+    merge_splits(p, task.b, task.head * group + row % group, row / group, item % column_blocks * (kMergeColumns * 32));
+  }
 }
 
 // Bytes of a tile's row: an odd multiple of 16.
@@ -389,6 +404,8 @@ void decode_columns(const KvCacheParams& p, Stream stream) {
   const size_t bytes = std::max(q_bytes + work.warps * warp_bytes, merge_bytes);
   check(bytes <= kLargestBytes, "decode on a GPU needs ", bytes, " bytes of shared memory for head dims ", p.head_dim, " and ",
         p.head_dim_v, " in ", name(p.dtype), ", more than ", kLargestBytes, ": use a 16-bit dtype or backend='triton'");
+  check(p.num_splits == 1 || (p.counters && p.rows_per_task == std::min<int64_t>(rows, kTileRows)), "decode on a GPU takes tiles of ",
+        kTileRows, " rows and a counter for each, the call has rows_per_task = ", p.rows_per_task);
   const int64_t blocks = p.batch * p.num_splits * p.heads_kv * work.row_blocks * work.slices;
   check(blocks <= INT32_MAX, "num_splits = ", p.num_splits, " divides the work into ", blocks, " blocks, a grid has at most ", INT32_MAX,
         ": use fewer splits");
@@ -413,10 +430,6 @@ void decode(const KvCacheParams& p, Stream stream) {
       default: return decode_stored_as<T, T>(p, stream);
     }
   });
-  if (p.num_splits > 1) {
-    const int64_t items = p.batch * p.heads_q * p.seq_q * ceil_div<int64_t>(p.head_dim_v, 32 * kMergeColumns);
-    launch<merge_kernel>(blocks_for(items, kMergeThreads / 32), kMergeThreads, 0, stream, p);
-  }
 }
 
 }  // namespace foveate::cuda

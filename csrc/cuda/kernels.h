@@ -8,6 +8,7 @@
 
 #include "cuda/stream.h"
 #include "ops/attention.h"
+#include "ops/copy_pages.h"
 #include "ops/kv_cache.h"
 #include "ops/loss.h"
 #include "ops/norm.h"
@@ -32,6 +33,7 @@ struct Kernels {
   void (*rms_norm_forward)(const RmsNormParams&, Stream) = nullptr;
   void (*rms_norm_backward)(const RmsNormBackwardParams&, Stream) = nullptr;
   void (*rotary)(const RotaryParams&, Stream) = nullptr;
+  void (*copy_pages)(const CopyPagesParams&, Stream) = nullptr;
 };
 
 // attention_forward.cu
@@ -53,6 +55,8 @@ void rotary(const RotaryParams& p, Stream stream);
 // kv_append.cu
 void kv_append(const KvCacheParams& p, Stream stream);
 void rotate_queries(const KvCacheParams& p, void* out, Stream stream);
+// copy_pages.cu
+void copy_pages(const CopyPagesParams& p, Stream stream);
 // decode.cu
 void decode(const KvCacheParams& p, Stream stream);
 

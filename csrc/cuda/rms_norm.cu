@@ -17,7 +17,7 @@ __device__ __forceinline__ void load_weight(const void* weight, int64_t j, int64
 
 template <class T, class W, bool kKept>
 __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_forward_kernel(const __grid_constant__ RowWork<RmsNormParams> work) {
-  constexpr int kChunks = kKept ? kKeptChunks<T> : kKeptChunks<T> / 2;
+  constexpr int kChunks = kKept ? kKeptChunks : kKeptChunks / 2;
   const RmsNormParams& p = work.params;
   const Team team(work.lanes);
   for (int64_t first = int64_t{blockIdx.x} * team.count; first < p.rows; first += int64_t{gridDim.x} * team.count) {
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_forward_kernel(cons
 
 template <class T, class W, bool kKept>
 __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(const __grid_constant__ RowWork<RmsNormBackwardParams> work) {
-  constexpr int kChunks = kKeptChunks<T> / 2;
+  constexpr int kChunks = kKeptChunks / 2;
   const RmsNormBackwardParams& p = work.params;
   const Team team(work.lanes);
   const int64_t chunks = chunks_of(p.cols, kVec<T>), step = int64_t{kChunks} * team.lanes;
@@ -194,7 +194,7 @@ void visit_dtypes(DType dtype, DType weight_dtype, const F& f) {
 
 void rms_norm_forward(const RmsNormParams& p, Stream stream) {
   visit_dtypes(p.dtype, p.weight_dtype, [&]<class T, class W>(std::type_identity<T>, std::type_identity<W>) {
-    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks<T>);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks);
     const RowWork<RmsNormParams> work{p, plan.lanes};
     if (plan.kept)
       launch<rms_norm_forward_kernel<T, W, true>>(plan.grid, plan.threads, kTeamBytes, stream, work);
@@ -206,7 +206,7 @@ void rms_norm_forward(const RmsNormParams& p, Stream stream) {
 void rms_norm_backward(const RmsNormBackwardParams& p, Stream stream) {
   constexpr int64_t kSharesWithoutDweight = 4096;
   visit_dtypes(p.dtype, p.weight_dtype, [&]<class T, class W>(std::type_identity<T>, std::type_identity<W>) {
-    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks<T> / 2);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks / 2);
     RowWork<RmsNormBackwardParams> work{p, plan.lanes};
     if (!p.dweight_parts) work.params.parts = std::min<int64_t>(plan.grid.x, kSharesWithoutDweight);
     const auto blocks = static_cast<unsigned>(work.params.parts);

@@ -169,9 +169,7 @@ struct MaxSum {
 
 // ---- division of the work ----------------------------------------------------------------------------------------------------
 
-// Chunks that a thread holds in registers, of 32 floats together.
-template <class T>
-constexpr int kKeptChunks = 32 / kVec<T>;
+constexpr int kKeptChunks = 4;  // that a thread holds in registers
 constexpr int kWarpBlock = 128, kLargestBlock = 512;
 
 struct RowPlan {

@@ -79,7 +79,7 @@ __device__ __forceinline__ void normalise(float (&s)[kVec<T>], bool log, const M
 // kKept: the scores of a row stay in registers. Else it is read a second time.
 template <class T, bool kKept>
 __global__ void __launch_bounds__(kLargestBlock, 1) softmax_forward_kernel(const __grid_constant__ RowWork<SoftmaxParams> work) {
-  constexpr int kChunks = kKept ? kKeptChunks<T> : kKeptChunks<T> / 2;  // at a time
+  constexpr int kChunks = kKept ? kKeptChunks : kKeptChunks / 2;  // at a time
   const SoftmaxParams& p = work.params;
   const Team team(work.lanes);
   for (int64_t first = int64_t{blockIdx.x} * team.count; first < p.rows; first += int64_t{gridDim.x} * team.count) {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) softmax_forward_kernel(const
 // dx = scale * y * (dy - sum(dy * y)), of log_softmax dy - exp(y) * sum(dy).
 template <class T, class Out, bool kKept>
 __global__ void __launch_bounds__(kLargestBlock, 1) softmax_backward_kernel(const __grid_constant__ RowWork<SoftmaxBackwardParams> work) {
-  constexpr int kChunks = kKeptChunks<T> / 2;  // of two operands
+  constexpr int kChunks = kKeptChunks / 2;  // of two operands
   const SoftmaxBackwardParams& p = work.params;
   const Team team(work.lanes);
   const float scale = static_cast<float>(p.scale);
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) softmax_backward_kernel(cons
 
 void softmax_forward(const SoftmaxParams& p, Stream stream) {
   visit_activation(p.dtype, [&]<class T>(std::type_identity<T>) {
-    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks<T>);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks);
     const RowWork<SoftmaxParams> work{p, plan.lanes};
     if (plan.kept)
       launch<softmax_forward_kernel<T, true>>(plan.grid, plan.threads, kTeamBytes, stream, work);
@@ -213,7 +213,7 @@ void softmax_forward(const SoftmaxParams& p, Stream stream) {
 
 void softmax_backward(const SoftmaxBackwardParams& p, Stream stream) {
   visit_activation(p.dtype, [&]<class T>(std::type_identity<T>) {
-    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks<T> / 2);
+    const RowPlan plan = plan_rows<T>(p.rows, p.cols, kKeptChunks / 2);
     const auto run = [&]<class Out>(std::type_identity<Out>) {
       const RowWork<SoftmaxBackwardParams> work{p, plan.lanes};
       if (plan.kept)

@@ -19,6 +19,7 @@ const Kernels& kernels() {
       .rms_norm_forward = rms_norm_forward,
       .rms_norm_backward = rms_norm_backward,
       .rotary = rotary,
+      .copy_pages = copy_pages,
   };
   return table;
 }
@@ -43,7 +44,8 @@ std::vector<std::pair<std::string, bool>> compiled_kernels() {
           {"cross_entropy_backward", k.cross_entropy_backward},
           {"rms_norm_forward", k.rms_norm_forward},
           {"rms_norm_backward", k.rms_norm_backward},
-          {"rotary", k.rotary}};
+          {"rotary", k.rotary},
+          {"copy_pages", k.copy_pages}};
 }
 
 }  // namespace foveate::cuda

@@ -56,7 +56,8 @@ __device__ __forceinline__ void load_tile_async(uint32_t tile, int thread, int c
 // The same for rows at regular distances, in few instructions and registers: row r begins 16 * (first + r * stride) bytes after `base`, rows from
 // `rows` on are zeros.
 template <class Tile, int kThreads>
-__device__ __forceinline__ void load_tile_async(uint32_t tile, int thread, int rows, int columns, const void* base, uint32_t first, uint32_t stride) {
+__device__ __forceinline__ void load_tile_async(uint32_t tile, int thread, int rows, int columns, const void* base, uint32_t first,
+                                                uint32_t stride) {
   using Share = CopyShare<Tile, kThreads>;
   const int first_row = thread / Share::kLanes, first_chunk = thread % Share::kLanes;
 #pragma unroll

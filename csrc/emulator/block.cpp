@@ -1,6 +1,7 @@
 #include "emulator/block.h"
 
 #include <bit>
+#include <cstring>
 #include <map>
 
 #include "emulator/error.h"
@@ -44,7 +45,7 @@ std::string ranges(const std::vector<int>& sorted) {
 
 void Block::begin(const Kernel& kernel, dim3 grid, dim3 block, uint64_t index, size_t smem_bytes, const Options& options) {
   const int threads = static_cast<int>(block.x), warps = threads / kWarpSize;
-  kernel_ = kernel, options_ = options, live_threads_ = threads, spins_ = 0, error_ = nullptr;
+  kernel_ = kernel, options_ = options, live_threads_ = threads, spins_ = 0, error_ = nullptr, host_ = Fiber();
   gridDim = grid, blockDim = block;
   blockIdx = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
               static_cast<unsigned>(index / grid.x / grid.y)};
@@ -52,6 +53,7 @@ void Block::begin(const Kernel& kernel, dim3 grid, dim3 block, uint64_t index, s
   race.begin(options.race, warps, shared.size());
   scheduler_.begin(options.schedule, options.seed * 0x100000001b3u + index, warps);
   barriers_.fill({});
+  hopper.clear();
   stacks_.reserve(threads);
   if (static_cast<int>(threads_.size()) < threads) threads_.resize(threads);
   warps_.resize(warps);
@@ -80,6 +82,7 @@ void Block::run(const Kernel& kernel, dim3 grid, dim3 block, uint64_t index, siz
 }
 
 void Block::thread_main() {
+  Fiber::entered();
   Block& block = *current_block;
   Thread* next = nullptr;
   try {
@@ -105,6 +108,8 @@ void Block::leave() {
     kernel_error("it returns from the kernel with an asynchronous copy under way, issued at ", name(self.copies.first().site),
                  ": nobody has waited for it");
   }
+  hopper.tma.check_done(live_threads_ == 1);
+  hopper.wgmma[warp.id].check_done();
   warp.live &= ~lane_bit(self), warp.ready &= ~lane_bit(self);
   --live_threads_, spins_ = 0;
   if (warp.arrived && warp.request.id < 0) {
@@ -118,7 +123,13 @@ void Block::leave() {
 // ---- switching ---------------------------------------------------------------------------------------------------------------
 
 Thread& Block::next() {
+  if (options_.schedule == Schedule::kRandom && hopper.tma.loads_under_way() && scheduler_.random() % 8 == 0)
+    hopper.tma.deliver(scheduler_.random());
   Thread* thread = scheduler_.next(warps_);
+  while (!thread && hopper.tma.loads_under_way()) {
+    hopper.tma.deliver(0);
+    thread = scheduler_.next(warps_);
+  }
   if (!thread) deadlock();
   return *thread;
 }
@@ -171,6 +182,7 @@ void Block::deadlock() const {
     if (barrier.arrived == 0) continue;
     text << " barrier " << id << " has " << barrier.arrived << " threads of " << (id == 0 ? live_threads_ : barrier.threads) << ";";
   }
+  text << hopper.barriers.describe();
   throw KernelError(text.str());
 }
 

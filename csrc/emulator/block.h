@@ -10,6 +10,7 @@
 #include "emulator/async_copies.h"
 #include "emulator/fiber.h"
 #include "emulator/global_memory.h"
+#include "emulator/hopper.h"
 #include "emulator/launch.h"
 #include "emulator/options.h"
 #include "emulator/race.h"
@@ -72,6 +73,7 @@ class Block {
   SharedMemory shared;
   GlobalMemory global;
   RaceDetector race;
+  Hopper hopper;
 
   // All 32 lanes of the running thread's warp come here with the same operation at the same site; the last one executes
   // run(std::array<T*, 32>&) for all, and the others go on.
@@ -89,6 +91,8 @@ class Block {
   void barrier(BarrierRequest request, const char* operation, Site site);
   bool barrier_or(bool predicate, const char* operation, Site site);
 
+  // The running thread is no longer ready; others run until someone makes it ready again.
+  void wait(const char* what, Site site);
   // The running thread lets others run. Throws when it has waited for too long.
   void spin(const char* operation, Site site);
 
@@ -110,9 +114,8 @@ class Block {
   static void release(Warp& warp);
   void arrive(Warp& warp);  // the whole warp, at the barrier of its request
   void complete_if_full(Barrier& barrier);
-  void wait(const char* what, Site site);  // the running thread is no longer ready; runs others until it is
-  void leave();                            // the running thread has returned from the kernel
-  Thread& next();                          // throws if there is none
+  void leave();    // the running thread has returned from the kernel
+  Thread& next();  // throws if there is none
   static void switch_to(Thread& thread, Fiber& from);
   [[noreturn]] void deadlock() const;
 

@@ -41,7 +41,8 @@ void land(const AsyncCopy& copy) {
   } else {
     std::memset(block.shared.at(copy.to), 0, copy.bytes);
   }
-  block.race.landed(copy.to, copy.bytes, current_thread->accessor(), copy.site);
+  const Accessor who = current_thread->accessor();
+  block.race.landed(copy.to, copy.bytes, who, copy.site, block.race.clock(who.warp)[who.warp]);
 }
 }  // namespace
 

@@ -4,6 +4,12 @@
 
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <pthread.h>
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace foveate::emulator {
 
 #if defined(__x86_64__)
@@ -32,7 +38,7 @@ foveate_emulator_switch:
 )");
 extern "C" void foveate_emulator_switch(void** from_stack_pointer, void* to_stack_pointer);
 
-void Fiber::start(void* stack, size_t bytes, void (*entry)()) {
+void Fiber::prepare(void* stack, size_t bytes, void (*entry)()) {
   // Six saved registers, the address to return to, and one word above it, as after a call: the ABI aligns the stack so.
   auto** top = reinterpret_cast<void**>(static_cast<char*>(stack) + bytes);
   void** frame = top - 8;
@@ -41,11 +47,11 @@ void Fiber::start(void* stack, size_t bytes, void (*entry)()) {
   stack_pointer_ = frame;
 }
 
-void Fiber::switch_to(Fiber& from, Fiber& to) { foveate_emulator_switch(&from.stack_pointer_, to.stack_pointer_); }
+void Fiber::exchange(Fiber& from, Fiber& to) { foveate_emulator_switch(&from.stack_pointer_, to.stack_pointer_); }
 
 #else
 
-void Fiber::start(void* stack, size_t bytes, void (*entry)()) {
+void Fiber::prepare(void* stack, size_t bytes, void (*entry)()) {
   getcontext(&context_);
   context_.uc_stack.ss_sp = stack;
   context_.uc_stack.ss_size = bytes;
@@ -53,7 +59,39 @@ void Fiber::start(void* stack, size_t bytes, void (*entry)()) {
   makecontext(&context_, entry, 0);
 }
 
-void Fiber::switch_to(Fiber& from, Fiber& to) { swapcontext(&from.context_, &to.context_); }
+void Fiber::exchange(Fiber& from, Fiber& to) { swapcontext(&from.context_, &to.context_); }
+
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+
+void Fiber::start(void* stack, size_t bytes, void (*entry)()) {
+  stack_ = stack, bytes_ = bytes, fake_stack_ = nullptr;
+  __asan_unpoison_memory_region(stack, bytes);  // what ran here before was left in the middle of its functions
+  prepare(stack, bytes, entry);
+}
+
+void Fiber::switch_to(Fiber& from, Fiber& to) {
+  if (!from.stack_) {  // that of the OS thread
+    pthread_attr_t attributes;
+    void* stack = nullptr;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &stack, &from.bytes_);
+    pthread_attr_destroy(&attributes);
+    from.stack_ = stack;
+  }
+  __sanitizer_start_switch_fiber(&from.fake_stack_, to.stack_, to.bytes_);
+  exchange(from, to);
+  __sanitizer_finish_switch_fiber(from.fake_stack_, nullptr, nullptr);
+}
+
+void Fiber::entered() { __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr); }
+
+#else
+
+void Fiber::start(void* stack, size_t bytes, void (*entry)()) { prepare(stack, bytes, entry); }
+void Fiber::switch_to(Fiber& from, Fiber& to) { exchange(from, to); }
+void Fiber::entered() {}
 
 #endif
 

@@ -18,8 +18,19 @@ class Fiber {
   void start(void* stack, size_t bytes, void (*entry)());
   // Suspends `from`, the running fiber, and continues `to`.
   static void switch_to(Fiber& from, Fiber& to);
+  // The first thing that `entry` calls.
+  static void entered();
 
  private:
+  void prepare(void* stack, size_t bytes, void (*entry)());
+  static void exchange(Fiber& from, Fiber& to);
+
+#if defined(__SANITIZE_ADDRESS__)
+  // AddressSanitizer must be told of stacks.
+  const void* stack_ = nullptr;
+  size_t bytes_ = 0;
+  void* fake_stack_ = nullptr;
+#endif
 #if defined(__x86_64__)
   void* stack_pointer_ = nullptr;
 #else

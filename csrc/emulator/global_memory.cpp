@@ -39,7 +39,6 @@ void GlobalMemory::begin() {
 }
 
 void GlobalMemory::find(uintptr_t address, size_t bytes, const char* what, Site site) {
-  if (address % bytes != 0) kernel_error(what, " of ", bytes, " bytes at ", name(site), ": the address is not a multiple of ", bytes);
   for (size_t i = 0; i < spans_.size(); ++i) {
     if (spans_[i].contains(address, bytes)) {
       last_ = i;

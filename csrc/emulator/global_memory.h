@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "emulator/error.h"
 #include "emulator/site.h"
 
 namespace foveate::emulator {
@@ -28,10 +29,14 @@ class GlobalMemory {
   void begin();
   // Throws KernelError unless an aligned access of `bytes` bytes at p is inside a span.
   void check(const void* p, size_t bytes, const char* what, Site site) {
-    const auto address = reinterpret_cast<uintptr_t>(p);
-    if (address % bytes == 0 && (spans_.empty() || spans_[last_].contains(address, bytes))) [[likely]]
-      return;
-    find(address, bytes, what, site);
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) [[unlikely]]
+      kernel_error(what, " of ", bytes, " bytes at ", emulator::name(site), ": the address is not a multiple of ", bytes);
+    check_range(p, bytes, what, site);
+  }
+  // The same without alignment.
+  void check_range(const void* p, size_t bytes, const char* what, Site site) {
+    if (!spans_.empty() && !spans_[last_].contains(reinterpret_cast<uintptr_t>(p), bytes))
+      find(reinterpret_cast<uintptr_t>(p), bytes, what, site);
   }
 
  private:

@@ -17,7 +17,17 @@ std::string describe(int warp, uint32_t where) {
   return text + " at " + name(site_of_number(where >> 8));
 }
 
-const char* verb(Access kind) { return kind == Access::kRead ? "read" : kind == Access::kWrite ? "write" : "atomic addition"; }
+const char* verb(Access kind) {
+  switch (kind) {
+    case Access::kRead: return "read";
+    case Access::kWrite: return "write";
+    case Access::kAtomic: return "atomic addition";
+    case Access::kAsyncRead: return "asynchronous read";
+    case Access::kAsyncWrite: return "asynchronous write";
+  }
+  return "";
+}
+bool only_reads(Access kind) { return kind == Access::kRead || kind == Access::kAsyncRead; }
 
 [[noreturn]] void race(const char* earlier, int warp, uint32_t earlier_where, Access kind, uint32_t offset, Accessor who, Site site) {
   kernel_error("race on byte ", offset, " of shared memory: ", verb(kind), " ", describe(who.warp, where(site, who.lane)), ", and ",
@@ -42,6 +52,7 @@ void RaceDetector::begin(bool enabled, int warps, uint32_t bytes) {
   for (int w = 0; w < warps; ++w) {
     clocks_[w].fill(start);
     clocks_[w][w] = start + 1;
+    async_visible_[w] = start;
   }
   latest_ = start + 1;
 }
@@ -55,7 +66,12 @@ void RaceDetector::acquire(int warp, const Clock& clock) {
 void RaceDetector::tick(int warp) { latest_ = std::max(latest_, ++clocks_[warp][warp]); }
 
 void RaceDetector::check_write(const Write& write, uint32_t bytes, Access kind, uint32_t offset, Accessor who, Site site) const {
-  if (!(write.bytes & bytes) || write.clock < clocks_[who.warp][write.warp]) return;
+  if (!(write.bytes & bytes)) return;
+  if (kind == Access::kAsyncRead && !write.async && write.clock > async_visible_[write.warp]) {
+    kernel_error("asynchronous read ", describe(who.warp, where(site, who.lane)), " of byte ", offset, " of shared memory, written ",
+                 describe(write.warp, write.where), ": fence_async_proxy is missing between them");
+  }
+  if (write.clock < clocks_[who.warp][write.warp]) return;
   if (write.atomic && kind == Access::kAtomic) return;
   if (write.warp == who.warp) {
     if (!lanes_race(static_cast<uint8_t>(write.where), who.lane)) return;
@@ -128,11 +144,16 @@ void RaceDetector::checked_access(Access kind, uint32_t offset, uint32_t bytes, 
     } else {
       for (int i = 0; i < 4; ++i) check_write(granule.word[i], mask >> 4 * i & 0xf, kind, offset, who, site);
     }
-    if (kind == Access::kRead) {
+    if (!only_reads(kind) && granule.readers > 0) {
+      kernel_error(verb(kind), " ", describe(who.warp, place), " of byte ", offset,
+                   " of shared memory, which the asynchronous operation issued at ", name(site_of_number(granule.pending_site)),
+                   " may still read: it has not been waited for");
+    }
+    if (only_reads(kind)) {
       record_read(reads[who.warp], clock, mask, place);
     } else {
       check_reads(reads, mask, offset, who, site);
-      record_write(granule, {clock, place, who.warp, 0, kind == Access::kAtomic}, mask);
+      record_write(granule, {clock, place, who.warp, 0, kind == Access::kAtomic, kind == Access::kAsyncWrite}, mask);
     }
     done += count;
   }
@@ -147,10 +168,31 @@ void RaceDetector::under_way(uint32_t offset, uint32_t bytes, Site site) {
   }
 }
 
-void RaceDetector::landed(uint32_t offset, uint32_t bytes, Accessor who, Site site) {
+void RaceDetector::landed(uint32_t offset, uint32_t bytes, Accessor who, Site site, uint32_t clock) {
   if (!enabled_) return;
-  for (uint32_t b = offset; b < offset + bytes; ++b) granules_[b / 16].pending &= ~(1u << b % 16);
-  access(Access::kWrite, offset, bytes, who, site);
+  const uint32_t place = where(site, who.lane);
+  for (uint32_t done = 0; done < bytes;) {
+    const uint32_t first = (offset + done) % 16, count = std::min(16 - first, bytes - done), mask = ((1u << count) - 1) << first;
+    Granule& granule = granules_[(offset + done) / 16];
+    const Write& before = granule.word[granule.whole ? 0 : first / 4];
+    granule.pending &= ~mask;
+    record_write(granule, {clock, place, who.warp, 0, false, before.async}, mask);
+    done += count;
+  }
+}
+
+void RaceDetector::will_read(uint32_t offset, Site site) {
+  if (!enabled_) return;
+  granules_[offset / 16].readers++;
+  granules_[offset / 16].pending_site = site_number(site);
+}
+void RaceDetector::has_read(uint32_t offset) {
+  if (enabled_) granules_[offset / 16].readers--;
+}
+
+void RaceDetector::fence_async(int warp) {
+  for (int w = 0; w < warps_; ++w) async_visible_[w] = std::max(async_visible_[w], clocks_[warp][w]);
+  if (enabled_) tick(warp);
 }
 
 }  // namespace foveate::emulator

@@ -24,7 +24,8 @@ struct Accessor {
   uint8_t lane;
 };
 
-enum class Access : uint8_t { kRead, kWrite, kAtomic };
+// kAsync...: by TMA or wgmma, which see what threads have written only after fence_async().
+enum class Access : uint8_t { kRead, kWrite, kAtomic, kAsyncRead, kAsyncWrite };
 
 class RaceDetector {
  public:
@@ -39,12 +40,18 @@ class RaceDetector {
   }
   // An asynchronous copy has been issued to these bytes (after a kWrite access); until `landed` nobody may touch them.
   void under_way(uint32_t offset, uint32_t bytes, Site site);
-  void landed(uint32_t offset, uint32_t bytes, Accessor who, Site site);
+  // `clock`: the warp's own at the time from which others may know of the copy.
+  void landed(uint32_t offset, uint32_t bytes, Accessor who, Site site, uint32_t clock);
+  // An asynchronous operation will read these 16-byte pieces (after a kAsyncRead access); until `has_read` nobody may write them.
+  void will_read(uint32_t offset, Site site);
+  void has_read(uint32_t offset);
+  void fence_async(int warp);
 
   // Order: a warp gives what it knows to `clock`; another takes it over. tick() separates what follows from what was given.
   void release(int warp, Clock& clock) const;
   void acquire(int warp, const Clock& clock);
   void tick(int warp);
+  const Clock& clock(int warp) const { return clocks_[warp]; }
 
  private:
   struct Write {
@@ -53,12 +60,14 @@ class RaceDetector {
     uint8_t warp = 0;
     uint8_t bytes = 0;  // of the word
     bool atomic = false;
+    bool async = false;
   };
   struct Granule {
     Write word[4];  // `whole`: word[0] stands for all four
     uint32_t pending_site = 0;
     uint16_t pending = 0;  // bytes that an asynchronous copy will write
     bool whole = true;
+    uint16_t readers = 0;  // asynchronous operations that will read it
   };
   struct Read {
     uint32_t clock = 0;
@@ -76,6 +85,7 @@ class RaceDetector {
   int warps_ = 0;
   uint32_t latest_ = 0;  // the largest clock yet; a block begins after it, so that shadow memory needs no clearing
   std::array<Clock, kMaxWarps> clocks_{};
+  Clock async_visible_{};  // how much of each warp's writes fences have handed to TMA and wgmma
   std::vector<Granule> granules_;
   std::vector<Read> reads_;  // [granule][warp]
 };

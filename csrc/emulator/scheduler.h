@@ -16,10 +16,10 @@ class Scheduler {
   void begin(Schedule schedule, uint64_t seed, int warps);
   // nullptr: no thread is ready.
   Thread* next(std::vector<Warp>& warps);
+  uint64_t random();
 
  private:
   int choose(const std::vector<Warp>& warps);
-  uint64_t random();
 
   Schedule schedule_ = Schedule::kRoundRobin;
   uint64_t state_ = 0;

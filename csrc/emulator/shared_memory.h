@@ -23,21 +23,22 @@ class SharedMemory {
   }
   uint32_t size() const { return size_; }
   // The offset of `bytes` bytes at `address`, checked.
-  uint32_t offset(uint32_t address, uint32_t bytes, const char* what, Site site) const {
+  uint32_t offset(uint32_t address, uint32_t bytes, const char* what, Site site) const { return offset(address, bytes, bytes, what, site); }
+  uint32_t offset(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what, Site site) const {
     const uint32_t offset = address - kBase;
-    if (address < kBase || offset > size_ || bytes > size_ - offset || address % bytes != 0) [[unlikely]]
-      bad_address(address, bytes, what, site);
+    if (address < kBase || offset > size_ || bytes > size_ - offset || address % alignment != 0) [[unlikely]]
+      bad_address(address, bytes, alignment, what, site);
     return offset;
   }
   unsigned char* at(uint32_t offset) { return memory_.data() + offset; }
   void poison(uint32_t offset, uint32_t bytes) { std::memset(memory_.data() + offset, 0xff, bytes); }
 
  private:
-  [[noreturn]] void bad_address(uint32_t address, uint32_t bytes, const char* what, Site site) const {
+  [[noreturn]] void bad_address(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what, Site site) const {
     const int64_t offset = static_cast<int64_t>(address) - kBase;
-    if (address % bytes != 0)
+    if (address % alignment != 0)
       kernel_error(what, " of ", bytes, " bytes at ", name(site), ": the address, smem_base() + ", offset, ", is not a multiple of ",
-                   bytes);
+                   alignment);
     kernel_error(what, " of ", bytes, " bytes at ", name(site), ": the address, smem_base() + ", offset, ", is outside the block's ", size_,
                  " bytes of shared memory");
   }

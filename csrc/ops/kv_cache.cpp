@@ -201,6 +201,12 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
     check_shape(partial_lse, "partial_lse", {p.num_splits, p.batch, p.heads_q, p.seq_q}), check_contiguous(partial_lse, "partial_lse");
     check_dtype(partial_out, "partial_out", DType::kFloat32), check_dtype(partial_lse, "partial_lse", DType::kFloat32);
     p.partial_out = partial_out.as<float>(), p.partial_lse = partial_lse.as<float>();
+    if (o.counters.defined()) {
+      const int64_t rows = p.seq_q * (p.heads_q / p.heads_kv), counted = p.batch * p.heads_kv * ceil_div(rows, p.rows_per_task);
+      check_rank(o.counters, "counters", 1), check_dtype(o.counters, "counters", DType::kInt32), check_contiguous(o.counters, "counters");
+      check(o.counters.shape[0] >= counted, "counters has ", o.counters.shape[0], " elements, the call needs ", counted);
+      p.counters = o.counters.as<uint32_t>();
+    }
   }
   p.causal = o.causal, p.window_left = o.window_left, p.window_right = o.window_right, p.scale = o.scale, p.softcap = o.softcap;
 
@@ -212,12 +218,12 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
           check_dtype(q_turned, "q_turned", p.dtype);
   }
   p.capacity = capacity, p.pages = k_cache.shape[0];
-  const Place place = place_of({&q, &k_cache, &v_cache, &k, &v, &kv_lens, &out, &lse, &partial_out, &partial_lse, &q_turned, &o.block_table,
-                                &o.rotary_cos, &o.rotary_sin, &o.k_scale, &o.v_scale, &o.alibi, &o.sinks});
+  const Place place = place_of({&q, &k_cache, &v_cache, &k, &v, &kv_lens, &out, &lse, &partial_out, &partial_lse, &q_turned, &o.counters,
+                                &o.block_table, &o.rotary_cos, &o.rotary_sin, &o.k_scale, &o.v_scale, &o.alibi, &o.sinks});
   std::vector<int32_t> lens;
   if (place.readable) {
     lens = read_lens(kv_lens, p.batch, capacity);
-    p.kv_lens = lens.data();
+    p.kv_lens = kv_lens.dtype == DType::kInt32 && (p.batch <= 1 || kv_lens.stride[0] == 1) ? kv_lens.as<const int32_t>() : lens.data();
     check_cache_values(p);
   } else {
     check_shape(kv_lens, "kv_lens", {p.batch}), check_dtype(kv_lens, "kv_lens", DType::kInt32), check_contiguous(kv_lens, "kv_lens");

@@ -22,7 +22,8 @@ struct KvCacheParams {
   float* lse = nullptr;                  // [B, Hq, Sq], natural log, without the sink; may be null
   float* partial_out = nullptr;          // [num_splits, B, Hq, Sq, Dv], only with num_splits > 1
   float* partial_lse = nullptr;          // [num_splits, B, Hq, Sq]
-  const int32_t* kv_lens = nullptr;      // [B], keys before the append
+  uint32_t* counters = nullptr;  // [B * Hkv * ceil(rows / rows_per_task)], zero before and after a call; on a GPU with num_splits > 1
+  const int32_t* kv_lens = nullptr;  // [B], keys before the append
   const int32_t* block_table = nullptr;  // [B, max_pages], row stride block_table_stride; null: dense
   int64_t block_table_stride = 0, page_size = 0;
   int64_t capacity = 0, pages = 0;  // keys that a sequence may have; the first size of a paged cache
@@ -43,7 +44,7 @@ struct KvCacheParams {
 
 // What Python passes beside the main tensors.
 struct KvCacheOptions {
-  TensorView block_table, rotary_cos, rotary_sin, k_scale, v_scale, alibi, sinks;
+  TensorView counters, block_table, rotary_cos, rotary_sin, k_scale, v_scale, alibi, sinks;
   bool rotary_interleaved = false, k_scale_per_token = false, v_scale_per_token = false;
   bool causal = true;
   int64_t window_left = -1, window_right = -1;

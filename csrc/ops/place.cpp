@@ -1,5 +1,6 @@
 #include "ops/place.h"
 
+#include <cstdlib>
 #include <string>
 
 namespace foveate {
@@ -11,8 +12,14 @@ std::string describe(const TensorView& t) { return t.device == DeviceType::kCPU 
 
 #ifdef FOVEATE_CUDA_EMULATED
 constexpr bool kEmulated = true;  // a test build: tensors on the CPU stand for tensors on a GPU
+// Tests of what kernels do with values that nobody has checked.
+bool readable() {
+  const char* setting = std::getenv("FOVEATE_EMULATOR_READABLE");
+  return !setting || *setting != '0';
+}
 #else
 constexpr bool kEmulated = false;
+constexpr bool readable() { return true; }
 #endif
 
 }  // namespace
@@ -25,7 +32,7 @@ Place place_of(std::initializer_list<const TensorView*> tensors) {
     const bool together = t->device == first->device && (t->device == DeviceType::kCPU || t->device_index == first->device_index);
     check(together, "the tensors of a call must be on one device: one is on ", describe(*first), ", another on ", describe(*t));
   }
-  if (!first || first->device == DeviceType::kCPU) return {.cuda = kEmulated};
+  if (!first || first->device == DeviceType::kCPU) return {.cuda = kEmulated, .readable = readable()};
   return {.cuda = true, .device = first->device_index, .readable = false};
 }
 

@@ -166,6 +166,7 @@ def attention_with_kv_cache(
     partial_out: torch.Tensor | None,
     partial_lse: torch.Tensor | None,
     q_turned: torch.Tensor | None,
+    counters: torch.Tensor | None,
     block_table: torch.Tensor | None,
     rotary_cos: torch.Tensor | None,
     rotary_sin: torch.Tensor | None,
@@ -190,6 +191,11 @@ def attention_with_kv_cache(
 ) -> None: ...
 def copy_memory(
     x: torch.Tensor | None, out: torch.Tensor | None, threads: typing.SupportsInt | typing.SupportsIndex
+) -> None: ...
+def copy_pages(
+    pool: torch.Tensor | None,
+    from_pages: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    to_pages: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
 ) -> None: ...
 def cpu_target() -> str:
     """

@@ -68,6 +68,12 @@ def runs_cuda_kernels(device: str) -> bool:
     return device == "cuda" or (device == "cpu" and _native._C is not None and _native._C.cuda_emulated)
 
 
+@functools.lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; for the emulator a number at which small cases are divided."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
 def why_not(op: str, backend: str, query: Query) -> str | None:
     """None if `backend` can serve `op` for this query, else the reason as a sentence."""
     supports = _supports.get((op, backend))

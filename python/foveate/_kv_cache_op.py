@@ -15,7 +15,8 @@ from torch import Tensor
 
 from foveate import _ops, _reference, _triton
 from foveate._attention_checks import MAX_HEAD_DIM
-from foveate._backends import Query, choose, native, register, runs_cuda_kernels
+from foveate._backends import Query, choose, native, processors, register, runs_cuda_kernels
+from foveate._counters import counters
 from foveate._native import _C
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
@@ -115,12 +116,6 @@ def cuda_decode_plan(
     return DecodePlan(max(1, splits), 0, _TILE_ROWS, 1, False)
 
 
-@functools.lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    """Of a GPU; for the emulator a number that makes small cases split."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
-
-
 _native_shared = native("kv_append", "decode", "rotate_queries", "attention_forward")
 
 
@@ -200,22 +195,26 @@ def _run(
     threads = torch.get_num_threads()
     capacity = k_cache.shape[1] if block_table is None else k_cache.shape[1] * block_table.shape[1]
     divide, workers = (
-        (cuda_decode_plan, _processors(q.device)) if runs_cuda_kernels(q.device.type) else (decode_plan, threads)
+        (cuda_decode_plan, processors(q.device)) if runs_cuda_kernels(q.device.type) else (decode_plan, threads)
     )
     plan = divide(B, Sq, Hq, Hkv, D, Dv, capacity, workers, num_splits, batch_invariant, k_cache.dtype in QUANTIZED)
-    if not q.is_cpu:
-        kv_lens = kv_lens.to(torch.int32).contiguous()
+    if divide is cuda_decode_plan:  # the kernels read them, as int32
+        limits = torch.iinfo(torch.int32)
+        kv_lens = kv_lens if kv_lens.dtype == torch.int32 else kv_lens.clamp(limits.min, limits.max).to(torch.int32)
+        kv_lens = kv_lens.contiguous()
     out, lse = _empty_outputs(q, v_cache)
     q = _rows(q)  # type: ignore[assignment]
     q_turned = (
         torch.empty_like(q, memory_format=torch.contiguous_format) if plan.blocked and rotary_cos is not None else None
     )
-    partial_out = partial_lse = None
+    partial_out = partial_lse = counted = None
     if plan.num_splits > 1:
         partial_out = q.new_empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32)
         partial_lse = q.new_empty((plan.num_splits, B, Hq, Sq), dtype=torch.float32)
+        if divide is cuda_decode_plan:
+            counted = counters(q.device, B * Hkv * -(-Sq * (Hq // Hkv) // _TILE_ROWS))
     _C.attention_with_kv_cache(  # type: ignore[union-attr]
-        q, k_cache, v_cache, _rows(k), _rows(v), kv_lens, out, lse, partial_out, partial_lse, q_turned, block_table,
+        q, k_cache, v_cache, _rows(k), _rows(v), kv_lens, out, lse, partial_out, partial_lse, q_turned, counted, block_table,
         rotary_cos, rotary_sin, rotary_interleaved, _expanded(k_scale, k_cache), _expanded(v_scale, v_cache),
         k_scale is not None and k_scale.dim() == 3, v_scale is not None and v_scale.dim() == 3, alibi_slopes, sinks,
         causal, window_left, window_right, scale, softcap, *plan, threads,

@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate import _native, _ops
 from foveate._autograd import batch_first
 from foveate._checks import compute_dtype
+from foveate._cpu_matmul import product
 
 _C: Any = _native._C  # None without a compiled module: `native` answers for that
 
@@ -147,7 +148,7 @@ def _chunks(
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
+    return product(hidden, weight, bias)
 
 
 def _linear(
@@ -180,7 +181,7 @@ class _Sum:
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """a @ b; from a GPU in fp32 where torch can (2.8), so that it is not rounded before it is added."""
         wide = a.is_cuda and a.dtype != self.compute and hasattr(torch.ops.aten.mm, "dtype")
-        self.add(torch.mm(a, b, out_dtype=self.compute) if wide else torch.mm(a, b))
+        self.add(torch.mm(a, b, out_dtype=self.compute) if wide else product(a, b.t()))
 
     def times(self, factor: Tensor) -> Tensor:
         return self.zeros(self.shape) if self.total is None else (self.total * factor).to(self.dtype)
@@ -216,7 +217,7 @@ def _gradients(
         if isinstance(rows, slice) and need_weight:
             h = torch.where((t != ignore)[:, None], h, 0)  # ignored tokens are among the rows, and may be NaN
         if need_hidden:
-            dhidden[rows] = (torch.mm(dlogits, weight) * factor).to(hidden.dtype)
+            dhidden[rows] = (product(dlogits, weight.t()) * factor).to(hidden.dtype)
         if need_weight:
             dweight.add_product(dlogits.t(), h)
         if need_bias:

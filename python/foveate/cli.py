@@ -28,6 +28,7 @@ benches:
   overhead       one query, one key: microseconds that a call costs beside its arithmetic
   memory         peak memory of forward and backward by length, each in a process of its own
   all            every one of these
+  tune           no bench: measures block sizes of the Triton kernels on this GPU and rewrites their table
 
 Each case is checked against fp64 first: a result that is further off than torch's own allows stops the run. Then foveate and its
 peers take turns in one process; the table has the median and the interquartile range. A ratio is the peer's time over
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument(
-        "benches", nargs="+", choices=(*BENCHES, "all"), metavar="BENCH", help="one or more of those below"
+        "benches", nargs="+", choices=(*BENCHES, "all", "tune"), metavar="BENCH", help="one or more of those below"
     )
     bench.add_argument(
         "--against",
@@ -124,6 +125,14 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if "tune" in args.benches:
+        if len(args.benches) > 1:
+            raise UsageError(
+                f"tune stands alone; run {' '.join(b for b in args.benches if b != 'tune')} by another call"
+            )
+        from foveate.bench import tune
+
+        return tune.main()
     from foveate.bench import machine, readme, report, roofline, run
 
     benches = BENCHES if "all" in args.benches else tuple(dict.fromkeys(args.benches))

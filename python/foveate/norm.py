@@ -1,4 +1,4 @@
-"""rms_norm: public function, op schemas, fakes and gradient. Kernels: csrc/cpu/kernels/rms_norm.cpp."""
+"""rms_norm: public function, op schemas, fakes and gradient. Kernels: csrc/cpu/kernels/rms_norm.cpp, csrc/cuda/rms_norm.cu."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 from foveate import _native, _ops, _reference_ops, _triton
 from foveate._autograd import batch_first, first_order
-from foveate._backends import native, register
+from foveate._backends import native, processors, register, runs_cuda_kernels
 from foveate._checks import check_dtype_or_compute, check_finite, check_floating, chosen_backend, compute_dtype
 
 _C: Any = _native._C  # None without a compiled module: `native` answers for that
 
-# dweight adds up over this many shares of the rows, then over the shares: less rounding than one long sum, and the same bits
-# whatever the number of threads.
+# dweight adds up over shares of the rows, then over the shares: less rounding than one long sum. On the CPU they are at most this
+# many, whatever the number of threads, so that the bits are the same; on a GPU two blocks for each multiprocessor take one each.
 _MAX_DWEIGHT_PARTS = 256
+_ROWS_PER_PART, _ROWS_PER_PART_CUDA = 64, 16
 
 register("rms_norm", "native", native("rms_norm_forward", "rms_norm_backward"))
 register("rms_norm", "triton", _triton.serves)
@@ -73,6 +74,13 @@ def _rms_norm_fake(x: Tensor, weight: Tensor | None, eps: float, *_: str) -> tup
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=compute_dtype(x))
 
 
+def _dweight_parts(rows: int, processors: int) -> int:
+    """processors: multiprocessors of the GPU, 0 for the CPU."""
+    if processors == 0:
+        return max(1, min(_MAX_DWEIGHT_PARTS, rows // _ROWS_PER_PART))
+    return max(1, min(2 * processors, rows // _ROWS_PER_PART_CUDA))
+
+
 def _rms_norm_backward_native(
     dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dweight: bool, backend: str = "native"
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +95,7 @@ def _rms_norm_backward_native(
         )
         return dx, dweight
     threads = torch.get_num_threads()
-    shares = max(1, min(_MAX_DWEIGHT_PARTS, x.shape[:-1].numel() // 64))
+    shares = _dweight_parts(x.shape[:-1].numel(), processors(x.device) if runs_cuda_kernels(x.device.type) else 0)
     parts = x.new_empty((shares, x.shape[-1]), dtype=compute_dtype(x)) if need_dweight else None
     weight = None if weight is None else weight.contiguous()
     dout, rstd = _rows(dout.contiguous()), rstd.contiguous().view(-1)

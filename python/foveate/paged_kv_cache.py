@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from foveate import _triton
-from foveate._backends import Query
+from foveate._backends import Query, native, runs_cuda_kernels
 from foveate._kv_cache_op import QUANTIZED
+from foveate._native import _C
 from foveate.kv_cache import attention_with_kv_cache
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZED)
+
+_native_copies = native("copy_pages")
 
 
 class CacheFull(RuntimeError):
@@ -289,7 +292,11 @@ class PagedKVCache:
         """Each sequence gets a last page of its own. The old ones keep other holders, so none of them is taken as a new one."""
         old, new = [self._pages[seq][-1] for seq in seqs], [self._take() for _ in seqs]
         pools = [pool for pool in (self.k_pages, self.v_pages, self.k_scale, self.v_scale) if pool is not None]
-        if _triton.serves(Query(self.k_pages.device.type, torch.float32)) is None:  # bytes, whatever the dtype
+        query = Query(self.k_pages.device.type, torch.float32)  # bytes, whatever the dtype
+        if runs_cuda_kernels(query.device) and _native_copies(query) is None:
+            for pool in pools:
+                _C.copy_pages(pool, old, new)  # type: ignore[union-attr]
+        elif _triton.serves(query) is None:
             from foveate._triton.page_copy import copy_pages
 
             for pool in pools:

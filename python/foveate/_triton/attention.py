@@ -27,8 +27,8 @@ from .tiles import parts
 
 @functools.lru_cache(maxsize=16)
 def arch(device: torch.device) -> int:
-    """90 for sm_90; 0 on the CPU, under the interpreter."""
-    if device.type != "cuda":
+    """90 for sm_90; 0 on the CPU, under the interpreter, and on AMD's GPUs, whose numbers mean something else."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
@@ -111,6 +111,13 @@ def options(c: Any, mod: ScoreMod | None = None, *, table_gradient: bool = False
     )
 
 
+def widths(c: Any) -> dict[str, int]:
+    """The head dims and their parts as the kernels' constants."""
+    D, Dv, halves = c.q.shape[-1], c.v.shape[-1], c.q.dtype == torch.float32
+    (D0, D1), (V0, V1) = parts(D, halves), parts(Dv, halves)
+    return {"D": D, "DV": Dv, "D0": D0, "D1": D1, "V0": V0, "V1": V1}
+
+
 def window(c: Any) -> tuple[int, int]:
     """left, right with causal in it."""
     right = c.window_right
@@ -168,16 +175,19 @@ def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None
     if out.numel() == 0 or B == 0 or c.max_q == 0:
         return
     share, chip = Hq // Hkv, arch(c.q.device)
-    chosen = config.forward(D, Dv, c.q.dtype, c.max_q, chip)
+    left, right = window(c)
+    masked = left >= 0 or right >= 0
+    chosen = config.forward(D, Dv, c.q.dtype, c.max_q, chip, masked)
     group = share if config.packs(c.max_q, share, chosen.block_m) else 1
-    if group > 1:
-        chosen = config.forward(D, Dv, c.q.dtype, c.max_q * group, chip)
+    descriptors = chosen.variant != PLAIN and group == 1 and takes_descriptors(c, mod)
+    if group > 1 or (chosen.variant != PLAIN and not descriptors):
+        chosen = config.forward(D, Dv, c.q.dtype, c.max_q * group, chip, masked, False)
     blocks = -(-c.max_q * group // chosen.block_m)
     args = (
         c.q, c.k, c.v, out, lse, strides(c.q), strides(c.k), strides(c.v), strides(out), lse_strides(c),
-        Hq, c.max_q, c.max_k, blocks, *window(c), options(c, mod),
+        Hq, c.max_q, c.max_k, blocks, left, right, options(c, mod),
     )  # fmt: skip
-    if chosen.variant != PLAIN and group == 1 and takes_descriptors(c, mod):
+    if descriptors:
         ragged = c.kv_lens is not None or c.cu_q is not None or c.max_k % chosen.block_n != 0
         _with_scratch(
             attention_forward_hopper[(blocks * B * Hq,)], *args, SHARE=share, D=D, DV=Dv, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
@@ -185,7 +195,7 @@ def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None
         )  # fmt: skip
         return
     attention_forward[(blocks * B * (Hq // group),)](
-        *args, SHARE=share, GROUP=group, D=D, DV=Dv, D0=parts(D)[0], D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1],
+        *args, SHARE=share, GROUP=group, **widths(c),
         BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
 
@@ -210,8 +220,8 @@ def backward(
             grad.zero_()
         return grads
     opts, share = options(c, mod, table_gradient=dtable is not None), Hq // Hkv
-    keys_kernel, queries_kernel = config.backward(D, Dv, c.q.dtype, arch(c.q.device))
-    widths = {"D": D, "DV": Dv, "D0": parts(D)[0], "D1": parts(D)[1], "V0": parts(Dv)[0], "V1": parts(Dv)[1]}
+    keys_kernel, queries_kernel = config.backward(D, Dv, c.q.dtype, c.max_q, arch(c.q.device))
+    dims = widths(c)
     left, right = window(c)
     sizes = (Hq, c.max_q, c.max_k)
 
@@ -226,7 +236,7 @@ def backward(
     sink_parts = torch.empty((B * blocks, Hq), dtype=torch.float32, device=lse.device) if c.sinks is not None else None
     attention_rows[(blocks * B * Hq,)](
         out, dout, lse, None if dlse is None else dlse.contiguous(), sink_parts, rows, strides(out), strides(dout), lse_strides(c),
-        *sizes, blocks, opts, DV=Dv, V0=widths["V0"], V1=widths["V1"], BLOCK_M=block,
+        *sizes, blocks, opts, DV=Dv, V0=dims["V0"], V1=dims["V1"], BLOCK_M=block,
     )  # fmt: skip
     if dsinks is not None and sink_parts is not None:
         torch.sum(sink_parts, 0, out=dsinks)
@@ -242,7 +252,7 @@ def backward(
         target = torch.empty_like(c.q) if dq is None else dq
         attention_dq[(blocks * B * Hq,)](
             *inputs, target, table_parts, rows, *input_strides, strides(target), *sizes, blocks, left, right, opts, SHARE=share,
-            **widths, BLOCK_M=m, BLOCK_N=n, BUCKETS=buckets, num_warps=warps, num_stages=stages,
+            **dims, BLOCK_M=m, BLOCK_N=n, BUCKETS=buckets, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if dtable is not None and table_parts is not None:
             dtable.copy_(table_parts.sum(0)[:, : dtable.shape[0]].t())
@@ -252,7 +262,7 @@ def backward(
         dk_out, dv_out = torch.empty_like(c.k) if dk is None else dk, torch.empty_like(c.v) if dv is None else dv
         attention_dkv[(blocks * B * Hkv,)](
             *inputs, dk_out, dv_out, rows, *input_strides, strides(dk_out), strides(dv_out), *sizes, blocks, left, right, opts,
-            SHARE=share, **widths, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
+            SHARE=share, **dims, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if dbias is not None:
         m, n, warps, stages, _ = keys_kernel
@@ -263,7 +273,7 @@ def backward(
         parts_ = torch.empty(shape, dtype=torch.float32, device=lse.device)
         attention_dbias[(nb * nh * blocks_m * blocks_n,)](
             *inputs, parts_, rows, *input_strides, parts_.stride(), B, *sizes, left, right, B // nb, Hq // nh, opts, SHARE=share,
-            SUM_Q=sum_q, SUM_K=sum_k, **widths, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
+            SUM_Q=sum_q, SUM_K=sum_k, **dims, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         dbias.copy_(parts_.sum_to_size(dbias.shape))
     return grads

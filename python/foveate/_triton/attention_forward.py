@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import LOG2E, kept, key_ranges, natural_lse, scaled_difference, scores, sequence, visible
+from .scores import LOG2E, fused, kept, key_ranges, natural_lse, scores, sequence, visible
 from .tiles import add_product, dot_rows, load, store
 
 
@@ -42,7 +42,7 @@ def _walk(
         base = new_top
         if MASKED or opts.guarded:
             base = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
-        p = tl.exp2(scaled_difference(qk, factor, base[:, None]))
+        p = tl.exp2(fused(qk, factor, -base[:, None]))
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(p, 1)
         top = new_top

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import LOG2E, key_ranges, natural_lse, scaled_difference, sequence, visible
+from .scores import LOG2E, fused, key_ranges, natural_lse, sequence, visible
 from .tiles import dot, store_part, to
 
 
@@ -42,7 +42,7 @@ def _step(
     base = new_top
     if MASKED:
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(scaled_difference(qk, opts.scale_log2, base[:, None]))
+    p = tl.exp2(fused(qk, opts.scale_log2, -base[:, None]))
     decay = tl.exp2(top - base)
     total = total * decay + tl.sum(p, 1)
     values = values_at.load([first, 0])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .scores import LOG2E, clipped, scaled_difference, scores, sequence, to_log2, visible
+from .scores import LOG2E, clipped, fused, scores, sequence, to_log2, visible
 from .tiles import load
 
 
@@ -120,14 +120,14 @@ def tile_gradients(
         factor = 1.0
     if MASKED:
         s = tl.where(visible(i, j, keys, offset, left, right, opts), s, float("-inf"))
-    p = tl.exp2(scaled_difference(s, factor, total))
+    p = tl.exp2(fused(s, factor, -total))
     weights = p
     if keep is not None:
         weights = tl.where(keep, p * opts.keep_scale, 0.0)
         dp = tl.where(keep, dp * opts.keep_scale, 0.0)
     ds = p * (dp - delta)
     if rows.own is not None:
-        ds += tl.exp2(scaled_difference(s, factor, own)) * dlse
+        ds += tl.exp2(fused(s, factor, -own)) * dlse
     if opts.score_mod is not None:
         i_inside, j_inside = clipped(i, j, keys, offset)
         modified = opts.score_mod_bwd(unmodified, ds, b, h, i_inside, j_inside, opts.aux)

@@ -63,12 +63,12 @@ def natural_lse(top, total):
 
 
 @triton.jit
-def scaled_difference(qk, factor, base):
-    """qk * factor - base with one rounding: a GPU fuses the two, the interpreter does not."""
+def fused(a, b, c):
+    """a * b + c with one rounding: a GPU fuses the two, the interpreter does not."""
     if INTERPRETED:
-        return (qk.to(tl.float64) * factor - base).to(tl.float32)
+        return (a.to(tl.float64) * b + c).to(tl.float32)
     else:
-        return qk * factor - base
+        return a * b + c
 
 
 @triton.jit
@@ -151,21 +151,24 @@ def key_ranges(first, last, keys, offset, left, right, opts, BLOCK: tl.constexpr
 def scores(qk, i, j, inside, b, h, keys, offset, opts):
     """The scores of q.k, their derivative by scale * q.k up to score_mod (1 without softcap), and what score_mod was given. inside:
     where bias and mask may be read."""
+    # What is added comes first, so that the scaled product, often the largest term, is added to it without a rounding of its own.
+    added = 0.0
+    if opts.alibi is not None:
+        alibi = tl.load(opts.alibi + b * opts.alibi_stride + h) * -LOG2E
+        added = alibi * tl.abs(i + offset - j).to(tl.float32)
+    if opts.rel is not None:
+        place = h * opts.rel_shape[0] + (j - i - offset + opts.rel_shape[1])
+        added = fused(tl.load(opts.rel + place, mask=inside, other=0.0), LOG2E, added)
+    if opts.bias is not None:
+        bias = tl.load(_element(opts.bias, opts.bias_strides, b, h, i, j), mask=inside, other=0.0)
+        added = fused(bias.to(tl.float32), LOG2E, added)
     slope = 1.0
     if opts.softcap is not None:
         t = tanh(qk * (opts.scale / opts.softcap))
         slope = 1 - t * t
-        s = t * (opts.softcap * LOG2E)
+        s = fused(t, opts.softcap * LOG2E, added)
     else:
-        s = qk * opts.scale_log2
-    if opts.alibi is not None:
-        alibi = tl.load(opts.alibi + b * opts.alibi_stride + h) * LOG2E
-        s -= alibi * tl.abs(i + offset - j).to(tl.float32)
-    if opts.rel is not None:
-        place = h * opts.rel_shape[0] + (j - i - offset + opts.rel_shape[1])
-        s += tl.load(opts.rel + place, mask=inside, other=0.0) * LOG2E
-    if opts.bias is not None:
-        s += tl.load(_element(opts.bias, opts.bias_strides, b, h, i, j), mask=inside, other=0.0).to(tl.float32) * LOG2E
+        s = fused(qk, opts.scale_log2, added)
     unmodified = s
     if opts.score_mod is not None:
         unmodified = s * LN2

@@ -15,12 +15,15 @@ import triton.language as tl
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def parts(width: int) -> tuple[int, int]:
-    """The two widths. 72 = 64 + 16 with 8 columns of zeros; where the sum would be a power of two, one part takes it all."""
+def parts(width: int, halves: bool = False) -> tuple[int, int]:
+    """The two widths. 72 = 64 + 16 with 8 columns of zeros; where the sum would be a power of two, one part takes it all, or with halves
+    each takes a half: sums over the head dim in fp32 round less, the fewer terms they have one after the other."""
     whole = max(16, 1 << (width - 1).bit_length())
     first = whole // 2
     second = max(16, 1 << max(width - first - 1, 0).bit_length())
-    return (whole, 0) if first < 16 or first + second >= whole else (first, second)
+    if first >= 16 and first + second < whole:
+        return first, second
+    return (first, first) if halves and first >= 16 else (whole, 0)
 
 
 @triton.jit
@@ -85,10 +88,13 @@ def dot(a, b, acc):
 
 @triton.jit
 def dot_rows(a0, a1, b0, b1, W1: tl.constexpr):
-    """a @ b.T over both parts, fp32."""
+    """a @ b.T over both parts, fp32; of fp32 each part's sum by itself."""
     x = dot(a0, tl.trans(b0), tl.zeros([a0.shape[0], b0.shape[0]], tl.float32))
     if W1 > 0:
-        x = dot(a1, tl.trans(b1), x)
+        if a0.dtype == tl.float32:
+            x += dot(a1, tl.trans(b1), tl.zeros([a0.shape[0], b0.shape[0]], tl.float32))
+        else:
+            x = dot(a1, tl.trans(b1), x)
     return x
 
 

@@ -8,18 +8,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.models.packed import Packed
 
 IGNORED = -100  # a label without a loss
+# Packed rows are filled up to a multiple of this: oneDNN compiles and keeps a kernel for each number of tokens that it meets.
+STEP = 16
 
 
 @dataclass
 class Batch:
     """tensors: int64, [1, total] if packed, else [B, S]. units: what the loss is a mean of: target tokens, examples, answers.
 
-    packed: where the sequences lie, one entry for each side ("tokens"; "source" and "target"), empty when padded.
+    packed: where the sequences lie, one entry for each side ("tokens"; "source" and "target"), empty when padded. The last one is
+    filling, with ignored labels.
     """
 
     tensors: dict[str, Tensor]
@@ -41,10 +45,16 @@ class Batch:
         return {"packed": self.packed[side]} if side in self.packed else {"kv_lens": self.tensors[f"{side}_lens"]}
 
 
+def filling(total: int) -> int:
+    """Tokens after `total` of them, at least one."""
+    return STEP - total % STEP
+
+
 def join(sequences: Sequence[np.ndarray], packing: bool, fill: int = 0) -> Tensor:
-    """int64 [1, total], or [B, longest] filled up with `fill` on the right."""
+    """int64 [1, total], or [B, longest], filled up with `fill` on the right."""
     if packing:
-        return torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
+        whole = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
+        return F.pad(whole, (0, filling(len(whole))), value=fill)[None]
     out = torch.full((len(sequences), max(map(len, sequences))), fill, dtype=torch.int64)
     for row, sequence in zip(out, sequences):
         row[: len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
@@ -54,5 +64,5 @@ def join(sequences: Sequence[np.ndarray], packing: bool, fill: int = 0) -> Tenso
 def layout(lengths: Sequence[int], packing: bool, side: str = "tokens") -> tuple[dict[str, Packed], dict[str, Tensor]]:
     """`packed` of a batch, or the tensor of its lengths."""
     if packing:
-        return {side: Packed.of(lengths)}, {}
+        return {side: Packed.of([*lengths, filling(sum(lengths))])}, {}
     return {}, {f"{side}_lens": torch.tensor(lengths, dtype=torch.int32)}

@@ -79,7 +79,7 @@ class Classification:
         return {"accuracy": float((self._logits(model, batch).argmax(-1) == batch["labels"]).sum())}
 
     def _logits(self, model: Any, batch: Batch) -> Tensor:
-        return model(batch["tokens"], batch["types"], **batch.padding())
+        return model(batch["tokens"], batch["types"], **batch.padding())[: len(batch["labels"])]  # not of the filling
 
     def task_metrics(self, model: torch.nn.Module) -> dict[str, float]:
         return {}

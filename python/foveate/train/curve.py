@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
-def draw_curve(history: list[dict[str, float]], file: Path) -> None:
+def new_figure(width: float, height: float) -> Any:
+    """Of matplotlib, without a display."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('matplotlib is not installed: pip install "foveate[train]"') from error
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_curve(history: list[dict[str, float]], file: Path) -> None:
+    figure = new_figure(6.4, 3.6)
     axes = figure.subplots()
     for name, label in (("loss", "training"), ("eval_loss", "evaluation")):
         points = [(row["step"], row[name]) for row in history if name in row]

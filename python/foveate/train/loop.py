@@ -23,6 +23,7 @@ from foveate.train.report import Report
 from foveate.train.schedule import rate_factor
 from foveate.train.store import TokenStore
 from foveate.train.strategy import Strategy
+from foveate.train.trained_linear import speed_up_linear
 
 
 class NonFiniteLoss(RuntimeError):
@@ -88,6 +89,7 @@ class Loop:
         self.checkpoints, self.report, self.strategy = checkpoints, report, strategy
         self.export, self.after_evaluation = export, after_evaluation
         self.device = next(model.parameters()).device
+        speed_up_linear(model)
         self.module = strategy.wrap(LossModule(model, objective))
         self.optimizer = adamw(
             model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2),
@@ -105,13 +107,13 @@ class Loop:
         """Steps until the schedule's end or early stopping; leaves a checkpoint of the last step."""
         saved = self.progress.step if self.checkpoints.named("last") else -1
         self.report.start(self.progress.step, self.steps)
-        for step in range(self.progress.step, self.steps):
+        for step in range(self.progress.step, self.steps if not self._is_stale() else 0):
             self._step(step)
             done = step + 1
-            better = stop = False
+            better = False
             if self.evaluation is not None and (done % self.eval_every == 0 or done == self.steps):
                 better = self._evaluate(done)
-                stop = self.config.patience is not None and self.progress.stale >= self.config.patience
+            stop = self._is_stale()
             if better or stop or done % self.save_every == 0 or done == self.steps:
                 self._save(better)
                 saved = done
@@ -121,6 +123,9 @@ class Loop:
         if saved < 0:
             self._save(best=False)
         return self.progress
+
+    def _is_stale(self) -> bool:
+        return self.config.patience is not None and self.progress.stale >= self.config.patience
 
     def resume(self) -> bool:
         """Goes on from the last checkpoint, if there is one."""

@@ -136,7 +136,7 @@ def by_sequence(logits: Tensor, batch: Batch) -> Tensor:
     lengths = packed.cu_seqlens.diff().long()
     rows = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths)
     out = logits.new_full((len(lengths), packed.longest), low)
-    return out.index_put((rows, packed.positions), logits[0])
+    return out.index_put((rows, packed.positions), logits[0])[:-1]  # not of the filling
 
 
 def _answers(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from foveate.tokenizer import NEED
+from foveate.train.curve import draw_curve, new_figure
 
 METRICS, PICTURE = "metrics.jsonl", "loss.png"
 
@@ -31,6 +32,7 @@ class Report:
         self._shown = active and (sys.stderr.isatty() if progress is None else progress)
         self._writer = _tensorboard(folder / "tensorboard") if tensorboard and active else None
         self._evaluated: dict[str, float] = {}
+        new_figure(1, 1)  # a library that is missing is missed now, not after an hour
 
     def begin(self) -> None:
         """A new run: forgets the lines of an earlier one."""
@@ -99,12 +101,9 @@ class Report:
         self.draw()
 
     def draw(self) -> None:
-        """loss.png, where matplotlib is installed: without it there are still the metrics."""
-        if not self.active or not self.history:
-            return
-        from foveate.train.curve import draw_curve
-
-        draw_curve(self.history, self.folder / PICTURE)
+        """loss.png"""
+        if self.active and self.history:
+            draw_curve(self.history, self.folder / PICTURE)
 
     def _write(self, row: dict[str, float]) -> None:
         if not self.active:

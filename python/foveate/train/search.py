@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.train.config import TrainConfig
+from foveate.train.curve import new_figure
 from foveate.train.fit import fit
 from foveate.train.loop import NonFiniteLoss
 
@@ -217,12 +218,8 @@ def _forget_weights(folder: Path) -> None:
 
 def _draw(study: Any, names: Sequence[str], file: Path) -> None:
     """The loss over the trials, and over each field."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('matplotlib is not installed: pip install "foveate[train]"') from error
     trials = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
-    figure = Figure(figsize=(3.2 * (len(names) + 1), 3.2), layout="constrained")
+    figure = new_figure(3.2 * (len(names) + 1), 3.2)
     axes = figure.subplots(1, len(names) + 1, squeeze=False)[0]
     for ax, name in zip(axes, ("trial", *names)):
         x = [t.number if name == "trial" else t.params[name] for t in trials]

@@ -1,25 +1,12 @@
 // Each function of the device layer on its own, on the emulator or on a GPU.
 //   usage: conformance CASE < input > output; both are 32-bit words. tests/test_device_layer.py knows what must come out.
-#include <cstdio>
-#include <cstring>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
+#include "conformance_main.h"
 #include "cuda/device/device.cuh"
-#include "cuda/launch.h"
 
 using namespace foveate;
 using namespace foveate::cuda;
 
 namespace {
-
-struct Params {
-  const uint32_t* in;
-  uint32_t* out;
-  uint32_t* scratch;  // zeros
-  int n;              // words of `in`
-};
 
 // ---- matrix fragments: in = a [32][4], b [32][2], c [32][4]; out = d [32][4] --------------------------------------------------
 
@@ -239,13 +226,6 @@ struct Tanh {
 
 // ---- the table ---------------------------------------------------------------------------------------------------------------
 
-struct Case {
-  const char* name;
-  int out_words;  // 0: as many as came in
-  int threads, blocks;
-  void (*run)(dim3, dim3, size_t, const Stream&, const Params&);
-};
-
 template <class Op>
 constexpr Case elementwise(const char* name) {
   return {name, 0, 128, 0, launch<elementwise_kernel<Op>, Params>};
@@ -280,47 +260,6 @@ const Case cases[] = {
     elementwise<Tanh>("tanh"),
 };
 
-// Memory that the kernel can reach.
-#ifdef __CUDACC__
-uint32_t* device_words(const std::vector<uint32_t>& words) {
-  void* p = nullptr;
-  check_cuda(cudaMalloc(&p, words.size() * 4), "cudaMalloc of ", words.size(), " words");
-  check_cuda(cudaMemcpy(p, words.data(), words.size() * 4, cudaMemcpyHostToDevice), "the copy to the device");
-  return static_cast<uint32_t*>(p);
-}
-void fetch(std::vector<uint32_t>& words, const uint32_t* p) {
-  check_cuda(cudaMemcpy(words.data(), p, words.size() * 4, cudaMemcpyDeviceToHost), "the kernel, or the copy from the device");
-}
-#else
-uint32_t* device_words(std::vector<uint32_t>& words) { return words.data(); }
-void fetch(std::vector<uint32_t>&, const uint32_t*) {}
-#endif
-
-void run(const Case& c, std::vector<uint32_t> in) {
-  const int n = static_cast<int>(in.size());
-  std::vector<uint32_t> out(c.out_words ? c.out_words : n, 0xdeadbeef), scratch(64, 0);
-  const Params params{device_words(in), device_words(out), device_words(scratch), n};
-  c.run(c.blocks ? c.blocks : (n + c.threads - 1) / c.threads, c.threads, 1024, Stream{0, nullptr}, params);
-  fetch(out, params.out);
-  std::fwrite(out.data(), 4, out.size(), stdout);
-}
-
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    std::vector<uint32_t> in;
-    uint32_t word;
-    while (std::fread(&word, 4, 1, stdin) == 1) in.push_back(word);
-    for (const Case& c : cases) {
-      if (argc == 2 && std::string(argv[1]) == c.name) {
-        run(c, in);
-        return 0;
-      }
-    }
-    throw std::runtime_error("usage: conformance CASE < input > output");
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return conformance_main(cases, std::size(cases), argc, argv); }

@@ -1,16 +1,12 @@
 // A small flash attention, and the same with one mistake each: what the emulator says of every one. tests/test_emulator.py runs it.
 //   usage: emulated_seeded_bugs BUG S; prints one line per schedule and seed: "ok", "wrong" or the report.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "cuda/device/device.cuh"
 #include "cuda/launch.h"
 #include "emulator/global_memory.h"
+#include "seeded_bugs_main.h"
 
 using namespace foveate;
 using namespace foveate::cuda;
@@ -207,11 +203,10 @@ struct Problem {
 };
 
 using Launch = void (*)(dim3, dim3, size_t, const Stream&, const Params&);
-template <int... bugs>
-Launch launcher(int bug, std::integer_sequence<int, bugs...>) {
-  constexpr Launch all[] = {launch<attention_kernel<bugs>, Params>...};
-  return all[bug];
-}
+template <int bug>
+struct LaunchOf {
+  static constexpr Launch value = launch<attention_kernel<bug>, Params>;
+};
 
 std::string run(int bug, Problem& problem) {
   // Canaries on both sides, as a debug allocator would have them.
@@ -225,8 +220,8 @@ std::string run(int bug, Problem& problem) {
   const auto as = [](auto& x, int first = 0) { return reinterpret_cast<bf16*>(x.data() + first); };
   const Params params{as(problem.q), as(problem.k), as(problem.v), as(out, 64), &counter, problem.s, 1.4426950408889634f / 8};
   try {
-    launcher(bug, std::make_integer_sequence<int, kBugs>())((problem.s + kRows - 1) / kRows, kThreads, kSmemBytes, Stream{0, nullptr},
-                                                            params);
+    launcher<Launch, LaunchOf>(bug, std::make_integer_sequence<int, kBugs>())((problem.s + kRows - 1) / kRows, kThreads, kSmemBytes,
+                                                                              Stream{0, nullptr}, params);
   } catch (const std::exception& error) {
     return error.what();
   }
@@ -240,15 +235,6 @@ std::string run(int bug, Problem& problem) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int bug = argc == 3 ? std::atoi(argv[1]) : -1;
-  if (bug < 0 || bug >= kBugs) return 2;
-  Problem problem(std::atoi(argv[2]));
-  const std::pair<const char*, int> schedules[] = {{"round-robin", 1}, {"random", 5}, {"priority", 5}};
-  for (const auto& [schedule, seeds] : schedules) {
-    for (int seed = 0; seed < seeds; ++seed) {
-      setenv("FOVEATE_EMULATOR_SCHEDULE", schedule, 1);
-      setenv("FOVEATE_EMULATOR_SEED", std::to_string(seed).c_str(), 1);
-      std::printf("%s %d: %s\n", schedule, seed, run(bug, problem).c_str());
-    }
-  }
+  Problem problem(argc == 3 ? std::atoi(argv[2]) : 1);
+  return seeded_bugs_main(argc, argv, kBugs, [&](int bug) { return run(bug, problem); });
 }

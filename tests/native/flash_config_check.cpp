@@ -1,0 +1,41 @@
+// Prints what csrc/cuda/flash_config.h decides, for tests/test_cuda_config.py: one line of numbers after the name of each decision.
+#include <cstdio>
+
+#include "cuda/flash_config.h"
+
+using namespace foveate::cuda;
+
+namespace {
+
+void print_tile(HeadDims dims, bool general, int element_bytes) {
+  const ForwardTile t = forward_tile(dims, general, element_bytes);
+  std::printf("tile %d %d %d %d %d %d %d %d %d\n", dims.d, dims.dv, general, element_bytes, t.rows_per_warp, t.rows, t.keys, t.shared_bytes,
+              t.blocks_per_sm);
+}
+
+void print_grid(int64_t heads, int64_t rows_per_head, int rows, int64_t bytes_per_head) {
+  const ForwardGrid g = forward_grid(heads, rows_per_head, rows, bytes_per_head);
+  std::printf("grid %lld %d %d", static_cast<long long>(heads), g.tiles, g.section);
+  for (int block = 0; block < g.blocks(); ++block) std::printf(" %d %d", forward_block(g, block).head, forward_block(g, block).tile);
+  std::printf("\n");
+}
+
+}  // namespace
+
+int main() {
+  for (const HeadDims& dims : kForwardDims) print_tile(dims, false, 2);
+  for (const HeadDims& dims : kGeneralForwardDims) print_tile(dims, true, 2), print_tile(dims, true, 4);
+  for (int general = 0; general < 2; ++general)
+    for (int d = 0; d <= 256; d += 8)
+      for (int dv = 0; dv <= 256; dv += 8) {
+        const HeadDims dims = forward_dims(d, dv, general);
+        std::printf("dims %d %d %d %d %d\n", general, d, dv, dims.d, dims.dv);
+      }
+  for (int group : {1, 2, 4, 8, 16})
+    for (int seq_q : {0, 1, 3, 16, 64, 100, 128, 129, 1000, 4096}) std::printf("pack %d %d %d\n", group, seq_q, packed_heads(seq_q, group, 128));
+  print_grid(6, 300, 128, 0);
+  print_grid(7, 300, 128, kSectionBytes / 3);
+  print_grid(5, 64, 64, kSectionBytes * 2);
+  print_grid(3, 0, 128, 100);
+  print_grid(1, 128, 128, kSectionBytes);
+}

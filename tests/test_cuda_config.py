@@ -1,0 +1,81 @@
+"""The pure functions of csrc/cuda/flash_config.h: tiles, instances, packed heads, the order of blocks."""
+
+from __future__ import annotations
+
+import collections
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEAST_SHARED_MEMORY = 99 * 1024  # what a block may have on sm_86 and sm_89
+REGISTERS = 64 * 1024  # of an SM
+
+Lines = dict[str, list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def decisions(tmp_path_factory: pytest.TempPathFactory) -> Lines:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here")
+    program = tmp_path_factory.mktemp("config") / "flash_config_check"
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'emulator' / 'include'}"]  # the latter for cuda_runtime.h
+    source = ROOT / "tests" / "native" / "flash_config_check.cpp"
+    subprocess.run(
+        [compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", *includes, source, "-o", program], check=True
+    )
+    lines: Lines = collections.defaultdict(list)
+    for line in subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines():
+        name, *numbers = line.split()
+        lines[name].append([int(n) for n in numbers])
+    return lines
+
+
+def test_tiles_fit_every_gpu(decisions: Lines) -> None:
+    """Shared memory of a block, and the registers that scores and output alone take."""
+    assert len(decisions["tile"]) == 12
+    for d, dv, _, element_bytes, rows_per_warp, rows, keys, shared_bytes, blocks_per_sm in decisions["tile"]:
+        threads = rows // rows_per_warp * 32
+        assert shared_bytes == element_bytes * (rows * d + keys * (d + dv)) <= LEAST_SHARED_MEMORY
+        assert rows_per_warp in (16, 32) and threads in (64, 128)
+        available = min(255, REGISTERS // (threads * blocks_per_sm) // 8 * 8)
+        assert rows_per_warp * (keys + dv) // 32 <= available - 48, (d, dv)
+
+
+def test_the_number_of_keys_depends_on_nothing_but_type_and_head_dim(decisions: Lines) -> None:
+    """So that a row's bits do not depend on which instance computes it."""
+    assert {keys for _, _, _, size, _, _, keys, _, _ in decisions["tile"] if size == 2} == {64}
+
+
+def test_the_smallest_instance_that_holds_the_head_dims(decisions: Lines) -> None:
+    instances = {
+        general: [(d, dv) for d, dv, g, size, *_ in decisions["tile"] if g == general and size == 2]
+        for general in (0, 1)
+    }
+    for general, d, dv, chosen_d, chosen_dv in decisions["dims"]:
+        able = [(x, y) for x, y in instances[general] if d <= x and dv <= y]
+        assert (chosen_d, chosen_dv) == min(able), (general, d, dv)
+
+
+def test_heads_are_packed_where_tiles_would_be_empty(decisions: Lines) -> None:
+    packed = {(group, seq_q): n for group, seq_q, n in decisions["pack"]}
+    assert all(n in (1, group) for (group, _), n in packed.items())
+    assert all(packed[group, seq_q] == group for group in (4, 8, 16) for seq_q in (1, 3, 16))
+    assert packed[2, 64] == 2 and packed[8, 129] == 8
+    assert all(packed[group, seq_q] == 1 for group in (1, 2, 4, 8, 16) for seq_q in (128, 1000, 4096))
+
+
+def test_every_tile_of_every_head_is_one_block(decisions: Lines) -> None:
+    for heads, tiles, _, *pairs in decisions["grid"]:
+        blocks = list(zip(pairs[::2], pairs[1::2]))
+        assert sorted(blocks) == [(head, tile) for head in range(heads) for tile in range(tiles)]
+
+
+def test_last_rows_come_first_within_a_section_of_heads(decisions: Lines) -> None:
+    assert [section for _, _, section, *_ in decisions["grid"]] == [6, 3, 1, 3, 1]
+    for _, _, section, *pairs in decisions["grid"]:
+        blocks = list(zip(pairs[::2], pairs[1::2]))
+        assert blocks == sorted(blocks, key=lambda block: (block[0] // section, -block[1], block[0]))
