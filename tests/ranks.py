@@ -32,7 +32,7 @@ _PRELOADED = [
 ]  # fmt: skip
 
 
-def run_ranks(function: Callable[..., Any], size: int, folder: Path, *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(function: Callable[..., Any], size: int, folder: Path, *args: Any, timeout: float = 180) -> list[Any]:
     """[function(rank, *args) for each rank], each in its own process of one thread, with torch.distributed initialised.
 
     `function` is importable (of a test module) and returns what torch.load takes with weights_only. Raises the first failing rank's
