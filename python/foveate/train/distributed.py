@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foveate.models.bert import BertLayer
 from foveate.models.gpt2 import GPT2Layer
 from foveate.models.llama import LlamaLayer
-from foveate.train import sharded_checkpoint, state_files
+from foveate.train import state_files
 from foveate.train.batch import Batch
 from foveate.train.context_parallel import spread
 from foveate.train.strategy import Strategy
@@ -106,6 +106,8 @@ class Distributed(Strategy):
     def save_state(
         self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]
     ) -> None:
+        from foveate.train import sharded_checkpoint  # which a torch without torch.distributed cannot import
+
         sharded_checkpoint.save(folder, model, optimizer, numbers)
 
 
