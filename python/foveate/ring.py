@@ -269,7 +269,7 @@ def _block_gradients(
     q, k, _ = qkv
     operands = (
         *qkv, *(None,) * 9, q.shape[1], k.shape[1], False, *window, options.scale, options.softcap, True, 0, 0.0,
-        options.backend or "",
+        True, options.backend or "",
     )  # fmt: skip
     if _attention_op._chosen("attention_backward", *operands) == "reference":
         # It runs its own forward, over the block's keys alone, so it gets the gradients of that: out = sum of weight * part
