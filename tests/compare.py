@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,12 +174,15 @@ def expected(case: AttentionCase | VarlenCase, seed: int, device: str, backward:
 
 
 def assert_case_as_good_as_torch(
-    case: AttentionCase | VarlenCase, seed: int, backend: str, device: str, check: str, backward: bool
+    case: AttentionCase | VarlenCase, seed: int, backend: str, device: str, check: str, backward: bool, **options: Any
 ) -> None:
-    """The public function against fp64 for one case; a failure says how to run `check` ("module.function") again."""
+    """The public function against fp64 for one case; a failure says how to run `check` ("module.function") again.
+
+    options: further arguments of the function, which do not change its meaning.
+    """
     exact, errors = expected(case, seed, device, backward)
     inputs = case.make_inputs(seed, device)
-    ours = results(inputs, lambda x: x.run(backend), upstream(inputs, seed) if backward else None)
+    ours = results(inputs, lambda x: x.run(backend, **options), upstream(inputs, seed) if backward else None)
     assert ours.keys() == exact.keys()
     for name, value in ours.items():
         dtype = lse_dtype(inputs.q) if name == "lse" else inputs.q.dtype

@@ -25,7 +25,8 @@ def dense_operands(backend):
         q=q, k=k, v=v, bias=torch.randn(1, 4, 5, 7), mask=torch.rand(2, 1, 1, 7) > 0.3, alibi=torch.rand(1, 4),
         rel_table=torch.randn(8, 4), sinks=torch.randn(4), kv_lens=torch.tensor([7, 4], dtype=torch.int32), cu_q=None,
         cu_k=None, philox=torch.tensor([3, 4]), max_q=5, max_k=7, causal=True, window_left=4, window_right=-1, scale=0.3,
-        softcap=2.0, rel_bidirectional=False, rel_max_distance=16, dropout_p=0.25, backend=backend,
+        softcap=2.0, rel_bidirectional=False, rel_max_distance=16, dropout_p=0.25, deterministic=False,
+        backend=backend,
     )  # fmt: skip
 
 

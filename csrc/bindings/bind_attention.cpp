@@ -26,7 +26,7 @@ void bind_attention(py::module_& m) {
       "attention_backward",
       [](TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, TensorView dq,
          TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks, const py::function& workspace,
-         OPTIONS_OF) {
+         bool deterministic, OPTIONS_OF) {
         py::object kept;
         Reachable reachable;
         const auto allocate = [&](int64_t bytes) {
@@ -39,7 +39,7 @@ void bind_attention(py::module_& m) {
         const py::gil_scoped_release released;
         attention_backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, drel_table, dsinks, allocate,
                            {bias, mask, alibi, rel_table, rel_buckets, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal,
-                            window_left, window_right, scale, softcap, dropout_p},
+                            window_left, window_right, scale, softcap, dropout_p, deterministic},
                            threads);
       },
       "workspace: bytes -> a tensor of them on the device, asked for where the kernels need one");

@@ -1,7 +1,7 @@
 // The backward's launches, and what needs no products: lse and delta of every query, the gradient of the sinks.
 //
-// Workspace, fp32: lse [B, Hq, rows], delta [B, Hq, rows], the sinks' partial sums [B, Hq, rows / 128], then what the gradients of bias and
-// relative table need; rows is seq_q rounded up to 128.
+// Workspace, fp32: lse [B, Hq, rows], delta [B, Hq, rows], sums of dQ [B, Hq, rows, padded D] unless the call is deterministic, the sinks'
+// partial sums [B, Hq, rows / 128], then what the gradients of bias and relative table need; rows is seq_q rounded up to 128.
 #include "cuda/attention_backward.cuh"
 #include "cuda/kernels.h"
 
@@ -39,7 +39,8 @@ __device__ __forceinline__ float dot8(const T* x, const T* y, int d, int columns
   return sum;
 }
 
-// lse with the sink in it, and delta = dO . O - dlse dlse'/dlse: what the other kernels read. A block has kRowAlign queries of one head.
+// lse with the sink in it, and delta = dO . O - dlse dlse'/dlse: what the other kernels read; and zeros for the sums of dQ. A block has
+// kRowAlign queries of one head.
 template <class T>
 __global__ void __launch_bounds__(kStatisticsThreads) row_statistics(const __grid_constant__ BackwardParams a) {
   const auto [b, h, tile] = block_place(a.tiles, a.heads_q);
@@ -49,6 +50,11 @@ __global__ void __launch_bounds__(kStatisticsThreads) row_statistics(const __gri
   const int64_t to = (int64_t{b} * a.heads_q + h) * a.rows + tile * kRowAlign;
   const int columns = static_cast<int>(a.p.head_dim_v), lane = threadIdx.x % kLanesPerRow;
   const float sink = a.p.sinks ? dev::ld_global_nc<float>(static_cast<const float*>(a.p.sinks) + h) : -kInfinity;
+  if (a.dq_sum) {
+    const int count = kRowAlign * static_cast<int>(padded_head_dim(a.p));
+    for (int at = 4 * static_cast<int>(threadIdx.x); at < count; at += 4 * kStatisticsThreads)
+      dev::st_global(a.dq_sum + to * (count / kRowAlign) + at, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+  }
   float dsink = 0;
   for (int row = threadIdx.x / kLanesPerRow; row < kRowAlign; row += kRowsAtOnce) {
     const int i = tile * kRowAlign + row;
@@ -102,6 +108,30 @@ __global__ void __launch_bounds__(kSinkThreads) sum_sinks(const __grid_constant_
   dev::st_global(static_cast<float*>(a.g.dsinks) + h, sum);
 }
 
+// dQ = scale * dq_sum, rounded. A block has kRowAlign queries of one head.
+template <class T>
+__global__ void __launch_bounds__(kStatisticsThreads) round_query_gradient(const __grid_constant__ BackwardParams a) {
+  const auto [b, h, tile] = block_place(a.tiles, a.heads_q);
+  const Sequence s = sequence(a.p, b);
+  const HeadRows<T> dq(a.g.dq, b, h, s.first_q);
+  const int width = static_cast<int>(padded_head_dim(a.p)), columns = static_cast<int>(a.p.head_dim);
+  const float* sums = a.dq_sum + ((int64_t{b} * a.heads_q + h) * a.rows + tile * kRowAlign) * width;
+  for (int at = 4 * static_cast<int>(threadIdx.x); at < kRowAlign * width; at += 4 * kStatisticsThreads) {
+    const int i = tile * kRowAlign + at / width, column = at % width;
+    if (i >= s.q || column >= columns) continue;
+    const float4 x = dev::ld_global_nc<float4>(sums + at);
+    const float values[4] = {x.x * a.o.scale, x.y * a.o.scale, x.z * a.o.scale, x.w * a.o.scale};
+    T* to = dq.row(i) + column;
+    if (a.vectors) {
+      dev::st_global(to, make_uint2(dev::pack<T>(values[0], values[1]), dev::pack<T>(values[2], values[3])));
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (column + e < columns) dev::st_global(to + e, dev::from_float<T>(values[e]));
+  }
+}
+
 bool vectors(const AttentionParams& p, const AttentionGrads& g) {
   const int64_t size = size_of(p.dtype);
   const auto aligned = [&](const Rows& r) {
@@ -124,18 +154,25 @@ BackwardParams backward_params(const AttentionParams& p, const AttentionGrads& g
 
 // Floats of lse and delta, and of the sinks' parts.
 int64_t statistics_size(const BackwardParams& a) { return int64_t{a.batch} * a.heads_q * a.rows; }
+int64_t dq_sum_size(const BackwardParams& a) {
+  const bool fused = !a.g.deterministic && a.p.dtype != DType::kFloat32 && a.g.dq.data && (a.g.dk.data || a.g.dv.data);
+  return fused ? statistics_size(a) * padded_head_dim(a.p) : 0;
+}
 int64_t sink_parts_size(const BackwardParams& a) { return a.g.dsinks ? statistics_size(a) / kRowAlign : 0; }
 
 }  // namespace
 
 int64_t attention_backward_workspace(const AttentionParams& p, const AttentionGrads& g) {
   const BackwardParams a = backward_params(p, g);
-  return 4 * (2 * statistics_size(a) + sink_parts_size(a) + bias_gradient_workspace(p, g));
+  return 4 * (2 * statistics_size(a) + dq_sum_size(a) + sink_parts_size(a) + bias_gradient_workspace(p, g));
 }
 
 void attention_backward(const AttentionParams& p, const AttentionGrads& g, void* workspace, Stream stream) {
   BackwardParams a = backward_params(p, g);
-  a.lse = static_cast<float*>(workspace), a.delta = a.lse + statistics_size(a), a.sink_parts = a.delta + statistics_size(a);
+  a.lse = static_cast<float*>(workspace), a.delta = a.lse + statistics_size(a);
+  float* rest = a.delta + statistics_size(a);
+  if (dq_sum_size(a) > 0) a.dq_sum = rest, rest += dq_sum_size(a);
+  a.sink_parts = rest, rest += sink_parts_size(a);
   a.tiles = static_cast<int>(a.rows / kRowAlign);
   const dim3 grid = one_dimensional(int64_t{a.batch} * a.heads_q * a.tiles), block(kStatisticsThreads);
   if (p.dtype == DType::kBFloat16)
@@ -146,8 +183,13 @@ void attention_backward(const AttentionParams& p, const AttentionGrads& g, void*
     launch<row_statistics<float>>(grid, block, kRowsAtOnce * 4, stream, a);
   if (g.dsinks) launch<sum_sinks>(dim3(a.heads_q), dim3(kSinkThreads), kSinkThreads * 4, stream, a);
   if (g.dk.data || g.dv.data) backward_key_gradients(a, stream);
-  if (g.dq.data) backward_query_gradient(a, stream);
-  backward_bias_gradients(a, a.sink_parts + sink_parts_size(a), stream);
+  if (a.dq_sum && p.dtype == DType::kBFloat16)
+    launch<round_query_gradient<bf16>>(grid, block, 0, stream, a);
+  else if (a.dq_sum)
+    launch<round_query_gradient<f16>>(grid, block, 0, stream, a);
+  else if (g.dq.data)
+    backward_query_gradient(a, stream);
+  backward_bias_gradients(a, rest, stream);
 }
 
 }  // namespace foveate::cuda

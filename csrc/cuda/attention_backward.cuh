@@ -6,7 +6,8 @@
 // of cp.async) and adds up its own rows' gradient in registers. For dQ the own rows are those of Q and dO; for dK and dV those of K and V,
 // with S and dP transposed, so that P^T and dS^T leave the first products in the registers where the second ones want them. A warp owns
 // 16 rows, and warps meet only where a stage changes. No block adds to what another writes: equal calls give equal bits, in O(S) memory.
-// S and dP are computed by both kernels: seven products instead of five.
+// S and dP are computed by both kernels: seven products instead of five. Where bits may differ, the kernel for dK and dV does the work of
+// both and adds to dQ by atomics (bf16 and fp16).
 //
 // Head dims are padded to 64, 128 or 256. With 256 (fp32: 128), dK and dV do not fit the registers together and are different blocks' work.
 // fp32 uses the same code with products by FMA.
@@ -33,6 +34,7 @@ struct BackwardParams {
   int64_t rows;  // seq_q rounded up to kRowAlign
   float *lse, *delta;  // [B, Hq, rows]; lse: see stored_lse
   float* sink_parts;  // [B, Hq, rows / kRowAlign]
+  float* dq_sum;  // [B, Hq, rows, padded head dim]: dQ before the scale, or null where backward_query_gradient computes dQ
   bool vectors;  // all rows begin at multiples of 16 bytes
 };
 
@@ -299,6 +301,11 @@ struct ScoreTile {
     }
   }
 
+  __device__ __forceinline__ void no_gradient() {
+#pragma unroll
+    for (int c = 0; c < n; ++c) dp[c][0] = dp[c][1] = dp[c][2] = dp[c][3] = 0.0f;
+  }
+
   // dS -> the gradient of scale * q.k. Where dS is 0 the slope may be NaN.
   __device__ __forceinline__ void through_softcap(const BackwardParams& a) {
     if constexpr (kOptions) {
@@ -352,6 +359,11 @@ void visit_backward(const AttentionParams& p, const F& f) {
     return options ? with_dim.template operator()<bf16, true>() : with_dim.template operator()<bf16, false>();
   if (p.dtype == DType::kFloat16) return options ? with_dim.template operator()<f16, true>() : with_dim.template operator()<f16, false>();
   with_dim.template operator()<float, true>();
+}
+
+__host__ __device__ constexpr int64_t padded_head_dim(const AttentionParams& p) {
+  const int64_t dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
 }
 
 // The launches, each in a file of its own.

@@ -1,5 +1,8 @@
 // dK and dV: a block owns a tile of keys of one KV head and streams the queries of all heads that share it.
 //
+// Where the bits of dQ may depend on the order in which blocks run, the same kernel adds its tile's part of dQ, dS K, to fp32 sums in global
+// memory, and S and dP are computed once. dQ adds up over keys, which lie in different warps: dS goes through shared memory.
+//
 // Registers of a thread, in the plain bf16 instances: D 64: dK and dV 64, S^T and dP^T 64; D 128: 128 and 32; D 256: 128 and 16.
 #include "cuda/attention_backward.cuh"
 
@@ -37,7 +40,54 @@ __device__ __forceinline__ void load_queries(const BackwardParams& a, const Sequ
   dev::cp_async_commit();
 }
 
-template <class Tiles, bool kOptions, Part part>
+// dS^T [kOwn, kOther] of a step, rounded. With head dim 128 it takes the place of dO, for which everybody has to be done with dO first.
+template <class Tiles>
+struct ScorePlace {
+  using Scores = Tile<typename Tiles::T, Tiles::kOwn, Tiles::kOther>;
+  static constexpr bool kOverDout = Tiles::kHeadDim == 128;
+  static constexpr uint32_t kSharedBytes = Tiles::kSharedBytes + (kOverDout ? 0 : Scores::kBytes);
+  static_assert(kSharedBytes <= 99 * 1024 && (!kOverDout || Scores::kBytes <= Tiles::Other::kBytes));
+};
+
+// to [kOther, kHeadDim] += dS K. Warps divide the 16 x 16 blocks of the sum so that one's blocks share a column of K or a row of dS.
+template <class Tiles>
+__device__ __forceinline__ void add_query_gradient(float* to, uint32_t scores, uint32_t k_tile) {
+  using T = typename Tiles::T;
+  constexpr int kDown = Tiles::kOther / 16, kAcross = Tiles::kHeadDim / 16, kCount = kDown * kAcross / Tiles::kWarps;
+  constexpr bool kShareColumn = kAcross <= Tiles::kWarps;
+  static_assert(kCount * Tiles::kWarps == kDown * kAcross && (kShareColumn || kDown == 1));
+  const Fragments<typename ScorePlace<Tiles>::Scores, Operand::kATransposed> from_scores(scores);
+  const Fragments<typename Tiles::Own, Operand::kBTransposed> from_k(k_tile);
+  const int first = dev::warp();
+  float sum[kCount][2][4] = {};
+#pragma unroll
+  for (int key = 0; key < Tiles::kOwn; key += 16) {
+    uint32_t ds[4], k[4];
+    if (kShareColumn) from_k.load(k, key, first % kAcross * 16);
+    if (!kShareColumn) from_scores.load(ds, key, 0);
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const int at = first + u * Tiles::kWarps;
+      if (kShareColumn) from_scores.load(ds, key, at / kAcross * 16);
+      if (!kShareColumn) from_k.load(k, key, at % kAcross * 16);
+      dev::mma_m16n8k16<T>(sum[u][0], ds, k[0], k[1]);
+      dev::mma_m16n8k16<T>(sum[u][1], ds, k[2], k[3]);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kCount; ++u) {
+    const int at = first + u * Tiles::kWarps;
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = at / kAcross * 16 + fragment_row(e), column = at % kAcross * 16 + 8 * c + fragment_column(e);
+        dev::atomic_add(to + row * Tiles::kHeadDim + column, sum[u][c][e]);
+      }
+  }
+}
+
+template <class Tiles, bool kOptions, Part part, bool kFused>
 __global__ void __launch_bounds__(Tiles::kThreads) key_gradients(const __grid_constant__ BackwardParams a) {
   using T = typename Tiles::T;
   using Own = typename Tiles::Own;
@@ -67,23 +117,34 @@ __global__ void __launch_bounds__(Tiles::kThreads) key_gradients(const __grid_co
     const uint32_t q_tile = stages + step % 2 * Tiles::kStage, dout_tile = q_tile + Other::kBytes, statistics = q_tile + Tiles::kStatistics;
     const int h = hkv * a.group + steps.head(step), query0 = steps.query(step);
     const TileKind kind = tile_kind(a.o, s, query0, Tiles::kOther, key0 + row0, 16);
-    if (kind == TileKind::kEmpty) continue;
+    if (!kFused && kind == TileKind::kEmpty) continue;
 
     const Places<true> at(key0 + row0, query0);
     const auto of_query = [&](uint32_t array, int c) { return dev::ld_shared<float2>(array + (8 * c + fragment_column(0)) * 4); };
     ScoreTile<T, true, kOptions, Tiles::kBlocks> x;
-    multiply_rows<Own, Other, Order::kForward>(x.s, base, row0, q_tile, columns);
-    x.probabilities(a, s, b, h, at, kind == TileKind::kPartial, [&](int c) { return of_query(statistics, c); });
-    if (kOptions && a.p.dropout_p > 0) x.draw(a, key, b * a.heads_q + h, at);
-    if constexpr (kKeys) {
-      multiply_rows<Own, Other, Order::kEights>(x.dp, base + Tiles::kOwn1, row0, dout_tile, columns_v);
-      x.gradients(a, [&](int c) { return of_query(statistics + Tiles::kOther * 4, c); });
-      x.through_softcap(a);
-      accumulate<Other>(dk, x.dp, q_tile, columns);
+    if (kind != TileKind::kEmpty) {
+      multiply_rows<Own, Other, Order::kForward>(x.s, base, row0, q_tile, columns);
+      x.probabilities(a, s, b, h, at, kind == TileKind::kPartial, [&](int c) { return of_query(statistics, c); });
+      if (kOptions && a.p.dropout_p > 0) x.draw(a, key, b * a.heads_q + h, at);
+      if constexpr (kKeys) {
+        multiply_rows<Own, Other, Order::kEights>(x.dp, base + Tiles::kOwn1, row0, dout_tile, columns_v);
+        x.gradients(a, [&](int c) { return of_query(statistics + Tiles::kOther * 4, c); });
+        x.through_softcap(a);
+        accumulate<Other>(dk, x.dp, q_tile, columns);
+      }
+      if constexpr (kValues) {
+        x.drop(a, x.s);
+        accumulate<Other>(dv, x.s, dout_tile, columns_v);
+      }
     }
-    if constexpr (kValues) {
-      x.drop(a, x.s);
-      accumulate<Other>(dv, x.s, dout_tile, columns_v);
+    if constexpr (kFused) {
+      using Place = ScorePlace<Tiles>;
+      const uint32_t scores = Place::kOverDout ? dout_tile : base + Tiles::kSharedBytes;
+      if (Place::kOverDout) dev::sync_threads();  // nobody reads dO any more
+      if (kind == TileKind::kEmpty) x.no_gradient();
+      store_fragments<typename Place::Scores>(scores, row0, x.dp);
+      dev::sync_threads();
+      add_query_gradient<Tiles>(a.dq_sum + ((int64_t{b} * a.heads_q + h) * a.rows + query0) * Tiles::kHeadDim, scores, base);
     }
   }
   const int row = key0 + row0;
@@ -97,12 +158,23 @@ void backward_key_gradients(const BackwardParams& params, const Stream& stream) 
   BackwardParams a = params;
   visit_backward(a.p, [&]<class Tiles, bool kOptions>(Tiles, std::bool_constant<kOptions>) {
     a.tiles = static_cast<int>(ceil_div<int64_t>(a.p.seq_kv, Tiles::kOwn));
-    const dim3 grid = one_dimensional(int64_t{a.batch} * a.heads_kv * a.tiles), block(Tiles::kThreads);
-    if constexpr (Tiles::kHeadDim == 256 || (Tiles::kFloat && Tiles::kHeadDim == 128)) {
-      if (a.g.dk.data) launch<key_gradients<Tiles, kOptions, Part::kKeys>>(grid, block, Tiles::kSharedBytes, stream, a);
-      if (a.g.dv.data) launch<key_gradients<Tiles, kOptions, Part::kValues>>(grid, block, Tiles::kSharedBytes, stream, a);
+    const auto run = [&]<Part part, bool kFused>() {
+      constexpr uint32_t kBytes = kFused ? ScorePlace<Tiles>::kSharedBytes : Tiles::kSharedBytes;
+      launch<key_gradients<Tiles, kOptions, part, kFused>>(one_dimensional(int64_t{a.batch} * a.heads_kv * a.tiles), dim3(Tiles::kThreads),
+                                                           kBytes, stream, a);
+    };
+    if constexpr (Tiles::kFloat && Tiles::kHeadDim >= 128) {
+      if (a.g.dk.data) run.template operator()<Part::kKeys, false>();
+      if (a.g.dv.data) run.template operator()<Part::kValues, false>();
+    } else if constexpr (Tiles::kFloat) {
+      run.template operator()<Part::kBoth, false>();
+    } else if constexpr (Tiles::kHeadDim == 256) {
+      if (a.dq_sum) run.template operator()<Part::kKeys, true>();
+      if (a.g.dk.data && !a.dq_sum) run.template operator()<Part::kKeys, false>();
+      if (a.g.dv.data) run.template operator()<Part::kValues, false>();
     } else {
-      launch<key_gradients<Tiles, kOptions, Part::kBoth>>(grid, block, Tiles::kSharedBytes, stream, a);
+      if (a.dq_sum) run.template operator()<Part::kBoth, true>();
+      if (!a.dq_sum) run.template operator()<Part::kBoth, false>();
     }
   });
 }

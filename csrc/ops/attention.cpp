@@ -257,6 +257,7 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
   const bool varlen = options.cu_q.defined();
   const DType acc = accumulator_of(q.dtype);
   AttentionGrads g;
+  g.deterministic = options.deterministic;
   check_like(dout, "dout", out, p.head_dim_v, q.dtype);
   g.dout = rows_of(dout, varlen);
   if (dlse.defined()) {

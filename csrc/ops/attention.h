@@ -61,6 +61,7 @@ struct AttentionGrads {
   void* dbias = nullptr;  // acc, contiguous over the broadcast shape of bias: dbias_stride is 0 where bias broadcasts
   int64_t dbias_stride[4] = {}, dbias_numel = 0;
   void *drel_table = nullptr, *dsinks = nullptr;  // acc [rel_num_buckets, Hq], acc [Hq]
+  bool deterministic = true;  // equal calls give equal bits
 };
 
 // What Python passes beside the tensors; the views become pointers of AttentionParams once their memory is checked.
@@ -70,6 +71,7 @@ struct AttentionOptions {
   bool causal = false;
   int64_t window_left = -1, window_right = -1;
   double scale = 1, softcap = 0, dropout_p = 0;
+  bool deterministic = true;  // of the backward: equal calls give equal bits
 };
 
 // Bytes -> memory on the device of the call, which its caller keeps until the kernels that were launched with it are queued.

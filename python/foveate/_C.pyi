@@ -22,7 +22,7 @@ __all__: list[str] = [
     "cross_entropy_forward",
     "cuda_emulated",
     "cuda_info",
-    "cuda_kernels",
+    "has_cuda_kernels",
     "multiply_add",
     "packed_linear",
     "packed_rows",
@@ -105,7 +105,7 @@ def attention_backward(
     arg11: torch.Tensor | None,
     arg12: torch.Tensor | None,
     arg13: collections.abc.Callable,
-    arg14: torch.Tensor | None,
+    arg14: bool,
     arg15: torch.Tensor | None,
     arg16: torch.Tensor | None,
     arg17: torch.Tensor | None,
@@ -115,15 +115,16 @@ def attention_backward(
     arg21: torch.Tensor | None,
     arg22: torch.Tensor | None,
     arg23: torch.Tensor | None,
-    arg24: typing.SupportsInt | typing.SupportsIndex,
+    arg24: torch.Tensor | None,
     arg25: typing.SupportsInt | typing.SupportsIndex,
-    arg26: bool,
-    arg27: typing.SupportsInt | typing.SupportsIndex,
+    arg26: typing.SupportsInt | typing.SupportsIndex,
+    arg27: bool,
     arg28: typing.SupportsInt | typing.SupportsIndex,
-    arg29: typing.SupportsFloat | typing.SupportsIndex,
+    arg29: typing.SupportsInt | typing.SupportsIndex,
     arg30: typing.SupportsFloat | typing.SupportsIndex,
     arg31: typing.SupportsFloat | typing.SupportsIndex,
-    arg32: typing.SupportsInt | typing.SupportsIndex,
+    arg32: typing.SupportsFloat | typing.SupportsIndex,
+    arg33: typing.SupportsInt | typing.SupportsIndex,
 ) -> None:
     """
     workspace: bytes -> a tensor of them on the device, asked for where the kernels need one
@@ -236,11 +237,6 @@ def cuda_info() -> dict:
     whether CUDA kernels are compiled in, the CUDA versions (13000 is 13.0), the number of devices, why there are none
     """
 
-def cuda_kernels() -> list[str]:
-    """
-    the CUDA kernels of this build
-    """
-
 def multiply_add(
     sums: torch.Tensor | None,
     dtype: str,
@@ -315,3 +311,4 @@ def softmax_forward(
 def uses_dlpack_exchange() -> bool: ...
 
 cuda_emulated: bool = False
+has_cuda_kernels: bool = False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate import _ops, _reference, _triton
-from foveate._backends import Query, Supports, choose, native, register
+from foveate._backends import Query, choose, native, register
 from foveate._native import _C
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -46,6 +46,7 @@ class Operands(NamedTuple):
     rel_bidirectional: bool
     rel_max_distance: int
     dropout_p: float
+    deterministic: bool  # of the backward: equal calls give equal bits
     backend: str  # "" for the best
 
 
@@ -53,7 +54,7 @@ _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi, Tensor? rel_table, Tensor? sinks, "
     "Tensor? kv_lens, Tensor? cu_q, Tensor? cu_k, Tensor? philox, "
     "SymInt max_q, SymInt max_k, bool causal, SymInt window_left, SymInt window_right, float scale, float softcap, "
-    "bool rel_bidirectional, int rel_max_distance, float dropout_p, str backend"
+    "bool rel_bidirectional, int rel_max_distance, float dropout_p, bool deterministic, str backend"
 )
 _NUM_TENSORS = 12
 # What has a gradient, by its place among the tensors: q, k, v, bias, rel_table, sinks.
@@ -69,18 +70,16 @@ def query(device: str, dtype: torch.dtype, D: int, Dv: int, used: tuple[bool, ..
     return Query(device, dtype, (D, Dv, *(name for name, use in zip(_OPTION_NAMES, used) if use)))
 
 
-def _native_supports(cuda_kernel: str) -> Supports:
-    shared = native(cuda_kernel)
+_native_shared = native()
 
-    def supports(query: Query) -> str | None:
-        if "score_mod" in query.features:
-            return _NO_SCORE_MOD
-        reason = shared(query)
-        if reason is None and query.dtype not in DTYPES:
-            return f"the kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
-        return reason
 
-    return supports
+def _native_supports(query: Query) -> str | None:
+    if "score_mod" in query.features:
+        return _NO_SCORE_MOD
+    reason = _native_shared(query)
+    if reason is None and query.dtype not in DTYPES:
+        return f"the kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
+    return reason
 
 
 def _triton_backward_supports(query: Query) -> str | None:
@@ -89,8 +88,8 @@ def _triton_backward_supports(query: Query) -> str | None:
     return _triton.serves(query)
 
 
-for _name, _kernel in (("attention", "attention_forward"), ("attention_backward", "attention_backward")):
-    register(_name, "native", _native_supports(_kernel))
+for _name in ("attention", "attention_backward"):
+    register(_name, "native", _native_supports)
     register(_name, "triton", _triton.serves)
     register(_name, "reference", lambda query: _NO_SCORE_MOD if "score_mod" in query.features else None)
 register("attention_backward", "triton", _triton_backward_supports)
@@ -108,7 +107,7 @@ def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
     global _runs
     _runs += 1
     (q, k, v, bias, mask, alibi, table, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal, left, right,
-     scale, softcap, bidirectional, max_distance, dropout_p, _) = args  # fmt: skip
+     scale, softcap, bidirectional, max_distance, dropout_p, _, _) = args  # fmt: skip
     chosen = _chosen("attention", *args)
     if chosen == "reference":
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -153,9 +152,9 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
     workspace = functools.partial(torch.empty, dtype=torch.int8, device=c.q.device)
     _C.attention_backward(  # type: ignore[union-attr]
         _rows(dout), None if dlse is None else dlse.contiguous(), _rows(c.q), _rows(c.k), _rows(c.v), out, lse, dq, dk,
-        dv, dbias, drel_table, dsinks, workspace, c.bias, c.mask, c.alibi, c.rel_table, buckets, c.sinks, c.kv_lens, c.cu_q,
-        c.cu_k, c.philox, c.max_q, c.max_k, c.causal, c.window_left, c.window_right, c.scale, c.softcap, c.dropout_p,
-        torch.get_num_threads(),
+        dv, dbias, drel_table, dsinks, workspace, c.deterministic, c.bias, c.mask, c.alibi, c.rel_table, buckets,
+        c.sinks, c.kv_lens, c.cu_q, c.cu_k, c.philox, c.max_q, c.max_k, c.causal, c.window_left, c.window_right, c.scale,
+        c.softcap, c.dropout_p, torch.get_num_threads(),
     )  # fmt: skip
     if dbias is not None:
         grads = (*grads[:3], dbias.to(c.bias.dtype), *grads[4:])  # type: ignore[union-attr]
@@ -165,7 +164,7 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
 def _chosen(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, alibi: Any, rel_table: Any, sinks: Any,
             kv_lens: Any, cu_q: Any, cu_k: Any, philox: Any, max_q: int, max_k: int, causal: bool, left: int,
             right: int, scale: float, softcap: float, bidirectional: bool, max_distance: int, dropout_p: float,
-            backend: str) -> str:  # fmt: skip
+            deterministic: bool, backend: str) -> str:  # fmt: skip
     used = (bias is not None, mask is not None, alibi is not None, rel_table is not None, sinks is not None,
             kv_lens is not None, cu_q is not None, causal, left >= 0 or right >= 0, softcap > 0, dropout_p > 0)  # fmt: skip
     device = "cpu" if q.is_cpu else q.device.type

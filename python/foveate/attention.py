@@ -59,7 +59,8 @@ def attention(
     that of what it was given; without it there is no backward pass. The triton backend only, and not inside torch.compile.
 
     dropout_p: in [0, 1), applied whenever it is not 0; Philox-4x32-10 seeded by two numbers from `generator` or torch's default
-    generator, the same mask on every backend. deterministic: two backward passes give the same bits (on the CPU they always do).
+    generator, the same mask on every backend. deterministic: two backward passes give the same bits (on the CPU they always do);
+    torch.use_deterministic_algorithms(True) asks for that too.
     lse: natural log of the sum of exp(s), without the sink, fp32 (fp64 for fp64 inputs), differentiable.
     A row that sees no key gives out 0, lse -inf and gradients 0. Differentiable once in q, k, v, bias, the table and sinks.
     Under autocast q, k and v are cast to its dtype. backend: "native", "triton", "reference", or None for the first that can.
@@ -91,7 +92,8 @@ def attention(
         philox = checks.draw_philox(q.device, generator)
     operands = (
         q, k, v, bias, mask, alibi_slopes, table, sinks, kv_lens, None, None, philox, Sq, Skv, causal, left, right,
-        scale, softcap, bidirectional, max_distance, dropout_p, backend or "",
+        scale, softcap, bidirectional, max_distance, dropout_p,
+        deterministic or torch.are_deterministic_algorithms_enabled(), backend or "",
     )  # fmt: skip
     if score_mod is not None or score_mod_bwd is not None or score_mod_aux:
         out, lse = _score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)

@@ -74,7 +74,8 @@ def attention_varlen(
         philox = checks.draw_philox(q.device, generator)
     operands = (
         q, k, v, None, None, alibi_slopes, table, sinks, None, cu_q, cu_k, philox, max_seqlen_q, max_seqlen_k, causal,
-        left, right, scale, softcap, bidirectional, max_distance, dropout_p, backend or "",
+        left, right, scale, softcap, bidirectional, max_distance, dropout_p,
+        deterministic or torch.are_deterministic_algorithms_enabled(), backend or "",
     )  # fmt: skip
     if score_mod is not None or score_mod_bwd is not None or score_mod_aux:
         out, lse = _score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)
