@@ -115,7 +115,7 @@ struct RowState {
       const int64_t row = task.row0 + dev::lane() / 4 + 8 * r;
       const Visible visible = visible_to(p, len, row / group);
       const bool used = row < p.seq_q * group;
-      begin[r] = visible.begin, end[r] = used ? min(visible.end, task.end) : 0;
+      begin[r] = visible.begin < task.begin ? task.begin : visible.begin, end[r] = used ? min(visible.end, task.end) : 0;
       position[r] = visible.position;
       slope[r] = p.alibi && used
                      ? dev::ld_global_nc<float>(p.alibi + task.b * p.alibi_batch + (task.head * group + row % group) * p.alibi_head)
