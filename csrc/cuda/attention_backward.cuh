@@ -111,11 +111,11 @@ __device__ __forceinline__ void store_gradient(const HeadRows<T>& to, int row, i
 // ---- products ----------------------------------------------------------------------------------------------------------------
 
 // fp32: each thread computes its elements of the fragment of mma_m16n8k16, so that everything else is the same for all types. tf32 products
-// of split numbers would be faster, but their 22 bits of mantissa are too few where dP - delta cancels. S is added up in the order of the
-// forward, so that what both round cancels in S - lse. The other sums are made of sums of 8 products: less rounding, and an order that
-// row_statistics can have too. Then dP - delta is exactly 0 where a query sees one key, as it is in torch.
+// of split numbers would be faster, but their 22 bits of mantissa are too few where dP - delta cancels. Sums are made of sums of kChain
+// products. S has the forward's 32, so that what both round cancels in S - lse; dP has 8, an order that row_statistics can have too. Then
+// dP - delta is exactly 0 where a query sees one key, as it is in torch.
 
-enum class Order { kForward, kEights };
+constexpr int kForwardChain = 32, kShortChain = 8;
 
 __device__ __forceinline__ float dot4(const float4& x, const float4& y, float sum) {
   return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
@@ -134,33 +134,30 @@ __device__ __forceinline__ bool used(int column, int columns) {
 }
 
 // x [16 x 8n] = rows [row, row + 16) of `own` times the first 8n rows of `other`, transposed.
-template <class Own, class Other, Order order, int n>
+template <class Own, class Other, int kChain, int n>
 __device__ __forceinline__ void multiply_rows(float (&x)[n][4], uint32_t own, int row, uint32_t other, int columns) {
 #pragma unroll
   for (int c = 0; c < n; ++c) x[c][0] = x[c][1] = x[c][2] = x[c][3] = 0.0f;
   if constexpr (std::is_same_v<typename Own::T, float>) {
     const int own_row = row + fragment_row(0), other_row = fragment_column(0);
+#pragma unroll 1
+    for (int first = 0; first < Own::kColumns; first += kChain) {
+      if (!used<Own::kColumns>(first, columns)) break;
+      float part[n][4] = {};
 #pragma unroll 2
-    for (int d = 0; d < Own::kColumns; d += 8) {
-      if (!used<Own::kColumns>(d, columns)) break;
-      float4 a[2][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        a[half][0] = four<Own>(own, own_row + 8 * half, d), a[half][1] = four<Own>(own, own_row + 8 * half, d + 4);
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
+      for (int d = first; d < first + kChain; d += 4) {
+        const float4 a0 = four<Own>(own, own_row, d), a1 = four<Own>(own, own_row + 8, d);
 #pragma unroll
         for (int c = 0; c < n; ++c) {
-          const float4 b0 = four<Other>(other, 8 * c + other_row + e, d), b1 = four<Other>(other, 8 * c + other_row + e, d + 4);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float& sum = x[c][2 * half + e];
-            if constexpr (order == Order::kForward)
-              sum = dot4(a[half][1], b1, dot4(a[half][0], b0, sum));
-            else
-              sum += dot4(a[half][1], b1, dot4(a[half][0], b0, 0.0f));
-          }
+          const float4 b0 = four<Other>(other, 8 * c + other_row, d), b1 = four<Other>(other, 8 * c + other_row + 1, d);
+          part[c][0] = dot4(a0, b0, part[c][0]), part[c][1] = dot4(a0, b1, part[c][1]);
+          part[c][2] = dot4(a1, b0, part[c][2]), part[c][3] = dot4(a1, b1, part[c][3]);
         }
+      }
+#pragma unroll
+      for (int c = 0; c < n; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[c][e] += part[c][e];
     }
   } else {
     const Fragments<Own, Operand::kA> from_own(own);
