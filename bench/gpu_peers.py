@@ -1,4 +1,4 @@
-"""One other library on the cases of `gpu_triton.py`, in a process of its own: python bench/gpu_peers.py fa3 FILE.csv."""
+"""One other library on the cases of `gpu.py`, in a process of its own: python bench/gpu_peers.py fa3 FILE.csv."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_triton import Bench, Call, Work, arguments, here, measure, write
+from gpu import Bench, Call, Work, arguments, here, measure, write
 
 PACKAGES = {"fa3": "fa3-fwd", "flashinfer": "flashinfer-python", "liger": "liger-kernel", "xformers": "xformers"}
 MODULES = {"fa3": "fa3_fwd_interface", "flashinfer": "flashinfer", "liger": "liger_kernel", "xformers": "xformers.ops"}
@@ -16,7 +16,7 @@ MODULES = {"fa3": "fa3_fwd_interface", "flashinfer": "flashinfer", "liger": "lig
 
 def torch_calls(work: Work) -> dict[str, Call]:
     """What the peer's results are checked against."""
-    from gpu_triton import own_calls
+    from gpu import own_calls
 
     return dict([next(iter(own_calls(work).items()))])
 

@@ -150,7 +150,7 @@ def test_a_forked_cache_copies_its_last_page_by_the_kernel(dtype, device, monkey
     cache.append(seqs, 6)
     k, v = torch.randn(1, 6, 2, 16), torch.randn(1, 6, 2, 16)
     for layer in range(2):
-        cache.attend(layer, k, k, v, seqs=seqs)
+        cache.attend(layer, k, k, v, seqs=seqs, backend="triton")
     seqs += [cache.fork(seqs[0]) for _ in range(2)]
     cache.append(seqs)
     assert copied == [([1, 1], [2, 3])] * (2 if dtype == F32 else 4)

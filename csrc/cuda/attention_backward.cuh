@@ -109,8 +109,11 @@ __device__ __forceinline__ void store_gradient(const HeadRows<T>& to, int row, i
 // ---- products ----------------------------------------------------------------------------------------------------------------
 
 // fp32: each thread computes its elements of the fragment of mma_m16n8k16, so that everything else is the same for all types. tf32 products
-// of split numbers would be faster, but their 22 bits of mantissa are too few where dP - delta cancels. Sums are made of sums of 8 products:
-// less rounding, and an order that row_statistics can have too. Then dP - delta is exactly 0 where a query sees one key, as it is in torch.
+// of split numbers would be faster, but their 22 bits of mantissa are too few where dP - delta cancels. S is added up in the order of the
+// forward, so that what both round cancels in S - lse. The other sums are made of sums of 8 products: less rounding, and an order that
+// row_statistics can have too. Then dP - delta is exactly 0 where a query sees one key, as it is in torch.
+
+enum class Order { kForward, kEights };
 
 __device__ __forceinline__ float dot4(const float4& x, const float4& y, float sum) {
   return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
@@ -129,7 +132,7 @@ __device__ __forceinline__ bool used(int column, int columns) {
 }
 
 // x [16 x 8n] = rows [row, row + 16) of `own` times the first 8n rows of `other`, transposed.
-template <class Own, class Other, int n>
+template <class Own, class Other, Order order, int n>
 __device__ __forceinline__ void multiply_rows(float (&x)[n][4], uint32_t own, int row, uint32_t other, int columns) {
 #pragma unroll
   for (int c = 0; c < n; ++c) x[c][0] = x[c][1] = x[c][2] = x[c][3] = 0.0f;
@@ -148,7 +151,13 @@ __device__ __forceinline__ void multiply_rows(float (&x)[n][4], uint32_t own, in
         for (int c = 0; c < n; ++c) {
           const float4 b0 = four<Other>(other, 8 * c + other_row + e, d), b1 = four<Other>(other, 8 * c + other_row + e, d + 4);
 #pragma unroll
-          for (int half = 0; half < 2; ++half) x[c][2 * half + e] += dot4(a[half][1], b1, dot4(a[half][0], b0, 0.0f));
+          for (int half = 0; half < 2; ++half) {
+            float& sum = x[c][2 * half + e];
+            if constexpr (order == Order::kForward)
+              sum = dot4(a[half][1], b1, dot4(a[half][0], b0, sum));
+            else
+              sum += dot4(a[half][1], b1, dot4(a[half][0], b0, 0.0f));
+          }
         }
     }
   } else {

@@ -42,10 +42,10 @@ __device__ __forceinline__ void add_scores(const BackwardParams& a, const Philox
   const Places<false> at(i + row0, j);
   const RowStatistics statistics(a, b, h, i + row0);
   ScoreTile<T, false, true, Tiles::kBlocks> x;
-  multiply_rows<Own, Other>(x.s, q, row0, k, columns);
+  multiply_rows<Own, Other, Order::kForward>(x.s, q, row0, k, columns);
   x.probabilities(a, s, b, h, at, true, [&](int) { return statistics.lse; });
   if (a.p.dropout_p > 0) x.draw(a, key, b * a.heads_q + h, at);
-  multiply_rows<Own, Other>(x.dp, dout, row0, v, columns_v);
+  multiply_rows<Own, Other, Order::kEights>(x.dp, dout, row0, v, columns_v);
   x.gradients(a, [&](int) { return statistics.delta; });
 #pragma unroll
   for (int c = 0; c < Tiles::kBlocks; ++c)

@@ -72,11 +72,11 @@ __global__ void __launch_bounds__(Tiles::kThreads) key_gradients(const __grid_co
     const Places<true> at(key0 + row0, query0);
     const auto of_query = [&](uint32_t array, int c) { return dev::ld_shared<float2>(array + (8 * c + fragment_column(0)) * 4); };
     ScoreTile<T, true, kOptions, Tiles::kBlocks> x;
-    multiply_rows<Own, Other>(x.s, base, row0, q_tile, columns);
+    multiply_rows<Own, Other, Order::kForward>(x.s, base, row0, q_tile, columns);
     x.probabilities(a, s, b, h, at, kind == TileKind::kPartial, [&](int c) { return of_query(statistics, c); });
     if (kOptions && a.p.dropout_p > 0) x.draw(a, key, b * a.heads_q + h, at);
     if constexpr (kKeys) {
-      multiply_rows<Own, Other>(x.dp, base + Tiles::kOwn1, row0, dout_tile, columns_v);
+      multiply_rows<Own, Other, Order::kEights>(x.dp, base + Tiles::kOwn1, row0, dout_tile, columns_v);
       x.gradients(a, [&](int c) { return of_query(statistics + Tiles::kOther * 4, c); });
       x.through_softcap(a);
       accumulate<Other>(dk, x.dp, q_tile, columns);

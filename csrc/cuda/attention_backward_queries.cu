@@ -48,10 +48,10 @@ __global__ void __launch_bounds__(Tiles::kThreads) query_gradient(const __grid_c
 
     const Places<false> at(query0 + row0, key0);
     ScoreTile<T, false, kOptions, Tiles::kBlocks> x;
-    multiply_rows<Own, Other>(x.s, base, row0, k_tile, columns);
+    multiply_rows<Own, Other, Order::kForward>(x.s, base, row0, k_tile, columns);
     x.probabilities(a, s, b, h, at, kind == TileKind::kPartial, [&](int) { return statistics.lse; });
     if (kOptions && a.p.dropout_p > 0) x.draw(a, key, b * a.heads_q + h, at);
-    multiply_rows<Own, Other>(x.dp, base + Tiles::kOwn1, row0, v_tile, columns_v);
+    multiply_rows<Own, Other, Order::kEights>(x.dp, base + Tiles::kOwn1, row0, v_tile, columns_v);
     x.gradients(a, [&](int) { return statistics.delta; });
     x.through_softcap(a);
     accumulate<Other>(dq, x.dp, k_tile, columns);

@@ -16,6 +16,38 @@
 
 namespace foveate::cuda {
 
+// Starts the copies of the rows of q; those that do not exist are zeros.
+template <class C>
+__device__ __forceinline__ void load_queries(const ForwardParams& f, const Sequence& s, const BlockRows& rows, uint32_t tile) {
+  using T = typename C::T;
+  const AttentionParams& p = f.attention;
+  const int thread = static_cast<int>(threadIdx.x), columns = static_cast<int>(p.head_dim), total = s.q * rows.packed;
+  const auto row = [&](int r) -> const T* {
+    return rows.first + r < total ? query_row<const T>(p.q, s.first_q, rows.batch, rows.head_of(r), rows.query(r)) : nullptr;
+  };
+  if (!C::kGeneral || f.vector_loads)
+    load_tile_async<typename C::QTile, C::kThreads>(tile, thread, columns, row);
+  else
+    load_tile_unaligned<typename C::QTile, C::kThreads>(tile, thread, columns, row);
+  dev::cp_async_commit();
+}
+
+// Starts the copies of keys or values from key0 on. Keys from `end` on, which no row sees, are zeros and are not read: what lies there may be
+// NaN, and in v 0 * NaN would be NaN.
+template <class C, class Tile>
+__device__ __forceinline__ void load_keys(const ForwardParams& f, const KeyRows<typename C::T>& source, uint32_t tile, int64_t head_dim,
+                                          int key0, int end) {
+  const int thread = static_cast<int>(threadIdx.x), columns = static_cast<int>(head_dim);
+  const auto row = [&](int r) { return key0 + r < end ? source.row(key0 + r) : nullptr; };
+  if (!C::kGeneral || (f.vector_loads && source.table == nullptr))
+    source.template load<Tile, C::kThreads>(tile, thread, columns, key0, end);
+  else if (f.vector_loads)
+    load_tile_async<Tile, C::kThreads>(tile, thread, columns, row);
+  else
+    load_tile_unaligned<Tile, C::kThreads>(tile, thread, columns, row);
+  dev::cp_async_commit();
+}
+
 template <class C>
 __device__ __forceinline__ void clear_scores(ForwardState<C>& state) {
 #pragma unroll
@@ -87,8 +119,9 @@ __device__ __forceinline__ void mask_step(ForwardState<C>& state, const ScorePar
 // options of the last one.
 template <class C>
 __device__ __forceinline__ void options_step(ForwardState<C>& state, const ForwardParams& f, const Sequence& s, const BlockRows& rows,
-                                             int warp_row, int key0) {
+                                             int key0) {
   if (!f.score_options) return;
+  const int warp_row = dev::warp() * C::kRowsPerWarp;
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m)
     apply_options<std::is_same_v<typename C::T, float>>(f.attention, f.score, s, rows.batch, rows.head,
@@ -96,10 +129,10 @@ __device__ __forceinline__ void options_step(ForwardState<C>& state, const Forwa
 }
 
 template <class C>
-__device__ __forceinline__ void dropout_step(ForwardState<C>& state, const ForwardParams& f, const BlockRows& rows, int warp_row,
-                                             int key0) {
+__device__ __forceinline__ void dropout_step(ForwardState<C>& state, const ForwardParams& f, const BlockRows& rows, int key0) {
   const AttentionParams& p = f.attention;
   if (!(p.dropout_p > 0)) return;
+  const int warp_row = dev::warp() * C::kRowsPerWarp;
   const Philox words = philox(p);
   const int bh = rows.batch * static_cast<int>(p.heads_q) + rows.head;
 #pragma unroll
@@ -163,39 +196,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm) attention
   const int begin = some.begin / C::kKeys * C::kKeys, head_kv = rows.head / static_cast<int>(p.heads_q / p.heads_kv);
 
   const uint32_t q_tile = dev::smem_base(), k_tile = q_tile + C::QTile::kBytes, v_tile = k_tile + C::KTile::kBytes;
-  const int thread = static_cast<int>(threadIdx.x), warp_row = dev::warp() * C::kRowsPerWarp;
   const KeyRows<T> k_rows(p, p.k, s.first_k, rows.batch, head_kv), v_rows(p, p.v, s.first_k, rows.batch, head_kv);
-  // Keys that no row sees are not read: what lies there may be NaN, and in v 0 * NaN would be NaN.
-  const auto load_keys = [&]<class Tile>(std::type_identity<Tile>, uint32_t tile, const KeyRows<T>& source, int64_t columns, int key0) {
-    if (!C::kGeneral || (f.vector_loads && source.table == nullptr)) {
-      source.template load<Tile, C::kThreads>(tile, thread, static_cast<int>(columns), key0, some.end);
-    } else {
-      const auto row = [&](int r) { return key0 + r < some.end ? source.row(key0 + r) : nullptr; };
-      if (f.vector_loads)
-        load_tile_async<Tile, C::kThreads>(tile, thread, static_cast<int>(columns), row);
-      else
-        load_tile_unaligned<Tile, C::kThreads>(tile, thread, static_cast<int>(columns), row);
-    }
-    dev::cp_async_commit();
-  };
-  const auto load_k = [&](int key0) { load_keys(std::type_identity<typename C::KTile>(), k_tile, k_rows, p.head_dim, key0); };
-  const auto load_v = [&](int key0) { load_keys(std::type_identity<typename C::VTile>(), v_tile, v_rows, p.head_dim_v, key0); };
-  const auto load_q = [&] {
-    const auto row = [&](int r) -> const T* {
-      return rows.first + r < total ? query_row<const T>(p.q, s.first_q, rows.batch, rows.head_of(r), rows.query(r)) : nullptr;
-    };
-    if (!C::kGeneral || f.vector_loads)
-      load_tile_async<typename C::QTile, C::kThreads>(q_tile, thread, static_cast<int>(p.head_dim), row);
-    else
-      load_tile_unaligned<typename C::QTile, C::kThreads>(q_tile, thread, static_cast<int>(p.head_dim), row);
-    dev::cp_async_commit();
-  };
+  const auto load_k = [&](int key0) { load_keys<C, typename C::KTile>(f, k_rows, k_tile, p.head_dim, key0, some.end); };
+  const auto load_v = [&](int key0) { load_keys<C, typename C::VTile>(f, v_rows, v_tile, p.head_dim_v, key0, some.end); };
 
   ForwardState<C> state;
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m) state.max[m][0] = state.max[m][1] = -kInfinity;
 
-  if (!some.empty()) load_q(), load_k(begin);
+  if (!some.empty()) load_queries<C>(f, s, rows, q_tile), load_k(begin);
 #pragma unroll 1
   for (int key0 = begin; key0 < some.end; key0 += C::kKeys) {
     dev::cp_async_wait<0>();
@@ -203,16 +212,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm) attention
     load_v(key0);
     clear_scores<C>(state);
     if constexpr (kFloat)
-      multiply_qk_by_fma<C>(state, q_tile, k_tile, warp_row, static_cast<int>(p.head_dim));
+      multiply_qk_by_fma<C>(state, q_tile, k_tile, dev::warp() * C::kRowsPerWarp, static_cast<int>(p.head_dim));
     else
-      multiply_qk<C>(state, q_tile, k_tile, warp_row);
+      multiply_qk<C>(state, q_tile, k_tile, dev::warp() * C::kRowsPerWarp);
     dev::cp_async_wait<0>();
     dev::sync_threads();  // v has landed, and all warps are done with k
     if (key0 + C::kKeys < some.end) load_k(key0 + C::kKeys);
-    if constexpr (C::kGeneral) options_step<C>(state, f, s, rows, warp_row, key0);
+    if constexpr (C::kGeneral) options_step<C>(state, f, s, rows, key0);
     if (key0 < all_begin || key0 + C::kKeys > all_end) mask_step<C>(state, f.score, s, rows, key0);
     softmax_step<C>(state, f.factor);
-    if constexpr (C::kGeneral) dropout_step<C>(state, f, rows, warp_row, key0);
+    if constexpr (C::kGeneral) dropout_step<C>(state, f, rows, key0);
     if constexpr (kFloat)
       multiply_pv_by_fma<C>(state, v_tile, static_cast<int>(p.head_dim_v));
     else

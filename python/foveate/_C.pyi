@@ -15,6 +15,7 @@ __all__: list[str] = [
     "attention_forward",
     "attention_with_kv_cache",
     "copy_memory",
+    "copy_pages",
     "cpu_target",
     "cpu_targets",
     "cross_entropy_backward",

@@ -180,7 +180,9 @@ class _Sum:
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """a @ b; from a GPU in fp32 where torch can (2.8), so that it is not rounded before it is added."""
-        wide = a.is_cuda and a.dtype != self.compute and hasattr(torch.ops.aten.mm, "dtype")
+        wide = (
+            a.is_cuda and torch.version.hip is None and a.dtype != self.compute and hasattr(torch.ops.aten.mm, "dtype")
+        )
         self.add(torch.mm(a, b, out_dtype=self.compute) if wide else product(a, b.t()))
 
     def times(self, factor: Tensor) -> Tensor:

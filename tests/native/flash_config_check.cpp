@@ -32,7 +32,8 @@ int main() {
         std::printf("dims %d %d %d %d %d\n", general, d, dv, dims.d, dims.dv);
       }
   for (int group : {1, 2, 4, 8, 16})
-    for (int seq_q : {0, 1, 3, 16, 64, 100, 128, 129, 1000, 4096}) std::printf("pack %d %d %d\n", group, seq_q, packed_heads(seq_q, group, 128));
+    for (int seq_q : {0, 1, 3, 16, 64, 100, 128, 129, 1000, 4096})
+      std::printf("pack %d %d %d\n", group, seq_q, packed_heads(seq_q, group, 128));
   print_grid(6, 300, 128, 0);
   print_grid(7, 300, 128, kSectionBytes / 3);
   print_grid(5, 64, 64, kSectionBytes * 2);

@@ -1,4 +1,4 @@
-"""bench/gpu_triton.py without a GPU: what it leaves out it says, and its cases run."""
+"""bench/gpu.py without a GPU: what it leaves out it says, and its cases run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 def run(tmp_path: Path, **environment: str) -> tuple[str, list[dict[str, str]]]:
     """The output of a run that has no time for any case, and its CSV file."""
     file = tmp_path / "triton.csv"
-    command = [sys.executable, str(BENCH / "gpu_triton.py"), str(file), "--dry-run", "--seconds", "0"]
+    command = [sys.executable, str(BENCH / "gpu.py"), str(file), "--dry-run", "--seconds", "0"]
     path = os.pathsep.join([str(Path(foveate.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path} | environment, capture_output=True, text=True, check=True
@@ -39,11 +39,11 @@ def test_its_rows_are_checked_and_timed(monkeypatch, capsys):
     if foveate.backends()["triton"] is not None:
         pytest.skip(f"triton: {foveate.backends()['triton']}")
     monkeypatch.syspath_prepend(str(BENCH))
-    import gpu_triton
+    import gpu
 
-    bench = gpu_triton.Bench(True, time.monotonic() + 100)
-    monkeypatch.setattr(gpu_triton, "works", gpu_triton.row_works)
-    rows = gpu_triton.measure(bench, gpu_triton.own_calls)
+    bench = gpu.Bench(True, time.monotonic() + 100)
+    monkeypatch.setattr(gpu, "works", gpu.row_works)
+    rows = gpu.measure(bench, gpu.own_calls)
     assert {(row["op"], row["who"]) for row in rows} >= {
         ("softmax", "foveate triton"),
         ("rms_norm", "torch"),
@@ -52,6 +52,6 @@ def test_its_rows_are_checked_and_timed(monkeypatch, capsys):
     assert all(row["ms"] > 0 and row["rate"] > 0 for row in rows)
 
     monkeypatch.setattr(foveate, "softmax", lambda x, **_: x * 0)
-    rows = gpu_triton.measure(bench, gpu_triton.own_calls)
+    rows = gpu.measure(bench, gpu.own_calls)
     assert ("softmax", "foveate triton") not in {(row["op"], row["who"]) for row in rows}
     assert "foveate triton: Tensor-likes are not close" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Times of the Triton kernels beside torch's and other libraries' on one GPU: python bench/gpu_triton.py FILE.csv.
+"""Times of the CUDA and Triton kernels beside torch's and other libraries' on one GPU: python bench/gpu.py FILE.csv.
 
 Each result is checked before it is timed. The other libraries (`gpu_peers.py`) run in processes of their own, from the folders named after
 them in the folder that FOVEATE_PEERS names (`pip install --target $FOVEATE_PEERS/liger liger-kernel`). --dry-run: tiny shapes on the CPU,
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,6 +125,11 @@ def linear_works(bench: Bench) -> Iterator[Work]:
             )
 
 
+def own(call: Callable[[str], Any]) -> dict[str, Call]:
+    """The same call on both of foveate's backends for GPUs."""
+    return {f"foveate {backend}": partial(call, backend) for backend in ("native", "triton")}
+
+
 def attention_calls(work: Work) -> dict[str, Call]:
     q, k, v, causal = work.inputs
     if work.op == "backward":
@@ -147,7 +153,7 @@ def attention_calls(work: Work) -> dict[str, Call]:
         return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
     calls: dict[str, Call] = {"torch flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION)}
-    calls["foveate triton"] = lambda: foveate.attention(q, k, v, causal=causal, backend="triton")
+    calls |= own(lambda backend: foveate.attention(q, k, v, causal=causal, backend=backend))
     if work.op == "forward":
         calls |= {f"foveate triton {name}": variant(work, block) for name, block in VARIANTS.items()}
     calls |= {
@@ -193,7 +199,7 @@ def own_calls(work: Work) -> dict[str, Call]:
         dense = [x[table.long()].flatten(1, 2) for x in (k, v)]
         return {
             "torch": lambda: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, *dense)), enable_gqa=True).transpose(1, 2),
-            "foveate triton": lambda: foveate.attention_with_kv_cache(q, k, v, kv_lens=lens, block_table=table, backend="triton"),
+            **own(lambda backend: foveate.attention_with_kv_cache(q, k, v, kv_lens=lens, block_table=table, backend=backend)),
         }  # fmt: skip
     if work.op == "packed_linear":
         x, w, format = work.inputs
@@ -213,9 +219,7 @@ def own_calls(work: Work) -> dict[str, Call]:
 
         return {
             "torch": lambda: grads(lambda: F.cross_entropy(F.linear(hidden, weight).float(), labels)),
-            "foveate triton": lambda: grads(
-                lambda: foveate.linear_cross_entropy(hidden, weight, labels, backend="triton")
-            ),
+            **own(lambda backend: grads(lambda: foveate.linear_cross_entropy(hidden, weight, labels, backend=backend))),
         }
     x, target = work.inputs
     ones = torch.ones(x.shape[1], dtype=x.dtype, device=x.device)
@@ -223,15 +227,15 @@ def own_calls(work: Work) -> dict[str, Call]:
         "copy": {"torch": x.clone},
         "softmax": {
             "torch": lambda: torch.softmax(x, -1),
-            "foveate triton": lambda: foveate.softmax(x, backend="triton"),
+            **own(lambda backend: foveate.softmax(x, backend=backend)),
         },
         "cross_entropy": {
             "torch": lambda: F.cross_entropy(x.float(), target),
-            "foveate triton": lambda: foveate.cross_entropy(x, target, backend="triton"),
+            **own(lambda backend: foveate.cross_entropy(x, target, backend=backend)),
         },
         "rms_norm": {
             "torch": lambda: F.rms_norm(x, (x.shape[1],), ones, 1e-6),
-            "foveate triton": lambda: foveate.rms_norm(x, ones, 1e-6, backend="triton"),
+            **own(lambda backend: foveate.rms_norm(x, ones, 1e-6, backend=backend)),
         },
     }[work.op]
 
@@ -354,7 +358,7 @@ def here(bench: Bench, package: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    args = arguments("Times the Triton kernels, torch's and other libraries' on one GPU.")
+    args = arguments("Times foveate's kernels, torch's and other libraries' on one GPU.")
     bench = Bench(args.dry_run, time.monotonic() + args.seconds)
     # Three quarters of the time for foveate and torch, the rest for the peers.
     rows = measure(bench._replace(deadline=time.monotonic() + 0.75 * args.seconds), own_calls)
