@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$PWD/.venv/bin/python} build=build/emulator
 site=$PWD/$build/site
+export OMP_WAIT_POLICY=passive  # kernels run on one thread; torch's others would spin against it and against other test processes
 
 cmake -S . -B $build -G Ninja -DFOVEATE_EMULATOR=ON -DFOVEATE_CUDA=OFF -DFOVEATE_CPU_TARGETS=baseline -DPython_EXECUTABLE="$python" \
   -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" ${CMAKE_CXX_COMPILER_LAUNCHER:+-DCMAKE_CXX_COMPILER_LAUNCHER=$CMAKE_CXX_COMPILER_LAUNCHER} >/dev/null

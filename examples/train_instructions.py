@@ -38,16 +38,20 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("plays"))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     rows = conversations(args.text.read_text(encoding="utf-8"))
     random.Random(0).shuffle(rows)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     files = {"train.jsonl": rows[40 : 40 + args.rows], "held_out.jsonl": rows[:40]}
     for name, part in files.items():
-        (args.output_dir / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+        file = args.output_dir / name
+        if not file.exists():  # written once, so that the tokens are found again
+            file.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     common = {
         "model": BASE, "train_data": [args.output_dir / "train.jsonl"], "eval_data": [args.output_dir / "held_out.jsonl"],
         "lora_rank": 16, "max_length": 256, "batch_size": 2, "precision": "bf16", "schedule": "linear",
+        "save_every": 10, "resume": args.resume,
     }  # fmt: skip
     # One step at a learning rate of nothing measures the model as it is.
     before = fit(**common, output_dir=str(args.output_dir / "before"), max_steps=1, learning_rate=1e-30)

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("held_out")
     parser.add_argument("--output-dir", default="squad")
     parser.add_argument("--from-scratch", action="store_true")
-    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     start = {"model": BASE}
@@ -33,7 +33,7 @@ def main() -> None:
     result = fit(
         **start, objective="question-answering", train_data=[args.train], eval_data=[args.held_out], max_length=384,
         doc_stride=128, output_dir=args.output_dir, epochs=args.epochs, batch_size=8, learning_rate=2e-4, warmup=0.1,
-        schedule="linear", precision="bf16", resume=args.resume,
+        schedule="linear", precision="bf16", save_every=50, resume=args.resume,
     )  # fmt: skip
     print(json.dumps(result.metrics))
     answerer = foveate.QuestionAnswerer(str(result.best))

@@ -21,6 +21,10 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
+needs_fsdp = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 runs on the CPU from torch 2.7 on"
+)
+
 # A module that is missing here is left out; the rank that needs it says so.
 _PRELOADED = [
     "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "foveate.train", "foveate.ring", "compare",
@@ -28,7 +32,7 @@ _PRELOADED = [
 ]  # fmt: skip
 
 
-def run_ranks(function: Callable[..., Any], size: int, folder: Path, *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(function: Callable[..., Any], size: int, folder: Path, *args: Any, timeout: float = 180) -> list[Any]:
     """[function(rank, *args) for each rank], each in its own process of one thread, with torch.distributed initialised.
 
     `function` is importable (of a test module) and returns what torch.load takes with weights_only. Raises the first failing rank's

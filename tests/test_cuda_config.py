@@ -68,6 +68,13 @@ def test_heads_are_packed_where_tiles_would_be_empty(decisions: Lines) -> None:
     assert all(packed[group, seq_q] == 1 for group in (1, 2, 4, 8, 16) for seq_q in (128, 1000, 4096))
 
 
+def test_rows_of_packed_heads_divide_exactly(decisions: Lines) -> None:
+    """Packing ends where sequences are longer than 4 tiles, and with more than 128 heads."""
+    packed = [(group, rows) for group, rows, _ in decisions["inverse"] if rows > 0]
+    assert [group for group, _ in packed] == [2, 3, 7, 48, 71, 127, 128]
+    assert all(exact for _, _, exact in decisions["inverse"])
+
+
 def test_every_tile_of_every_head_is_one_block(decisions: Lines) -> None:
     for heads, tiles, _, *pairs in decisions["grid"]:
         blocks = list(zip(pairs[::2], pairs[1::2]))

@@ -103,7 +103,7 @@ def test_float64_goes_to_the_reference(seed):
     inputs = make_kv_inputs(KvCase(dtype=torch.float64), seed)
     out, lse = inputs.clone().run()
     assert out.dtype == lse.dtype == torch.float64
-    with pytest.raises(foveate.UnsupportedError, match=r"q is torch\.float64; able: reference"):
+    with pytest.raises(foveate.UnsupportedError, match=r"float64.*; able: reference"):
         inputs.run("native")
 
 

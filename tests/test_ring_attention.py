@@ -12,7 +12,6 @@ import compare
 import foveate
 from cases import AttentionCase, make_inputs
 from foveate import ring_layout
-from foveate.ring import block
 from ranks import needs_gloo, run_ranks
 
 pytestmark = needs_gloo
@@ -210,7 +209,9 @@ def test_blocks_are_the_window(left, right):
             j = torch.arange(keys) + key_at
             wanted = ((j >= i - left) | (left < 0)) & ((j <= i + right) | (right < 0))
             visible = torch.zeros(rows, keys, dtype=torch.bool)
-            found = block(ring_layout.Span(row_at, 0, rows), ring_layout.Span(key_at, 0, keys), offset, left, right)
+            found = ring_layout.block(
+                ring_layout.Span(row_at, 0, rows), ring_layout.Span(key_at, 0, keys), offset, left, right
+            )
             if found is not None:
                 part = visible[found.rows, found.keys]
                 n, m = part.shape

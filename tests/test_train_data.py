@@ -103,6 +103,17 @@ def test_tokens_are_cached(tmp_path, monkeypatch):
 original = CausalLM.encode
 
 
+def test_two_writers_of_one_store(tmp_path):
+    """The second finds the first one's folder when it has finished its own."""
+
+    def parts():
+        yield {"a": [np.array([1], np.int32)]}
+        TokenStore.write(tmp_path / "s", [{"a": [np.array([1], np.int32)]}])
+
+    store = TokenStore.write(tmp_path / "s", parts())
+    assert store.get("a", 0).tolist() == [1] and [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
 def test_a_store_of_many_parts_and_its_split(tmp_path):
     parts = [{"a": [np.array([1, 2], np.int32), np.array([], np.int32)]}, {"a": [np.array([3], np.int32)]}]
     store = TokenStore.write(tmp_path / "s", parts)

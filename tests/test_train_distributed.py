@@ -18,12 +18,11 @@ from foveate.train.batch import IGNORED, Batch
 from foveate.train.causal_lm import CausalLM
 from foveate.train.loop import LossModule
 from foveate.train.strategy import Strategy
-from ranks import needs_gloo, run_ranks
+from ranks import needs_fsdp, needs_gloo, run_ranks
 from train_toys import GPT2, LLAMA, sentences, write_jsonl
 from train_toys import one_thread as one_thread
 
-pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
-pytestmark = needs_gloo
+pytestmark = [needs_gloo, needs_fsdp]
 
 # Adam divides a gradient by its own size, which would magnify rounding where gradients are almost 0; with this eps it does not.
 _EVEN = {"adam_eps": 1.0, "learning_rate": 1.0, "max_grad_norm": 0.05}

@@ -15,13 +15,12 @@ import torch
 
 import train_toys
 from foveate.train import TrainConfig, fit
-from ranks import needs_gloo, run_ranks
+from ranks import needs_fsdp, needs_gloo, run_ranks
 from train_toys import GPT2
 
-pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
-pytestmark = needs_gloo
+pytestmark = [needs_gloo, needs_fsdp]
 
-_STEPS, _SAVED, _KILLED = 32, 10, 13
+_STEPS, _SAVED, _KILLED = 50, 10, 13
 
 
 def options(folder: Path, name: str) -> dict:
@@ -75,13 +74,13 @@ def test_a_killed_process_changes_nothing(tmp_path):
     folder = tmp_path / "killed"
     agent = torchrun(tmp_path, options(tmp_path, "killed") | {"strategy": "fsdp", "resume": True})
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while len(lines(folder)) < _KILLED and agent.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
         os.kill(min(map(int, workers)), signal.SIGKILL)
         assert _KILLED <= len(lines(folder)) < _STEPS, "the kill came too early or too late to be in the middle"
-        agent.wait(timeout=60)
+        agent.wait(timeout=180)
     finally:
         if agent.poll() is None:
             agent.terminate()  # it ends its processes

@@ -1,7 +1,4 @@
-#include <pybind11/stl.h>
-
 #include "bindings/bind.h"
-#include "cuda/kernels.h"
 
 #if defined(FOVEATE_WITH_CUDA) && !defined(FOVEATE_CUDA_EMULATED)
 #define FOVEATE_WITH_CUDA_RUNTIME
@@ -37,15 +34,11 @@ py::dict cuda_info() {
 void bind_cuda(py::module_& m) {
   m.def("cuda_info", &cuda_info,
         "whether CUDA kernels are compiled in, the CUDA versions (13000 is 13.0), the number of devices, why there are none");
-  m.def(
-      "cuda_kernels",
-      [] {
-        std::vector<std::string> names;
-        for (const auto& [name, compiled] : cuda::compiled_kernels())
-          if (compiled) names.push_back(name);
-        return names;
-      },
-      "the CUDA kernels of this build");
+#ifdef FOVEATE_WITH_CUDA
+  m.attr("has_cuda_kernels") = true;
+#else
+  m.attr("has_cuda_kernels") = false;
+#endif
 #ifdef FOVEATE_CUDA_EMULATED
   m.attr("cuda_emulated") = true;
 #else

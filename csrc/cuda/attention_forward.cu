@@ -41,6 +41,7 @@ void attention_forward(const AttentionParams& p, Stream stream) {
   if (p.batch == 0 || p.heads_q == 0 || p.seq_q == 0) return;
   ForwardParams f{};
   f.attention = p;
+  if (p.block_table && p.pages == 0) f.attention.seq_kv = 0;  // whatever kv_lens says
   f.score = score_params(p);
   const bool varlen = p.cu_q != nullptr;
   const Shape q{p.batch, varlen ? p.total_q : p.seq_q, p.heads_q, p.head_dim};
@@ -58,7 +59,7 @@ void attention_forward(const AttentionParams& p, Stream stream) {
   const HeadDims dims = forward_dims(p.head_dim, p.head_dim_v, general);
   const int rows = forward_tile(dims, general, static_cast<int>(size_of(p.dtype))).rows;
   f.packed = general ? 1 : packed_heads(p.seq_q, group, rows);
-  f.packed_inverse = f.packed == 1 ? 0 : static_cast<uint32_t>(ceil_div<int64_t>(int64_t{1} << 32, f.packed));
+  f.packed_inverse = inverse_of(f.packed);
   const int64_t bytes = p.seq_kv * (p.head_dim + p.head_dim_v) * size_of(p.dtype);
   f.grid = forward_grid(p.batch * p.heads_q / f.packed, p.seq_q * f.packed, rows, bytes * f.packed / group);
   check(f.grid.blocks() <= std::numeric_limits<int32_t>::max(), "attention of ", p.batch, " x ", p.heads_q, " heads with ", p.seq_q,

@@ -14,7 +14,7 @@ struct ForwardParams {
   ScoreParams score;
   ForwardGrid grid;
   int packed;  // heads in a tile of rows: 1, or the heads that share a KV head
-  uint32_t packed_inverse;  // 2^32 / packed, rounded up: __umulhi by it divides; for packed = 1 not used
+  uint32_t packed_inverse;  // see inverse_of
   bool score_options;  // options make logits of q.k before the softmax
   float factor, logit;  // exp2(factor * score) is summed, logit * score is the logit
   bool vector_loads, vector_stores;  // rows of q, k, v and of out begin at multiples of 16 bytes and fill them

@@ -17,7 +17,7 @@ struct ForwardInstance {
   using QTile = Tile<T, kRows, kD>;
   using KTile = Tile<T, kKeys, kD>;
   using VTile = Tile<T, kKeys, kDv>;
-  static_assert(QTile::kBytes + KTile::kBytes + VTile::kBytes == kTile.shared_bytes);
+  static_assert(QTile::kBytes + KTile::kBytes + VTile::kBytes == kTile.shared_bytes && kTile.shared_bytes <= kLeastSharedMemory);
 };
 
 // What a warp knows of its rows. score and output are C fragments of mma (Places in score.cuh), for fp32 too. max and sum: of rows lane / 4

@@ -115,7 +115,7 @@ struct RowState {
       const int64_t row = task.row0 + dev::lane() / 4 + 8 * r;
       const Visible visible = visible_to(p, len, row / group);
       const bool used = row < p.seq_q * group;
-      begin[r] = visible.begin, end[r] = used ? min(visible.end, task.end) : 0;
+      begin[r] = visible.begin < task.begin ? task.begin : visible.begin, end[r] = used ? min(visible.end, task.end) : 0;
       position[r] = visible.position;
       slope[r] = p.alibi && used
                      ? dev::ld_global_nc<float>(p.alibi + task.b * p.alibi_batch + (task.head * group + row % group) * p.alibi_head)
@@ -132,16 +132,19 @@ __device__ __forceinline__ void softmax_tile(const KvCacheParams& p, RowState& r
   float correction[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    const auto in_tile = [&](int64_t key) { return static_cast<int>(min(max(key - first, int64_t{0}), int64_t{kTileKeys})); };
+    const int begin = in_tile(rows.begin[r]), end = in_tile(rows.end[r]);
+    const float distance = static_cast<float>(first - rows.position[r]);
     float top = rows.max[r];
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int64_t key = first + 8 * n + dev::lane() % 4 * 2 + c;
+        const int key = 8 * n + dev::lane() % 4 * 2 + c;
         float x = scores[n][2 * r + c] * scale;
         if (softcap > 0) x = tanhf(x) * softcap;
-        if (p.alibi) x -= fabsf(static_cast<float>(key - rows.position[r])) * rows.slope[r];
-        x = key >= rows.begin[r] && key < rows.end[r] ? x : -kInfinity;
+        if (p.alibi) x -= fabsf(distance + static_cast<float>(key)) * rows.slope[r];
+        x = key >= begin && key < end ? x : -kInfinity;
         scores[n][2 * r + c] = x;
         top = fmaxf(top, x);
       }
@@ -332,8 +335,12 @@ __device__ __forceinline__ void merge_splits(const KvCacheParams& p, int64_t b, 
     if (d + c < dim) write_out(p, row / (p.heads_q * p.seq_q), row / p.seq_q % p.heads_q, row % p.seq_q, d + c, merged[c] * factor, lse);
 }
 
+// Blocks of a multiprocessor, which bound the registers: as many as its shared memory holds in the common case, 16 bits and 128 columns.
+template <class T, int kColumns>
+constexpr int kBlocks = sizeof(T) == 2 && kColumns == 128 ? 3 : 2;
+
 template <class T, class S, int kColumns>
-__global__ void __launch_bounds__(32 * kMaxWarps) decode_kernel(const __grid_constant__ DecodeWork work) {
+__global__ void __launch_bounds__(32 * kMaxWarps, (kBlocks<T, kColumns>)) decode_kernel(const __grid_constant__ DecodeWork work) {
   const KvCacheParams& p = work.params;
   Task task;
   int64_t block = blockIdx.x;

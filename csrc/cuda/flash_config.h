@@ -49,10 +49,18 @@ constexpr ForwardTile forward_tile(HeadDims dims, bool general, int element_byte
 // ---- which block does what ---------------------------------------------------------------------------------------------------
 
 // The rows of a tile are the queries of one head, or the queries of all heads that share a KV head, query-major: row r is query
-// r / packed of head r % packed. The second where the first would leave tiles largely empty.
+// r / packed of head r % packed. The second where the first would leave tiles largely empty; then rows are few, and for up to kMostPacked
+// heads the kernel's division of a row by multiplication is exact.
+constexpr int64_t kMostPacked = 128;
+
 constexpr int packed_heads(int64_t seq_q, int64_t group, int rows) {
   const int64_t apart = group * ceil_div<int64_t>(seq_q, rows), together = ceil_div<int64_t>(seq_q * group, rows);
-  return 4 * together <= 3 * apart ? static_cast<int>(group) : 1;
+  return group <= kMostPacked && 4 * together <= 3 * apart ? static_cast<int>(group) : 1;
+}
+
+// __umulhi(row, inverse_of(packed)) is row / packed.
+constexpr uint32_t inverse_of(int packed) {
+  return packed == 1 ? 0 : static_cast<uint32_t>(ceil_div<int64_t>(int64_t{1} << 32, packed));  // 1: there is none, and nothing to divide
 }
 
 // Blocks are numbered so that those that run at the same time share K and V in the second cache, and long ones start first: heads in

@@ -2,9 +2,7 @@
 // None waits for the device, so lengths, tables and targets are clamped in the kernels where the CPU's ops check them.
 #pragma once
 
-#include <string>
-#include <utility>
-#include <vector>
+#include <cstdint>
 
 #include "cuda/stream.h"
 #include "ops/attention.h"
@@ -17,23 +15,22 @@
 
 namespace foveate::cuda {
 
-// A null pointer: not compiled (yet); Python asks `compiled` before it chooses this backend.
 struct Kernels {
-  void (*attention_forward)(const AttentionParams&, Stream) = nullptr;
+  void (*attention_forward)(const AttentionParams&, Stream);
   // workspace: bytes of attention_backward_workspace, uninitialised
-  void (*attention_backward)(const AttentionParams&, const AttentionGrads&, void* workspace, Stream) = nullptr;
-  int64_t (*attention_backward_workspace)(const AttentionParams&, const AttentionGrads&) = nullptr;
-  void (*kv_append)(const KvCacheParams&, Stream) = nullptr;
-  void (*decode)(const KvCacheParams&, Stream) = nullptr;
-  void (*rotate_queries)(const KvCacheParams&, void* out, Stream) = nullptr;
-  void (*softmax_forward)(const SoftmaxParams&, Stream) = nullptr;
-  void (*softmax_backward)(const SoftmaxBackwardParams&, Stream) = nullptr;
-  void (*cross_entropy_forward)(const CrossEntropyParams&, Stream) = nullptr;
-  void (*cross_entropy_backward)(const CrossEntropyParams&, Stream) = nullptr;
-  void (*rms_norm_forward)(const RmsNormParams&, Stream) = nullptr;
-  void (*rms_norm_backward)(const RmsNormBackwardParams&, Stream) = nullptr;
-  void (*rotary)(const RotaryParams&, Stream) = nullptr;
-  void (*copy_pages)(const CopyPagesParams&, Stream) = nullptr;
+  void (*attention_backward)(const AttentionParams&, const AttentionGrads&, void* workspace, Stream);
+  int64_t (*attention_backward_workspace)(const AttentionParams&, const AttentionGrads&);
+  void (*kv_append)(const KvCacheParams&, Stream);
+  void (*decode)(const KvCacheParams&, Stream);
+  void (*rotate_queries)(const KvCacheParams&, void* out, Stream);
+  void (*softmax_forward)(const SoftmaxParams&, Stream);
+  void (*softmax_backward)(const SoftmaxBackwardParams&, Stream);
+  void (*cross_entropy_forward)(const CrossEntropyParams&, Stream);
+  void (*cross_entropy_backward)(const CrossEntropyParams&, Stream);
+  void (*rms_norm_forward)(const RmsNormParams&, Stream);
+  void (*rms_norm_backward)(const RmsNormBackwardParams&, Stream);
+  void (*rotary)(const RotaryParams&, Stream);
+  void (*copy_pages)(const CopyPagesParams&, Stream);
 };
 
 // attention_forward.cu
@@ -60,7 +57,6 @@ void copy_pages(const CopyPagesParams& p, Stream stream);
 // decode.cu
 void decode(const KvCacheParams& p, Stream stream);
 
-const Kernels& kernels();                                     // throws in a build without CUDA
-std::vector<std::pair<std::string, bool>> compiled_kernels();  // (name, compiled) of each member above but the workspace's size
+const Kernels& kernels();  // throws in a build without CUDA
 
 }  // namespace foveate::cuda

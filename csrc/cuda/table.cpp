@@ -27,25 +27,4 @@ const Kernels& kernels() {
 const Kernels& kernels() { fail("this build has no CUDA kernels (FOVEATE_CUDA=OFF, or no nvcc was found): use backend='triton'"); }
 #endif
 
-std::vector<std::pair<std::string, bool>> compiled_kernels() {
-#ifdef FOVEATE_WITH_CUDA
-  const Kernels& k = kernels();
-#else
-  const Kernels k{};
-#endif
-  return {{"attention_forward", k.attention_forward},
-          {"attention_backward", k.attention_backward},
-          {"kv_append", k.kv_append},
-          {"decode", k.decode},
-          {"rotate_queries", k.rotate_queries},
-          {"softmax_forward", k.softmax_forward},
-          {"softmax_backward", k.softmax_backward},
-          {"cross_entropy_forward", k.cross_entropy_forward},
-          {"cross_entropy_backward", k.cross_entropy_backward},
-          {"rms_norm_forward", k.rms_norm_forward},
-          {"rms_norm_backward", k.rms_norm_backward},
-          {"rotary", k.rotary},
-          {"copy_pages", k.copy_pages}};
-}
-
 }  // namespace foveate::cuda

@@ -31,7 +31,7 @@ void wgmma(float* d, int n, bool bf16, const uint32_t* a_registers, uint64_t a, 
 void wgmma_wait(int pending_groups, Site site) {
   once_per_warp("wgmma_wait", site, [=](WgmmaQueue& queue) { queue.wait(pending_groups); });
 }
-void set_registers(const char* what, Site site) {
+void rendezvous(const char* what, Site site) {
   once_per_warp(what, site, [](WgmmaQueue&) {});
 }
 
@@ -60,7 +60,7 @@ void wgmma_commit(Site site) {
 }
 
 bool elect_one(Site site) {
-  set_registers("elect_one", site);
+  rendezvous("elect_one", site);
   return lane() == 0;
 }
 

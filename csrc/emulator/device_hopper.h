@@ -9,7 +9,7 @@ void tma_store_wait(int pending_groups);
 void wgmma(float* d, int n, bool bf16, const uint32_t* a_registers, uint64_t a, uint64_t b, bool a_m_major, bool b_n_major, bool accumulate,
            Site site);
 void wgmma_wait(int pending_groups, Site site);
-void set_registers(const char* what, Site site);
+void rendezvous(const char* what, Site site);  // all lanes come, nothing else happens
 
 }  // namespace foveate::emulator
 
@@ -52,12 +52,12 @@ void wgmma_keep(float (&)[n]) {}
 template <int count>
 void more_registers(Site site) {
   static_assert(count % 8 == 0 && count >= 24 && count <= 256);
-  emulator::set_registers("more_registers", site);
+  emulator::rendezvous("more_registers", site);
 }
 template <int count>
 void fewer_registers(Site site) {
   static_assert(count % 8 == 0 && count >= 24 && count <= 256);
-  emulator::set_registers("fewer_registers", site);
+  emulator::rendezvous("fewer_registers", site);
 }
 
 }  // namespace foveate::cuda::dev

@@ -29,7 +29,7 @@ class GlobalMemory {
   void begin();
   // Throws KernelError unless an aligned access of `bytes` bytes at p is inside a span.
   void check(const void* p, size_t bytes, const char* what, Site site) {
-    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) [[unlikely]]
+    if ((reinterpret_cast<uintptr_t>(p) & (bytes - 1)) != 0) [[unlikely]]
       kernel_error(what, " of ", bytes, " bytes at ", emulator::name(site), ": the address is not a multiple of ", bytes);
     check_range(p, bytes, what, site);
   }

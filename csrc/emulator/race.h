@@ -36,7 +36,7 @@ class RaceDetector {
 
   // `offset` counts from the start of the block's shared memory. Throws KernelError at a race, or where an asynchronous copy is under way.
   void access(Access kind, uint32_t offset, uint32_t bytes, Accessor who, Site site) {
-    if (enabled_) checked_access(kind, offset, bytes, who, site);
+    if (enabled_ && !(kind == Access::kRead && has_just_read(offset, bytes, who))) checked_access(kind, offset, bytes, who, site);
   }
   // An asynchronous copy has been issued to these bytes (after a kWrite access); until `landed` nobody may touch them.
   void under_way(uint32_t offset, uint32_t bytes, Site site);
@@ -75,6 +75,15 @@ class RaceDetector {
     uint32_t bytes = 0;
   };
 
+  // Whether this read repeats one of the same tick: a write between the two would have been a race with the first. Not so where the
+  // whole warp reads, whose lanes may write after it.
+  bool has_just_read(uint32_t offset, uint32_t bytes, Accessor who) const {
+    const uint32_t index = offset / 16, mask = ((1u << bytes) - 1) << offset % 16;  // no read has the bits of a second granule
+    const Read& read = reads_[static_cast<size_t>(index) * warps_ + who.warp];
+    const uint32_t lane = read.where & 0xff;
+    return read.clock == clocks_[who.warp][who.warp] && !(mask & ~read.bytes) && (lane == who.lane || lane == Accessor::kSeveralLanes) &&
+           who.lane != Accessor::kWholeWarp && !(granules_[index].pending & mask);
+  }
   void checked_access(Access kind, uint32_t offset, uint32_t bytes, Accessor who, Site site);
   void check_write(const Write& write, uint32_t bytes, Access kind, uint32_t offset, Accessor who, Site site) const;
   void check_reads(const Read* reads, uint32_t bytes, uint32_t offset, Accessor who, Site site) const;

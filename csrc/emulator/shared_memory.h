@@ -22,11 +22,11 @@ class SharedMemory {
     poison(0, size_);
   }
   uint32_t size() const { return size_; }
-  // The offset of `bytes` bytes at `address`, checked.
+  // The offset of `bytes` bytes at `address`, checked; alignments are powers of 2.
   uint32_t offset(uint32_t address, uint32_t bytes, const char* what, Site site) const { return offset(address, bytes, bytes, what, site); }
   uint32_t offset(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what, Site site) const {
     const uint32_t offset = address - kBase;
-    if (address < kBase || offset > size_ || bytes > size_ - offset || address % alignment != 0) [[unlikely]]
+    if (address < kBase || offset > size_ || bytes > size_ - offset || (address & (alignment - 1)) != 0) [[unlikely]]
       bad_address(address, bytes, alignment, what, site);
     return offset;
   }

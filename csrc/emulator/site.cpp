@@ -9,6 +9,10 @@ namespace foveate::emulator {
 namespace {
 constexpr int kLineBits = 14, kFileBits = 10;
 
+// initial-exec: looked at for each access that the race detector records.
+constinit thread_local const char* last_file [[gnu::tls_model("initial-exec")]] = nullptr;
+constinit thread_local uint32_t last_number [[gnu::tls_model("initial-exec")]] = 0;
+
 std::mutex files_mutex;
 std::vector<const char*>& files() {
   static std::vector<const char*> list{"an unknown file"};
@@ -22,8 +26,6 @@ std::string name(Site site) {
 }
 
 uint32_t site_number(Site site) {
-  thread_local const char* last_file = nullptr;
-  thread_local uint32_t last_number = 0;
   if (site.file != last_file) {
     const std::lock_guard lock(files_mutex);
     uint32_t i = 1;

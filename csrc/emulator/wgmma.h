@@ -12,13 +12,6 @@
 
 namespace foveate::emulator {
 
-// An operand in shared memory: 16 deep, `extent` of m or n.
-struct SharedOperand {
-  uint64_t descriptor;
-  int extent;
-  bool mn_major;
-};
-
 struct WgmmaLane {
   float* d;           // n / 2
   const uint32_t* a;  // 4 registers, or nullptr: a is in shared memory

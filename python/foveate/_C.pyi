@@ -22,7 +22,7 @@ __all__: list[str] = [
     "cross_entropy_forward",
     "cuda_emulated",
     "cuda_info",
-    "cuda_kernels",
+    "has_cuda_kernels",
     "multiply_add",
     "packed_linear",
     "packed_rows",
@@ -237,11 +237,6 @@ def cuda_info() -> dict:
     whether CUDA kernels are compiled in, the CUDA versions (13000 is 13.0), the number of devices, why there are none
     """
 
-def cuda_kernels() -> list[str]:
-    """
-    the CUDA kernels of this build
-    """
-
 def multiply_add(
     sums: torch.Tensor | None,
     dtype: str,
@@ -316,3 +311,4 @@ def softmax_forward(
 def uses_dlpack_exchange() -> bool: ...
 
 cuda_emulated: bool = False
+has_cuda_kernels: bool = False

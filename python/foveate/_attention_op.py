@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate import _ops, _reference, _triton
-from foveate._backends import Query, Supports, choose, native, register
+from foveate._backends import Query, choose, native, register
 from foveate._native import _C
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,18 +70,16 @@ def query(device: str, dtype: torch.dtype, D: int, Dv: int, used: tuple[bool, ..
     return Query(device, dtype, (D, Dv, *(name for name, use in zip(_OPTION_NAMES, used) if use)))
 
 
-def _native_supports(cuda_kernel: str) -> Supports:
-    shared = native(cuda_kernel)
+_native_shared = native()
 
-    def supports(query: Query) -> str | None:
-        if "score_mod" in query.features:
-            return _NO_SCORE_MOD
-        reason = shared(query)
-        if reason is None and query.dtype not in DTYPES:
-            return f"the kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
-        return reason
 
-    return supports
+def _native_supports(query: Query) -> str | None:
+    if "score_mod" in query.features:
+        return _NO_SCORE_MOD
+    reason = _native_shared(query)
+    if reason is None and query.dtype not in DTYPES:
+        return f"the kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
+    return reason
 
 
 def _triton_backward_supports(query: Query) -> str | None:
@@ -90,8 +88,8 @@ def _triton_backward_supports(query: Query) -> str | None:
     return _triton.serves(query)
 
 
-for _name, _kernel in (("attention", "attention_forward"), ("attention_backward", "attention_backward")):
-    register(_name, "native", _native_supports(_kernel))
+for _name in ("attention", "attention_backward"):
+    register(_name, "native", _native_supports)
     register(_name, "triton", _triton.serves)
     register(_name, "reference", lambda query: _NO_SCORE_MOD if "score_mod" in query.features else None)
 register("attention_backward", "triton", _triton_backward_supports)

@@ -38,8 +38,8 @@ def register(op: str, backend: str, supports: Supports) -> None:
     _supports[op, backend] = supports
 
 
-def native(*cuda_kernels: str) -> Supports:
-    """The part of the answer that the native ops share: on CUDA tensors they need these kernels; without any, they run on the CPU only."""
+def native(*, cuda: bool = True) -> Supports:
+    """The part of the answer that the native ops share. cuda: the op has a CUDA kernel beside the CPU's."""
 
     def supports(query: Query) -> str | None:
         C = _native._C
@@ -51,8 +51,9 @@ def native(*cuda_kernels: str) -> Supports:
                 if query.device == "cpu"
                 else f"the compiled kernels run on cpu and cuda, the tensors are on {query.device}"
             )
-        missing = [name for name in cuda_kernels if name not in C.cuda_kernels()]
-        if missing or not cuda_kernels:
+        if not cuda:
+            return f"its compiled kernel runs on cpu, the tensors are on {query.device}"
+        if not C.has_cuda_kernels:
             return f"the compiled kernels of this build run on cpu, the tensors are on {query.device}"
         if query.dtype == torch.float64:
             return "the CUDA kernels take float32, bfloat16 and float16; float64 runs on the CPU and on the reference backend"
@@ -137,6 +138,5 @@ def info() -> Info:
         )
         cuda = C.cuda_info() if hasattr(C, "cuda_info") else {"compiled": False}
         found.update({f"cuda {name}": value for name, value in cuda.items()})
-        found["cuda kernels"] = ", ".join(C.cuda_kernels()) or "none"
     found["threads"] = torch.get_num_threads()
     return found

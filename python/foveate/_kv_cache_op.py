@@ -116,7 +116,7 @@ def cuda_decode_plan(
     return DecodePlan(max(1, splits), 0, _TILE_ROWS, 1, False)
 
 
-_native_shared = native("kv_append", "decode", "rotate_queries", "attention_forward")
+_native_shared = native()
 
 
 def _native_supports(query: Query) -> str | None:

@@ -27,7 +27,7 @@ from foveate._loss_ops import (
 )
 
 for _op in ("cross_entropy", "linear_cross_entropy"):
-    register(_op, "native", native("cross_entropy_forward", "cross_entropy_backward"))
+    register(_op, "native", native())
     register(_op, "triton", _triton.serves)
     register(_op, "reference", lambda query: None)
 
@@ -203,7 +203,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ones = torch.ones((), dtype=factor.dtype, device=hidden.device).expand(target.shape)
         args = (hidden, weight, bias, target, ones, factor, *needed, *options, backend)
         loss, *grads = linear_cross_entropy_gradients(*args)
-        return loss.sum() * factor, *grads
+        return _reduce(loss, target, options.ignore_index, reduction), *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

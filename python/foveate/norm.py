@@ -19,7 +19,7 @@ _C: Any = _native._C  # None without a compiled module: `native` answers for tha
 _MAX_DWEIGHT_PARTS = 256
 _ROWS_PER_PART, _ROWS_PER_PART_CUDA = 64, 16
 
-register("rms_norm", "native", native("rms_norm_forward", "rms_norm_backward"))
+register("rms_norm", "native", native())
 register("rms_norm", "triton", _triton.serves)
 register("rms_norm", "reference", lambda query: None)
 

@@ -17,7 +17,7 @@ from foveate.packed_weight import pack_blocks, pack_floats, packed_bytes, unpack
 
 _C: Any = _native._C
 
-register("packed_linear", "native", native())
+register("packed_linear", "native", native(cuda=False))
 register("packed_linear", "triton", _triton.serves)
 register("packed_linear", "reference", lambda query: None)
 

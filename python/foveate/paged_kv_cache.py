@@ -16,7 +16,7 @@ from foveate.kv_cache import attention_with_kv_cache
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZED)
 
-_native_copies = native("copy_pages")
+_native_copies = native()
 
 
 class CacheFull(RuntimeError):

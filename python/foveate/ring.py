@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from foveate import _attention_checks as checks
 from foveate import _attention_op
 from foveate.attention import attention, merge_attention
-from foveate.ring_layout import Span, check_layout, spans
+from foveate.ring_layout import Block, block, check_layout, spans
 
 _NOT_SPREAD = {
     "bias": "no rank has the scores' other columns",
@@ -117,42 +117,6 @@ class _Options(NamedTuple):
 
 _FACTS = ("dtype", "B", "Sq", "Hq", "D", "B of k", "Skv", "Hkv", "D of k", "Dv", "window left", "window right (0: causal)", "scale",
           "softcap", "zigzag", "gradients recorded")  # fmt: skip
-
-
-class Block(NamedTuple):
-    """Some rows and keys of what a rank holds, consecutive in the whole sequence, and the window between them, for one call."""
-
-    rows: slice
-    keys: slice
-    window: tuple[int, int]
-
-
-def block(rows: Span, keys: Span, offset: int, left: int, right: int) -> Block | None:
-    """The part of rows x keys within the window, None if it is empty. offset: Skv - Sq of the whole sequence, as causal is
-    bottom-right.
-
-    `attention` aligns the last row with the last key. Here the last key is `shift` positions after the last row, so each side of the
-    window moves by as much. Where it would become negative, which `attention` cannot say, the rows or keys at that end see nothing of
-    the other and are cut off; then it is 0.
-    """
-    row, key = rows.position + offset, keys.position
-    row_end, key_end = row + rows.length, key + keys.length
-    if right >= 0:
-        key_end = min(key_end, row_end + right)
-    if left >= 0:
-        row_end = min(row_end, key_end + left)
-        key = max(key, row - left)
-    if right >= 0:
-        row = max(row, key - right)
-    if row >= row_end or key >= key_end:
-        return None
-    shift = key_end - row_end
-    left = left + shift if left >= 0 else -1
-    right = right - shift if right >= 0 else -1
-    # distances run from 1 - (number of keys) to (number of rows) - 1; a side that cuts off none of them is unlimited
-    window = (left if left < key_end - key - 1 else -1, right if right < row_end - row - 1 else -1)
-    row_at, key_at = rows.start - rows.position - offset, keys.start - keys.position
-    return Block(slice(row + row_at, row_end + row_at), slice(key + key_at, key_end + key_at), window)
 
 
 _compared: set[tuple[Any, ...]] = set()
@@ -305,7 +269,7 @@ def _block_gradients(
     q, k, _ = qkv
     operands = (
         *qkv, *(None,) * 9, q.shape[1], k.shape[1], False, *window, options.scale, options.softcap, True, 0, 0.0,
-        options.backend or "",
+        True, options.backend or "",
     )  # fmt: skip
     if _attention_op._chosen("attention_backward", *operands) == "reference":
         # It runs its own forward, over the block's keys alone, so it gets the gradients of that: out = sum of weight * part

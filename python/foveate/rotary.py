@@ -14,7 +14,7 @@ from foveate._checks import check_dtype_or_compute, check_floating, check_same_d
 
 _C: Any = _native._C  # None without a compiled module: `native` answers for that
 
-register("apply_rotary", "native", native("rotary"))
+register("apply_rotary", "native", native())
 register("apply_rotary", "triton", _triton.serves)
 register("apply_rotary", "reference", lambda query: None)
 

@@ -22,7 +22,7 @@ from foveate._checks import (
 _C: Any = _native._C  # None without a compiled module: `native` answers for that
 
 for _op in ("softmax", "log_softmax"):
-    register(_op, "native", native("softmax_forward", "softmax_backward"))
+    register(_op, "native", native())
     register(_op, "triton", _triton.serves)
     register(_op, "reference", lambda query: None)
 

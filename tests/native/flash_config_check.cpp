@@ -34,6 +34,12 @@ int main() {
   for (int group : {1, 2, 4, 8, 16})
     for (int seq_q : {0, 1, 3, 16, 64, 100, 128, 129, 1000, 4096})
       std::printf("pack %d %d %d\n", group, seq_q, packed_heads(seq_q, group, 128));
+  for (int group : {2, 3, 7, 48, 71, 127, 128, 129, 250}) {
+    const int most = packed_heads(1, group, 128) == 1 ? 0 : 512 * group;  // rows: packed tiles end before 4 tiles of queries
+    bool exact = true;
+    for (int64_t row = 0; row < most; ++row) exact &= static_cast<int>(row * inverse_of(group) >> 32) == row / group;
+    std::printf("inverse %d %d %d\n", group, most, exact);
+  }
   print_grid(6, 300, 128, 0);
   print_grid(7, 300, 128, kSectionBytes / 3);
   print_grid(5, 64, 64, kSectionBytes * 2);

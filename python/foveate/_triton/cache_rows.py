@@ -8,12 +8,9 @@ import triton
 import triton.language as tl
 
 from .scores import clamped
-from .tiles import to
+from .tiles import ROUND, to
 
 FLOAT, INT8, FP8 = (tl.constexpr(i) for i in range(3))  # how a cache stores its values
-_ROUND: tl.constexpr = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
 
 
 class Cache(NamedTuple):
@@ -64,12 +61,12 @@ def decoded(x, cache, dtype: tl.constexpr):
 def _encoded(x, KIND: tl.constexpr):
     """fp32 within the range of the format, rounded to nearest even: int8, or the bits of fp8 e4m3."""
     if KIND == 1:
-        return ((x + _ROUND) - _ROUND).to(tl.int8)
+        return ((x + ROUND) - ROUND).to(tl.int8)
     else:
         bits = x.to(tl.int32, bitcast=True)
         size = bits & 0x7FFFFFFF
         normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
-        small = ((tl.abs(x) * 512 + _ROUND) - _ROUND).to(tl.int32)  # below 2**-6 the steps are 2**-9
+        small = ((tl.abs(x) * 512 + ROUND) - ROUND).to(tl.int32)  # below 2**-6 the steps are 2**-9
         code = tl.where(tl.abs(x) < 0.015625, small, normal) | ((bits >> 24) & 0x80)
         return tl.where(x != x, 0x7F, code).to(tl.uint8)
 

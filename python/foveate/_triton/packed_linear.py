@@ -19,11 +19,10 @@ from foveate.packed_weight import PANEL, block_bytes
 
 from . import on_device
 from .decode import processors
-from .tiles import dot, to
+from .tiles import ROUND, dot, to
 
 _F32, _BF16, _Q8_0, _Q4_0, _Q4_1 = (tl.constexpr(i) for i in range(5))
 _CODES = {"f32": 0, "bf16": 1, "q8_0": 2, "q4_0": 3, "q4_1": 4}
-_ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even
 _STEP: tl.constexpr = tl.constexpr(32)  # input features that are taken at a time: a block
 _FEW_ROWS = 16
 _MAX_SHARES = 16
@@ -48,7 +47,7 @@ def quantize_rows(x, q, dx, sums, x_stride, steps, BLOCKS: tl.constexpr):
     some = largest > 2.0**-100
     inverse = tl.where(some, tl.div_rn(127.0, tl.where(some, largest, 1.0)), 0.0)
     scaled = values * inverse[:, None]
-    rounded = (scaled + _ROUND) - _ROUND
+    rounded = (scaled + ROUND) - ROUND
     rounded = tl.where(tl.abs(rounded) <= 127.0, rounded, 0.0)
     tl.store(q + row * steps * _STEP + columns, rounded.to(tl.int8), mask=inside[:, None])
     tl.store(dx + row * steps + b, tl.div_rn(largest, 127.0) + tl.sum(values * 0, 1), mask=inside)

@@ -14,6 +14,10 @@ import triton.language as tl
 # products are taken in fp32, of operands rounded as on a GPU.
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+ROUND: tl.constexpr = tl.constexpr(
+    12582912.0
+)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
+
 
 def parts(width: int, halves: bool = False) -> tuple[int, int]:
     """The two widths. 72 = 64 + 16 with 8 columns of zeros; where the sum would be a power of two, one part takes it all, or with halves

@@ -99,8 +99,8 @@ class CausalLM:
             model.lm_head, hidden, batch["labels"], self.config, softcap=getattr(model.config, "final_softcap", None)
         )
 
-    def metrics(self, model: nn.Module, batch: Batch, loss: Tensor) -> dict[str, float]:
-        return {}
+    def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self.loss(model, batch)}
 
     def task_metrics(self, model: nn.Module) -> dict[str, float]:
         return {}

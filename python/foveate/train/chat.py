@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from foveate.tokenizer import Tokenizer
+from foveate.train import objective
 
 Spans = list[tuple[int, int]]
 
@@ -23,13 +24,7 @@ def text_of(row: dict[str, Any], field: str, tokenizer: Tokenizer) -> tuple[str,
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
         return prompt + completion, [(len(prompt), len(prompt) + len(completion))], True
-    text = row.get(field)
-    if not isinstance(text, str):
-        raise ValueError(
-            f"a row has no text in {field!r}; its fields are {', '.join(map(repr, row)) or 'none'}: set text_field, or give 'messages', or "
-            "'prompt' and 'completion'"
-        )
-    return text, None, bool(row.get("end", True))
+    return objective.text_of(row, field), None, bool(row.get("end", True))
 
 
 def render(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> tuple[str, Spans]:

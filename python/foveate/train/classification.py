@@ -13,7 +13,7 @@ from foveate.loss import cross_entropy
 from foveate.tokenizer import Tokenizer
 from foveate.train.batch import Batch, join, layout
 from foveate.train.config import TrainConfig
-from foveate.train.objective import Columns, Piece, Pieces
+from foveate.train.objective import Columns, Piece, Pieces, text_of
 from foveate.train.store import TokenStore
 
 
@@ -33,17 +33,13 @@ class Classification:
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
         """tokens int32, types uint8, label int32 [1]."""
-        field = self.config.text_field
         texts: list[Any] = []
         for row in rows:
-            if not isinstance(row.get(field), str):
-                raise ValueError(
-                    f"a row has no text in {field!r}; its fields are {', '.join(map(repr, row))}: set text_field"
-                )
+            text = text_of(row, self.config.text_field)
             label = label_of(row, self.config.label_field)
             if label not in self._number:
                 raise ValueError(f"the label {label!r} is not one of the training data's, {', '.join(self.labels)}")
-            texts.append((row[field], row["text_pair"]) if "text_pair" in row else row[field])
+            texts.append((text, row["text_pair"]) if "text_pair" in row else text)
         encodings = self.tokenizer.backend.encode_batch(texts)
         return {
             "tokens": [np.array(e.ids, np.int32) for e in encodings],
@@ -72,11 +68,12 @@ class Classification:
         return Batch(tensors, packed, len(pieces), sum(piece.length for piece in pieces))
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        smoothing = self.config.label_smoothing if torch.is_grad_enabled() else 0.0
+        smoothing = self.config.label_smoothing
         return cross_entropy(self._logits(model, batch), batch["labels"], label_smoothing=smoothing, reduction="sum")
 
-    def metrics(self, model: Any, batch: Batch, loss: Tensor) -> dict[str, float]:
-        return {"accuracy": float((self._logits(model, batch).argmax(-1) == batch["labels"]).sum())}
+    def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        logits, labels = self._logits(model, batch), batch["labels"]
+        return {"loss": cross_entropy(logits, labels, reduction="sum"), "accuracy": (logits.argmax(-1) == labels).sum()}
 
     def _logits(self, model: Any, batch: Batch) -> Tensor:
         return model(batch["tokens"], batch["types"], **batch.padding())[: len(batch["labels"])]  # not of the filling

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foveate.models.bert import BertLayer
 from foveate.models.gpt2 import GPT2Layer
 from foveate.models.llama import LlamaLayer
-from foveate.train import sharded_checkpoint, state_files
+from foveate.train import state_files
 from foveate.train.batch import Batch
 from foveate.train.context_parallel import spread
 from foveate.train.strategy import Strategy
@@ -106,6 +106,8 @@ class Distributed(Strategy):
     def save_state(
         self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]
     ) -> None:
+        from foveate.train import sharded_checkpoint  # which a torch without torch.distributed cannot import
+
         sharded_checkpoint.save(folder, model, optimizer, numbers)
 
 
@@ -137,11 +139,13 @@ class FullyShard(Distributed):
     Zhao et al. 2023, arXiv 2304.11277). The weights in a TrainResult are this process's part; the whole is in the checkpoint."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        try:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-        except ImportError as error:
-            raise ImportError(f"strategy='fsdp' needs torch 2.6 or later, this is {torch.__version__}") from error
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        if self.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+            raise ValueError(
+                f"fsdp on the CPU needs torch 2.7 or later, this is {torch.__version__}; take strategy='ddp'"
+            )
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         for layer in [part for part in module.modules() if isinstance(part, _LAYERS)]:
             fully_shard(layer, mesh=mesh)

@@ -37,10 +37,12 @@ class LossModule(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Batch, evaluate: bool = False) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: Batch, evaluate: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the losses; with `evaluate` also sums of metrics."""
-        loss = self.objective.loss(self.model, batch)
-        return loss, self.objective.metrics(self.model, batch, loss) if evaluate else {}
+        if not evaluate:
+            return self.objective.loss(self.model, batch), {}
+        sums = self.objective.measure(self.model, batch)
+        return sums.pop("loss"), sums
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,6 @@ class Loop:
 
     def run(self) -> Progress:
         """Steps until the schedule's end or early stopping; leaves a checkpoint of the last step."""
-        saved = self.progress.step if self.checkpoints.named("last") else -1
         self.report.start(self.progress.step, self.steps)
         for step in range(self.progress.step, self.steps if not self._is_stale() else 0):
             self._step(step)
@@ -116,12 +117,9 @@ class Loop:
             stop = self._is_stale()
             if better or stop or done % self.save_every == 0 or done == self.steps:
                 self._save(better)
-                saved = done
             if stop:
                 self.report.note(f"stopped: {self.progress.stale} evaluations without a better loss")
                 break
-        if saved < 0:
-            self._save(best=False)
         return self.progress
 
     def _is_stale(self) -> bool:
@@ -210,8 +208,8 @@ class Loop:
             batch = self._batch(data, [data.plan.row(n) for n in present or [0]])
             with self._autocast():
                 loss, found = self.module(batch.to(self.device), evaluate=True)
-            for name, value in {"loss": float(loss), "units": batch.units, **found}.items():
-                sums[name] = sums.get(name, 0.0) + (value if present else 0.0)
+            for name, value in {"loss": loss, "units": batch.units, **found}.items():
+                sums[name] = sums.get(name, 0.0) + (float(value) if present else 0.0)
         values = self.strategy.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)).tolist()
         units = max(values[list(sums).index("units")], 1)
         means = {name: value / units for name, value in zip(sums, values) if name != "units"}

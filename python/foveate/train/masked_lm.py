@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.loss import cross_entropy
 from foveate.tokenizer import Tokenizer
 from foveate.train.batch import IGNORED, Batch, join, layout
 from foveate.train.causal_lm import cut, head_loss
 from foveate.train.config import TrainConfig
-from foveate.train.objective import Columns, Piece, Pieces
+from foveate.train.objective import Columns, Piece, Pieces, text_of
 from foveate.train.store import TokenStore
 
 
@@ -49,13 +50,8 @@ class MaskedLM:
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
         """tokens int32; begins uint8, 1 at the first token of each word."""
-        field = self.config.text_field
-        for row in rows:
-            if not isinstance(row.get(field), str):
-                raise ValueError(
-                    f"a row has no text in {field!r}; its fields are {', '.join(map(repr, row))}: set text_field"
-                )
-        encodings = self.tokenizer.backend.encode_batch([row[field] for row in rows], add_special_tokens=False)
+        texts = [text_of(row, self.config.text_field) for row in rows]
+        encodings = self.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
         words = [np.array([-1 if word is None else word for word in e.word_ids]) for e in encodings]
         return {
             "tokens": [np.array(e.ids, np.int32) for e in encodings],
@@ -98,10 +94,10 @@ class MaskedLM:
         selected, labels = self._selected(model, batch)
         return head_loss(model.cls["predictions"]["decoder"], selected, labels, self.config)
 
-    def metrics(self, model: Any, batch: Batch, loss: Tensor) -> dict[str, float]:
+    def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         selected, labels = self._selected(model, batch)
-        right = model.cls["predictions"]["decoder"](selected).argmax(-1) == labels
-        return {"accuracy": float(right.sum())}
+        logits = model.cls["predictions"]["decoder"](selected)
+        return {"loss": cross_entropy(logits, labels, reduction="sum"), "accuracy": (logits.argmax(-1) == labels).sum()}
 
     def _selected(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the decoder is applied to, at the hidden tokens only: [hidden tokens, hidden size], and their labels."""

@@ -55,10 +55,20 @@ class Objective(Protocol):
         """The sum over the batch's units."""
         ...
 
-    def metrics(self, model: nn.Module, batch: Batch, loss: Tensor) -> dict[str, float]:
-        """Sums over a batch of evaluation data, to be divided by its units, e.g. {"accuracy": right answers}."""
+    def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """ "loss" and other sums over the units of a batch of evaluation data, such as "accuracy"."""
         ...
 
     def task_metrics(self, model: nn.Module) -> dict[str, float]:
         """What needs the whole evaluation data as it was read, such as F1; {} if nothing does."""
         ...
+
+
+def text_of(row: dict[str, Any], field: str) -> str:
+    """ValueError for a row without it."""
+    if not isinstance(row.get(field), str):
+        names = ", ".join(map(repr, row)) or "none"
+        raise ValueError(
+            f"a row has no text in {field!r}; its fields are {names}: set text_field, or name the field so"
+        )
+    return row[field]

@@ -109,8 +109,8 @@ class QuestionAnswering:
         ]
         return (losses[0] + losses[1]) / 2
 
-    def metrics(self, model: torch.nn.Module, batch: Batch, loss: Tensor) -> dict[str, float]:
-        return {}
+    def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self.loss(model, batch)}
 
     def task_metrics(self, model: torch.nn.Module) -> dict[str, float]:
         rows = list(read_rows(self.config.eval_data))

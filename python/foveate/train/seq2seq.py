@@ -14,7 +14,7 @@ from foveate.tokenizer import Tokenizer
 from foveate.train.batch import IGNORED, Batch, join, layout
 from foveate.train.causal_lm import cut, head_loss
 from foveate.train.config import TrainConfig
-from foveate.train.objective import Columns, Piece, Pieces
+from foveate.train.objective import Columns, Piece, Pieces, text_of
 from foveate.train.store import TokenStore
 
 
@@ -41,10 +41,8 @@ class Seq2Seq:
         """source and target int32."""
         columns: Columns = {}
         for name in ("source", "target"):
-            for row in rows:
-                if not isinstance(row.get(name), str):
-                    raise ValueError(f"a row has no text in {name!r}; its fields are {', '.join(map(repr, row))}")
-            encodings = self.tokenizer.backend.encode_batch([row[name] for row in rows], add_special_tokens=False)
+            texts = [text_of(row, name) for row in rows]
+            encodings = self.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
             columns[name] = [np.array([*e.ids, self.end_id], np.int32) for e in encodings]
         return columns
 
@@ -87,8 +85,8 @@ class Seq2Seq:
         cache = T5Cache(model, encoded, mask, keep=False, packed=source)
         return head_loss(model.lm_head, model.decode(batch["inputs"], cache, target), batch["labels"], self.config)
 
-    def metrics(self, model: torch.nn.Module, batch: Batch, loss: Tensor) -> dict[str, float]:
-        return {}
+    def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self.loss(model, batch)}
 
     def task_metrics(self, model: torch.nn.Module) -> dict[str, float]:
         return {}
@@ -134,13 +132,8 @@ class SpanCorruption(Seq2Seq):
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
         """tokens int32"""
-        field = self.config.text_field
-        for row in rows:
-            if not isinstance(row.get(field), str):
-                raise ValueError(
-                    f"a row has no text in {field!r}; its fields are {', '.join(map(repr, row))}: set text_field"
-                )
-        encodings = self.tokenizer.backend.encode_batch([row[field] for row in rows], add_special_tokens=False)
+        texts = [text_of(row, self.config.text_field) for row in rows]
+        encodings = self.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
         return {"tokens": [np.array(e.ids, np.int32) for e in encodings]}
 
     def pieces(self, store: TokenStore) -> Pieces:

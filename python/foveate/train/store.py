@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,9 +63,7 @@ class TokenStore:
     def write(cls, folder: Path, parts: Iterable[dict[str, list[np.ndarray]]]) -> TokenStore:
         """All parts, each of the same columns and dtypes. Written beside `folder` and renamed, so it is whole or not there."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
         dtypes: dict[str, str] = {}
         size: dict[str, int] = {}
         try:
@@ -80,10 +78,12 @@ class TokenStore:
                         with (temporary / file).open("ab") as stream:
                             values.tofile(stream)
             (temporary / "columns.json").write_text(json.dumps(dtypes))
-            if folder.exists():  # another process was faster
-                shutil.rmtree(temporary)
-            else:
+            try:
                 temporary.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                shutil.rmtree(temporary)  # another process was faster
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
