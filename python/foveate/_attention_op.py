@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate import _ops, _reference, _triton
-from foveate._backends import Query, choose, native, register
+from foveate._backends import Query, choose, native, register, runs_cuda_kernels
 from foveate._native import _C
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -120,7 +120,7 @@ def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
         return out, lse
     if table is not None:
         buckets = _buckets(max_q, max_k, table.shape[0], bidirectional, max_distance, q.device)
-    if q.is_cuda:
+    if runs_cuda_kernels(q.device.type):
         kv_lens, cu_q, cu_k = _int32(kv_lens), _int32(cu_q), _int32(cu_k)
     _C.attention_forward(  # type: ignore[union-attr]
         _rows(q), _rows(k), _rows(v), out, lse, bias, mask, alibi, table, buckets, sinks, kv_lens, cu_q, cu_k, philox,
@@ -147,7 +147,7 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
     buckets = None
     if c.rel_table is not None:
         buckets = _buckets(c.max_q, c.max_k, c.rel_table.shape[0], c.rel_bidirectional, c.rel_max_distance, c.q.device)
-    if c.q.is_cuda:
+    if runs_cuda_kernels(c.q.device.type):
         c = c._replace(kv_lens=_int32(c.kv_lens), cu_q=_int32(c.cu_q), cu_k=_int32(c.cu_k))
     workspace = functools.partial(torch.empty, dtype=torch.int8, device=c.q.device)
     _C.attention_backward(  # type: ignore[union-attr]
