@@ -120,7 +120,7 @@ def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
         return out, lse
     if table is not None:
         buckets = _buckets(max_q, max_k, table.shape[0], bidirectional, max_distance, q.device)
-    if runs_cuda_kernels(q.device.type):
+    if (kv_lens is not None or cu_q is not None) and runs_cuda_kernels(q.device.type):
         kv_lens, cu_q, cu_k = _int32(kv_lens), _int32(cu_q), _int32(cu_k)
     _C.attention_forward(  # type: ignore[union-attr]
         _rows(q), _rows(k), _rows(v), out, lse, bias, mask, alibi, table, buckets, sinks, kv_lens, cu_q, cu_k, philox,
