@@ -34,11 +34,16 @@ py::dict cuda_info() {
 void bind_cuda(py::module_& m) {
   m.def("cuda_info", &cuda_info,
         "whether CUDA kernels are compiled in, the CUDA versions (13000 is 13.0), the number of devices, why there are none");
+  m.def(
+      "has_cuda_kernels",
+      [] {
 #ifdef FOVEATE_WITH_CUDA
-  m.attr("has_cuda_kernels") = true;
+        return true;
 #else
-  m.attr("has_cuda_kernels") = false;
+        return false;
 #endif
+      },
+      "whether this build has CUDA kernels, or the emulator's");
 #ifdef FOVEATE_CUDA_EMULATED
   m.attr("cuda_emulated") = true;
 #else

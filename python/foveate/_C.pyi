@@ -237,6 +237,11 @@ def cuda_info() -> dict:
     whether CUDA kernels are compiled in, the CUDA versions (13000 is 13.0), the number of devices, why there are none
     """
 
+def has_cuda_kernels() -> bool:
+    """
+    whether this build has CUDA kernels, or the emulator's
+    """
+
 def multiply_add(
     sums: torch.Tensor | None,
     dtype: str,
@@ -311,4 +316,3 @@ def softmax_forward(
 def uses_dlpack_exchange() -> bool: ...
 
 cuda_emulated: bool = False
-has_cuda_kernels: bool = False

@@ -53,7 +53,7 @@ def native(*, cuda: bool = True) -> Supports:
             )
         if not cuda:
             return f"its compiled kernel runs on cpu, the tensors are on {query.device}"
-        if not C.has_cuda_kernels:
+        if not C.has_cuda_kernels():
             return f"the compiled kernels of this build run on cpu, the tensors are on {query.device}"
         if query.dtype == torch.float64:
             return "the CUDA kernels take float32, bfloat16 and float16; float64 runs on the CPU and on the reference backend"
