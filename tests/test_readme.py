@@ -59,6 +59,8 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_generated_parts_are_up_to_date(monkeypatch) -> None:
+    if not foveate._native._C.has_cuda_kernels():
+        pytest.skip("the support matrix of the README is that of a build with CUDA, which this one is not")
     monkeypatch.chdir(ROOT)
     assert readme.main(["--check"]) == 0, "run `python -m foveate.bench.readme`"
 
