@@ -10,7 +10,7 @@ fi
 build=build/neon
 mkdir -p $build
 flags=(-std=c++20 -O2 -fopenmp -Icsrc -DFOVEATE_ISA=neon "-DFOVEATE_CPU_TARGET_LIST=X(neon)" -fno-math-errno -fno-trapping-math -Wall -Wno-psabi -Wno-maybe-uninitialized)
-printf '%s\n' csrc/cpu/kernels/*.cpp csrc/cpu/table.cpp csrc/cpu/target.cpp csrc/ops/*.cpp tests/native/attention_check.cpp |
+printf '%s\n' csrc/cpu/kernels/*.cpp csrc/cpu/table.cpp csrc/cpu/target.cpp csrc/cuda/table.cpp csrc/ops/*.cpp tests/native/attention_check.cpp |
   xargs -P 2 -I{} sh -c 'aarch64-linux-gnu-g++ "$@" -c {} -o '$build'/$(basename {} .cpp)_$(basename $(dirname {})).o' sh "${flags[@]}"
 aarch64-linux-gnu-g++ -fopenmp -static $build/*.o -o $build/attention_check
 qemu-aarch64 $build/attention_check
