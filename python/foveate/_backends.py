@@ -138,5 +138,7 @@ def info() -> Info:
         )
         cuda = C.cuda_info() if hasattr(C, "cuda_info") else {"compiled": False}
         found.update({f"cuda {name}": value for name, value in cuda.items()})
+        found["cuda kernels"] = "tested in an emulator, not yet run on a GPU" if C.has_cuda_kernels() else "none"
+    found["triton kernels"] = "tested in triton's interpreter, not yet run on a GPU"
     found["threads"] = torch.get_num_threads()
     return found
