@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .gradients import load_statistics, query_ranges, tile_gradients
 from .scores import kept, key_ranges, sequence
-from .tiles import add_product, dot_rows, load, store
+from .tiles import add_product, dot_rows, load, store, zeros
 
 
 @triton.jit
@@ -71,12 +71,12 @@ def attention_dq(
     q0, q1 = load(q + b64 * q_strides[0] + head * q_strides[1], row * q_strides[2], valid, D0, D1, D, True)
     g0, g1 = load(dout + b64 * dout_strides[0] + head * dout_strides[1], row * dout_strides[2], valid, V0, V1, DV, True)
     place = b64 * rows.strides[0] + head * rows.strides[1] + row
-    total, delta, own, dlse = load_statistics(rows, place, valid)
+    total, delta, own, dlse = load_statistics(rows, place, valid, True)
 
-    dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    dq0 = zeros(BLOCK_M, D0, Hq)
     dq1 = dq0
     if D1 > 0:
-        dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
+        dq1 = zeros(BLOCK_M, D1, Hq)
     dtable = tl.zeros([BUCKETS if BUCKETS > 0 else 1], tl.float32)
     first, last = block * BLOCK_M, tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1
     start, full_start, full_end, end = key_ranges(first, last, keys, offset, left, right, opts, BLOCK_N)
@@ -117,7 +117,7 @@ def _walk_queries(
         valid = i < queries
         q0, q1 = load(q + first_i * one * q_stride, here * q_stride, valid, D0, D1, D, MASKED)
         g0, g1 = load(dout + first_i * one * dout_stride, here * dout_stride, valid, V0, V1, DV, MASKED)
-        total, delta, own, dlse = load_statistics(rows, place + (first_i + here), valid)
+        total, delta, own, dlse = load_statistics(rows, place + (first_i + here), valid, MASKED)
         keep = None
         if opts.philox is not None:
             keep = kept(i, b * Hq + h, first, opts, BLOCK_N, True)
@@ -154,14 +154,14 @@ def attention_dkv(
     row = first_k + j
     k0, k1 = load(k + b64 * k_strides[0] + kv_head * k_strides[1], row * k_strides[2], j < keys, D0, D1, D, True)
     v0, v1 = load(v + b64 * v_strides[0] + kv_head * v_strides[1], row * v_strides[2], j < keys, V0, V1, DV, True)
-    dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
-    dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
+    dk0 = zeros(BLOCK_N, D0, Hq)
+    dv0 = zeros(BLOCK_N, V0, Hq)
     dk1 = dk0
     dv1 = dv0
     if D1 > 0:
-        dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
+        dk1 = zeros(BLOCK_N, D1, Hq)
     if V1 > 0:
-        dv1 = tl.zeros([BLOCK_N, V1], tl.float32)
+        dv1 = zeros(BLOCK_N, V1, Hq)
     start, full_start, full_end, end = query_ranges(
         first, tl.minimum(first + BLOCK_N, key_rows) - 1, keys, queries, offset, left, right, opts, BLOCK_M)  # fmt: skip
     for member in range(SHARE):

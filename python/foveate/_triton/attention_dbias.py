@@ -65,7 +65,7 @@ def _tile(
     k0, k1 = load(k + b64 * k_strides[0] + kv_head * k_strides[1], j64 * k_strides[2], j < keys, D0, D1, D, True)
     v0, v1 = load(v + b64 * v_strides[0] + kv_head * v_strides[1], j64 * v_strides[2], j < keys, V0, V1, DV, True)
     place = b64 * rows.strides[0] + head * rows.strides[1] + i64
-    total, delta, own, dlse = load_statistics(rows, place, valid)
+    total, delta, own, dlse = load_statistics(rows, place, valid, True)
     keep = None
     if opts.philox is not None:
         keep = kept(i, b * Hq + h, first_j, opts, BLOCK_N, False)

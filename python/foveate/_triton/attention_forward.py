@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .scores import LOG2E, fused, kept, key_ranges, natural_lse, scores, sequence, visible
-from .tiles import add_product, dot_rows, load, store
+from .tiles import add_product, dot_rows, load, store, zeros
 
 
 @triton.jit
@@ -92,10 +92,10 @@ def attention_forward(
     v += b64 * v_strides[0] + first_k * v_strides[2] + kv_head * v_strides[1]
     q0, q1 = load(q, i.to(tl.int64) * q_strides[2] + head * q_strides[1], valid, D0, D1, D, True)
 
-    acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
+    acc0 = zeros(BLOCK_M, V0, Hq)
     acc1 = acc0
     if V1 > 0:
-        acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
+        acc1 = zeros(BLOCK_M, V1, Hq)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     first = block * BLOCK_M // GROUP

@@ -2,8 +2,8 @@
 two groups of warps that compute. For plain scores of half precision, a head dim that is a power of two, and no dropout; what runs is
 chosen by `config.forward`, and `attention_forward.py` has everything else.
 
-triton 3.6 specialises one loop of a kernel. With loops for the masked blocks beside it the compiler fails, and with a branch around the mask
-it drops the specialisation; so there every block of keys gets the mask if one does, as two comparisons with bounds that each row knows.
+triton 3.6 specialises one loop of a kernel. With loops for the masked blocks beside it the compiler fails, and with a branch around the
+mask it drops the specialisation; so there every block of keys gets the mask if one does, by comparisons with bounds that each row knows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .tiles import dot, store_part, to
 def _step(
     acc, top, total, q, keys_at, values_at, first, lowest, highest, opts, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Takes the keys from `first` on into acc, the row maxima `top` and the row sums `total`. Row i sees the keys lowest[i]..highest[i] - 1."""
+    """Takes the keys from `first` on into acc, the row maxima `top` and the row sums `total`. A row sees the keys lowest..highest - 1."""
     qk = dot(q, tl.trans(keys_at.load([first, 0])), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
     if MASKED:
         step = tl.arange(0, BLOCK_N)[None, :]

@@ -104,29 +104,31 @@ def _rows(wanted: int, longest: int) -> int:
     return min(longest, max(16, 1 << (wanted - 1).bit_length()))
 
 
-# The rules of half precision, by family and padded head dim (up to the one given): as many queries and keys as compile without spills and
-# leave room for two or three stages in shared memory.
+# The rules of half precision, by family and padded head dim (up to the one given): as many queries and keys as compile without spills, or
+# nearly so, and leave room for two or three stages in shared memory. The rows of a tile (queries; keys for dkv) are at least 16 for each
+# warp: the compiler gives every warp rows of its own, and with fewer rows it lets two warps compute the same. On sm_90 four warps need 64
+# rows for wgmma, whose second operand should have at least 64 columns: with fewer it waits for shared memory.
 _FORWARD = {
-    "sm_80": {48: Config(128, 64, 8, 3), 64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 64, 8, 2)},
-    "sm_86": {48: Config(128, 64, 8, 3), 64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    "sm_80": {48: Config(128, 64, 8, 3), 64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
+    "sm_86": {48: Config(128, 64, 8, 3), 64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 4, 2)},
     "sm_90": {48: Config(128, 64, 8, 3), 64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
     "sm_100": {128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
     "cdna": {64: Config(128, 64, 4, 2), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
     "rdna": {64: Config(64, 64, 4, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
 }  # fmt: skip
 _DQ = {
-    "sm_80": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 4, 1)},
-    "sm_86": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 4, 1)},
-    "sm_90": {128: Config(128, 64, 8, 2), 256: Config(32, 32, 4, 1)},
+    "sm_80": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 1)},
+    "sm_86": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 1)},
+    "sm_90": {128: Config(128, 64, 8, 2), 192: Config(128, 32, 8, 2), 256: Config(64, 32, 4, 2)},
     "sm_100": {128: Config(128, 64, 8, 2), 256: Config(32, 32, 4, 1)},
     "cdna": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
-    "rdna": {64: Config(64, 32, 8, 1), 128: Config(32, 16, 4, 1), 256: Config(32, 16, 4, 1)},
+    "rdna": {64: Config(64, 32, 8, 1), 256: Config(32, 16, 4, 1)},
 }  # fmt: skip
 _DKV = {
-    "sm_80": {64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 1), 256: Config(16, 32, 4, 1)},
-    "sm_86": {128: Config(32, 64, 8, 2), 256: Config(16, 32, 4, 1)},
-    "sm_90": {128: Config(32, 64, 8, 2), 256: Config(16, 32, 4, 1)},
-    "sm_100": {128: Config(32, 64, 8, 2), 256: Config(16, 32, 4, 1)},
+    "sm_80": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 4, 2), 256: Config(16, 32, 4, 1)},
+    "sm_86": {128: Config(32, 64, 4, 2), 256: Config(16, 32, 4, 1)},
+    "sm_90": {128: Config(32, 128, 8, 2), 256: Config(16, 32, 4, 1)},
+    "sm_100": {128: Config(32, 128, 8, 2), 256: Config(16, 32, 4, 1)},
     "cdna": {64: Config(32, 64, 4, 2), 128: Config(32, 64, 4, 1), 256: Config(32, 32, 4, 1)},
     "rdna": {64: Config(16, 64, 8, 1), 256: Config(16, 16, 4, 1)},
 }  # fmt: skip

@@ -73,15 +73,20 @@ def attention_rows(
 
 
 @triton.jit
-def load_statistics(rows, place, valid):
-    """total, delta, own, dlse of some rows; the last two mean nothing without rows.own."""
-    total = tl.load(rows.total + place, mask=valid, other=float("inf"))
-    delta = tl.load(rows.delta + place, mask=valid, other=0.0)
-    if rows.own is not None:
+def load_statistics(rows, place, valid, CHECK: tl.constexpr):
+    """total, delta, own, dlse of some rows, all of them valid without CHECK; the last two mean nothing without rows.own."""
+    if CHECK:
+        total = tl.load(rows.total + place, mask=valid, other=float("inf"))
+        delta = tl.load(rows.delta + place, mask=valid, other=0.0)
+    else:
+        total, delta = tl.load(rows.total + place), tl.load(rows.delta + place)
+    if rows.own is None:
+        return total, delta, total, delta  # not used
+    elif CHECK:
         own = tl.load(rows.own + place, mask=valid, other=float("inf"))
         return total, delta, own, tl.load(rows.dlse + place, mask=valid, other=0.0)
     else:
-        return total, delta, total, delta  # not used
+        return total, delta, tl.load(rows.own + place), tl.load(rows.dlse + place)
 
 
 @triton.jit

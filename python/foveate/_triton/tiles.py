@@ -9,6 +9,7 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 # triton 3.6's interpreter multiplies the bit patterns of bf16, forgets the carry when it rounds to bf16, and is slow in fp16: there
 # products are taken in fp32, of operands rounded as on a GPU.
@@ -28,6 +29,20 @@ def parts(width: int, halves: bool = False) -> tuple[int, int]:
     if first >= 16 and first + second < whole:
         return first, second
     return (first, first) if halves and first >= 16 else (whole, 0)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, positive):
+    """fp32 zeros, which on sm_90 the compiler does not know to be 0; positive: any argument above 0.
+
+    For sums that begin before a loop. Constants would be written to them once more where the loop has no iterations, and as the last wgmma
+    of a loop is still under way when it ends, ptxas then waits for each wgmma of the kernel before it starts the next (its remark C7515).
+    """
+    if cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
+        place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        return (place < -positive).to(tl.float32)
+    else:
+        return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
 @triton.jit
