@@ -1,15 +1,18 @@
 """Times of the CUDA and Triton kernels beside torch's and other libraries' on one GPU: python bench/gpu.py FILE.csv.
 
-Each result is checked before it is timed. The other libraries (`gpu_peers.py`) run in processes of their own, from the folders named after
-them in the folder that FOVEATE_PEERS names (`pip install --target $FOVEATE_PEERS/liger liger-kernel`). --dry-run: tiny shapes on the CPU,
-to see that everything works; its numbers mean nothing.
+Each result is checked before it is timed, the contestants of a case take turns, and every row is written to the file at once. Percentages
+are of the limits measured first, in the same run: a matrix product, a copy, a reduction. The other libraries (`gpu_peers.py`) run in
+processes of their own, from the folders named after them in the folder that FOVEATE_PEERS names (`pip install --target
+$FOVEATE_PEERS/liger liger-kernel`). --dry-run: tiny shapes on the CPU, to see that everything works; its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -26,8 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import foveate
 
 PEERS = ("fa3", "flashinfer", "liger", "xformers")
-FIELDS = ("op", "case", "who", "ms", "low", "high", "rate", "unit", "device", "versions")
+FIELDS = ("op", "case", "who", "ms", "low", "high", "rate", "unit", "percent", "of", "device", "versions", "commit")
+ROUNDS = 3  # in which the contestants of a case take turns
 Call = Callable[[], Any]
+Rows = list[dict[str, Any]]
 
 
 class Bench(NamedTuple):
@@ -49,9 +54,11 @@ class Work(NamedTuple):
     inputs: tuple[Any, ...]
     amount: float  # floating-point operations, or bytes
     unit: str  # "TFLOP/s" or "GB/s"
+    limit: str | None = None  # the limit whose share it reaches
+    graph: bool = False  # replayed from a CUDA graph: the launch would take longer than the work
 
 
-def milliseconds(bench: Bench, call: Call) -> tuple[float, float, float]:
+def milliseconds(bench: Bench, call: Call, graph: bool = False) -> tuple[float, float, float]:
     """Median and the middle 60 % of the runs; do_bench clears L2 before each."""
     if bench.dry:
         start = time.perf_counter()
@@ -59,12 +66,28 @@ def milliseconds(bench: Bench, call: Call) -> tuple[float, float, float]:
         return (1e3 * (time.perf_counter() - start),) * 3
     import triton
 
-    return tuple(triton.testing.do_bench(call, warmup=10, rep=60, quantiles=[0.5, 0.2, 0.8]))
+    return tuple(
+        triton.testing.do_bench(captured(call) if graph else call, warmup=5, rep=25, quantiles=[0.5, 0.2, 0.8])
+    )
+
+
+def captured(call: Call) -> Call:
+    """The call as the replay of a CUDA graph."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def works(bench: Bench) -> Iterator[Work]:
     """The cases, the same in every process, the most telling first: inputs come from one seed."""
     torch.manual_seed(0)
+    yield from limit_works(bench)
     yield from attention_works(bench, [(128, 8192, True), (128, 8192, False)])
     yield from decode_works(bench)
     yield from row_works(bench)
@@ -76,14 +99,23 @@ def normal(bench: Bench, *shape: int) -> Tensor:
     return torch.randn(*shape, device=bench.device, dtype=torch.bfloat16)
 
 
+def limit_works(bench: Bench) -> Iterator[Work]:
+    """What the rates are held against: a product of 8192 x 8192 matrices, a copy of 2 GiB, the largest element of them."""
+    n, size = (64, 4096) if bench.dry else (8192, 1 << 30)
+    yield Work("limit", "product", (normal(bench, n, n), normal(bench, n, n)), 2.0 * n**3, "TFLOP/s")
+    x = normal(bench, size)
+    yield Work("limit", "copy", (x,), 4.0 * size, "GB/s")
+    yield Work("limit", "read", (x.view(torch.int32),), 2.0 * size, "GB/s")
+
+
 def attention_works(bench: Bench, shapes: list[tuple[int, int, bool]]) -> Iterator[Work]:
     for D, S, causal in shapes:
         case = f"D {D} S {S} {'causal' if causal else 'full'}"
         B, S, H = (1, 64, 2) if bench.dry else (16384 // S, S, 2048 // D)
         q, k, v = (normal(bench, B, S, H, D) for _ in range(3))
         flops = 4 * B * H * S * S * D * (0.5 if causal else 1)
-        yield Work("forward", case, (q, k, v, causal), flops, "TFLOP/s")
-        yield Work("backward", case, (q, k, v, causal), 2.5 * flops, "TFLOP/s")
+        yield Work("forward", case, (q, k, v, causal), flops, "TFLOP/s", "product")
+        yield Work("backward", case, (q, k, v, causal), 2.5 * flops, "TFLOP/s", "product")
 
 
 def decode_works(bench: Bench) -> Iterator[Work]:
@@ -93,14 +125,24 @@ def decode_works(bench: Bench) -> Iterator[Work]:
         k, v = (normal(bench, B * S // 16, 16, 8, 128) for _ in range(2))
         table = torch.randperm(B * S // 16, device=bench.device).view(B, -1).int()
         lens = torch.full((B,), S, dtype=torch.int32, device=bench.device)
-        yield Work("decode paged", case, (normal(bench, B, 1, 32, 128), k, v, lens, table), 4.0 * k.numel(), "GB/s")
+        yield Work(
+            "decode paged",
+            case,
+            (normal(bench, B, 1, 32, 128), k, v, lens, table),
+            4.0 * k.numel(),
+            "GB/s",
+            "read",
+            B == 1,
+        )
 
 
 def row_works(bench: Bench) -> Iterator[Work]:
     rows, width = (4, 256) if bench.dry else (8192, 16384)
     x, target = normal(bench, rows, width), torch.randint(0, width, (rows,), device=bench.device)
-    for op, passes in (("copy", 2), ("softmax", 2), ("cross_entropy", 1), ("rms_norm", 2)):
-        yield Work(op, f"{rows} x {width}", (x, target), passes * 2.0 * x.numel(), "GB/s")
+    for op, passes in (("softmax", 2), ("cross_entropy", 1), ("rms_norm", 2)):
+        yield Work(
+            op, f"{rows} x {width}", (x, target), passes * 2.0 * x.numel(), "GB/s", "read" if passes == 1 else "copy"
+        )
 
 
 def linear_works(bench: Bench) -> Iterator[Work]:
@@ -109,20 +151,22 @@ def linear_works(bench: Bench) -> Iterator[Work]:
     hidden, weight = normal(bench, T, K).requires_grad_(), (normal(bench, V, K) / K**0.5).requires_grad_()
     labels = torch.randint(0, V, (T,), device=bench.device)
     yield Work(
-        "linear_cross_entropy", f"{T} x {K} -> {V}, gradients", (hidden, weight, labels), 6.0 * T * K * V, "TFLOP/s"
+        "linear_cross_entropy",
+        f"{T} x {K} -> {V}, gradients",
+        (hidden, weight, labels),
+        6.0 * T * K * V,
+        "TFLOP/s",
+        "product",
     )
     for format, block in (("q8_0", 34), ("q4_0", 18)):
         size = 64 if bench.dry else 8192
         w = torch.randn(size, size) / size**0.5
+        layer = foveate.nn.PackedLinear.from_blocks(foveate.linear.quantize(w, format), format, size).to(bench.device)
+        full = layer.dequantize().to(torch.bfloat16)
         for rows in (1, 16, 512):
             x = normal(bench, min(rows, 20) if bench.dry else rows, size)
-            yield Work(
-                "packed_linear",
-                f"{format} {size} x {size} {rows} rows",
-                (x, w, format),
-                size * size * block / 32,
-                "GB/s",
-            )
+            case, limit = f"{format} {size} x {size} {rows} rows", "read" if rows <= 16 else None
+            yield Work("packed_linear", case, (x, layer, full), size * size * block / 32, "GB/s", limit)
 
 
 def own(call: Callable[[str], Any]) -> dict[str, Call]:
@@ -141,15 +185,16 @@ def attention_calls(work: Work) -> dict[str, Call]:
                 1, 2
             )
 
-    def flex() -> Tensor:
+    @functools.cache
+    def flex_parts() -> tuple[Any, Any]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        mask = None
-        if causal:
-            mask = create_block_mask(
-                lambda b, h, i, j: i >= j, None, None, q.shape[1], k.shape[1], device=q.device.type
-            )
-        compiled = torch.compile(flex_attention)
+        sizes = None, None, q.shape[1], k.shape[1]
+        mask = create_block_mask(lambda b, h, i, j: i >= j, *sizes, device=q.device.type) if causal else None
+        return torch.compile(flex_attention), mask
+
+    def flex() -> Tensor:
+        compiled, mask = flex_parts()
         return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
     calls: dict[str, Call] = {"torch flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION)}
@@ -160,7 +205,7 @@ def attention_calls(work: Work) -> dict[str, Call]:
         "torch cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
         "torch efficient": lambda: sdpa(SDPBackend.EFFICIENT_ATTENTION),
     }
-    if q.is_cuda:  # on a CPU it is a compiler of C++ that would be tried
+    if q.is_cuda and q.shape[1::2] == (8192, 128):  # compiling takes seconds; on a CPU a compiler of C++ would be tried
         calls["torch flex"] = flex
     return calls
 
@@ -192,6 +237,9 @@ def variant(work: Work, block: tuple[int, ...]) -> Call:
 
 def own_calls(work: Work) -> dict[str, Call]:
     """foveate's and torch's; the first one's result is what the others are checked against."""
+    if work.op == "limit":
+        x, *rest = work.inputs
+        return {"torch": {"product": lambda: x @ rest[0], "copy": x.clone, "read": lambda: x.max()}[work.case]}
     if work.op in ("forward", "backward"):
         return attention_calls(work)
     if work.op == "decode paged":
@@ -202,15 +250,9 @@ def own_calls(work: Work) -> dict[str, Call]:
             **own(lambda backend: foveate.attention_with_kv_cache(q, k, v, kv_lens=lens, block_table=table, backend=backend)),
         }  # fmt: skip
     if work.op == "packed_linear":
-        x, w, format = work.inputs
-        layer = foveate.nn.PackedLinear.from_blocks(foveate.linear.quantize(w, format), format, w.shape[1]).to(x.device)
-        full = layer.dequantize().to(x.dtype)
-        return {
-            "torch bf16": lambda: F.linear(x, full),
-            "foveate triton": lambda: foveate.packed_linear.packed_linear(
-                x, layer.data, format, len(w), backend="triton"
-            ),
-        }
+        x, layer, full = work.inputs
+        packed = partial(foveate.packed_linear.packed_linear, x, layer.data, layer.format, layer.out_features)
+        return {"torch bf16": lambda: F.linear(x, full), "foveate triton": lambda: packed(backend="triton")}
     if work.op == "linear_cross_entropy":
         hidden, weight, labels = work.inputs
 
@@ -224,7 +266,6 @@ def own_calls(work: Work) -> dict[str, Call]:
     x, target = work.inputs
     ones = torch.ones(x.shape[1], dtype=x.dtype, device=x.device)
     return {
-        "copy": {"torch": x.clone},
         "softmax": {
             "torch": lambda: torch.softmax(x, -1),
             **own(lambda backend: foveate.softmax(x, backend=backend)),
@@ -240,40 +281,87 @@ def own_calls(work: Work) -> dict[str, Call]:
     }[work.op]
 
 
-def measure(bench: Bench, calls: Callable[[Work], dict[str, Call]]) -> list[dict[str, Any]]:
-    """The rows of every case that fits the time; what fails or is left out is printed."""
-    rows = []
+class Report:
+    """Writes and prints rows as they are measured, with their share of the limits that came first or that the file has; of `only`, where
+    that is given."""
+
+    def __init__(self, path: Path, device: str, versions: str, only: str | None = None) -> None:
+        self.path, self.only, self.limits = path, only, dict[str, float]()
+        self.here = {"device": device, "versions": versions, "commit": commit()}
+        self.rows: Rows = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.limits = {row["case"]: float(row["rate"]) for row in csv.DictReader(file) if row["op"] == "limit"}
+        else:
+            with path.open("w", newline="") as file:
+                csv.DictWriter(file, FIELDS).writeheader()
+
+    def add(self, work: Work, who: str, times: tuple[float, float, float]) -> None:
+        if who != (self.only or who):
+            return
+        rate = work.amount / times[0] * (1e-9 if work.unit == "TFLOP/s" else 1e-6)
+        if work.op == "limit":
+            self.limits[work.case] = rate
+        known = work.limit in self.limits
+        percent = round(100 * rate / self.limits[work.limit], 1) if known else ""  # type: ignore[index]
+        values = (work.op, work.case, who, *times, rate, work.unit, percent, work.limit if known else "")
+        row = dict(zip(FIELDS, values)) | self.here
+        self.rows.append(row)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, FIELDS).writerow(row)
+        share = f"{percent:5} % of {work.limit}" if known else ""
+        print(
+            f"{work.op:<14} {work.case:<34} {who:<32} {times[0]:9.4f} ms {rate:9.1f} {work.unit:<7} {share}", flush=True
+        )
+
+
+def measure(bench: Bench, calls: Callable[[Work], dict[str, Call]], report: Report) -> None:
+    """Every case that fits the time; what fails or is left out is printed."""
     for work in works(bench):
         if time.monotonic() > bench.deadline:
             print(f"left out, the time is over: {work.op} {work.case}", flush=True)
             continue
-        expected = None
-        for who, call in calls(work).items():
-            try:
-                out = call()
-                if isinstance(out, Tensor):
-                    expected = out.detach() if expected is None else expected
-                    tolerance = 3e-2 * float(expected.abs().max())
-                    torch.testing.assert_close(out.detach(), expected, rtol=0, atol=tolerance, check_dtype=False)
-                if work.op == "backward":
-                    call = backward_of(out, work)
-                low = milliseconds(bench, call)
-            except Exception as error:  # a peer's: the next one is still worth measuring
-                print(
-                    f"{work.op}, {work.case}, {who}: {(str(error).splitlines() or [type(error).__name__])[0]}",
-                    flush=True,
-                )
-                continue
-            rate = work.amount / low[0] * (1e-9 if work.unit == "TFLOP/s" else 1e-6)
-            rows.append(dict(zip(FIELDS, (work.op, work.case, who, *low, rate, work.unit))))
-            print(f"{work.op:<14} {work.case:<30} {who:<38} {low[0]:9.3f} ms {rate:9.1f} {work.unit}", flush=True)
-    return rows
+        ready = checked(work, calls(work))
+        times: dict[str, list[tuple[float, float, float]]] = {who: [] for who in ready}
+        for _ in range(1 if bench.dry else ROUNDS):
+            for who, call in list(ready.items()):
+                try:
+                    times[who].append(milliseconds(bench, call, work.graph))
+                except Exception as error:
+                    failed(work, who, error)
+                    del ready[who]
+        for who in ready:
+            report.add(work, who, tuple(map(statistics.median, zip(*times[who]))))  # type: ignore[arg-type]
 
 
-def backward_of(out: Tensor, work: Work) -> Call:
-    """The backward pass alone, of the leaves that the forward pass has made its graph of."""
-    leaves = sorted({id(x): x for x in _leaves(out)}.values(), key=id)
-    dout = torch.randn(out.shape, dtype=out.dtype, device=out.device)
+def checked(work: Work, calls: dict[str, Call]) -> dict[str, Call]:
+    """The calls whose results are those of the first, ready to be timed: of a backward pass, the pass alone."""
+    ready, expected = {}, list[Tensor]()
+    for who, call in calls.items():
+        try:
+            if work.op == "backward":
+                call = backward_of(call())
+            out = call()
+            found = [x.detach() for x in ((out,) if isinstance(out, Tensor) else out)]
+            for x, other in zip(found, expected):
+                tolerance = 3e-2 * float(other.abs().max())
+                torch.testing.assert_close(x, other, rtol=0, atol=tolerance, check_dtype=False)
+            expected = expected or found
+            ready[who] = call
+        except Exception as error:  # a peer's: the next one is still worth measuring
+            failed(work, who, error)
+    return ready
+
+
+def failed(work: Work, who: str, error: Exception) -> None:
+    print(f"{work.op}, {work.case}, {who}: {(str(error).splitlines() or [type(error).__name__])[0]}", flush=True)
+
+
+def backward_of(out: Tensor) -> Call:
+    """The backward pass alone: the gradients of the leaves that `out` was made of, in the order of their memory."""
+    leaves = sorted(_leaves(out), key=Tensor.data_ptr)
+    generator = torch.Generator(out.device).manual_seed(1)
+    dout = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
@@ -290,15 +378,8 @@ def _leaves(out: Tensor) -> Iterator[Tensor]:
         pending += [parent for parent, _ in node.next_functions]
 
 
-def write(path: Path, rows: list[dict[str, Any]], device: str, versions: str) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(row | {"device": device, "versions": versions} for row in rows)
-
-
 def run_peers(bench: Bench, path: Path) -> None:
-    """Each peer that there is a folder for, one process after the other, its rows appended to `path`."""
+    """Each peer that there is a folder for, one process after the other; each appends its rows to `path`."""
     folder = os.environ.get("FOVEATE_PEERS") or None
     for peer in PEERS:
         place = None if folder is None else Path(folder) / peer
@@ -312,12 +393,11 @@ def run_peers(bench: Bench, path: Path) -> None:
         if left < 5:
             print(f"{peer}: left out, the time is over", flush=True)
             continue
-        part = path.with_suffix(f".{peer}.csv")
         command = [
             sys.executable,
             str(Path(__file__).with_name("gpu_peers.py")),
             peer,
-            str(part),
+            str(path),
             "--seconds",
             str(left),
         ]
@@ -326,26 +406,21 @@ def run_peers(bench: Bench, path: Path) -> None:
             subprocess.run(
                 command + ["--dry-run"] * bench.dry,
                 env=os.environ | {"PYTHONPATH": search},
-                timeout=left + 30,
+                timeout=left + 20,
                 check=True,
             )
         except subprocess.SubprocessError as error:
             print(f"{peer}: {error}", flush=True)
-        if part.exists():
-            lines = part.read_text().splitlines(keepends=True)
-            part.unlink()
-            with path.open("a", newline="") as file:
-                file.writelines(lines[1:])
 
 
-def arguments(description: str, *names: str) -> argparse.Namespace:
+def arguments(description: str, *names: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     for name in names:
         parser.add_argument(name)
     parser.add_argument("file", type=Path, help="the CSV file to write")
     parser.add_argument("--seconds", type=float, default=280, help="after which no further case begins")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
-    return parser.parse_args()
+    return parser
 
 
 def here(bench: Bench, package: str) -> tuple[str, str]:
@@ -357,13 +432,28 @@ def here(bench: Bench, package: str) -> tuple[str, str]:
     return "cpu, dry run" if bench.dry else torch.cuda.get_device_name(), versions
 
 
+def commit() -> str:
+    """Of the working tree, or what FOVEATE_COMMIT says where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("FOVEATE_COMMIT", "unknown")
+
+
 def main() -> None:
-    args = arguments("Times foveate's kernels, torch's and other libraries' on one GPU.")
+    parser = arguments("Times foveate's kernels, torch's and other libraries' on one GPU.")
+    parser.add_argument("--peers", choices=("with", "without", "only"), default="with", help="the other libraries")
+    args = parser.parse_args()
     bench = Bench(args.dry_run, time.monotonic() + args.seconds)
-    # Three quarters of the time for foveate and torch, the rest for the peers.
-    rows = measure(bench._replace(deadline=time.monotonic() + 0.75 * args.seconds), own_calls)
-    write(args.file, rows, *here(bench, "foveate"))
-    run_peers(bench, args.file)
+    if args.peers != "only":
+        args.file.unlink(missing_ok=True)
+        # Three quarters of the time for foveate and torch, the rest for the peers.
+        share = 0.75 if args.peers == "with" else 1.0
+        own = bench._replace(deadline=time.monotonic() + share * args.seconds)
+        measure(own, own_calls, Report(args.file, *here(bench, "foveate")))
+    if args.peers != "without":
+        run_peers(bench, args.file)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu import Bench, Call, Work, arguments, here, measure, write
+from gpu import Bench, Call, Report, Work, arguments, here, measure
 
 PACKAGES = {"fa3": "fa3-fwd", "flashinfer": "flashinfer-python", "liger": "liger-kernel", "xformers": "xformers"}
 MODULES = {"fa3": "fa3_fwd_interface", "flashinfer": "flashinfer", "liger": "liger_kernel", "xformers": "xformers.ops"}
@@ -39,14 +39,19 @@ def fa3(work: Work) -> dict[str, Call]:
 def flashinfer(work: Work) -> dict[str, Call]:
     import flashinfer as peer
 
-    if work.op == "forward" and len(work.inputs[0]) == 1:
-        q, k, v, causal = work.inputs
-        return {"flashinfer": lambda: peer.single_prefill_with_kv_cache(q[0], k[0], v[0], causal=causal)[None]}
-    if work.op != "decode paged":
+    if work.op not in ("forward", "decode paged"):
         return {}
-    q, k, v, lens, table = work.inputs
+    q, k, v = work.inputs[:3]
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=q.device)
+    if work.op == "forward":
+        B, S, H, D = q.shape
+        ragged = peer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+        starts = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=q.device)
+        ragged.plan(starts, starts, H, H, D, causal=work.inputs[3], q_data_type=q.dtype, kv_data_type=k.dtype)
+        return {"flashinfer": lambda: ragged.run(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).view(q.shape)}
+    table = work.inputs[4]
     B, pages = table.shape
-    wrapper = peer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(128 << 20, dtype=torch.uint8, device=q.device), "NHD")
+    wrapper = peer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
     last = torch.full((B,), 16, dtype=torch.int32, device=q.device)
     indptr = torch.arange(0, B * pages + 1, pages, dtype=torch.int32, device=q.device)
     wrapper.plan(indptr, table.flatten(), last, 32, 8, 128, 16, q_data_type=q.dtype, kv_data_type=k.dtype)
@@ -106,15 +111,14 @@ def calls(peer: str, work: Work) -> dict[str, Call]:
 
 
 def main() -> None:
-    args = arguments("Times one other library.", "peer")
+    args = arguments("Times one other library.", "peer").parse_args()
     bench = Bench(args.dry_run, time.monotonic() + args.seconds)
     try:
         importlib.import_module(MODULES[args.peer])
     except Exception as error:  # a library for another torch or CUDA fails in many ways
         print(f"{args.peer}: cannot be imported: {(str(error).splitlines() or [type(error).__name__])[0]}", flush=True)
         return
-    rows = measure(bench, lambda work: calls(args.peer, work))
-    write(args.file, [row for row in rows if row["who"] == args.peer], *here(bench, PACKAGES[args.peer]))
+    measure(bench, lambda work: calls(args.peer, work), Report(args.file, *here(bench, PACKAGES[args.peer]), args.peer))
 
 
 if __name__ == "__main__":
