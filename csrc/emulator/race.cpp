@@ -34,9 +34,6 @@ bool only_reads(Access kind) { return kind == Access::kRead || kind == Access::k
                earlier, " ", describe(warp, earlier_where), ", with ", warp == who.warp ? "no sync_warp" : "no barrier", " between them");
 }
 
-// Whether two lanes of one warp race in one tick.
-bool lanes_race(uint8_t a, uint8_t b) { return a != Accessor::kWholeWarp && (a != b || a == Accessor::kSeveralLanes); }
-
 }  // namespace
 
 void RaceDetector::begin(bool enabled, int warps, uint32_t bytes) {
@@ -52,6 +49,7 @@ void RaceDetector::begin(bool enabled, int warps, uint32_t bytes) {
   for (int w = 0; w < warps; ++w) {
     clocks_[w].fill(start);
     clocks_[w][w] = start + 1;
+    synced_[w] = start + 1;
     async_visible_[w] = start;
   }
   latest_ = start + 1;
@@ -62,31 +60,29 @@ void RaceDetector::release(int warp, Clock& clock) const {
 }
 void RaceDetector::acquire(int warp, const Clock& clock) {
   for (int w = 0; w < warps_; ++w) clocks_[warp][w] = std::max(clocks_[warp][w], clock[w]);
+  synced_[warp] = std::max(synced_[warp], clock[warp] + 1);  // what a lane of this warp has given, another knows now
 }
 void RaceDetector::tick(int warp) { latest_ = std::max(latest_, ++clocks_[warp][warp]); }
+void RaceDetector::sync_lanes(int warp) {
+  tick(warp);
+  synced_[warp] = clocks_[warp][warp];
+}
 
 void RaceDetector::check_write(const Write& write, uint32_t bytes, Access kind, uint32_t offset, Accessor who, Site site) const {
   if (!(write.bytes & bytes)) return;
-  if (kind == Access::kAsyncRead && !write.async && write.clock > async_visible_[write.warp]) {
-    kernel_error("asynchronous read ", describe(who.warp, where(site, who.lane)), " of byte ", offset, " of shared memory, written ",
+  if ((kind == Access::kAsyncRead || kind == Access::kAsyncWrite) && !write.async && write.clock > async_visible_[write.warp]) {
+    kernel_error(verb(kind), " ", describe(who.warp, where(site, who.lane)), " of byte ", offset, " of shared memory, written ",
                  describe(write.warp, write.where), ": fence_async_proxy is missing between them");
   }
-  if (write.clock < clocks_[who.warp][write.warp]) return;
   if (write.atomic && kind == Access::kAtomic) return;
-  if (write.warp == who.warp) {
-    if (!lanes_race(static_cast<uint8_t>(write.where), who.lane)) return;
-  } else if (write.clock == clocks_[who.warp][write.warp]) {
-    return;
-  }
+  if (ordered({write.warp, static_cast<uint8_t>(write.where)}, write.clock, who)) return;
   race(write.atomic ? "atomic addition" : "write", write.warp, write.where, kind, offset, who, site);
 }
 
 void RaceDetector::check_reads(const Read* reads, uint32_t bytes, uint32_t offset, Accessor who, Site site) const {
-  const Clock& known = clocks_[who.warp];
   for (int w = 0; w < warps_; ++w) {
     const Read& read = reads[w];
-    if (read.clock < known[w] || !(read.bytes & bytes)) continue;
-    if (w == who.warp ? lanes_race(static_cast<uint8_t>(read.where), who.lane) : read.clock > known[w])
+    if ((read.bytes & bytes) && !ordered({static_cast<uint8_t>(w), static_cast<uint8_t>(read.where)}, read.clock, who))
       race("read", w, read.where, Access::kWrite, offset, who, site);
   }
 }
