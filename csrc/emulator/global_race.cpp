@@ -118,54 +118,55 @@ void GlobalRace::race(const char* before_what, const Access& before, uintptr_t a
                describe(before.block, before.warp, before.where), "; ", cure);
 }
 
-void GlobalRace::record_read(Read& read, const Access& now, bool read_only, uint32_t bytes) {
+void GlobalRace::record_read(Read& read, const Access& now, bool read_only) {
   const bool others = read.bytes != 0 && read.block != now.block && !ordered(read);
-  const Read before = read;
+  const uint8_t before = read.bytes;
   static_cast<Access&>(read) = now;
-  read.bytes = static_cast<uint16_t>(before.bytes | bytes);
-  read.several = before.several || others;
-  read.read_only = before.read_only || read_only;
+  read.bytes |= before;
+  read.several |= others;
+  read.read_only |= read_only;
+}
+
+void GlobalRace::access_word(GlobalAccess kind, Word& word, const Access& now, uintptr_t address, const char* what, Site site) {
+  auto& [write, read] = word;
+  const auto place = [&] { return std::string(" at ") + name(site) + " of " + current_block->global.describe(address); };
+  if (write.bytes & now.bytes) {
+    if (kind == GlobalAccess::kReadOnly) {
+      kernel_error(what, place(), ", which this launch has written ", describe(write.block, write.warp, write.where),
+                   ": the read-only path may not see it");
+    }
+    if (!(write.atomic && kind == GlobalAccess::kAtomic) && !ordered(write))
+      race(write.atomic ? "atomic operation" : "write", write, address, what, site);
+  }
+  if (kind == GlobalAccess::kRead || kind == GlobalAccess::kReadOnly) {
+    record_read(read, now, kind == GlobalAccess::kReadOnly);
+    return;
+  }
+  if (read.bytes & now.bytes) {
+    if (read.read_only) {
+      kernel_error(what, place(), ", which this launch reads ", describe(read.block, read.warp, read.where),
+                   " by the read-only path: that is for memory that nobody writes");
+    }
+    // Where several blocks have read, one that has heard of others may know of all of them.
+    const bool safe = read.several ? !current_block->order.learned.empty() : ordered(read);
+    if (!safe) race("read", read, address, what, site);
+  }
+  // Writes of a thread to parts of a word, as of 16-bit numbers, are one.
+  const bool same = write.clock == now.clock && write.where == now.where && write.block == now.block && write.warp == now.warp;
+  const uint8_t before = same ? write.bytes : 0;
+  static_cast<Access&>(write) = now;
+  write.bytes |= before;
+  write.atomic = kind == GlobalAccess::kAtomic;
 }
 
 void GlobalRace::checked_access(GlobalAccess kind, uintptr_t address, uint32_t bytes, const char* what, Site site) {
-  const BlockOrder& order = current_block->order;
   const Accessor who = current_thread->accessor();
-  const Access now{order.block, current_block->race.clock(who.warp)[who.warp], site_number(site) << 8 | who.lane, who.warp};
-  const bool reads = kind == GlobalAccess::kRead || kind == GlobalAccess::kReadOnly;
+  Access now{current_block->order.block, current_block->race.clock(who.warp)[who.warp], site_number(site) << 8 | who.lane, who.warp, 0};
   for (uint32_t done = 0; done < bytes;) {
     const uintptr_t at = address + done;
-    const uint32_t first = at % 16, count = std::min(16 - first, bytes - done), mask = ((1u << count) - 1) << first;
-    Granule& granule = page_of(at)[at % (1 << kPageBits) / 16];
-    for (uint32_t i = first / 4; i <= (first + count - 1) / 4; ++i) {
-      const uint32_t in_word = mask >> 4 * i & 0xf;
-      Write& write = granule.word[i];
-      if (write.bytes & in_word) {
-        if (kind == GlobalAccess::kReadOnly) {
-          kernel_error(what, " at ", name(site), " of ", current_block->global.describe(at), ", which this launch has written ",
-                       describe(write.block, write.warp, write.where), ": the read-only path may not see it");
-        }
-        if (!(write.atomic && kind == GlobalAccess::kAtomic) && !ordered(write))
-          race(write.atomic ? "atomic operation" : "write", write, at, what, site);
-      }
-      if (reads) continue;
-      // Writes of a thread to parts of a word, as of 16-bit numbers, are one.
-      const bool same = write.clock == now.clock && write.where == now.where && write.block == now.block && write.warp == now.warp;
-      static_cast<Access&>(write) = now;
-      write.bytes = static_cast<uint8_t>((same ? write.bytes : 0) | in_word);
-      write.atomic = kind == GlobalAccess::kAtomic;
-    }
-    Read& read = granule.read;
-    if (reads) {
-      record_read(read, now, kind == GlobalAccess::kReadOnly, mask);
-    } else if (read.bytes & mask) {
-      if (read.read_only) {
-        kernel_error(what, " at ", name(site), " to ", current_block->global.describe(at), ", which this launch reads ",
-                     describe(read.block, read.warp, read.where), ": by the read-only path, for memory that nobody writes");
-      }
-      // Where several blocks have read, one that has heard of others may know of all of them.
-      const bool safe = read.several ? !order.learned.empty() : ordered(read);
-      if (!safe) race("read", read, at, what, site);
-    }
+    const uint32_t first = at % 4, count = std::min(4 - first, bytes - done);
+    now.bytes = static_cast<uint8_t>(((1u << count) - 1) << first);
+    access_word(kind, page_of(at)[at % (1 << kPageBits) / 4], now, at, what, site);
     done += count;
   }
 }

@@ -2,7 +2,7 @@
 // ordered by its barriers (race.h), blocks by atomic_add_acq_rel, st_release and ld_acquire: these hand on what the releasing thread knows of
 // its block and fence_gpu has passed. It does not depend on the schedule.
 //
-// Each 16 bytes that a launch touches remember the last write of each word and the last read.
+// Each word that a launch touches remembers its last write and its last read.
 #pragma once
 
 #include <array>
@@ -69,23 +69,22 @@ class GlobalRace {
     uint32_t clock = 0;
     uint32_t where = 0;  // site and lane
     uint8_t warp = 0;
+    uint8_t bytes = 0;  // of the word
     Accessor who() const { return {warp, static_cast<uint8_t>(where)}; }
   };
   struct Write : Access {
-    uint8_t bytes = 0;  // of the word
     bool atomic = false;
   };
   struct Read : Access {
     bool several = false;  // blocks in no order have read
     bool read_only = false;  // one of them in that way
-    uint16_t bytes = 0;
   };
-  struct Granule {
-    Write word[4];
+  struct Word {
+    Write write;
     Read read;
   };
   static constexpr int kPageBits = 12;
-  using Page = std::array<Granule, (1 << kPageBits) / 16>;
+  using Page = std::array<Word, (1 << kPageBits) / 4>;
   struct Counter {
     uint32_t first;
     Site site;
@@ -98,10 +97,11 @@ class GlobalRace {
   std::unique_lock<std::mutex> take() { return several_threads_ ? std::unique_lock(mutex_) : std::unique_lock<std::mutex>(); }
   Page& page_of(uintptr_t address);
   void checked_access(GlobalAccess kind, uintptr_t address, uint32_t bytes, const char* what, Site site);
+  static void access_word(GlobalAccess kind, Word& word, const Access& now, uintptr_t address, const char* what, Site site);
   void acquire(const uint32_t* p);
   void release(const uint32_t* p);
   static bool ordered(const Access& before);
-  static void record_read(Read& read, const Access& now, bool read_only, uint32_t bytes);
+  static void record_read(Read& read, const Access& now, bool read_only);
   [[noreturn]] static void race(const char* before_what, const Access& before, uintptr_t address, const char* what, Site site);
 
   bool enabled_ = false, several_threads_ = false;

@@ -82,23 +82,25 @@ void RaceDetector::check_write(const Write& write, uint32_t bytes, Access kind, 
 void RaceDetector::check_reads(const Read* reads, uint32_t bytes, uint32_t offset, Accessor who, Site site) const {
   for (int w = 0; w < warps_; ++w) {
     const Read& read = reads[w];
-    if ((read.bytes & bytes) && !ordered({static_cast<uint8_t>(w), static_cast<uint8_t>(read.where)}, read.clock, who))
-      race("read", w, read.where, Access::kWrite, offset, who, site);
+    if (!(read.bytes & bytes)) continue;
+    for (int i = 0; i < 4; ++i) {
+      if ((read.bytes & bytes) >> 4 * i & 0xf && !ordered({static_cast<uint8_t>(w), read.lane[i]}, read.clock, who))
+        race("read", w, read.site << 8 | read.lane[i], Access::kWrite, offset, who, site);
+    }
   }
 }
 
-void RaceDetector::record_read(Read& read, uint32_t clock, uint32_t bytes, uint32_t where) {
-  if (read.clock != clock) {
-    read = {clock, where, bytes};
-    return;
+void RaceDetector::record_read(Read& read, uint32_t clock, uint32_t bytes, uint32_t site, uint8_t lane) {
+  if (read.clock != clock) read = {clock, site, 0, {}};
+  for (int i = 0; i < 4; ++i) {
+    if (!(bytes >> 4 * i & 0xf)) continue;
+    const bool first = !(read.bytes >> 4 * i & 0xf);
+    if (first || read.lane[i] == Accessor::kWholeWarp)
+      read.lane[i] = lane;
+    else if (lane != Accessor::kWholeWarp && lane != read.lane[i])
+      read.lane[i] = Accessor::kSeveralLanes;
   }
-  const uint32_t before = read.where & 0xff, now = where & 0xff;
-  read.bytes |= bytes;
-  if (before == Accessor::kWholeWarp) {
-    read.where = where;
-  } else if (now != Accessor::kWholeWarp && now != before) {
-    read.where = (where & ~0xffu) | Accessor::kSeveralLanes;
-  }
+  read.bytes |= static_cast<uint16_t>(bytes);
 }
 
 void RaceDetector::record_write(Granule& granule, const Write& write, uint32_t bytes) {
@@ -146,7 +148,7 @@ void RaceDetector::checked_access(Access kind, uint32_t offset, uint32_t bytes, 
                    " may still read: it has not been waited for");
     }
     if (only_reads(kind)) {
-      record_read(reads[who.warp], clock, mask, place);
+      record_read(reads[who.warp], clock, mask, place >> 8, who.lane);
     } else {
       check_reads(reads, mask, offset, who, site);
       record_write(granule, {clock, place, who.warp, 0, kind == Access::kAtomic, kind == Access::kAsyncWrite}, mask);

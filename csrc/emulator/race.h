@@ -77,8 +77,9 @@ class RaceDetector {
   };
   struct Read {
     uint32_t clock = 0;
-    uint32_t where = 0;
-    uint32_t bytes = 0;
+    uint32_t site = 0;
+    uint16_t bytes = 0;
+    uint8_t lane[4] = {};  // of each word
   };
 
   // Whether this read repeats one of the same tick: a write between the two would have been a race with the first. Not so where the
@@ -86,9 +87,10 @@ class RaceDetector {
   bool has_just_read(uint32_t offset, uint32_t bytes, Accessor who) const {
     const uint32_t index = offset / 16, mask = ((1u << bytes) - 1) << offset % 16;  // no read has the bits of a second granule
     const Read& read = reads_[static_cast<size_t>(index) * warps_ + who.warp];
-    const uint32_t lane = read.where & 0xff;
-    return read.clock == clocks_[who.warp][who.warp] && !(mask & ~read.bytes) && (lane == who.lane || lane == Accessor::kSeveralLanes) &&
-           who.lane != Accessor::kWholeWarp && !(granules_[index].pending & mask);
+    if (read.clock != clocks_[who.warp][who.warp] || (mask & ~read.bytes) || who.lane == Accessor::kWholeWarp) return false;
+    for (uint32_t word = offset % 16 / 4; word <= (offset % 16 + bytes - 1) / 4 && word < 4; ++word)
+      if (read.lane[word] != who.lane && read.lane[word] != Accessor::kSeveralLanes) return false;
+    return !(granules_[index].pending & mask);
   }
   // The first tick of warp `by` of which warp `who` does not know; of its own, the first since its lanes were last in step.
   uint32_t unordered_from(int by, int who) const { return by == who ? synced_[who] : clocks_[who][by] + 1; }
@@ -97,7 +99,7 @@ class RaceDetector {
   void checked_access(Access kind, uint32_t offset, uint32_t bytes, Accessor who, Site site);
   void check_write(const Write& write, uint32_t bytes, Access kind, uint32_t offset, Accessor who, Site site) const;
   void check_reads(const Read* reads, uint32_t bytes, uint32_t offset, Accessor who, Site site) const;
-  static void record_read(Read& read, uint32_t clock, uint32_t bytes, uint32_t where);
+  static void record_read(Read& read, uint32_t clock, uint32_t bytes, uint32_t site, uint8_t lane);
   static void record_write(Granule& granule, const Write& write, uint32_t bytes);
 
   bool enabled_ = false;
