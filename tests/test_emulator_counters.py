@@ -99,7 +99,11 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         [emulated("counters")],
         capture_output=True,
         text=True,
-        env={**os.environ, "FOVEATE_EMULATOR_COUNTERS": str(tmp_path / "no folder" / "x"), "FOVEATE_EMULATOR_RACE": "0"},
+        env={
+            **os.environ,
+            "FOVEATE_EMULATOR_COUNTERS": str(tmp_path / "no folder" / "x"),
+            "FOVEATE_EMULATOR_RACE": "0",
+        },
     )
     assert done.returncode == 1
     assert "FOVEATE_EMULATOR_COUNTERS: cannot write to" in done.stderr
