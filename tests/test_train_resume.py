@@ -120,6 +120,17 @@ def test_the_best_keeps_no_state_and_links_are_relative(tmp_path):
     assert (tmp_path / "moved" / "last").resolve().name == "step-00000003"
 
 
+def test_an_output_folder_by_a_relative_path_or_a_link(tmp_path, monkeypatch):
+    """Checkpoints are told apart by their names, however the folder is reached."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out", "link/out"):
+        result = run(tmp_path, output_dir=folder, max_steps=3, save_every=1, eval_fraction=0.2)
+        assert result.last.is_absolute() and load_model(result.last) and load_model(result.best)
+        assert run(tmp_path, output_dir=folder, max_steps=3, eval_fraction=0.2, resume=True).steps == 3
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "out", Strategy())
     checkpoints.prepare()

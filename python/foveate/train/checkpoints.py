@@ -91,11 +91,12 @@ class Checkpoints:
         _sync_one(self.folder)
 
     def _forget(self) -> None:
-        last, best = self.named("last"), self.named("best")
+        # names, not paths: the folder may be relative, or reached through a link
+        last, best = (found and found.name for found in (self.named("last"), self.named("best")))
         for folder in self.folder.glob("step-*"):
-            if folder not in (last, best):
+            if folder.name not in (last, best):
                 shutil.rmtree(folder)
-            elif folder != last:
+            elif folder.name != last:
                 shutil.rmtree(folder / STATE, ignore_errors=True)
 
 
