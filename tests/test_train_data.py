@@ -14,7 +14,7 @@ from foveate.tokenizer import Tokenizer
 from foveate.train import TrainConfig, chat
 from foveate.train.causal_lm import CausalLM, cut
 from foveate.train.char_tokenizer import char_tokenizer
-from foveate.train.data_files import PIECE, read_rows
+from foveate.train.data_files import CONTINUES, PIECE, read_rows
 from foveate.train.objective import Piece
 from foveate.train.plan import DataPlan, best_fit
 from foveate.train.store import TokenStore
@@ -53,7 +53,7 @@ def test_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     rows = list(read_rows([str(tmp_path / "a.txt")]))
     assert len(rows) > 3 and "".join(row["text"] for row in rows) == text
-    assert [row["end"] for row in rows] == [False] * (len(rows) - 1) + [True]
+    assert [CONTINUES in row for row in rows] == [True] * (len(rows) - 1) + [False]
     assert all(row["text"].endswith("\n") and len(row["text"]) < PIECE + 200 for row in rows[:-1])
     assert not any(row["text"][0].isspace() for row in rows[1:])
 

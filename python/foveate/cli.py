@@ -43,15 +43,16 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 after an error that a sentence explains, 2 for wrong arguments, 130 when interrupted."""
+    """The exit status: 0, 1 after an error that a sentence explains, 2 for wrong arguments, 130 after Ctrl-C (143: SIGTERM)."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
     except UsageError as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"foveate: {error or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "signal", 2)
     except BrokenPipeError:  # the reader, such as head, has seen enough; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
