@@ -103,7 +103,10 @@ def test_resume_after_the_end_does_nothing(tmp_path):
 
 def test_resume_with_other_data_or_another_model(tmp_path):
     run(tmp_path, max_steps=3)
-    with pytest.raises(ValueError, match="of a run with other data or other options: rows a step=5 .was 4..*start in a new output folder"):
+    with pytest.raises(
+        ValueError,
+        match="of a run with other data or other options: rows a step=5 .was 4..*start in a new output folder",
+    ):
         run(tmp_path, max_steps=3, batch_size=5, resume=True)
     with pytest.raises(ValueError, match="has .* of shape .*, the model of .*start in a new output folder"):
         run(tmp_path, max_steps=3, new_model=LLAMA | {"hidden_size": 16}, resume=True)
@@ -128,7 +131,9 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, capfd, numb
     step = Loop._step
     monkeypatch.setattr(Loop, "_step", lambda self, i: (i == 6 and signal.raise_signal(number)) or step(self, i))
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=r"stopped after step 7 of 16 with the checkpoint .*step-00000007; go on with resume") as error:
+    with pytest.raises(
+        Interrupted, match=r"stopped after step 7 of 16 with the checkpoint .*step-00000007; go on with resume"
+    ) as error:
         run(tmp_path / "stopped", **SETTINGS)
     assert error.value.signal == number and signal.getsignal(number) is before
     assert "once more to stop at once" in capfd.readouterr().err

@@ -37,7 +37,8 @@ Where to begin: full fine-tuning 2e-5 to 1e-4, LoRA ten times that, small models
 last/ and best/ (models that every command takes; under LoRA adapters in peft's format, see --merge), metrics.jsonl and loss.png.
 
 Ctrl-C or SIGTERM ends a run after the step that is under way, with a checkpoint.
-exit status: 0, 1 after an error (no data, a loss that is no number, a full disk, ...), 2 for wrong arguments, 130 after Ctrl-C (143: SIGTERM)
+exit status: 0, 1 after an error (no data, a loss that is no number, a full disk, ...), 2 for wrong arguments, 130 after Ctrl-C, 143
+after SIGTERM
 """
 
 

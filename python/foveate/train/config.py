@@ -79,7 +79,9 @@ class TrainConfig:
     device: str | None = _option(None, "cpu (the default), cuda, ...", "model")
 
     train_data: list[str] = _data(
-        [], "files (.txt, .jsonl, .parquet, SQuAD's .json), folders of them, or folders of the datasets library", required=True
+        [],
+        "files (.txt, .jsonl, .parquet, SQuAD's .json), folders of them, or folders of the datasets library",
+        required=True,
     )
     eval_data: list[str] = _data([], "the same, to evaluate on")
     eval_fraction: float = _data(0.0, "without --eval-data: share of the documents, the last ones, held out for it")
@@ -139,8 +141,12 @@ class TrainConfig:
         None, "in several processes, started by torchrun: ddp copies the model, fsdp splits it", choices=("ddp", "fsdp")
     )
     context_parallel: int = _run(1, "processes that share each sequence, with a strategy: ring attention")
-    resume: bool = _run(False, "go on from the last checkpoint in the output folder, bit for bit; begin if there is none")
-    progress: bool | None = _run(None, "show a bar; by default in a terminal, elsewhere a line for each of metrics.jsonl")
+    resume: bool = _run(
+        False, "go on from the last checkpoint in the output folder, bit for bit; begin if there is none"
+    )
+    progress: bool | None = _run(
+        None, "show a bar; by default in a terminal, elsewhere a line for each of metrics.jsonl"
+    )
     tensorboard: bool = _run(False, "write event files to the output folder's tensorboard/")
 
     def __post_init__(self) -> None:
@@ -162,7 +168,11 @@ class TrainConfig:
 
     def changes(self, before: dict[str, Any]) -> tuple[list[str], list[str]]:
         """What differs from `before`, another config's as_dict, in words: what a run that goes on cannot change, and what it may."""
-        found = {name: f"{name}={value} (was {before.get(name)})" for name, value in self.as_dict().items() if value != before.get(name)}
+        found = {
+            name: f"{name}={value} (was {before.get(name)})"
+            for name, value in self.as_dict().items()
+            if value != before.get(name)
+        }
         fixed = [text for name, text in found.items() if name in _FIXED]
         return fixed, [text for name, text in found.items() if name not in (*_FIXED, *_SILENT)]
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-PIECE = 2**16  # characters of a text file that make a document
-CONTINUES = "\0continues"  # a field of a piece that is not the last one of its file; no column of a user's has such a name
+PIECE = 2**16  # characters of a text file that make a document, if a line ends there
+LONGEST_PIECE = 2**18
+# A field of the pieces of a file but the last one; no column of a user's has such a name.
+CONTINUES = "\0continues"
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 _ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that some editors write first
 
@@ -17,8 +19,9 @@ _ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that some editors wri
 def read_rows(paths: Sequence[str]) -> Iterator[Row]:
     """Rows as dictionaries, {"text": ...} for text files.
 
-    A text file is cut at line ends into documents of about 64 thousand characters, all but the last one with CONTINUES. JSON: a list
-    of objects, or SQuAD's format, which gives {"id", "question", "context", "answers": [{"text", "answer_start"}]}.
+    A text file is cut into documents of about 64 thousand characters, before a line that does not begin with white space (at 256
+    thousand anywhere), all but the last one with CONTINUES. JSON: a list of objects, or SQuAD's format, which gives {"id", "question",
+    "context", "answers": [{"text", "answer_start"}]}.
     FileNotFoundError and ValueError with the place of what cannot be read.
     """
     for path in paths:
@@ -62,9 +65,9 @@ def _text(file: Path) -> Iterator[Row]:
     with file.open(encoding=_ENCODING) as stream:
         piece = ""
         try:
-            for line in stream:
-                # not before white space: a tokenizer may join the line end to it
-                if len(piece) >= PIECE and not line[0].isspace():
+            while line := stream.readline(PIECE):
+                # not before white space, to which a tokenizer may join the line end; but a piece ends some time
+                if len(piece) >= PIECE and (not line[0].isspace() or len(piece) >= LONGEST_PIECE):
                     yield {"text": piece, CONTINUES: True}
                     piece = ""
                 piece += line

@@ -132,10 +132,11 @@ class Loop:
                     self.report.note(f"stopped: {self.progress.stale} evaluations without a better loss")
                     break
                 if asked and done < self.steps:
-                    raise Interrupted(
-                        f"stopped after step {done} of {self.steps} with the checkpoint {self.checkpoints.named('last')}; go on with resume",
-                        self._stop.signal or signal.SIGTERM,
+                    last = self.checkpoints.named("last")
+                    sentence = (
+                        f"stopped after step {done} of {self.steps} with the checkpoint {last}; go on with resume"
                     )
+                    raise Interrupted(sentence, self._stop.signal or signal.SIGTERM)
         return self.progress
 
     def _is_stale(self) -> bool:

@@ -145,7 +145,9 @@ def _answers(row: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         answers = row["answers"]
         if isinstance(answers, dict):
-            answers = [{"text": text, "answer_start": start} for text, start in zip(answers["text"], answers["answer_start"])]
+            answers = [
+                {"text": text, "answer_start": start} for text, start in zip(answers["text"], answers["answer_start"])
+            ]
         return [{"text": str(a["text"]), "answer_start": int(a["answer_start"])} for a in answers]
     except (KeyError, TypeError) as error:
         raise ValueError(

@@ -121,7 +121,9 @@ class Report:
             return
         try:
             draw_curve(self.history, self.folder / PICTURE)
-        except OSError as error:  # the numbers are in metrics.jsonl; an error that ends the run is not to be hidden by this one
+        except (
+            OSError
+        ) as error:  # not raised, as it could hide the error that ends the run; the numbers are in metrics.jsonl
             self.note(f"{self.folder / PICTURE} could not be written: {error}")
 
     def _write(self, row: dict[str, float]) -> None:
