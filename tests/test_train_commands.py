@@ -256,7 +256,10 @@ def test_a_disk_that_is_too_small(tmp_path, capsys, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 1000, 1000))
     assert main(["train", *flags(tmp_path)]) == 1
-    assert "the next one beside it) need about 1 MiB more" in (error := capsys.readouterr().err) and "MiB free; make room" in error
+    assert (
+        "the next one beside it) need about 1 MiB more" in (error := capsys.readouterr().err)
+        and "MiB free; make room" in error
+    )
 
 
 def test_a_bad_tokenizer_of_a_checkpoint(tmp_path, capsys):
