@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import foveate
-from foveate.commands import answer, chat, generate, search, train
+from foveate.commands import answer, chat, classify, generate, search, train
 from foveate.commands.options import UsageError
 
 BENCHES = ("attention", "backward", "decode", "softmax", "cross_entropy", "linear", "overhead", "memory")
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_parser(commands)
     chat.add_parser(commands)
     answer.add_parser(commands)
+    classify.add_parser(commands)
     train.add_parser(commands)
     search.add_parser(commands)
 
