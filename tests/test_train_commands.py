@@ -38,7 +38,8 @@ def test_train_prints_a_result_and_goes_on(tmp_path, capsys):
     out = capsys.readouterr().out
     assert (
         "3 steps, " in out
-        and "tokens/s, loss " in out
+        and "tokens/s, training loss " in out
+        and ", evaluation loss " in out
         and "perplexity" in out
         and f"best: {tmp_path}/out/step-0000000" in out
     )
@@ -83,6 +84,14 @@ def test_help_teaches(capsys):
         ({"quantization": "q4_0"}, "give a lora_rank to train adapters on them"),
         ({"lora_rank": 4}, "LoRA adapts a trained model"),
         ({"merge": True}, "merge folds adapters into the model"),
+        ({"learning_rate": "inf"}, "learning_rate=inf must be more than 0, and finite"),
+        ({"weight_decay": "nan"}, "weight_decay=nan must be 0 or more"),
+        ({"beta1": 1}, "beta1=1.0 must be from 0 to below 1"),
+        ({"lora_alpha": 32}, "lora_alpha is for adapters; give a lora_rank too"),
+        ({"whole_word": True}, "whole_word is for masked-lm; leave it away for causal-lm"),
+        ({"patience": 2}, "patience needs something to evaluate on"),
+        ({"epochs": 2}, "epochs and max_steps both say how long to train"),
+        ({"objective": "question-answering", "eval_fraction": 0.1}, "question-answering is evaluated by whole answers"),
         ({"eval_data": "x", "eval_fraction": 0.1}, "eval_data and eval_fraction both say what to evaluate on"),
     ],
 )
@@ -141,14 +150,52 @@ def bad_inputs():
         return {"train_data": folder / "nothing.txt"}, "nothing.txt does not exist"
 
     def no_text(folder):
-        return rows(folder, {"body": "x"}), "a row has no text in 'text'; its fields are 'body': set text_field"
+        data = rows(folder, *[{"text": text} for text in sentences(600)], {"body": "x"})
+        return data, "row 601 of the data: there is no text in 'text'; the fields are 'body': set text_field"
 
     def no_template(folder):
         return rows(folder, {"messages": [{"role": "user", "content": "x"}]}), "this checkpoint has no chat template"
 
     def no_label(folder):
         change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
-        return rows(folder, {"text": "x"}) | change, "a row has no label in 'label'"
+        return rows(folder, {"text": "x"}) | change, "row 1 of the data: there is no label in 'label'"
+
+    def a_list_of_labels(folder):
+        change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
+        return rows(folder, {"text": "x", "label": ["a"]}) | change, "it must be one class, a text or a number"
+
+    def one_class(folder):
+        change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
+        return rows(folder, {"text": "x", "label": 3}) | change, "all rows have the label '3'; a classifier needs"
+
+    def half_a_pair(folder):
+        change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
+        pair = [{"text": "x", "text_pair": None, "label": x} for x in "ab"]
+        return rows(folder, *pair) | change, "there is no text in 'text_pair', but a NoneType"
+
+    def no_completion(folder):
+        return rows(
+            folder, {"prompt": "a", "completion": "b"}, {"prompt": "a"}
+        ), "row 2 of the data: there is no text in 'completion'"
+
+    def messages_of_another_form(folder):
+        chat = [{"from": "human", "value": "x"}]
+        return rows(folder, {"messages": chat}), 'messages must be a list of {"role": ..., "content": ...}'
+
+    def an_empty_message(folder):
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]
+        return rows(folder, {"messages": chat}), 'messages must be a list of {"role": ..., "content": ...}'
+
+    def answers_without_a_place(folder):
+        change = {"objective": "question-answering", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
+        row = {"question": "who ?", "context": "fox", "answers": [{"text": "fox"}]}
+        return rows(folder, row) | change, '"answers" must be a list of {"text", "answer_start"}'
+
+    def an_unwritable_cache(folder):
+        (folder / "file").write_text("")
+        return {
+            "cache_dir": folder / "file" / "cache"
+        }, "(Not a directory); make room there, or choose another cache_dir"
 
     def no_mask(folder):
         change = {"objective": "masked-lm", "new_model": json.dumps(BERT)}
@@ -182,6 +229,23 @@ def test_bad_input_is_a_sentence(tmp_path, capsys, bad):
     assert not list(tmp_path.glob("out/step-*"))
 
 
+def test_a_step_that_repeats_rows_says_so(tmp_path, capsys):
+    data = rows(tmp_path, *[{"text": "abc"}] * 3)
+    assert main(["train", *flags(tmp_path, **data, batch_size=9), "--no-packing"]) == 0
+    assert "a step reads 9 rows" in (shown := capsys.readouterr().err) and "each is read 3 times in a step" in shown
+    assert main(["train", *flags(tmp_path, **data, batch_size=3, output_dir=tmp_path / "second"), "--no-packing"]) == 0
+    assert "times in a step" not in capsys.readouterr().err
+
+
+def test_lines_without_a_terminal(tmp_path, capsys):
+    assert main(["train", *flags(tmp_path, log_every=2, eval_fraction=0.2)]) == 0
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in shown] == ["step 2", "step 3", "step 3"]
+    assert "loss " in shown[0] and "tokens_per_second" in shown[0] and "eval_perplexity" in "".join(shown)
+    assert main(["train", *flags(tmp_path, output_dir=tmp_path / "second"), "--no-progress"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_too_long_rows_can_be_left_out(tmp_path, capsys):
     data = rows(tmp_path, {"prompt": "a" * 60, "completion": "b" * 20}, {"prompt": "a", "completion": "bcd"})
     assert main(["train", *flags(tmp_path, **data, too_long="drop", max_steps=1, batch_size=1), "--json"]) == 0
@@ -192,7 +256,10 @@ def test_a_disk_that_is_too_small(tmp_path, capsys, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 1000, 1000))
     assert main(["train", *flags(tmp_path)]) == 1
-    assert "the checkpoints need about" in (error := capsys.readouterr().err) and "MiB free; make room" in error
+    assert (
+        "the next one beside it) need about 1 MiB more" in (error := capsys.readouterr().err)
+        and "MiB free; make room" in error
+    )
 
 
 def test_a_bad_tokenizer_of_a_checkpoint(tmp_path, capsys):

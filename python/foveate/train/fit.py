@@ -93,7 +93,7 @@ def fit(
         trained, objective, store, evaluation = _open(config)
     train = _data(config, objective, store, shuffle=True)
     held_out = None if evaluation is None else _data(config, objective, evaluation, shuffle=False)
-    checkpoints.check_space(_checkpoint_bytes(trained.model))
+    checkpoints.check_space(_disk_bytes(config, trained.model))
     report = Report(
         folder,
         log_every=config.log_every,
@@ -178,7 +178,11 @@ def _data(config: TrainConfig, objective: Objective, store: TokenStore, *, shuff
     return Data(store, pieces, plan)
 
 
-def _checkpoint_bytes(model: nn.Module) -> int:
-    """The exported weights, and the state: the trained ones with AdamW's two moments, fp32."""
-    exported = sum(p.nbytes for p in model.parameters())
-    return exported + sum(12 * p.numel() for p in model.parameters() if p.requires_grad)
+def _disk_bytes(config: TrainConfig, model: nn.Module) -> int:
+    """The most that a run has on the disk: two checkpoints, each of the weights and a state of the trained ones with AdamW's two
+    moments in fp32; the weights of the best one; and the merged model."""
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(4 * p.numel() for p in model.parameters())
+    exported = trained if config.lora_rank else whole
+    best = exported if config.eval_data or config.eval_fraction else 0
+    return 2 * (exported + 3 * trained) + best + (whole if config.merge else 0)

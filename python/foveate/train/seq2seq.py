@@ -41,7 +41,7 @@ class Seq2Seq:
         """source and target int32."""
         columns: Columns = {}
         for name in ("source", "target"):
-            texts = [text_of(row, name) for row in rows]
+            texts = [text_of(row, name, "") for row in rows]
             encodings = self.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
             columns[name] = [np.array([*e.ids, self.end_id], np.int32) for e in encodings]
         return columns
