@@ -140,7 +140,8 @@ def test_backward_over_a_graph_that_is_kept_gives_the_same_again():
     hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True)
     loss = 3.0 * foveate.linear_cross_entropy(hidden, weight, torch.randint(0, 30, (7,)))
     found = [
-        torch.autograd.grad(loss, (hidden, weight), torch.tensor(0.5), retain_graph=keep) for keep in (True, True, False)
+        torch.autograd.grad(loss, (hidden, weight), torch.tensor(0.5), retain_graph=keep)
+        for keep in (True, True, False)
     ]
     assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again))
 
