@@ -23,7 +23,7 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """signal: the one that asked for the end of the run, 0 while none has."""
 
-    signal = 0
+    signal: int = 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -49,5 +49,5 @@ class StopRequest:
                 raise Interrupted(f"stopped by a signal; before that: {error!r}", self.signal) from error
             raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for each, handler in before.items():
+                signal.signal(each, handler)
