@@ -15,19 +15,22 @@ import torch
 class Compiled(NamedTuple):
     name: str
     shared: int  # bytes
-    registers: int
+    registers: int  # of a thread
     stack: int  # bytes of local memory per thread: what was spilled
 
 
 class _Driver:
     """What the compiler asks a driver for."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, chip: int | str) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self.target = GPUTarget("cuda", arch, 32)
+        if isinstance(chip, int):
+            self.target = GPUTarget("cuda", chip, 32)
+        else:
+            self.target = GPUTarget("hip", chip, 64 if _cdna(chip) else 32)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> Any:
         return self.target.arch  # compiled kernels are remembered by device
 
     def get_current_stream(self, device: int) -> int:
@@ -40,34 +43,41 @@ class _Driver:
         return torch.device("cpu")
 
 
+def _cdna(chip: str) -> bool:
+    return chip.startswith("gfx9")
+
+
 @contextlib.contextmanager
-def compiling(arch: int, cache: Path) -> Iterator[list[Compiled]]:
-    """Inside, calls on CPU tensors with backend="triton" compile for `arch` (80, 90, 100) and leave their outputs unwritten."""
+def compiling(chip: int | str, cache: Path) -> Iterator[list[Compiled]]:
+    """Inside, calls on CPU tensors with backend="triton" compile for `chip` (80, 90, "gfx942", ...) and leave their outputs unwritten."""
     import triton
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     import foveate._triton as backend
     from foveate import _backends
-    from foveate._triton import attention
+    from foveate._triton import attention, config
 
+    arch = chip if isinstance(chip, int) else config.CDNA if _cdna(chip) else config.RDNA
     found: list[Compiled] = []
     active = driver._active
-    run, interpreted, chip = JITFunction.run, backend.interpreted, attention.arch
+    run, interpreted, arch_of = JITFunction.run, backend.interpreted, attention.arch
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        found.append(Compiled(kernel.metadata.name, kernel.metadata.shared, *_resources(kernel.asm["cubin"], cache)))
+        asm = kernel.asm
+        resources = _resources(asm["cubin"], cache) if "cubin" in asm else _amd_resources(asm["amdgcn"])
+        found.append(Compiled(kernel.metadata.name, kernel.metadata.shared, *resources))
 
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(cache)
-        driver.set_active(_Driver(arch))
+        driver.set_active(_Driver(chip))
         JITFunction.run, backend.interpreted, attention.arch = compile_only, lambda: True, lambda device: arch
         _backends.choose.cache_clear()
         try:
             yield found
         finally:
-            JITFunction.run, backend.interpreted, attention.arch = run, interpreted, chip
+            JITFunction.run, backend.interpreted, attention.arch = run, interpreted, arch_of
             _backends.choose.cache_clear()
             driver._active = active
 
@@ -81,3 +91,11 @@ def _resources(cubin: bytes, folder: Path) -> tuple[int, int]:
     listing = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", listing).groups()  # type: ignore[union-attr]
     return int(registers), int(stack)
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    registers, stack = (
+        int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))  # type: ignore[union-attr]
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return registers, stack

@@ -64,3 +64,49 @@ def test_blocks_are_powers_of_two_and_fit_the_rows():
             assert size & (size - 1) == 0
         assert chosen.block_m == 16 or chosen.block_m < 2 * rows, "half of the rows of a block may be empty, not more"
         assert all(c.warps in (4, 8) for c in (chosen, *config.backward(D, D, dtype, rows, arch)))
+
+
+CHIPS = (config.INTERPRETER, config.CDNA, config.RDNA, config.XE, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+
+
+def test_families():
+    names = [
+        "sm_80",
+        "cdna",
+        "rdna",
+        "sm_86",
+        "sm_80",
+        "sm_86",
+        "sm_80",
+        "sm_86",
+        "sm_90",
+        *["sm_100"] * 3,
+        "sm_86",
+        "sm_86",
+    ]
+    assert [config.family(arch) for arch in CHIPS] == names
+    assert config.shared_memory(120) < 100 * 1024 < config.shared_memory(80) < config.shared_memory(100)
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+@pytest.mark.parametrize("D", [8, 40, 64, 80, 96, 128, 192, 256])
+def test_tiles_fit_the_shared_memory(D, arch):
+    """One stage of the rows that pass and, but on AMD's chips where they are in registers, those that stay: what the compiler needs at
+    least. test_triton_compile.py sees all of it."""
+    stays = arch not in (config.CDNA, config.RDNA)
+    for dtype in (torch.bfloat16, torch.float32):
+        width = sum(parts(D)) * dtype.itemsize
+        for rows in (1, 64, 4096):
+            chosen = config.forward(D, D, dtype, rows, arch)
+            assert (stays * chosen.block_m + 2 * chosen.block_n) * width <= config.shared_memory(arch)
+        for chosen in config.backward(D, D, dtype, 4096, arch):
+            assert 2 * (stays * chosen.block_m + chosen.block_n) * width <= config.shared_memory(arch)
+
+
+def test_entries_of_the_table_belong_to_one_chip():
+    entry = config.Config(64, 64, 4, 2)
+    with config.table_is({config.key("forward", 128, torch.bfloat16, 4096, config.CDNA): entry}):
+        assert config.forward(128, 128, torch.bfloat16, 4096, config.CDNA) == entry
+        assert config.forward(128, 128, torch.bfloat16, 4096, config.RDNA) != entry
+        assert config.forward(128, 128, torch.float32, 4096, config.CDNA) != entry
+    assert config.forward(128, 128, torch.bfloat16, 4096, config.CDNA) != entry

@@ -45,6 +45,8 @@ def native(*, cuda: bool = True) -> Supports:
         C = _native._C
         if C is None:
             return _native.missing_reason
+        if query.device == "cuda" and torch.version.hip is not None:
+            return "the compiled CUDA kernels run on NVIDIA's GPUs, this torch is one for ROCm"
         if not runs_cuda_kernels(query.device):
             return (
                 None

@@ -15,11 +15,11 @@ _library = torch.library.Library("foveate", "DEF")
 
 
 def define(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `schema` with one implementation for CPU and CUDA tensors (the backend table chooses below it) and a fake
+    """Register `schema` with one implementation for tensors of CPUs and GPUs (the backend table chooses below it) and a fake
     kernel for shapes; returns the overload to call."""
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
+    for key in ("CPU", "CUDA", "XPU"):
         _library.impl(name, impl, key)
     torch.library.register_fake(f"foveate::{name}", fake, lib=_library)
     return getattr(torch.ops.foveate, name).default

@@ -24,7 +24,8 @@ namespace foveate::cuda::dev {
 // Blocks are one-dimensional: blockDim.y == blockDim.z == 1. threadIdx, blockIdx, blockDim and gridDim are CUDA's own.
 
 __device__ int lane();  // 0..31
-__device__ int warp();  // 0..blockDim.x / 32 - 1, the same register in all lanes
+// 0..blockDim.x / 32 - 1, the same register in all lanes: a warp function, like a shuffle.
+__device__ int warp(Site site = Site::here());
 
 // ---- shared memory -----------------------------------------------------------------------------------------------------------
 

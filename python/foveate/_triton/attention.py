@@ -27,9 +27,14 @@ from .tiles import parts
 
 @functools.lru_cache(maxsize=16)
 def arch(device: torch.device) -> int:
-    """90 for sm_90; 0 on the CPU, under the interpreter, and on AMD's GPUs, whose numbers mean something else."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
+    """90 for sm_90; what `config` has for the interpreter and for chips of other makers."""
+    if device.type == "cpu":
+        return config.INTERPRETER
+    if device.type == "xpu":
+        return config.XE
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName  # such as gfx942:sramecc+:xnack-
+        return config.CDNA if name.startswith("gfx9") else config.RDNA
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -2,8 +2,8 @@
 two groups of warps that compute. For plain scores of half precision, a head dim that is a power of two, and no dropout; what runs is
 chosen by `config.forward`, and `attention_forward.py` has everything else.
 
-triton 3.6 specialises one loop of a kernel, whose operands all come through descriptors: there every block of keys gets the mask if one
-does.
+triton 3.6 specialises one loop of a kernel. With loops for the masked blocks beside it the compiler fails, and with a branch around the mask
+it drops the specialisation; so there every block of keys gets the mask if one does, as two comparisons with bounds that each row knows.
 """
 
 from __future__ import annotations
@@ -11,33 +11,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import LOG2E, fused, key_ranges, natural_lse, sequence, visible
+from .scores import LOG2E, fused, key_ranges, natural_lse, sequence
 from .tiles import dot, store_part, to
 
 
 @triton.jit
 def _step(
-    acc,
-    top,
-    total,
-    q,
-    keys_at,
-    values_at,
-    first,
-    i,
-    keys,
-    offset,
-    left,
-    right,
-    opts,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Takes the keys from `first` on into acc, the row maxima `top` and the row sums `total`."""
+    acc, top, total, q, keys_at, values_at, first, lowest, highest, opts, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Takes the keys from `first` on into acc, the row maxima `top` and the row sums `total`. Row i sees the keys lowest[i]..highest[i] - 1."""
     qk = dot(q, tl.trans(keys_at.load([first, 0])), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
     if MASKED:
-        j = first + tl.arange(0, BLOCK_N)
-        qk = tl.where(visible(i[:, None], j[None, :], keys, offset, left, right, opts), qk, float("-inf"))
+        step = tl.arange(0, BLOCK_N)[None, :]
+        seen = step < (highest - first)[:, None]
+        if opts.has_left:
+            seen = seen & (step >= (lowest - first)[:, None])
+        qk = tl.where(seen, qk, float("-inf"))
     new_top = tl.maximum(top, tl.max(qk, 1) * opts.scale_log2)
     base = new_top
     if MASKED:
@@ -71,7 +60,7 @@ def attention_forward_hopper(
     queries_at = tl.make_tensor_descriptor(q, [tl.maximum(queries, 1), D], [q_strides[2], 1], [BLOCK_M, D])
     keys_at = tl.make_tensor_descriptor(k, [tl.maximum(keys, 1), D], [k_strides[2], 1], [BLOCK_N, D])
     values_at = tl.make_tensor_descriptor(v, [tl.maximum(keys, 1), DV], [v_strides[2], 1], [BLOCK_N, DV])
-    queries_of_block = queries_at.load([block * BLOCK_M, 0])
+    rows = queries_at.load([block * BLOCK_M, 0])
 
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -79,29 +68,35 @@ def attention_forward_hopper(
     first, last = block * BLOCK_M, tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1
     start, full_start, full_end, end = key_ranges(first, last, keys, offset, left, right, opts, BLOCK_N)
     MASKED: tl.constexpr = opts.has_left or opts.has_right or RAGGED
+    lowest = i + offset - left
+    highest = tl.zeros([BLOCK_M], tl.int32) + keys
+    if opts.has_right:
+        highest = tl.minimum(highest, i + offset + right + 1)
     if SPECIALIZE:
         for n in tl.range(start, end, BLOCK_N, warp_specialize=True):
-            acc, top, total = _step(acc, top, total, queries_of_block, keys_at, values_at, n, i, keys, offset, left, right, opts, BLOCK_N,
-                                    MASKED)  # fmt: skip
+            acc, top, total = _step(
+                acc, top, total, rows, keys_at, values_at, n, lowest, highest, opts, BLOCK_N, MASKED
+            )
     else:
         if opts.has_left:
             for n in range(start, full_start, BLOCK_N):
-                acc, top, total = _step(acc, top, total, queries_of_block, keys_at, values_at, n, i, keys, offset, left, right, opts,
-                                        BLOCK_N, True)  # fmt: skip
+                acc, top, total = _step(
+                    acc, top, total, rows, keys_at, values_at, n, lowest, highest, opts, BLOCK_N, True
+                )
         for n in range(full_start, full_end, BLOCK_N):
-            acc, top, total = _step(acc, top, total, queries_of_block, keys_at, values_at, n, i, keys, offset, left, right, opts, BLOCK_N,
-                                    False)  # fmt: skip
+            acc, top, total = _step(acc, top, total, rows, keys_at, values_at, n, lowest, highest, opts, BLOCK_N, False)
         if MASKED:
             for n in range(full_end, end, BLOCK_N):
-                acc, top, total = _step(acc, top, total, queries_of_block, keys_at, values_at, n, i, keys, offset, left, right, opts,
-                                        BLOCK_N, True)  # fmt: skip
+                acc, top, total = _step(
+                    acc, top, total, rows, keys_at, values_at, n, lowest, highest, opts, BLOCK_N, True
+                )
 
     valid = i < queries
     if lse is not None:
         some = total > 0
         value = natural_lse(tl.where(some, top, 0.0), tl.where(some, total, 1.0))
-        rows = b64 * lse_strides[0] + head * lse_strides[1] + first_q + i
-        tl.store(lse + rows, tl.where(some, value, float("-inf")), mask=valid)
+        place = b64 * lse_strides[0] + head * lse_strides[1] + first_q + i
+        tl.store(lse + place, tl.where(some, value, float("-inf")), mask=valid)
     if opts.sinks is not None:
         total += tl.exp2(tl.load(opts.sinks + h) * LOG2E - tl.where(top == float("-inf"), 0.0, top))
     acc = acc * (1 / tl.where(total > 0, total, 1.0))[:, None]

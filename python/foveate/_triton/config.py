@@ -21,6 +21,11 @@ TABLE_PATH = Path(__file__).with_name("configs.json")
 LONG = 2048  # queries from which on a call counts as long
 
 
+# What `arch` is where the chip is none of NVIDIA's, whose numbers are 80, 86, 90, ...: the interpreter; AMD's chips with matrix cores for
+# data centres (gfx9, 64 threads in a wave) and the others (gfx10 and later, 32 threads); Intel's.
+INTERPRETER, CDNA, RDNA, XE = range(4)
+
+
 class Config(NamedTuple):
     block_m: int  # queries
     block_n: int  # keys
@@ -29,9 +34,32 @@ class Config(NamedTuple):
     variant: int = PLAIN
 
 
+def chip(arch: int) -> str:
+    """The chip's name in the table."""
+    return f"sm_{arch}" if arch > XE else ("interpreter", "cdna", "rdna", "xe")[arch]
+
+
+def shared_memory(arch: int) -> int:
+    """Bytes of it that one block of threads may have."""
+    if arch in (CDNA, RDNA, XE):
+        return 64 << 10
+    if arch in (86, 89) or arch >= 120:
+        return 99 << 10
+    return 227 << 10 if arch >= 90 else 163 << 10
+
+
+def family(arch: int) -> str:
+    """The chips that share a column of the rules: by shared memory, and by the instruction that multiplies matrices."""
+    if arch in (CDNA, RDNA):
+        return chip(arch)
+    if shared_memory(arch) < 160 << 10:
+        return "sm_86"
+    return "sm_80" if arch < 90 else "sm_90" if arch < 100 else "sm_100"
+
+
 def key(kind: str, width: int, dtype: torch.dtype, queries: int, arch: int) -> str:
     """The place in the table: kind is "forward", "forward masked" (causal or windowed), "dq" or "dkv"; width the padded head dim."""
-    return f"sm_{arch} {kind} {width} {'fp32' if dtype == torch.float32 else 'half'} {'long' if queries >= LONG else 'short'}"
+    return f"{chip(arch)} {kind} {width} {'fp32' if dtype == torch.float32 else 'half'} {'long' if queries >= LONG else 'short'}"
 
 
 def read_table(path: Path = TABLE_PATH) -> dict[str, Config]:
@@ -76,35 +104,57 @@ def _rows(wanted: int, longest: int) -> int:
     return min(longest, max(16, 1 << (wanted - 1).bit_length()))
 
 
+# The rules of half precision, by family and padded head dim (up to the one given): as many queries and keys as compile without spills and
+# leave room for two or three stages in shared memory.
+_FORWARD = {
+    "sm_80": {48: Config(128, 64, 8, 3), 64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 64, 8, 2)},
+    "sm_86": {48: Config(128, 64, 8, 3), 64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    "sm_90": {48: Config(128, 64, 8, 3), 64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
+    "sm_100": {128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+    "cdna": {64: Config(128, 64, 4, 2), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
+    "rdna": {64: Config(64, 64, 4, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
+}  # fmt: skip
+_DQ = {
+    "sm_80": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 4, 1)},
+    "sm_86": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 4, 1)},
+    "sm_90": {128: Config(128, 64, 8, 2), 256: Config(32, 32, 4, 1)},
+    "sm_100": {128: Config(128, 64, 8, 2), 256: Config(32, 32, 4, 1)},
+    "cdna": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
+    "rdna": {64: Config(64, 32, 8, 1), 128: Config(32, 16, 4, 1), 256: Config(32, 16, 4, 1)},
+}  # fmt: skip
+_DKV = {
+    "sm_80": {64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 1), 256: Config(16, 32, 4, 1)},
+    "sm_86": {128: Config(32, 64, 8, 2), 256: Config(16, 32, 4, 1)},
+    "sm_90": {128: Config(32, 64, 8, 2), 256: Config(16, 32, 4, 1)},
+    "sm_100": {128: Config(32, 64, 8, 2), 256: Config(16, 32, 4, 1)},
+    "cdna": {64: Config(32, 64, 4, 2), 128: Config(32, 64, 4, 1), 256: Config(32, 32, 4, 1)},
+    "rdna": {64: Config(16, 64, 8, 1), 256: Config(16, 16, 4, 1)},
+}  # fmt: skip
+
+# fp32 has no tensor cores without tf32: smaller tiles keep its operands in registers, on every chip.
+_FORWARD_FP32 = {64: Config(64, 32, 8, 2), 128: Config(64, 16, 8, 2), 256: Config(32, 16, 8, 2)}
+_DQ_FP32 = {64: Config(32, 32, 4, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 4, 1)}
+_DKV_FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
+
+
+def _rule(rules: Mapping[int, Config], width: int) -> Config:
+    return next((config for limit, config in rules.items() if width <= limit), rules[256])
+
+
 @functools.lru_cache(maxsize=4096)
 def forward(
     D: int, Dv: int, dtype: torch.dtype, rows: int, arch: int, masked: bool = False, descriptors: bool = True
 ) -> Config:
-    """rows: query rows that one program could take. arch: 80, 90, 100, ... (0 for the interpreter). masked: causal or a window.
-    descriptors: whether the kernel with them may be chosen.
-
-    Half precision: 128 queries, and as many keys as leave two or three stages in the shared memory of the chip (163 KiB on sm_80, 227
-    on sm_90 and sm_100). fp32 has no tensor cores without tf32: smaller tiles keep its operands in registers.
-    """
+    """rows: query rows that one program could take. masked: causal or a window. descriptors: whether the kernel with them may be
+    chosen."""
     width = max(sum(parts(D)), sum(parts(Dv)))
-    roomy = arch >= 90
     entry = _entry("forward masked" if masked else "forward", width, dtype, rows, arch)
     if entry is not None and (descriptors or entry.variant == PLAIN):
         config = entry
-    elif dtype == torch.float32:
-        config = Config(64, 32, 8, 2) if width <= 64 else Config(64, 16, 8, 2) if width <= 128 else Config(32, 16, 8, 2)
-    elif (width <= 128 and arch >= 100) or width < 64:
-        config = Config(128, 64, 8, 3)
-    elif width <= 64:
-        config = Config(128, 128, 8, 3) if roomy else Config(128, 64, 4, 3)
-    elif width <= 128:
-        config = Config(128, 128, 8, 2) if roomy else Config(128, 64, 8, 2)
-    elif arch >= 100:
-        config = Config(128, 32, 8, 2)
     else:
-        config = Config(128, 64, 8, 2) if roomy else Config(64, 64, 8, 2)
+        config = _rule(_FORWARD_FP32 if dtype == torch.float32 else _FORWARD[family(arch)], width)
     block_m = _rows(rows, config.block_m)
-    return config if block_m == config.block_m else Config(block_m, min(64, config.block_n), 4, 2)
+    return config if block_m == config.block_m else Config(block_m, min(64, config.block_n), 4, min(2, config.stages))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,25 +169,7 @@ def packs(Sq: int, share: int, block_m: int) -> bool:
 def backward(D: int, Dv: int, dtype: torch.dtype, rows: int, arch: int) -> tuple[Config, Config]:
     """Of the kernel for dq, where the queries stay and the keys pass, and of the one for dk and dv, where it is the other way round."""
     width = max(sum(parts(D)), sum(parts(Dv)))
-    dq, dkv = _backward_rules(width, dtype, arch)
+    single = dtype == torch.float32
+    dq = _rule(_DQ_FP32 if single else _DQ[family(arch)], width)
+    dkv = _rule(_DKV_FP32 if single else _DKV[family(arch)], width)
     return _entry("dq", width, dtype, rows, arch) or dq, _entry("dkv", width, dtype, rows, arch) or dkv
-
-
-def _backward_rules(width: int, dtype: torch.dtype, arch: int) -> tuple[Config, Config]:
-    if dtype == torch.float32:
-        if width <= 64:
-            return Config(32, 32, 4, 1), Config(32, 32, 4, 1)
-        return (
-            (Config(32, 16, 8, 1), Config(16, 32, 8, 1))
-            if width <= 128
-            else (Config(16, 16, 4, 1), Config(16, 16, 8, 1))
-        )
-    if width <= 64:
-        return Config(128, 64, 8, 2), Config(32, 64, 8, 2) if arch >= 90 else Config(32, 128, 8, 2)
-    if width <= 128:
-        return (
-            (Config(128, 64, 8, 2), Config(32, 64, 8, 2))
-            if arch >= 90
-            else (Config(64, 64, 8, 2), Config(64, 64, 8, 1))
-        )
-    return Config(32, 32, 4, 1), Config(16, 32, 4, 1)

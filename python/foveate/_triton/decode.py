@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import attention, on_device
+from . import attention, config, on_device
 from .cache_rows import Cache, Rotary, append_rows
 from .decode_kernels import decode_combine, decode_split
 from .scores import Options
@@ -56,7 +56,10 @@ def decode_plan(
 @functools.lru_cache(maxsize=16)
 def processors(device: torch.device) -> int:
     """Of a GPU; for the interpreter a number that makes small cases split."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+    if device.type == "cpu":
+        return 16
+    properties = getattr(torch, device.type).get_device_properties(device)
+    return properties.gpu_subslice_count if device.type == "xpu" else properties.multi_processor_count
 
 
 def _cache(data: Tensor, scale: Tensor | None) -> Cache:
@@ -124,7 +127,7 @@ def attention_with_kv_cache(
         page_size, pages, capacity, plan.num_splits, plan.keys_per_split, left, right, opts, SHARE=share, D=D, DV=Dv, D0=parts(D)[0],
         D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1], HALF=half, INTERLEAVED=interleaved, APPENDED=k is not None,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=8 if wide else 4,
-        num_stages=2 if attention.arch(q.device) < 90 or wide else 3,
+        num_stages=2 if wide or config.shared_memory(attention.arch(q.device)) < 200 << 10 else 3,
     )  # fmt: skip
     if part_out is not None:
         decode_combine[(B * Hq * Sq,)](

@@ -94,7 +94,9 @@ def tune(
     from foveate._triton import config
 
     path = config.TABLE_PATH if path is None else path
-    table = {name: entry for name, entry in config.read_table(path).items() if not name.startswith(f"sm_{arch} ")}
+    table = {
+        name: entry for name, entry in config.read_table(path).items() if not name.startswith(f"{config.chip(arch)} ")
+    }
     for case in cases():
         inputs = tensors(case, device)
         name = config.key(case.kind, case.D, torch.bfloat16, case.S, arch)
