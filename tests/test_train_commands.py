@@ -283,6 +283,7 @@ def test_ranges():
     assert parse_range("batch_size=4,8") == Range("batch_size", choices=(4, 8))
     for text in (
         "nothing=1:2",
+        "output_dir=a,b",
         "learning_rate",
         "learning_rate=2:1",
         "learning_rate=0:1:log",
@@ -333,6 +334,35 @@ def test_search_prunes_what_is_worse(tmp_path, capsys):
         lines = (tmp_path / "out" / f"trial-{row['number']:04d}" / "metrics.jsonl").read_text().splitlines()
         evaluated = [line for line in lines if "eval_loss" in line]
         assert (len(evaluated) < 3) == (row["state"] == "pruned")
+
+
+def test_a_search_goes_on_with_the_same_only(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    more = {"learning_rate": None, "max_steps": 2, "eval_fraction": 0.2, "trials": 1}
+    over = ["--over", "learning_rate=1e-4,1e-3"]
+    assert main(["search", *flags(tmp_path, **more), *over]) == 0
+    assert "trial 0 complete loss " in capsys.readouterr().err
+    assert main(["search", *flags(tmp_path, **more | {"max_steps": 3}), *over]) == 1
+    assert "the study of another search, with other values for max_steps=3 (was 2)" in capsys.readouterr().err
+    assert main(["search", *flags(tmp_path, **more), "--over", "learning_rate=1e-4,1e-2"]) == 1
+    assert "the study of another search, with other values for the ranges" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "over, sentence",
+    [
+        ("batch_size=a,b", "batch_size='a' is of type str"),
+        ("batch_size=2.5:8", "batch_size=2.5 is of type float"),
+        ("packing=1,2", "packing=1 is of type int"),
+        ("batch_size=true,2", "batch_size=True is of type bool"),
+        ("learning_rate=-1,2", "learning_rate=-1 must be more than 0"),
+        ("lora_alpha=4,8", "lora_alpha is for adapters"),
+    ],
+)
+def test_values_that_no_trial_could_take(tmp_path, capsys, over, sentence):
+    pytest.importorskip("optuna")
+    assert main(["search", *flags(tmp_path, eval_fraction=0.2), "--over", over]) == 1
+    assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

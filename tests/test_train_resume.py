@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from foveate.models import load_model
+from foveate.train import fit
 from foveate.train.checkpoints import Checkpoints
 from foveate.train.interrupt import Interrupted
 from foveate.train.loop import Loop
@@ -140,6 +141,18 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, capfd, numb
     monkeypatch.undo()
     continued = run(tmp_path / "stopped", **SETTINGS, resume=True)
     assert largest_difference(whole, continued) == 0 and losses(whole) == losses(continued)
+
+
+def test_a_signal_is_not_lost_in_what_the_caller_raises(tmp_path, monkeypatch):
+    """A search goes on after a trial that was pruned, but not after Ctrl-C."""
+
+    def prune(step, metrics):
+        raise RuntimeError("pruned")
+
+    step = Loop._step
+    monkeypatch.setattr(Loop, "_step", lambda self, i: signal.raise_signal(signal.SIGINT) or step(self, i))
+    with pytest.raises(Interrupted, match="stopped by a signal; before that: RuntimeError.*pruned"):
+        fit(**options(tmp_path, eval_fraction=0.2, eval_every=1, max_steps=3), after_evaluation=prune)
 
 
 def test_the_second_signal_stops_at_once(tmp_path, monkeypatch):

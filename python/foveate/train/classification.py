@@ -68,8 +68,10 @@ class Classification:
         return Batch(tensors, packed, len(pieces), sum(piece.length for piece in pieces))
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        options = {"label_smoothing": self.config.label_smoothing, "z_loss": self.config.z_loss}
-        return cross_entropy(self._logits(model, batch), batch["labels"], reduction="sum", **options)
+        return cross_entropy(
+            self._logits(model, batch), batch["labels"], reduction="sum", label_smoothing=self.config.label_smoothing,
+            z_loss=self.config.z_loss,
+        )  # fmt: skip
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         logits, labels = self._logits(model, batch), batch["labels"]

@@ -209,10 +209,10 @@ def _check_model(c: TrainConfig) -> None:
 
 
 def _check_numbers(c: TrainConfig) -> None:
-    if c.context_parallel > 1 and (c.strategy is None or c.objective != "causal-lm" or c.packing):
+    if c.context_parallel > 1 and (c.strategy is None or c.objective != "causal-lm"):
         raise ValueError(
-            f"context_parallel={c.context_parallel} spreads single sequences of a causal-lm over processes; it needs a strategy, "
-            "objective='causal-lm' and packing=False"
+            f"context_parallel={c.context_parallel} spreads the rows of a causal-lm over processes; it needs objective='causal-lm' and a "
+            "strategy"
         )
     at_least = {
         "batch_size": 1, "accumulation": 1, "log_every": 1, "max_steps": 1, "eval_every": 1, "save_every": 1, "patience": 1,

@@ -23,7 +23,7 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """signal: the one that asked for the end of the run, 0 while none has."""
 
-    signal = 0
+    signal: int = 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -44,6 +44,10 @@ class StopRequest:
             for number in _SIGNALS:
                 signal.signal(number, ask)
             yield
+        except Exception as error:  # one that the caller may go on after, such as a pruned trial
+            if self.signal:
+                raise Interrupted(f"stopped by a signal; before that: {error!r}", self.signal) from error
+            raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for each, handler in before.items():
+                signal.signal(each, handler)

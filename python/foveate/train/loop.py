@@ -131,7 +131,7 @@ class Loop:
                 if stop:
                     self.report.note(f"stopped: {self.progress.stale} evaluations without a better loss")
                     break
-                if asked and done < self.steps:
+                if asked:
                     last = self.checkpoints.named("last")
                     sentence = (
                         f"stopped after step {done} of {self.steps} with the checkpoint {last}; go on with resume"

@@ -101,7 +101,7 @@ class QuestionAnswering:
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Half the sum of the losses of start and end."""
         logits = model(batch["tokens"], batch["types"], **batch.padding())
-        options = {}
+        options: dict[str, Any] = {}
         if torch.is_grad_enabled():
             options = {"label_smoothing": self.config.label_smoothing, "z_loss": self.config.z_loss}
         losses = [
