@@ -18,7 +18,11 @@ enum class Memory : uint8_t { kShared, kSharedAtomic, kGlobal };
 
 class Counters {
  public:
-  void begin(bool enabled) { enabled_ = enabled, counts_.clear(); }
+  void begin(bool enabled) {
+    enabled_ = enabled;
+    counts_.clear();
+    for (auto& accesses : pending_) accesses.clear();  // of a launch that failed
+  }
   bool enabled() const { return enabled_; }
 
   // One lane's access; those of the lanes that come to the same line for the same time since the last warp operation are one request.
@@ -52,7 +56,7 @@ class Counters {
 
   bool enabled_ = false;
   std::map<Key, Count> counts_;
-  // [warp]: for each line, the accesses of each of its times; how often each lane has been there.
+  // [warp]: for each line, the accesses of the first time that lanes came there since the last warp operation, of the second, ...
   std::array<std::map<Key, std::vector<std::vector<Access>>>, kMaxWarps> pending_;
 };
 

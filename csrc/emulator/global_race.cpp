@@ -9,7 +9,7 @@ namespace foveate::emulator {
 
 namespace {
 
-constexpr size_t kKeptPages = 4096;  // of shadow memory, from one launch to the next
+constexpr size_t kKeptPages = 1024;  // of shadow memory, from one launch to the next
 
 std::string describe(uint32_t block, int warp, uint32_t where) {
   return "by block " + std::to_string(block) + " warp " + std::to_string(warp) + " lane " + std::to_string(where & 0xff) + " at " +
@@ -76,7 +76,10 @@ void GlobalRace::acquire(const uint32_t* p) {
   const Accessor who = current_thread->accessor();
   std::vector<BlockOrder::Learned>& learned = block.order.learned;
   for (const BlockOrder::Learned& given : variables_[p].released) {
-    if (given.block == block.order.block) continue;
+    if (given.block == block.order.block) {
+      block.race.acquire(who.warp, given.clock);
+      continue;
+    }
     const bool known = std::any_of(learned.begin(), learned.end(), [&](const auto& entry) {
       return entry.block == given.block && entry.clock == given.clock && knows(entry, who);
     });

@@ -59,6 +59,7 @@ class GlobalRace {
     if (acquires) acquire(p);
     checked_access(GlobalAccess::kAtomic, reinterpret_cast<uintptr_t>(p), 4, what, site);
     if (acquires && releases && !variables_[p].counter) variables_[p].counter = Counter{*p, site};
+    if (releases && !acquires) variables_[p].released.clear();  // a plain store: who reads it has heard of nothing before
     if (releases) release(p);
     return act();
   }
