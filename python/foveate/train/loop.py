@@ -107,8 +107,8 @@ class Loop:
         if rows > len(train.plan):
             report.note(
                 f"a step reads {rows} rows (batch_size x accumulation x processes), and the data are {len(train.plan)}"
-                f"{' packed' if config.packing else ''}: each is read {rows / len(train.plan):.3g} times in a step. "
-                "A smaller batch_size learns the same with less work"
+                f"{' packed' if config.packing else ''}: each is read {rows / len(train.plan):.3g} times in a step; "
+                "with a smaller batch_size it would be read once"
             )
         self.steps = config.max_steps or max(1, math.ceil(config.epochs * len(train.plan) / rows))
         self.warmup_steps = round(config.warmup * self.steps) if config.warmup < 1 else round(config.warmup)
