@@ -117,6 +117,8 @@ class Loop:
 
     def run(self) -> Progress:
         """Steps until the schedule's end or early stopping; leaves a checkpoint of the last step."""
+        if self.progress.step >= self.steps:
+            self.report.note(f"the run is at its end, step {self.progress.step}; a larger max_steps would prolong it")
         self.report.start(self.progress.step, self.steps)
         with self._stop.listening():
             for step in range(self.progress.step, self.steps if not self._is_stale() else 0):
