@@ -5,11 +5,13 @@ from __future__ import annotations
 import collections
 import json
 import shutil
+import signal
 import sys
 
 import pytest
 
 from foveate.cli import main
+from foveate.train.interrupt import Interrupted
 from foveate.train.search import Range, parse_range
 from test_train_objectives import BERT, wordpiece
 from train_toys import LLAMA, run, sentences, texts, write_jsonl
@@ -244,6 +246,21 @@ def test_lines_without_a_terminal(tmp_path, capsys):
     assert "loss " in shown[0] and "tokens_per_second" in shown[0] and "eval_perplexity" in "".join(shown)
     assert main(["train", *flags(tmp_path, output_dir=tmp_path / "second"), "--no-progress"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error, code, sentence",
+    [
+        (KeyboardInterrupt(), 130, "foveate: interrupted\n"),
+        (Interrupted("stopped here", signal.SIGTERM), 143, "foveate: stopped here\n"),
+    ],
+)
+def test_what_a_signal_leaves(tmp_path, capsys, monkeypatch, error, code, sentence):
+    def fit(config):
+        raise error
+
+    monkeypatch.setattr("foveate.commands.train.fit", fit)
+    assert main(["train", *flags(tmp_path)]) == code and capsys.readouterr().err == sentence
 
 
 def test_too_long_rows_can_be_left_out(tmp_path, capsys):

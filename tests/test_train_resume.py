@@ -96,9 +96,10 @@ def test_resume_without_a_checkpoint_starts(tmp_path):
     assert run(tmp_path, max_steps=2, resume=True).steps == 2
 
 
-def test_resume_after_the_end_does_nothing(tmp_path):
+def test_resume_after_the_end_does_nothing(tmp_path, capfd):
     first = run(tmp_path, max_steps=3)
-    again = run(tmp_path, max_steps=3, resume=True)
+    again = run(tmp_path, max_steps=3, resume=True, progress=None)
+    assert "the run is at its end, step 3" in capfd.readouterr().err
     assert again.steps == 3 and largest_difference(first, again) == 0 and again.history == first.history
 
 

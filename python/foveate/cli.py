@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"foveate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"foveate: {error or 'interrupted'}", file=sys.stderr)
+        print(f"foveate: {str(error) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(error, "signal", 2)
     except BrokenPipeError:  # the reader, such as head, has seen enough; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

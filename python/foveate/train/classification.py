@@ -20,7 +20,6 @@ from foveate.train.store import TokenStore
 class Classification:
     """Rows: {"text", "label"}, or with "text_pair" too. labels: the names of the classes, in the order of their numbers."""
 
-    units = "examples"
     perplexity = False
     head: str | None = "sequence-classification"
 

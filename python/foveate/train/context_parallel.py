@@ -60,4 +60,4 @@ def spread(batch: Batch, group: dist.ProcessGroup | None) -> Batch:
         ends = (*packed.cu_seqlens[:-1].tolist(), length + fill)
     place: Any = Spread(positions, length if packed is None else packed.longest, ends, group)
     units, read = int((labels != IGNORED).sum()), batch.tokens if dist.get_rank(group) == 0 else 0
-    return Batch({"tokens": tokens, "labels": labels}, {"tokens": place}, units, read, batch.extra)
+    return Batch({"tokens": tokens, "labels": labels}, {"tokens": place}, units, read)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.models import open_checkpoint
+from foveate.models import Checkpoint, open_checkpoint
 from foveate.tokenizer import Tokenizer
 from foveate.train import model_files
 from foveate.train.adapter_files import adapted, merge_adapter
@@ -135,7 +135,7 @@ def fit(
 
 def _open(config: TrainConfig) -> tuple[TrainedModel, Objective, TokenStore, TokenStore | None]:
     """The model, and the tokenised data of training and evaluation. All that is cheap to check comes first."""
-    checkpoint = None if config.model is None else open_checkpoint(config.model)
+    checkpoint = None if config.model is None else _checkpoint(config.model)
     settings = config.new_model if checkpoint is None else checkpoint.config
     assert settings is not None
     check_architecture(config.objective, settings)
@@ -158,6 +158,16 @@ def _open(config: TrainConfig) -> tuple[TrainedModel, Objective, TokenStore, Tok
         if config.lora_rank:
             trained = adapted(trained, lora_config(config))
     return trained, objective, store, evaluation
+
+
+def _checkpoint(model: str) -> Checkpoint:
+    folder = Path(model).expanduser()
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{model} is an adapter, not a model; go on training it with resume in its output_dir, or start from the model that merge "
+            "makes of it"
+        )
+    return open_checkpoint(model)
 
 
 def lora_config(config: TrainConfig) -> LoraConfig:

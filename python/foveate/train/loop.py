@@ -107,8 +107,8 @@ class Loop:
         if rows > len(train.plan):
             report.note(
                 f"a step reads {rows} rows (batch_size x accumulation x processes), and the data are {len(train.plan)}"
-                f"{' packed' if config.packing else ''}: each is read {rows / len(train.plan):.3g} times in a step. "
-                "A smaller batch_size learns the same with less work"
+                f"{' packed' if config.packing else ''}: each is read {rows / len(train.plan):.3g} times in a step; "
+                "with a smaller batch_size it would be read once"
             )
         self.steps = config.max_steps or max(1, math.ceil(config.epochs * len(train.plan) / rows))
         self.warmup_steps = round(config.warmup * self.steps) if config.warmup < 1 else round(config.warmup)
@@ -117,6 +117,8 @@ class Loop:
 
     def run(self) -> Progress:
         """Steps until the schedule's end or early stopping; leaves a checkpoint of the last step."""
+        if self.progress.step >= self.steps:
+            self.report.note(f"the run is at its end, step {self.progress.step}; a larger max_steps would prolong it")
         self.report.start(self.progress.step, self.steps)
         with self._stop.listening():
             for step in range(self.progress.step, self.steps if not self._is_stale() else 0):

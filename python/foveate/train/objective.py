@@ -31,9 +31,8 @@ class Piece(NamedTuple):
 
 
 class Objective(Protocol):
-    """`units` is what the loss is a mean over, in words."""
+    """The loss is a mean over a batch's `units`: target tokens, windows, examples."""
 
-    units: str
     perplexity: bool  # whether exp(loss) is one
     head: str | None  # of load_model
     max_length: int

@@ -29,7 +29,6 @@ class QuestionAnswering:
     answer, and where there is no answer, the target is [CLS]. Evaluated by exact match and F1 of whole answers on eval_data.
     """
 
-    units = "windows"
     perplexity = False
     head: str | None = "question-answering"
 

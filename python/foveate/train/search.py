@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -129,7 +130,7 @@ def search(
         _work(*arguments, 0)
     else:
         context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-        processes = [context.Process(target=_work, args=(*arguments, i)) for i in range(workers)]
+        processes = [context.Process(target=_work_beside, args=(*arguments, i)) for i in range(workers)]
         for process in processes:
             process.start()
         for process in processes:
@@ -248,6 +249,12 @@ def _work(
     done = len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))
     if done < trials:
         study.optimize(objective, callbacks=[tell, limit], timeout=timeout)
+
+
+def _work_beside(*arguments: Any) -> None:
+    """In a process of its own, which Ctrl-C reaches too: the one that started it says so."""
+    with contextlib.suppress(KeyboardInterrupt):
+        _work(*arguments)
 
 
 def _forget_weights(folder: Path) -> None:

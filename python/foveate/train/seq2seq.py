@@ -21,7 +21,6 @@ from foveate.train.store import TokenStore
 class Seq2Seq:
     """Rows: {"source", "target"}; the end token follows both. Neither is cut."""
 
-    units = "target tokens"
     perplexity = True
     head: str | None = None
 

@@ -17,10 +17,6 @@ class TokenStore:
     def __init__(self, columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
         self._columns = columns
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._columns)
-
     def __len__(self) -> int:
         return len(next(iter(self._columns.values()))[1]) if self._columns else 0
 
