@@ -61,6 +61,11 @@ RUNS = {
         KvCase(longest=300, page_size=8, hq=8, sq=5, num_splits=3, sinks=True)
     ),
     "decode fp16 of two slices, padded": lambda: decode(KvCase(dtype=F16, d=40, dv=264, longest=150, num_splits=2)),
+    "decode bf16, stages used again": lambda: decode(KvCase(dtype=BF16, d=64, longest=300, num_splits=1)),
+    "decode fp32, stages used again": lambda: decode(KvCase(d=48, longest=300, num_splits=1)),
+    "decode int8, stages used again": lambda: decode(
+        KvCase(dtype=BF16, storage=I8, d=64, longest=300, num_splits=1, page_size=16)
+    ),
     "decode int8": lambda: decode(KvCase(dtype=BF16, storage=I8, longest=150, d=24, window=(100, -1))),
     "decode fp8 in splits": lambda: decode(KvCase(storage=F8, longest=150, page_size=16, num_splits=4, softcap=3.0)),
 }
@@ -82,3 +87,17 @@ def test_every_schedule_gives_the_same_bits(name, schedule, seed_of_it, monkeypa
     torch.manual_seed(0)
     for ours, theirs in zip(RUNS[name](), expected, strict=True):
         assert torch.equal(bits(ours), bits(theirs))
+
+
+def test_blocks_that_walk_over_tiles_of_the_bias():
+    """Beyond 512 tiles a block adds up several, and copies the next over the last. The window leaves few of them to compute."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, 1400, 1, 32).to(BF16) for _ in range(3))
+    bias = torch.randn(1, 1, 1, 1400).to(BF16).requires_grad_()
+
+    def gradient(backend: str, dtype: torch.dtype) -> Tensor:
+        out = foveate.attention(*(x.to(dtype) for x in (q, k, v)), bias=bias.to(dtype), window=(8, 8), backend=backend)
+        return torch.autograd.grad(out, bias, torch.ones_like(out))[0]
+
+    expected = gradient("reference", F32).float()
+    torch.testing.assert_close(gradient("native", BF16).float(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())

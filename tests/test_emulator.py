@@ -1,5 +1,5 @@
-"""The emulator finds mistakes in kernels: a small flash attention, and a product by TMA and wgmma, with one bug each
-(tests/native/device/seeded_bugs.cu, seeded_bugs_hopper.cu)."""
+"""The emulator finds mistakes in kernels: a small flash attention, tiles in stages of a warp's own, blocks that work together through
+global memory, and a product by TMA and wgmma, with one bug each (tests/native/device/seeded_bugs*.cu)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RUNS = 11  # round-robin, and five seeds each of random and priority
 
 # What the report says; several where the schedule decides which of a bug's consequences comes first.
 CAUGHT_BY = {
-    "NoBarrierBeforeReuse": ["race on byte .*write.*read.*no barrier", "read .* under way"],
+    "NoBarrierBeforeReuse": ["race on byte .*write.*read.*no (barrier|sync_warp)", "read .* under way"],
     "NoBarrierAfterWait": ["race on byte", "under way: it has not been waited for"],
     "WaitTooLax": ["under way: it has not been waited for"],
     "WrongSwizzleOfV": ["wrong: element"],
@@ -43,6 +43,37 @@ CAUGHT_BY = {
 }
 
 
+COPY_UNDER_WAY = "under way: it has not been waited for"
+CAUGHT_BY_STAGES = {
+    # By loads, lane 0 may be the first to see a neighbour's next copy, which is then under way.
+    "NoSyncWarpBeforeReuse": ["race on byte .*write by warp (.) .*read by warp (.) .*no sync_warp", COPY_UNDER_WAY],
+    "NoSyncWarpAfterWait": ["race on byte .*no sync_warp", COPY_UNDER_WAY],
+    "NoWait": [COPY_UNDER_WAY],
+    "WaitTooLax": [COPY_UNDER_WAY],
+    "ThreeStagesOfTwo": [COPY_UNDER_WAY],
+    "WarpInBranch": [r"divergence in warp \d: .* warp at"],
+}
+
+UNCOVERED = "race on byte .* of {} in global memory: .*a fence_gpu or a barrier is missing before or after"
+UNORDERED = "race on byte .* of {} in global memory: .*no atomic_add_acq_rel, st_release or ld_acquire orders them"
+CAUGHT_BY_GLOBAL = {
+    "NoFence": [UNCOVERED.format("parts")],
+    "FenceTooEarly": [UNCOVERED.format("parts")],
+    "NoBarrierBefore": [UNCOVERED.format("parts")],
+    "NoBarrierAfter": [UNCOVERED.format("parts"), UNORDERED.format("parts")],
+    "NotCounted": [UNORDERED.format("parts")],
+    "CounterNotReset": ["counter of atomic_add_acq_rel at .* is left at 4 by the launch that found it at 0"],
+    "ResetTooEarly": [UNORDERED.format("counters")],
+    "ReadOnlyPath": ["ld_global_nc at .* of parts, which this launch has written by block 0 .*the read-only path"],
+    "PlainAddition": [UNORDERED.format("total")],
+    "SameAddress": [UNORDERED.format("total")],
+    "ReadBeforeWrite": [UNORDERED.format("parts")],
+    "NoFenceInTurn": [UNCOVERED.format("in_turn")],
+    "NoAcquire": ["race on byte .* of turn in global memory: ld_global .* atomic operation by block 0"],
+    "TurnNotAwaited": ["race on byte .* of in_turn in global memory"],
+    "NoBarrierInBlock": ["race on byte .* of parts in global memory: .*no sync_warp or barrier is between them"],
+}
+
 IN_USE = "race on byte|under way: it has not been waited for|may still read: it has not been waited for"
 CAUGHT_BY_HOPPER = {
     "NoBarrierAfterInit": ["no mbarrier was initialised", "race on byte 409"],
@@ -60,6 +91,9 @@ CAUGHT_BY_HOPPER = {
     "StoreNotWaitedFor": ["returns from the kernel with a TMA store under way"],
     "WgmmaNotWaitedFor": ["returns from the kernel with a wgmma under way"],
     "TooManyArrivals": [IN_USE],
+    "NoFenceBeforeLoad": ["asynchronous write .*fence_async_proxy is missing between them"],
+    "FenceIsNoSyncWarp": ["race on byte .*no sync_warp"],
+    "WarpSkipsWgmma": ["warp 1 has executed 16 wgmma, and warp 0 20"],
     "BoxOutOfPlace": [r"tma_load .*smem_base\(\) \+ 512, is not a multiple of 1024"],
 }
 # Whether a lost arrival shows depends on which warp is late: some schedule may be right by luck.
@@ -85,7 +119,15 @@ def run(program: Path, *arguments: int, **environment: str) -> list[str]:
     return reports
 
 
-@pytest.mark.parametrize("source, bugs", [("seeded_bugs.cu", CAUGHT_BY), ("seeded_bugs_hopper.cu", CAUGHT_BY_HOPPER)])
+@pytest.mark.parametrize(
+    "source, bugs",
+    [
+        ("seeded_bugs.cu", CAUGHT_BY),
+        ("seeded_bugs_stages.cu", CAUGHT_BY_STAGES),
+        ("seeded_bugs_global.cu", CAUGHT_BY_GLOBAL),
+        ("seeded_bugs_hopper.cu", CAUGHT_BY_HOPPER),
+    ],
+)
 def test_every_bug_is_listed(source: str, bugs: dict[str, list[str]]) -> None:
     names = re.search(r"enum Bug \{(.*?)\}", (SOURCES / source).read_text(), re.DOTALL)[1]
     assert re.findall(r"^\s*k(\w+),", names, re.MULTILINE) == ["None", *bugs]
@@ -97,6 +139,16 @@ def test_the_right_kernel_raises_no_alarm(program: Path, size: int, threads: int
     assert run(program, 0, size, FOVEATE_EMULATOR_THREADS=str(threads)) == ["ok"] * RUNS
 
 
+@pytest.mark.parametrize("by_loads", [0, 1])
+def test_the_right_stages_raise_no_alarm(by_loads: int) -> None:
+    assert run(emulated("seeded_bugs_stages"), 0, by_loads) == ["ok"] * RUNS
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_right_blocks_raise_no_alarm(threads: int) -> None:
+    assert run(emulated("seeded_bugs_global"), 0, FOVEATE_EMULATOR_THREADS=str(threads)) == ["ok"] * RUNS
+
+
 def test_the_right_hopper_kernel_raises_no_alarm(hopper_program: Path) -> None:
     assert run(hopper_program, 0) == ["ok"] * RUNS
 
@@ -105,6 +157,19 @@ def test_the_right_hopper_kernel_raises_no_alarm(hopper_program: Path) -> None:
 def test_bug_is_caught_on_every_schedule(program: Path, bug: str) -> None:
     for report in run(program, 1 + list(CAUGHT_BY).index(bug), 200):
         assert any(re.search(pattern, report) for pattern in CAUGHT_BY[bug]), report
+
+
+@pytest.mark.parametrize("by_loads", [0, 1])
+@pytest.mark.parametrize("bug", CAUGHT_BY_STAGES)
+def test_bug_of_stages_is_caught_on_every_schedule(bug: str, by_loads: int) -> None:
+    for report in run(emulated("seeded_bugs_stages"), 1 + list(CAUGHT_BY_STAGES).index(bug), by_loads):
+        assert any(re.search(pattern, report) for pattern in CAUGHT_BY_STAGES[bug]), report
+
+
+@pytest.mark.parametrize("bug", CAUGHT_BY_GLOBAL)
+def test_bug_between_blocks_is_caught_on_every_schedule(bug: str) -> None:
+    for report in run(emulated("seeded_bugs_global"), 1 + list(CAUGHT_BY_GLOBAL).index(bug)):
+        assert any(re.search(pattern, report) for pattern in CAUGHT_BY_GLOBAL[bug]), report
 
 
 @pytest.mark.parametrize("bug", CAUGHT_BY_HOPPER)

@@ -135,6 +135,17 @@ def test_mean_of_many_float16_tokens_keeps_its_gradient():
     torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=5e-3, atol=2e-6)
 
 
+def test_backward_over_a_graph_that_is_kept_gives_the_same_again():
+    """The last pass scales the saved gradients in place."""
+    hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True)
+    loss = 3.0 * foveate.linear_cross_entropy(hidden, weight, torch.randint(0, 30, (7,)))
+    found = [
+        torch.autograd.grad(loss, (hidden, weight), torch.tensor(0.5), retain_graph=keep)
+        for keep in (True, True, False)
+    ]
+    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again))
+
+
 def test_logits_are_not_stored():
     """The largest tensor that is allocated is one chunk of logits."""
     vocab, tokens = 40_000, 2048

@@ -88,6 +88,57 @@ def test_equals_one_device(size, seed, tmp_path):
     assert next(found, None) is None
 
 
+# Of 48 tokens: of length 0 and 1, within a chunk, over one border, over all of them.
+PACKED = [[0, 48], [0, 5, 5, 6, 20, 41, 48], [0, 47, 48], [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 48], [0, 0, 48, 48]]
+PACKED_OPTIONS = [
+    {"causal": True},
+    {"window": (4, 2)},
+    {"causal": True, "window": (7, -1), "softcap": 3.0, "sinks": True},
+    {},
+]
+
+
+def packed_inputs(seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    torch.manual_seed(seed)
+    q, k, v, dout = (torch.randn(1, 48, heads, 16, dtype=torch.float64) for heads in (4, 2, 2, 4))
+    return [q, k, v, dout], torch.randn(4, dtype=torch.float64)
+
+
+def rank_packed(rank: int, seed: int) -> list[torch.Tensor]:
+    tensors, sinks = packed_inputs(seed)
+    found = []
+    for options in PACKED_OPTIONS:
+        options = options | ({"sinks": sinks} if "sinks" in options else {})
+        for ends in PACKED:
+            for layout in ring_layout.LAYOUTS:
+                q, k, v, dout = (ring_layout.split_sequence(x, layout=layout) for x in tensors)
+                leaves = [x.requires_grad_() for x in (q, k, v)]
+                given = torch.tensor(ends, dtype=torch.int32) if layout == "zigzag" else ends
+                out = foveate.ring_attention(*leaves, cu_seqlens=given, layout=layout, **options)
+                grads = torch.autograd.grad(out, leaves, dout)
+                found += [ring_layout.gather_sequence(x.detach(), layout=layout) for x in (out, *grads)]
+    return found if rank == 0 else []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_packed_sequences_see_nothing_of_each_other(size, seed, tmp_path):
+    """attention_varlen on one device, and its gradients, in fp64."""
+    found = iter(run_ranks(rank_packed, size, tmp_path, seed)[0])
+    tensors, sinks = packed_inputs(seed)
+    for options in PACKED_OPTIONS:
+        options = options | ({"sinks": sinks} if "sinks" in options else {})
+        for ends in PACKED:
+            cu = torch.tensor(ends, dtype=torch.int32)
+            leaves = [x[0].clone().requires_grad_() for x in tensors[:3]]
+            out = foveate.attention_varlen(*leaves, cu, cu, 48, 48, **options)
+            wanted = [out, *torch.autograd.grad(out, leaves, tensors[3][0])]
+            for layout in ring_layout.LAYOUTS:
+                for name, value in zip(("out", "dq", "dk", "dv"), wanted):
+                    difference = float((next(found)[0] - value.detach()).abs().max())
+                    assert difference < 1e-11, (options, ends, layout, name, difference)
+    assert next(found, None) is None
+
+
 def rank_repeats(rank: int, seed: int) -> list[torch.Tensor]:
     case = _C(sq=48, skv=48, hkv=2, causal=True, dtype=torch.bfloat16)
     first, second = (whole_results(case, seed, "zigzag", None) for _ in range(2))
@@ -114,6 +165,10 @@ def rank_edges(rank: int) -> list[str]:
         "dropout": lambda: foveate.ring_attention(q, q, q, dropout_p=0.1),
         "mask": lambda: foveate.ring_attention(q, q, q, mask=torch.ones(4, 4, dtype=torch.bool)),
         "unknown": lambda: foveate.ring_attention(q, q, q, casual=True),
+        "sequences": lambda: foveate.ring_attention(q, q, q, cu_seqlens=[0, 3 + rank, 8]),
+        "short": lambda: foveate.ring_attention(q, q, q, cu_seqlens=[0, 4]),
+        "falling": lambda: foveate.ring_attention(q, q, q, cu_seqlens=[0, 5, 3, 8]),
+        "rows": lambda: foveate.ring_attention(*[q.expand(2, 4, 2, 8)] * 3, cu_seqlens=[0, 8]),
         "split": lambda: ring_layout.split_sequence(torch.zeros(1, 10)),
     }
     sentences = []
@@ -139,6 +194,10 @@ def test_errors_on_every_rank(tmp_path):
         r"dropout: ring_attention does not take dropout_p",
         r"mask: ring_attention does not take mask",
         r"unknown: ring_attention has no option 'casual'",
+        r"sequences: .*checksum of cu_seqlens",
+        r"short: cu_seqlens=\[0, 4\] must rise from 0 to 8, the 4 tokens of each of 2 ranks",
+        r"falling: cu_seqlens=\[0, 5, 3, 8\] must rise",
+        r"rows: packed sequences are one row of queries and keys, B = 1 and Sq = Skv; here B=2",
         r"split: 10 tokens cannot be split over 2 ranks .* to 12, with labels of -100",
         r"empty: \(0, 4, 2, 8\) \(1, 0, 2, 8\)",
     ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import collections
 import json
 import shutil
+import signal
 import sys
 
 import pytest
 
 from foveate.cli import main
+from foveate.train.interrupt import Interrupted
 from foveate.train.search import Range, parse_range
 from test_train_objectives import BERT, wordpiece
 from train_toys import LLAMA, run, sentences, texts, write_jsonl
@@ -38,7 +40,8 @@ def test_train_prints_a_result_and_goes_on(tmp_path, capsys):
     out = capsys.readouterr().out
     assert (
         "3 steps, " in out
-        and "tokens/s, loss " in out
+        and "tokens/s, training loss " in out
+        and ", evaluation loss " in out
         and "perplexity" in out
         and f"best: {tmp_path}/out/step-0000000" in out
     )
@@ -83,6 +86,14 @@ def test_help_teaches(capsys):
         ({"quantization": "q4_0"}, "give a lora_rank to train adapters on them"),
         ({"lora_rank": 4}, "LoRA adapts a trained model"),
         ({"merge": True}, "merge folds adapters into the model"),
+        ({"learning_rate": "inf"}, "learning_rate=inf must be more than 0, and finite"),
+        ({"weight_decay": "nan"}, "weight_decay=nan must be 0 or more"),
+        ({"beta1": 1}, "beta1=1.0 must be from 0 to below 1"),
+        ({"lora_alpha": 32}, "lora_alpha is for adapters; give a lora_rank too"),
+        ({"whole_word": True}, "whole_word is for masked-lm; leave it away for causal-lm"),
+        ({"patience": 2}, "patience needs something to evaluate on"),
+        ({"epochs": 2}, "epochs and max_steps both say how long to train"),
+        ({"objective": "question-answering", "eval_fraction": 0.1}, "question-answering is evaluated by whole answers"),
         ({"eval_data": "x", "eval_fraction": 0.1}, "eval_data and eval_fraction both say what to evaluate on"),
     ],
 )
@@ -141,14 +152,52 @@ def bad_inputs():
         return {"train_data": folder / "nothing.txt"}, "nothing.txt does not exist"
 
     def no_text(folder):
-        return rows(folder, {"body": "x"}), "a row has no text in 'text'; its fields are 'body': set text_field"
+        data = rows(folder, *[{"text": text} for text in sentences(600)], {"body": "x"})
+        return data, "row 601 of the data: there is no text in 'text'; the fields are 'body': set text_field"
 
     def no_template(folder):
         return rows(folder, {"messages": [{"role": "user", "content": "x"}]}), "this checkpoint has no chat template"
 
     def no_label(folder):
         change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
-        return rows(folder, {"text": "x"}) | change, "a row has no label in 'label'"
+        return rows(folder, {"text": "x"}) | change, "row 1 of the data: there is no label in 'label'"
+
+    def a_list_of_labels(folder):
+        change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
+        return rows(folder, {"text": "x", "label": ["a"]}) | change, "it must be one class, a text or a number"
+
+    def one_class(folder):
+        change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
+        return rows(folder, {"text": "x", "label": 3}) | change, "all rows have the label '3'; a classifier needs"
+
+    def half_a_pair(folder):
+        change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
+        pair = [{"text": "x", "text_pair": None, "label": x} for x in "ab"]
+        return rows(folder, *pair) | change, "there is no text in 'text_pair', but a NoneType"
+
+    def no_completion(folder):
+        return rows(
+            folder, {"prompt": "a", "completion": "b"}, {"prompt": "a"}
+        ), "row 2 of the data: there is no text in 'completion'"
+
+    def messages_of_another_form(folder):
+        chat = [{"from": "human", "value": "x"}]
+        return rows(folder, {"messages": chat}), 'messages must be a list of {"role": ..., "content": ...}'
+
+    def an_empty_message(folder):
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]
+        return rows(folder, {"messages": chat}), 'messages must be a list of {"role": ..., "content": ...}'
+
+    def answers_without_a_place(folder):
+        change = {"objective": "question-answering", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
+        row = {"question": "who ?", "context": "fox", "answers": [{"text": "fox"}]}
+        return rows(folder, row) | change, '"answers" must be a list of {"text", "answer_start"}'
+
+    def an_unwritable_cache(folder):
+        (folder / "file").write_text("")
+        return {
+            "cache_dir": folder / "file" / "cache"
+        }, "(Not a directory); make room there, or choose another cache_dir"
 
     def no_mask(folder):
         change = {"objective": "masked-lm", "new_model": json.dumps(BERT)}
@@ -182,6 +231,38 @@ def test_bad_input_is_a_sentence(tmp_path, capsys, bad):
     assert not list(tmp_path.glob("out/step-*"))
 
 
+def test_a_step_that_repeats_rows_says_so(tmp_path, capsys):
+    data = rows(tmp_path, *[{"text": "abc"}] * 3)
+    assert main(["train", *flags(tmp_path, **data, batch_size=9), "--no-packing"]) == 0
+    assert "a step reads 9 rows" in (shown := capsys.readouterr().err) and "each is read 3 times in a step" in shown
+    assert main(["train", *flags(tmp_path, **data, batch_size=3, output_dir=tmp_path / "second"), "--no-packing"]) == 0
+    assert "times in a step" not in capsys.readouterr().err
+
+
+def test_lines_without_a_terminal(tmp_path, capsys):
+    assert main(["train", *flags(tmp_path, log_every=2, eval_fraction=0.2)]) == 0
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in shown] == ["step 2", "step 3", "step 3"]
+    assert "loss " in shown[0] and "tokens_per_second" in shown[0] and "eval_perplexity" in "".join(shown)
+    assert main(["train", *flags(tmp_path, output_dir=tmp_path / "second"), "--no-progress"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error, code, sentence",
+    [
+        (KeyboardInterrupt(), 130, "foveate: interrupted\n"),
+        (Interrupted("stopped here", signal.SIGTERM), 143, "foveate: stopped here\n"),
+    ],
+)
+def test_what_a_signal_leaves(tmp_path, capsys, monkeypatch, error, code, sentence):
+    def fit(config):
+        raise error
+
+    monkeypatch.setattr("foveate.commands.train.fit", fit)
+    assert main(["train", *flags(tmp_path)]) == code and capsys.readouterr().err == sentence
+
+
 def test_too_long_rows_can_be_left_out(tmp_path, capsys):
     data = rows(tmp_path, {"prompt": "a" * 60, "completion": "b" * 20}, {"prompt": "a", "completion": "bcd"})
     assert main(["train", *flags(tmp_path, **data, too_long="drop", max_steps=1, batch_size=1), "--json"]) == 0
@@ -192,7 +273,10 @@ def test_a_disk_that_is_too_small(tmp_path, capsys, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 1000, 1000))
     assert main(["train", *flags(tmp_path)]) == 1
-    assert "the checkpoints need about" in (error := capsys.readouterr().err) and "MiB free; make room" in error
+    assert (
+        "the next one beside it) need about 1 MiB more" in (error := capsys.readouterr().err)
+        and "MiB free; make room" in error
+    )
 
 
 def test_a_bad_tokenizer_of_a_checkpoint(tmp_path, capsys):
@@ -216,6 +300,7 @@ def test_ranges():
     assert parse_range("batch_size=4,8") == Range("batch_size", choices=(4, 8))
     for text in (
         "nothing=1:2",
+        "output_dir=a,b",
         "learning_rate",
         "learning_rate=2:1",
         "learning_rate=0:1:log",
@@ -266,6 +351,35 @@ def test_search_prunes_what_is_worse(tmp_path, capsys):
         lines = (tmp_path / "out" / f"trial-{row['number']:04d}" / "metrics.jsonl").read_text().splitlines()
         evaluated = [line for line in lines if "eval_loss" in line]
         assert (len(evaluated) < 3) == (row["state"] == "pruned")
+
+
+def test_a_search_goes_on_with_the_same_only(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    more = {"learning_rate": None, "max_steps": 2, "eval_fraction": 0.2, "trials": 1}
+    over = ["--over", "learning_rate=1e-4,1e-3"]
+    assert main(["search", *flags(tmp_path, **more), *over]) == 0
+    assert "trial 0 complete loss " in capsys.readouterr().err
+    assert main(["search", *flags(tmp_path, **more | {"max_steps": 3}), *over]) == 1
+    assert "the study of another search, with other values for max_steps=3 (was 2)" in capsys.readouterr().err
+    assert main(["search", *flags(tmp_path, **more), "--over", "learning_rate=1e-4,1e-2"]) == 1
+    assert "the study of another search, with other values for the ranges" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "over, sentence",
+    [
+        ("batch_size=a,b", "batch_size='a' is of type str"),
+        ("batch_size=2.5:8", "batch_size=2.5 is of type float"),
+        ("packing=1,2", "packing=1 is of type int"),
+        ("batch_size=true,2", "batch_size=True is of type bool"),
+        ("learning_rate=-1,2", "learning_rate=-1 must be more than 0"),
+        ("lora_alpha=4,8", "lora_alpha is for adapters"),
+    ],
+)
+def test_values_that_no_trial_could_take(tmp_path, capsys, over, sentence):
+    pytest.importorskip("optuna")
+    assert main(["search", *flags(tmp_path, eval_fraction=0.2), "--over", over]) == 1
+    assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from foveate.tokenizer import Tokenizer
 from foveate.train import TrainConfig, chat
 from foveate.train.causal_lm import CausalLM, cut
 from foveate.train.char_tokenizer import char_tokenizer
-from foveate.train.data_files import PIECE, read_rows
+from foveate.train.data_files import CONTINUES, LONGEST_PIECE, PIECE, read_rows
 from foveate.train.objective import Piece
 from foveate.train.plan import DataPlan, best_fit
 from foveate.train.store import TokenStore
@@ -53,14 +53,31 @@ def test_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     rows = list(read_rows([str(tmp_path / "a.txt")]))
     assert len(rows) > 3 and "".join(row["text"] for row in rows) == text
-    assert [row["end"] for row in rows] == [False] * (len(rows) - 1) + [True]
+    assert [CONTINUES in row for row in rows] == [True] * (len(rows) - 1) + [False]
     assert all(row["text"].endswith("\n") and len(row["text"]) < PIECE + 200 for row in rows[:-1])
     assert not any(row["text"][0].isspace() for row in rows[1:])
+
+
+@pytest.mark.parametrize("text", [" x" * 400_000, " indented\n" * 60_000, "\n" * 600_000])
+def test_text_without_a_place_to_cut_is_cut(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    rows = list(read_rows([str(tmp_path / "a.txt")]))
+    assert "".join(row["text"] for row in rows) == text
+    assert max(len(row["text"]) for row in rows) <= LONGEST_PIECE + PIECE
+
+
+def test_text_may_begin_with_a_mark_of_its_encoding(tmp_path):
+    (tmp_path / "a.txt").write_text("abc\n", encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n', encoding="utf-8-sig")
+    assert list(read_rows([str(tmp_path / "a.txt"), str(tmp_path / "a.jsonl")])) == [{"text": "abc\n"}, {"text": "abc"}]
 
 
 @pytest.mark.parametrize(
     "name, content, sentence",
     [
+        ("a.jsonl", b'{"text": "x"}\n{"text": "caf\xe9"}\n', "line 2 of .*a.jsonl is not UTF-8 text.*convert it"),
+        ("a.json", b'[{"text": "caf\xe9"}]', "a.json is not UTF-8 text"),
+        ("a.json", b'{"data": [{"title": 1}]}', "must hold a list of objects, or an object in SQuAD's format"),
         ("a.jsonl", b'{"text": "x"}\n{broken\n', "line 2 of .*a.jsonl is not valid JSON"),
         ("a.jsonl", b"[1]\n", "line 1 of .*a.jsonl must be a JSON object, not a list"),
         ("a.json", b'{"x": 1}', "must hold a list of objects, or an object in SQuAD's format"),

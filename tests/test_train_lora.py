@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import foveate
 from foveate.models import load_model
@@ -15,8 +16,8 @@ from foveate.models.blocks import PackedEmbedding
 from foveate.packed_linear import PackedLinear
 from foveate.train import LoraConfig, add_lora, fit, load_adapter, merge_lora, save_adapter
 from foveate.train.lora import FrozenLinear, adapters
-from test_train_objectives import BERT, squad, wordpiece
-from train_toys import GPT2, LLAMA, largest_difference, losses, options, run, texts, weights
+from test_train_objectives import BERT, T5_CONFIG, squad, unigram, wordpiece
+from train_toys import GPT2, LLAMA, largest_difference, losses, options, run, sentences, texts, weights, write_jsonl
 from train_toys import one_thread as one_thread
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
@@ -95,8 +96,18 @@ def test_the_merged_model_is_the_adapted_one(tmp_path, base):
     with torch.no_grad():
         out = result.model(TOKENS)
         assert torch.allclose(merged(TOKENS), out, atol=1e-5 * float(out.abs().max()))
+    with pytest.raises(ValueError, match="is an adapter, not a model; go on training it with resume in its output_dir"):
+        tune(tmp_path / "again", str(result.last))
     llm = foveate.LLM(str(tmp_path / "out" / "merged"), num_pages=40)
     assert llm.generate("the quick", foveate.SamplingParams(max_tokens=3, temperature=0.0))[0].outputs[0].token_ids
+
+
+def test_an_adapter_can_be_merged_after_its_run(tmp_path, base):
+    result = tune(tmp_path, base)
+    tune(tmp_path, base, resume=True, merge=True)
+    with torch.no_grad():
+        out = result.model(TOKENS)
+        assert torch.allclose(load_model(tmp_path / "out" / "merged")(TOKENS), out, atol=1e-5 * float(out.abs().max()))
 
 
 def test_only_adapters_change(tmp_path, base):
@@ -208,6 +219,63 @@ def test_the_head_is_trained_and_saved_too(tmp_path):
     theirs = transformers.BertForQuestionAnswering.from_pretrained(start.last)
     theirs = peft.PeftModel.from_pretrained(theirs, result.last).eval()
     assert torch.allclose(theirs(TOKENS).start_logits, result.model(TOKENS)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["seq2seq", "sequence-classification", "masked-lm"])
+def test_encoders_and_encoder_decoders_with_peft(tmp_path, objective):
+    """What we write peft reads; reloaded and merged are what was trained; the base is what it was."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    kinds = {"seq2seq": "T5ForConditionalGeneration", "masked-lm": "BertForMaskedLM"}
+    kind = getattr(transformers, kinds.get(objective, "BertForSequenceClassification"))
+    model, tokenizer = (T5_CONFIG, unigram(tmp_path)) if objective == "seq2seq" else (BERT, wordpiece(tmp_path))
+    rows = [{"text": t, "source": t, "target": t[:9], "label": "abc"[len(t) % 3]} for t in sentences(30)]
+    settings = {"objective": objective, "train_data": [write_jsonl(tmp_path / "a.jsonl", rows)]}
+    start = run(tmp_path / "base", **settings, new_model=model, tokenizer=tokenizer, max_steps=1).last
+    result = tune(tmp_path, str(start), **settings, merge=True)
+    args = (TOKENS, TOKENS) if objective == "seq2seq" else (TOKENS,)
+    out = result.model(*args).detach()
+    stored = json.loads((result.last / "adapter_config.json").read_text())
+    assert stored["modules_to_save"] == {
+        "sequence-classification": ["classifier", "pooler"],
+        "masked-lm": ["transform"],
+    }.get(objective)
+    options = {"num_labels": 3} if objective == "sequence-classification" else {}
+    theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(start, **options), result.last).eval()
+    ids = {"input_ids": TOKENS} | ({"decoder_input_ids": TOKENS} if objective == "seq2seq" else {})
+    assert torch.allclose(theirs(**ids).logits, out, atol=1e-4)
+    again = load_model(start)
+    assert (again(*args) - out).abs().max() > 1e-3
+    load_adapter(again, result.last)
+    assert torch.equal(again(*args), out)
+    merged = load_model(tmp_path / "out" / "merged")
+    assert torch.allclose(merged(*args), out, atol=1e-5)
+    assert torch.allclose(kind.from_pretrained(tmp_path / "out" / "merged").eval()(**ids).logits, out, atol=1e-4)
+    if objective == "sequence-classification":
+        assert json.loads((tmp_path / "out" / "merged" / "config.json").read_text())["id2label"] == {
+            "0": "a",
+            "1": "b",
+            "2": "c",
+        }
+
+
+def test_a_tied_head_stays_the_embedding(tmp_path):
+    """Neither adapters nor merging may part them, or change them."""
+    base = str(run(tmp_path / "base", max_steps=5).last)
+    result = tune(tmp_path, base, merge=True)
+    assert result.model.lm_head.weight is result.model.model.embed_tokens.weight
+    first, merged = (load_file(f"{folder}/model.safetensors") for folder in (base, tmp_path / "out" / "merged"))
+    assert "lm_head.weight" not in merged and first.keys() == merged.keys()
+    assert torch.equal(first["model.embed_tokens.weight"], merged["model.embed_tokens.weight"])
+    assert not torch.equal(first["model.layers.0.mlp.up_proj.weight"], merged["model.layers.0.mlp.up_proj.weight"])
+    with torch.no_grad():
+        assert torch.allclose(load_model(tmp_path / "out" / "merged")(TOKENS), result.model(TOKENS), atol=1e-4)
+
+
+def test_checkpointing_reaches_adapters_over_a_frozen_embedding(tmp_path, base):
+    plain = tune(tmp_path / "a", base, lora_dropout=0.3)
+    again = tune(tmp_path / "b", base, lora_dropout=0.3, gradient_checkpointing=True)
+    assert largest_difference(plain, again) == 0
+    assert all(torch.count_nonzero(p) for name, p in weights(again).items() if name.endswith("lora_B"))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from foveate.models import load_model
+from foveate.train import fit
 from foveate.train.checkpoints import Checkpoints
+from foveate.train.interrupt import Interrupted
+from foveate.train.loop import Loop
 from foveate.train.strategy import Strategy
-from train_toys import GPT2, LLAMA, largest_difference, losses, options, run
+from train_toys import GPT2, LLAMA, largest_difference, losses, options, run, texts
 from train_toys import one_thread as one_thread
 
 STEPS = 16
@@ -93,15 +96,19 @@ def test_resume_without_a_checkpoint_starts(tmp_path):
     assert run(tmp_path, max_steps=2, resume=True).steps == 2
 
 
-def test_resume_after_the_end_does_nothing(tmp_path):
+def test_resume_after_the_end_does_nothing(tmp_path, capfd):
     first = run(tmp_path, max_steps=3)
-    again = run(tmp_path, max_steps=3, resume=True)
+    again = run(tmp_path, max_steps=3, resume=True, progress=None)
+    assert "the run is at its end, step 3" in capfd.readouterr().err
     assert again.steps == 3 and largest_difference(first, again) == 0 and again.history == first.history
 
 
 def test_resume_with_other_data_or_another_model(tmp_path):
     run(tmp_path, max_steps=3)
-    with pytest.raises(ValueError, match="other data or another batch size.*start in a new output folder"):
+    with pytest.raises(
+        ValueError,
+        match="of a run with other data or other options: rows a step=5 .was 4..*start in a new output folder",
+    ):
         run(tmp_path, max_steps=3, batch_size=5, resume=True)
     with pytest.raises(ValueError, match="has .* of shape .*, the model of .*start in a new output folder"):
         run(tmp_path, max_steps=3, new_model=LLAMA | {"hidden_size": 16}, resume=True)
@@ -118,6 +125,92 @@ def test_the_best_keeps_no_state_and_links_are_relative(tmp_path):
     assert not (tmp_path / "out" / "best" / "state").exists() and (tmp_path / "out" / "last" / "state").exists()
     (tmp_path / "out").rename(tmp_path / "moved")
     assert (tmp_path / "moved" / "last").resolve().name == "step-00000003"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch, capfd, number):
+    whole = run(tmp_path / "whole", **SETTINGS)
+    step = Loop._step
+    monkeypatch.setattr(Loop, "_step", lambda self, i: (i == 6 and signal.raise_signal(number)) or step(self, i))
+    before = signal.getsignal(number)
+    with pytest.raises(
+        Interrupted, match=r"stopped after step 7 of 16 with the checkpoint .*step-00000007; go on with resume"
+    ) as error:
+        run(tmp_path / "stopped", **SETTINGS)
+    assert error.value.signal == number and signal.getsignal(number) is before
+    assert "once more to stop at once" in capfd.readouterr().err
+    monkeypatch.undo()
+    continued = run(tmp_path / "stopped", **SETTINGS, resume=True)
+    assert largest_difference(whole, continued) == 0 and losses(whole) == losses(continued)
+
+
+def test_a_signal_is_not_lost_in_what_the_caller_raises(tmp_path, monkeypatch):
+    """A search goes on after a trial that was pruned, but not after Ctrl-C."""
+
+    def prune(step, metrics):
+        raise RuntimeError("pruned")
+
+    step = Loop._step
+    monkeypatch.setattr(Loop, "_step", lambda self, i: signal.raise_signal(signal.SIGINT) or step(self, i))
+    with pytest.raises(Interrupted, match="stopped by a signal; before that: RuntimeError.*pruned"):
+        fit(**options(tmp_path, eval_fraction=0.2, eval_every=1, max_steps=3), after_evaluation=prune)
+
+
+def test_the_second_signal_stops_at_once(tmp_path, monkeypatch):
+    step = Loop._step
+
+    def twice(self, i):
+        if i == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(self, i)
+
+    monkeypatch.setattr(Loop, "_step", twice)
+    with pytest.raises(KeyboardInterrupt) as error:
+        run(tmp_path, **SETTINGS)
+    assert not isinstance(error.value, Interrupted)
+    assert (tmp_path / "out" / "last").resolve().name == "step-00000005"  # as if it had been killed
+    monkeypatch.undo()
+    assert run(tmp_path, **SETTINGS, resume=True).steps == STEPS
+
+
+def test_a_run_can_be_prolonged(tmp_path, capfd):
+    """Beside more steps, the choices of the optimisation may change; the tokens, the adapters and the order of the data may not."""
+    settings = {"schedule": "constant", "warmup": 0, "learning_rate": 1e-3}
+    whole = run(tmp_path / "whole", **settings, max_steps=6)
+    run(tmp_path / "short", **settings, max_steps=3)
+    longer = run(tmp_path / "short", **settings, max_steps=6, resume=True, progress=None)
+    assert longer.steps == 6 and largest_difference(whole, longer) == 0
+    assert "from here on other than before: max_steps=6 (was 3)" in capfd.readouterr().err
+    slower = run(tmp_path / "short", **settings | {"learning_rate": 1e-4}, max_steps=8, resume=True, progress=None)
+    assert losses(slower, "learning_rate")[-2:] == [1e-4, 1e-4]
+    assert "max_steps=8 (was 6), learning_rate=0.0001 (was 0.001)" in capfd.readouterr().err
+    for change, sentence in {
+        "seed": (5, "seed=5 .was 0."), "packing": (False, "packing=False .was True."), "max_length": (32, "max_length=32 .was None."),
+        "train_data": ([texts(tmp_path, 40, seed=1, name="other.jsonl")], "checksum of their lengths="),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"of a run with other data or other options: .*{sentence[1]}"):
+            run(tmp_path / "short", **settings, max_steps=9, resume=True, **{change: sentence[0]})
+
+
+def test_the_last_step_has_a_line(tmp_path):
+    """Also if log_every does not divide it."""
+    result = run(tmp_path, max_steps=5, log_every=3)
+    whole = run(tmp_path / "whole", max_steps=5, log_every=1)
+    assert [row["step"] for row in result.history] == [3, 5]
+    assert losses(result) == pytest.approx([sum(losses(whole)[:3]) / 3, sum(losses(whole)[3:]) / 2])
+    assert (tmp_path / "out" / "loss.png").exists()
+
+
+def test_an_output_folder_by_a_relative_path_or_a_link(tmp_path, monkeypatch):
+    """Checkpoints are told apart by their names, however the folder is reached."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out", "link/out"):
+        result = run(tmp_path, output_dir=folder, max_steps=3, save_every=1, eval_fraction=0.2)
+        assert result.last.is_absolute() and load_model(result.last) and load_model(result.best)
+        assert run(tmp_path, output_dir=folder, max_steps=3, eval_fraction=0.2, resume=True).steps == 3
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kStages = 2, kMaxWarps = 4;
 constexpr int kSplitMultiple = kTileKeys * kMaxWarps;  // keys of a split, where the split does not say
+constexpr int kMergePadding = 8;  // columns, so that 4 rows of a fragment lie in different banks
 constexpr size_t kComfortableBytes = 99 * 1024;  // what every GPU since sm_80 gives a block
 constexpr size_t kLargestBytes = 163 * 1024;  // sm_80 and sm_90
 
@@ -257,7 +258,7 @@ __device__ __forceinline__ void attend(const DecodeWork& work, const Task& task,
   dev::cp_async_wait_all();
 
   // The warps' results, [warp][row][column], over everything else; then their maxima and sums, [warp][row].
-  const auto out_at = [&](int w, int r, int d) { return q + 4 * ((w * kTileRows + r) * work.slice_columns + d); };
+  const auto out_at = [&](int w, int r, int d) { return q + 4 * ((w * kTileRows + r) * (work.slice_columns + kMergePadding) + d); };
   const auto stats_at = [&](int w, int r) { return out_at(work.warps, 0, 0) + 8 * (w * kTileRows + r); };
   dev::sync_threads();
 #pragma unroll
@@ -407,7 +408,7 @@ void decode_columns(const KvCacheParams& p, Stream stream) {
   const size_t q_bytes = static_cast<size_t>(kTileRows) * work.q_row_bytes, warp_bytes = static_cast<size_t>(work.warp_bytes);
   const size_t fitting = q_bytes < kComfortableBytes ? (kComfortableBytes - q_bytes) / warp_bytes : 0;
   work.warps = fitting >= kMaxWarps ? kMaxWarps : fitting >= 2 ? 2 : 1;
-  const size_t merge_bytes = static_cast<size_t>(work.warps) * kTileRows * (work.slice_columns + 2) * sizeof(float);
+  const size_t merge_bytes = static_cast<size_t>(work.warps) * kTileRows * (work.slice_columns + kMergePadding + 2) * sizeof(float);
   const size_t bytes = std::max(q_bytes + work.warps * warp_bytes, merge_bytes);
   check(bytes <= kLargestBytes, "decode on a GPU needs ", bytes, " bytes of shared memory for head dims ", p.head_dim, " and ",
         p.head_dim_v, " in ", name(p.dtype), ", more than ", kLargestBytes, ": use a 16-bit dtype or backend='triton'");

@@ -88,15 +88,17 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(con
   };
   const auto add_to_part = [&](int64_t chunk) {
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c)
+    for (int c = 0; c < kChunks; ++c) {
+      float sum[kVec<T>];
+      load_chunk<Read::kInPlace>(part, column(chunk, c), p.cols, 0.0f, sum);
 #pragma unroll
-      for (int i = 0; i < kVec<T>; ++i)
-        if (const int64_t j = column(chunk, c) + i; j < p.cols) dev::st_global(part + j, dev::ld_global<float>(part + j) + dweight[c][i]);
+      for (int i = 0; i < kVec<T>; ++i) sum[i] += dweight[c][i];
+      store_chunk(part, column(chunk, c), p.cols, sum);
+    }
   };
   if (kKept) load_weights(team.thread);
   if (!kKept && part)
-    for (int64_t chunk = team.thread; chunk < chunks; chunk += team.lanes)
-      for (int64_t j = chunk * kVec<T>; j < min(p.cols, (chunk + 1) * kVec<T>); ++j) dev::st_global(part + j, 0.0f);
+    for (int64_t chunk = team.thread; chunk < chunks; chunk += team.lanes) store_chunk(part, chunk * kVec<T>, p.cols, dweight[0]);  // zeros
 
   for (int64_t first = begin; first < end; first += team.count) {
     const bool mine = first + team.index < end;
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(con
   }
 
   if (!kKept || !part) return;
-  // The teams of the block add up in turn.
+  // The teams of the block add up in turn, in shared memory [chunk][number of it][thread].
   const uint32_t sums = dev::smem_base() + kTeamBytes;
   for (int turn = 0; turn < team.count; ++turn) {
     if (turn == team.index) {
@@ -165,15 +167,13 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(con
       for (int c = 0; c < kChunks; ++c)
 #pragma unroll
         for (int i = 0; i < kVec<T>; ++i) {
-          const int64_t j = column(team.thread, c) + i;
-          if (j >= p.cols) continue;
-          const uint32_t address = sums + 4 * static_cast<uint32_t>(j);
-          const float sum = dweight[c][i] + (turn == 0 ? 0.0f : dev::ld_shared<float>(address));
-          if (turn + 1 < team.count)
-            dev::st_shared<float>(address, sum);
-          else
-            dev::st_global(part + j, sum);
+          const uint32_t address = sums + 4 * ((c * kVec<T> + i) * team.lanes + team.thread);
+          if (turn > 0) dweight[c][i] += dev::ld_shared<float>(address);
+          if (turn + 1 < team.count) dev::st_shared<float>(address, dweight[c][i]);
         }
+      if (turn + 1 == team.count)
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) store_chunk(part, column(team.thread, c), p.cols, dweight[c]);
     }
     if (turn + 1 < team.count) dev::sync_threads();
   }
@@ -210,7 +210,7 @@ void rms_norm_backward(const RmsNormBackwardParams& p, Stream stream) {
     RowWork<RmsNormBackwardParams> work{p, plan.lanes};
     if (!p.dweight_parts) work.params.parts = std::min<int64_t>(plan.grid.x, kSharesWithoutDweight);
     const auto blocks = static_cast<unsigned>(work.params.parts);
-    const size_t sums = plan.lanes < plan.threads ? static_cast<size_t>(p.cols) * sizeof(float) : 0;
+    const size_t sums = plan.lanes < plan.threads ? static_cast<size_t>(plan.lanes) * (kKeptChunks / 2) * kVec<T> * sizeof(float) : 0;
     if (plan.kept)
       launch<rms_norm_backward_kernel<T, W, true>>(blocks, plan.threads, kTeamBytes + sums, stream, work);
     else

@@ -128,9 +128,9 @@ struct Team {
   __device__ __forceinline__ float reduce(float x, const Op& op) const {
     for (int mask = (lanes < 32 ? lanes : 32) / 2; mask > 0; mask /= 2) x = op(x, dev::shfl_xor(x, mask));
     if (lanes <= 32) return x;
-    const uint32_t memory = dev::smem_base();
+    const uint32_t memory = dev::smem_base(), own = memory + 4 * dev::warp();
     dev::sync_threads();  // the values of the reduction before have been read
-    if (dev::lane() == 0) dev::st_shared<float>(memory + 4 * dev::warp(), x);
+    if (dev::lane() == 0) dev::st_shared<float>(own, x);
     dev::sync_threads();
     x = dev::ld_shared<float>(memory);
     for (int warp = 1; warp < lanes / 32; ++warp) x = op(x, dev::ld_shared<float>(memory + 4 * warp));

@@ -43,14 +43,18 @@ std::string ranges(const std::vector<int>& sorted) {
 
 // ---- life of a block ---------------------------------------------------------------------------------------------------------
 
-void Block::begin(const Kernel& kernel, dim3 grid, dim3 block, uint64_t index, size_t smem_bytes, const Options& options) {
+void Block::begin(const Launch& launch, uint64_t index) {
+  const dim3 grid = launch.grid, block = launch.block;
+  const Options& options = launch.options;
   const int threads = static_cast<int>(block.x), warps = threads / kWarpSize;
-  kernel_ = kernel, options_ = options, live_threads_ = threads, spins_ = 0, error_ = nullptr, host_ = Fiber();
+  kernel_ = launch.kernel, options_ = options, live_threads_ = threads, spins_ = 0, error_ = nullptr, host_ = Fiber();
   gridDim = grid, blockDim = block;
   blockIdx = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
               static_cast<unsigned>(index / grid.x / grid.y)};
-  shared.begin(smem_bytes);
+  shared.begin(launch.smem_bytes);
   race.begin(options.race, warps, shared.size());
+  global_race = &launch.global_race;
+  order.begin(static_cast<uint32_t>(index));
   scheduler_.begin(options.schedule, options.seed * 0x100000001b3u + index, warps);
   barriers_.fill({});
   hopper.clear();
@@ -71,8 +75,8 @@ void Block::begin(const Kernel& kernel, dim3 grid, dim3 block, uint64_t index, s
   }
 }
 
-void Block::run(const Kernel& kernel, dim3 grid, dim3 block, uint64_t index, size_t smem_bytes, const Options& options) {
-  begin(kernel, grid, block, index, smem_bytes, options);
+void Block::run(const Launch& launch, uint64_t index) {
+  begin(launch, index);
   current_block = this;
   switch_to(next(), host_);
   current_block = nullptr, current_thread = nullptr;
@@ -111,6 +115,7 @@ void Block::leave() {
   hopper.tma.check_done(live_threads_ == 1);
   hopper.wgmma[warp.id].check_done();
   warp.live &= ~lane_bit(self), warp.ready &= ~lane_bit(self);
+  if (!warp.live && counters.enabled()) counters.flush(warp.id);
   --live_threads_, spins_ = 0;
   if (warp.arrived && warp.request.id < 0) {
     kernel_error("it returns from the kernel, but other lanes of warp ", warp.id, " wait for it in ", warp.operation, " at ",
@@ -118,6 +123,7 @@ void Block::leave() {
   }
   if (warp.arrived && warp.arrived == warp.live) arrive(warp);
   if (!warp.live) complete_if_full(barriers_[0]);
+  if (live_threads_ == 0) hopper.check_warpgroups(static_cast<int>(warps_.size()));
 }
 
 // ---- switching ---------------------------------------------------------------------------------------------------------------
@@ -205,7 +211,10 @@ bool Block::join(const char* operation, Site site, void* mine, Lanes lanes) {
   warp.operation = operation, warp.site = site;
   warp.brought[self.lane] = mine;
   warp.arrived |= lane_bit(self);
-  if (warp.arrived == warp.live) return true;
+  if (warp.arrived == warp.live) {
+    if (counters.enabled()) counters.flush(warp.id);
+    return true;
+  }
   wait(operation, site);
   return false;
 }

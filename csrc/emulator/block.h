@@ -8,8 +8,10 @@
 #include <vector>
 
 #include "emulator/async_copies.h"
+#include "emulator/counters.h"
 #include "emulator/fiber.h"
 #include "emulator/global_memory.h"
+#include "emulator/global_race.h"
 #include "emulator/hopper.h"
 #include "emulator/launch.h"
 #include "emulator/options.h"
@@ -61,6 +63,14 @@ inline Accessor Thread::accessor() const { return {static_cast<uint8_t>(warp->id
 
 class Block;
 
+struct Launch {
+  Kernel kernel;
+  dim3 grid, block;
+  size_t smem_bytes;
+  Options options;
+  GlobalRace& global_race;
+};
+
 // The block and the thread that this OS thread runs.
 extern constinit thread_local Block* current_block [[gnu::tls_model("initial-exec")]];
 extern constinit thread_local Thread* current_thread [[gnu::tls_model("initial-exec")]];
@@ -68,11 +78,14 @@ extern constinit thread_local Thread* current_thread [[gnu::tls_model("initial-e
 class Block {
  public:
   // Runs one block to its end. Throws what the kernel threw, or KernelError.
-  void run(const Kernel& kernel, dim3 grid, dim3 block, uint64_t index, size_t smem_bytes, const Options& options);
+  void run(const Launch& launch, uint64_t index);
 
   SharedMemory shared;
   GlobalMemory global;
   RaceDetector race;
+  GlobalRace* global_race = nullptr;
+  BlockOrder order;
+  Counters counters;
   Hopper hopper;
 
   // All 32 lanes of the running thread's warp come here with the same operation at the same site; the last one executes
@@ -108,7 +121,7 @@ class Block {
 
   static void thread_main();
 
-  void begin(const Kernel& kernel, dim3 grid, dim3 block, uint64_t index, size_t smem_bytes, const Options& options);
+  void begin(const Launch& launch, uint64_t index);
   // True in the last lane to come; the others return false when they are ready again.
   bool join(const char* operation, Site site, void* mine, Lanes lanes);
   static void release(Warp& warp);

@@ -5,12 +5,14 @@
 #include <bit>
 #include <cstring>
 
+#include "emulator/global_access.h"
+
 namespace foveate::emulator {
 
 // Each checks the address; the result is where the bytes are. `what` names the operation in reports.
 const void* shared_for_reading(uint32_t address, uint32_t bytes, const char* what, Site site);
 void* shared_for_writing(uint32_t address, uint32_t bytes, const char* what, Site site);
-void check_global(const void* p, size_t bytes, const char* what, Site site);
+void check_global(GlobalAccess kind, const void* p, size_t bytes, const char* what, Site site);
 
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16, Site site);
 void issue_copy(uint32_t to, const void* from, uint32_t bytes, bool valid, Site site);
@@ -49,7 +51,6 @@ T shuffle_as(const char* what, T value, int source, Site site) {
 namespace foveate::cuda::dev {
 
 inline int lane() { return static_cast<int>(threadIdx.x % 32); }
-inline int warp() { return static_cast<int>(threadIdx.x / 32); }
 
 template <class T>
 T ld_shared(uint32_t address, Site site) {
@@ -107,28 +108,28 @@ uint32_t pack(float low, float high) {
 
 template <class T>
 T ld_global(const void* p, Site site) {
-  emulator::check_global(p, sizeof(T), "ld_global", site);
+  emulator::check_global(emulator::GlobalAccess::kRead, p, sizeof(T), "ld_global", site);
   return emulator::copy_from<T>(p);
 }
 template <class T>
 T ld_global_nc(const void* p, Site site) {
-  emulator::check_global(p, sizeof(T), "ld_global_nc", site);
+  emulator::check_global(emulator::GlobalAccess::kReadOnly, p, sizeof(T), "ld_global_nc", site);
   return emulator::copy_from<T>(p);
 }
 template <class T>
 T ld_global_stream(const void* p, Site site) {
-  emulator::check_global(p, sizeof(T), "ld_global_stream", site);
+  emulator::check_global(emulator::GlobalAccess::kReadOnly, p, sizeof(T), "ld_global_stream", site);
   return emulator::copy_from<T>(p);
 }
 template <class T>
 void st_global(void* p, T value, Site site) {
-  emulator::check_global(p, sizeof(T), "st_global", site);
+  emulator::check_global(emulator::GlobalAccess::kWrite, p, sizeof(T), "st_global", site);
   static_assert(emulator::kIsAccess<T>);
   std::memcpy(p, &value, sizeof(T));
 }
 template <class T>
 void st_global_stream(void* p, T value, Site site) {
-  emulator::check_global(p, sizeof(T), "st_global_stream", site);
+  emulator::check_global(emulator::GlobalAccess::kWrite, p, sizeof(T), "st_global_stream", site);
   static_assert(emulator::kIsAccess<T>);
   std::memcpy(p, &value, sizeof(T));
 }

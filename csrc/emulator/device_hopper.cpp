@@ -23,8 +23,8 @@ void tma_store_wait(int pending_groups) { current_block->hopper.tma.wait(pending
 
 void wgmma(float* d, int n, bool bf16, const uint32_t* a_registers, uint64_t a, uint64_t b, bool a_m_major, bool b_n_major, bool accumulate,
            Site site) {
-  WgmmaLane mine{d, a_registers};
   const WgmmaShape shape{n, bf16, accumulate, a, b, a_m_major, b_n_major};
+  WgmmaLane mine{d, a_registers, &shape};
   current_block->warp_operation("wgmma", site, mine,
                                 [&](auto& lanes) { current_block->hopper.wgmma[current_thread->warp->id].issue(shape, lanes, site); });
 }

@@ -89,14 +89,18 @@ void load_matrices(const char* what, uint32_t address, uint32_t* d, int count, b
   LdmatrixLane mine{address, d};
   current_block->warp_operation(what, site, mine, [=](auto& lanes) {
     Block& block = *current_block;
-    const Accessor who{static_cast<uint8_t>(current_thread->warp->id), Accessor::kWholeWarp};
+    // All lanes read together, but the instruction is no barrier: who writes next must wait for the others by sync_warp.
+    const Accessor who{static_cast<uint8_t>(current_thread->warp->id), Accessor::kSeveralLanes};
     for (int m = 0; m < count; ++m) {
       uint16_t matrix[8][8];
+      std::array<uint32_t, 8> rows;
       for (int row = 0; row < 8; ++row) {
         const uint32_t offset = block.shared.offset(lanes[m * 8 + row]->address, 16, what, site);
         block.race.access(Access::kRead, offset, 16, who, site);
         std::memcpy(matrix[row], block.shared.at(offset), 16);
+        rows[row] = offset;
       }
+      if (block.counters.enabled()) block.counters.add_matrix(what, rows, site);
       for (int l = 0; l < kWarpSize; ++l) {
         const int g = l / 4, t = l % 4;
         const uint32_t low = transposed ? matrix[2 * t][g] : matrix[g][2 * t];

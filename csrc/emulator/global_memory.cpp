@@ -38,6 +38,14 @@ void GlobalMemory::begin() {
   last_ = 0;
 }
 
+std::string GlobalMemory::describe(uintptr_t address) const {
+  for (const Span& span : spans_)
+    if (span.contains(address, 1)) return "byte " + std::to_string(address - span.data) + " of " + span.name;
+  std::ostringstream text;
+  text << "the byte at 0x" << std::hex << address;
+  return text.str();
+}
+
 void GlobalMemory::find(uintptr_t address, size_t bytes, const char* what, Site site) {
   for (size_t i = 0; i < spans_.size(); ++i) {
     if (spans_[i].contains(address, bytes)) {

@@ -38,6 +38,8 @@ class GlobalMemory {
     if (!spans_.empty() && !spans_[last_].contains(reinterpret_cast<uintptr_t>(p), bytes))
       find(reinterpret_cast<uintptr_t>(p), bytes, what, site);
   }
+  // "byte 12 of k"
+  std::string describe(uintptr_t address) const;
 
  private:
   struct Span {

@@ -18,6 +18,8 @@ struct Hopper {
     barriers.clear(), tma.clear();
     for (WgmmaQueue& queue : wgmma) queue.clear();
   }
+  // Throws if the four warps of a warpgroup have not multiplied the same; when the block's `warps` warps have ended.
+  void check_warpgroups(int warps) const;
 };
 
 }  // namespace foveate::emulator

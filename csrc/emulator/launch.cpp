@@ -1,6 +1,7 @@
 #include "emulator/launch.h"
 
 #include <atomic>
+#include <fstream>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -37,6 +38,23 @@ BlockPool& pool() {
   return blocks;
 }
 
+// "decode_kernel<bf16, 128>" from "void launch(...) [with auto kernel = foveate::cuda::(anonymous)::decode_kernel<foveate::bf16, 128>; ...]"
+std::string name_of(std::string_view signature) {
+  const size_t start = signature.find("kernel = ");
+  std::string name(signature.substr(start + 9, signature.find("; Params", start) - start - 9));
+  for (const std::string_view scope : {"foveate::", "cuda::", "{anonymous}::", "&"})
+    for (size_t at; (at = name.find(scope)) != std::string::npos;) name.erase(at, scope.size());
+  return name;
+}
+
+void append(const std::string& path, const std::string& line) {
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  std::ofstream file(path, std::ios::app);
+  file << line << std::flush;
+  check(file.good(), "FOVEATE_EMULATOR_COUNTERS: cannot write to '", path, "'");
+}
+
 }  // namespace
 
 void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t smem_bytes) {
@@ -46,21 +64,30 @@ void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t smem_bytes) {
         " threads; the kernels of this package have one-dimensional blocks of whole warps, up to 1024 threads");
   check(smem_bytes <= SharedMemory::kMost, smem_bytes, " bytes of shared memory; a block has at most ", SharedMemory::kMost);
 
+  thread_local const auto global_race = std::make_unique<GlobalRace>();  // keeps its memory from launch to launch
+  const Launch launch{kernel, grid, block, smem_bytes, options, *global_race};
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
   std::atomic<uint64_t> next = 0;
-  std::mutex error_mutex;
+  std::mutex mutex;
   std::exception_ptr error;
+  Counters counters;
+  launch.global_race.begin(options.race, options.threads > 1 && blocks > 1);
   const auto work = [&] {
     auto worker = pool().take();
     worker->global.begin();
+    worker->counters.begin(!options.counters.empty());
     for (uint64_t index; (index = next.fetch_add(1)) < blocks;) {
       try {
-        worker->run(kernel, grid, block, index, smem_bytes, options);
+        worker->run(launch, index);
       } catch (...) {
-        const std::lock_guard lock(error_mutex);
+        const std::lock_guard lock(mutex);
         if (!error) error = std::current_exception();
         next = blocks;
       }
+    }
+    {
+      const std::lock_guard lock(mutex);
+      counters.merge(worker->counters);
     }
     pool().give(std::move(worker));
   };
@@ -70,6 +97,8 @@ void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t smem_bytes) {
   work();
   for (std::thread& helper : helpers) helper.join();
   if (error) std::rethrow_exception(error);
+  launch.global_race.end();
+  if (!options.counters.empty()) append(options.counters, counters.json(name_of(kernel.signature), blocks, block.x));
 }
 
 }  // namespace foveate::emulator

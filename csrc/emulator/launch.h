@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string_view>
 #include <type_traits>
 
 #include "cuda/stream.h"
@@ -13,6 +14,7 @@ namespace foveate::emulator {
 struct Kernel {
   void (*run)(const void* params);
   const void* params;
+  std::string_view signature;  // of launch<kernel>, which has the kernel's name in it
 };
 
 void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t smem_bytes);
@@ -26,7 +28,8 @@ void launch(dim3 grid, dim3 block, size_t smem_bytes, const Stream&, const Param
   static_assert(std::is_trivially_copyable_v<Params>, "the parameters of a kernel are copied byte by byte");
   static_assert(std::is_invocable_v<decltype(kernel), const Params&>, "the kernel takes one `const __grid_constant__ Params`");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  emulator::run_grid({[](const void* p) { kernel(*static_cast<const Params*>(p)); }, &params}, grid, block, smem_bytes);
+  emulator::run_grid({[](const void* p) { kernel(*static_cast<const Params*>(p)); }, &params, __PRETTY_FUNCTION__}, grid, block,
+                     smem_bytes);
 }
 
 }  // namespace foveate::cuda

@@ -4,10 +4,15 @@
 
 namespace foveate::emulator {
 
+namespace {
+constexpr int kMostCounted = (1 << 20) - 1;  // arrivals, and bytes that are to come
+}
+
 void MBarriers::init(uint32_t address, int arrivals, Site site) {
   const uint32_t offset = current_block->shared.offset(address, 8, "mbarrier_init", site);
   current_block->race.access(Access::kWrite, offset, 8, current_thread->accessor(), site);
-  if (arrivals < 1) kernel_error("mbarrier_init at ", name(site), " for ", arrivals, " arrivals");
+  if (arrivals < 1 || arrivals > kMostCounted)
+    kernel_error("mbarrier_init at ", name(site), " for ", arrivals, " arrivals, expected 1 to ", kMostCounted);
   barriers_.insert_or_assign(offset, MBarrier{.expected = arrivals, .pending = arrivals, .waiting = {}});
 }
 
@@ -34,6 +39,8 @@ void MBarriers::arrive(uint32_t address, uint32_t expected_bytes, const char* wh
   race.release(warp, barrier.arriving);
   race.tick(warp);
   barrier.bytes += expected_bytes;
+  if (barrier.bytes > kMostCounted)
+    kernel_error(what, " at ", name(site), ": ", barrier.bytes, " bytes under way, an mbarrier counts up to ", kMostCounted);
   --barrier.pending;
   complete_if_done(barrier);
 }

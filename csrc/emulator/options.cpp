@@ -30,6 +30,7 @@ Options options_from_environment() {
   options.seed = number("FOVEATE_EMULATOR_SEED", 0, UINT64_MAX);
   options.race = number("FOVEATE_EMULATOR_RACE", 1, 1) == 1;
   options.threads = static_cast<int>(number("FOVEATE_EMULATOR_THREADS", 1, 256));
+  if (const char* path = std::getenv("FOVEATE_EMULATOR_COUNTERS")) options.counters = path;
   return options;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace foveate::emulator {
 
@@ -16,6 +17,7 @@ struct Options {
   uint64_t seed = 0;                          // FOVEATE_EMULATOR_SEED
   bool race = true;                           // FOVEATE_EMULATOR_RACE = 0 switches the race detector off
   int threads = 1;                            // FOVEATE_EMULATOR_THREADS: blocks at a time
+  std::string counters;  // FOVEATE_EMULATOR_COUNTERS: a file for what each launch's accesses cost; "" counts nothing
 };
 
 // Throws std::invalid_argument at a value that is none of these.

@@ -34,9 +34,6 @@ bool only_reads(Access kind) { return kind == Access::kRead || kind == Access::k
                earlier, " ", describe(warp, earlier_where), ", with ", warp == who.warp ? "no sync_warp" : "no barrier", " between them");
 }
 
-// Whether two lanes of one warp race in one tick.
-bool lanes_race(uint8_t a, uint8_t b) { return a != Accessor::kWholeWarp && (a != b || a == Accessor::kSeveralLanes); }
-
 }  // namespace
 
 void RaceDetector::begin(bool enabled, int warps, uint32_t bytes) {
@@ -52,6 +49,7 @@ void RaceDetector::begin(bool enabled, int warps, uint32_t bytes) {
   for (int w = 0; w < warps; ++w) {
     clocks_[w].fill(start);
     clocks_[w][w] = start + 1;
+    synced_[w] = start + 1;
     async_visible_[w] = start;
   }
   latest_ = start + 1;
@@ -62,47 +60,47 @@ void RaceDetector::release(int warp, Clock& clock) const {
 }
 void RaceDetector::acquire(int warp, const Clock& clock) {
   for (int w = 0; w < warps_; ++w) clocks_[warp][w] = std::max(clocks_[warp][w], clock[w]);
+  synced_[warp] = std::max(synced_[warp], clock[warp] + 1);  // what a lane of this warp has given, another knows now
 }
 void RaceDetector::tick(int warp) { latest_ = std::max(latest_, ++clocks_[warp][warp]); }
+void RaceDetector::sync_lanes(int warp) {
+  tick(warp);
+  synced_[warp] = clocks_[warp][warp];
+}
 
 void RaceDetector::check_write(const Write& write, uint32_t bytes, Access kind, uint32_t offset, Accessor who, Site site) const {
   if (!(write.bytes & bytes)) return;
-  if (kind == Access::kAsyncRead && !write.async && write.clock > async_visible_[write.warp]) {
-    kernel_error("asynchronous read ", describe(who.warp, where(site, who.lane)), " of byte ", offset, " of shared memory, written ",
+  if ((kind == Access::kAsyncRead || kind == Access::kAsyncWrite) && !write.async && write.clock > async_visible_[write.warp]) {
+    kernel_error(verb(kind), " ", describe(who.warp, where(site, who.lane)), " of byte ", offset, " of shared memory, written ",
                  describe(write.warp, write.where), ": fence_async_proxy is missing between them");
   }
-  if (write.clock < clocks_[who.warp][write.warp]) return;
   if (write.atomic && kind == Access::kAtomic) return;
-  if (write.warp == who.warp) {
-    if (!lanes_race(static_cast<uint8_t>(write.where), who.lane)) return;
-  } else if (write.clock == clocks_[who.warp][write.warp]) {
-    return;
-  }
+  if (ordered({write.warp, static_cast<uint8_t>(write.where)}, write.clock, who)) return;
   race(write.atomic ? "atomic addition" : "write", write.warp, write.where, kind, offset, who, site);
 }
 
 void RaceDetector::check_reads(const Read* reads, uint32_t bytes, uint32_t offset, Accessor who, Site site) const {
-  const Clock& known = clocks_[who.warp];
   for (int w = 0; w < warps_; ++w) {
     const Read& read = reads[w];
-    if (read.clock < known[w] || !(read.bytes & bytes)) continue;
-    if (w == who.warp ? lanes_race(static_cast<uint8_t>(read.where), who.lane) : read.clock > known[w])
-      race("read", w, read.where, Access::kWrite, offset, who, site);
+    if (!(read.bytes & bytes)) continue;
+    for (int i = 0; i < 4; ++i) {
+      if ((read.bytes & bytes) >> 4 * i & 0xf && !ordered({static_cast<uint8_t>(w), read.lane[i]}, read.clock, who))
+        race("read", w, read.site << 8 | read.lane[i], Access::kWrite, offset, who, site);
+    }
   }
 }
 
-void RaceDetector::record_read(Read& read, uint32_t clock, uint32_t bytes, uint32_t where) {
-  if (read.clock != clock) {
-    read = {clock, where, bytes};
-    return;
+void RaceDetector::record_read(Read& read, uint32_t clock, uint32_t bytes, uint32_t site, uint8_t lane) {
+  if (read.clock != clock) read = {clock, site, 0, {}};
+  for (int i = 0; i < 4; ++i) {
+    if (!(bytes >> 4 * i & 0xf)) continue;
+    const bool first = !(read.bytes >> 4 * i & 0xf);
+    if (first || read.lane[i] == Accessor::kWholeWarp)
+      read.lane[i] = lane;
+    else if (lane != Accessor::kWholeWarp && lane != read.lane[i])
+      read.lane[i] = Accessor::kSeveralLanes;
   }
-  const uint32_t before = read.where & 0xff, now = where & 0xff;
-  read.bytes |= bytes;
-  if (before == Accessor::kWholeWarp) {
-    read.where = where;
-  } else if (now != Accessor::kWholeWarp && now != before) {
-    read.where = (where & ~0xffu) | Accessor::kSeveralLanes;
-  }
+  read.bytes |= static_cast<uint16_t>(bytes);
 }
 
 void RaceDetector::record_write(Granule& granule, const Write& write, uint32_t bytes) {
@@ -150,7 +148,7 @@ void RaceDetector::checked_access(Access kind, uint32_t offset, uint32_t bytes, 
                    " may still read: it has not been waited for");
     }
     if (only_reads(kind)) {
-      record_read(reads[who.warp], clock, mask, place);
+      record_read(reads[who.warp], clock, mask, place >> 8, who.lane);
     } else {
       check_reads(reads, mask, offset, who, site);
       record_write(granule, {clock, place, who.warp, 0, kind == Access::kAtomic, kind == Access::kAsyncWrite}, mask);

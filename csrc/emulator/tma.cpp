@@ -96,7 +96,9 @@ void Tma::load(uint32_t to, const cuda::TensorMap& map, const int32_t* at, int r
   Load load{make_box(map, at, rank, to, "tma_load", site), block.hopper.barriers.for_tma(barrier, site), {}};
   const Box& box = load.box;
   for_each_chunk(box, [&](uint32_t, const char* from, uint32_t bytes) {
-    if (from) block.global.check_range(from, bytes, "tma_load", site);
+    if (!from) return;
+    block.global.check_range(from, bytes, "tma_load", site);
+    block.global_race->access(GlobalAccess::kRead, from, bytes, "tma_load", site);
   });
   block.race.access(Access::kAsyncWrite, box.offset, box.bytes, box.who, site);
   block.race.under_way(box.offset, box.bytes, site);
@@ -146,6 +148,7 @@ void Tma::wait(int pending_groups) {
     if (store.thread != thread || !store.committed || store.group < pending_groups) continue;
     for_each_chunk(store.box, [&](uint32_t offset, char* to, uint32_t bytes) {
       const unsigned char* from = block.shared.at(offset);
+      if (to) block.global_race->access(store.add ? GlobalAccess::kAtomic : GlobalAccess::kWrite, to, bytes, "tma_store", store.box.site);
       if (to && !store.add) std::memcpy(to, from, bytes);
       if (to && store.add) {
         if (store.box.map.dtype == DType::kFloat32) {

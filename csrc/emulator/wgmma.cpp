@@ -17,6 +17,8 @@ std::vector<uint32_t> pieces_of(uint64_t descriptor, bool mn_major, int first, i
   const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
   const uint32_t address = field(0), leading = field(16), stride = field(32);
   const auto swizzle = static_cast<cuda::Swizzle>(descriptor >> 62);
+  if (descriptor >> 49 & 7)
+    kernel_error("wgmma at ", name(site), ": ", what, " has a base offset; patterns start at multiples of 1024 bytes here, where it is 0");
   if (swizzle == cuda::Swizzle::kNone)
     kernel_error("wgmma at ", name(site), ": ", what, " has no swizzle; kernels here use 128, 64 or 32 bytes");
   const uint32_t row_bytes = swizzle == cuda::Swizzle::k128 ? 128 : swizzle == cuda::Swizzle::k64 ? 64 : 32;
@@ -69,6 +71,10 @@ int place(int lane, int i, int n) { return (lane / 4 + i / 2 % 2 * 8) * n + i / 
 
 void WgmmaQueue::issue(const WgmmaShape& shape, const std::array<WgmmaLane*, 32>& lanes, Site site) {
   if (!fenced_) kernel_error("wgmma at ", name(site), ": wgmma_fence is missing before it");
+  for (const WgmmaLane* lane : lanes)
+    if (*lane->shape != shape)
+      kernel_error("wgmma at ", name(site), ": the lanes of a warp have different descriptors or accumulate differently");
+  issued_.emplace_back(shape, site);
   Product product{shape, &tile_of(shape, lanes), group_, site, {}, {}, {}};
   const bool a_in_registers = lanes[0]->a != nullptr;
   for (int l = 0; a_in_registers && l < kWarpSize; ++l) std::copy_n(lanes[l]->a, 4, product.a[l].begin());
@@ -150,6 +156,17 @@ void WgmmaQueue::wait(int pending_groups) {
 
 void WgmmaQueue::check_done() const {
   if (!products_.empty()) kernel_error("it returns from the kernel with a wgmma under way, issued at ", name(products_.front().site));
+}
+
+void Hopper::check_warpgroups(int warps) const {
+  for (int w = 0; w < warps; ++w) {
+    const auto &first = wgmma[w / 4 * 4].issued(), &mine = wgmma[w].issued();
+    const auto same = [](const auto& a, const auto& b) { return a.first == b.first && a.second == b.second; };
+    if (!std::equal(first.begin(), first.end(), mine.begin(), mine.end(), same)) {
+      kernel_error("warp ", w, " has executed ", mine.size(), " wgmma, and warp ", w / 4 * 4, " ", first.size(),
+                   ", not all at the same lines with the same operands: a warpgroup's four warps come to each together");
+    }
+  }
 }
 
 }  // namespace foveate::emulator

@@ -6,16 +6,12 @@
 #include <cstdint>
 #include <deque>
 #include <list>
+#include <utility>
 #include <vector>
 
 #include "emulator/site.h"
 
 namespace foveate::emulator {
-
-struct WgmmaLane {
-  float* d;           // n / 2
-  const uint32_t* a;  // 4 registers, or nullptr: a is in shared memory
-};
 
 struct WgmmaShape {
   int n;
@@ -23,16 +19,25 @@ struct WgmmaShape {
   bool accumulate;
   uint64_t a, b;
   bool a_m_major, b_n_major;
+  bool operator==(const WgmmaShape&) const = default;
+};
+
+struct WgmmaLane {
+  float* d;           // n / 2
+  const uint32_t* a;  // 4 registers, or nullptr: a is in shared memory
+  const WgmmaShape* shape;
 };
 
 class WgmmaQueue {
  public:
-  void clear() { products_.clear(), tiles_.clear(), group_ = 0, fenced_ = false; }
+  void clear() { products_.clear(), tiles_.clear(), issued_.clear(), group_ = 0, fenced_ = false; }
   void fence() { fenced_ = true; }
   void issue(const WgmmaShape& shape, const std::array<WgmmaLane*, 32>& lanes, Site site);
   void commit() { ++group_; }
   void wait(int pending_groups);
   void check_done() const;  // throws if something is under way
+  // The products of this warp, for comparison with those of its warpgroup's others.
+  const std::vector<std::pair<WgmmaShape, Site>>& issued() const { return issued_; }
 
  private:
   // The accumulators of the lanes, while they are under way.
@@ -58,6 +63,7 @@ class WgmmaQueue {
 
   std::deque<Product> products_;
   std::list<Tile> tiles_;
+  std::vector<std::pair<WgmmaShape, Site>> issued_;
   int group_ = 0;  // of the next product
   bool fenced_ = false;
 };

@@ -26,6 +26,7 @@ _LAZY = {
     "QuestionAnswerer": "foveate.question_answering",
     "SamplingParams": "foveate.generation",
     "Text2Text": "foveate.text2text",
+    "TextClassifier": "foveate.text_classifier",
     "ring_attention": "foveate.ring",
 }
 
@@ -47,6 +48,7 @@ __all__ = [
     "RelativeBias",
     "SamplingParams",
     "Text2Text",
+    "TextClassifier",
     "UnsupportedError",
     "apply_rotary",
     "attention",

@@ -33,3 +33,11 @@ class _FirstOrder(torch.autograd.Function):
 def batch_first(t: Tensor, dim: int | None, size: int) -> Tensor:
     """For vmap rules: t with the mapped dimension in front, expanded (as a view) where t is not mapped."""
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def graph_is_freed() -> bool:
+    """Inside a backward pass: whether it is the last one through its graph, so that what is saved there may be overwritten."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return kept is not None and not kept()

@@ -35,14 +35,16 @@ def _onednn() -> Any:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        need_dx, need_dweight, _ = ctx.needs_input_grad
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if need_dweight else None, weight if need_dx else None)  # frozen under LoRA
         return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         rows = dout.reshape(-1, dout.shape[-1])
-        dx = product(rows, weight.t()).view(x.shape) if ctx.needs_input_grad[0] else None
+        dx = product(rows, weight.t()).view(ctx.shape) if ctx.needs_input_grad[0] else None
         dweight = product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
         dbias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias

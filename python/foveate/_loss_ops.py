@@ -17,9 +17,10 @@ _C: Any = _native._C  # None without a compiled module: `native` answers for tha
 
 # Of the logits of one chunk of tokens. Far more than a core's cache, since the matrix products want many tokens, and far less
 # than all logits.
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 32 << 20
 _GPU_CHUNK_BYTES = 512 << 20  # there each chunk costs a pass over the gradient of the weight in fp32
 _MIN_CHUNK_TOKENS = 64
+_TERM_BYTES = 16 << 20  # of a chunk's part of the gradient of the weight, on the CPU
 
 
 class Options(NamedTuple):
@@ -168,7 +169,7 @@ def _linear_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Te
 
 
 class _Sum:
-    """factor * (the sum of tensors of one shape), in the compute dtype as soon as there are two; zeros of `shape` if there is none."""
+    """factor * (the sum of tensors of one shape), in the compute dtype if there are two; zeros of `shape` if there is none."""
 
     def __init__(self, like: Tensor, shape: tuple[int, ...]) -> None:
         self.zeros = like.new_zeros
@@ -183,10 +184,17 @@ class _Sum:
         wide = (
             a.is_cuda and torch.version.hip is None and a.dtype != self.compute and hasattr(torch.ops.aten.mm, "dtype")
         )
-        self.add(torch.mm(a, b, out_dtype=self.compute) if wide else product(a, b.t()))
+        if not a.is_cpu:
+            self.add(torch.mm(a, b, out_dtype=self.compute) if wide else product(a, b.t()))
+            return
+        if self.total is None:
+            self.total = self.zeros(self.shape, dtype=self.compute)
+        rows = max(1, _TERM_BYTES // (b.shape[1] * b.element_size()))
+        for first in range(0, len(a), rows):
+            self.total[first : first + rows].add_(product(a[first : first + rows], b.t()))
 
     def times(self, factor: Tensor) -> Tensor:
-        return self.zeros(self.shape) if self.total is None else (self.total * factor).to(self.dtype)
+        return self.zeros(self.shape) if self.total is None else self.total.mul_(factor).to(self.dtype)
 
 
 def _gradients(

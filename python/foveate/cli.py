@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import foveate
-from foveate.commands import answer, chat, generate, search, train
+from foveate.commands import answer, chat, classify, generate, search, train
 from foveate.commands.options import UsageError
 
 BENCHES = ("attention", "backward", "decode", "softmax", "cross_entropy", "linear", "overhead", "memory")
@@ -43,15 +43,16 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 after an error that a sentence explains, 2 for wrong arguments, 130 when interrupted."""
+    """The exit status: 0, 1 after an error that a sentence explains, 2 for wrong arguments, 130 after Ctrl-C (143: SIGTERM)."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
     except UsageError as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"foveate: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "signal", 2)
     except BrokenPipeError:  # the reader, such as head, has seen enough; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_parser(commands)
     chat.add_parser(commands)
     answer.add_parser(commands)
+    classify.add_parser(commands)
     train.add_parser(commands)
     search.add_parser(commands)
 

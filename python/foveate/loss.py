@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate import _reference_ops, _triton
-from foveate._autograd import first_order
+from foveate._autograd import first_order, graph_is_freed
 from foveate._backends import native, register
 from foveate._checks import (
     check_finite,
@@ -89,7 +89,7 @@ def linear_cross_entropy(
     hidden: [..., K]; weight: [V, K]; bias: [V] or None; one dtype, cast to autocast's under autocast; target: int64 [...].
     Options, result and errors as `cross_entropy`. Rows with target == ignore_index cost nothing, and hidden may be NaN there.
 
-    The tokens are taken in chunks: the logits of one chunk (at most 64 MiB, on a GPU 512 MiB, or 64 tokens' worth) exist at a time,
+    The tokens are taken in chunks: the logits of one chunk (at most 32 MiB, on a GPU 512 MiB, or 64 tokens' worth) exist at a time,
     rounded to hidden's dtype; they come from torch's matrix product and become their own gradient in place. With "mean" and
     "sum" the gradients of hidden, weight and bias are computed along with the loss and kept until the backward pass, so nothing
     is computed twice; with "none" the backward pass computes the logits again. Gradients add up in fp32 over the chunks.
@@ -209,11 +209,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*output[1:])
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        scaled = [(g * dloss).to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, needed)]
+    def backward(ctx: Any, dloss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return (None,) * 10
+        times = Tensor.mul_ if graph_is_freed() else Tensor.mul  # the gradient of the weight is large: no copy without need
+        scaled = [times(g, dloss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad)]
         return (*scaled, *(None,) * 7)
 
 

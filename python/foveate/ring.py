@@ -7,6 +7,10 @@ values travel with them, back home at the end. Liu, Zaharia, Abbeel 2023, arXiv 
 
 from __future__ import annotations
 
+import functools
+import itertools
+import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from foveate import _attention_checks as checks
 from foveate import _attention_op
 from foveate.attention import attention, merge_attention
-from foveate.ring_layout import Block, block, check_layout, spans
+from foveate.ring_layout import Block, block, by_sequence, check_layout, spans
 
 _NOT_SPREAD = {
     "bias": "no rank has the scores' other columns",
@@ -27,7 +31,7 @@ _NOT_SPREAD = {
     "score_mod": "its positions would be counted within each part",
     "score_mod_bwd": "there is no score_mod",
     "score_mod_aux": "there is no score_mod",
-    "kv_lens": "the sequences are split where they are, so they need one length; pad causal ones at their end",
+    "kv_lens": "the sequences are split where they are, so they need one length; pad causal ones at their end, or pack them: cu_seqlens",
     "dropout_p": "the mask is drawn by positions within one call; set the attention's dropout to 0",
     "generator": "there is no dropout",
 }
@@ -45,6 +49,7 @@ def ring_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
     **refused: Any,
@@ -60,6 +65,8 @@ def ring_attention(
     window reaches.
     causal, window, scale, softcap, sinks [Hq], backend: as in `attention`, positions counting in the whole sequence. The other options of
     `attention` are refused. Gradients of sinks are of this rank's queries: sum them over the group, like those of any other parameter.
+    cu_seqlens: the whole is one row (B = 1, Sq = Skv) of packed sequences that see nothing of each other; sequence i lies at
+    cu_seqlens[i] to cu_seqlens[i + 1], from 0 to n * Sq, anywhere on the ranks. Numbers on the host; a tensor on a GPU is copied there.
 
     Sums are in fp32 (fp64 for fp64) and in a fixed order, so a repeated call gives the same bits. Each part's result and gradients are
     rounded to q's dtype before. Memory: this rank's tokens, twice their keys and values, and in the backward pass two fp32 gradients of
@@ -86,9 +93,12 @@ def ring_attention(
         0.0 if softcap is None else checks.check_softcap(softcap),
         backend,
     )
-    ring = _Ring(group, layout, Sq, Skv, options)
+    ends = None if cu_seqlens is None else _check_sequences(cu_seqlens, B, Sq, Skv, dist.get_world_size(group))
+    ring = _ring(group, dist.get_rank(group), dist.get_world_size(group), layout, Sq, Skv, options, ends)
     recording = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    facts = [*q.shape, *k.shape, v.shape[-1], *options[:4], layout == "zigzag", recording]
+    # elsewhere than on the CPU each new set of sequences would be compared, and remembered
+    checksum = zlib.crc32(repr(ends).encode()) if q.device.type == "cpu" else 0
+    facts = [*q.shape, *k.shape, v.shape[-1], *options[:4], layout == "zigzag", recording, checksum]
     ring.compare(q.device, [_attention_op.DTYPES.index(q.dtype), *facts])
     out, lse = _RingAttention.apply(q, k, v, ring)
     if sinks is not None:
@@ -97,6 +107,20 @@ def ring_attention(
         kept = torch.sigmoid(torch.where(lse.isneginf(), lse, lse - sinks))
         out = (out * kept.mT[..., None]).to(out.dtype)
     return (out, lse) if return_lse else out
+
+
+def _check_sequences(cu_seqlens: Sequence[int] | Tensor, B: int, Sq: int, Skv: int, size: int) -> tuple[int, ...]:
+    ends = tuple(int(x) for x in (cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens))
+    if B != 1 or Sq != Skv:
+        raise ValueError(
+            f"packed sequences are one row of queries and keys, B = 1 and Sq = Skv; here B={B}, Sq={Sq}, Skv={Skv}"
+        )
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != size * Sq or any(a > b for a, b in itertools.pairwise(ends)):
+        raise ValueError(
+            f"cu_seqlens={list(ends[:8])}{'...' if len(ends) > 8 else ''} must rise from 0 to {size * Sq}, the {Sq} tokens of each of "
+            f"{size} ranks"
+        )
+    return ends
 
 
 def _refuse(options: dict[str, Any]) -> None:
@@ -116,7 +140,7 @@ class _Options(NamedTuple):
 
 
 _FACTS = ("dtype", "B", "Sq", "Hq", "D", "B of k", "Skv", "Hkv", "D of k", "Dv", "window left", "window right (0: causal)", "scale",
-          "softcap", "zigzag", "gradients recorded")  # fmt: skip
+          "softcap", "zigzag", "gradients recorded", "checksum of cu_seqlens")  # fmt: skip
 
 
 _compared: set[tuple[Any, ...]] = set()
@@ -125,21 +149,26 @@ _compared: set[tuple[Any, ...]] = set()
 class _Ring:
     """Who sends what to whom, and which blocks each step computes, for one shape."""
 
-    def __init__(self, group: dist.ProcessGroup | None, layout: str, Sq: int, Skv: int, options: _Options) -> None:
-        self.group, self.options = group, options
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(
+        self, group: dist.ProcessGroup | None, rank: int, size: int, layout: str, Sq: int, Skv: int, options: _Options,
+        ends: tuple[int, ...] | None,
+    ) -> None:  # fmt: skip
+        self.group, self.options, self.rank, self.size = group, options, rank, size
         if self.rank < 0:
             raise ValueError("this process is not a member of the group given to ring_attention")
-        self.layout, self.Sq, self.Skv = layout, Sq, Skv
+        self.offset = self.size * (Skv - Sq)
+        self.rows, self.keys = (
+            [by_sequence(spans(r, size, length, layout), ends) for r in range(size)] for length in (Sq, Skv)
+        )
         used = [s for s in range(self.size) if any(self._blocks(r, (r - s) % self.size) for r in range(self.size))]
         self.steps = used[-1] + 1 if used else 1
 
     def _blocks(self, rank: int, owner: int) -> list[Block]:
-        offset = self.size * (self.Skv - self.Sq)
         pairs = [
-            block(rows, keys, offset, self.options.left, self.options.right)
-            for rows in spans(rank, self.size, self.Sq, self.layout)
-            for keys in spans(owner, self.size, self.Skv, self.layout)
+            block(rows, keys, self.offset, self.options.left, self.options.right)
+            for sequence, rows in self.rows[rank]
+            for other, keys in self.keys[owner]
+            if sequence == other
         ]
         return [pair for pair in pairs if pair is not None]
 
@@ -182,6 +211,10 @@ class _Ring:
     def send_home(self, tensors: tuple[Tensor, ...]) -> _Arriving:
         """From the last step's holder of each rank's keys to that rank."""
         return self.exchange(tensors, self.owner(self.steps - 1), (self.rank + self.steps - 1) % self.size)
+
+
+# the layers of a model make the same call
+_ring = functools.lru_cache(maxsize=8)(_Ring)
 
 
 class _Arriving(NamedTuple):

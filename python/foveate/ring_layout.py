@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,22 @@ def spans(rank: int, size: int, length: int, layout: str) -> list[Span]:
         )
     half = length // 2
     return [Span(rank * half, 0, half), Span((2 * size - 1 - rank) * half, half, half)]
+
+
+def by_sequence(held: list[Span], cu_seqlens: Sequence[int] | None) -> list[tuple[int, Span]]:
+    """The spans, cut where packed sequences end, each with the number of its sequence. None: one sequence, number 0."""
+    if cu_seqlens is None:
+        return [(0, span) for span in held]
+    found = []
+    for span in held:
+        at, end = span.position, span.position + span.length
+        number = bisect_right(cu_seqlens, at) - 1
+        while at < end:
+            stop = min(end, cu_seqlens[number + 1])
+            if stop > at:
+                found.append((number, Span(at, span.start + at - span.position, stop - at)))
+            at, number = stop, number + 1
+    return found
 
 
 class Block(NamedTuple):

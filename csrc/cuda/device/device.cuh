@@ -24,7 +24,8 @@ namespace foveate::cuda::dev {
 // Blocks are one-dimensional: blockDim.y == blockDim.z == 1. threadIdx, blockIdx, blockDim and gridDim are CUDA's own.
 
 __device__ int lane();  // 0..31
-__device__ int warp();  // 0..blockDim.x / 32 - 1, the same register in all lanes
+// 0..blockDim.x / 32 - 1, the same register in all lanes: a warp function, like a shuffle.
+__device__ int warp(Site site = Site::here());
 
 // ---- shared memory -----------------------------------------------------------------------------------------------------------
 
@@ -147,7 +148,8 @@ __device__ __forceinline__ void st_global_stream(void* p, T value, Site site = S
 __device__ void atomic_add(float* p, float value, Site site = Site::here());
 
 // Between blocks. The last block of a group to finish reduces: every thread writes its part, fence_gpu(), sync_threads(); one thread
-// counts with atomic_add_acq_rel; the block whose count is the last reads the parts with ld_global (never _nc or _stream).
+// counts with atomic_add_acq_rel; the block whose count is the last reads the parts, after a barrier, with ld_global (never _nc or _stream), and
+// sets the counter to what it was before the launch.
 __device__ void fence_gpu();
 __device__ uint32_t atomic_add_acq_rel(uint32_t* counter, uint32_t value, Site site = Site::here());  // returns the value before
 __device__ uint32_t ld_acquire(const uint32_t* p, Site site = Site::here());

@@ -9,7 +9,7 @@ namespace foveate::cuda::dev {
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
-__device__ __forceinline__ int warp() { return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0); }
+__device__ __forceinline__ int warp(Site) { return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0); }
 
 // ---- shared memory -----------------------------------------------------------------------------------------------------------
 

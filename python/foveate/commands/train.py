@@ -30,13 +30,15 @@ examples:
   foveate train --new-model '{"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
       "intermediate_size": 688, "max_position_embeddings": 256, "tie_word_embeddings": true}' --tokenizer char \\
       --train-data plays.txt --eval-fraction 0.1 --learning-rate 2e-3 --beta2 0.95 --weight-decay 0.1 --output-dir plays
-  foveate train ... --resume         go on after a stop or a kill, bit for bit, with the same options
+  foveate train ... --resume         go on after Ctrl-C or a kill, bit for bit; with more --max-steps, prolong a run
 
 Where to begin: full fine-tuning 2e-5 to 1e-4, LoRA ten times that, small models from scratch 1e-3; as many rows as the memory holds
 (--gradient-checkpointing makes room), --accumulation for more; --precision bf16 where the machine multiplies bf16. The output folder has
 last/ and best/ (models that every command takes; under LoRA adapters in peft's format, see --merge), metrics.jsonl and loss.png.
 
-exit status: 0, 1 after an error (no data, a loss that is no number, a full disk, ...), 2 for wrong arguments, 130 when interrupted
+Ctrl-C or SIGTERM ends a run after the step that is under way, with a checkpoint.
+exit status: 0, 1 after an error (no data, a loss that is no number, a full disk, ...), 2 for wrong arguments, 130 after Ctrl-C, 143
+after SIGTERM
 """
 
 
@@ -107,7 +109,8 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
 
 
 def run(args: argparse.Namespace) -> None:
-    result = fit(config_from(args))
+    config = config_from(args)
+    result = fit(config)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all
         return
     found = {
@@ -123,6 +126,12 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(found))
         return
-    measured = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
+    last: dict[str, float] = next((row for row in reversed(result.history) if "loss" in row), {})
+    measured = f", training loss {last['loss']:.4g}" if last else ""
+    measured += "".join(f", evaluation {name} {value:.4g}" for name, value in result.metrics.items())
     print(f"{result.steps} steps, {result.tokens} tokens, {found['tokens_per_second']:,.0f} tokens/s{measured}")
     print(f"best: {result.best}")
+    if config.merge:
+        print(f"merged: {Path(config.output_dir) / 'merged'}")
+    elif config.lora_rank:
+        print("This is an adapter, for peft or foveate.train.load_adapter; --resume --merge makes a whole model of it")

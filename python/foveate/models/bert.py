@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from foveate.models.blocks import activation, need, split_heads
 from foveate.models.packed import Packed, attend, check_positions
+from foveate.models.recompute import feed
 
 # Constants that old checkpoints store, and parts that a model with another head does not use.
 _IGNORED = re.compile(
@@ -105,8 +107,10 @@ class BertOutput(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+    def forward(self, x: Tensor, residual: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """function: to be applied to x first."""
+        x = self.dense(x) if function is None else feed(self.dense, function, x)
+        return self.LayerNorm(self.dropout(x) + residual)
 
 
 class BertLayer(nn.Module):
@@ -122,7 +126,7 @@ class BertLayer(nn.Module):
 
     def forward(self, x: Tensor, packed: Packed | None, **padding: Any) -> Tensor:
         x = self.attention["output"](self.attention["self"](x, packed, **padding), x)
-        return self.output(self.activation(self.intermediate["dense"](x)), x)
+        return self.output(self.intermediate["dense"](x), x, self.activation)
 
 
 class Bert(nn.Module):

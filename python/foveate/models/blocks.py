@@ -32,6 +32,12 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+def gated(function: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """function(gate) * up"""
+    out = function(gate)
+    return out * up if torch.is_grad_enabled() else out.mul_(up)
+
+
 def need(config: dict[str, Any], *keys: str) -> Any:
     """The value of the first of `keys` that config.json has."""
     for key in keys:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from foveate.cache_view import CacheView
 from foveate.models.blocks import activation, need, split_heads
 from foveate.models.packed import Packed, attend, check_positions
+from foveate.models.recompute import feed, recomputed
 
 MODEL_TYPES = ("gpt2",)
 
@@ -89,7 +90,7 @@ class GPT2MLP(nn.Module):
         self.activation = activation(config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+        return feed(self.c_proj, self.activation, self.c_fc(x))
 
 
 class GPT2Layer(nn.Module):
@@ -102,8 +103,12 @@ class GPT2Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: CacheView | None, packed: Packed | None = None) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x), cache, packed))
-        return x + self.dropout(self.mlp(self.ln_2(x)))
+        y = self.ln_1(x)
+        with recomputed(y, self.ln_1, x):
+            x = x + self.dropout(self.attn(y, cache, packed))
+        y = self.ln_2(x)
+        with recomputed(y, self.ln_2, x):
+            return x + self.dropout(self.mlp(y))
 
 
 class GPT2Decoder(nn.Module):

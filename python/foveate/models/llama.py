@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.cache_view import CacheView
-from foveate.models.blocks import RMSNorm, Rotary, activation, need, split_heads
+from foveate.models.blocks import RMSNorm, Rotary, activation, gated, need, split_heads
 from foveate.models.packed import Packed, attend, check_positions
+from foveate.models.recompute import feed, recomputed
 from foveate.rotary import apply_rotary
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
@@ -155,7 +156,10 @@ class LlamaMLP(nn.Module):
         self.activation = activation(config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return feed(self.down_proj, self._inner, self.gate_proj(x), self.up_proj(x))
+
+    def _inner(self, gate: Tensor, up: Tensor) -> Tensor:
+        return gated(self.activation, gate, up)
 
 
 class LlamaLayer(nn.Module):
@@ -178,12 +182,15 @@ class LlamaLayer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None, packed: Packed | None = None
     ) -> Tensor:
-        out = self.self_attn(self.input_layernorm(x), cos, sin, cache, packed)
-        if not self.post_norms:
-            x = x + out
-            return x + self.mlp(self.post_attention_layernorm(x))
-        x = x + self.post_attention_layernorm(out)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        y = self.input_layernorm(x)
+        with recomputed(y, self.input_layernorm, x):
+            out = self.self_attn(y, cos, sin, cache, packed)
+        x = x + (self.post_attention_layernorm(out) if self.post_norms else out)
+        norm = self.pre_feedforward_layernorm if self.post_norms else self.post_attention_layernorm
+        y = norm(x)
+        with recomputed(y, norm, x):
+            out = self.mlp(y)
+        return x + (self.post_feedforward_layernorm(out) if self.post_norms else out)
 
 
 class LlamaDecoder(nn.Module):

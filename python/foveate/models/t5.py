@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate._relative_bias import RelativeBias
-from foveate.models.blocks import RMSNorm, activation, need, split_heads
+from foveate.models.blocks import RMSNorm, activation, gated, need, split_heads
 from foveate.models.packed import Packed, attend
+from foveate.models.recompute import feed, recomputed
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,13 @@ class T5DenseReluDense(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(self.wi_0(x)) * self.wi_1(x) if self.gated else self.activation(self.wi(x))
-        return self.wo(self.dropout(x))
+        inputs = (self.wi_0(x), self.wi_1(x)) if self.gated else (self.wi(x),)
+        if self.training and self.dropout.p:
+            return self.wo(self.dropout(self._inner(*inputs)))
+        return feed(self.wo, self._inner, *inputs)
+
+    def _inner(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        return self.activation(gate) if up is None else gated(self.activation, gate, up)
 
 
 class T5Sublayer(nn.Module):
@@ -148,16 +154,22 @@ class T5Block(nn.Module):
         """x [B, S, hidden]; index: of this block among the decoder's, for the cache."""
         layer: Any = self.layer
         y = layer[0].layer_norm(x)
-        k, v = layer[0].SelfAttention.keys_values(y)
-        if cache is None:
-            x = x + self.dropout(layer[0].SelfAttention(y, k, v, packed, relative_bias=bias, **_mask_option(mask)))
-        else:
-            k, v = cache.append(index, k, v)
-            x = x + self.dropout(layer[0].SelfAttention(y, k, v, packed, relative_bias=bias, causal=True))
+        with recomputed(y, layer[0].layer_norm, x):
+            k, v = layer[0].SelfAttention.keys_values(y)
+            if cache is not None:
+                k, v = cache.append(index, k, v)
+            masks = _mask_option(mask) if cache is None else {"causal": True}
+            out = layer[0].SelfAttention(y, k, v, packed, relative_bias=bias, **masks)
+        x = x + self.dropout(out)
+        if cache is not None:
             k, v = cache.cross[index]
             y = layer[1].layer_norm(x)
-            x = x + self.dropout(layer[1].EncDecAttention(y, k, v, packed, cache.packed, **_mask_option(mask)))
-        return x + self.dropout(layer[-1].DenseReluDense(layer[-1].layer_norm(x)))
+            with recomputed(y, layer[1].layer_norm, x):
+                out = layer[1].EncDecAttention(y, k, v, packed, cache.packed, **_mask_option(mask))
+            x = x + self.dropout(out)
+        y = layer[-1].layer_norm(x)
+        with recomputed(y, layer[-1].layer_norm, x):
+            return x + self.dropout(layer[-1].DenseReluDense(y))
 
 
 class T5Stack(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,6 @@ class Batch:
     packed: dict[str, Packed]
     units: int
     tokens: int  # read by the model, without padding
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -38,7 +37,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
         packed = {name: p.to(device) for name, p in self.packed.items()}
-        return Batch(tensors, packed, self.units, self.tokens, self.extra)
+        return Batch(tensors, packed, self.units, self.tokens)
 
     def padding(self, side: str = "tokens") -> dict[str, Any]:
         """The options of an encoder's forward pass that say where the sequences are."""

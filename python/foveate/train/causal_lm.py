@@ -25,7 +25,6 @@ class CausalLM:
     every token but the first is predicted once; chats and prompts are never cut.
     """
 
-    units = "target tokens"
     perplexity = True
     head: str | None = None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from foveate.tokenizer import Tokenizer
 from foveate.train import objective
+from foveate.train.data_files import CONTINUES
 
 Spans = list[tuple[int, int]]
 
@@ -21,18 +22,28 @@ def text_of(row: dict[str, Any], field: str, tokenizer: Tokenizer) -> tuple[str,
     if "messages" in row:
         rendered, spans = render(row["messages"], tokenizer)
         return rendered, spans, False
-    if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
+    if "prompt" in row or "completion" in row:
+        prompt, completion = (objective.text_of(row, name, "") for name in ("prompt", "completion"))
         return prompt + completion, [(len(prompt), len(prompt) + len(completion))], True
-    return objective.text_of(row, field), None, bool(row.get("end", True))
+    return objective.text_of(row, field), None, CONTINUES not in row
+
+
+def _is_message(message: dict[str, Any]) -> bool:
+    """Content is None, or absent, beside other fields such as tool_calls only."""
+    return isinstance(message.get("role"), str) and (message.get("content") is not None or len(message) > 2)
 
 
 def render(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> tuple[str, Spans]:
     """The conversation by the checkpoint's template, and the characters of the assistant's messages with what ends them."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and _is_message(m) for m in messages):
+        raise ValueError(
+            'messages must be a list of {"role": ..., "content": ...}, a role from the template\'s and a text, not '
+            f"{str(messages)[:80]}"
+        )
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
     spans = []
     for i, message in enumerate(messages):
-        if message.get("role") != "assistant":
+        if message["role"] != "assistant":
             continue
         before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
         after = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)

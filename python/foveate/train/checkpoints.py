@@ -36,13 +36,13 @@ class Checkpoints:
         self._strategy.barrier()
 
     def check_space(self, nbytes: int) -> None:
-        """OSError if checkpoints of `nbytes` (with state) and of the best model beside one being written do not fit the disk."""
+        """OSError if the disk has no room for `nbytes` in all, what is there of them already counted."""
         free = shutil.disk_usage(self.folder).free
-        needed = 2 * nbytes
-        if free < needed:
+        there = sum(file.stat().st_size for file in self.folder.glob("step-*/**/*") if file.is_file())
+        if free + there < nbytes:
             raise OSError(
-                f"the checkpoints need about {_size(needed)} (one, and the next one beside it), and the disk of {self.folder} has "
-                f"{_size(free)} free; make room, choose another output_dir, or train LoRA adapters, which are small"
+                f"the checkpoints (the best, the last, and the next one beside it) need about {_size(nbytes - there)} more, and the disk "
+                f"of {self.folder} has {_size(free)} free; make room, choose another output_dir, or train LoRA adapters, which are small"
             )
 
     def named(self, name: str) -> Path | None:
@@ -91,11 +91,12 @@ class Checkpoints:
         _sync_one(self.folder)
 
     def _forget(self) -> None:
-        last, best = self.named("last"), self.named("best")
+        # names, not paths: the folder may be relative, or reached through a link
+        last, best = (found and found.name for found in (self.named("last"), self.named("best")))
         for folder in self.folder.glob("step-*"):
-            if folder not in (last, best):
+            if folder.name not in (last, best):
                 shutil.rmtree(folder)
-            elif folder != last:
+            elif folder.name != last:
                 shutil.rmtree(folder / STATE, ignore_errors=True)
 
 

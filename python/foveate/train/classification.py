@@ -13,14 +13,13 @@ from foveate.loss import cross_entropy
 from foveate.tokenizer import Tokenizer
 from foveate.train.batch import Batch, join, layout
 from foveate.train.config import TrainConfig
-from foveate.train.objective import Columns, Piece, Pieces, text_of
+from foveate.train.objective import Columns, Piece, Pieces, at_row, text_of
 from foveate.train.store import TokenStore
 
 
 class Classification:
     """Rows: {"text", "label"}, or with "text_pair" too. labels: the names of the classes, in the order of their numbers."""
 
-    units = "examples"
     perplexity = False
     head: str | None = "sequence-classification"
 
@@ -39,7 +38,7 @@ class Classification:
             label = label_of(row, self.config.label_field)
             if label not in self._number:
                 raise ValueError(f"the label {label!r} is not one of the training data's, {', '.join(self.labels)}")
-            texts.append((text, row["text_pair"]) if "text_pair" in row else text)
+            texts.append((text, text_of(row, "text_pair", "")) if "text_pair" in row else text)
         encodings = self.tokenizer.backend.encode_batch(texts)
         return {
             "tokens": [np.array(e.ids, np.int32) for e in encodings],
@@ -68,8 +67,10 @@ class Classification:
         return Batch(tensors, packed, len(pieces), sum(piece.length for piece in pieces))
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        smoothing = self.config.label_smoothing
-        return cross_entropy(self._logits(model, batch), batch["labels"], label_smoothing=smoothing, reduction="sum")
+        return cross_entropy(
+            self._logits(model, batch), batch["labels"], reduction="sum", label_smoothing=self.config.label_smoothing,
+            z_loss=self.config.z_loss,
+        )  # fmt: skip
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         logits, labels = self._logits(model, batch), batch["labels"]
@@ -84,16 +85,26 @@ class Classification:
 
 def label_of(row: dict[str, Any], field: str) -> str:
     if row.get(field) is None:
-        raise ValueError(
-            f"a row has no label in {field!r}; its fields are {', '.join(map(repr, row))}: set label_field"
-        )
+        raise ValueError(f"there is no label in {field!r}; the fields are {', '.join(map(repr, row))}: set label_field")
+    if isinstance(row[field], (list, dict)):
+        raise ValueError(f"the label in {field!r} is {row[field]!r}; it must be one class, a text or a number")
     return str(row[field])
 
 
 def class_names(rows: Iterable[dict[str, Any]], field: str, known: Sequence[str]) -> list[str]:
-    """The checkpoint's classes if they are all that occur; else those that occur, in the order of numbers or of the alphabet."""
-    found = {label_of(row, field) for row in rows}
+    """The checkpoint's classes if they are all that occur; else those that occur, in the order of numbers or of the alphabet.
+
+    ValueError for rows without a label, and for a single class.
+    """
+    found: set[str] = set()
+    for number, row in enumerate(rows, 1):
+        try:
+            found.add(label_of(row, field))
+        except ValueError as error:
+            raise at_row(number, error) from error
     if found and found <= set(known):
         return list(known)
+    if len(found) == 1:
+        raise ValueError(f"all rows have the label {found.pop()!r}; a classifier needs rows of two classes or more")
     numbers = all(label.lstrip("-").isdigit() for label in found)
     return sorted(found, key=int) if numbers else sorted(found)

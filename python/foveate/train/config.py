@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,23 @@ from foveate.train.schedule import SCHEDULES
 
 OBJECTIVES = (
     "causal-lm", "masked-lm", "span-corruption", "seq2seq", "question-answering", "sequence-classification",
+)  # fmt: skip
+
+
+# Options that only these objectives read.
+_ONLY_FOR = {
+    "mask_share": ("masked-lm", "span-corruption"), "whole_word": ("masked-lm",), "span_length": ("span-corruption",),
+    "doc_stride": ("question-answering",), "label_field": ("sequence-classification",),
+}  # fmt: skip
+# What a run that goes on cannot change, beside its data: what the tokens, the adapters and the order of the data are made by.
+_FIXED = (
+    "objective", "quantization", "text_field", "label_field", "max_length", "too_long", "packing", "mask_share", "whole_word",
+    "span_length", "doc_stride", "lora_rank", "lora_alpha", "lora_targets", "rslora", "seed",
+)  # fmt: skip
+# What it may change without a word: where things are, and what is printed and kept.
+_SILENT = (
+    "output_dir", "cache_dir", "train_data", "eval_data", "model", "new_model", "tokenizer", "batch_size", "accumulation", "strategy",
+    "context_parallel", "threads", "device", "resume", "progress", "tensorboard", "log_every", "save_every", "merge",
 )  # fmt: skip
 
 
@@ -61,7 +79,9 @@ class TrainConfig:
     device: str | None = _option(None, "cpu (the default), cuda, ...", "model")
 
     train_data: list[str] = _data(
-        [], "files (.txt, .jsonl, .parquet, SQuAD's .json) or folders of the datasets library", required=True
+        [],
+        "files (.txt, .jsonl, .parquet, SQuAD's .json), folders of them, or folders of the datasets library",
+        required=True,
     )
     eval_data: list[str] = _data([], "the same, to evaluate on")
     eval_fraction: float = _data(0.0, "without --eval-data: share of the documents, the last ones, held out for it")
@@ -82,7 +102,7 @@ class TrainConfig:
 
     epochs: float = _step(1.0, "passes over the data, if max_steps is not given")
     max_steps: int | None = _step(None, "optimizer steps")
-    batch_size: int = _step(8, "rows in a forward pass")
+    batch_size: int = _step(8, "rows in a forward pass; with packing a row is filled up to max_length tokens")
     accumulation: int = _step(1, "forward passes in a step; their losses are normalised together, by tokens")
     learning_rate: float = _step(5e-5, "at the top of the schedule")
     schedule: str = _step("cosine", "after the warm-up; wsd is constant with a linear end", choices=SCHEDULES)
@@ -121,8 +141,12 @@ class TrainConfig:
         None, "in several processes, started by torchrun: ddp copies the model, fsdp splits it", choices=("ddp", "fsdp")
     )
     context_parallel: int = _run(1, "processes that share each sequence, with a strategy: ring attention")
-    resume: bool = _run(False, "go on from the last checkpoint in the output folder, bit for bit")
-    progress: bool | None = _run(None, "show a bar; by default in a terminal")
+    resume: bool = _run(
+        False, "go on from the last checkpoint in the output folder, bit for bit; begin if there is none"
+    )
+    progress: bool | None = _run(
+        None, "show a bar; by default in a terminal, elsewhere a line for each of metrics.jsonl"
+    )
     tensorboard: bool = _run(False, "write event files to the output folder's tensorboard/")
 
     def __post_init__(self) -> None:
@@ -137,9 +161,20 @@ class TrainConfig:
         object.__setattr__(self, "output_dir", str(self.output_dir))
         _check_model(self)
         _check_numbers(self)
+        _check_used(self)
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)
+
+    def changes(self, before: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """What differs from `before`, another config's as_dict, in words: what a run that goes on cannot change, and what it may."""
+        found = {
+            name: f"{name}={value} (was {before.get(name)})"
+            for name, value in self.as_dict().items()
+            if value != before.get(name)
+        }
+        fixed = [text for name, text in found.items() if name in _FIXED]
+        return fixed, [text for name, text in found.items() if name not in (*_FIXED, *_SILENT)]
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -174,10 +209,10 @@ def _check_model(c: TrainConfig) -> None:
 
 
 def _check_numbers(c: TrainConfig) -> None:
-    if c.context_parallel > 1 and (c.strategy is None or c.objective != "causal-lm" or c.packing):
+    if c.context_parallel > 1 and (c.strategy is None or c.objective != "causal-lm"):
         raise ValueError(
-            f"context_parallel={c.context_parallel} spreads single sequences of a causal-lm over processes; it needs a strategy, "
-            "objective='causal-lm' and packing=False"
+            f"context_parallel={c.context_parallel} spreads the rows of a causal-lm over processes; it needs objective='causal-lm' and a "
+            "strategy"
         )
     at_least = {
         "batch_size": 1, "accumulation": 1, "log_every": 1, "max_steps": 1, "eval_every": 1, "save_every": 1, "patience": 1,
@@ -186,16 +221,41 @@ def _check_numbers(c: TrainConfig) -> None:
     }  # fmt: skip
     for name, low in at_least.items():
         value = getattr(c, name)
-        if value is not None and value < low:
+        if value is not None and not low <= value < math.inf:
             raise ValueError(f"{name}={value} must be {low} or more")
-    for name in ("eval_fraction", "dropout", "lora_dropout", "label_smoothing"):
+    for name in ("eval_fraction", "dropout", "lora_dropout", "label_smoothing", "beta1", "beta2"):
         value = getattr(c, name)
         if value is not None and not 0 <= value < 1:
             raise ValueError(f"{name}={value} must be from 0 to below 1")
-    for name in ("learning_rate", "epochs"):
-        if not getattr(c, name) > 0:
-            raise ValueError(f"{name}={getattr(c, name)} must be more than 0")
+    for name in ("learning_rate", "epochs", "adam_eps"):
+        if not 0 < getattr(c, name) < math.inf:
+            raise ValueError(f"{name}={getattr(c, name)} must be more than 0, and finite")
     if not 0 < c.mask_share < 1:
         raise ValueError(f"mask_share={c.mask_share} must be between 0 and 1")
     if not (0 <= c.min_rate <= 1 and 0 <= c.decay_share <= 1):
         raise ValueError(f"min_rate={c.min_rate} and decay_share={c.decay_share} must be from 0 to 1")
+
+
+def _check_used(c: TrainConfig) -> None:
+    """ValueError for an option that would be ignored."""
+    defaults = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(c)
+    }
+    given = {name for name, default in defaults.items() if getattr(c, name) != default}
+    for name, objectives in _ONLY_FOR.items():
+        if name in given and c.objective not in objectives:
+            raise ValueError(f"{name} is for {' and '.join(objectives)}; leave it away for {c.objective}")
+    for name in ("lora_alpha", "lora_dropout", "lora_targets", "rslora"):
+        if name in given and not c.lora_rank:
+            raise ValueError(f"{name} is for adapters; give a lora_rank too, or leave it away")
+    if not (c.eval_data or c.eval_fraction):
+        for name in ("patience", "eval_every"):
+            if name in given:
+                raise ValueError(f"{name} needs something to evaluate on; give eval_data or eval_fraction too")
+    if {"epochs", "max_steps"} <= given:
+        raise ValueError("epochs and max_steps both say how long to train; give one of them")
+    if c.objective == "question-answering" and c.eval_fraction:
+        raise ValueError(
+            "question-answering is evaluated by whole answers; give eval_data, as eval_fraction would part the windows of one text"
+        )

@@ -1,4 +1,4 @@
-"""Rows of data files, one after the other: text, JSONL, JSON, Parquet, and folders of the datasets library. Nothing is read whole."""
+"""Rows of data files, one after the other: text, JSONL, JSON, Parquet, folders of the datasets library. Only .json is read whole."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-PIECE = 2**16  # characters of a text file that make a document
+PIECE = 2**16  # characters of a text file that make a document, if a line ends there
+LONGEST_PIECE = 2**18
+# A field of the pieces of a file but the last one; no column of a user's has such a name.
+CONTINUES = "\0continues"
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
+_ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that some editors write first
 
 
 def read_rows(paths: Sequence[str]) -> Iterator[Row]:
     """Rows as dictionaries, {"text": ...} for text files.
 
-    A text file is cut at line ends into documents of about 64 thousand characters; "end" is True in the last one. JSON: a list of
-    objects, or SQuAD's format, which gives {"id", "question", "context", "answers": [{"text", "answer_start"}]}.
+    A text file is cut into documents of about 64 thousand characters, before a line that does not begin with white space (at 256
+    thousand anywhere), all but the last one with CONTINUES. JSON: a list of objects, or SQuAD's format, which gives {"id", "question",
+    "context", "answers": [{"text", "answer_start"}]}.
     FileNotFoundError and ValueError with the place of what cannot be read.
     """
     for path in paths:
@@ -57,28 +62,30 @@ def data_files(path: str) -> list[Path]:
 
 
 def _text(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8") as stream:
+    with file.open(encoding=_ENCODING) as stream:
         piece = ""
         try:
-            for line in stream:
-                # not before white space: a tokenizer may join the line end to it
-                if len(piece) >= PIECE and not line[0].isspace():
-                    yield {"text": piece, "end": False}
+            while line := stream.readline(PIECE):
+                # not before white space, to which a tokenizer may join the line end; but a piece ends some time
+                if len(piece) >= PIECE and (not line[0].isspace() or len(piece) >= LONGEST_PIECE):
+                    yield {"text": piece, CONTINUES: True}
                     piece = ""
                 piece += line
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+            raise _no_utf8(file, error) from error
     if piece:
-        yield {"text": piece, "end": True}
+        yield {"text": piece}
 
 
 def _lines(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8") as stream:
+    with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode(_ENCODING))
+            except UnicodeDecodeError as error:
+                raise _no_utf8(f"line {number} of {file}", error) from error
             except ValueError as error:
                 raise ValueError(f"line {number} of {file} is not valid JSON: {error}") from error
             if not isinstance(row, dict):
@@ -88,23 +95,28 @@ def _lines(file: Path) -> Iterator[Row]:
 
 def _json(file: Path) -> Iterator[Row]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding=_ENCODING))
+    except UnicodeDecodeError as error:
+        raise _no_utf8(file, error) from error
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if isinstance(value, list) and all(isinstance(row, dict) for row in value):
         yield from value
-    elif isinstance(value, dict) and isinstance(value.get("data"), list):
-        for article in value["data"]:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    yield {
-                        "id": question["id"],
-                        "question": question["question"],
-                        "context": paragraph["context"],
-                        "answers": question["answers"],
-                    }
-    else:
-        raise ValueError(f"{file} must hold a list of objects, or an object in SQuAD's format")
+        return
+    try:
+        questions = [
+            {"id": qa["id"], "question": qa["question"], "context": paragraph["context"], "answers": qa["answers"]}
+            for article in value["data"]
+            for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} must hold a list of objects, or an object in SQuAD's format") from error
+    yield from questions
+
+
+def _no_utf8(place: Path | str, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{place} is not UTF-8 text: {error}; convert it, for instance with iconv")
 
 
 def _parquet(file: Path) -> Iterator[Row]:

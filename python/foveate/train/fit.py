@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.models import open_checkpoint
+from foveate.models import Checkpoint, open_checkpoint
 from foveate.tokenizer import Tokenizer
 from foveate.train import model_files
 from foveate.train.adapter_files import adapted, merge_adapter
@@ -93,7 +93,7 @@ def fit(
         trained, objective, store, evaluation = _open(config)
     train = _data(config, objective, store, shuffle=True)
     held_out = None if evaluation is None else _data(config, objective, evaluation, shuffle=False)
-    checkpoints.check_space(_checkpoint_bytes(trained.model))
+    checkpoints.check_space(_disk_bytes(config, trained.model))
     report = Report(
         folder,
         log_every=config.log_every,
@@ -135,7 +135,7 @@ def fit(
 
 def _open(config: TrainConfig) -> tuple[TrainedModel, Objective, TokenStore, TokenStore | None]:
     """The model, and the tokenised data of training and evaluation. All that is cheap to check comes first."""
-    checkpoint = None if config.model is None else open_checkpoint(config.model)
+    checkpoint = None if config.model is None else _checkpoint(config.model)
     settings = config.new_model if checkpoint is None else checkpoint.config
     assert settings is not None
     check_architecture(config.objective, settings)
@@ -160,6 +160,16 @@ def _open(config: TrainConfig) -> tuple[TrainedModel, Objective, TokenStore, Tok
     return trained, objective, store, evaluation
 
 
+def _checkpoint(model: str) -> Checkpoint:
+    folder = Path(model).expanduser()
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{model} is an adapter, not a model; go on training it with resume in its output_dir, or start from the model that merge "
+            "makes of it"
+        )
+    return open_checkpoint(model)
+
+
 def lora_config(config: TrainConfig) -> LoraConfig:
     targets = tuple(config.lora_targets) or None
     return LoraConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, targets, config.rslora)
@@ -178,7 +188,11 @@ def _data(config: TrainConfig, objective: Objective, store: TokenStore, *, shuff
     return Data(store, pieces, plan)
 
 
-def _checkpoint_bytes(model: nn.Module) -> int:
-    """The exported weights, and the state: the trained ones with AdamW's two moments, fp32."""
-    exported = sum(p.nbytes for p in model.parameters())
-    return exported + sum(12 * p.numel() for p in model.parameters() if p.requires_grad)
+def _disk_bytes(config: TrainConfig, model: nn.Module) -> int:
+    """The most that a run has on the disk: two checkpoints, each of the weights and a state of the trained ones with AdamW's two
+    moments in fp32; the weights of the best one; and the merged model."""
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(4 * p.numel() for p in model.parameters())
+    exported = trained if config.lora_rank else whole
+    best = exported if config.eval_data or config.eval_fraction else 0
+    return 2 * (exported + 3 * trained) + best + (whole if config.merge else 0)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from foveate.models.bert import BertLayer
 from foveate.models.gpt2 import GPT2Layer
 from foveate.models.llama import LlamaLayer
+from foveate.models.recompute import kept
 from foveate.models.t5 import T5Block
 
 
@@ -19,4 +20,4 @@ def checkpoint_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (BertLayer, GPT2Layer, LlamaLayer, T5Block)):
             layer: Any = module  # an instance's forward hides that of the class, and names in the state dict stay
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = functools.partial(checkpoint, kept()(layer.forward), use_reentrant=False)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from foveate.train.batch import Batch
 from foveate.train.checkpoints import STATE, Checkpoints
 from foveate.train.config import TrainConfig
+from foveate.train.interrupt import Interrupted, StopRequest
 from foveate.train.objective import Objective, Piece, Pieces
 from foveate.train.optimizer import adamw
 from foveate.train.plan import DataPlan, Sequence
@@ -97,9 +101,15 @@ class Loop:
             model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2),
             eps=config.adam_eps,
         )  # fmt: skip
-        self.progress = Progress()
+        self.progress, self._stop = Progress(), StopRequest()
         rows = config.step_rows * strategy.world_size
         self.epoch_steps = math.ceil(len(train.plan) / rows)
+        if rows > len(train.plan):
+            report.note(
+                f"a step reads {rows} rows (batch_size x accumulation x processes), and the data are {len(train.plan)}"
+                f"{' packed' if config.packing else ''}: each is read {rows / len(train.plan):.3g} times in a step; "
+                "with a smaller batch_size it would be read once"
+            )
         self.steps = config.max_steps or max(1, math.ceil(config.epochs * len(train.plan) / rows))
         self.warmup_steps = round(config.warmup * self.steps) if config.warmup < 1 else round(config.warmup)
         self.eval_every = config.eval_every or self.epoch_steps
@@ -107,19 +117,28 @@ class Loop:
 
     def run(self) -> Progress:
         """Steps until the schedule's end or early stopping; leaves a checkpoint of the last step."""
+        if self.progress.step >= self.steps:
+            self.report.note(f"the run is at its end, step {self.progress.step}; a larger max_steps would prolong it")
         self.report.start(self.progress.step, self.steps)
-        for step in range(self.progress.step, self.steps if not self._is_stale() else 0):
-            self._step(step)
-            done = step + 1
-            better = False
-            if self.evaluation is not None and (done % self.eval_every == 0 or done == self.steps):
-                better = self._evaluate(done)
-            stop = self._is_stale()
-            if better or stop or done % self.save_every == 0 or done == self.steps:
-                self._save(better)
-            if stop:
-                self.report.note(f"stopped: {self.progress.stale} evaluations without a better loss")
-                break
+        with self._stop.listening():
+            for step in range(self.progress.step, self.steps if not self._is_stale() else 0):
+                asked = self._step(step)
+                done = step + 1
+                better = False
+                if self.evaluation is not None and (done % self.eval_every == 0 or done == self.steps):
+                    better = self._evaluate(done)
+                stop = self._is_stale()
+                if better or stop or asked or done % self.save_every == 0 or done == self.steps:
+                    self._save(better)
+                if stop:
+                    self.report.note(f"stopped: {self.progress.stale} evaluations without a better loss")
+                    break
+                if asked:
+                    last = self.checkpoints.named("last")
+                    sentence = (
+                        f"stopped after step {done} of {self.steps} with the checkpoint {last}; go on with resume"
+                    )
+                    raise Interrupted(sentence, self._stop.signal or signal.SIGTERM)
         return self.progress
 
     def _is_stale(self) -> bool:
@@ -131,16 +150,22 @@ class Loop:
         if last is None:
             return False
         numbers = self.strategy.load_state(last / STATE, self.model, self.optimizer)
-        if numbers["plan"] != self._plan():
+        fixed, free = self.config.changes(numbers["config"])
+        fixed += [f"{name}={value} (was {numbers['plan'][name]})" for name, value in self._plan().items()
+                  if value != numbers["plan"][name]]  # fmt: skip
+        if fixed:
             raise ValueError(
-                f"{last} belongs to a run with other data or another batch size ({numbers['plan']} there, {self._plan()} here); go on "
-                "with the same, or start in a new output folder"
+                f"{last} is of a run with other data or other options: {', '.join(fixed)}; go on with the same, or start in a new "
+                "output folder"
             )
+        if free:
+            self.report.note(f"from here on other than before: {', '.join(free)}")
         self.progress = Progress(**numbers["progress"])
         self.report.forget_after(self.progress.step)
         return True
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int) -> bool:
+        """One optimizer step. Whether a signal asks for an end after it, in any of the processes."""
         start = time.perf_counter()
         config, strategy = self.config, self.strategy
         rate = config.learning_rate * rate_factor(
@@ -166,7 +191,8 @@ class Loop:
                 (loss * (strategy.gradient_factor / max(units, 1))).backward()
             total += loss.detach()
         norm = strategy.clip(self._parameters(), config.max_grad_norm or math.inf)
-        mean = float(strategy.sum(total)) / max(units, 1)
+        summed, asked = strategy.sum(torch.stack([total, total.new_tensor(self._stop.signal)])).tolist()
+        mean = summed / max(units, 1)
         if not (math.isfinite(mean) and math.isfinite(float(norm))):
             self._stop_at(step, batches, mean, float(norm))
         self.optimizer.step()
@@ -182,6 +208,7 @@ class Loop:
             step + 1, loss=mean, learning_rate=rate, grad_norm=float(norm), tokens=tokens, seconds=seconds,
             epoch=(step + 1) / self.epoch_steps,
         )  # fmt: skip
+        return asked > 0
 
     def _evaluate(self, step: int) -> bool:
         """Whether the loss is the best so far."""
@@ -238,9 +265,13 @@ class Loop:
         return [p for p in self.model.parameters() if p.grad is not None]
 
     def _plan(self) -> dict[str, int]:
-        """What a run that goes on must have in common with its start, for the data's position to mean the same."""
-        rows = self.config.step_rows * self.strategy.world_size
-        return {"rows": len(self.train_data.plan), "rows_a_step": rows, "seed": self.config.seed, "steps": self.steps}
+        """What a run that goes on must have in common with its start, beside options, for its place in the data to mean the same."""
+        plan = self.train_data.plan
+        return {
+            "rows a step": self.config.step_rows * self.strategy.world_size,
+            "rows of the data": len(plan),
+            "checksum of their lengths": zlib.crc32(np.ascontiguousarray(plan.lengths, np.int64).tobytes()),
+        }
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.precision == "fp32":

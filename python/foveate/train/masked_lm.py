@@ -26,7 +26,6 @@ class MaskedLM:
     Masks are drawn anew in each pass over the data.
     """
 
-    units = "hidden tokens"
     perplexity = True
     head: str | None = "masked-lm"
 

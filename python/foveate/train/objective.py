@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from foveate.train.batch import Batch
+from foveate.train.data_files import CONTINUES
 from foveate.train.store import TokenStore
 
 Columns = dict[str, list[np.ndarray]]
@@ -30,9 +31,8 @@ class Piece(NamedTuple):
 
 
 class Objective(Protocol):
-    """`units` is what the loss is a mean over, in words."""
+    """The loss is a mean over a batch's `units`: target tokens, windows, examples."""
 
-    units: str
     perplexity: bool  # whether exp(loss) is one
     head: str | None  # of load_model
     max_length: int
@@ -64,11 +64,14 @@ class Objective(Protocol):
         ...
 
 
-def text_of(row: dict[str, Any], field: str) -> str:
+def text_of(row: dict[str, Any], field: str, cure: str = ": set text_field, or name the field so") -> str:
     """ValueError for a row without it."""
-    if not isinstance(row.get(field), str):
-        names = ", ".join(map(repr, row)) or "none"
-        raise ValueError(
-            f"a row has no text in {field!r}; its fields are {names}: set text_field, or name the field so"
-        )
-    return row[field]
+    if isinstance(row.get(field), str):
+        return row[field]
+    names = ", ".join(repr(name) for name in row if name != CONTINUES) or "none"
+    found = f", but a {type(row[field]).__name__}" if field in row else ""
+    raise ValueError(f"there is no text in {field!r}{found}; the fields are {names}{cure}")
+
+
+def at_row(number: int, error: ValueError) -> ValueError:
+    return ValueError(f"row {number} of the data: {error}")

@@ -46,7 +46,7 @@ class DataPlan:
     def __init__(self, lengths: np.ndarray, capacity: int, *, packing: bool, seed: int, shuffle: bool = True) -> None:
         if len(lengths) == 0:
             raise ValueError("the data set is empty: no row gives a sequence to learn from")
-        self.lengths, self.capacity = lengths, capacity
+        self.lengths = lengths
         self.rows = best_fit(lengths, capacity) if packing else [[item] for item in range(len(lengths))]
         self._seed, self._shuffle = seed, shuffle
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -54,11 +54,6 @@ class DataPlan:
     def __len__(self) -> int:
         """Rows of one pass."""
         return len(self.rows)
-
-    @property
-    def fill(self) -> float:
-        """Share of the rows' capacity that is used."""
-        return float(self.lengths.sum()) / (len(self.rows) * self.capacity)
 
     def row(self, number: int) -> list[Sequence]:
         """Row `number` of an endless series of passes, each in an order of its own."""

@@ -15,7 +15,7 @@ from foveate.tokenizer import Tokenizer
 from foveate.train.batch import Batch, join, layout
 from foveate.train.config import TrainConfig
 from foveate.train.data_files import read_rows
-from foveate.train.objective import Columns, Piece, Pieces
+from foveate.train.objective import Columns, Piece, Pieces, text_of
 from foveate.train.squad_metric import scores
 from foveate.train.store import TokenStore
 
@@ -29,7 +29,6 @@ class QuestionAnswering:
     answer, and where there is no answer, the target is [CLS]. Evaluated by exact match and F1 of whole answers on eval_data.
     """
 
-    units = "windows"
     perplexity = False
     head: str | None = "question-answering"
 
@@ -49,9 +48,8 @@ class QuestionAnswering:
     def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
         """For each window: tokens int32; places int32 [3]: where the context begins, and the answer's first and last token."""
         for row in rows:
-            absent = [name for name in ("question", "context", "answers") if name not in row]
-            if absent:
-                raise ValueError(f"a row lacks {', '.join(absent)}; its fields are {', '.join(map(repr, row))}")
+            for name in ("question", "context"):
+                text_of(row, name, "; rows are as in SQuAD")
         contexts = {row["context"]: i for i, row in enumerate(rows)}
         found = self.tokenizer.backend.encode_batch(list(contexts), add_special_tokens=False)
         encodings = dict(zip(contexts, found))
@@ -102,9 +100,11 @@ class QuestionAnswering:
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Half the sum of the losses of start and end."""
         logits = model(batch["tokens"], batch["types"], **batch.padding())
-        smoothing = self.config.label_smoothing if torch.is_grad_enabled() else 0.0
+        options: dict[str, Any] = {}
+        if torch.is_grad_enabled():
+            options = {"label_smoothing": self.config.label_smoothing, "z_loss": self.config.z_loss}
         losses = [
-            cross_entropy(by_sequence(x, batch), target, label_smoothing=smoothing, reduction="sum")
+            cross_entropy(by_sequence(x, batch), target, reduction="sum", **options)
             for x, target in zip(logits, batch["targets"].unbind(1))
         ]
         return (losses[0] + losses[1]) / 2
@@ -141,10 +141,17 @@ def by_sequence(logits: Tensor, batch: Batch) -> Tensor:
 
 def _answers(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Also where they are {"text": [...], "answer_start": [...]}, as the datasets library has them."""
-    answers = row["answers"]
-    if isinstance(answers, dict):
-        return [{"text": text, "answer_start": start} for text, start in zip(answers["text"], answers["answer_start"])]
-    return answers
+    try:
+        answers = row["answers"]
+        if isinstance(answers, dict):
+            answers = [
+                {"text": text, "answer_start": start} for text, start in zip(answers["text"], answers["answer_start"])
+            ]
+        return [{"text": str(a["text"]), "answer_start": int(a["answer_start"])} for a in answers]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f'"answers" must be a list of {{"text", "answer_start"}}, empty if there is none, and is {row.get("answers")!r}'
+        ) from error
 
 
 def _first_answer(row: dict[str, Any]) -> tuple[int, int] | None:

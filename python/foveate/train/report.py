@@ -20,15 +20,18 @@ METRICS, PICTURE = "metrics.jsonl", "loss.png"
 class Report:
     """One process writes; on the others `active` is False and nothing happens.
 
-    metrics.jsonl has a line for every `log_every` steps, {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second",
-    "memory_mib", "epoch"}, means since the last line, and one for each evaluation, {"step", "eval_loss", ...}.
+    metrics.jsonl has a line for every `log_every` steps and the last one, {"step", "loss", "learning_rate", "grad_norm",
+    "tokens_per_second", "memory_mib", "epoch"}, means since the last line, and one for each evaluation, {"step", "eval_loss", ...}.
+    progress: True shows a bar, None one in a terminal and the lines elsewhere, both on stderr; False shows nothing.
     """
 
     def __init__(self, folder: Path, *, log_every: int, progress: bool | None, tensorboard: bool, active: bool) -> None:
         self.folder, self.log_every, self.active = folder, log_every, active
         self.history: list[dict[str, float]] = []
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, float] = {}  # of the steps since the last line
+        self._reached: dict[str, float] = {}
         self._bar: Any = None
+        self._talks = progress is not False
         self._shown = active and (sys.stderr.isatty() if progress is None else progress)
         self._writer = _tensorboard(folder / "tensorboard") if tensorboard and active else None
         self._evaluated: dict[str, float] = {}
@@ -67,21 +70,28 @@ class Report:
         """values are averaged over the steps of a line."""
         if not self.active:
             return
-        sums = self._sums
         for name, value in {**values, "tokens": tokens, "seconds": seconds, "steps": 1}.items():
-            sums[name] = sums.get(name, 0.0) + value
-        speed = sums["tokens"] / sums["seconds"]
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._reached = {"step": step, "epoch": round(epoch, 4)}
         if self._bar is not None:
             evaluated = "".join(f"  {name} {value:.4g}" for name, value in self._evaluated.items())
+            speed = self._sums["tokens"] / self._sums["seconds"]
             note = f"loss {values['loss']:.4f}{evaluated}  {speed:,.0f} tokens/s  {memory_mib():,.0f} MiB"
             self._bar.update(self._task, completed=step, note=note)
         if step % self.log_every == 0:
-            row = {name: sums[name] / sums["steps"] for name in values}
-            self._write({
-                "step": step, **row, "tokens_per_second": round(speed, 1), "memory_mib": round(memory_mib(), 1),
-                "epoch": round(epoch, 4),
-            })  # fmt: skip
-            self._sums = {}
+            self._line()
+
+    def _line(self) -> None:
+        """Of the steps since the last line, if there are any."""
+        sums, self._sums = self._sums, {}
+        if not sums:
+            return
+        steps, tokens, seconds = (sums.pop(name) for name in ("steps", "tokens", "seconds"))
+        self._write({
+            "step": self._reached["step"], **{name: value / steps for name, value in sums.items()},
+            "tokens_per_second": round(tokens / seconds, 1), "memory_mib": round(memory_mib(), 1),
+            "epoch": self._reached["epoch"],
+        })  # fmt: skip
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._evaluated = {f"eval_{name}": value for name, value in metrics.items()}
@@ -89,8 +99,12 @@ class Report:
         self.draw()
 
     def note(self, text: str) -> None:
-        if self.active and self._shown:
-            (self._bar.console.print if self._bar is not None else print)(text)
+        """A line for the user, on stderr."""
+        if self.active and self._talks:
+            if self._bar is not None:
+                self._bar.console.print(text)
+            else:
+                print(text, file=sys.stderr)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -98,19 +112,34 @@ class Report:
             self._bar = None
         if self._writer is not None:
             self._writer.close()
+        self._line()
         self.draw()
 
     def draw(self) -> None:
         """loss.png"""
-        if self.active and self.history:
+        if not (self.active and self.history):
+            return
+        try:
             draw_curve(self.history, self.folder / PICTURE)
+        except (
+            OSError
+        ) as error:  # not raised, as it could hide the error that ends the run; the numbers are in metrics.jsonl
+            self.note(f"{self.folder / PICTURE} could not be written: {error}")
 
     def _write(self, row: dict[str, float]) -> None:
         if not self.active:
             return
         self.history.append(row)
-        with (self.folder / METRICS).open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        try:
+            with (self.folder / METRICS).open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{self.folder / METRICS} could not be written ({error.strerror}); make room and go on with resume from the last "
+                "checkpoint"
+            ) from error
+        if self._bar is None:
+            self.note("  ".join(f"{name} {value:.6g}" for name, value in row.items()))
         if self._writer is not None:
             for name, value in row.items():
                 kind = "evaluation" if name.startswith("eval_") else "training"

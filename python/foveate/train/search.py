@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import shutil
+import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from foveate.train.loop import NonFiniteLoss
 
 SAMPLERS = ("tpe", "random", "grid")
 STUDY = "search.db"
+_NOT_SEARCHED = ("output_dir", "resume", "strategy", "context_parallel")
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,7 @@ def parse_range(text: str) -> Range:
     """`learning_rate=1e-5:1e-3:log`, `lora_rank=4:64`, or `batch_size=4,8,16`. ValueError for what is none of these."""
     name, _, values = text.partition("=")
     name = name.strip().replace("-", "_")
-    known = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    if name not in known or not values:
+    if name not in typing.get_type_hints(TrainConfig) or name in _NOT_SEARCHED or not values:
         raise ValueError(
             f"{text!r} is no range; write FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or FIELD=A,B,C, a field of TrainConfig"
         )
@@ -60,6 +63,18 @@ def parse_range(text: str) -> Range:
     if not all(isinstance(x, int) for x in bounds):
         bounds = float(bounds[0]), float(bounds[1])
     return Range(name, bounds[0], bounds[1], log=bool(rest))
+
+
+def _check_values(config: TrainConfig, ranges: Sequence[Range]) -> None:
+    """ValueError before the first trial for values that no trial could take."""
+    hints = typing.get_type_hints(TrainConfig)
+    for r in ranges:
+        for value in r.choices or (r.low, r.high):
+            kinds = typing.get_args(hints[r.name]) or (hints[r.name],)
+            fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+            if not fits or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"{r.name}={value!r} is of type {type(value).__name__}, which {r.name} does not take")
+            config.replace(**{r.name: value})
 
 
 def _value(text: str) -> Any:
@@ -91,10 +106,10 @@ def search(
 ) -> SearchResult:
     """Trains with values from `ranges` and keeps what gives the lowest evaluation loss.
 
-    config.output_dir gets the study (search.db), a folder for each trial, and search.png. A search with the same folder goes on:
-    `trials` is the number of all. grid tries every combination of choices, and 5 points of a range. pruning stops a trial whose
-    loss at an evaluation is worse than the median of the others there. workers: processes side by side, that share the study.
-    timeout: seconds after which no new trial begins. ValueError without data to evaluate on, or when no trial comes to an end.
+    config.output_dir gets the study (search.db), a folder for each trial, and search.png. A search with the same folder, config and
+    ranges goes on: `trials` is the number of all. grid tries every combination of choices, and 5 points of a range. pruning stops a
+    trial whose loss at an evaluation is worse than the median of the others there. workers: processes side by side, that share the
+    study. timeout: seconds after which no new trial begins. ValueError without data to evaluate on, or when no trial comes to an end.
     """
     optuna = _optuna()
     if sampler not in SAMPLERS:
@@ -105,15 +120,17 @@ def search(
         raise ValueError("a search compares evaluation losses; give eval_data or eval_fraction")
     if trials < 1 or workers < 1:
         raise ValueError(f"trials={trials} and workers={workers} must be 1 or more")
+    _check_values(config, ranges)
     folder = Path(config.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    _study(optuna, folder, ranges, sampler, config.seed, pruning)  # made before the workers share it
+    study = _study(optuna, folder, ranges, sampler, config.seed, pruning)  # made before the workers share it
+    _check_same(study, config, ranges)
     arguments = (config, list(ranges), trials, sampler, pruning, timeout)
     if workers == 1:
         _work(*arguments, 0)
     else:
         context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-        processes = [context.Process(target=_work, args=(*arguments, i)) for i in range(workers)]
+        processes = [context.Process(target=_work_beside, args=(*arguments, i)) for i in range(workers)]
         for process in processes:
             process.start()
         for process in processes:
@@ -123,7 +140,7 @@ def search(
             raise RuntimeError(f"{len(failed)} of {workers} workers failed, see above; what they found is kept")
     study = _study(optuna, folder, ranges, sampler, config.seed, pruning)
     found = [
-        {"number": t.number, "state": t.state.name.lower(), "loss": t.value, **t.params}
+        {"number": t.number, "state": _STATES.get(t.state.name, t.state.name.lower()), "loss": t.value, **t.params}
         for t in study.get_trials(deepcopy=False)
     ]
     if not any(row["state"] == "complete" for row in found):
@@ -132,12 +149,31 @@ def search(
     return SearchResult(study.best_params, study.best_value, found, folder)
 
 
+_STATES = {"RUNNING": "killed", "FAIL": "failed"}  # of trials when no worker is at work any more
+
+
+def _check_same(study: Any, config: TrainConfig, ranges: Sequence[Range]) -> None:
+    """ValueError where a study has trials of another search, whose losses mean something else."""
+    now = {"ranges": [dataclasses.asdict(r) for r in ranges], "config": config.as_dict()}
+    now = json.loads(json.dumps(now))  # tuples are lists in the study
+    before = study.user_attrs.get("search")
+    if before is None:
+        study.set_user_attr("search", now)
+        return
+    fixed, free = config.changes(before["config"])
+    if fixed or free or now["ranges"] != before["ranges"]:
+        changed = ", ".join([*fixed, *free]) or "the ranges"
+        raise ValueError(
+            f"{config.output_dir} has the study of another search, with other values for {changed}; choose another output_dir"
+        )
+
+
 def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
         raise ImportError('optuna is not installed: pip install "foveate[search]"') from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what goes wrong in a trial is raised
     return optuna
 
 
@@ -193,7 +229,8 @@ def _work(
                 raise optuna.TrialPruned
 
         try:
-            result = fit(config.replace(output_dir=str(output), **values), after_evaluation=report)
+            quiet = {"progress": bool(config.progress), **values}
+            result = fit(config.replace(output_dir=str(output), **quiet), after_evaluation=report)
         except NonFiniteLoss as error:
             raise optuna.TrialPruned(str(error)) from error
         finally:
@@ -201,11 +238,23 @@ def _work(
         assert result.best_loss is not None
         return result.best_loss
 
+    def tell(study: Any, trial: Any) -> None:
+        if config.progress is not False:
+            loss = "" if trial.value is None else f" loss {trial.value:.5g}"
+            values = "".join(f" {name}={value}" for name, value in trial.params.items())
+            print(f"trial {trial.number} {trial.state.name.lower()}{loss}{values}", file=sys.stderr)
+
     states = optuna.trial.TrialState
     limit = optuna.study.MaxTrialsCallback(trials, states=(states.COMPLETE, states.PRUNED))
     done = len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))
     if done < trials:
-        study.optimize(objective, callbacks=[limit], timeout=timeout)
+        study.optimize(objective, callbacks=[tell, limit], timeout=timeout)
+
+
+def _work_beside(*arguments: Any) -> None:
+    """In a process of its own, which Ctrl-C reaches too: the one that started it says so."""
+    with contextlib.suppress(KeyboardInterrupt):
+        _work(*arguments)
 
 
 def _forget_weights(folder: Path) -> None:

@@ -21,7 +21,6 @@ from foveate.train.store import TokenStore
 class Seq2Seq:
     """Rows: {"source", "target"}; the end token follows both. Neither is cut."""
 
-    units = "target tokens"
     perplexity = True
     head: str | None = None
 
@@ -41,7 +40,7 @@ class Seq2Seq:
         """source and target int32."""
         columns: Columns = {}
         for name in ("source", "target"):
-            texts = [text_of(row, name) for row in rows]
+            texts = [text_of(row, name, "") for row in rows]
             encodings = self.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
             columns[name] = [np.array([*e.ids, self.end_id], np.int32) for e in encodings]
         return columns

@@ -68,6 +68,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             for key in keys:
                 if f"{key}.{name}" in tensors:
                     value = tensors[f"{key}.{name}"]
-                    optimizer.state[p][key] = value.to(p.device)  # "step" too, for the fused AdamW
+                    # "step" too, for the fused AdamW; a copy, as a view of the file would keep its room on the disk after it is deleted
+                    optimizer.state[p][key] = value.to(p.device, copy=True)
     set_random_state(tensors)
     return json.loads((folder / _NUMBERS).read_text())

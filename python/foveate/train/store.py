@@ -17,10 +17,6 @@ class TokenStore:
     def __init__(self, columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
         self._columns = columns
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._columns)
-
     def __len__(self) -> int:
         return len(next(iter(self._columns.values()))[1]) if self._columns else 0
 
@@ -41,7 +37,8 @@ class TokenStore:
         last = max(1, round(share * len(self)))
         if last >= len(self):
             raise ValueError(
-                f"eval_fraction={share} of {len(self)} documents leaves none to train on; give eval_data, or more documents"
+                f"eval_fraction={share} of the documents, of which there are {len(self)}, leaves none to train on; give eval_data, or "
+                "more documents (a row is one, or about 64 thousand characters of a text file)"
             )
         return self._part(0, len(self) - last), self._part(len(self) - last, len(self))
 
@@ -62,8 +59,11 @@ class TokenStore:
     @classmethod
     def write(cls, folder: Path, parts: Iterable[dict[str, list[np.ndarray]]]) -> TokenStore:
         """All parts, each of the same columns and dtypes. Written beside `folder` and renamed, so it is whole or not there."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+        except OSError as error:
+            raise _cannot_write(folder.parent, error) from error
         dtypes: dict[str, str] = {}
         size: dict[str, int] = {}
         try:
@@ -74,9 +74,8 @@ class TokenStore:
                     ends = size.get(name, 0) + np.cumsum([len(a) for a in arrays], dtype=np.int64)
                     size[name] = int(ends[-1])
                     dtypes[name] = str(arrays[0].dtype)
-                    for file, values in ((f"{name}.bin", np.concatenate(arrays)), (f"{name}.ends.bin", ends)):
-                        with (temporary / file).open("ab") as stream:
-                            values.tofile(stream)
+                    _append(temporary / f"{name}.bin", np.concatenate(arrays))
+                    _append(temporary / f"{name}.ends.bin", ends)
             (temporary / "columns.json").write_text(json.dumps(dtypes))
             try:
                 temporary.rename(folder)
@@ -88,6 +87,20 @@ class TokenStore:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         return cls.open(folder)
+
+
+def _append(file: Path, values: np.ndarray) -> None:
+    try:
+        with file.open("ab") as stream:
+            stream.write(values.tobytes())
+    except OSError as error:
+        raise _cannot_write(file.parent.parent, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        f"the tokenised data cannot be written to {folder} ({error.strerror}); make room there, or choose another cache_dir"
+    )
 
 
 def _map(file: Path, dtype: str) -> np.ndarray:

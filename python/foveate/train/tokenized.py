@@ -14,7 +14,7 @@ from typing import Any
 
 from foveate.tokenizer import NEED, Tokenizer
 from foveate.train.data_files import data_files, read_rows
-from foveate.train.objective import Columns, Objective
+from foveate.train.objective import Columns, Objective, at_row
 from foveate.train.store import TokenStore
 
 _VERSION = 1  # of what is stored; raised when an objective's columns change their meaning
@@ -39,9 +39,24 @@ def tokenized(
 
 def _parts(paths: Sequence[str], objective: Objective, advance: Callable[[int], None]) -> Iterator[Columns]:
     rows = read_rows(paths)
+    before = 0
     while batch := list(itertools.islice(rows, _ROWS)):
-        yield objective.encode(batch)
+        yield _encode(objective, batch, before)
+        before += len(batch)
         advance(len(batch))
+
+
+def _encode(objective: Objective, batch: list[dict[str, Any]], before: int) -> Columns:
+    """ValueError with the number of the row that it is about."""
+    try:
+        return objective.encode(batch)
+    except ValueError:
+        for number, row in enumerate(batch, before + 1):
+            try:
+                objective.encode([row])
+            except ValueError as error:
+                raise at_row(number, error) from error
+        raise
 
 
 def _key(paths: Sequence[str], objective: Objective, tokenizer: Tokenizer) -> str:

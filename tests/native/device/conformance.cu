@@ -137,6 +137,7 @@ __global__ void sums_kernel(const __grid_constant__ Params p) {
   for (unsigned b = 0; b < gridDim.x; ++b) sum += dev::ld_global<float>(parts + b);
   dev::st_global(sums, sum);
   dev::st_global(sums + 1, dev::ld_global<float>(p.scratch + 1));
+  dev::st_global<uint32_t>(p.scratch, 0);
 }
 
 // Blocks hand a number on, each to the next: in = 4 words, out[b] = the sum of in[0..b].

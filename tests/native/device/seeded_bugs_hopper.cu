@@ -30,6 +30,9 @@ enum Bug {
   kStoreNotWaitedFor,     // the kernel returns, and its shared memory with it
   kWgmmaNotWaitedFor,     // the last product
   kTooManyArrivals,       // the first warp gives each stage back twice
+  kNoFenceBeforeLoad,     // TMA writes over what a thread has written
+  kFenceIsNoSyncWarp,     // lanes read what others have written, with a proxy fence between
+  kWarpSkipsWgmma,        // one of a warpgroup's four
   kBoxOutOfPlace,         // a tile that is not a multiple of 1024 bytes from the start
   kBugs
 };
@@ -45,6 +48,8 @@ struct Params {
 
 template <int bug>
 __device__ void copy_tiles(const Params& p, uint32_t smem, uint32_t full, uint32_t empty) {
+  dev::st_shared<uint32_t>(smem, 0);
+  if (bug != kNoFenceBeforeLoad) dev::fence_async_proxy();
   for (int n = 0; n < kTiles; ++n) {
     const uint32_t stage = n % kStages, tile = smem + stage * kStageBytes + (bug == kBoxOutOfPlace ? 512 : 0);
     if (bug != kNoEmptyWait) dev::mbarrier_wait(empty + stage * 8, n / kStages % 2 ^ 1);
@@ -64,6 +69,7 @@ __device__ void multiply(float (&d)[32], uint32_t smem, uint32_t full, uint32_t 
     for (uint32_t k = 0; k < kDepth / 16; ++k) {
       const uint64_t a = dev::matrix_descriptor(tile + k * 32, 0, 1024, Swizzle::k128);
       const uint64_t b = dev::matrix_descriptor(tile + kTileBytes + k * 32, 0, bug == kWrongStride ? 512 : 1024, Swizzle::k128);
+      if (bug == kWarpSkipsWgmma && n == 2 && threadIdx.x / 32 == 1) continue;
       dev::wgmma<bf16, 64>(d, a, b, n > 0 || k > 0);
     }
     dev::wgmma_commit();
@@ -99,6 +105,10 @@ __global__ void __launch_bounds__(kThreads) gemm_kernel(const __grid_constant__ 
     dev::st_shared(staging + row * 128 + column * 2, dev::pack<bf16>(d[i], d[i + 1]));
   }
   if (bug != kNoProxyFence) dev::fence_async_proxy();
+  if (bug == kFenceIsNoSyncWarp) {
+    dev::fence_async_proxy();
+    if (dev::ld_shared<uint32_t>(staging + warp * 16 * 128) == 1) return;
+  }
   dev::named_barrier_sync(1, 128);
   if (threadIdx.x != 0) return;
   const int32_t at[2] = {0, 0};
