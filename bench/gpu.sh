@@ -34,8 +34,8 @@ say() { echo "$*" | tee -a "$results/summary.txt"; }
   date -u
   git rev-parse HEAD 2>/dev/null || echo "${FOVEATE_COMMIT:-no git}"
   nvidia-smi 2>&1
-  "$python" -c 'import sys, torch, triton, numpy; print(sys.version); print("torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)' || exit 1
   echo "$(nproc) cores"
+  "$python" -c 'import sys, torch, triton, numpy; print(sys.version); print("torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)'
 } >"$results/summary.txt" 2>&1 || { cat "$results/summary.txt"; exit 1; }
 
 step() {  # step NAME SECONDS FILE COMMAND...: the command's output goes to FILE; says how it ended and shows its last lines
@@ -67,12 +67,17 @@ fi
 build() {
   cmake -S . -B build/gpu -G Ninja "-DFOVEATE_CPU_TARGETS=$target" "-DPython_EXECUTABLE=$python" \
     "-Dpybind11_DIR=$("$python" -m pybind11 --cmakedir)" "$@" && cmake --build build/gpu || return 1
-  rm -rf "$site" && mkdir -p "$site" && cp -r python/foveate "$site/" && cmake --install build/gpu --prefix "$site"
+  rm -rf "$site" && cmake --install build/gpu --prefix "$site"
 }
 export -f build
 export python site target
 step build 170 build.txt bash -c 'build "$@"' build "${options[@]}"
-[ -d "$site" ] || { site=$PWD/python; say "without the compiled kernels, for which the step build has not run"; }
+if [ -d "$site" ]; then  # the Python files are those of now, also beside the kernels of an earlier run
+  tar -C python --exclude='*.so' --exclude=__pycache__ -cf - foveate | tar -C "$site" -xf -
+else
+  site=$PWD/python
+  say "without the compiled kernels, for which the step build has not run"
+fi
 
 export PYTHONPATH=$site:$PWD/tests PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$PWD/build/gpu/triton
 workers=(-n 12)

@@ -41,8 +41,10 @@ def chip(arch: int) -> str:
 
 def shared_memory(arch: int) -> int:
     """Bytes of it that one block of threads may have."""
-    if arch in (CDNA, RDNA, XE):
+    if arch in (CDNA, RDNA):
         return 64 << 10
+    if arch == XE:
+        return 128 << 10
     if arch in (86, 89) or arch >= 120:
         return 99 << 10
     return 227 << 10 if arch >= 90 else 163 << 10
