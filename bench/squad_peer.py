@@ -75,7 +75,8 @@ def peer(config: TrainConfig, folder: Path) -> dict[str, float]:
     arguments = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=windows_a_step, num_train_epochs=config.epochs, learning_rate=config.learning_rate,
         warmup_steps=config.warmup, lr_scheduler_type="linear", weight_decay=config.weight_decay, bf16=config.precision == "bf16",
-        seed=config.seed, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+        seed=config.seed,
     )  # fmt: skip
     trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate)
     start = time.perf_counter()
