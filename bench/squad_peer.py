@@ -2,8 +2,8 @@
 
     python bench/squad_peer.py squad_v1.1_train_subset.json squad_v1.1_dev_super_bowl_50.json --epochs 1
 
-MiniLM with a new span head, the same windows, AdamW, learning rate and schedule; foveate packs them, the Trainer pads batches of as many
-windows as foveate has in a step on average. Both models are evaluated by foveate.QuestionAnswerer and SQuAD's metric.
+MiniLM with a new span head, the same windows, AdamW, learning rate, schedule and dropout; foveate packs them, the Trainer pads batches of
+as many windows as foveate has in a step on average. Both models are evaluated by foveate.QuestionAnswerer and SQuAD's metric.
 """
 
 from __future__ import annotations
@@ -34,16 +34,20 @@ def main() -> None:
     parser.add_argument("held_out")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--engine", nargs="+", choices=("foveate", "transformers"), default=["foveate", "transformers"])
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             objective="question-answering", model=BASE, train_data=[args.train], eval_data=[args.held_out], max_length=384,
             output_dir=f"{folder}/ours", epochs=args.epochs, batch_size=ROWS, learning_rate=2e-4, warmup=0.1, schedule="linear",
-            weight_decay=0.01, precision=args.precision, progress=False,
+            weight_decay=0.01, precision=args.precision, seed=args.seed, progress=False,
         )  # fmt: skip
-        ours = fit(config)
-        print(json.dumps({"engine": "foveate", "seconds": round(ours.seconds, 1), **ours.metrics}), flush=True)
-        print(json.dumps({"engine": "transformers", **peer(config, Path(folder) / "peer")}))
+        if "foveate" in args.engine:
+            ours = fit(config)
+            print(json.dumps({"engine": "foveate", "seconds": round(ours.seconds, 1), **ours.metrics}), flush=True)
+        if "transformers" in args.engine:
+            print(json.dumps({"engine": "transformers", **peer(config, Path(folder) / "peer")}))
 
 
 def peer(config: TrainConfig, folder: Path) -> dict[str, float]:
@@ -64,7 +68,7 @@ def peer(config: TrainConfig, folder: Path) -> dict[str, float]:
             name: torch.tensor([row[name] for row in batch]) for name in ("start_positions", "end_positions")
         }
 
-    torch.manual_seed(0)
+    torch.manual_seed(config.seed)
     model = transformers.BertForQuestionAnswering.from_pretrained(
         checkpoint.path, attn_implementation="sdpa", dtype=torch.float32
     )
@@ -72,6 +76,7 @@ def peer(config: TrainConfig, folder: Path) -> dict[str, float]:
         str(folder), per_device_train_batch_size=windows_a_step, num_train_epochs=config.epochs, learning_rate=config.learning_rate,
         warmup_steps=config.warmup, lr_scheduler_type="linear", weight_decay=config.weight_decay, bf16=config.precision == "bf16",
         report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+        seed=config.seed,
     )  # fmt: skip
     trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate)
     start = time.perf_counter()

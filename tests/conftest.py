@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +51,23 @@ def seed() -> int:
 @pytest.fixture(autouse=True)
 def _seed_torch(seed: int) -> None:
     torch.manual_seed(seed)
+
+
+@pytest.fixture
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], list[str]]:
+    """The names of the CUDA kernels that a call launches, with their template arguments, in the emulator's build."""
+    from foveate._native import _C
+
+    if _C is None or not _C.cuda_emulated:
+        pytest.skip("only the emulator names the kernels that it runs")
+
+    def run(f: Callable[[], object]) -> list[str]:
+        path = tmp_path / "launches.jsonl"
+        with monkeypatch.context() as patch:
+            patch.setenv("FOVEATE_EMULATOR_COUNTERS", str(path))
+            f()
+        names = [json.loads(line)["kernel"] for line in path.read_text().splitlines()]
+        path.unlink()
+        return names
+
+    return run

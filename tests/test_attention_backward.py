@@ -45,7 +45,12 @@ DETERMINISTIC = [
     AttentionCase(
         b=1, sq=70, skv=140, hq=2, hkv=1, d=d, dv=dv, causal=causal, softcap=softcap, dropout=dropout, dtype=dtype
     )
-    for d, dv, dtype in ((64, 64, torch.bfloat16), (128, 96, torch.float16), (136, 200, torch.bfloat16))
+    for d, dv, dtype in (
+        (64, 64, torch.bfloat16),
+        (96, 72, torch.bfloat16),
+        (128, 96, torch.float16),
+        (136, 200, torch.bfloat16),
+    )
     for causal, softcap, dropout in ((True, None, 0.0), (False, 2.0, 0.1))
 ]
 

@@ -11,6 +11,7 @@ import compare
 import foveate
 from cases import AttentionCase, make_inputs
 from foveate._backends import runs_cuda_kernels
+from foveate._decode_plan import other_cuda_thresholds
 from kv_cases import BF16, F16, KvCase, KvInputs, exact, in_torch, make_kv_inputs
 
 
@@ -21,14 +22,16 @@ def needs_cuda_kernels(device):
 
 
 def nan_where_unused(inputs: KvInputs, new: int) -> KvInputs:
-    """NaN in pages that no sequence has, and behind the keys of every sequence."""
+    """NaN in pages that no sequence has, behind the keys of every sequence, and in pages before its window, which may be another's."""
     inputs = inputs.clone()
     table, lens = inputs.options["block_table"].long(), inputs.options["kv_lens"].tolist()
+    Sq, page_size, window = inputs.q.shape[1], inputs.k_cache.shape[1], inputs.options["window"]
     for cache in (inputs.k_cache, inputs.v_cache):
         used = torch.zeros(cache.shape[:2], dtype=torch.bool)
         for b, length in enumerate(lens):
-            position = torch.arange(length + new)
-            used[table[b, position // cache.shape[1]], position % cache.shape[1]] = True
+            first = max(0, length + new - Sq - window[0]) if window is not None else 0
+            position = torch.arange(first // page_size * page_size, length + new)
+            used[table[b, position // page_size], position % page_size] = True
         cache[~used] = float("nan")
     return inputs
 
@@ -43,6 +46,12 @@ PAGED = [
     KvCase(sq=70, b=2, page_size=7, longest=60, dtype=BF16),
     KvCase(sq=66, b=2, page_size=64, longest=90, dtype=F16, window=(40, 0), sinks=True, softcap=9.0),
     KvCase(sq=64, b=1, hq=2, hkv=1, page_size=1, d=40, longest=30, new=False, causal=False),
+    KvCase(sq=65, b=2, page_size=16, d=64, longest=250, dtype=BF16, window=(20, -1), sinks=True),
+    KvCase(sq=65, b=2, page_size=3, d=64, longest=250, dtype=F16, window=(20, -1)),
+    KvCase(sq=16, b=1, hq=16, hkv=4, page_size=32, d=128, longest=150, dtype=F16),
+    KvCase(sq=70, b=1, hq=2, hkv=1, page_size=1, d=72, dv=40, longest=30, dtype=BF16, causal=False, rotary=8),
+    KvCase(sq=64, b=1, hq=1, hkv=1, page_size=128, d=192, dv=128, longest=70, dtype=BF16),
+    KvCase(sq=64, b=1, hq=1, hkv=1, page_size=64, d=256, longest=30, dtype=BF16),
 ]
 
 
@@ -56,12 +65,28 @@ def test_many_queries_on_pages(case, seed):
     compare.assert_as_good_as_torch(results[1], lse, peer_lse, name="lse")
 
 
+@pytest.mark.parametrize("page_size", [16, 7, None])
+def test_pages_have_the_bits_of_a_dense_cache(page_size, launched, seed):
+    """Pages of a power of two have an instance of their own, others ride in the general one; all use the same steps."""
+    case = KvCase(sq=80, b=2, hq=8, hkv=2, d=64, page_size=page_size, longest=100, dtype=BF16, new=False)
+    inputs = make_kv_inputs(case, seed)
+    dense = inputs.clone()
+    if page_size is not None:
+        table = inputs.options["block_table"].long()
+        dense.k_cache, dense.v_cache = (x[table].flatten(1, 2) for x in (inputs.k_cache, inputs.v_cache))
+        dense.options["block_table"] = None
+    kinds = {16: "kPaged", 7: "kGeneral", None: "kPlain"}
+    assert [kinds[page_size] in name for name in launched(lambda: inputs.run("native"))] == [True]
+    assert all(map(torch.equal, inputs.run("native"), dense.run("native")))
+
+
 @pytest.mark.parametrize("page", [-1, 10**6, -(2**31), 2**31 - 1])
-def test_pages_that_do_not_exist(page, device, seed, monkeypatch):
+@pytest.mark.parametrize("page_size", [7, 16])
+def test_pages_that_do_not_exist(page, page_size, device, seed, monkeypatch):
     if device != "cpu":
         pytest.skip("the emulator says which memory was touched; a GPU may not")
     monkeypatch.setenv("FOVEATE_EMULATOR_READABLE", "0")
-    inputs = make_kv_inputs(PAGED[0], seed)
+    inputs = make_kv_inputs(KvCase(sq=70, b=2, page_size=page_size, longest=60, dtype=BF16), seed)
     expected, _ = exact(inputs)
     inputs.options["block_table"][1] = page
     out, _ = inputs.run("native")
@@ -83,6 +108,34 @@ def test_cu_seqlens_outside_of_the_tensors(ends, device, seed, monkeypatch):
         assert out.shape == q.shape and all(map(torch.equal, (q, k, v), before))
         if cu_q is right:  # every row is written, whatever its keys are
             assert out.isfinite().all()
+
+
+FEW = [
+    AttentionCase(b=1, sq=1, skv=700, hq=4, hkv=1, d=64, dtype=BF16, sinks=True),
+    AttentionCase(
+        b=2, sq=5, skv=300, hq=2, hkv=2, d=40, dv=24, causal=True, window=(100, -1), kv_lens=True, alibi="bh"
+    ),
+    AttentionCase(b=1, sq=9, skv=300, hq=4, hkv=2, d=128, dtype=F16, causal=True, softcap=3.0, layout="bhsd"),
+]
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.id)
+def test_few_queries_to_many_keys_take_the_decode_kernel(case, launched, device, seed):
+    """Its splits keep multiprocessors busy that the blocked kernel, with a block for each KV head, has no work for."""
+    inputs = make_inputs(case, seed, device)
+    assert [name.split("<")[0] for name in launched(lambda: inputs.run("native"))] == ["decode_kernel"]
+    check = "test_cuda_attention_forward.check"
+    compare.assert_case_as_good_as_torch(case, seed, "native", device, check, backward=True)
+    with other_cuda_thresholds(blocked_rows=0):
+        assert ["forward" in name for name in launched(lambda: inputs.run("native"))] == [True]
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": "11qk"}, {"mask": "11qk"}, {"dropout": 0.1}, {"relative": "backward"}], ids=str
+)
+def test_few_queries_with_options_that_decode_lacks(options, launched, device, seed):
+    inputs = make_inputs(AttentionCase(b=1, sq=3, skv=300, hq=2, hkv=2, **options), seed, device)
+    assert ["forward" in name for name in launched(lambda: inputs.run("native"))] == [True]
 
 
 def test_packed_heads_have_the_bits_of_heads_apart(device, seed):

@@ -1,4 +1,4 @@
-"""The pure functions of csrc/cuda/flash_config.h: tiles, instances, packed heads, the order of blocks."""
+"""The pure functions of csrc/cuda/flash_config.h and decode_layout.h: tiles, instances, packed heads, the order of blocks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEAST_SHARED_MEMORY = 99 * 1024  # what a block may have on sm_86 and sm_89
 REGISTERS = 64 * 1024  # of an SM
+PLAIN, PAGED, GENERAL = range(3)  # ForwardKind
 
 Lines = dict[str, list[list[int]]]
 
@@ -36,7 +37,7 @@ def decisions(tmp_path_factory: pytest.TempPathFactory) -> Lines:
 
 def test_tiles_fit_every_gpu(decisions: Lines) -> None:
     """Shared memory of a block, and the registers that scores and output alone take."""
-    assert len(decisions["tile"]) == 12
+    assert len(decisions["tile"]) == 18
     for d, dv, _, element_bytes, rows_per_warp, rows, keys, shared_bytes, blocks_per_sm in decisions["tile"]:
         threads = rows // rows_per_warp * 32
         assert shared_bytes == element_bytes * (rows * d + keys * (d + dv)) <= LEAST_SHARED_MEMORY
@@ -52,12 +53,29 @@ def test_the_number_of_keys_depends_on_nothing_but_type_and_head_dim(decisions: 
 
 def test_the_smallest_instance_that_holds_the_head_dims(decisions: Lines) -> None:
     instances = {
-        general: [(d, dv) for d, dv, g, size, *_ in decisions["tile"] if g == general and size == 2]
-        for general in (0, 1)
+        kind: [(d, dv) for d, dv, of_kind, size, *_ in decisions["tile"] if of_kind == kind and size == 2]
+        for kind in (PLAIN, PAGED, GENERAL)
     }
-    for general, d, dv, chosen_d, chosen_dv in decisions["dims"]:
-        able = [(x, y) for x, y in instances[general] if d <= x and dv <= y]
-        assert (chosen_d, chosen_dv) == min(able), (general, d, dv)
+    for kind, d, dv, chosen_d, chosen_dv in decisions["dims"]:
+        able = [(x, y) for x, y in instances[kind] if d <= x and dv <= y]
+        assert (chosen_d, chosen_dv) == min(able), (kind, d, dv)
+
+
+def test_the_general_instance_is_for_what_no_other_can(decisions: Lines) -> None:
+    """Options on scores, fp32, rows at any address, pages whose size is no power of two."""
+    assert len(decisions["kind"]) == 48
+    for options, vector_loads, element_bytes, page_size, kind in decisions["kind"]:
+        special = options or not vector_loads or element_bytes == 4 or page_size in (7, 48)
+        assert kind == (GENERAL if special else PAGED if page_size else PLAIN)
+
+
+def test_decode_fits_every_gpu(decisions: Lines) -> None:
+    """Up to the head dims of MLA. A warp has keys under way while it computes, unless two stages of one warp do not fit."""
+    assert len(decisions["decode"]) == 24
+    for q_size, kv_size, d, dv, warps, stages, shared_bytes in decisions["decode"]:
+        assert (shared_bytes <= LEAST_SHARED_MEMORY) == ((q_size, d) != (4, 1024)), (q_size, kv_size, d)
+        assert stages == (1 if q_size * d >= 2048 else 2), (q_size, kv_size, d)
+        assert warps == 4 or (warps in (1, 2) and q_size * max(d, dv) > 256), (q_size, kv_size, d)
 
 
 def test_heads_are_packed_where_tiles_would_be_empty(decisions: Lines) -> None:

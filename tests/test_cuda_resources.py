@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -47,3 +48,22 @@ def test_finds_what_is_not_listed(resources: ModuleType, tmp_path: Path) -> None
     assert resources.faults(kernels, resources.allowed(tmp_path / "list")) == []
     (tmp_path / "list").write_text("sm_80 kernel<bf16,true> 80 151\n")
     assert len(resources.faults(kernels, resources.allowed(tmp_path / "list"))) == 1
+
+
+# A library does not end the process or print, and a launch that waits or allocates cannot be captured in a graph.
+FORBIDDEN = re.compile(
+    r"\b(printf|exit|abort|assert|cudaMalloc\w*|cudaFree\w*|cudaMemcpy\w*|cudaMemset\w*|\w*Synchronize)\s*\("
+)
+
+
+def test_host_code_of_the_kernels_neither_waits_nor_allocates() -> None:
+    root = Path(__file__).parent.parent / "csrc"
+    sources = [path for folder in ("cuda", "ops") for path in (root / folder).rglob("*.*")]
+    assert len(sources) > 40
+    found = {path.name: calls for path in sources if (calls := FORBIDDEN.findall(path.read_text()))}
+    assert found == {}
+    assert (
+        FORBIDDEN.search("cudaStreamSynchronize(stream)")
+        and FORBIDDEN.search('printf ("x")')
+        and FORBIDDEN.search("exit(1)")
+    )

@@ -100,4 +100,6 @@ def test_blocks_that_walk_over_tiles_of_the_bias():
         return torch.autograd.grad(out, bias, torch.ones_like(out))[0]
 
     expected = gradient("reference", F32).float()
-    torch.testing.assert_close(gradient("native", BF16).float(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+    torch.testing.assert_close(
+        gradient("native", BF16).float(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item()
+    )

@@ -9,7 +9,15 @@ import torch
 
 import compare
 import foveate
-from foveate._kv_cache_op import DecodePlan, cuda_decode_plan, decode_plan
+from foveate._decode_plan import (
+    CudaThresholds,
+    DecodePlan,
+    cuda_decode_plan,
+    cuda_few_queries,
+    cuda_thresholds,
+    decode_plan,
+    other_cuda_thresholds,
+)
 from kv_cases import BF16, F8, F32, KvCase, KvInputs, exact, in_torch, make_kv_inputs
 
 
@@ -99,6 +107,38 @@ def test_cuda_plan_gives_many_queries_to_the_blocked_kernel():
     assert cuda_plan(Sq=16, B=8).blocked and not cuda_plan(Sq=16).blocked  # too few heads to fill the GPU
     assert not cuda_plan(Sq=64, quantized=True).blocked and not cuda_plan(Sq=64, num_splits=2).blocked
     assert not cuda_plan(Sq=64, D=576, Dv=512).blocked and not cuda_plan(Hq=128, Hkv=1, B=8).blocked
+
+
+def test_cuda_thresholds_move_the_choice():
+    shape = (1, 16, 32, 8, 128, 128, 8192, 132, 0, False, False)
+    limits = CudaThresholds()
+    assert cuda_decode_plan(*shape) == cuda_decode_plan(*shape, limits) and not cuda_decode_plan(*shape).blocked
+    assert cuda_decode_plan(*shape, limits._replace(blocked_queries=16)).blocked
+    one_query = (1, 1, *shape[2:])
+    assert cuda_decode_plan(*one_query, limits._replace(blocked_queries=1)).blocked
+    assert not cuda_decode_plan(8, 512, *shape[2:], limits._replace(blocked_queries=2**31, blocked_rows=2**31)).blocked
+    assert cuda_decode_plan(*one_query, limits._replace(min_split_keys=1024)).num_splits == 8
+    assert cuda_decode_plan(*one_query, limits._replace(blocks_per_processor=1)).num_splits == 16
+    assert cuda_decode_plan(*one_query, limits._replace(max_splits=7)).num_splits == 7
+
+
+def test_cuda_attention_of_few_queries_goes_to_decode_where_splits_help():
+    def few(B=1, Sq=1, Hq=32, Hkv=8, Skv=8192, processors=132):
+        return cuda_few_queries(B, Sq, Hq, Hkv, Skv, processors)
+
+    assert few() and few(Sq=8) and few(B=16) and few(Skv=256)
+    assert not few(Sq=16) and not few(Hq=128, Hkv=1)  # rows enough for a tile of the blocked kernel
+    assert not few(B=17) and few(B=13, processors=108) and not few(B=14, processors=108)  # blocks enough
+    assert not few(Skv=255)  # too short to be divided
+    assert not few(B=0) and not few(Sq=0)
+
+
+def test_other_cuda_thresholds_are_in_force_for_a_while():
+    with other_cuda_thresholds(blocked_queries=1, max_splits=3) as limits:
+        assert limits == cuda_thresholds() == CudaThresholds(blocked_queries=1, max_splits=3)
+        with pytest.raises(ValueError, match="blocked_key"), other_cuda_thresholds(blocked_keys=1):
+            pass
+    assert cuda_thresholds() == CudaThresholds()
 
 
 SHAPES = [

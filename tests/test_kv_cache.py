@@ -166,6 +166,8 @@ POISONED = [
     KvCase(storage=I8, sq=2),
     KvCase(sq=40, page_size=8, longest=50),
     KvCase(page_size=8, window=(20, -1), batch_invariant=True),
+    KvCase(sq=65, page_size=3, window=(20, -1), longest=250, dtype=F16),
+    KvCase(sq=65, page_size=16, window=(20, -1), longest=700, d=64, dtype=BF16, b=3),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from foveate.models.llama import Llama, LlamaConfig
 from foveate.train import TrainConfig, fit
 from foveate.train.batch import IGNORED, Batch
 from foveate.train.causal_lm import CausalLM
-from foveate.train.loop import LossModule
+from foveate.train.interrupt import Interrupted
+from foveate.train.loop import Loop, LossModule
 from foveate.train.strategy import Strategy
 from ranks import needs_fsdp, needs_gloo, run_ranks
 from train_toys import GPT2, LLAMA, sentences, write_jsonl
@@ -246,6 +248,23 @@ def stopped_fit(strategy: Strategy | None, run: dict, half: int) -> None:
 def rank_stopped_fits(rank: int, runs: list[tuple[str, int, dict]], half: int) -> None:
     for kind, context_parallel, run in runs:
         stopped_fit(strategy_of(kind, context_parallel), run, half)
+
+
+def rank_signalled(rank: int, folder: Path) -> int:
+    """A signal to one of the processes; the step after which this one has stopped."""
+    step = Loop._step
+    Loop._step = lambda self, i: (rank == 1 and i == 1 and signal.raise_signal(signal.SIGTERM)) or step(self, i)
+    with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
+        fit(TrainConfig(**options(folder, "run", batch_size=4)), strategy=strategy_of("ddp"))
+    Loop._step = step
+    return fit(TrainConfig(**options(folder, "run", batch_size=4, resume=True)), strategy=strategy_of("ddp")).steps
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
+    one = options(tmp_path, "one", batch_size=8)
+    fit(TrainConfig(**one))
+    assert run_ranks(rank_signalled, 2, tmp_path / "ranks", tmp_path) == [4, 4]
+    assert_same_run(options(tmp_path, "run"), one)
 
 
 def rank_misfits(rank: int, folder: Path) -> list[str]:

@@ -35,6 +35,7 @@ struct RowSource {
   const float* scales = nullptr;           // per token, null: 1
   int64_t scale_stride = 0, scale_page_stride = 0;
   DType dtype = DType::kFloat32;
+  int64_t first = 0;  // rows before it are zeros and not read: what lies there may be gone
 
   FOVEATE_INLINE const char* row(const RowSource& s, int64_t j) {
     if (!s.pages) return s.base + j * s.stride;
@@ -53,6 +54,10 @@ FOVEATE_INLINE void convert_row(const RowSource& s, int64_t j, int64_t depth, ty
   using Element = std::conditional_t<M::kPair == 2, bf16, typename M::Acc>;
   using Acc = typename M::Acc;
   constexpr int w = kWidth<M>;
+  if (j < s.first) {
+    std::memset(static_cast<void*>(dst), 0, units * sizeof(typename M::Unit));
+    return;
+  }
   const char* row = RowSource::row(s, j);
   const Acc factor = static_cast<Acc>(RowSource::scale(s, j));
   Element* out = reinterpret_cast<Element*>(dst);

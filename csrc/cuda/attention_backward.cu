@@ -2,8 +2,12 @@
 //
 // Workspace, fp32: lse [B, Hq, rows], delta [B, Hq, rows], sums of dQ [B, Hq, rows, padded D] unless the call is deterministic, the sinks'
 // partial sums [B, Hq, rows / 128], then what the gradients of bias and relative table need; rows is seq_q rounded up to 128.
+#include <algorithm>
+#include <initializer_list>
+
 #include "cuda/attention_backward.cuh"
 #include "cuda/kernels.h"
+#include "cuda/vector_rows.h"
 
 namespace foveate::cuda {
 namespace {
@@ -133,14 +137,14 @@ __global__ void __launch_bounds__(kStatisticsThreads) round_query_gradient(const
 }
 
 bool vectors(const AttentionParams& p, const AttentionGrads& g) {
-  const int64_t size = size_of(p.dtype);
-  const auto aligned = [&](const Rows& r) {
-    return reinterpret_cast<uintptr_t>(r.data) % 16 == 0 && r.batch * size % 16 == 0 && r.seq * size % 16 == 0 && r.head * size % 16 == 0;
+  const bool varlen = p.cu_q != nullptr;
+  const RowShape q{p.batch, varlen ? p.total_q : p.seq_q, p.heads_q, p.head_dim};
+  const RowShape k{p.batch, varlen ? p.total_k : p.seq_kv, p.heads_kv, p.head_dim};
+  const RowShape v{k.batch, k.seq, k.heads, p.head_dim_v}, out{q.batch, q.seq, q.heads, p.head_dim_v};
+  const auto suit = [&](const RowShape& shape, std::initializer_list<const Rows*> operands) {
+    return std::ranges::all_of(operands, [&](const Rows* x) { return suits_vectors(*x, shape, p.dtype); });
   };
-  if (p.head_dim * size % 16 != 0 || p.head_dim_v * size % 16 != 0) return false;
-  for (const Rows& r : {p.q, p.k, p.v, p.out, g.dout, g.dq, g.dk, g.dv})
-    if (!aligned(r)) return false;
-  return true;
+  return suit(q, {&p.q, &g.dq}) && suit(k, {&p.k, &g.dk}) && suit(v, {&p.v, &g.dv}) && suit(out, {&p.out, &g.dout});
 }
 
 BackwardParams backward_params(const AttentionParams& p, const AttentionGrads& g) {

@@ -9,10 +9,11 @@
 // S and dP are computed by both kernels: seven products instead of five. Where bits may differ, the kernel for dK and dV does the work of
 // both and adds to dQ by atomics (bf16 and fp16).
 //
-// Head dims are padded to 64, 128 or 256. With 256 (fp32: 128), dK and dV do not fit the registers together and are different blocks' work.
+// Head dims are padded to 64, 96 (16 bit), 128 or 256. With 256 (fp32: 128), dK and dV do not fit the registers together and are different blocks' work.
 // fp32 uses the same code with products by FMA.
 #pragma once
 
+#include <bit>
 #include <type_traits>
 
 #include "core/check.h"
@@ -39,14 +40,14 @@ struct BackwardParams {
 };
 
 // Tile sizes. Shared memory: 2 * kOwn * kHeadDim + 2 stages * 2 * kOther * kHeadDim numbers and the statistics of the streamed queries.
-//   16 bit: D 64: 64 KiB, D 128: 96 KiB, D 256: 96 KiB;   fp32: 64, 96 and 96 KiB.   99 KiB is what every GPU from sm_80 on gives.
+//   16 bit: D 64: 64 KiB, D 96: 72 KiB, D 128: 96 KiB, D 256: 96 KiB;   fp32: 64, 96 and 96 KiB.   99 KiB is what every GPU from sm_80 on gives.
 template <class T_, int kHeadDim_>
 struct BackwardTiles {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kFloat = sizeof(T) == 4;
   static constexpr int kWarps = kHeadDim == 256 ? (kFloat ? 2 : 4) : kFloat ? 4 : 8;
-  static constexpr int kThreads = 32 * kWarps, kOwn = 16 * kWarps, kOther = (kFloat ? 2048 : 4096) / kHeadDim;
+  static constexpr int kThreads = 32 * kWarps, kOwn = 16 * kWarps, kOther = (kFloat ? 2048 : 4096) / std::bit_ceil(unsigned{kHeadDim});
   static constexpr int kBlocks = kOther / 8, kColumns = kHeadDim / 8;  // 16 x 8 fragments of a tile of scores, and of a gradient
   using Own = Tile<T, kOwn, kHeadDim>;
   using Other = Tile<T, kOther, kHeadDim>;
@@ -54,7 +55,7 @@ struct BackwardTiles {
   // own0, own1: Q and dO, or K and V. Each stage: the two other tiles, then lse and delta of the streamed queries.
   static constexpr uint32_t kStatistics = 2 * Other::kBytes, kStage = kStatistics + 2 * kOther * 4;
   static constexpr uint32_t kOwn1 = Own::kBytes, kStages = 2 * Own::kBytes, kSharedBytes = kStages + 2 * kStage;
-  static_assert(kSharedBytes <= 99 * 1024 && kRowAlign % kOwn == 0 && kRowAlign % kOther == 0);
+  static_assert(kSharedBytes <= 99 * 1024 && kRowAlign % kOwn == 0 && kRowAlign % kOther == 0 && (kFloat || kStage % 128 == 0));
 };
 
 // ---- rows in global memory ---------------------------------------------------------------------------------------------------
@@ -70,15 +71,22 @@ struct HeadRows {
   __device__ T* row(int i) const { return data + stride * i; }
 };
 
-// Starts the load of rows [first, first + Tile::kRows) of `rows`; those from `length` on are zero.
+// Starts the load of rows [i, i + Tile::kRows) of head h of a sequence that begins at row `first`; those from `length` on are zero. Where rows
+// suit vectors, their offsets are counted in 16 bytes, which fits 32 bits.
 template <class Tile, int kThreads>
-__device__ __forceinline__ void load_rows(uint32_t tile, const HeadRows<typename Tile::T>& rows, int first, int length, int columns,
+__device__ __forceinline__ void load_rows(uint32_t tile, const Rows& rows, int b, int h, int64_t first, int i, int length, int columns,
                                           bool vectors) {
-  const auto row = [&](int r) -> const typename Tile::T* { return first + r < length ? rows.row(first + r) : nullptr; };
-  if (vectors)
-    load_tile_async<Tile, kThreads>(tile, threadIdx.x, columns, row);
-  else
-    load_tile_unaligned<Tile, kThreads>(tile, threadIdx.x, columns, row);
+  using T = typename Tile::T;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (vectors) {
+    const auto units = [](int64_t stride) { return static_cast<uint32_t>(static_cast<uint64_t>(stride) / Tile::kPerChunk); };
+    const uint32_t seq = units(rows.seq), at = units(rows.batch) * b + units(rows.head) * h + (static_cast<uint32_t>(first) + i) * seq;
+    load_tile_async<Tile, kThreads>(tile, thread, length - i, columns, rows.data, at, seq);
+  } else {
+    const HeadRows<T> head(rows, b, h, first);
+    load_tile_unaligned<Tile, kThreads>(tile, thread, columns,
+                                        [&](int r) -> const T* { return i + r < length ? head.row(i + r) : nullptr; });
+  }
 }
 
 // Stores rows [row, row + 16) of a gradient times `factor`: rows from `stop` on are not there, those from `length` on are zero.
@@ -160,13 +168,13 @@ __device__ __forceinline__ void multiply_rows(float (&x)[n][4], uint32_t own, in
         for (int e = 0; e < 4; ++e) x[c][e] += part[c][e];
     }
   } else {
-    const Fragments<Own, Operand::kA> from_own(own);
+    const Fragments<Own, Operand::kA> from_own(own, row);
     const Fragments<Other, Operand::kB> from_other(other);
 #pragma unroll
     for (int d = 0; d < Own::kColumns; d += 16) {
       if (!used<Own::kColumns>(d, columns)) break;
       uint32_t a[4];
-      from_own.load(a, row, d);
+      from_own.load(a, 0, d);
 #pragma unroll
       for (int c = 0; c < n; c += 2) {
         uint32_t b[4];
@@ -348,6 +356,9 @@ void visit_backward(const AttentionParams& p, const F& f) {
   const int64_t dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   const auto with_dim = [&]<class T, bool kOptions>() {
     if (dim <= 64) return f(BackwardTiles<T, 64>{}, std::bool_constant<kOptions>{});
+    if constexpr (sizeof(T) == 2) {
+      if (dim <= 96) return f(BackwardTiles<T, 96>{}, std::bool_constant<kOptions>{});
+    }
     if (dim <= 128) return f(BackwardTiles<T, 128>{}, std::bool_constant<kOptions>{});
     f(BackwardTiles<T, 256>{}, std::bool_constant<kOptions>{});
   };
@@ -360,7 +371,7 @@ void visit_backward(const AttentionParams& p, const F& f) {
 
 __host__ __device__ constexpr int64_t padded_head_dim(const AttentionParams& p) {
   const int64_t dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
-  return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+  return dim <= 64 ? 64 : dim <= 96 && p.dtype != DType::kFloat32 ? 96 : dim <= 128 ? 128 : 256;
 }
 
 // The launches, each in a file of its own.

@@ -31,10 +31,10 @@ __device__ __forceinline__ void add_scores(const BackwardParams& a, const Philox
   const int columns = static_cast<int>(a.p.head_dim), columns_v = static_cast<int>(a.p.head_dim_v), hkv = h / a.group;
   const uint32_t q = dev::smem_base(), dout = q + Own::kBytes, k = dout + Own::kBytes, v = k + Other::kBytes;
   dev::sync_threads();  // nobody reads the last tiles any more
-  load_rows<Own, kThreads>(q, HeadRows<T>(a.p.q, b, h, s.first_q), i, s.q, columns, a.vectors);
-  load_rows<Own, kThreads>(dout, HeadRows<T>(a.g.dout, b, h, s.first_q), i, s.q, columns_v, a.vectors);
-  load_rows<Other, kThreads>(k, HeadRows<T>(a.p.k, b, hkv, s.first_k), j, s.k, columns, a.vectors);
-  load_rows<Other, kThreads>(v, HeadRows<T>(a.p.v, b, hkv, s.first_k), j, s.k, columns_v, a.vectors);
+  load_rows<Own, kThreads>(q, a.p.q, b, h, s.first_q, i, s.q, columns, a.vectors);
+  load_rows<Own, kThreads>(dout, a.g.dout, b, h, s.first_q, i, s.q, columns_v, a.vectors);
+  load_rows<Other, kThreads>(k, a.p.k, b, hkv, s.first_k, j, s.k, columns, a.vectors);
+  load_rows<Other, kThreads>(v, a.p.v, b, hkv, s.first_k, j, s.k, columns_v, a.vectors);
   dev::cp_async_wait_all();
   dev::sync_threads();
 

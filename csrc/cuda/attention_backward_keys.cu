@@ -11,27 +11,29 @@ namespace {
 
 enum class Part { kBoth, kKeys, kValues };
 
-// The queries that the block's keys see, of one head after the other: step -> head, first query.
+// The queries that the block's keys see, kOther at a time, of one head after the other.
+struct Step {
+  int head, query;  // of the heads that share the block's keys; the first of the queries
+};
 template <class Tiles>
 struct Steps {
-  int first, per_head, count;
-  __device__ Steps(const Range& queries, int group)
-      : first(queries.begin / Tiles::kOther * Tiles::kOther),
-        per_head(queries.empty() ? 0 : (queries.end - first + Tiles::kOther - 1) / Tiles::kOther),
-        count(per_head * group) {}
-  __device__ int head(int step) const { return step / per_head; }
-  __device__ int query(int step) const { return first + step % per_head * Tiles::kOther; }
+  int first, end, count;
+  __device__ Steps(const Range& queries, int group) : first(queries.begin / Tiles::kOther * Tiles::kOther), end(queries.end) {
+    count = queries.empty() ? 0 : (end - first + Tiles::kOther - 1) / Tiles::kOther * group;
+  }
+  __device__ Step after(const Step& step) const {
+    const int query = step.query + Tiles::kOther;
+    return query < end ? Step{step.head, query} : Step{step.head + 1, first};
+  }
 };
 
 // Starts the loads of Q, dO, lse and delta of queries [i, i + kOther).
 template <class Tiles>
 __device__ __forceinline__ void load_queries(const BackwardParams& a, const Sequence& s, int b, int h, int i, uint32_t stage) {
-  using T = typename Tiles::T;
   constexpr int kCopies = Tiles::kOther / 4;
   const int columns = static_cast<int>(a.p.head_dim), columns_v = static_cast<int>(a.p.head_dim_v);
-  load_rows<typename Tiles::Other, Tiles::kThreads>(stage, HeadRows<T>(a.p.q, b, h, s.first_q), i, s.q, columns, a.vectors);
-  load_rows<typename Tiles::Other, Tiles::kThreads>(stage + Tiles::Other::kBytes, HeadRows<T>(a.g.dout, b, h, s.first_q), i, s.q, columns_v,
-                                                    a.vectors);
+  load_rows<typename Tiles::Other, Tiles::kThreads>(stage, a.p.q, b, h, s.first_q, i, s.q, columns, a.vectors);
+  load_rows<typename Tiles::Other, Tiles::kThreads>(stage + Tiles::Other::kBytes, a.g.dout, b, h, s.first_q, i, s.q, columns_v, a.vectors);
   const int copy = threadIdx.x;
   if (copy < 2 * kCopies) {
     const float* from = (copy < kCopies ? a.lse : a.delta) + (int64_t{b} * a.heads_q + h) * a.rows + i + copy % kCopies * 4;
@@ -49,41 +51,59 @@ struct ScorePlace {
   static_assert(kSharedBytes <= 99 * 1024 && (!kOverDout || Scores::kBytes <= Tiles::Other::kBytes));
 };
 
-// to [kOther, kHeadDim] += dS K. Warps divide the 16 x 16 blocks of the sum so that one's blocks share a column of K or a row of dS.
+// How the warps divide the 16 x 16 blocks of dS K: one's blocks share a column of K or a row of dS. With head dim 96 there are 2 x 6 blocks for
+// 8 warps: the first 4 have a column each, the others one block.
+template <class Tiles>
+struct QueryGradientShare {
+  static constexpr int kWarps = Tiles::kWarps, kDown = Tiles::kOther / 16, kAcross = Tiles::kHeadDim / 16;
+  static constexpr int kCount = ceil_div(kDown * kAcross, kWarps);  // of a warp
+  static constexpr bool kEven = kCount * kWarps == kDown * kAcross, kShareRow = kDown == 1, kShareColumn = !kShareRow;
+  static constexpr int kFull = kDown * kAcross - kWarps;  // warps of two blocks, where it is not even
+  static_assert(kEven ? kShareRow || kWarps % kAcross == 0 : kDown == 2 && kCount == 2);
+  int warp = dev::warp();
+
+  __device__ bool has(int u) const { return kEven || u == 0 || warp < kFull; }
+  __device__ int row(int u) const {
+    if (kShareRow) return 0;
+    if (kEven) return warp / kAcross + u * (kWarps / kAcross);
+    return warp < kFull ? u : (warp - kFull) % 2;
+  }
+  __device__ int column(int u) const {
+    if (kShareRow) return warp + u * kWarps;
+    if (kEven) return warp % kAcross;
+    return warp < kFull ? warp : kFull + (warp - kFull) / 2;
+  }
+};
+
+// to [kOther, kHeadDim] += dS K.
 template <class Tiles>
 __device__ __forceinline__ void add_query_gradient(float* to, uint32_t scores, uint32_t k_tile) {
-  using T = typename Tiles::T;
-  constexpr int kDown = Tiles::kOther / 16, kAcross = Tiles::kHeadDim / 16, kCount = kDown * kAcross / Tiles::kWarps;
-  constexpr bool kShareColumn = kAcross <= Tiles::kWarps;
-  static_assert(kCount * Tiles::kWarps == kDown * kAcross && (kShareColumn || kDown == 1));
+  using Share = QueryGradientShare<Tiles>;
   const Fragments<typename ScorePlace<Tiles>::Scores, Operand::kATransposed> from_scores(scores);
   const Fragments<typename Tiles::Own, Operand::kBTransposed> from_k(k_tile);
-  const int first = dev::warp();
-  float sum[kCount][2][4] = {};
+  const Share share;
+  float sum[Share::kCount][2][4] = {};
 #pragma unroll
   for (int key = 0; key < Tiles::kOwn; key += 16) {
     uint32_t ds[4], k[4];
-    if (kShareColumn) from_k.load(k, key, first % kAcross * 16);
-    if (!kShareColumn) from_scores.load(ds, key, 0);
 #pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const int at = first + u * Tiles::kWarps;
-      if (kShareColumn) from_scores.load(ds, key, at / kAcross * 16);
-      if (!kShareColumn) from_k.load(k, key, at % kAcross * 16);
-      dev::mma_m16n8k16<T>(sum[u][0], ds, k[0], k[1]);
-      dev::mma_m16n8k16<T>(sum[u][1], ds, k[2], k[3]);
+    for (int u = 0; u < Share::kCount; ++u) {
+      if (!share.has(u)) continue;
+      if (u == 0 || !Share::kShareRow) from_scores.load(ds, key, share.row(u) * 16);
+      if (u == 0 || !Share::kShareColumn) from_k.load(k, key, share.column(u) * 16);
+      dev::mma_m16n8k16<typename Tiles::T>(sum[u][0], ds, k[0], k[1]);
+      dev::mma_m16n8k16<typename Tiles::T>(sum[u][1], ds, k[2], k[3]);
     }
   }
+  float* corner = to + (fragment_row(0) * Tiles::kHeadDim + fragment_column(0));
 #pragma unroll
-  for (int u = 0; u < kCount; ++u) {
-    const int at = first + u * Tiles::kWarps;
+  for (int u = 0; u < Share::kCount; ++u) {
+    if (!share.has(u)) continue;
+    float* block = corner + (share.row(u) * Tiles::kHeadDim + share.column(u)) * 16;
 #pragma unroll
     for (int c = 0; c < 2; ++c)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = at / kAcross * 16 + fragment_row(e), column = at % kAcross * 16 + 8 * c + fragment_column(e);
-        dev::atomic_add(to + row * Tiles::kHeadDim + column, sum[u][c][e]);
-      }
+      for (int e = 0; e < 4; ++e) dev::atomic_add(block + (e / 2 * 8 * Tiles::kHeadDim + 8 * c + e % 2), sum[u][c][e]);
   }
 }
 
@@ -105,17 +125,19 @@ __global__ void __launch_bounds__(Tiles::kThreads) key_gradients(const __grid_co
   float dk[kKeys ? Tiles::kColumns : 1][4] = {}, dv[kValues ? Tiles::kColumns : 1][4] = {};
 
   if (steps.count > 0) {
-    load_rows<Own, Tiles::kThreads>(base, HeadRows<T>(a.p.k, b, hkv, s.first_k), key0, s.k, columns, a.vectors);
-    load_rows<Own, Tiles::kThreads>(base + Tiles::kOwn1, HeadRows<T>(a.p.v, b, hkv, s.first_k), key0, s.k, columns_v, a.vectors);
-    load_queries<Tiles>(a, s, b, hkv * a.group, steps.query(0), stages);
+    load_rows<Own, Tiles::kThreads>(base, a.p.k, b, hkv, s.first_k, key0, s.k, columns, a.vectors);
+    load_rows<Own, Tiles::kThreads>(base + Tiles::kOwn1, a.p.v, b, hkv, s.first_k, key0, s.k, columns_v, a.vectors);
+    load_queries<Tiles>(a, s, b, hkv * a.group, steps.first, stages);
   }
+  Step now, next{0, steps.first};
   for (int step = 0; step < steps.count; ++step) {
     dev::cp_async_wait<0>();
     dev::sync_threads();  // this stage is here, and nobody reads the other one any more
+    now = next, next = steps.after(now);
     if (step + 1 < steps.count)
-      load_queries<Tiles>(a, s, b, hkv * a.group + steps.head(step + 1), steps.query(step + 1), stages + (step + 1) % 2 * Tiles::kStage);
+      load_queries<Tiles>(a, s, b, hkv * a.group + next.head, next.query, stages + (step + 1) % 2 * Tiles::kStage);
     const uint32_t q_tile = stages + step % 2 * Tiles::kStage, dout_tile = q_tile + Other::kBytes, statistics = q_tile + Tiles::kStatistics;
-    const int h = hkv * a.group + steps.head(step), query0 = steps.query(step);
+    const int h = hkv * a.group + now.head, query0 = now.query;
     const TileKind kind = tile_kind(a.o, s, query0, Tiles::kOther, key0 + row0, 16);
     if (!kFused && kind == TileKind::kEmpty) continue;
 

@@ -6,16 +6,18 @@ namespace {
 
 template <class Tiles>
 __device__ __forceinline__ void load_keys(const BackwardParams& a, const Sequence& s, int b, int hkv, int j, uint32_t stage) {
-  using T = typename Tiles::T;
   using Other = typename Tiles::Other;
-  load_rows<Other, Tiles::kThreads>(stage, HeadRows<T>(a.p.k, b, hkv, s.first_k), j, s.k, static_cast<int>(a.p.head_dim), a.vectors);
-  load_rows<Other, Tiles::kThreads>(stage + Other::kBytes, HeadRows<T>(a.p.v, b, hkv, s.first_k), j, s.k, static_cast<int>(a.p.head_dim_v),
-                                    a.vectors);
+  load_rows<Other, Tiles::kThreads>(stage, a.p.k, b, hkv, s.first_k, j, s.k, static_cast<int>(a.p.head_dim), a.vectors);
+  load_rows<Other, Tiles::kThreads>(stage + Other::kBytes, a.p.v, b, hkv, s.first_k, j, s.k, static_cast<int>(a.p.head_dim_v), a.vectors);
   dev::cp_async_commit();
 }
 
+// Blocks of a multiprocessor, which bound the registers: two at 128, where these suffice.
 template <class Tiles, bool kOptions>
-__global__ void __launch_bounds__(Tiles::kThreads) query_gradient(const __grid_constant__ BackwardParams a) {
+constexpr int kBlocks = !Tiles::kFloat && !kOptions && (Tiles::kHeadDim == 96 || Tiles::kHeadDim == 128) ? 2 : 1;
+
+template <class Tiles, bool kOptions>
+__global__ void __launch_bounds__(Tiles::kThreads, (kBlocks<Tiles, kOptions>)) query_gradient(const __grid_constant__ BackwardParams a) {
   using T = typename Tiles::T;
   using Own = typename Tiles::Own;
   using Other = typename Tiles::Other;
@@ -32,8 +34,8 @@ __global__ void __launch_bounds__(Tiles::kThreads) query_gradient(const __grid_c
   float dq[Tiles::kColumns][4] = {};
 
   if (steps > 0) {
-    load_rows<Own, Tiles::kThreads>(base, HeadRows<T>(a.p.q, b, h, s.first_q), query0, s.q, columns, a.vectors);
-    load_rows<Own, Tiles::kThreads>(base + Tiles::kOwn1, HeadRows<T>(a.g.dout, b, h, s.first_q), query0, s.q, columns_v, a.vectors);
+    load_rows<Own, Tiles::kThreads>(base, a.p.q, b, h, s.first_q, query0, s.q, columns, a.vectors);
+    load_rows<Own, Tiles::kThreads>(base + Tiles::kOwn1, a.g.dout, b, h, s.first_q, query0, s.q, columns_v, a.vectors);
     load_keys<Tiles>(a, s, b, hkv, first, stages);
   }
   const RowStatistics statistics(a, b, h, query0 + row0);

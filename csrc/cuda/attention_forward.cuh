@@ -6,8 +6,7 @@
 //   shared   the tile of q, one tile of k, one of v. K of the next step is on its way during softmax and P V, V during Q K^T.
 //   registers of a thread: 64 scores and dv outputs (128 rows), or half of that (64 rows)
 //
-// bf16 and fp16 use tensor cores; fp32 uses FMA in the same kernel, with smaller tiles. The plain instance knows masks by position (causal,
-// window, lengths) and sinks; the general one also options on scores, dropout, pages and rows at any address.
+// bf16 and fp16 use tensor cores; fp32 uses FMA in the same kernel, with smaller tiles. ForwardKind in flash_config.h: which instance does what.
 #pragma once
 
 #include "cuda/attention_forward.h"
@@ -32,20 +31,21 @@ __device__ __forceinline__ void load_queries(const ForwardParams& f, const Seque
   dev::cp_async_commit();
 }
 
-// Starts the copies of keys or values from key0 on. Keys from `end` on, which no row sees, are zeros and are not read: what lies there may be
+// Starts the copies of keys or values from key0 on. Keys outside of [begin, end) of pages, and from `end` on of a dense operand, which no row
+// sees, are zeros and are not read: what lies there may be
 // NaN, and in v 0 * NaN would be NaN.
 template <class C, class Tile>
 __device__ __forceinline__ void load_keys(const ForwardParams& f, const KeyRows<typename C::T>& source, uint32_t tile, int64_t head_dim,
-                                          int key0, int end) {
+                                          int key0, int begin, int end) {
   const int thread = static_cast<int>(threadIdx.x), columns = static_cast<int>(head_dim);
-  const auto row = [&](int r) { return key0 + r < end ? source.row(key0 + r) : nullptr; };
+  // Pages before a window may be another's by now.
+  const auto row = [&](int r) { return key0 + r >= begin && key0 + r < end ? source.row(key0 + r) : nullptr; };
   if (!C::kGeneral || (f.vector_loads && source.table == nullptr))
     source.template load<Tile, C::kThreads>(tile, thread, columns, key0, end);
   else if (f.vector_loads)
     load_tile_async<Tile, C::kThreads>(tile, thread, columns, row);
   else
     load_tile_unaligned<Tile, C::kThreads>(tile, thread, columns, row);
-  dev::cp_async_commit();
 }
 
 template <class C>
@@ -58,22 +58,56 @@ __device__ __forceinline__ void clear_scores(ForwardState<C>& state) {
       for (int e = 0; e < 4; ++e) state.score[m][n][e] = 0;
 }
 
-// Scores -> exp2(factor * (score - maximum of the row so far)); what was summed under the old maximum is rescaled.
+// By how many powers of two a weight may exceed 1 before what was summed is rescaled to a new maximum, so that few steps rescale (as in
+// FlashAttention-4). The sums are fp32, and a weight of 256 is as exact in bf16 and fp16 as one of 1. Not in fp32, where the largest
+// weight is exactly 1.
+template <class T>
+constexpr float kRise = sizeof(T) == 4 ? 0.0f : 8.0f;
+
+// Raises the reference of each row, a maximum of its scores so far that a later one may exceed by kRise, and rescales what was summed.
 template <class C>
-__device__ __forceinline__ void softmax_step(ForwardState<C>& state, float factor) {
+__device__ __forceinline__ void raise_step(ForwardState<C>& state, float factor) {
+  float rise[C::kFragments][2];  // in powers of two
+  bool raised = false;
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float top = state.max[m][half];
+      const float before = state.max[m][half];
+      float top = before;
 #pragma unroll
       for (int n = 0; n < C::kScores; ++n) top = fmaxf(top, fmaxf(state.score[m][n][2 * half], state.score[m][n][2 * half + 1]));
       top = fmaxf(top, dev::shfl_xor(top, 1));
       top = fmaxf(top, dev::shfl_xor(top, 2));
-      const float base = top == -kInfinity ? 0.0f : top, offset = base * factor;  // a row that has seen no key: -inf - -inf would be NaN
-      const float rescale = dev::exp2_approx((state.max[m][half] - base) * factor);
-      state.max[m][half] = top;
-      float sum = 0;
+      rise[m][half] = (top - before) * factor;  // NaN where both are infinite
+      const bool stays = rise[m][half] <= kRise<typename C::T> || top == before;
+      state.max[m][half] = stays ? before : top, rise[m][half] = stays ? 0.0f : rise[m][half];
+      raised |= !stays;
+    }
+  }
+  if (!dev::any(raised)) return;
+#pragma unroll
+  for (int m = 0; m < C::kFragments; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float rescale = dev::exp2_approx(-rise[m][half]);
+      state.sum[m][half] *= rescale;
+#pragma unroll
+      for (int n = 0; n < C::kOutputs; ++n) state.output[m][n][2 * half] *= rescale, state.output[m][n][2 * half + 1] *= rescale;
+    }
+  }
+}
+
+// Scores -> exp2(factor * (score - reference)), and their sums.
+template <class C>
+__device__ __forceinline__ void softmax_step(ForwardState<C>& state, float factor) {
+  raise_step<C>(state, factor);
+#pragma unroll
+  for (int m = 0; m < C::kFragments; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float base = state.max[m][half] == -kInfinity ? 0.0f : state.max[m][half];  // no key: -inf - -inf would be NaN
+      const float offset = base * factor;
 #pragma unroll
       for (int n = 0; n < C::kScores; ++n) {
 #pragma unroll
@@ -83,33 +117,29 @@ __device__ __forceinline__ void softmax_step(ForwardState<C>& state, float facto
             state.score[m][n][e] = dev::exp2_approx((state.score[m][n][e] - base) * factor);
           else
             state.score[m][n][e] = dev::exp2_approx(fmaf(state.score[m][n][e], factor, -offset));
-          sum += state.score[m][n][e];
+          state.sum[m][half] += state.score[m][n][e];
         }
       }
-      state.sum[m][half] = state.sum[m][half] * rescale + sum;
-#pragma unroll
-      for (int n = 0; n < C::kOutputs; ++n) state.output[m][n][2 * half] *= rescale, state.output[m][n][2 * half + 1] *= rescale;
     }
   }
 }
 
-// -inf for keys that a row does not see.
-template <class C>
+// -inf for keys that a row does not see: those before the ones it sees, or those after them.
+template <class C, bool kBefore>
 __device__ __forceinline__ void mask_step(ForwardState<C>& state, const ScoreParams& o, const Sequence& s, const BlockRows& rows,
-                                          int key0) {
-  const int warp_row = dev::warp() * C::kRowsPerWarp, first_column = key0 + fragment_column(0);
+                                          int warp_row, int key0) {
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = rows.query(warp_row + 16 * m + fragment_row(2 * half));
       const Range seen = visible_keys(o, s, i, i);
-      const int begin = seen.begin - first_column, end = seen.end - first_column;
+      const int edge = (kBefore ? seen.begin : seen.end) - key0 - fragment_column(0);
 #pragma unroll
       for (int n = 0; n < C::kScores; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          if (8 * n + e < begin || 8 * n + e >= end) state.score[m][n][2 * half + e] = -kInfinity;
+          if (kBefore ? 8 * n + e < edge : 8 * n + e >= edge) state.score[m][n][2 * half + e] = -kInfinity;
       }
     }
   }
@@ -119,9 +149,8 @@ __device__ __forceinline__ void mask_step(ForwardState<C>& state, const ScorePar
 // options of the last one.
 template <class C>
 __device__ __forceinline__ void options_step(ForwardState<C>& state, const ForwardParams& f, const Sequence& s, const BlockRows& rows,
-                                             int key0) {
+                                             int warp_row, int key0) {
   if (!f.score_options) return;
-  const int warp_row = dev::warp() * C::kRowsPerWarp;
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m)
     apply_options<std::is_same_v<typename C::T, float>>(f.attention, f.score, s, rows.batch, rows.head,
@@ -129,10 +158,10 @@ __device__ __forceinline__ void options_step(ForwardState<C>& state, const Forwa
 }
 
 template <class C>
-__device__ __forceinline__ void dropout_step(ForwardState<C>& state, const ForwardParams& f, const BlockRows& rows, int key0) {
+__device__ __forceinline__ void dropout_step(ForwardState<C>& state, const ForwardParams& f, const BlockRows& rows, int warp_row,
+                                             int key0) {
   const AttentionParams& p = f.attention;
   if (!(p.dropout_p > 0)) return;
-  const int warp_row = dev::warp() * C::kRowsPerWarp;
   const Philox words = philox(p);
   const int bh = rows.batch * static_cast<int>(p.heads_q) + rows.head;
 #pragma unroll
@@ -151,10 +180,10 @@ __device__ __forceinline__ void dropout_step(ForwardState<C>& state, const Forwa
 // Divides by the sums, stores output (by way of the tile of q, of which each warp needs only its own rows) and lse.
 template <class C>
 __device__ __forceinline__ void finish(ForwardState<C>& state, const ForwardParams& f, const Sequence& s, const BlockRows& rows,
-                                       uint32_t q_tile) {
+                                       int warp_row, uint32_t q_tile) {
   using T = typename C::T;
   const AttentionParams& p = f.attention;
-  const int warp_row = dev::warp() * C::kRowsPerWarp, total = s.q * rows.packed;
+  const int total = s.q * rows.packed;
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m) {
 #pragma unroll
@@ -188,54 +217,66 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm) attention
   const AttentionParams& p = f.attention;
   const BlockRows rows = block_rows(f, forward_block(f.grid, static_cast<int>(blockIdx.x)), C::kRows);
   const Sequence s = sequence(p, rows.batch);
-  const int total = s.q * rows.packed;
+  const int total = s.q * rows.packed, warp_row = dev::warp() * C::kRowsPerWarp;
   if (rows.first >= total) return;
   const int first = rows.query(0), last = min(rows.query(C::kRows - 1), s.q - 1);
   const Range some = visible_keys(f.score, s, first, last);  // each key of it may be seen by some row
   const int all_begin = visible_keys(f.score, s, last, last).begin, all_end = visible_keys(f.score, s, first, first).end;  // and by all
-  const int begin = some.begin / C::kKeys * C::kKeys, head_kv = rows.head / static_cast<int>(p.heads_q / p.heads_kv);
+  const int begin = some.begin / C::kKeys * C::kKeys, head_kv = rows.head / f.group;
 
   const uint32_t q_tile = dev::smem_base(), k_tile = q_tile + C::QTile::kBytes, v_tile = k_tile + C::KTile::kBytes;
   const KeyRows<T> k_rows(p, p.k, s.first_k, rows.batch, head_kv), v_rows(p, p.v, s.first_k, rows.batch, head_kv);
-  const auto load_k = [&](int key0) { load_keys<C, typename C::KTile>(f, k_rows, k_tile, p.head_dim, key0, some.end); };
-  const auto load_v = [&](int key0) { load_keys<C, typename C::VTile>(f, v_rows, v_tile, p.head_dim_v, key0, some.end); };
+  KeyPages<C> pages;
+  const auto look_up = [&](int key0) {
+    if constexpr (C::kKind == ForwardKind::kPaged) pages.look_up(f, rows.batch, some, key0);
+  };
+  const auto load = [&]<class Tile>(const Rows& x, const KeyRows<T>& source, uint32_t tile, int64_t columns, int key0) {
+    if constexpr (C::kKind == ForwardKind::kPaged)
+      pages.template load<Tile>(f, x, head_kv, tile, static_cast<int>(columns), key0);
+    else
+      load_keys<C, Tile>(f, source, tile, columns, key0, some.begin, some.end);
+    dev::cp_async_commit();
+  };
+  const auto load_k = [&](int key0) { load.template operator()<typename C::KTile>(p.k, k_rows, k_tile, p.head_dim, key0); };
+  const auto load_v = [&](int key0) { load.template operator()<typename C::VTile>(p.v, v_rows, v_tile, p.head_dim_v, key0); };
 
   ForwardState<C> state;
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m) state.max[m][0] = state.max[m][1] = -kInfinity;
 
-  if (!some.empty()) load_queries<C>(f, s, rows, q_tile), load_k(begin);
+  if (!some.empty()) look_up(begin), load_queries<C>(f, s, rows, q_tile), load_k(begin);
 #pragma unroll 1
   for (int key0 = begin; key0 < some.end; key0 += C::kKeys) {
     dev::cp_async_wait<0>();
     dev::sync_threads();  // k (and q) have landed, and all warps are done with the v of the last step
-    load_v(key0);
+    load_v(key0), look_up(key0 + C::kKeys);
     clear_scores<C>(state);
     if constexpr (kFloat)
-      multiply_qk_by_fma<C>(state, q_tile, k_tile, dev::warp() * C::kRowsPerWarp, static_cast<int>(p.head_dim));
+      multiply_qk_by_fma<C>(state, q_tile, k_tile, warp_row, static_cast<int>(p.head_dim));
     else
-      multiply_qk<C>(state, q_tile, k_tile, dev::warp() * C::kRowsPerWarp);
+      multiply_qk<C>(state, q_tile, k_tile, warp_row);
     dev::cp_async_wait<0>();
     dev::sync_threads();  // v has landed, and all warps are done with k
     if (key0 + C::kKeys < some.end) load_k(key0 + C::kKeys);
-    if constexpr (C::kGeneral) options_step<C>(state, f, s, rows, key0);
-    if (key0 < all_begin || key0 + C::kKeys > all_end) mask_step<C>(state, f.score, s, rows, key0);
+    if constexpr (C::kGeneral) options_step<C>(state, f, s, rows, warp_row, key0);
+    if (key0 < all_begin) mask_step<C, true>(state, f.score, s, rows, warp_row, key0);
+    if (key0 + C::kKeys > all_end) mask_step<C, false>(state, f.score, s, rows, warp_row, key0);
     softmax_step<C>(state, f.factor);
-    if constexpr (C::kGeneral) dropout_step<C>(state, f, rows, key0);
+    if constexpr (C::kGeneral) dropout_step<C>(state, f, rows, warp_row, key0);
     if constexpr (kFloat)
       multiply_pv_by_fma<C>(state, v_tile, static_cast<int>(p.head_dim_v));
     else
       multiply_pv<C>(state, v_tile);
   }
-  finish<C>(state, f, s, rows, q_tile);
+  finish<C>(state, f, s, rows, warp_row, q_tile);
 }
 
 // Launches the first of the instances kDims whose head dims are large enough.
-template <class T, bool kGeneral, const auto& kDims>
+template <class T, ForwardKind kKind, const auto& kDims>
 void launch_forward(const ForwardParams& f, Stream stream) {
   const auto launched = [&]<size_t i>(std::integral_constant<size_t, i>) {
     if (f.attention.head_dim > kDims[i].d || f.attention.head_dim_v > kDims[i].dv) return false;
-    using C = ForwardInstance<T, kDims[i].d, kDims[i].dv, kGeneral>;
+    using C = ForwardInstance<T, kDims[i].d, kDims[i].dv, kKind>;
     launch<attention_forward_kernel<C>>(dim3(static_cast<unsigned>(f.grid.blocks())), dim3(C::kThreads), C::kTile.shared_bytes, stream, f);
     return true;
   };

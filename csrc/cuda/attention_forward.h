@@ -6,8 +6,8 @@
 
 namespace foveate::cuda {
 
-void attention_forward_bf16(const ForwardParams& f, bool general, Stream stream);
-void attention_forward_f16(const ForwardParams& f, bool general, Stream stream);
+void attention_forward_bf16(const ForwardParams& f, ForwardKind kind, Stream stream);
+void attention_forward_f16(const ForwardParams& f, ForwardKind kind, Stream stream);
 void attention_forward_f32(const ForwardParams& f, Stream stream);
 
 }  // namespace foveate::cuda

@@ -2,6 +2,8 @@
 
 namespace foveate::cuda {
 
-void attention_forward_f32(const ForwardParams& f, Stream stream) { launch_forward<float, true, kGeneralForwardDims>(f, stream); }
+void attention_forward_f32(const ForwardParams& f, Stream stream) {
+  launch_forward<float, ForwardKind::kGeneral, kGeneralForwardDims>(f, stream);
+}
 
 }  // namespace foveate::cuda

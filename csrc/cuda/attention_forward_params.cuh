@@ -13,8 +13,10 @@ struct ForwardParams {
   AttentionParams attention;
   ScoreParams score;
   ForwardGrid grid;
+  int group;  // query heads that share a KV head
   int packed;  // heads in a tile of rows: 1, or the heads that share a KV head
   uint32_t packed_inverse;  // see inverse_of
+  int page_shift;  // log2 of the page size, with ForwardKind::kPaged
   bool score_options;  // options make logits of q.k before the softmax
   float factor, logit;  // exp2(factor * score) is summed, logit * score is the logit
   bool vector_loads, vector_stores;  // rows of q, k, v and of out begin at multiples of 16 bytes and fill them
@@ -90,6 +92,37 @@ struct KeyRows {
   __device__ __forceinline__ void load(uint32_t tile, int thread, int columns, int key, int end) const {
     const uint32_t seq = static_cast<uint32_t>(x.seq / Tile::kPerChunk), at = static_cast<uint32_t>(first / Tile::kPerChunk);
     load_tile_async<Tile, kThreads>(tile, thread, end - key, columns, x.data, at + static_cast<uint32_t>(key) * seq, seq);
+  }
+};
+
+// The pages of the rows of keys that a thread copies, looked up once for K and V, a step before they are needed.
+template <class C>
+struct KeyPages {
+  using Share = CopyShare<typename C::KTile, C::kThreads>;
+  static_assert(std::is_same_v<typename Share::Rows, typename CopyShare<typename C::VTile, C::kThreads>::Rows>);
+  int page[Share::kCount];  // -1: of a key outside of those that some row sees, whose page may be another's by now; its row is zeros
+
+  // Keys [key0, key0 + C::kKeys) of sequence b, of which rows see `some`.
+  __device__ __forceinline__ void look_up(const ForwardParams& f, int b, const Range& some, int key0) {
+    const AttentionParams& p = f.attention;
+    const int32_t* table = p.block_table + p.block_table_stride * b;
+#pragma unroll
+    for (int n = 0; n < Share::kCount; ++n) {
+      const int key = key0 + Share::row(threadIdx.x, n);
+      page[n] = -1;
+      if (key >= some.begin && key < some.end)
+        page[n] = max(0, min(dev::ld_global_nc<int32_t>(table + (key >> f.page_shift)), static_cast<int>(p.pages) - 1));
+    }
+  }
+  // Starts the copies of those keys or values of head h.
+  template <class Tile>
+  __device__ __forceinline__ void load(const ForwardParams& f, const Rows& x, int h, uint32_t tile, int columns, int key0) const {
+    const auto units = [](int64_t stride) { return static_cast<uint32_t>(static_cast<uint64_t>(stride) / Tile::kPerChunk); };
+    const uint32_t head = units(x.head) * h;
+    const auto exists = [&](int n, int) { return page[n] >= 0; };
+    load_tile_at<Tile, C::kThreads>(tile, static_cast<int>(threadIdx.x), exists, columns, x.data, [&](int n, int row) {
+      return head + units(x.batch) * page[n] + units(x.seq) * ((key0 + row) & ((1 << f.page_shift) - 1));
+    });
   }
 };
 

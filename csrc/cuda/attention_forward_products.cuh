@@ -5,15 +5,16 @@
 
 namespace foveate::cuda {
 
-template <class T_, int kD_, int kDv_, bool kGeneral_>
+template <class T_, int kD_, int kDv_, ForwardKind kKind_>
 struct ForwardInstance {
   using T = T_;
   static constexpr int kD = kD_, kDv = kDv_;
-  static constexpr bool kGeneral = kGeneral_;
-  static constexpr ForwardTile kTile = forward_tile({kD, kDv}, kGeneral, sizeof(T));
+  static constexpr ForwardKind kKind = kKind_;
+  static constexpr bool kGeneral = kKind == ForwardKind::kGeneral;
+  static constexpr ForwardTile kTile = forward_tile({kD, kDv}, kKind, sizeof(T));
   static constexpr int kRows = kTile.rows, kRowsPerWarp = kTile.rows_per_warp, kKeys = kTile.keys, kThreads = kRows / kRowsPerWarp * 32;
+  static constexpr int kDimsAtOnce = kD == 192 ? 2 : kD / 16;  // unrolled steps of q k^T: all of them, but where registers would spill
   static constexpr int kFragments = kRowsPerWarp / 16, kScores = kKeys / 8, kOutputs = kDv / 8;  // of 16 rows; of 8 columns
-  static constexpr int kDimsAtOnce = kD > 64 ? 2 : kD / 16;  // unrolled steps of q k^T: more of them cost registers that spill
   using QTile = Tile<T, kRows, kD>;
   using KTile = Tile<T, kKeys, kD>;
   using VTile = Tile<T, kKeys, kDv>;
@@ -32,13 +33,13 @@ struct ForwardState {
 // score = q k^T, from row `warp_row` of the tile of q on.
 template <class C>
 __device__ __forceinline__ void multiply_qk(ForwardState<C>& state, uint32_t q_tile, uint32_t k_tile, int warp_row) {
-  const Fragments<typename C::QTile, Operand::kA> q(q_tile);
+  const Fragments<typename C::QTile, Operand::kA> q(q_tile, warp_row);
   const Fragments<typename C::KTile, Operand::kB> k(k_tile);
 #pragma unroll C::kDimsAtOnce
   for (int d = 0; d < C::kD; d += 16) {
     uint32_t a[C::kFragments][4];
 #pragma unroll
-    for (int m = 0; m < C::kFragments; ++m) q.load(a[m], warp_row + 16 * m, d);
+    for (int m = 0; m < C::kFragments; ++m) q.load(a[m], 16 * m, d);
 #pragma unroll
     for (int n = 0; n < C::kScores; n += 2) {
       uint32_t b[4];

@@ -2,13 +2,14 @@
 //
 // The query rows that share a KV head, i * group + g for query i and head g of the group = Hq / Hkv, are the 16 rows of a tile; a block takes
 // one such tile, one KV head, one sequence and one split of its keys. Every warp of the block reads keys of its own, 16 at a time: it copies
-// them to shared memory (two stages, cp.async), multiplies, and keeps its own maximum, sum and output in registers, without a word to the
+// them to shared memory (two stages, cp.async; one where two do not fit), multiplies, and keeps its own maximum, sum and output in registers, without a word to the
 // other warps until all have finished. So the only traffic is K and V, once, and there is no barrier in the loop. Tile t of a sequence,
 // keys 16t.., belongs to warp t % warps: the order of every sum is fixed by the shapes.
 //
 // int8 and fp8 keys are copied as they are and widened to the dtype of q in shared memory. Where Dv exceeds 256, as in MLA, the columns of V are
 // divided among blocks, which compute the scores again. Splits write partial results; the last block of a tile of rows to finish merges them by
 // their log-sum-exp, in the order of the splits, so that a call is one launch and its bits do not depend on who was last.
+#include "cuda/decode_layout.h"
 #include "cuda/decode_tile.cuh"
 #include "cuda/kernels.h"
 #include "cuda/kv_cache.cuh"
@@ -16,18 +17,11 @@
 namespace foveate::cuda {
 namespace {
 
-constexpr int kStages = 2, kMaxWarps = 4;
 constexpr int kSplitMultiple = kTileKeys * kMaxWarps;  // keys of a split, where the split does not say
-constexpr int kMergePadding = 8;  // columns, so that 4 rows of a fragment lie in different banks
-constexpr size_t kComfortableBytes = 99 * 1024;  // what every GPU since sm_80 gives a block
-constexpr size_t kLargestBytes = 163 * 1024;  // sm_80 and sm_90
 
-struct DecodeWork {
+struct DecodeWork : DecodeLayout {
   KvCacheParams params;
-  int warps, row_blocks, slices;  // slices: of the columns of V
-  int dim, slice_columns;  // D and the columns of a slice, to multiples of 16
-  int q_row_bytes, k_row_bytes, v_row_bytes, wide_row_bytes;  // of tiles; wide: of widened int8 and fp8
-  int stage_bytes, warp_bytes;
+  int row_blocks, slices;  // slices: of the columns of V
   int k_copy_bytes, v_copy_bytes;  // that are moved at a time: 16, 4, or one number
 };
 
@@ -191,7 +185,7 @@ __device__ __forceinline__ void attend(const DecodeWork& work, const Task& task,
   const int lane = dev::lane(), warp = dev::warp();
 
   const uint32_t q = dev::smem_base(), own = q + kTileRows * work.q_row_bytes + warp * work.warp_bytes;
-  const uint32_t wide = own + kStages * work.stage_bytes;
+  const uint32_t wide = own + work.stages * work.stage_bytes;
   const auto k_tile = [&](int stage) { return own + stage * work.stage_bytes; };
   const auto v_tile = [&](int stage) { return k_tile(stage) + kTileKeys * work.k_row_bytes; };
   const auto scales = [&](int stage) { return v_tile(stage) + kTileKeys * work.v_row_bytes; };
@@ -213,7 +207,7 @@ __device__ __forceinline__ void attend(const DecodeWork& work, const Task& task,
     }
     dev::cp_async_commit();
   };
-  for (int stage = 0; stage < kStages; ++stage) {
+  for (int stage = 0; stage < work.stages; ++stage) {
     const int64_t tile = first_tile + stage * work.warps;
     fetch(locate<S>(p, task, tile), tile, stage);
   }
@@ -230,10 +224,13 @@ __device__ __forceinline__ void attend(const DecodeWork& work, const Task& task,
   RowState state(p, task, len);
   float out[kColumns / 8][4] = {};
   int stage = 0;
-  for (int64_t tile = first_tile; tile < end_tile; tile += work.warps, stage ^= 1) {
-    const int64_t later_tile = tile + kStages * work.warps;
+  for (int64_t tile = first_tile; tile < end_tile; tile += work.warps, stage ^= work.stages - 1) {
+    const int64_t later_tile = tile + work.stages * work.warps;
     const Place later = locate<S>(p, task, later_tile);
-    dev::cp_async_wait<kStages - 1>();
+    if (work.stages == kMaxStages)
+      dev::cp_async_wait<kMaxStages - 1>();
+    else
+      dev::cp_async_wait<0>();
     dev::sync_warp();
     float scores[2][4];
     if constexpr (sizeof(S) == 1) {
@@ -378,9 +375,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, (kBlocks<T, kColumns>)) decode
   }
 }
 
-// Bytes of a tile's row: an odd multiple of 16.
-int tile_row_bytes(int64_t bytes) { return static_cast<int>(ceil_div<int64_t>(bytes, 16) | 1) * 16; }
-
 // How many bytes may be copied at a time from every row of the cache.
 int copy_bytes(const foveate::Rows& rows, int64_t numbers, int64_t size) {
   const int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data)) | (rows.batch | rows.seq | rows.head | numbers) * size;
@@ -389,35 +383,22 @@ int copy_bytes(const foveate::Rows& rows, int64_t numbers, int64_t size) {
 
 template <class T, class S, int kColumns>
 void decode_columns(const KvCacheParams& p, Stream stream) {
-  DecodeWork work{};
+  DecodeWork work{decode_layout(p.head_dim, p.head_dim_v, kColumns, sizeof(T), sizeof(S))};
   work.params = p;
   const int64_t rows = p.seq_q * (p.heads_q / p.heads_kv);
   work.row_blocks = static_cast<int>(ceil_div<int64_t>(rows, kTileRows));
   work.slices = static_cast<int>(ceil_div<int64_t>(p.head_dim_v, kColumns));
-  work.dim = static_cast<int>(round_up<int64_t>(p.head_dim, 16));
-  work.slice_columns = static_cast<int>(round_up<int64_t>(std::min<int64_t>(p.head_dim_v, kColumns), 16));
-  constexpr int64_t kSize = sizeof(S);
-  work.q_row_bytes = tile_row_bytes(work.dim * sizeof(T));
-  work.k_row_bytes = tile_row_bytes(work.dim * kSize), work.v_row_bytes = tile_row_bytes(work.slice_columns * kSize);
-  work.wide_row_bytes = tile_row_bytes(std::max(work.dim, work.slice_columns) * sizeof(T));
-  constexpr bool kWiden = sizeof(S) == 1;
-  work.stage_bytes = kTileKeys * (work.k_row_bytes + work.v_row_bytes) + (kWiden ? 2 * kTileKeys * 4 : 0);
-  work.warp_bytes = kStages * work.stage_bytes + (kWiden ? kTileKeys * work.wide_row_bytes : 0);
-  work.k_copy_bytes = copy_bytes(p.k.rows, p.head_dim, kSize), work.v_copy_bytes = copy_bytes(p.v.rows, p.head_dim_v, kSize);
+  work.k_copy_bytes = copy_bytes(p.k.rows, p.head_dim, sizeof(S)), work.v_copy_bytes = copy_bytes(p.v.rows, p.head_dim_v, sizeof(S));
 
-  const size_t q_bytes = static_cast<size_t>(kTileRows) * work.q_row_bytes, warp_bytes = static_cast<size_t>(work.warp_bytes);
-  const size_t fitting = q_bytes < kComfortableBytes ? (kComfortableBytes - q_bytes) / warp_bytes : 0;
-  work.warps = fitting >= kMaxWarps ? kMaxWarps : fitting >= 2 ? 2 : 1;
-  const size_t merge_bytes = static_cast<size_t>(work.warps) * kTileRows * (work.slice_columns + kMergePadding + 2) * sizeof(float);
-  const size_t bytes = std::max(q_bytes + work.warps * warp_bytes, merge_bytes);
-  check(bytes <= kLargestBytes, "decode on a GPU needs ", bytes, " bytes of shared memory for head dims ", p.head_dim, " and ",
-        p.head_dim_v, " in ", name(p.dtype), ", more than ", kLargestBytes, ": use a 16-bit dtype or backend='triton'");
+  check(work.shared_bytes <= kMostSharedMemory, "decode on a GPU needs ", work.shared_bytes, " bytes of shared memory for head dims ",
+        p.head_dim, " and ", p.head_dim_v, " in ", name(p.dtype), ", more than ", kMostSharedMemory,
+        ": use a 16-bit dtype or backend='triton'");
   check(p.num_splits == 1 || (p.counters && p.rows_per_task == std::min<int64_t>(rows, kTileRows)), "decode on a GPU takes tiles of ",
         kTileRows, " rows and a counter for each, the call has rows_per_task = ", p.rows_per_task);
   const int64_t blocks = p.batch * p.num_splits * p.heads_kv * work.row_blocks * work.slices;
   check(blocks <= INT32_MAX, "num_splits = ", p.num_splits, " divides the work into ", blocks, " blocks, a grid has at most ", INT32_MAX,
         ": use fewer splits");
-  launch<decode_kernel<T, S, kColumns>>(static_cast<unsigned>(blocks), 32 * work.warps, bytes, stream, work);
+  launch<decode_kernel<T, S, kColumns>>(static_cast<unsigned>(blocks), 32 * work.warps, work.shared_bytes, stream, work);
 }
 
 template <class T, class S>

@@ -6,11 +6,10 @@
 // into different banks.
 #pragma once
 
+#include "cuda/decode_layout.h"
 #include "cuda/row.cuh"
 
 namespace foveate::cuda {
-
-constexpr int kTileRows = 16, kTileKeys = 16;
 
 // scores[n] = q . k over dim numbers, a multiple of 16.
 template <class T>

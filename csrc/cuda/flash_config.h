@@ -13,6 +13,7 @@ namespace foveate::cuda {
 
 // Shared memory that a block may have on every GPU from sm_80 on (sm_86 and sm_89 have the least).
 constexpr int kLeastSharedMemory = 99 * 1024;
+constexpr int kMostSharedMemory = 163 * 1024;  // sm_80; sm_90 has more
 
 // ---- tiles of the forward ----------------------------------------------------------------------------------------------------
 
@@ -21,13 +22,25 @@ struct HeadDims {
   int d, dv;
 };
 constexpr HeadDims kForwardDims[] = {{32, 32}, {64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
-// With options that few calls have (see is_general in attention_forward.cu), and in fp32: fewer instances, smaller tiles.
+// With options that few calls have, and in fp32: fewer instances, smaller tiles.
 constexpr HeadDims kGeneralForwardDims[] = {{64, 64}, {128, 128}, {256, 256}};
 
+// The instances of the forward. All know masks by position (causal, window, lengths) and sinks; kPaged looks keys up in pages, and kGeneral does
+// everything at run time: options on scores, dropout, fp32, rows at any address, pages of any size.
+enum class ForwardKind { kPlain, kPaged, kGeneral };
+
+// vector_loads: rows begin at multiples of 16 bytes and fill them. page_size: 0 without pages.
+constexpr ForwardKind forward_kind(bool options, bool vector_loads, int element_bytes, int64_t page_size) {
+  if (options || !vector_loads || element_bytes == 4) return ForwardKind::kGeneral;
+  if (page_size == 0) return ForwardKind::kPlain;
+  const bool power_of_two = (page_size & (page_size - 1)) == 0;  // a key's page and place are a shift and a mask
+  return power_of_two && page_size < int64_t{1} << 31 ? ForwardKind::kPaged : ForwardKind::kGeneral;
+}
+
 // The smallest instance that holds these head dims, at most 256.
-constexpr HeadDims forward_dims(int64_t d, int64_t dv, bool general) {
+constexpr HeadDims forward_dims(int64_t d, int64_t dv, ForwardKind kind) {
   const auto fits = [&](const HeadDims& dims) { return d <= dims.d && dv <= dims.dv; };
-  return general ? *std::ranges::find_if(kGeneralForwardDims, fits) : *std::ranges::find_if(kForwardDims, fits);
+  return kind == ForwardKind::kGeneral ? *std::ranges::find_if(kGeneralForwardDims, fits) : *std::ranges::find_if(kForwardDims, fits);
 }
 
 struct ForwardTile {
@@ -39,9 +52,10 @@ struct ForwardTile {
 // A warp of 32 rows reads K and V from shared memory half as often per product as one of 16, but its output alone is dv fp32 registers
 // a thread; beyond 128 that does not fit, and the general instance needs registers too. The number of keys is the same in all instances of a
 // head dim, so that a row's bits do not depend on which of them computes it.
-constexpr ForwardTile forward_tile(HeadDims dims, bool general, int element_bytes) {
+constexpr ForwardTile forward_tile(HeadDims dims, ForwardKind kind, int element_bytes) {
   const bool wide = element_bytes == 4 && dims.d > 128;
-  const int rows_per_warp = general || dims.dv > 128 ? 16 : 32, rows = rows_per_warp * (wide ? 2 : 4), keys = wide ? 32 : 64;
+  const int rows_per_warp = kind == ForwardKind::kGeneral || dims.dv > 128 ? 16 : 32, rows = rows_per_warp * (wide ? 2 : 4),
+            keys = wide ? 32 : 64;
   const int shared_bytes = element_bytes * (rows * dims.d + keys * (dims.d + dims.dv));
   return {rows_per_warp, rows, keys, shared_bytes, dims.dv <= 32 ? 3 : 2};
 }
@@ -87,10 +101,9 @@ struct ForwardBlock {
 };
 
 __host__ __device__ constexpr ForwardBlock forward_block(const ForwardGrid& g, int block) {
-  const int64_t per_section = static_cast<int64_t>(g.section) * g.tiles;
-  const int64_t first = block / per_section * g.section, left = g.heads - first;
-  const int heads = static_cast<int>(left < g.section ? left : g.section), at = static_cast<int>(block % per_section);
-  return {static_cast<int>(first) + at % heads, g.tiles - 1 - at / heads};
+  const int per_section = g.section * g.tiles, first = block / per_section * g.section, at = block % per_section;  // at most all blocks
+  const int left = static_cast<int>(g.heads) - first, heads = left < g.section ? left : g.section;
+  return {first + at % heads, g.tiles - 1 - at / heads};
 }
 
 }  // namespace foveate::cuda

@@ -1,8 +1,8 @@
 // What happens to scores between q k^T and the softmax, and to probabilities after it; shared by forward and backward, so that the backward
 // recomputes what the forward saw. Order and signs: python/foveate/_reference.py.
 //
-// Nobody has looked at the values of kv_lens and cu_seqlens: sequence() clamps them to the tensors. Positions are int: a GPU holds no
-// sequence of 2^30 rows; sums with the bounds of a window are 64-bit.
+// Nobody has looked at the values of kv_lens and cu_seqlens: sequence() clamps them to the tensors. Positions are int, and sums with the bounds
+// of a window are ordered so that none leaves 32 bits: 64-bit arithmetic takes several times the instructions.
 //
 // Scores are handled as fragments of mma: x[n][4], n blocks of 16 x 8. With kTransposed = false rows are queries and columns keys (S = Q K^T),
 // else rows are keys and columns queries (S^T).
@@ -84,33 +84,26 @@ struct Range {
   __device__ bool empty() const { return begin >= end; }
 };
 
-__device__ inline Range clamped(int64_t begin, int64_t end, int length) {
-  Range r{clamp_length(begin, length), clamp_length(end, length)};
-  if (r.end < r.begin) r.end = r.begin;
-  return r;
+// A range that holds the keys of all queries [first, last], and one that holds the queries that see any of the keys [first, last]. What the
+// window excludes is taken off before the sum with it could overflow; note that k - (i + shift) = q - i.
+__device__ __forceinline__ Range visible_keys(const ScoreParams& o, const Sequence& s, int first, int last) {
+  const int begin = min(max(first + s.shift, o.left) - o.left, s.k), end = max(last + s.shift + min(o.right + 1, s.q - last), 0);
+  return {begin, max(begin, end)};
 }
-
-// A range that holds the keys of all queries [first, last], and one that holds the queries that see any of the keys [first, last].
-__device__ inline Range visible_keys(const ScoreParams& o, const Sequence& s, int first, int last) {
-  return clamped(int64_t{first} + s.shift - o.left, int64_t{last} + s.shift + o.right + 1, s.k);
-}
-__device__ inline Range visible_queries(const ScoreParams& o, const Sequence& s, int first, int last) {
-  return clamped(int64_t{first} - o.right - s.shift, int64_t{last} + o.left - s.shift + 1, s.q);
+__device__ __forceinline__ Range visible_queries(const ScoreParams& o, const Sequence& s, int first, int last) {
+  const int begin = min(max(first - s.shift, o.right) - o.right, s.q), end = max(last - s.shift + min(o.left + 1, s.k - last), 0);
+  return {begin, max(begin, end)};
 }
 
 enum class TileKind { kEmpty, kPartial, kFull };
 
 // Queries [i, i + rows) against keys [j, j + columns). kFull: each of the queries that exist sees all of the keys; kEmpty: none sees any.
 __device__ inline TileKind tile_kind(const ScoreParams& o, const Sequence& s, int i, int rows, int j, int columns) {
-  const int last_i = (i + rows < s.q ? i + rows : s.q) - 1, last_j = (j + columns < s.k ? j + columns : s.k) - 1;
-  const int64_t nearest = int64_t{j} - last_i - s.shift, farthest = int64_t{last_j} - i - s.shift;  // extremes of j - (i + shift)
-  if (last_i < i || last_j < j || nearest > o.right || farthest < -o.left) return TileKind::kEmpty;
+  const int last_i = min(i + rows, s.q) - 1, last_j = min(j + columns, s.k) - 1;
+  if (last_i < i || last_j < j) return TileKind::kEmpty;
+  const int nearest = (j - s.k) + (s.q - last_i), farthest = (last_j - s.k) + (s.q - i);  // extremes of j - (i + shift)
+  if (nearest > o.right || farthest < -o.left) return TileKind::kEmpty;
   return j + columns <= s.k && farthest <= o.right && nearest >= -o.left ? TileKind::kFull : TileKind::kPartial;
-}
-
-__device__ inline bool visible(const ScoreParams& o, const Sequence& s, int i, int j) {
-  const int distance = j - (i + s.shift);
-  return j < s.k && distance <= o.right && distance >= -o.left;
 }
 
 // ---- places of a fragment's elements -----------------------------------------------------------------------------------------
@@ -124,14 +117,20 @@ struct Places {
   __device__ int j(int c, int e) const { return kTransposed ? row + e / 2 * 8 : column + 8 * c + e % 2; }
 };
 
-// -inf where the key is not visible.
+// -inf where the key is not visible. A row of the fragment sees a range of its columns, so two comparisons with constants say which.
 template <bool kTransposed, int n>
 __device__ __forceinline__ void mask_invisible(const ScoreParams& o, const Sequence& s, const Places<kTransposed>& at, float (&x)[n][4]) {
 #pragma unroll
-  for (int c = 0; c < n; ++c)
+  for (int half = 0; half < 2; ++half) {
+    const int row = at.row + 8 * half;
+    const Range seen = kTransposed ? visible_queries(o, s, row, row) : visible_keys(o, s, row, row);
+    const int begin = seen.begin - at.column, end = (kTransposed && row >= s.k ? 0 : seen.end) - at.column;
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (!visible(o, s, at.i(c, e), at.j(c, e))) x[c][e] = -kInfinity;
+    for (int c = 0; c < n; ++c)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (8 * c + e < begin || 8 * c + e >= end) x[c][2 * half + e] = -kInfinity;
+  }
 }
 
 // ---- options -----------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@
 // bank groups of 16 bytes.
 #pragma once
 
+#include <utility>
+
+#include "core/math.h"
 #include "cuda/device/device.cuh"
 
 namespace foveate::cuda {
@@ -31,7 +34,12 @@ struct Tile {
 template <class Tile, int kThreads>
 struct CopyShare {
   static constexpr int kLanes = Tile::kMask + 1, kRowsAtOnce = kThreads / kLanes;
-  static_assert(kThreads % (8 * kLanes) == 0 && Tile::kRows % kRowsAtOnce == 0 && Tile::kChunks % kLanes == 0);
+  static constexpr int kCount = ceil_div(Tile::kRows, kRowsAtOnce);  // rows of a thread
+  static constexpr bool kIdle = kRowsAtOnce > Tile::kRows;  // there are more threads than a tile's rows need: the last have none
+  static_assert(kThreads % (8 * kLanes) == 0 && (kIdle || Tile::kRows % kRowsAtOnce == 0) && Tile::kChunks % kLanes == 0);
+  using Rows = std::integer_sequence<int, kRowsAtOnce, kCount>;  // the same type where the rows of a thread are the same
+
+  __device__ __forceinline__ static int row(int thread, int n) { return thread / kLanes + n * kRowsAtOnce; }
 };
 
 // Starts the copies of a tile by all kThreads threads of the block (`thread` is one's number among them); the caller commits and waits.
@@ -41,6 +49,7 @@ template <class Tile, int kThreads, class RowAddress>
 __device__ __forceinline__ void load_tile_async(uint32_t tile, int thread, int columns, const RowAddress& row) {
   using Share = CopyShare<Tile, kThreads>;
   const int first_row = thread / Share::kLanes, first_chunk = thread % Share::kLanes;
+  if (Share::kIdle && first_row >= Tile::kRows) return;
 #pragma unroll
   for (int r = 0; r < Tile::kRows; r += Share::kRowsAtOnce) {
     const typename Tile::T* from = row(first_row + r);
@@ -53,21 +62,31 @@ __device__ __forceinline__ void load_tile_async(uint32_t tile, int thread, int c
   }
 }
 
-// The same for rows at regular distances, in few instructions and registers: row r begins 16 * (first + r * stride) bytes after `base`, rows from
-// `rows` on are zeros.
+// The same for rows whose places are counted in 16 bytes from `base` on, which takes fewer instructions and registers: offset(n, row) is that of
+// row `row`, the n-th of this thread's. Rows of which exists(n, row) is not true are zeros.
+template <class Tile, int kThreads, class Exists, class Offset>
+__device__ __forceinline__ void load_tile_at(uint32_t tile, int thread, const Exists& exists, int columns, const void* base,
+                                             const Offset& offset) {
+  using Share = CopyShare<Tile, kThreads>;
+  const int first_chunk = thread % Share::kLanes;
+  if (Share::kIdle && Share::row(thread, 0) >= Tile::kRows) return;
+#pragma unroll
+  for (int n = 0; n < Share::kCount; ++n) {
+    const int row = Share::row(thread, n);
+    const char* from = static_cast<const char*>(base) + size_t{offset(n, row) + first_chunk} * 16;
+#pragma unroll
+    for (int c = 0; c < Tile::kChunks; c += Share::kLanes)
+      dev::cp_async<16>(tile + Tile::offset(row, first_chunk + c), from + c * 16,
+                        exists(n, row) && (first_chunk + c) * Tile::kPerChunk < columns);
+  }
+}
+
+// The same for rows at regular distances: row r begins 16 * (first + r * stride) bytes after `base`, rows from `rows` on are zeros.
 template <class Tile, int kThreads>
 __device__ __forceinline__ void load_tile_async(uint32_t tile, int thread, int rows, int columns, const void* base, uint32_t first,
                                                 uint32_t stride) {
-  using Share = CopyShare<Tile, kThreads>;
-  const int first_row = thread / Share::kLanes, first_chunk = thread % Share::kLanes;
-#pragma unroll
-  for (int r = 0; r < Tile::kRows; r += Share::kRowsAtOnce) {
-    const char* from = static_cast<const char*>(base) + size_t{first + (first_row + r) * stride + first_chunk} * 16;
-#pragma unroll
-    for (int c = 0; c < Tile::kChunks; c += Share::kLanes)
-      dev::cp_async<16>(tile + Tile::offset(first_row + r, first_chunk + c), from + c * 16,
-                        first_row + r < rows && (first_chunk + c) * Tile::kPerChunk < columns);
-  }
+  load_tile_at<Tile, kThreads>(
+      tile, thread, [&](int, int row) { return row < rows; }, columns, base, [&](int, int row) { return first + row * stride; });
 }
 
 // The same for rows at any address and any number of columns, element by element and complete on return (for the calling thread).
@@ -106,19 +125,19 @@ enum class Operand {
 template <class Tile, Operand operand>
 class Fragments {
  public:
-  __device__ __forceinline__ explicit Fragments(uint32_t tile) {
+  // Blocks are counted from row `first_row` of the tile, a multiple of 16; the tile begins at a multiple of 128 bytes.
+  __device__ __forceinline__ explicit Fragments(uint32_t tile, int first_row = 0) {
     // Which 8x8 block comes second in d: the one below, or the one to the right.
     constexpr bool kBelow = operand == Operand::kA || operand == Operand::kBTransposed;
     const int lane = dev::lane();
     const int row = kBelow ? lane % 16 : lane % 8 + lane / 16 * 8, chunk = kBelow ? lane / 16 : lane / 8 % 2;
-    row_ = tile + row * Tile::kRowBytes;
-    chunk_ = (chunk ^ (row >> Tile::kShift & Tile::kMask)) * 16;
+    at_ = tile + first_row * Tile::kRowBytes + Tile::offset(row, chunk);
   }
-  // row and column: of the block's first element in the tile, multiples of 16. The swizzle repeats every 8 rows or less and changes only the
-  // last bits of a chunk's number, the first chunk's last bit is 0: what is a multiple of the pattern comes in by addition, the rest by xor.
+  // row and column: of the block's first element, multiples of 16. The swizzle repeats every 8 rows or less and changes only the last bits of
+  // a chunk's number, so those of the column come in by one exclusive-or, all else is a constant of the instruction.
   __device__ __forceinline__ void load(uint32_t (&d)[4], int row, int column, dev::Site site = dev::Site::here()) const {
     const uint32_t chunk = column / Tile::kPerChunk, low = chunk & Tile::kMask;
-    const uint32_t address = row_ + row * Tile::kRowBytes + (chunk - low) * 16 + (low * 16 ^ chunk_);
+    const uint32_t address = (at_ ^ low * 16) + row * Tile::kRowBytes + (chunk - low) * 16;
     if constexpr (operand == Operand::kA || operand == Operand::kB)
       dev::ldmatrix_x4(d, address, site);
     else
@@ -126,7 +145,7 @@ class Fragments {
   }
 
  private:
-  uint32_t row_, chunk_;
+  uint32_t at_;
 };
 
 // Element e of a C fragment [16 x 8] is (fragment_row(e), fragment_column(e)) of it.

@@ -2,8 +2,8 @@
 // alignment. Addresses start at kBase, not at 0, so that an address without smem_base() is caught.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "emulator/error.h"
@@ -31,7 +31,7 @@ class SharedMemory {
     return offset;
   }
   unsigned char* at(uint32_t offset) { return memory_.data() + offset; }
-  void poison(uint32_t offset, uint32_t bytes) { std::memset(memory_.data() + offset, 0xff, bytes); }
+  void poison(uint32_t offset, uint32_t bytes) { std::fill_n(memory_.begin() + offset, bytes, static_cast<unsigned char>(0xff)); }
 
  private:
   [[noreturn]] void bad_address(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what, Site site) const {

@@ -37,7 +37,7 @@ struct KvCacheParams {
   double scale = 1, softcap = 0;  // softcap 0: none
   bool causal = true;
   int64_t window_left = -1, window_right = -1;  // -1: unlimited
-  // The division of the work, see decode_plan in python/foveate/_kv_cache_op.py. keys_per_split 0: each sequence in num_splits equal parts.
+  // The division of the work, see decode_plan in python/foveate/_decode_plan.py. keys_per_split 0: each sequence in num_splits equal parts.
   int64_t num_splits = 1, keys_per_split = 0, rows_per_task = 1, heads_per_task = 1;
   DType dtype = DType::kFloat32, kv_dtype = DType::kFloat32, rotary_dtype = DType::kFloat32;
 };

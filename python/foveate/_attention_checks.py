@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from foveate._attention_op import DTYPES
+from foveate._decode_plan import MAX_HEAD_DIM
 from foveate._relative_bias import RelativeBias
 
-MAX_HEAD_DIM = 256
 _UNLIMITED = 2**40  # a longer window than this is as good as none, and keeps index arithmetic far from overflow
 
 

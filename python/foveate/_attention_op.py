@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from foveate import _ops, _reference, _triton
-from foveate._backends import Query, choose, native, register, runs_cuda_kernels
+from foveate._backends import Query, choose, native, processors, register, runs_cuda_kernels
+from foveate._decode_plan import cuda_few_queries, cuda_thresholds
 from foveate._native import _C
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -120,13 +121,35 @@ def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
         return out, lse
     if table is not None:
         buckets = _buckets(max_q, max_k, table.shape[0], bidirectional, max_distance, q.device)
-    if (kv_lens is not None or cu_q is not None) and runs_cuda_kernels(q.device.type):
+    if runs_cuda_kernels(q.device.type):
         kv_lens, cu_q, cu_k = _int32(kv_lens), _int32(cu_q), _int32(cu_k)
+        if cu_q is None and bias is None and mask is None and table is None and dropout_p == 0 and _few_queries(q, k):
+            return _few_query_attention(q, k, v, alibi, sinks, kv_lens, causal, left, right, scale, softcap)
     _C.attention_forward(  # type: ignore[union-attr]
         _rows(q), _rows(k), _rows(v), out, lse, bias, mask, alibi, table, buckets, sinks, kv_lens, cu_q, cu_k, philox,
         max_q, max_k, causal, left, right, scale, softcap, dropout_p, torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
+
+
+def _few_queries(q: Tensor, k: Tensor) -> bool:
+    (B, Sq, Hq, _), (_, Skv, Hkv, _) = q.shape, k.shape
+    return Hkv > 0 and cuda_few_queries(B, Sq, Hq, Hkv, Skv, processors(q.device), cuda_thresholds())
+
+
+def _few_query_attention(
+    q: Tensor, k: Tensor, v: Tensor, alibi: Tensor | None, sinks: Tensor | None, kv_lens: Tensor | None,
+    causal: bool, left: int, right: int, scale: float, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """k and v as a cache that holds all keys, for the CUDA kernel that divides them among its blocks."""
+    from foveate import _kv_cache_op
+
+    if kv_lens is None:
+        kv_lens = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
+    return _kv_cache_op.run(
+        q, _rows(k), _rows(v), None, None, kv_lens, None, None, None, False, causal, left, right, scale, softcap,
+        alibi, sinks, None, None, 0, False, "native",
+    )  # fmt: skip
 
 
 def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:

@@ -6,17 +6,15 @@ dimension (one for each token and head, written at append).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from foveate import _ops, _reference, _triton
-from foveate._attention_checks import MAX_HEAD_DIM
 from foveate._backends import Query, choose, native, processors, register, runs_cuda_kernels
 from foveate._counters import counters
+from foveate._decode_plan import TILE_ROWS, cuda_decode_plan, cuda_thresholds, decode_plan
 from foveate._native import _C
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
@@ -28,93 +26,6 @@ _SCHEMA = (
     "SymInt window_left, SymInt window_right, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, "
     "Tensor(c!)? k_scale, Tensor(d!)? v_scale, int num_splits, bool batch_invariant, str backend) -> (Tensor, Tensor)"
 )
-
-# Of the native CPU kernel. 64 rows of a head dim of 256 take 128 KiB for q and the output, which leaves the L2 cache to K and V.
-_MAX_ROWS = 64
-_STATE_BYTES = 256 * 1024
-_MIN_SPLIT_KEYS = 256
-_INVARIANT_SPLIT_KEYS = 2048
-_TASKS_PER_THREAD = 4
-BLOCKED_ROWS = 48
-
-
-# Of the CUDA kernel (csrc/cuda/decode.cu): a block takes 16 query rows, at most 256 columns of V, and keeps 128 keys under way.
-_TILE_ROWS = 16
-_SLICE_COLUMNS = 256
-_MIN_SPLIT_KEYS_CUDA = 128
-_MAX_SPLITS_CUDA = 128
-_BLOCKS_PER_PROCESSOR = 2
-_BLOCKED_QUERIES_CUDA = 64
-
-
-class DecodePlan(NamedTuple):
-    """How a native kernel divides its work. Only the splits have an influence on the result (by rounding)."""
-
-    num_splits: int
-    keys_per_split: int  # 0: each sequence in num_splits equal parts
-    rows_per_task: int  # of the Sq * Hq / Hkv query rows that share a KV head
-    heads_per_task: int  # KV heads
-    blocked: bool  # many queries: the blocked kernel of foveate.attention does the work instead
-
-
-@functools.lru_cache(maxsize=4096)
-def decode_plan(
-    B: int, Sq: int, Hq: int, Hkv: int, D: int, Dv: int, max_keys: int, threads: int, num_splits: int, batch_invariant: bool,
-    quantized: bool,
-) -> DecodePlan:  # fmt: skip
-    """A pure function of the shapes, the thread count and the options; max_keys is what the cache can hold for a sequence.
-
-    All KV heads of a sequence belong to one task as long as their state fits the L2 cache: in the layout [B, S, H, D] that reads
-    memory in order. Keys are split where there would be too few tasks for the threads. With batch_invariant the splits depend
-    neither on the batch nor on the threads: they are 2048 keys long, and the heads are divided instead.
-    """
-    rows = Sq * (Hq // Hkv)
-    rows_per_task = max(1, min(rows, _MAX_ROWS))
-    heads_per_task = max(1, min(Hkv, _STATE_BYTES // (rows_per_task * (D + Dv) * 4)))
-
-    def tasks() -> int:
-        return max(1, B * -(-rows // rows_per_task) * -(-Hkv // heads_per_task))
-
-    wanted = _TASKS_PER_THREAD * threads if threads > 1 else 1
-    if num_splits > 0:
-        return DecodePlan(num_splits, 0, rows_per_task, heads_per_task, False)
-    if not batch_invariant:
-        splits = max(1, min(-(-wanted // tasks()), -(-max_keys // _MIN_SPLIT_KEYS)))
-        # A step of one query stays with the decode kernel: it is bound by memory, however many heads share a KV head.
-        if Sq > 1 and rows >= BLOCKED_ROWS and not quantized and max(D, Dv) <= MAX_HEAD_DIM:
-            return DecodePlan(1, 0, rows_per_task, heads_per_task, True)
-        return DecodePlan(splits, 0, rows_per_task, heads_per_task, False)
-    while heads_per_task > 1 and tasks() < wanted:
-        heads_per_task = -(-heads_per_task // 2)
-    if rows > _MAX_ROWS:  # many queries: enough tasks, and partial results would take more memory than the cache
-        return DecodePlan(1, 0, rows_per_task, heads_per_task, False)
-    splits = max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS))
-    return DecodePlan(splits, _INVARIANT_SPLIT_KEYS, rows_per_task, heads_per_task, False)
-
-
-@functools.lru_cache(maxsize=4096)
-def cuda_decode_plan(
-    B: int, Sq: int, Hq: int, Hkv: int, D: int, Dv: int, max_keys: int, processors: int, num_splits: int, batch_invariant: bool,
-    quantized: bool,
-) -> DecodePlan:  # fmt: skip
-    """The same for the CUDA kernel and a GPU of so many multiprocessors.
-
-    Keys are split where there would be fewer than two blocks for a multiprocessor, into as many parts as fill it once. With
-    batch_invariant the splits are 2048 keys long. Many queries go to the blocked kernel if its blocks, one for each head and 64
-    queries or more, are enough to keep the GPU busy.
-    """
-    rows = Sq * (Hq // Hkv)
-    if num_splits > 0:
-        return DecodePlan(num_splits, 0, _TILE_ROWS, 1, False)
-    if batch_invariant:
-        return DecodePlan(max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS)), _INVARIANT_SPLIT_KEYS, _TILE_ROWS, 1, False)
-    many = Sq >= _BLOCKED_QUERIES_CUDA or (Sq > 1 and rows >= _BLOCKED_QUERIES_CUDA and B * Hq >= processors)
-    if many and not quantized and max(D, Dv) <= MAX_HEAD_DIM:
-        return DecodePlan(1, 0, _TILE_ROWS, 1, True)
-    blocks = max(1, B * Hkv * -(-rows // _TILE_ROWS) * -(-Dv // _SLICE_COLUMNS))
-    splits = min(_BLOCKS_PER_PROCESSOR * processors // blocks, -(-max_keys // _MIN_SPLIT_KEYS_CUDA), _MAX_SPLITS_CUDA)
-    return DecodePlan(max(1, splits), 0, _TILE_ROWS, 1, False)
-
 
 _native_shared = native()
 
@@ -158,7 +69,7 @@ def _empty_outputs(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty((B, Sq, Hq, v_cache.shape[-1])), q.new_empty((B, Hq, Sq), dtype=dtype)
 
 
-def _run(
+def run(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, kv_lens: Tensor,
     block_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool,
     causal: bool, window_left: int, window_right: int, scale: float, softcap: float, alibi_slopes: Tensor | None,
@@ -194,11 +105,14 @@ def _run(
     Hkv, Dv = v_cache.shape[2:]
     threads = torch.get_num_threads()
     capacity = k_cache.shape[1] if block_table is None else k_cache.shape[1] * block_table.shape[1]
-    divide, workers = (
-        (cuda_decode_plan, processors(q.device)) if runs_cuda_kernels(q.device.type) else (decode_plan, threads)
-    )
-    plan = divide(B, Sq, Hq, Hkv, D, Dv, capacity, workers, num_splits, batch_invariant, k_cache.dtype in QUANTIZED)
-    if divide is cuda_decode_plan:  # the kernels read them, as int32
+    on_gpu = runs_cuda_kernels(q.device.type)
+    sizes = (B, Sq, Hq, Hkv, D, Dv, capacity)
+    wishes = (num_splits, batch_invariant, k_cache.dtype in QUANTIZED)
+    if on_gpu:
+        plan = cuda_decode_plan(*sizes, processors(q.device), *wishes, cuda_thresholds())
+    else:
+        plan = decode_plan(*sizes, threads, *wishes)
+    if on_gpu:  # the kernels read them, as int32
         limits = torch.iinfo(torch.int32)
         kv_lens = kv_lens if kv_lens.dtype == torch.int32 else kv_lens.clamp(limits.min, limits.max).to(torch.int32)
         kv_lens = kv_lens.contiguous()
@@ -211,8 +125,8 @@ def _run(
     if plan.num_splits > 1:
         partial_out = q.new_empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32)
         partial_lse = q.new_empty((plan.num_splits, B, Hq, Sq), dtype=torch.float32)
-        if divide is cuda_decode_plan:
-            counted = counters(q.device, B * Hkv * -(-Sq * (Hq // Hkv) // _TILE_ROWS))
+        if on_gpu:
+            counted = counters(q.device, B * Hkv * -(-Sq * (Hq // Hkv) // TILE_ROWS))
     _C.attention_with_kv_cache(  # type: ignore[union-attr]
         q, k_cache, v_cache, _rows(k), _rows(v), kv_lens, out, lse, partial_out, partial_lse, q_turned, counted, block_table,
         rotary_cos, rotary_sin, rotary_interleaved, _expanded(k_scale, k_cache), _expanded(v_scale, v_cache),
@@ -280,4 +194,4 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object) -> tuple[T
     return _empty_outputs(q, v_cache)
 
 
-op = _ops.define(_SCHEMA, impl=_run, fake=_fake)
+op = _ops.define(_SCHEMA, impl=run, fake=_fake)

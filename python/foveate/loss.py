@@ -215,7 +215,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 10
-        times = Tensor.mul_ if graph_is_freed() else Tensor.mul  # the gradient of the weight is large: no copy without need
+        times = (
+            Tensor.mul_ if graph_is_freed() else Tensor.mul
+        )  # the gradient of the weight is large: no copy without need
         scaled = [times(g, dloss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad)]
         return (*scaled, *(None,) * 7)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate import _native
-from foveate._attention_checks import MAX_HEAD_DIM
-from foveate._kv_cache_op import BLOCKED_ROWS, QUANTIZED, decode_plan
+from foveate._decode_plan import BLOCKED_ROWS, MAX_HEAD_DIM, decode_plan
+from foveate._kv_cache_op import QUANTIZED
 from foveate.cache_view import CacheView
 from foveate.models.blocks import PackedEmbedding, RMSNorm
 from foveate.models.gpt2 import GPT2

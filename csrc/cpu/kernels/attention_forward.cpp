@@ -126,9 +126,10 @@ struct Forward {
     const Range seen = visible_keys(p, s, 0, s.q > 0 ? s.q - 1 : 0);
     const int64_t begin = j * kBlockKeys, end = s.k < begin + kBlockKeys ? s.k : begin + kBlockKeys;
     if (begin >= seen.end || end <= seen.begin) return;
-    pack_columns<M>(kv_source(p, p.k, p.k_scale, b, h), begin, end, p.head_dim, k_units, dst, temp);
-    pack_stacked<M>(kv_source(p, p.v, p.v_scale, b, h), begin, end, round_up(end - begin, kColumnAlign), p.head_dim_v, v_width,
-                    dst + packed_k, temp);
+    RowSource k = kv_source(p, p.k, p.k_scale, b, h), v = kv_source(p, p.v, p.v_scale, b, h);
+    k.first = v.first = seen.begin;  // pages before the window may have been freed
+    pack_columns<M>(k, begin, end, p.head_dim, k_units, dst, temp);
+    pack_stacked<M>(v, begin, end, round_up(end - begin, kColumnAlign), p.head_dim_v, v_width, dst + packed_k, temp);
   }
 
   // The rows [first, first + block) of one KV head.

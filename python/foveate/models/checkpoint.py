@@ -119,6 +119,12 @@ def _open_folder(folder: Path) -> Checkpoint:
         if files:
             names = ", ".join(file.name for file in files)
             raise ValueError(f"{folder} holds several models, {names}; give the path of one")
+        if (folder / "adapter_config.json").exists():
+            base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+            raise ValueError(
+                f"{folder} holds an adapter of {base}, not a model: foveate.train.load_adapter puts it on the loaded base, and "
+                "`foveate train` with --merge writes both as one model"
+            )
         raise ValueError(f"{folder} is not a model folder: it has no config.json and no .gguf file")
     tokenizer_config = _json(folder / "tokenizer_config.json")
     return Checkpoint(

@@ -30,6 +30,7 @@ class Report:
         self.history: list[dict[str, float]] = []
         self._sums: dict[str, float] = {}  # of the steps since the last line
         self._reached: dict[str, float] = {}
+        self._last = 0
         self._bar: Any = None
         self._talks = progress is not False
         self._shown = active and (sys.stderr.isatty() if progress is None else progress)
@@ -60,6 +61,7 @@ class Report:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def start(self, step: int, steps: int) -> None:
+        self._last = steps
         if not self._shown:
             return
         self._bar = _bar()
@@ -78,7 +80,7 @@ class Report:
             speed = self._sums["tokens"] / self._sums["seconds"]
             note = f"loss {values['loss']:.4f}{evaluated}  {speed:,.0f} tokens/s  {memory_mib():,.0f} MiB"
             self._bar.update(self._task, completed=step, note=note)
-        if step % self.log_every == 0:
+        if step % self.log_every == 0 or step == self._last:
             self._line()
 
     def _line(self) -> None:

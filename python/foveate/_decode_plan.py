@@ -1,0 +1,138 @@
+"""How the native kernels divide attention to a KV cache, and which kernel attends: pure functions of shapes and thread counts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+MAX_HEAD_DIM = 256  # of the blocked kernels; the decode kernels take more
+
+# Of the native CPU kernel. 64 rows of a head dim of 256 take 128 KiB for q and the output, which leaves the L2 cache to K and V.
+_MAX_ROWS = 64
+_STATE_BYTES = 256 * 1024
+_MIN_SPLIT_KEYS = 256
+_INVARIANT_SPLIT_KEYS = 2048
+_TASKS_PER_THREAD = 4
+BLOCKED_ROWS = 48
+
+# Of the CUDA kernel (csrc/cuda/decode.cu): a block takes 16 query rows and at most 256 columns of V.
+TILE_ROWS = 16
+_SLICE_COLUMNS = 256
+
+
+class DecodePlan(NamedTuple):
+    """How a native kernel divides its work. Only the splits have an influence on the result (by rounding)."""
+
+    num_splits: int
+    keys_per_split: int  # 0: each sequence in num_splits equal parts
+    rows_per_task: int  # of the Sq * Hq / Hkv query rows that share a KV head
+    heads_per_task: int  # KV heads
+    blocked: bool  # many queries: the blocked kernel of foveate.attention does the work instead
+
+
+@functools.lru_cache(maxsize=4096)
+def decode_plan(
+    B: int, Sq: int, Hq: int, Hkv: int, D: int, Dv: int, max_keys: int, threads: int, num_splits: int, batch_invariant: bool,
+    quantized: bool,
+) -> DecodePlan:  # fmt: skip
+    """A pure function of the shapes, the thread count and the options; max_keys is what the cache can hold for a sequence.
+
+    All KV heads of a sequence belong to one task as long as their state fits the L2 cache: in the layout [B, S, H, D] that reads
+    memory in order. Keys are split where there would be too few tasks for the threads. With batch_invariant the splits depend
+    neither on the batch nor on the threads: they are 2048 keys long, and the heads are divided instead.
+    """
+    rows = Sq * (Hq // Hkv)
+    rows_per_task = max(1, min(rows, _MAX_ROWS))
+    heads_per_task = max(1, min(Hkv, _STATE_BYTES // (rows_per_task * (D + Dv) * 4)))
+
+    def tasks() -> int:
+        return max(1, B * -(-rows // rows_per_task) * -(-Hkv // heads_per_task))
+
+    wanted = _TASKS_PER_THREAD * threads if threads > 1 else 1
+    if num_splits > 0:
+        return DecodePlan(num_splits, 0, rows_per_task, heads_per_task, False)
+    if not batch_invariant:
+        splits = max(1, min(-(-wanted // tasks()), -(-max_keys // _MIN_SPLIT_KEYS)))
+        # A step of one query stays with the decode kernel: it is bound by memory, however many heads share a KV head.
+        if Sq > 1 and rows >= BLOCKED_ROWS and not quantized and max(D, Dv) <= MAX_HEAD_DIM:
+            return DecodePlan(1, 0, rows_per_task, heads_per_task, True)
+        return DecodePlan(splits, 0, rows_per_task, heads_per_task, False)
+    while heads_per_task > 1 and tasks() < wanted:
+        heads_per_task = -(-heads_per_task // 2)
+    if rows > _MAX_ROWS:  # many queries: enough tasks, and partial results would take more memory than the cache
+        return DecodePlan(1, 0, rows_per_task, heads_per_task, False)
+    splits = max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS))
+    return DecodePlan(splits, _INVARIANT_SPLIT_KEYS, rows_per_task, heads_per_task, False)
+
+
+class CudaThresholds(NamedTuple):
+    """Where choices for a GPU tip. All are estimates: no GPU has measured both sides of one yet."""
+
+    blocked_queries: int = 64  # from so many on, the blocked kernel attends,
+    blocked_rows: int = (
+        64  # or from so many query rows on that share a KV head, if it has a block for each multiprocessor
+    )
+    blocks_per_processor: int = 2  # of the decode kernel, which splits keys where there would be fewer
+    min_split_keys: int = 128  # enough to have all keys of a short split under way at once
+    max_splits: int = 128
+
+
+_DEFAULTS = CudaThresholds()
+_thresholds = _DEFAULTS
+
+
+def cuda_thresholds() -> CudaThresholds:
+    """Those in force."""
+    return _thresholds
+
+
+@contextlib.contextmanager
+def other_cuda_thresholds(**replaced: int) -> Iterator[CudaThresholds]:
+    """Within it these thresholds are in force, in all threads: for benchmarks and tests that want both sides of one.
+
+    blocked_queries=1 gives every call to the blocked kernel, blocked_queries=blocked_rows=2**31 none.
+    """
+    global _thresholds
+    before = _thresholds
+    _thresholds = before._replace(**replaced)
+    try:
+        yield _thresholds
+    finally:
+        _thresholds = before
+
+
+@functools.lru_cache(maxsize=4096)
+def cuda_decode_plan(
+    B: int, Sq: int, Hq: int, Hkv: int, D: int, Dv: int, max_keys: int, processors: int, num_splits: int, batch_invariant: bool,
+    quantized: bool, limits: CudaThresholds = _DEFAULTS,
+) -> DecodePlan:  # fmt: skip
+    """A pure function for the CUDA kernel and a GPU of so many multiprocessors.
+
+    Keys are split where there would be fewer blocks than the GPU has room for, into as many parts as fill it once. With
+    batch_invariant the splits are 2048 keys long. Many queries go to the blocked kernel if its blocks, one for each head and 64
+    queries or more, are enough to keep the GPU busy.
+    """
+    rows = Sq * (Hq // Hkv)
+    if num_splits > 0:
+        return DecodePlan(num_splits, 0, TILE_ROWS, 1, False)
+    if batch_invariant:
+        return DecodePlan(max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS)), _INVARIANT_SPLIT_KEYS, TILE_ROWS, 1, False)
+    many = Sq >= limits.blocked_queries or (Sq > 1 and rows >= limits.blocked_rows and B * Hq >= processors)
+    if many and not quantized and max(D, Dv) <= MAX_HEAD_DIM:
+        return DecodePlan(1, 0, TILE_ROWS, 1, True)
+    blocks = max(1, B * Hkv * -(-rows // TILE_ROWS) * -(-Dv // _SLICE_COLUMNS))
+    splits = min(
+        limits.blocks_per_processor * processors // blocks, -(-max_keys // limits.min_split_keys), limits.max_splits
+    )
+    return DecodePlan(max(1, splits), 0, TILE_ROWS, 1, False)
+
+
+def cuda_few_queries(
+    B: int, Sq: int, Hq: int, Hkv: int, Skv: int, processors: int, limits: CudaThresholds = _DEFAULTS
+) -> bool:
+    """Whether foveate.attention on a GPU takes the decode kernel: queries so few and keys so many that the blocked kernel, with one block
+    for each KV head, would leave multiprocessors idle that splits of the keys can use."""
+    rows = Sq * (Hq // Hkv)
+    return 0 < rows < limits.blocked_rows and 0 < B * Hkv < processors and Skv >= 2 * limits.min_split_keys
