@@ -156,6 +156,17 @@ def test_a_signal_is_not_lost_in_what_the_caller_raises(tmp_path, monkeypatch):
         fit(**options(tmp_path, eval_fraction=0.2, eval_every=1, max_steps=3), after_evaluation=prune)
 
 
+def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):
+    step = Loop._step
+    monkeypatch.setattr(Loop, "_step", lambda self, i: (signal.raise_signal(signal.SIGINT), step(self, i))[1])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run(tmp_path, **SETTINGS).steps == STEPS
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_second_signal_stops_at_once(tmp_path, monkeypatch):
     step = Loop._step
 

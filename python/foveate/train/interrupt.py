@@ -28,11 +28,14 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """The first Ctrl-C or SIGTERM in here only sets `signal`; the second one does what it did before. In the main thread only:
-        Python delivers signals to no other."""
+        Python delivers signals to no other. A signal that is ignored, as Ctrl-C in a shell's background jobs, stays ignored."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        before: dict[int, Any] = {
+            n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)
+        }
 
         def ask(number: int, frame: object) -> None:
             self.signal = number
@@ -41,8 +44,8 @@ class StopRequest:
             print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
 
         try:
-            for number in _SIGNALS:
-                signal.signal(number, ask)
+            for each in before:
+                signal.signal(each, ask)
             yield
         except Exception as error:  # one that the caller may go on after, such as a pruned trial
             if self.signal:
