@@ -1,4 +1,4 @@
-"""Checks files as pre-commit and `make lint` hand them over: end of file, trailing space, size. Prints each fault, changes nothing."""
+"""Checks files as pre-commit and `make lint` hand them over: end of file, trailing space, what a merge left, size. Prints each fault, changes nothing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ def text_faults(data: bytes) -> list[str]:
     for number, line in enumerate(data.split(b"\n"), 1):
         if line != line.rstrip():
             faults.append(f"line {number} ends in white space")
+        if line.startswith((b"<<<<<<< ", b">>>>>>> ")):
+            faults.append(f"line {number} is left over from a merge")
     return faults
 
 
