@@ -1,4 +1,4 @@
-"""Checks files as pre-commit and `make lint` hand them over: end of file, trailing space, what a merge left, size. Prints each fault, changes nothing."""
+"""Checks files as pre-commit and `make lint` hand them over: end of file, trailing space, merges, size. Prints faults, changes nothing."""
 
 from __future__ import annotations
 
