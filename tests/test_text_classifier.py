@@ -81,5 +81,7 @@ def test_classify_prints_a_line_for_each_text(trained, tmp_path, capsys, monkeyp
     monkeypatch.setattr("sys.stdin", io.StringIO())
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     assert main(model) == 2 and "there is no text; give --text or --file" in capsys.readouterr().err
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert main([*model, "--file", str(tmp_path / "empty.txt")]) == 2 and "lines are empty" in capsys.readouterr().err
     assert main([*model[:2], str(tmp_path), "--text", "x"]) == 1 and "is not a model folder" in capsys.readouterr().err
     assert torch.is_grad_enabled()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.commands.options import UsageError
+from foveate.commands.options import UsageError, add_encoder_option
 
 _EXAMPLES = """\
 The text comes from --context, from --context-file, or from the standard input. The model is one for extractive question answering, such
@@ -28,12 +28,7 @@ def add_parser(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="PATH",
-        help="a Hugging Face folder, or the name of an installed package that holds one",
-    )
+    add_encoder_option(parser)
     parser.add_argument(
         "--question",
         action="append",

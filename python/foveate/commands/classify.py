@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.commands.options import UsageError
+from foveate.commands.options import UsageError, add_encoder_option
 
 _EXAMPLES = """\
 The texts come from --text, from the lines of --file, or from those of the standard input. The model is a BERT that was fine-tuned to sort
@@ -28,15 +28,12 @@ def add_parser(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="PATH",
-        help="a Hugging Face folder, or the name of an installed package that holds one",
-    )
+    add_encoder_option(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", action="append", metavar="TEXT", help="may be given several times")
-    source.add_argument("--file", type=Path, metavar="FILE", help="a text in each line, in UTF-8")
+    source.add_argument(
+        "--file", type=Path, metavar="FILE", help="a text in each line, in UTF-8; empty lines are left out"
+    )
     parser.add_argument("--top-k", type=int, default=1, metavar="N", help="the N most probable classes; 1 by default")
     parser.add_argument(
         "--json", action="store_true", help='one JSON object: {"texts": [{"text", "classes": [{"label", "score"}]}]}'
@@ -64,4 +61,7 @@ def _texts(args: argparse.Namespace) -> list[str]:
     if args.file is None and sys.stdin.isatty():
         raise UsageError("there is no text; give --text or --file, or pipe lines into the command")
     lines = sys.stdin.read() if args.file is None else args.file.read_text(encoding="utf-8")
-    return [line for line in lines.splitlines() if line.strip()]
+    texts = [line for line in lines.splitlines() if line.strip()]
+    if not texts:
+        raise UsageError("there is no text: all lines are empty")
+    return texts

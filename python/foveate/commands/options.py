@@ -1,4 +1,4 @@
-"""Options that generate and chat share: the model, sampling, what is printed."""
+"""Options that commands share: the model, sampling, what is printed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class UsageError(Exception):
     """Arguments that do not go together: exit status 2."""
+
+
+def add_encoder_option(parser: argparse.ArgumentParser) -> None:
+    """--model of the commands that read texts with BERT."""
+    parser.add_argument(
+        "--model", required=True, metavar="PATH",
+        help="a Hugging Face folder, or the name of an installed package that holds one",
+    )  # fmt: skip
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
