@@ -191,7 +191,8 @@ def test_what_is_not_supported_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="25 tokens do not fit the model's 24 positions; cut the text into windows"):
         ours(torch.zeros(1, 25, dtype=torch.long))
     with pytest.raises(
-        ValueError, match="head='ner' is not one of encoder, masked-lm, sequence-classification, question-answering"
+        ValueError,
+        match="head='ner' is not one of encoder, masked-lm, sequence-classification, token-classification, question-answering",
     ):
         load_model(tmp_path, head="ner")
     with pytest.raises(ValueError, match="new_head=True is for BERT's heads; Bert has none"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -58,9 +59,10 @@ def test_sentences_for_what_cannot_be_classified(trained, tmp_path):
         foveate.TextClassifier(trained.model, trained.tokenizer)
     assert classify([]) == []
     config = json.loads((trained.last / "config.json").read_text())
+    shutil.copytree(trained.last, tmp_path, dirs_exist_ok=True)
     for change, sentence in (
         ({"model_type": "llama"}, "classification needs 'bert'"),
-        ({"problem_type": "multi_label_classification"}, "only one label for a text is supported"),
+        ({"problem_type": "ranking"}, "problem_type 'ranking'; known are single_label_classification"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=sentence):

@@ -22,11 +22,14 @@ __version__ = "0.1.0"
 
 # The model layer is imported when it is first used: it needs more libraries than the kernels do.
 _LAZY = {
+    **dict.fromkeys(
+        ["Embedder", "FillMask", "Reranker", "TextClassifier", "TokenClassifier", "ZeroShotClassifier"],
+        "foveate.pipelines",
+    ),
     "LLM": "foveate.llm",
     "QuestionAnswerer": "foveate.question_answering",
     "SamplingParams": "foveate.generation",
     "Text2Text": "foveate.text2text",
-    "TextClassifier": "foveate.text_classifier",
     "ring_attention": "foveate.ring",
 }
 
@@ -39,17 +42,26 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'foveate' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, "train"})
+
+
 __all__ = [
     "LLM",
     "CacheFull",
     "CacheView",
+    "Embedder",
+    "FillMask",
     "PagedKVCache",
     "QuestionAnswerer",
     "RelativeBias",
+    "Reranker",
     "SamplingParams",
     "Text2Text",
     "TextClassifier",
+    "TokenClassifier",
     "UnsupportedError",
+    "ZeroShotClassifier",
     "apply_rotary",
     "attention",
     "attention_varlen",

@@ -79,6 +79,8 @@ class LLM:
         module: Any = load_model(
             checkpoint, device=self.device, dtype=dtype, quantization=quantization, progress=progress
         )
+        if getattr(module, "lm_head", module) is None:
+            raise ValueError(f"{checkpoint.path} has no language-model head; it is one for foveate.Embedder")
         module.requires_grad_(False)
         self.tokenizer = checkpoint.tokenizer()
         self.generation_config = checkpoint.generation_config

@@ -251,9 +251,28 @@ class BertForQuestionAnswering(BertWithHead):
         return start, end
 
 
-HEADS = {
+class BertForTokenClassification(BertWithHead):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, tokens: Tensor, *args: Tensor | None, **options: Any) -> Tensor:
+        """As Bert's; returns logits [B, S, num_labels]."""
+        return self.classifier(self.dropout(self.bert(tokens, *args, **options)))
+
+
+HEADS: dict[str, type[nn.Module]] = {
     "encoder": Bert,
     "masked-lm": BertForMaskedLM,
     "sequence-classification": BertForSequenceClassification,
+    "token-classification": BertForTokenClassification,
     "question-answering": BertForQuestionAnswering,
 }
+# What `architectures` of a config.json may name. Pre-training has the masked-LM head and one for next sentences, which nothing uses.
+ARCHITECTURES: dict[str, type[nn.Module]] = {
+    "BertModel": Bert,
+    "BertForPreTraining": BertForMaskedLM,
+    **{cls.__name__: cls for name, cls in HEADS.items() if name != "encoder"},
+}
+CLASSIFIERS = ("BertForSequenceClassification", "BertForTokenClassification", "BertForMultipleChoice")

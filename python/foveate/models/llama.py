@@ -215,7 +215,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaDecoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # None in checkpoints of embedding models, which have no head
+        self.lm_head: nn.Linear | None = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tied else {}
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -242,6 +243,10 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab] in hidden's dtype."""
+        if self.lm_head is None:
+            raise ValueError(
+                "this checkpoint has no language-model head; use its hidden states, e.g. by foveate.Embedder"
+            )
         out = self.lm_head(hidden)
         cap = self.config.final_softcap
         return out if cap is None else cap * torch.tanh(out / cap)

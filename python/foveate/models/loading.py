@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,14 +23,16 @@ from foveate.tokenizer import NEED
 _MODELS: dict[str, type[nn.Module]] = dict.fromkeys(llama.MODEL_TYPES, llama.Llama) | {"gpt2": gpt2.GPT2, "t5": t5.T5}
 _QUANTIZATIONS = (None, "none", "q8_0", "q4_0")
 _HEADS = ("lm_head", "cls.predictions.decoder")  # of causal models and T5, of BERT
+_TENSORFLOW_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")  # as Google's BERT checkpoints name them
+_NORM_NAMES = {"gamma": "weight", "beta": "bias"}
 _LARGE = 256 * 2**20  # bytes from which loading takes a second or more
 
 
-def model_class(config: dict[str, Any], head: str | None = None) -> type[nn.Module]:
-    """The class for a config.json's `model_type`; head: see `load_model`."""
+def model_class(config: dict[str, Any], head: str | None = None, new_head: bool = False) -> type[nn.Module]:
+    """The class for a config.json's `model_type`; head, new_head: see `load_model`."""
     kind = config.get("model_type")
     if kind == "bert":
-        return _bert_class(config, head)
+        return _bert_class(config, head, new_head)
     if kind in _MODELS:
         if head is not None:
             raise ValueError(f"head={head!r} is for BERT; {kind} has one head only")
@@ -38,13 +41,44 @@ def model_class(config: dict[str, Any], head: str | None = None) -> type[nn.Modu
     raise ValueError(f"the architecture {kind!r} (model_type in the config) is not supported; known are {known}")
 
 
-def _bert_class(config: dict[str, Any], head: str | None) -> type[nn.Module]:
+def _bert_class(config: dict[str, Any], head: str | None, new_head: bool = False) -> type[nn.Module]:
+    named = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    stored = bert.ARCHITECTURES.get(named[0]) if named else None
     if head is None:
-        names = {cls.__name__: cls for cls in bert.HEADS.values()} | {"BertModel": bert.Bert}
-        return next((names[name] for name in config.get("architectures") or () if name in names), bert.Bert)
+        if named and stored is None:
+            raise ValueError(
+                f"the head of {named[0]} is not supported; known are {', '.join(bert.ARCHITECTURES)}: load the encoder alone by "
+                "head='encoder'"
+            )
+        return stored or bert.Bert
     if head not in bert.HEADS:
         raise ValueError(f"head={head!r} is not one of {', '.join(bert.HEADS)}")
-    return bert.HEADS[head]
+    kind = bert.HEADS[head]
+    if not new_head and _has_another_classifier(config, kind):
+        raise ValueError(
+            f"the checkpoint is a {named[0]}, whose head is not {head!r}; new_head=True draws a new head to be fine-tuned"
+        )
+    return kind
+
+
+def _has_another_classifier(config: dict[str, Any], kind: type[nn.Module]) -> bool:
+    """The heads of bert.CLASSIFIERS call their weights alike and may have equal shapes: only the config tells them apart."""
+    names = [name for name in (config.get("architectures") or ())[:1] if name in bert.CLASSIFIERS]
+    return bool(names) and kind.__name__ in bert.CLASSIFIERS and kind.__name__ != names[0]
+
+
+class _WithoutClassifier:
+    """Weights of which a model with another head takes the encoder only."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self.linear_layout, self.nbytes = weights.linear_layout, weights.nbytes
+
+    def names(self) -> Iterator[str]:
+        return (name for name in self._weights.names() if not name.startswith("classifier."))
+
+    def get(self, name: str) -> Tensor | Blocks:
+        return self._weights.get(name)
 
 
 def checked_device(device: torch.device | str | None) -> torch.device:
@@ -76,7 +110,8 @@ def load_model(
     every linear layer, a tied head too, but not the embedding; the head stays at "q8_0", as its 4-bit errors would reach every token
     (SmolLM2: perplexity 49.9 against 45.8). "none" expands everything to dtype.
     progress: a bar on stderr; None shows it in a terminal for files of 256 MB or more.
-    head: for BERT "encoder", "masked-lm", "sequence-classification" or "question-answering"; None: what the config names.
+    head: for BERT "encoder", "masked-lm", "sequence-classification", "token-classification" or "question-answering"; None: what the
+    config names.
     new_head: draws the weights of a head that the file does not have from N(0, 0.02), biases 0, to be fine-tuned.
 
     Weights that need no conversion stay views of the memory-mapped file. ValueError for an unknown architecture, missing,
@@ -92,11 +127,15 @@ def load_model(
             f"{checkpoint.path} is quantised by {foreign.get('quant_method', 'a method')!r}, which cannot be read; take the model's "
             "unquantised weights, with quantization='q8_0' or 'q4_0' here, or a GGUF file"
         )
-    kind: Any = model_class(checkpoint.config, head)
+    kind: Any = model_class(checkpoint.config, head, new_head)
     config = kind.config_class.from_hf(checkpoint.config)
     with torch.device("meta"):
         model = kind(config)
+    if isinstance(model, llama.Llama) and str((checkpoint.config.get("architectures") or [""])[0]).endswith("Model"):
+        model.optional = ("lm_head",)  # an embedding model's checkpoint
     weights = checkpoint.weights()
+    if new_head and _has_another_classifier(checkpoint.config, kind):
+        weights = _WithoutClassifier(weights)
     dtype = dtype or _dtype_of(checkpoint, weights)
     device = checked_device(device)
     with _bar(checkpoint.path.name, weights.nbytes, progress) as advance:
@@ -163,7 +202,8 @@ def _match(model: Any, weights: Weights, where: str) -> dict[str, str]:
     sources: dict[str, str] = {}
     unexpected = []
     for stored in weights.names():
-        names = (stored, model.prefix + stored, stored.removeprefix(model.prefix))
+        plain = _TENSORFLOW_NORM.sub(lambda match: _NORM_NAMES[match[1]], stored)
+        names = (plain, model.prefix + plain, plain.removeprefix(model.prefix))
         name = next((name for name in names if name in parameters), None)
         if name is not None:
             sources[name] = stored
@@ -171,7 +211,7 @@ def _match(model: Any, weights: Weights, where: str) -> dict[str, str]:
             unexpected.append(stored)
     _untie(model, weights, sources)
     for part in getattr(model, "optional", ()):
-        if not any(name.startswith(f"{part}.") for name in sources):
+        if not any(name.startswith(f"{part}.") for name in (*sources, *model.tied)):
             setattr(model, part, None)
             parameters = {name: p for name, p in parameters.items() if not name.startswith(f"{part}.")}
     missing = sorted(

@@ -1,0 +1,10 @@
+"""What answers with an encoder: TextClassifier, TokenClassifier, FillMask, ZeroShotClassifier, Embedder, Reranker."""
+
+from foveate.pipelines.embedding import Embedder
+from foveate.pipelines.fill_mask import FillMask
+from foveate.pipelines.reranking import Reranker
+from foveate.pipelines.text_classification import TextClassifier
+from foveate.pipelines.token_classification import TokenClassifier
+from foveate.pipelines.zero_shot import ZeroShotClassifier
+
+__all__ = ["Embedder", "FillMask", "Reranker", "TextClassifier", "TokenClassifier", "ZeroShotClassifier"]
