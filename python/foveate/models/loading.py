@@ -132,7 +132,7 @@ def load_model(
     with torch.device("meta"):
         model = kind(config)
     if isinstance(model, llama.Llama) and str((checkpoint.config.get("architectures") or [""])[0]).endswith("Model"):
-        model.optional = ("lm_head",)  # an embedding model's checkpoint
+        setattr(model, "optional", ("lm_head",))  # noqa: B010 - an embedding model's checkpoint
     weights = checkpoint.weights()
     if new_head and _has_another_classifier(checkpoint.config, kind):
         weights = _WithoutClassifier(weights)
