@@ -9,6 +9,8 @@ import pytest
 
 import generation_toys as toys
 from foveate.generation import SamplingParams
+from foveate.generation.constrained import ascii_digits
+from foveate.generation.detokenizer import special_ids
 from generation_toys import one_thread  # noqa: F401
 
 pytest.importorskip("llguidance")
@@ -113,3 +115,26 @@ def test_what_is_no_grammar_is_refused_with_the_reason(options, sentence):
 def test_a_grammar_needs_a_tokenizer():
     with pytest.raises(ValueError, match="need a tokenizer, and this model has none"):
         toys.engine(tokenizer=None).add("a", [5], SamplingParams(regex="a"))
+
+
+def test_text_that_looks_like_a_special_token_is_text():
+    tokenizer = toys.tokenizer()
+    special = [tokenizer.id_to_bytes(token).decode() for token in sorted(special_ids(tokenizer))]
+    for name in special[:3]:
+        regex = re.escape(name) + "a"
+        [[found]] = drain(toys.engine(), [(toys.prompts(1)[0], SamplingParams(regex=regex, max_tokens=40))])
+        assert found.text == name + "a" and not set(found.token_ids) & special_ids(tokenizer) - tokenizer.eos_ids
+
+
+@pytest.mark.parametrize("regex, expected", [
+    (r"\d{3}-\d", "[0-9]{3}-[0-9]"), (r"[\d.]+", "[0-9.]+"), (r"\\d", r"\\d"), (r"\D\d", "[^0-9][0-9]"), (r"[\]\d]x\d", r"[\]0-9]x[0-9]"),
+])  # fmt: skip
+def test_digits_of_an_expression_are_those_of_ascii(regex, expected):
+    assert ascii_digits(regex) == expected
+    prompt = toys.prompts(1)[0]
+    if regex != r"\\d":
+        outputs = drain(
+            toys.engine(num_pages=90), [(prompt, SamplingParams(regex=regex, seed=i, max_tokens=30)) for i in range(5)]
+        )
+        for [found] in outputs:
+            assert found.finish_reason == "length" or re.fullmatch(regex, found.text, re.ASCII), found.text

@@ -17,7 +17,7 @@ VOCAB = 300
 
 def row(tokens=(5, 6, 7), prompt=2, **options):
     """A sample whose output is tokens[prompt:]."""
-    extra = {key: options.pop(key) for key in ("end_ids", "bad_words", "mask", "sample", "seed") if key in options}
+    extra = {key: options.pop(key) for key in ("end_ids", "forbidden", "mask", "sample", "seed") if key in options}
     growing = list(tokens[:prompt])
     made = Row(SamplingParams(**options), growing, **extra)
     growing.extend(tokens[prompt:])
@@ -158,9 +158,13 @@ def test_end_tokens_bad_words_and_masks_are_never_chosen():
     early = {"temperature": 0.0, "min_tokens": 4, "max_tokens": 9, "end_ids": {8, 99}}
     assert sample(logits, [row([1, 2, 3, 4, 5], **early)]).tokens == [12]
     assert sample(logits, [row([1, 2, 3, 4, 5, 6], **early)]).tokens == [99]
-    words = {"temperature": 0.0, "bad_words": [[99], [3, 8]]}
-    assert sample(logits, [row([1, 2, 3], **words)]).tokens == [12]
-    assert sample(logits, [row([1, 2, 4], **words)]).tokens == [8]
+
+    def forbidden(output):
+        return [99, 8] if output[-1:] == [3] else [99]
+
+    for output, expected in (([], 8), ([3], 12), ([3, 4], 8)):
+        state = row([1, 2, *output], temperature=0.0, forbidden=forbidden)
+        assert sample(logits, [state]).tokens == [expected]
 
 
 def test_logprobs_are_of_the_raw_logits():

@@ -9,10 +9,13 @@ import torch
 
 import generation_toys as toys
 from foveate.generation import SamplingParams
-from foveate.generation.detokenizer import Detokenizer
+from foveate.generation.bad_words import BadWords
+from foveate.generation.beam_request import beam_request
+from foveate.generation.detokenizer import Detokenizer, detokenize, special_ids
 from foveate.generation.prefix_cache import PrefixCache
 from foveate.generation.prompt_lookup import PromptLookup
 from foveate.generation.stops import StopStrings
+from foveate.tokenizer import Tokenizer
 from generation_toys import one_thread  # noqa: F401
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30)
@@ -140,6 +143,79 @@ def test_bad_words_do_not_come():
     token = next(t for t in whole.token_ids if decode([t]).isascii() and toys.tokenizer().encode(decode([t])) == [t])
     without, _ = one(prompt, GREEDY.with_(bad_words=[decode([token])]))
     assert token in whole.token_ids and token not in without.token_ids
+
+
+def test_bad_words_do_not_come_however_tokens_spell_them():
+    """Forced by a bias towards the tokens of one spelling after the other; the whole word may be one token, several, or parts of two."""
+    tokenizer = toys.tokenizer()
+    word = "the sea"
+    spellings = [tokenizer.encode(word), [i for c in word for i in tokenizer.encode(c)]]
+    assert len({len(ids) for ids in spellings}) == 2, "the two spellings are the same"
+    for ids in spellings:
+        watch = BadWords(["sea", word], tokenizer).watch()
+        output = []
+        for token in ids:
+            if token in watch(output):
+                break
+            output.append(token)
+        else:
+            raise AssertionError(f"{word!r} came as {ids}")
+        assert "sea" not in detokenize(tokenizer, output)
+    everywhere = BadWords(["\u00e9"], tokenizer).watch()
+    [first, second] = tokenizer.encode("\u00e9") if len(tokenizer.encode("\u00e9")) == 2 else (None, None)
+    if first is not None:  # a character in two tokens: only the second completes it
+        assert first not in everywhere([]) and second in everywhere([first])
+    assert not set(BadWords(["zzzz"], tokenizer).watch()([])) & set(tokenizer.encode("the sea"))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_stop_string_may_be_or_contain_a_special_token(skip):
+    tokenizer = toys.tokenizer()
+    special = next(token for token in sorted(special_ids(tokenizer)) if token not in tokenizer.eos_ids)
+    name = tokenizer.id_to_bytes(special).decode()
+    [letter] = tokenizer.encode("x")
+    force = {"logit_bias": {special: 100.0}}
+    prompt = toys.prompts(1)[0]
+    params = GREEDY.with_(stop=[name], skip_special_tokens=skip)
+    found, _ = one(prompt, params.with_(**force))
+    assert (found.text, found.finish_reason, found.stop_reason, found.token_ids) == ("", "stop", name, [special])
+    found, _ = one(prompt, params.with_(include_stop_str_in_output=True, **force))
+    assert (found.text, found.stop_reason) == (name, name)
+    stops = StopStrings(["x" + name + "y"])
+    assert not stops.push("ax") and not stops.push(name, hidden=True) and stops.text == "ax" and stops.safe == 1
+    assert stops.push("yb") and stops.text == "a"
+    stops = StopStrings(["never"])
+    stops.push("ab")
+    stops.push(name, hidden=True)
+    stops.push("cd")
+    assert stops.text == "abcd" and stops.safe == 4
+
+
+def test_beams_and_names_of_tokens_read_as_samples_do():
+    """SentencePiece's space belongs to the token, at the beginning of an output too."""
+    tokenizer = Tokenizer(_sentencepiece())
+    engine = toys.engine(tokenizer=tokenizer)
+    world = tokenizer.backend.token_to_id("\u2581world")
+    params = SamplingParams(max_tokens=1, temperature=0, logit_bias={world: 100.0}, logprobs=0)
+    engine.add("sample", [4, 5], params)
+    sampled = toys.drain(engine)["sample"].outputs[0]
+    assert sampled.text == " world" and sampled.logprobs[0][world].decoded_token == " world"
+    beam = beam_request(engine, "beam", [4, 5], SamplingParams(num_beams=2, max_tokens=3)).outputs[0]
+    assert beam.text == detokenize(tokenizer, beam.token_ids)
+
+
+def _sentencepiece():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(64)), "\u2581", "\u2581world", "w"]
+    backend = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend
 
 
 def test_a_draft_is_what_followed_the_last_occurrence():

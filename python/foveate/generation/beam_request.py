@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate.cache_view import CacheView
 from foveate.generation.beam import BeamSearch
+from foveate.generation.detokenizer import detokenize
 from foveate.generation.engine import Engine
 from foveate.generation.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from foveate.generation.params import SamplingParams
@@ -54,7 +55,9 @@ def beam_request(
         outputs.append(
             CompletionOutput(
                 index=i,
-                text="" if engine.tokenizer is None else engine.tokenizer.decode(text_ids, params.skip_special_tokens),
+                text=""
+                if engine.tokenizer is None
+                else detokenize(engine.tokenizer, text_ids, params.skip_special_tokens),
                 token_ids=ids,
                 cumulative_logprob=score * len(ids) ** params.length_penalty,
                 logprobs=None,

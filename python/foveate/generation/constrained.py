@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import OrderedDict
 from typing import Any
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.generation.detokenizer import special_ids
 from foveate.generation.params import SamplingParams
 
+_BEFORE = "\x02"  # a character that no token of several characters begins with or contains
 _KEPT = 32  # grammars that are not compiled again
 
 
@@ -39,7 +42,7 @@ class GrammarCompiler:
             raise ValueError("json_schema and regex need a tokenizer, and this model has none")
         matcher = llguidance.LLMatcher
         if params.regex is not None:
-            kind, grammar = "regex", matcher.grammar_from_regex(params.regex)
+            kind, grammar = "regex", matcher.grammar_from_regex(ascii_digits(params.regex))
         else:
             schema = params.json_schema if isinstance(params.json_schema, str) else json.dumps(params.json_schema)
             # Spaces as json.dumps writes them: free ones let a weak model add them for ever.
@@ -50,7 +53,7 @@ class GrammarCompiler:
             return self._compiled[grammar]
         if self._vocabulary is None:
             self._vocabulary = llguidance.LLTokenizer(
-                self._tokenizer.backend.to_str(),
+                llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size)),
                 n_vocab=self._vocab_size,
                 eos_token=sorted(self._tokenizer.eos_ids) or None,
             )
@@ -61,6 +64,50 @@ class GrammarCompiler:
         if len(self._compiled) > _KEPT:
             self._compiled.popitem(last=False)
         return found
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer. A text that looks like a special token is made of the tokens of its characters."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        special = special_ids(tokenizer)
+        self._backend = copy.deepcopy(tokenizer.backend)
+        self._backend.encode_special_tokens = True
+        self.tokens = [
+            b"\xff<[%d]>" % token
+            if token in special or tokenizer.backend.id_to_token(token) is None
+            else tokenizer.id_to_bytes(token)
+            for token in range(vocab_size)
+        ]
+        self.special_token_ids = sorted(token for token in special if token < vocab_size)
+        self.bos_token_id = tokenizer.bos_id
+        self.eos_token_id = min(tokenizer.eos_ids, default=0)
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        before = self._encode(_BEFORE)
+        ids = self._encode(_BEFORE + text)
+        # SentencePiece puts a space before a text, which does not belong to what continues one
+        return ids[len(before) :] if ids[: len(before)] == before else self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+
+def ascii_digits(regex: str) -> str:
+    """The expression with \\d as [0-9] and \\D as [^0-9], as in JSON Schema: Unicode has some 700 others, which few readers expect."""
+    written, inside, at = "", False, 0
+    while at < len(regex):
+        two = regex[at : at + 2]
+        if two[0] == "\\":
+            digits = {"\\d": "0-9" if inside else "[0-9]", "\\D": two if inside else "[^0-9]"}
+            written += digits.get(two, two)
+            at += len(two)
+            continue
+        inside = two[0] == "[" or (inside and two[0] != "]")
+        written += two[0]
+        at += 1
+    return written
 
 
 class Grammar:
@@ -93,6 +140,7 @@ class Matcher:
         """Goes on by a token; True if the output is complete and nothing may follow. Sets `error`."""
         self._matcher.consume_token(token)
         if self._matcher.is_error():
-            self.error = f"the grammar cannot be followed any further: {self._matcher.get_error()}"
+            reason = self._matcher.get_error().partition("\n")[0]  # what follows is a dump of the parser
+            self.error = f"the grammar cannot be followed any further: {reason}"
             return False
         return self._matcher.is_stopped()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -26,9 +27,19 @@ class Detokenizer:
         except ValueError:  # a row of the model's embedding beyond the vocabulary: `decode` has nothing for it either
             return ""
 
+    def hidden(self, token: int) -> str:
+        """The text of a special token that `push` leaves out, "" for others."""
+        return self._id_to_bytes(token).decode("utf-8", "replace") if token in self._skipped else ""
+
     def flush(self) -> str:
         """What waits for more bytes, at the end."""
         return self._utf8.decode(b"", True)
+
+
+def detokenize(tokenizer: Any, tokens: Iterable[int], skip_special_tokens: bool = True) -> str:
+    """The text that a sample of these tokens has; the space that SentencePiece's first token begins with is part of it."""
+    reader = Detokenizer(tokenizer, skip_special_tokens)
+    return "".join([reader.push(token) for token in tokens]) + reader.flush()
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

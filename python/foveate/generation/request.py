@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from foveate.generation.detokenizer import Detokenizer
+from foveate.generation.bad_words import BadWords
+from foveate.generation.detokenizer import Detokenizer, detokenize
 from foveate.generation.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from foveate.generation.params import SamplingParams
 from foveate.generation.prefix_cache import Node
@@ -28,7 +29,7 @@ class Request:
         self.arrival, self.max_length, self.stream, self.tokenizer = arrival, max_length, stream, tokenizer
         self.eos_ids = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self.stop_ids = frozenset(params.stop_token_ids or ())
-        self.bad_words = _bad_words(params.bad_words or (), tokenizer)
+        self.bad_words = BadWords(params.bad_words, tokenizer) if params.bad_words else None
         self.seed = int(torch.randint(2**62, (), dtype=torch.int64)) if params.seed is None else params.seed
         # best_of ranks by the sum of log-probabilities, so it needs them
         self.ranked = params.samples > params.n
@@ -42,8 +43,10 @@ class Request:
         return all(sample.finish_reason is not None for sample in self.samples)
 
     def describe(self, found: Sequence[tuple[int, float, int]]) -> dict[int, Logprob]:
-        decode = (lambda token: "") if self.tokenizer is None else (lambda token: self.tokenizer.decode([token], False))
-        return {token: Logprob(value, rank, decode(token)) for token, value, rank in found}
+        text = (
+            (lambda token: "") if self.tokenizer is None else (lambda token: detokenize(self.tokenizer, [token], False))
+        )
+        return {token: Logprob(value, rank, text(token)) for token, value, rank in found}
 
     def output(self) -> RequestOutput:
         samples = self.samples
@@ -80,7 +83,8 @@ class Sample:
         self.matcher = None if grammar is None else grammar.matcher()
         self.row = Row(
             request.sampler_params, self.tokens, seed=request.seed, sample=index, end_ids=request.eos_ids | request.stop_ids,
-            bad_words=request.bad_words, mask=None if self.matcher is None else self.matcher.allowed,
+            forbidden=None if request.bad_words is None else request.bad_words.watch(),
+            mask=None if self.matcher is None else self.matcher.allowed,
         )  # fmt: skip
         self.detokenizer = (
             None if request.tokenizer is None else Detokenizer(request.tokenizer, params.skip_special_tokens)
@@ -138,7 +142,10 @@ class Sample:
             piece = self.detokenizer.push(token)
         if self.finish_reason is not None:
             piece += self.detokenizer.flush()
-        if self.stops.push(piece, may_stop):
+        found = self.stops.push(piece, may_stop)
+        if not found and not ended_by_id and self.request.params.stop_strings:
+            found = self.stops.push(self.detokenizer.hidden(token), may_stop, hidden=True)
+        if found:
             self.finish_reason, self.stop_reason = "stop", self.stops.found
 
     def output(self, index: int) -> CompletionOutput:
@@ -154,14 +161,3 @@ class Sample:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
-
-
-def _bad_words(words: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Each word as it is tokenised at the beginning of a text and after a space."""
-    found: list[list[int]] = []
-    for word in words:
-        for text in (word, " " + word.lstrip()):
-            tokens = tokenizer.encode(text, add_special_tokens=False)
-            if tokens and tokens not in found:
-                found.append(tokens)
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,8 @@ _CANDIDATES = 128  # of the most probable tokens, first looked at for top_k and 
 class Row:
     """What the sampler knows of one sample: parameters, its tokens, and what its logits go through.
 
-    tokens: the list of prompt and output, which grows outside. end_ids: those that min_tokens forbids. bad_words: token lists.
+    tokens: the list of prompt and output, which grows outside. end_ids: those that min_tokens forbids. forbidden: None, or
+    a callable that takes the output's tokens so far and gives those that must not come next.
     mask: None, or a callable that gives a bool tensor [vocab], True for the tokens that the grammar allows now.
     """
 
@@ -30,15 +31,15 @@ class Row:
         seed: int = 0,
         sample: int = 0,
         end_ids: Collection[int] = (),
-        bad_words: Sequence[Sequence[int]] = (),
+        forbidden: Callable[[Sequence[int]], Sequence[int]] | None = None,
         mask: Any = None,
     ) -> None:
         self.params, self.tokens, self.prompt_length = params, tokens, len(tokens)
         self.seed, self.sample, self.mask = seed, sample, mask
-        self.end_ids, self.bad_words = sorted(end_ids), bad_words
+        self.end_ids, self.forbidden = sorted(end_ids), forbidden
         self.greedy = params.temperature == 0
         self.penalised = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
-        self.processed = bool(self.penalised or params.logit_bias or bad_words or params.min_tokens or mask)
+        self.processed = bool(self.penalised or params.logit_bias or forbidden or params.min_tokens or mask)
         # Nothing to do but argmax, at any length.
         self.plain = self.greedy and not self.processed and params.logprobs is None
         self.light = self.plain or (not self.processed and params.logprobs is None and params.top_k > 0)
@@ -111,10 +112,8 @@ def _process(logits: Tensor, row: Row) -> None:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=logits.device)
-    for word in row.bad_words:
-        *before, last = word
-        if not before or row.tokens[-len(before) :] == before:
-            logits[last] = -_INFINITY
+    if row.forbidden is not None and (never := row.forbidden(row.tokens[row.prompt_length :])):
+        logits[list(never)] = -_INFINITY
     if len(row.tokens) - row.prompt_length < params.min_tokens and row.end_ids:
         logits[row.end_ids] = -_INFINITY
     if row.mask is not None:

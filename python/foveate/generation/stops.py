@@ -6,33 +6,46 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Watches a growing text for the first of the stop strings."""
+    """Watches a growing text for the first of the stop strings.
+
+    Hidden pieces, which are special tokens, are searched and are no part of `text`.
+    """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops, self._include = tuple(stops), include
         self._longest = max(map(len, self._stops), default=0)
-        self.text = ""
+        self._all = ""  # with the hidden pieces
+        self._hidden: list[tuple[int, int]] = []  # where they stand in it
         self.found: str | None = None
         self._from = 0  # nothing before is searched
 
-    def push(self, piece: str, search: bool = True) -> bool:
+    @property
+    def text(self) -> str:
+        return self._shown(len(self._all))
+
+    def push(self, piece: str, search: bool = True, hidden: bool = False) -> bool:
         """Adds text; True if a stop string is complete, and then `text` ends before it, or after it with `include`.
 
         search=False: what is added now never counts as part of a stop string (min_tokens).
         """
-        self.text += piece
+        if hidden and piece:
+            self._hidden.append((len(self._all), len(self._all) + len(piece)))
+        self._all += piece
         if not search:
-            self._from = len(self.text)
+            self._from = len(self._all)
             return False
         if not piece or not self._stops:
             return False
-        start = max(self._from, len(self.text) - len(piece) - self._longest + 1)
-        hits = [(at, i) for i, stop in enumerate(self._stops) if (at := self.text.find(stop, start)) >= 0]
+        start = max(self._from, len(self._all) - len(piece) - self._longest + 1)
+        hits = [(at, i) for i, stop in enumerate(self._stops) if (at := self._all.find(stop, start)) >= 0]
         if not hits:
             return False
         at, i = min(hits)
         self.found = self._stops[i]
-        self.text = self.text[: at + len(self.found) if self._include else at]
+        end = at + len(self.found) if self._include else at
+        # included is the whole stop string, also what of it is a special token
+        self._hidden = [(a, min(b, at)) for a, b in self._hidden if a < at]
+        self._all = self._all[:end]
         return True
 
     @property
@@ -40,11 +53,20 @@ class StopStrings:
         """Length of the text that no later text can take back: its end may be the beginning of a stop string."""
         if self.found is not None:
             return len(self.text)
-        tail = self.text[max(self._from, len(self.text) - self._longest + 1) :]
+        tail = self._all[max(self._from, len(self._all) - self._longest + 1) :]
         longest = 0
         for stop in self._stops:
             for size in range(min(len(stop) - 1, len(tail)), longest, -1):
                 if tail.endswith(stop[:size]):
                     longest = size
                     break
-        return len(self.text) - longest
+        return len(self._shown(len(self._all) - longest))
+
+    def _shown(self, end: int) -> str:
+        if not self._hidden:
+            return self._all[:end]
+        shown, at = "", 0
+        for first, last in self._hidden:
+            shown += self._all[at : min(first, end)] if at < end else ""
+            at = last
+        return shown + self._all[at:end]
