@@ -153,14 +153,17 @@ def bad_inputs():
 
     def no_text(folder):
         data = rows(folder, *[{"text": text} for text in sentences(600)], {"body": "x"})
-        return data, "row 601 of the data: there is no text in 'text'; the fields are 'body': set text_field"
+        return (
+            data,
+            f"row 601 of {folder}/rows.jsonl: there is no text in 'text'; the fields are 'body': set text_field",
+        )
 
     def no_template(folder):
         return rows(folder, {"messages": [{"role": "user", "content": "x"}]}), "this checkpoint has no chat template"
 
     def no_label(folder):
         change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
-        return rows(folder, {"text": "x"}) | change, "row 1 of the data: there is no label in 'label'"
+        return rows(folder, {"text": "x"}) | change, f"row 1 of {folder}/rows.jsonl: there is no label in 'label'"
 
     def a_list_of_labels(folder):
         change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
@@ -178,7 +181,7 @@ def bad_inputs():
     def no_completion(folder):
         return rows(
             folder, {"prompt": "a", "completion": "b"}, {"prompt": "a"}
-        ), "row 2 of the data: there is no text in 'completion'"
+        ), f"row 2 of {folder}/rows.jsonl: there is no text in 'completion'"
 
     def messages_of_another_form(folder):
         chat = [{"from": "human", "value": "x"}]

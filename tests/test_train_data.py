@@ -77,13 +77,13 @@ def test_text_may_begin_with_a_mark_of_its_encoding(tmp_path):
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": "caf\xe9"}\n', "line 2 of .*a.jsonl is not UTF-8 text.*convert it"),
         ("a.json", b'[{"text": "caf\xe9"}]', "a.json is not UTF-8 text"),
-        ("a.json", b'{"data": [{"title": 1}]}', "must hold a list of objects, or an object in SQuAD's format"),
+        ("a.json", b'{"data": [{"paragraphs": 1}]}', "a.json is not quite in SQuAD's format"),
         ("a.jsonl", b'{"text": "x"}\n{broken\n', "line 2 of .*a.jsonl is not valid JSON"),
-        ("a.jsonl", b"[1]\n", "line 1 of .*a.jsonl must be a JSON object, not a list"),
+        ("a.jsonl", b'"x"\n', "line 1 of .*a.jsonl must be a JSON object, not a str"),
         ("a.json", b'{"x": 1}', "must hold a list of objects, or an object in SQuAD's format"),
         ("a.txt", b"\xff\xfe\x00", "a.txt is not UTF-8 text"),
         ("a.parquet", b"nothing", "a.parquet is not a Parquet file"),
-        ("a.csv", b"a,b\n", "a.csv is of no known kind; data files end in .txt"),
+        ("a.doc", b"a,b\n", "a.doc is of no known kind; data files end in .txt"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, sentence):

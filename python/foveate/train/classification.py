@@ -97,11 +97,11 @@ def class_names(rows: Iterable[dict[str, Any]], field: str, known: Sequence[str]
     ValueError for rows without a label, and for a single class.
     """
     found: set[str] = set()
-    for number, row in enumerate(rows, 1):
+    for row in rows:
         try:
             found.add(label_of(row, field))
         except ValueError as error:
-            raise at_row(number, error) from error
+            raise at_row(row, error) from error
     if found and found <= set(known):
         return list(known)
     if len(found) == 1:

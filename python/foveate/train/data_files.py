@@ -1,35 +1,46 @@
-"""Rows of data files, one after the other: text, JSONL, JSON, Parquet, folders of the datasets library. Only .json is read whole."""
+"""Which files hold the data that a path stands for, and their rows, one after the other."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-PIECE = 2**16  # characters of a text file that make a document, if a line ends there
-LONGEST_PIECE = 2**18
-# A field of the pieces of a file but the last one; no column of a user's has such a name.
-CONTINUES = "\0continues"
-SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
-_ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that some editors write first
+from foveate.train import data_readers
+from foveate.train.class_labels import DATASET, class_labels
+from foveate.train.data_readers import CONTINUES, LONGEST_PIECE, PIECE, SUFFIXES, Row, kind_of
+
+__all__ = [
+    "CONTINUES",
+    "LONGEST_PIECE",
+    "PIECE",
+    "Row",
+    "data_files",
+    "declared_labels",
+    "left_out",
+    "read_rows",
+    "strings",
+]
+
+_KNOWN = f"data files end in {', '.join(SUFFIXES)}, the texts also in .gz, .bz2, .xz or .zst after it"
+_SPLITS = "dataset_dict.json"  # of the datasets library
+_DESCRIPTIONS = ("dataset_infos.json",)  # JSON about the data, not data
 
 
 def read_rows(paths: Sequence[str]) -> Iterator[Row]:
-    """Rows as dictionaries, {"text": ...} for text files.
+    """Rows as dictionaries that know their place, {"text": ...} for text files.
 
     A text file is cut into documents of about 64 thousand characters, before a line that does not begin with white space (at 256
-    thousand anywhere), all but the last one with CONTINUES. JSON: a list of objects, or SQuAD's format, which gives {"id", "question",
-    "context", "answers": [{"text", "answer_start"}]}.
+    thousand anywhere), all but the last one with CONTINUES. JSON is a list of objects, JSON lines, an object with one list of objects,
+    or SQuAD's format, which gives {"id", "question", "context", "answers": [{"text", "answer_start"}]}. In CSV and TSV the first line
+    has the names, and an empty cell is None. Numbers of a ClassLabel of the datasets library become the names of the classes.
     FileNotFoundError and ValueError with the place of what cannot be read.
     """
     for path in paths:
         for file in data_files(path):
-            if file.is_dir():
-                yield from _dataset(file)
-            else:
-                yield from _READERS[file.suffix](file)
+            yield from data_readers.rows_of(file)
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -41,104 +52,77 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(part)
 
 
+def declared_labels(paths: Sequence[str], field: str) -> list[str] | None:
+    """The names of the classes in `field`, in their order, if every file declares the same ones (a ClassLabel of the datasets library)."""
+    found = [class_labels(file).get(field) for path in paths for file in data_files(path)]
+    first = found[0] if found else None
+    return first if all(names == first for names in found) else None
+
+
 def data_files(path: str) -> list[Path]:
-    """The files that `path` stands for, or the folder itself if the datasets library wrote it."""
+    """The files that `path` stands for; a folder that the datasets library wrote is one of them."""
     place = Path(path).expanduser()
     if not place.exists():
         raise FileNotFoundError(f"the data {path} does not exist")
-    if place.is_file():
-        if place.suffix not in SUFFIXES:
-            raise ValueError(f"{path} is of no known kind; data files end in {', '.join(SUFFIXES)}")
-        return [place]
-    if (place / "dataset_dict.json").exists():
-        splits = json.loads((place / "dataset_dict.json").read_text())["splits"]
-        raise ValueError(f"{path} holds several data sets, {', '.join(splits)}; name one of them: {place / splits[0]}")
-    if (place / "dataset_info.json").exists():
-        return [place]
-    files = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    if not files:
-        raise ValueError(f"the folder {path} has no data: no file in it ends in {', '.join(SUFFIXES)}")
-    return files
+    if place.is_dir():
+        files, others = _walk(place)
+        if not files:
+            found = f"; it has {_names(place, others)}" if others else ""
+            raise ValueError(f"the folder {path} has no data: {_KNOWN}{found}")
+        return files
+    if not place.is_file():
+        raise ValueError(
+            f"{path} is neither a file nor a folder; the data are read more than once, so a pipe cannot be data"
+        )
+    if kind_of(place) is None:
+        raise ValueError(f"{path} is of no known kind; {_KNOWN}")
+    return [place]
 
 
-def _text(file: Path) -> Iterator[Row]:
-    with file.open(encoding=_ENCODING) as stream:
-        piece = ""
-        try:
-            while line := stream.readline(PIECE):
-                # not before white space, to which a tokenizer may join the line end; but a piece ends some time
-                if len(piece) >= PIECE and (not line[0].isspace() or len(piece) >= LONGEST_PIECE):
-                    yield {"text": piece, CONTINUES: True}
-                    piece = ""
-                piece += line
-        except UnicodeDecodeError as error:
-            raise _no_utf8(file, error) from error
-    if piece:
-        yield {"text": piece}
+def left_out(path: str) -> str | None:
+    """A sentence about the files in the folder `path` that are of no known kind, if there are any. Hidden ones are not counted."""
+    place = Path(path).expanduser()
+    others = _walk(place)[1] if place.is_dir() else []
+    return f"{path}: left out {_names(place, others)}, as {_KNOWN}" if others else None
 
 
-def _lines(file: Path) -> Iterator[Row]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
+def _names(place: Path, files: Sequence[Path]) -> str:
+    named = ", ".join(str(file.relative_to(place)) for file in files[:3])
+    return named if len(files) <= 3 else f"{named} and {len(files) - 3} more files"
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The data in a folder, through links too, in order of their names, and the other files. Nothing that is hidden."""
+    files: list[Path] = []
+    others: list[Path] = []
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        place = Path(here)
+        real = os.path.realpath(here)
+        hidden = [name for name in folders if name.startswith(".") or name == "__MACOSX"]
+        folders[:] = sorted(name for name in folders if name not in hidden)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        if _SPLITS in names:
+            raise ValueError(_several(place))
+        if DATASET in names:
+            files.append(place)
+            folders.clear()
+            continue
+        for name in sorted(names):
+            file = place / name
+            if name.startswith(".") or name in _DESCRIPTIONS:
                 continue
-            try:
-                row = json.loads(line.decode(_ENCODING))
-            except UnicodeDecodeError as error:
-                raise _no_utf8(f"line {number} of {file}", error) from error
-            except ValueError as error:
-                raise ValueError(f"line {number} of {file} is not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} of {file} must be a JSON object, not a {type(row).__name__}")
-            yield row
+            (files if kind_of(file) is not None and file.is_file() else others).append(file)
+    return sorted(files), sorted(others)
 
 
-def _json(file: Path) -> Iterator[Row]:
+def _several(folder: Path) -> str:
     try:
-        value = json.loads(file.read_text(encoding=_ENCODING))
-    except UnicodeDecodeError as error:
-        raise _no_utf8(file, error) from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if isinstance(value, list) and all(isinstance(row, dict) for row in value):
-        yield from value
-        return
-    try:
-        questions = [
-            {"id": qa["id"], "question": qa["question"], "context": paragraph["context"], "answers": qa["answers"]}
-            for article in value["data"]
-            for paragraph in article["paragraphs"]
-            for qa in paragraph["qas"]
-        ]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} must hold a list of objects, or an object in SQuAD's format") from error
-    yield from questions
-
-
-def _no_utf8(place: Path | str, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"{place} is not UTF-8 text: {error}; convert it, for instance with iconv")
-
-
-def _parquet(file: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError('pyarrow is not installed: pip install "foveate[train]"') from error
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file} is not a Parquet file that pyarrow can read: {error}") from error
-
-
-def _dataset(folder: Path) -> Iterator[Row]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError('datasets is not installed: pip install "foveate[train]"') from error
-    yield from datasets.load_from_disk(str(folder))
-
-
-_READERS = {".txt": _text, ".jsonl": _lines, ".ndjson": _lines, ".json": _json, ".parquet": _parquet}
+        splits = [str(name) for name in json.loads((folder / _SPLITS).read_text(encoding="utf-8"))["splits"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{folder / _SPLITS} is damaged ({error}); name the folder of one of the data sets in {folder}"
+    example = folder / splits[0] if splits else folder
+    return f"{folder} holds several data sets, {', '.join(splits)}; name one of them: {example}"

@@ -73,5 +73,5 @@ def text_of(row: dict[str, Any], field: str, cure: str = ": set text_field, or n
     raise ValueError(f"there is no text in {field!r}{found}; the fields are {names}{cure}")
 
 
-def at_row(number: int, error: ValueError) -> ValueError:
-    return ValueError(f"row {number} of the data: {error}")
+def at_row(row: dict[str, Any], error: Exception) -> ValueError:
+    return ValueError(f"{getattr(row, 'place', 'a row')}: {error}")

@@ -8,7 +8,7 @@ from foveate.tokenizer import Tokenizer
 from foveate.train.causal_lm import CausalLM
 from foveate.train.classification import Classification, class_names
 from foveate.train.config import TrainConfig
-from foveate.train.data_files import read_rows
+from foveate.train.data_files import declared_labels, read_rows
 from foveate.train.masked_lm import MaskedLM
 from foveate.train.objective import Objective
 from foveate.train.question_answering import QuestionAnswering
@@ -59,9 +59,9 @@ def make_objective(config: TrainConfig, tokenizer: Tokenizer, settings: dict[str
     if config.objective == "sequence-classification":
         known = {int(i): name for i, name in (settings.get("id2label") or {}).items()}
         names = [known[i] for i in sorted(known)]
-        return Classification(
-            config, tokenizer, length, class_names(read_rows(config.train_data), config.label_field, names)
-        )
+        found = class_names(read_rows(config.train_data), config.label_field, names)
+        declared = declared_labels(config.train_data, config.label_field)
+        return Classification(config, tokenizer, length, found if found == names or declared is None else declared)
     if config.objective in ("seq2seq", "span-corruption"):
         kind = Seq2Seq if config.objective == "seq2seq" else SpanCorruption
         return kind(config, tokenizer, length, settings)

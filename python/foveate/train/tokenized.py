@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from foveate.tokenizer import NEED, Tokenizer
-from foveate.train.data_files import data_files, read_rows
+from foveate.train.data_files import data_files, left_out, read_rows
 from foveate.train.objective import Columns, Objective, at_row
 from foveate.train.store import TokenStore
 
-_VERSION = 1  # of what is stored; raised when an objective's columns change their meaning
+_VERSION = 2  # of what is stored; raised when an objective's columns change their meaning
 _ROWS = 512  # encoded at once, by as many threads as there are cores
 
 
@@ -30,6 +30,9 @@ def tokenized(
     paths: Sequence[str], objective: Objective, tokenizer: Tokenizer, *, cache: Path | None, progress: bool | None
 ) -> TokenStore:
     """The tokens of all rows. A store is found again if objective, tokenizer, and the files' paths, sizes and times are the same."""
+    if progress is not False:
+        for sentence in filter(None, map(left_out, paths)):
+            print(sentence, file=sys.stderr)
     folder = (cache or default_cache()) / _key(paths, objective, tokenizer)
     if folder.exists():
         return TokenStore.open(folder)
@@ -39,23 +42,23 @@ def tokenized(
 
 def _parts(paths: Sequence[str], objective: Objective, advance: Callable[[int], None]) -> Iterator[Columns]:
     rows = read_rows(paths)
-    before = 0
     while batch := list(itertools.islice(rows, _ROWS)):
-        yield _encode(objective, batch, before)
-        before += len(batch)
+        yield _encode(objective, batch)
         advance(len(batch))
 
 
-def _encode(objective: Objective, batch: list[dict[str, Any]], before: int) -> Columns:
-    """ValueError with the number of the row that it is about."""
+def _encode(objective: Objective, batch: Sequence[dict[str, Any]]) -> Columns:
+    """ValueError with the file and the row that it is about."""
     try:
         return objective.encode(batch)
-    except ValueError:
-        for number, row in enumerate(batch, before + 1):
+    except (ImportError, MemoryError):
+        raise
+    except Exception:  # the tokenizers library raises plain ones
+        for row in batch:
             try:
                 objective.encode([row])
-            except ValueError as error:
-                raise at_row(number, error) from error
+            except Exception as error:
+                raise at_row(row, error) from error
         raise
 
 
