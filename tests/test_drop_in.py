@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 
 import pytest
@@ -147,3 +148,48 @@ def test_compiled_training_step():
         assert drop_in.calls() == 2
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+class Block(torch.nn.Module):
+    def forward(self, x):
+        q, k, v = x.chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_symbolic_trace():
+    """A graph that was traced inside holds foveate's function, also after the block and a trip through pickle."""
+    x = torch.randn(2, 2, 5, 48)
+    expected = Block()(x)
+    with drop_in.sdpa():
+        traced = torch.fx.symbolic_trace(Block())
+    before = drop_in.calls()
+    torch.testing.assert_close(traced(x), expected, rtol=1e-5, atol=1e-6)
+    again = pickle.loads(pickle.dumps(traced))
+    torch.testing.assert_close(again(x), expected, rtol=1e-5, atol=1e-6)
+    assert drop_in.calls() == before + 2
+
+
+def test_subclasses_and_modes_see_the_call():
+    class Seen(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            names.append(func.__name__)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = qkv()
+    expected = F.scaled_dot_product_attention(q, k, v)
+    names = []
+    with drop_in.sdpa():
+        out = F.scaled_dot_product_attention(q.as_subclass(Seen), k, value=v)
+        assert drop_in.calls() == 1
+        assert names == ["scaled_dot_product_attention"] and type(out) is Seen
+        torch.testing.assert_close(out.as_subclass(torch.Tensor), expected, rtol=1e-5, atol=1e-6)
+        names.clear()
+        with Mode():
+            F.scaled_dot_product_attention(q, k, v)
+        assert names[0] == "scaled_dot_product_attention"

@@ -146,3 +146,25 @@ def test_refuses_with_a_sentence(sentence):
 def test_refuses_what_is_no_tensor():
     with pytest.raises(TypeError, match=r"key must be a torch.Tensor, got ndarray"):
         foveate.sdpa(x(9, 8), x(9, 8).numpy(), x(9, 8))
+
+
+@pytest.mark.parametrize(("Sq", "Skv"), [(7, 7), (4, 9), (9, 4)])
+@pytest.mark.parametrize("corner", ["upper_left", "lower_right"])
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+def test_causal_bias(corner, Sq, Skv):
+    """torch.nn.attention.bias says which corner; a row of lower_right without a key gives 0 where torch gives NaN."""
+    from torch.nn.attention import bias
+
+    q, k, v = torch.randn(2, 4, Sq, 16), torch.randn(2, 4, Skv, 16), torch.randn(2, 4, Skv, 16)
+    causal = getattr(bias, f"causal_{corner}")(Sq, Skv)
+    keep = torch.ones(Sq, Skv, dtype=torch.bool).tril(0 if corner == "upper_left" else Skv - Sq)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), keep).nan_to_num()
+    torch.testing.assert_close(foveate.sdpa(q, k, v, causal), expected.float(), rtol=1e-5, atol=1e-5)
+    with foveate.drop_in.sdpa():
+        torch.testing.assert_close(
+            F.scaled_dot_product_attention(q, k, v, causal), expected.float(), rtol=1e-5, atol=1e-5
+        )
+    with pytest.raises(ValueError, match=r"CausalBias for \(3, 5\) queries and keys; query and key have"):
+        foveate.sdpa(q, k, v, getattr(bias, f"causal_{corner}")(3, 5))
+    with pytest.raises(ValueError, match="exclude each other"):
+        foveate.sdpa(q, k, v, causal, is_causal=True)

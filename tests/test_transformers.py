@@ -149,7 +149,7 @@ def test_plain_causal_needs_no_mask(calls: list[Any]) -> None:
 def test_options_reach_the_kernel(calls: list[Any]) -> None:
     assert_like_eager(build("gemma2"), {"input_ids": ids()})
     assert {options["softcap"] for _, options in calls} == {3.0}
-    masked = [options["mask"] is not None for _, options in calls]
+    masked = [options["mask"] is not None or options["bias"] is not None for _, options in calls]
     assert sorted(masked) == [False, True]  # one layer of each kind: full and sliding
     calls.clear()
     assert_like_eager(build("gpt_oss"), {"input_ids": ids()})
@@ -270,7 +270,7 @@ def test_half_precision_stays_near_fp32(calls: list[Any]) -> None:
 
 
 def attention_inputs() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, None]:
-    q, k, v = (torch.randn(1, heads, 4, 8) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(1, heads, length, 8) for heads, length in ((4, 4), (2, 6), (2, 6)))
     return torch.nn.Identity(), q, k, v, None
 
 
@@ -279,7 +279,10 @@ def attention_inputs() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor, tor
     [
         ({"output_attentions": True}, ValueError, "never stores the attention weights"),
         ({"cache": object()}, ValueError, "continuous batching"),
-        ({"indices": torch.zeros(1)}, TypeError, "Identity passes indices to its attention function"),
+        ({"wavelets": torch.zeros(1)}, TypeError, "Identity passes wavelets to its attention function"),
+        ({"indices": torch.zeros(1)}, ValueError, r"indices has dtype torch.float32 and shape \[1\]"),
+        ({"block_indices": torch.zeros(1)}, TypeError, "no indexer.block_size"),
+        ({"is_causal": True}, ValueError, "4 queries, 6 keys and no mask"),
         ({"cu_seq_lens_q": torch.tensor([0, 4])}, ValueError, "without cu_seq_lens_k"),
     ],
 )

@@ -16,15 +16,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from foveate import _attention_op
+from foveate.sdpa import _is_causal_bias
 from foveate.sdpa import sdpa as _foveate_sdpa
 
 _torch_sdpa = F.scaled_dot_product_attention
 
 
-def _replacement(*args: Any, **kwargs: Any) -> torch.Tensor:
-    return _foveate_sdpa(*args, **kwargs)
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """`foveate.sdpa` in the place of torch's function: subclasses, fx proxies and function modes see the call, as they see torch's."""
+    tensors = (query, key, value, attn_mask)
+    if has_torch_function(tensors) and not _is_causal_bias(attn_mask):
+        return handle_torch_function(
+            scaled_dot_product_attention, tensors, query, key, value,
+            attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+    return _foveate_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 class _State:
@@ -47,9 +66,9 @@ class _State:
             cls.fast_path = torch.backends.mha.get_fastpath_enabled()
             cls.runs_before = _attention_op.runs()
             torch.backends.mha.set_fastpath_enabled(False)
-            _replace(_torch_sdpa, _replacement)
+            _replace(_torch_sdpa, scaled_dot_product_attention)
         else:
-            _replace(_replacement, _torch_sdpa)
+            _replace(scaled_dot_product_attention, _torch_sdpa)
             torch.backends.mha.set_fastpath_enabled(cls.fast_path)
 
 

@@ -41,12 +41,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """query [L, N, E], key [S, N, kdim], value [S, N, vdim]; [N, L, E] and so on with batch_first; [L, E] and so on unbatched.
 
         key_padding_mask: [N, S], unbatched [S]; attn_mask: [L, S] or [N * heads, L, S]. A bool mask is True where attention is NOT
-        allowed; a float mask is added to the scores. is_causal says that attn_mask is the (top-left) causal mask, and needs it.
+        allowed; a float mask is added to the scores. is_causal says that attn_mask is the (top-left) causal mask, and needs it;
+        the keys of add_bias_kv and add_zero_attn are seen by every query all the same.
         Returns the output in query's layout, and weights [N, L, S] (averaged over heads), [N, heads, L, S] without
         average_attn_weights, or None without need_weights.
         """
         batched = self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
-        if is_causal and key_padding_mask is None and not need_weights:
+        more_keys = self.bias_k is not None or self.add_zero_attn  # behind the others, and seen by every query
+        if is_causal and key_padding_mask is None and not need_weights and not more_keys:
             attn_mask = None
         else:
             is_causal = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,9 @@ def sdpa(
 
     query: [..., Hq, Sq, D]; key: [..., Hkv, Skv, D]; value: [..., Hkv, Skv, Dv]; any number of leading dimensions, or none, which
     broadcast, as the heads do. Returns [..., Hq, Sq, Dv]. attn_mask broadcasts to [..., Hq, Sq, Skv]: bool with True = take part,
-    or floating (query's dtype or float32), added and differentiable. is_causal is top-left: query i sees keys 0 to i. dropout_p is
-    applied as given, in eval mode too. scale defaults to D**-0.5. With enable_gqa the numbers of key and of value heads may divide
+    or floating (query's dtype or float32), added and differentiable; or torch.nn.attention.bias.causal_upper_left and
+    causal_lower_right, which are not stored. is_causal is top-left: query i sees keys 0 to i. dropout_p is applied as
+    given, in eval mode too. scale defaults to D**-0.5. With enable_gqa the numbers of key and of value heads may divide
     Hq; if they differ from each other both are repeated. A row without keys gives 0.
 
     What torch takes and foveate does not (head dims beyond 256, other dtypes, dropout_p=1, nested tensors, attn_mask together with
@@ -40,6 +43,9 @@ def sdpa(
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask and is_causal=True exclude each other; put the causal rule into attn_mask")
 
+    lower_right = False
+    if attn_mask is not None and type(attn_mask) is not Tensor and _is_causal_bias(attn_mask):
+        is_causal, lower_right, attn_mask = _read_causal_bias(attn_mask, query, key)
     lead = None  # the leading dimensions of the result where they are not one batch
     if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
         lead = _broadcast_lead(query, key, value)
@@ -52,7 +58,9 @@ def sdpa(
 
     Sq, Skv = query.shape[2], key.shape[2]
     window = None
-    if is_causal and Sq <= Skv:
+    if lower_right:
+        is_causal = True  # bottom-right, as in `attention`
+    elif is_causal and Sq <= Skv:
         # No query sees a key after the Sq-th, and on a square bottom-right is top-left.
         key, value = key[:, :, :Sq], value[:, :, :Sq]
     elif is_causal:
@@ -74,6 +82,23 @@ def sdpa(
     if lead is None:
         return out
     return out.reshape(*lead, *out.shape[1:]) if max(rank) > 2 else out[0, 0]
+
+
+def _is_causal_bias(mask: Tensor) -> bool:
+    from torch.nn.attention.bias import CausalBias
+
+    return isinstance(mask, CausalBias)
+
+
+def _read_causal_bias(mask: Any, query: Tensor, key: Tensor) -> tuple[bool, bool, None]:
+    """(is_causal, lower_right, no mask) of a torch.nn.attention.bias.CausalBias."""
+    from torch.nn.attention.bias import CausalVariant
+
+    sizes, lengths = (mask.seq_len_q, mask.seq_len_kv), (query.shape[-2], key.shape[-2])
+    if sizes != lengths:
+        raise ValueError(f"attn_mask is a CausalBias for {sizes} queries and keys; query and key have {lengths}")
+    lower_right = mask.variant == CausalVariant.LOWER_RIGHT
+    return not lower_right, lower_right, None
 
 
 def _broadcast_lead(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
