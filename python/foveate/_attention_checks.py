@@ -4,13 +4,11 @@ sentence. Values that need data (kv_lens, cu_seqlens) are checked below the op, 
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from foveate._attention_op import DTYPES
+from foveate._checks import check_generator, check_integer, check_number, check_strided
 from foveate._decode_plan import MAX_HEAD_DIM
 from foveate._relative_bias import RelativeBias
 
@@ -19,8 +17,7 @@ _UNLIMITED = 2**40  # a longer window than this is as good as none, and keeps in
 
 def check_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
     """B, Sq, Skv, Hq, D of q [B, Sq, Hq, D], k [B, Skv, Hkv, D], v [B, Skv, Hkv, Dv]."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        raise TypeError(f"q, k and v must be torch.Tensors, got {_type(q)}, {_type(k)} and {_type(v)}")
+    _check_tensors(q, k, v)
     qs, ks, vs = q.shape, k.shape, v.shape
     if len(qs) != 4 or len(ks) != 4 or len(vs) != 4:
         raise ValueError(
@@ -40,8 +37,7 @@ def check_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, in
 
 def check_packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
     """Hq, D of q [total_q, Hq, D], k [total_k, Hkv, D], v [total_k, Hkv, Dv]."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        raise TypeError(f"q, k and v must be torch.Tensors, got {_type(q)}, {_type(k)} and {_type(v)}")
+    _check_tensors(q, k, v)
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise ValueError(
             "packed q, k and v must have three dimensions, [total, H, D]; "
@@ -54,6 +50,14 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
         raise ValueError(f"k has {total_k} keys and v has {total_v} values; they must be equal")
     _check_heads(Hq, Hkv, Hv, D, Dk, Dv)
     return Hq, D
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        raise TypeError(f"q, k and v must be torch.Tensors, got {_type(q)}, {_type(k)} and {_type(v)}")
+    if not (q.layout is k.layout is v.layout is torch.strided) or q.is_nested or k.is_nested or v.is_nested:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_strided(name, x)
 
 
 def _check_heads(Hq: int, Hkv: int, Hv: int, D: int, Dk: int, Dv: int) -> None:
@@ -104,36 +108,37 @@ def accumulation_dtype(q: Tensor) -> torch.dtype:
 
 
 def check_scale(scale: float) -> float:
-    if isinstance(scale, Tensor) or not math.isfinite(scale):
-        raise _number("scale", scale, "a finite number, or None for D**-0.5")
-    return scale
+    return check_number("scale", scale, "a finite number, or None for D**-0.5")
 
 
 def check_softcap(softcap: float) -> float:
-    if isinstance(softcap, Tensor) or not math.isfinite(softcap) or softcap < 0:
-        raise _number("softcap", softcap, "a finite number above 0, or None or 0 for none")
+    wanted = "a finite number above 0, or None or 0 for none"
+    softcap = check_number("softcap", softcap, wanted)
+    if softcap < 0:
+        raise ValueError(f"softcap={softcap} must be {wanted}")
     return softcap
 
 
-def check_dropout(dropout_p: float) -> None:
-    if isinstance(dropout_p, Tensor) or not 0 <= dropout_p < 1:
-        raise _number("dropout_p", dropout_p, "a probability in [0, 1)")
+def check_dropout(dropout_p: float) -> float:
+    wanted = "a probability in [0, 1)"
+    dropout_p = check_number("dropout_p", dropout_p, wanted)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p} must be {wanted}")
+    return dropout_p
 
 
-def _number(name: str, value: Any, wanted: str) -> Exception:
-    if isinstance(value, Tensor):
-        return TypeError(
-            f"{name} must be a Python number, got a tensor; pass {name}.item() (which waits for the device)"
-        )
-    return ValueError(f"{name}={value} must be {wanted}")
+_WINDOW = "a pair (left, right) of integers from 0 up, where None or -1 is unlimited"
 
 
 def check_window(window: tuple[int | None, int | None]) -> tuple[int, int]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise ValueError(f"window={window!r} must be a pair (left, right) of key counts, where None or -1 is unlimited")
+        raise ValueError(f"window={window!r} must be {_WINDOW}")
     left, right = (-1 if side is None else side for side in window)
-    if isinstance(left, float) or isinstance(right, float) or left < -1 or right < -1:
-        raise ValueError(f"window=({left}, {right}) must hold integers from 0 up, or None or -1 for unlimited")
+    if not (isinstance(left, int) and isinstance(right, int)):
+        wanted = f"one of {_WINDOW}, in {window!r}"
+        left, right = (check_integer("a side of window", side, wanted) for side in (left, right))
+    if left < -1 or right < -1:
+        raise ValueError(f"window=({left}, {right}) must be {_WINDOW}")
     return (-1 if left > _UNLIMITED else left), (-1 if right > _UNLIMITED else right)
 
 
@@ -209,15 +214,16 @@ def check_lengths(name: str, lengths: Tensor, q: Tensor, size: int | None) -> Te
     return lengths.contiguous()
 
 
-def check_longest(name: str, longest: int) -> None:
-    if isinstance(longest, (Tensor, float)):
-        raise TypeError(f"{name} must be a Python int, got {_type(longest)}; pass int({name})")
+def check_longest(name: str, longest: int) -> int:
+    longest = check_integer(name, longest, "the length of the longest sequence, a Python int")
     if longest < 0:
         raise ValueError(f"{name}={longest} must be the length of the longest sequence, 0 or more")
+    return longest
 
 
 def draw_philox(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """int64 [2], seed and offset, drawn on the device, or where the generator lives and then copied."""
+    check_generator(generator)
     where = device if generator is None else generator.device
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=where, generator=generator).to(device)
 

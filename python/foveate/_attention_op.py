@@ -51,13 +51,14 @@ class Operands(NamedTuple):
     backend: str  # "" for the best
 
 
+# scale is a Scalar, not a float: one that is computed from a dynamic shape stays symbolic in a compiled graph.
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi, Tensor? rel_table, Tensor? sinks, "
     "Tensor? kv_lens, Tensor? cu_q, Tensor? cu_k, Tensor? philox, "
-    "SymInt max_q, SymInt max_k, bool causal, SymInt window_left, SymInt window_right, float scale, float softcap, "
+    "SymInt max_q, SymInt max_k, bool causal, SymInt window_left, SymInt window_right, Scalar scale, float softcap, "
     "bool rel_bidirectional, int rel_max_distance, float dropout_p, bool deterministic, str backend"
 )
-_NUM_TENSORS = 12
+_NUM_TENSORS, _SCALE = 12, Operands._fields.index("scale")
 # What has a gradient, by its place among the tensors: q, k, v, bias, rel_table, sinks.
 _DIFFERENTIABLE = (0, 1, 2, 3, 6, 7)
 _OPTION_NAMES = ("bias", "mask", "alibi_slopes", "relative_bias", "sinks", "kv_lens", "varlen", "causal", "window",
@@ -109,6 +110,10 @@ def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
     _runs += 1
     (q, k, v, bias, mask, alibi, table, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal, left, right,
      scale, softcap, bidirectional, max_distance, dropout_p, _, _) = args  # fmt: skip
+    if cu_q is None and (max_q != q.shape[1] or max_k != k.shape[1]):
+        # A graph of torch.jit.trace keeps the lengths that it was traced with.
+        max_q, max_k = q.shape[1], k.shape[1]
+        args = (*args[:_NUM_TENSORS], max_q, max_k, *args[_NUM_TENSORS + 2 :])
     chosen = _chosen("attention", *args)
     if chosen == "reference":
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -156,6 +161,8 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
     """Gradients of q, k, v, bias, rel_table and sinks; an empty tensor for those that `wanted`, the last argument, leaves out."""
     *operands, wanted = args
     c = Operands(*operands)
+    if c.cu_q is None:
+        c = c._replace(max_q=c.q.shape[1], max_k=c.k.shape[1])
     chosen = _chosen("attention_backward", *c)
     if chosen == "reference":
         return _reference_backward(dout, dlse, c, wanted)
@@ -412,11 +419,19 @@ def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
     """out, lse of `Operands` by the shortest way that is right: dispatch and autograd cost as much as a decode step."""
     if _leads_straight_to_forward(operands[:_NUM_TENSORS]):
         return forward(*operands, need_lse=need_lse)
-    if torch.compiler.is_compiling() and not _needs_gradient(operands[:_NUM_TENSORS]):
+    # A graph without gradients has the op alone: torch.jit cannot save the autograd.Function, nor does a compiler gain from it.
+    if is_traced():  # where sizes are tensors, and so is the default D**-0.5
+        operands = tuple(float(x) if i == _SCALE else x for i, x in enumerate(operands))
+    if (torch.compiler.is_compiling() or is_traced()) and not _needs_gradient(operands[:_NUM_TENSORS]):
         return attention_forward(*operands)
     if torch.compiler.is_compiling() or _long_way or _transforms() is not None:  # type: ignore[misc]
         return Attention.apply(*operands)
     return _apply(*operands)
+
+
+def is_traced() -> bool:
+    """Inside torch.jit.trace."""
+    return _tracing is not None and _tracing() is not None
 
 
 def _vmapped() -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,7 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_floating(name: str, t: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    check_strided(name, t)
     if t.dtype not in FLOATS:
         raise TypeError(
             f"{name} is {t.dtype}; it must be float32, bfloat16, float16 or float64: convert it with {name}.to(...)"
@@ -43,10 +43,81 @@ def check_dtype_or_compute(name: str, t: Tensor, x_name: str, x: Tensor) -> None
         raise TypeError(f"{name} is {t.dtype} and {x_name} is {x.dtype}; convert {name} to {wanted}")
 
 
-def check_finite(name: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{name}={value} must be a finite number")
-    return float(value)
+def check_number(name: str, value: Any, wanted: str = "a finite number") -> float:
+    """value as a finite Python number: numpy's are converted, what torch.compile or torch.export made symbolic stays as it is."""
+    if not isinstance(value, (float, int)):
+        value = _python_number(name, value, wanted)
+    # A comparison with the largest float, which NaN, infinities and longer integers fail: math.isfinite is not traced for symbolic
+    # numbers. Literals, as torch.compile takes a global for a number that may change.
+    if not -1.7976931348623157e308 <= value <= 1.7976931348623157e308:
+        raise ValueError(f"{name}={value} must be {wanted}")
+    return value if isinstance(value, float) else torch.sym_float(value)
+
+
+def _python_number(name: str, value: Any, wanted: str) -> Any:
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a Python number, got a tensor; pass {name}.item() (which waits for the device)"
+        )
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be {wanted}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def check_integer(name: str, value: Any, wanted: str = "an integer") -> int:
+    """value as a Python int: numpy's are converted, symbolic ones stay as they are, floats are refused."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, Tensor):
+        if torch.jit.is_tracing() and value.dim() == 0 and not value.is_floating_point():
+            return int(
+                value
+            )  # what was computed from a size is a tensor there; torch warns that the trace keeps this value
+        raise TypeError(f"{name} must be a Python int, got a tensor; pass int({name}) (which waits for the device)")
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be {wanted}")
+    return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """value as True or False, for which 1 and 0 and numpy's bool are taken; a tensor, a string or None is a mistake."""
+    if isinstance(value, (bool, torch.SymBool)):
+        return bool(value)
+    numpy_bool = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    if numpy_bool or (isinstance(value, numbers.Integral) and value in (0, 1)):
+        return bool(value)
+    kind = "a tensor" if isinstance(value, Tensor) else repr(value)
+    raise TypeError(f"{name} must be True or False, got {kind}")
+
+
+def check_generator(generator: Any) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}; for a seed pass "
+            "torch.Generator().manual_seed(seed)"
+        )
+
+
+def check_backend_name(backend: Any) -> str | None:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend={backend!r} must be the name of a backend, or None for the best that serves the call")
+    return backend
+
+
+def check_strided(name: str, t: Any) -> None:
+    """A tensor of any dtype, neither nested nor sparse."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.layout is torch.strided and not t.is_nested:
+        return
+    if t.is_nested:
+        raise ValueError(
+            f"{name} is a nested tensor here; pass its values() with offsets() as cu_seqlens to foveate.attention_varlen, or "
+            "its values() to an op over rows"
+        )
+    raise ValueError(f"{name} has layout {t.layout}; convert it with {name}.to_dense()")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -56,7 +127,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def chosen_backend(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
     """`choose`, as a constant for torch.compile: it need not trace the table."""
-    return choose(op, Query(device, dtype), backend)
+    return choose(op, Query(device, dtype), check_backend_name(backend))
 
 
 # All that torch.compiler.assume_constant_result does, but that imports torch._dynamo: a second of `import foveate`.

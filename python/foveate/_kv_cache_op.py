@@ -23,7 +23,7 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SCHEMA = (
     "attention_with_kv_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor kv_lens, "
     "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, bool causal, "
-    "SymInt window_left, SymInt window_right, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, "
+    "SymInt window_left, SymInt window_right, Scalar scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, "
     "Tensor(c!)? k_scale, Tensor(d!)? v_scale, int num_splits, bool batch_invariant, str backend) -> (Tensor, Tensor)"
 )
 

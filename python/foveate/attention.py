@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate import _attention_checks as checks
 from foveate import _attention_op, _attention_vmap, _reference, _score_mod  # noqa: F401
+from foveate._checks import check_backend_name, check_flag
 from foveate._relative_bias import RelativeBias
 
 
@@ -70,6 +71,9 @@ def attention(
     """
     B, Sq, Skv, Hq, D = checks.check_dense(q, k, v)
     q, k, v = checks.same_kind(q, k, v)
+    if type(causal) is not bool or type(deterministic) is not bool or type(return_lse) is not bool:
+        causal, deterministic = check_flag("causal", causal), check_flag("deterministic", deterministic)
+        return_lse = check_flag("return_lse", return_lse)
     scale = D**-0.5 if scale is None else checks.check_scale(scale)
     softcap = 0.0 if softcap is None else checks.check_softcap(softcap)
     left, right = (-1, -1) if window is None else checks.check_window(window)
@@ -87,13 +91,13 @@ def attention(
         sinks = checks.check_sinks(sinks, q, Hq)
     if kv_lens is not None:
         kv_lens = checks.check_lengths("kv_lens", kv_lens, q, B)
-    if dropout_p != 0:
-        checks.check_dropout(dropout_p)
-        philox = checks.draw_philox(q.device, generator)
+    if type(dropout_p) is not float or dropout_p != 0:
+        dropout_p = checks.check_dropout(dropout_p)
+        philox = checks.draw_philox(q.device, generator) if dropout_p > 0 else None
     operands = (
         q, k, v, bias, mask, alibi_slopes, table, sinks, kv_lens, None, None, philox, Sq, Skv, causal, left, right,
         scale, softcap, bidirectional, max_distance, dropout_p,
-        deterministic or torch.are_deterministic_algorithms_enabled(), backend or "",
+        deterministic or torch.are_deterministic_algorithms_enabled(), check_backend_name(backend) or "",
     )  # fmt: skip
     if score_mod is not None or score_mod_bwd is not None or score_mod_aux:
         out, lse = _score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)

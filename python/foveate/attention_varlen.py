@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate import _attention_checks as checks
 from foveate import _attention_op, _score_mod
+from foveate._checks import check_backend_name, check_flag
 from foveate._relative_bias import RelativeBias
 
 
@@ -56,8 +57,11 @@ def attention_varlen(
         raise ValueError(
             f"cu_seqlens_q has {cu_q.shape[0]} entries and cu_seqlens_k {cu_k.shape[0]}; both need B + 1 of them"
         )
-    checks.check_longest("max_seqlen_q", max_seqlen_q)
-    checks.check_longest("max_seqlen_k", max_seqlen_k)
+    max_seqlen_q = checks.check_longest("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = checks.check_longest("max_seqlen_k", max_seqlen_k)
+    if type(causal) is not bool or type(deterministic) is not bool or type(return_lse) is not bool:
+        causal, deterministic = check_flag("causal", causal), check_flag("deterministic", deterministic)
+        return_lse = check_flag("return_lse", return_lse)
     scale = D**-0.5 if scale is None else checks.check_scale(scale)
     softcap = 0.0 if softcap is None else checks.check_softcap(softcap)
     left, right = (-1, -1) if window is None else checks.check_window(window)
@@ -69,13 +73,13 @@ def attention_varlen(
         bidirectional, max_distance = relative_bias.bidirectional, relative_bias.max_distance
     if sinks is not None:
         sinks = checks.check_sinks(sinks, q, Hq)
-    if dropout_p != 0:
-        checks.check_dropout(dropout_p)
-        philox = checks.draw_philox(q.device, generator)
+    if type(dropout_p) is not float or dropout_p != 0:
+        dropout_p = checks.check_dropout(dropout_p)
+        philox = checks.draw_philox(q.device, generator) if dropout_p > 0 else None
     operands = (
         q, k, v, None, None, alibi_slopes, table, sinks, None, cu_q, cu_k, philox, max_seqlen_q, max_seqlen_k, causal,
         left, right, scale, softcap, bidirectional, max_distance, dropout_p,
-        deterministic or torch.are_deterministic_algorithms_enabled(), backend or "",
+        deterministic or torch.are_deterministic_algorithms_enabled(), check_backend_name(backend) or "",
     )  # fmt: skip
     if score_mod is not None or score_mod_bwd is not None or score_mod_aux:
         out, lse = _score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)

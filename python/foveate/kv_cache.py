@@ -8,6 +8,7 @@ from torch import Tensor
 from foveate import _attention_checks as checks
 from foveate import _kv_cache_op
 from foveate._attention_op import DTYPES
+from foveate._checks import check_backend_name, check_flag, check_integer, check_number, check_strided
 from foveate._kv_cache_op import QUANTIZED
 
 
@@ -65,6 +66,11 @@ def attention_with_kv_cache(
     Raises ValueError or TypeError before anything is written. Flash decoding: Dao et al. 2023; paged caches: Kwon et al. 2023
     (arXiv 2309.06180).
     """
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_strided(name, x)
+    for name, new in (("k", k), ("v", v)):
+        if new is not None:
+            check_strided(name, new)
     kind = "cpu" if q.is_cpu else q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)
@@ -75,16 +81,20 @@ def attention_with_kv_cache(
     v_scale = _check_cache_scale("v_scale", v_scale, v_cache)
     _check_rotary(rotary_cos, rotary_sin, q)
     left, right = (-1, -1) if window is None else checks.check_window(window)
-    scale = D**-0.5 if scale is None else checks.check_scale(scale)
+    scale = float(D) ** -0.5 if scale is None else checks.check_scale(scale)  # D is a tensor inside torch.jit.trace
     softcap = 0.0 if softcap is None else checks.check_softcap(softcap)
     if alibi_slopes is not None:
         alibi_slopes = checks.check_alibi(alibi_slopes, q, B, Hq)
     if sinks is not None:
         sinks = checks.check_sinks(sinks, q, Hq)
+    num_splits = check_integer("num_splits", num_splits, "0 (chosen for you) or a positive integer")
+    causal, rotary_interleaved = check_flag("causal", causal), check_flag("rotary_interleaved", rotary_interleaved)
+    batch_invariant, return_lse = check_flag("batch_invariant", batch_invariant), check_flag("return_lse", return_lse)
     if num_splits < 0:
         raise ValueError(f"num_splits={num_splits} must be 0 (chosen for you) or more")
     if torch.is_grad_enabled():
-        for name, x in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("sinks", sinks)):
+        for name, x in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("sinks", sinks),
+                        ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("k_scale", k_scale), ("v_scale", v_scale)):  # fmt: skip
             if x is not None and x.requires_grad:
                 raise ValueError(
                     f"{name} requires a gradient, but attention_with_kv_cache has no backward; call it under torch.no_grad(), "
@@ -92,7 +102,7 @@ def attention_with_kv_cache(
                 )
     out, lse = _kv_cache_op.op(
         q, k_cache, v_cache, k, v, kv_lens, block_table, rotary_cos, rotary_sin, rotary_interleaved, causal, left, right,
-        scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits, batch_invariant, backend or "",
+        scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits, batch_invariant, check_backend_name(backend) or "",
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -164,6 +174,10 @@ def _check_tensors(
                 f"q has batch size {B} and the cache {k_cache.shape[0]}; they must be equal, unless the cache is paged (block_table)"
             )
     else:
+        if not isinstance(block_table, Tensor):
+            raise TypeError(
+                f"block_table must be a torch.Tensor int32 [B, max_pages], got {type(block_table).__name__}"
+            )
         if block_table.dim() != 2 or block_table.shape[0] != B or block_table.dtype is not torch.int32:
             raise ValueError(
                 f"block_table is {block_table.dtype} of shape {_shape(block_table)}; it must be int32 [B, max_pages] with B = {B}"
@@ -188,7 +202,7 @@ def _check_cache_scale(name: str, scale: Tensor | float | None, cache: Tensor) -
             f"the cache is {cache.dtype} and needs {name}: a float, fp32 [Hkv], or fp32 {_shape(cache)[:3]}, one for each token and head"
         )
     if not isinstance(scale, Tensor):
-        return torch.full((), float(scale), dtype=torch.float32, device=cache.device)
+        return torch.full((), check_number(name, scale), dtype=torch.float32, device=cache.device)
     if tuple(scale.shape) not in ((), (cache.shape[2],), tuple(cache.shape[:3])) or scale.dtype is not torch.float32:
         raise ValueError(
             f"{name} is {scale.dtype} of shape {_shape(scale)}; it must be float32 and a number, [Hkv] = [{cache.shape[2]}], or "
@@ -203,6 +217,7 @@ def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
         raise ValueError("rotary_cos and rotary_sin must be given together")
     if cos is None or sin is None:
         return
+    check_strided("rotary_cos", cos), check_strided("rotary_sin", sin)
     if cos.dim() != 2 or cos.shape != sin.shape or cos.dtype is not sin.dtype:
         raise ValueError(
             f"rotary_cos is {cos.dtype} {_shape(cos)} and rotary_sin {sin.dtype} {_shape(sin)}; both must be [max_pos, rot / 2]"

@@ -11,8 +11,9 @@ from foveate import _reference_ops, _triton
 from foveate._autograd import first_order, graph_is_freed
 from foveate._backends import native, register
 from foveate._checks import (
-    check_finite,
     check_floating,
+    check_integer,
+    check_number,
     check_same_device,
     check_same_dtype,
     chosen_backend,
@@ -154,14 +155,17 @@ def _check_options(
 ) -> Options:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction={reduction!r} is unknown; choose "mean", "sum" or "none"')
+    label_smoothing = check_number("label_smoothing", label_smoothing, "a number in [0, 1]")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
-    if check_finite("z_loss", z_loss) < 0:
+    z_loss = check_number("z_loss", z_loss)
+    if z_loss < 0:
         raise ValueError(f"z_loss={z_loss} must not be negative")
-    softcap = 0.0 if softcap is None else check_finite("softcap", softcap)
+    softcap = 0.0 if softcap is None else check_number("softcap", softcap)
     if softcap < 0:
         raise ValueError(f"softcap={softcap} must be positive, or None for none")
-    return Options(ignore_index, float(label_smoothing), float(z_loss), softcap)
+    ignore_index = check_integer("ignore_index", ignore_index, "the class number that is ignored, an integer")
+    return Options(ignore_index, label_smoothing, z_loss, softcap)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate import _native, _ops, _reference_ops, _triton
 from foveate._autograd import batch_first, first_order
 from foveate._backends import native, processors, register, runs_cuda_kernels
-from foveate._checks import check_dtype_or_compute, check_finite, check_floating, chosen_backend, compute_dtype
+from foveate._checks import check_dtype_or_compute, check_floating, check_number, chosen_backend, compute_dtype
 
 _C: Any = _native._C  # None without a compiled module: `native` answers for that
 
@@ -24,11 +24,12 @@ register("rms_norm", "triton", _triton.serves)
 register("rms_norm", "reference", lambda query: None)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, *, backend: str | None = None) -> Tensor:
     """x / sqrt(mean(x**2) + eps) * weight over the last dimension.
 
     x: [..., N], float32, bfloat16, float16 (computed in fp32) or float64; weight: [N] in x's dtype or the compute dtype, or None.
-    eps: finite, not negative. Returns [..., N], contiguous, in x's dtype, rounded once. Differentiable once in x and weight.
+    eps: finite, not negative; None for torch.finfo(x.dtype).eps, as in torch.
+    Returns [..., N], contiguous, in x's dtype, rounded once. Differentiable once in x and weight.
     x is copied if its rows are not contiguous or not evenly spaced. Raises TypeError for dtypes, ValueError for shapes and eps.
     Zhang and Sennrich 2019, arXiv 1910.07467.
     """
@@ -41,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str | Non
             raise ValueError(
                 f"weight has shape {tuple(weight.shape)}; x of shape {tuple(x.shape)} needs ({x.shape[-1]},)"
             )
-    eps = check_finite("eps", eps)
+    eps = torch.finfo(x.dtype).eps if eps is None else check_number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps={eps} must not be negative")
     chosen = chosen_backend("rms_norm", x.device.type, x.dtype, backend)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate import _triton
 from foveate._backends import Query, native, runs_cuda_kernels
+from foveate._checks import check_integer
 from foveate._kv_cache_op import QUANTIZED
 from foveate._native import _C
 from foveate.kv_cache import attention_with_kv_cache
@@ -69,7 +70,7 @@ class PagedKVCache:
             "head_dim_v": head_dim_v,
         }  # fmt: skip
         for name, size in sizes.items():
-            if size < 1:
+            if check_integer(name, size) < 1:
                 raise ValueError(f"{name}={size} must be 1 or more")
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype} cannot be stored; choose one of {', '.join(map(str, _DTYPES))}")

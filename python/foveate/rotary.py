@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate import _native, _ops, _reference_ops, _triton
 from foveate._autograd import batch_first, first_order
 from foveate._backends import native, register
-from foveate._checks import check_dtype_or_compute, check_floating, check_same_dtype, chosen_backend
+from foveate._checks import check_dtype_or_compute, check_flag, check_floating, check_same_dtype, chosen_backend
 
 _C: Any = _native._C  # None without a compiled module: `native` answers for that
 
@@ -33,6 +33,7 @@ def apply_rotary(
     """
     check_floating("q", q)
     check_same_dtype("k", k, "q", q)
+    interleaved = check_flag("interleaved", interleaved)
     if q.dim() != 4 or k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         raise ValueError(
             f"q must be [B, S, Hq, D] and k [B, S, Hkv, D] with the same B, S and D; got {tuple(q.shape)} and {tuple(k.shape)}"

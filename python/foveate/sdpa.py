@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate._attention_op import is_traced
 from foveate.attention import attention
 
 
@@ -60,6 +61,10 @@ def sdpa(
     window = None
     if lower_right:
         is_causal = True  # bottom-right, as in `attention`
+    elif is_causal and is_traced() and Sq > Skv:
+        # torch.jit.trace would keep the window below as two numbers, wrong for other lengths.
+        i, j = (torch.arange(size, device=query.device) for size in (Sq, Skv))
+        is_causal, attn_mask = False, j <= i[:, None]
     elif is_causal and Sq <= Skv:
         # No query sees a key after the Sq-th, and on a square bottom-right is top-left.
         key, value = key[:, :, :Sq], value[:, :, :Sq]

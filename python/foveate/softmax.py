@@ -12,8 +12,10 @@ from foveate._autograd import batch_first, first_order
 from foveate._backends import native, register
 from foveate._checks import (
     check_dtype_or_compute,
-    check_finite,
+    check_flag,
     check_floating,
+    check_integer,
+    check_number,
     check_same_device,
     chosen_backend,
     compute_dtype,
@@ -51,7 +53,8 @@ def softmax(
     """
     check_floating("x", x)
     dim = _check_dim(x, dim)
-    scale = 1.0 if scale is None else check_finite("scale", scale)
+    scale = 1.0 if scale is None else check_number("scale", scale)
+    causal = check_flag("causal", causal)
     if causal and (x.dim() < 2 or dim != x.dim() - 1):
         raise ValueError(
             f"causal masks the last two dimensions along dim=-1; x has {x.dim()} dimensions and dim={dim}: "
@@ -97,6 +100,7 @@ def log_softmax(x: Tensor, dim: int = -1, *, backend: str | None = None) -> Tens
 
 
 def _check_dim(x: Tensor, dim: int) -> int:
+    dim = check_integer("dim", dim, "one dimension, an integer")
     rank = max(x.dim(), 1)
     if not -rank <= dim < rank:
         raise ValueError(
@@ -166,7 +170,7 @@ def _softmax_backward_fake(dout: Tensor, out: Tensor, scale: float, log: bool, w
 
 
 _softmax = _ops.define(
-    "softmax(Tensor x, Tensor? bias, Tensor? mask, float scale, bool causal, str backend='native') -> Tensor",
+    "softmax(Tensor x, Tensor? bias, Tensor? mask, Scalar scale, bool causal, str backend='native') -> Tensor",
     impl=_softmax_native,
     fake=_like,
 )
@@ -175,7 +179,7 @@ _log_softmax = _ops.define(
 )
 # `wide` gives the gradient in the compute dtype, for sums that follow.
 _softmax_backward = _ops.define(
-    "softmax_backward(Tensor dout, Tensor out, float scale, bool log, bool wide, str backend='native') -> Tensor",
+    "softmax_backward(Tensor dout, Tensor out, Scalar scale, bool log, bool wide, str backend='native') -> Tensor",
     impl=_softmax_backward_native,
     fake=_softmax_backward_fake,
 )
