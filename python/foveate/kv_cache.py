@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveate import _attention_checks as checks
-from foveate import _kv_cache_op
+from foveate import _flops, _kv_cache_op
 from foveate._attention_op import DTYPES
 from foveate._checks import check_backend_name, check_flag, check_integer, check_number, check_strided
 from foveate._kv_cache_op import QUANTIZED
@@ -68,9 +68,9 @@ def attention_with_kv_cache(
     """
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         check_strided(name, x)
-    for name, new in (("k", k), ("v", v)):
-        if new is not None:
-            check_strided(name, new)
+    for name, given in (("k", k), ("v", v)):
+        if given is not None:
+            check_strided(name, given)
     kind = "cpu" if q.is_cpu else q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)
@@ -93,13 +93,14 @@ def attention_with_kv_cache(
     if num_splits < 0:
         raise ValueError(f"num_splits={num_splits} must be 0 (chosen for you) or more")
     if torch.is_grad_enabled():
-        for name, x in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("sinks", sinks),
+        for name, leaf in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("sinks", sinks),
                         ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("k_scale", k_scale), ("v_scale", v_scale)):  # fmt: skip
-            if x is not None and x.requires_grad:
+            if leaf is not None and leaf.requires_grad:
                 raise ValueError(
                     f"{name} requires a gradient, but attention_with_kv_cache has no backward; call it under torch.no_grad(), "
                     "or train with foveate.attention"
                 )
+    _flops.register()
     out, lse = _kv_cache_op.op(
         q, k_cache, v_cache, k, v, kv_lens, block_table, rotary_cos, rotary_sin, rotary_interleaved, causal, left, right,
         scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits, batch_invariant, check_backend_name(backend) or "",
@@ -217,7 +218,8 @@ def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
         raise ValueError("rotary_cos and rotary_sin must be given together")
     if cos is None or sin is None:
         return
-    check_strided("rotary_cos", cos), check_strided("rotary_sin", sin)
+    check_strided("rotary_cos", cos)
+    check_strided("rotary_sin", sin)
     if cos.dim() != 2 or cos.shape != sin.shape or cos.dtype is not sin.dtype:
         raise ValueError(
             f"rotary_cos is {cos.dtype} {_shape(cos)} and rotary_sin {sin.dtype} {_shape(sin)}; both must be [max_pos, rot / 2]"

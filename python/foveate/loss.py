@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _reference_ops, _triton
+from foveate import _flops, _reference_ops, _triton
 from foveate._autograd import first_order, graph_is_freed
 from foveate._backends import native, register
 from foveate._checks import (
@@ -114,6 +114,7 @@ def linear_cross_entropy(
     chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend)
     if chosen == "reference":
         return _reference_ops.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
+    _flops.register()
     rows, labels = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
     needed = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if not (torch.is_grad_enabled() and any(needed)):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate import _native, _ops, _triton
+from foveate import _flops, _native, _ops, _triton
 from foveate._autograd import first_order
 from foveate._backends import native, register
 from foveate._checks import chosen_backend
@@ -53,6 +53,7 @@ def packed_linear(
     for name, t in (("data", data), ("bias", bias)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} is on {t.device} and x on {x.device}; move one with .to(device)")
+    _flops.register()
     chosen = chosen_backend("packed_linear", x.device.type, x.dtype, backend)
     if torch.is_grad_enabled() and x.requires_grad:
         return _PackedLinear.apply(x, data, format, out_features, bias, chosen)
