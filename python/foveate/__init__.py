@@ -1,22 +1,10 @@
+# ruff: noqa: F403, F405
 """Flash-style attention, fused softmax and KV-cache kernels for CPU and GPU, for any torch."""
 
 import importlib
-from typing import Any
-
-from foveate import drop_in, nn
-from foveate._backends import UnsupportedError, backends, info
-from foveate._explain import explain
-from foveate._relative_bias import RelativeBias
-from foveate.attention import attention, merge_attention
-from foveate.attention_varlen import attention_varlen
-from foveate.cache_view import CacheView
-from foveate.kv_cache import attention_with_kv_cache
-from foveate.loss import cross_entropy, linear_cross_entropy
-from foveate.norm import rms_norm
-from foveate.paged_kv_cache import CacheFull, PagedKVCache
-from foveate.rotary import apply_rotary
-from foveate.sdpa import sdpa
-from foveate.softmax import log_softmax, softmax
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -34,11 +22,36 @@ _LAZY = {
 }
 
 
+def _is_command() -> bool:
+    """Whether this process is the command line, which answers --help and wrong flags before torch, two seconds of it, is loaded."""
+    args = sys.orig_argv[1:]
+    while args and args[0].startswith("-") and args[0] not in ("-m", "-c"):
+        args = args[2:] if args[0] in ("-X", "-W") else args[1:]
+    if args[:1] == ["-m"]:
+        return args[1:2] == ["foveate"]
+    return bool(args) and os.path.basename(args[0]) in ("foveate", "foveate.exe")
+
+
+COMMAND_LINE = _is_command()
+
+if TYPE_CHECKING or not COMMAND_LINE:
+    from foveate._public import *
+
+
+def load_public() -> None:
+    """Puts the names of `_public` here, where that did not happen at the start; a submodule of the same name gives way."""
+    public = importlib.import_module("foveate._public")
+    globals().update({name: getattr(public, name) for name in public.__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name == "train":
         return importlib.import_module("foveate.train")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if COMMAND_LINE and name in __all__ and "foveate._public" not in sys.modules:
+        load_public()
+        return globals()[name]
     raise AttributeError(f"module 'foveate' has no attribute {name!r}")
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 import foveate
-from foveate.commands import answer, chat, classify, generate, search, train
-from foveate.commands.options import UsageError
+from foveate.commands import answer, chat, classify, generate, options, search, train
+from foveate.commands.options import UsageError, print_json
+from foveate.commands.parser import CommandParser
 
 BENCHES = ("attention", "backward", "decode", "softmax", "cross_entropy", "linear", "overhead", "memory")
 
@@ -38,15 +37,22 @@ copies. --quick runs tiny shapes to see that everything works; its numbers mean 
 examples:
   foveate bench attention --against sdpa
   foveate bench decode --dtype bf16 --threads 8
-  foveate bench all --out bench/results      cpu_<date>.csv, .png and .md in that folder
+  foveate bench all --out bench/results
+
+The last one writes cpu_<date>.csv, .png and .md to that folder.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 1 after an error that a sentence explains, 2 for wrong arguments, 130 after Ctrl-C (143: SIGTERM)."""
-    args = _parser().parse_args(argv)
+    _open_streams()
+    args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
+        if foveate.COMMAND_LINE:
+            with options.loading("foveate"):
+                foveate.load_public()
         args.run(args)
+        sys.stdout.flush()  # a full disk is an error now, not at the exit
     except UsageError as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 2
@@ -56,14 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError:
+        print("foveate: there is not enough memory for this", file=sys.stderr)
+        return 1
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _open_streams() -> None:
+    """A stream that the caller has closed is nowhere. What an output cannot spell is written by its number, such as \\U0001f600."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="foveate",
         description="Language models on foveate's attention, softmax and KV-cache kernels. Each command explains itself with --help.",
     )
@@ -85,7 +104,6 @@ def _parser() -> argparse.ArgumentParser:
         help="check and time the kernels beside torch's",
         description="Checks the kernels, then times them beside torch's and the limits of this machine.",
         epilog=_BENCH_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument(
         "benches", nargs="+", choices=(*BENCHES, "all", "tune"), metavar="BENCH", help="one or more of those below"
@@ -106,10 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         help="fp32 and bf16 by default",
     )
     bench.add_argument("--quick", action="store_true", help="tiny shapes, few samples: a test of the bench itself")
-    bench.add_argument(
-        "--threads", type=int, help=f"as torch.set_num_threads; {torch.get_num_threads()} by default here"
-    )
-    bench.add_argument("--seed", type=int, default=0, help="of the random inputs; 0 by default")
+    bench.add_argument("--threads", type=int, metavar="N", help="as torch.set_num_threads")
+    bench.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs; 0 by default")
     bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
     bench.add_argument(
         "--out",
@@ -123,7 +139,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _info(args: argparse.Namespace) -> None:
     found = foveate.info()
-    print(json.dumps(found, indent=1) if args.json else found)
+    if args.json:
+        print_json(found, indent=1)
+    else:
+        print(found)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -140,7 +159,9 @@ def _bench(args: argparse.Namespace) -> None:
     benches = BENCHES if "all" in args.benches else tuple(dict.fromkeys(args.benches))
     if args.threads is not None:
         if args.threads < 1:
-            raise ValueError(f"--threads {args.threads} must be 1 or more")
+            raise UsageError(f"--threads {args.threads} must be 1 or more")
+        import torch
+
         torch.set_num_threads(args.threads)
     if not args.json:
         report.need_extra("rich", "the table", "ask for --json")

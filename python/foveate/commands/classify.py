@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.commands.options import UsageError, add_encoder_option
+from foveate.commands.options import UsageError, add_encoder_option, loading, print_json, read_text, text
 
 _EXAMPLES = """\
 The texts come from --text, from the lines of --file, or from those of the standard input. The model is a BERT that was fine-tuned to sort
@@ -26,13 +25,12 @@ def add_parser(commands: Any) -> None:
         help="the class of each text",
         description="Sorts texts into the classes of a model.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_encoder_option(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", action="append", metavar="TEXT", help="may be given several times")
+    source.add_argument("--text", action="append", type=text, metavar="TEXT", help="may be given several times")
     source.add_argument(
-        "--file", type=Path, metavar="FILE", help="a text in each line, in UTF-8; empty lines are left out"
+        "--file", type=Path, metavar="FILE", help="a text in each line, in UTF-8; an empty line stays one"
     )
     parser.add_argument("--top-k", type=int, default=1, metavar="N", help="the N most probable classes; 1 by default")
     parser.add_argument(
@@ -45,11 +43,14 @@ def run(args: argparse.Namespace) -> None:
     import foveate
 
     texts = _texts(args)
-    found = foveate.TextClassifier(args.model)(texts, top_k=args.top_k)
-    classes = [best if isinstance(best, list) else [best] for best in found]
+    with loading(args.model):
+        classifier = foveate.TextClassifier(args.model)
+    found = iter(classifier([text for text in texts if text.strip()], top_k=args.top_k))
+    # an empty line has no class, but its place, so that line n of the output is about line n
+    rows = [(text, next(found) if text.strip() else []) for text in texts]
+    classes = [best if isinstance(best, list) else [best] for _, best in rows]
     if args.json:
-        rows = [{"text": text, "classes": best} for text, best in zip(texts, classes)]
-        print(json.dumps({"texts": rows}, ensure_ascii=False))
+        print_json({"texts": [{"text": text, "classes": best} for text, best in zip(texts, classes)]})
         return
     for best in classes:
         print("\t".join(f"{c['label']} {c['score']:.4f}" for c in best))
@@ -60,8 +61,7 @@ def _texts(args: argparse.Namespace) -> list[str]:
         return args.text
     if args.file is None and sys.stdin.isatty():
         raise UsageError("there is no text; give --text or --file, or pipe lines into the command")
-    lines = sys.stdin.read() if args.file is None else args.file.read_text(encoding="utf-8")
-    texts = [line for line in lines.splitlines() if line.strip()]
-    if not texts:
+    texts = read_text(args.file).removesuffix("\n").split("\n")  # splitlines also cuts at U+2028 and form feeds
+    if not any(line.strip() for line in texts):
         raise UsageError("there is no text: all lines are empty")
     return texts

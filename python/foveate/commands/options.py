@@ -3,20 +3,75 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 DEFAULT_MAX_TOKENS = 256
 _EARLY: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
 
 
 class UsageError(Exception):
     """Arguments that do not go together: exit status 2."""
+
+
+def text(value: str) -> str:
+    """The type of an argument that a model reads. Bytes that are no UTF-8 come from the system as halves of surrogate pairs."""
+    if _HALF_A_PAIR.search(value):
+        raise argparse.ArgumentTypeError("the text is not UTF-8; convert it, for instance with iconv -f latin1")
+    return value
+
+
+def read_text(file: Path | None = None) -> str:
+    """Of a file, or of the standard input: UTF-8, with or without the mark that some editors write first. Line ends are newlines."""
+    name = "the standard input" if file is None else str(file)
+    try:
+        if file is not None:
+            data: Any = file.read_bytes()
+        else:
+            data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+        found = data if isinstance(data, str) else data.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}; convert it, for instance with iconv") from None
+    return found.replace("\r\n", "\n")
+
+
+def input_lines() -> Iterator[str]:
+    """Those of the standard input as they come, read as `read_text` reads."""
+    for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), 1):
+        try:
+            text = line if isinstance(line, str) else line.removeprefix(codecs.BOM_UTF8).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"line {number} of the standard input is not UTF-8 text: {error}; convert it, for instance with iconv"
+            ) from None
+        yield text.removesuffix("\n").removesuffix("\r")
+
+
+def print_json(value: Any, **form: Any) -> None:
+    """One object, with escapes where the output has no UTF-8."""
+    unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not unicode, **form))
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Says in a terminal, on stderr, what is awaited, and wipes it out afterwards."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print(f"\r\033[Kloading {name} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def add_encoder_option(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +88,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="PATH",
         help="a Hugging Face folder, a .gguf file, or the name of an installed package that holds one",
     )  # fmt: skip
-    group.add_argument("--device", help="cpu (the default), cuda, ...")
+    group.add_argument("--device", metavar="NAME", help="cpu (the default), cuda, ...")
     group.add_argument("--dtype", choices=sorted(_DTYPES), help="of the weights; the checkpoint's by default")
     group.add_argument(
         "--quantization", choices=("q8_0", "q4_0", "none"),
@@ -137,14 +192,17 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def load(args: argparse.Namespace) -> Any:
     """The LLM."""
-    import foveate
+    import torch
 
     if args.threads is not None:
         if args.threads < 1:
             raise UsageError(f"--threads {args.threads} must be 1 or more")
         torch.set_num_threads(args.threads)
-    return foveate.LLM(
-        args.model, device=args.device, dtype=None if args.dtype is None else _DTYPES[args.dtype], quantization=args.quantization,
+    dtype = None if args.dtype is None else getattr(torch, _DTYPES[args.dtype])
+    with loading(args.model):
+        from foveate.llm import LLM
+    return LLM(
+        args.model, device=args.device, dtype=dtype, quantization=args.quantization, progress=sys.stderr.isatty(),
         kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len, num_pages=args.num_pages, max_batch=args.max_batch,
         max_prefill_tokens=args.max_prefill_tokens, enable_prefix_caching=not args.no_prefix_caching,
     )  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from foveate.commands.options import UsageError
+from foveate.commands.options import UsageError, print_json
 from foveate.commands.train import add_config_options, config_from
-from foveate.train.search import SAMPLERS, SearchResult, parse_range, search
+from foveate.train.config import SAMPLERS
+
+if TYPE_CHECKING:
+    from foveate.train.search import SearchResult
 
 _EXAMPLES = """\
 --over names a field of `foveate train` and what to try: LOW:HIGH, LOW:HIGH:log, or A,B,C. All other options are those of `foveate
@@ -33,7 +35,6 @@ def add_parser(commands: Any) -> None:
         help="find hyper-parameters for training",
         description="Trains with different hyper-parameters and tells which are best (Optuna).",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     group = parser.add_argument_group("search")
     group.add_argument(
@@ -56,6 +57,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from foveate.train.search import parse_range, search
+
     config = config_from(args)
     try:
         ranges = [parse_range(text) for text in args.over]
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         timeout=args.timeout,
     )  # fmt: skip
     if args.json:
-        print(json.dumps({"best": result.best, "best_loss": result.best_loss, "trials": result.trials}))
+        print_json({"best": result.best, "best_loss": result.best_loss, "trials": result.trials})
     else:
         _print(result)
 

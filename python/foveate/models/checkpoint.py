@@ -90,7 +90,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _package_folder(name: str) -> Path | None:
-    """Found without importing the package."""
+    """Found without importing the package, also by the name that pip has for it, with hyphens."""
+    name = name.replace("-", "_")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         return None

@@ -83,7 +83,12 @@ class _WithoutClassifier:
 
 def checked_device(device: torch.device | str | None) -> torch.device:
     """The CPU if None; ValueError for a device that this machine or this torch does not have."""
-    device = torch.device(device or "cpu")
+    try:
+        device = torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(
+            f"the device {device!r} is none that torch knows; choose 'cpu', or 'cuda' for a GPU of NVIDIA or AMD"
+        ) from error
     if device.type not in ("cpu", "meta"):
         try:
             torch.empty(0, device=device)

@@ -1,11 +1,16 @@
 """Pre-training and fine-tuning on foveate's kernels: `fit`, `TrainConfig`; adapters: `LoraConfig`, `add_lora`, `load_adapter`, ..."""
 
-from foveate.train.adapter_files import load_adapter, merge_adapter, save_adapter
+from typing import TYPE_CHECKING
+
+from foveate import COMMAND_LINE
 from foveate.train.config import TrainConfig
-from foveate.train.fit import TrainResult, fit
-from foveate.train.loop import NonFiniteLoss
-from foveate.train.lora import LoraConfig, add_lora, merge_lora
-from foveate.train.strategy import Strategy
+
+if TYPE_CHECKING or not COMMAND_LINE:  # which reads the options of training before it loads torch
+    from foveate.train.adapter_files import load_adapter, merge_adapter, save_adapter
+    from foveate.train.fit import TrainResult, fit
+    from foveate.train.loop import NonFiniteLoss
+    from foveate.train.lora import LoraConfig, add_lora, merge_lora
+    from foveate.train.strategy import Strategy
 
 __all__ = [
     "LoraConfig",

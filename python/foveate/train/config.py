@@ -13,7 +13,7 @@ from foveate.train.schedule import SCHEDULES
 OBJECTIVES = (
     "causal-lm", "masked-lm", "span-corruption", "seq2seq", "question-answering", "sequence-classification",
 )  # fmt: skip
-
+SAMPLERS = ("tpe", "random", "grid")  # of a search
 
 # Options that only these objectives read.
 _ONLY_FOR = {

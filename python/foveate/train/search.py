@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveate.train.config import TrainConfig
+from foveate.train.config import SAMPLERS, TrainConfig
 from foveate.train.curve import new_figure
 from foveate.train.fit import fit
 from foveate.train.loop import NonFiniteLoss
 
-SAMPLERS = ("tpe", "random", "grid")
 STUDY = "search.db"
 _NOT_SEARCHED = ("output_dir", "resume", "strategy", "context_parallel")
 
