@@ -23,6 +23,11 @@ class CacheView:
         self.block_table = cache.block_table(self.seqs)
         self.lens = cache.kv_lens(self.seqs) - new
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that the pages of the block table hold: no position of this step is beyond."""
+        return self.block_table.shape[1] * self.cache.page_size
+
     def positions(self) -> Tensor:
         """int64 [B, new], the position of each new token in its sequence."""
         return self.lens[:, None].long() + torch.arange(self.new, device=self.lens.device)

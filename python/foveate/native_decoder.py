@@ -11,6 +11,7 @@ from foveate import _native
 from foveate._decode_plan import BLOCKED_ROWS, MAX_HEAD_DIM, decode_plan
 from foveate._kv_cache_op import QUANTIZED
 from foveate.cache_view import CacheView
+from foveate.models.addresses import Addresses
 from foveate.models.blocks import PackedEmbedding, RMSNorm
 from foveate.models.gpt2 import GPT2
 from foveate.models.llama import Llama
@@ -36,22 +37,42 @@ class NativeDecoder:
     call; the stream between the layers is fp32 whatever the weights are, and so is the result. The cache may store float32,
     bfloat16, float16, int8 or float8_e4m3fn whatever the weights are. Without a cache the model's own torch code runs.
 
+    The native object knows addresses of weights. Before each step they are compared with the model's (`Addresses`), and after
+    share_memory(), to(), load_state_dict or a new layer it is built again. A copy or a pickle is the model's, built where it arrives.
+
     The result of a sequence has the same bits whatever its batch and the number of threads are. Steps of 32 tokens and more attend
     with another kernel than shorter ones, so prompts in other chunks agree within rounding only. Not differentiable.
     Raises ValueError with `unsupported(model)`.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        reason = self.unsupported(model)
+        self.model: Any = model
+        self._build(1)
+        self.config: Any = model.config
+
+    @torch.no_grad()
+    def _build(self, positions: int) -> None:
+        """positions: of the rotary table, at least."""
+        reason = self.unsupported(self.model)
         if reason is not None:
             raise ValueError(reason)
-        self.model: Any = model
-        self.config: Any = model.config
         self._borrowed: list[Tensor] = []  # what the native object points to
-        with torch.no_grad():
-            _pack(model)
-            build = self._llama if isinstance(model, Llama) else self._gpt2
-            self._native = build(self.model)
+        _pack(self.model)
+        self._positions = positions
+        self._native = self._llama(self.model) if isinstance(self.model, Llama) else self._gpt2(self.model)
+        self._addresses = Addresses(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        NativeDecoder.__init__(self, state["model"])
+
+    def _current(self, positions: int) -> tuple[Any, list[Tensor]]:
+        """The native object for the weights as they are, for sequences of up to `positions`, and what it points to."""
+        if positions > self._positions or self._addresses.changed():
+            self._build(max(positions, self._positions))
+        return self._native, self._borrowed
 
     @staticmethod
     def unsupported(model: nn.Module) -> str | None:
@@ -87,6 +108,7 @@ class NativeDecoder:
             )
         pages = cache.cache
         pages._check_writable(cache.seqs, cache.new)
+        native, borrowed = self._current(cache.capacity)
         x = self._embed(tokens, cache)
         config, (B, S) = self.config, tokens.shape
         Hq, Hkv, D = config.num_heads, config.num_kv_heads, config.head_dim
@@ -95,9 +117,10 @@ class NativeDecoder:
         plan = decode_plan(B, S, Hq, Hkv, D, D, capacity, threads, 0, True, quantized)
         if S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= BLOCKED_ROWS and not quantized and D <= MAX_HEAD_DIM:
             plan = plan._replace(num_splits=1, keys_per_split=0, blocked=True)
-        self._native.step(
+        native.step(
             x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, *plan, threads
         )
+        del borrowed  # alive until here, whatever another thread has built meanwhile
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -132,17 +155,23 @@ class NativeDecoder:
     def _weight(self, linear: PackedLinear | None) -> tuple[Any, ...] | None:
         if linear is None:
             return None
+        if not isinstance(linear, PackedLinear):
+            raise ValueError(
+                f"NativeDecoder runs packed linear layers, not a {type(linear).__name__}; call the model itself"
+            )
         self._borrowed.append(linear.data)
         return linear.data, self._keep(linear.bias), linear.format, linear.in_features, linear.out_features
 
     def _norm(self, norm: RMSNorm | nn.LayerNorm) -> tuple[Any, ...]:
         if isinstance(norm, nn.LayerNorm):
             return "layer", self._keep(norm.weight), self._keep(norm.bias), norm.eps
-        return "rms", self._keep(norm.weight.float() + norm.offset), None, norm.eps
+        return "rms", self._keep(norm.weight.float() + norm.offset if norm.offset else norm.weight), None, norm.eps
 
     def _llama(self, model: Any) -> Any:
         c = model.config
-        cos, sin = (self._keep(table) for table in model.rotary.tables(torch.device("cpu")))
+        tables = model.rotary.tables(torch.device("cpu"), length=self._positions)
+        cos, sin = map(self._keep, tables)
+        self._positions = 2**31 if len(tables[0]) == c.max_positions else len(tables[0])  # no more are needed
         native = _C.Decoder(
             hidden=c.hidden_size, inner=c.intermediate_size, heads_q=c.num_heads, heads_kv=c.num_kv_heads, head_dim=c.head_dim,
             softcap=c.attn_softcap or 0.0, activation=_ACTIVATIONS[c.activation], final_norm=self._norm(model.model.norm),
@@ -174,6 +203,7 @@ class NativeDecoder:
 
     def _gpt2(self, model: Any) -> Any:
         c = model.config
+        self._positions = 2**31  # its positions are an embedding
         native = _C.Decoder(
             hidden=c.hidden_size, inner=c.intermediate_size, heads_q=c.num_heads, heads_kv=c.num_heads, head_dim=c.head_dim,
             softcap=0.0, activation=_ACTIVATIONS[c.activation], final_norm=self._norm(model.transformer.ln_f),
@@ -191,7 +221,9 @@ def _kind(linear: nn.Module) -> str:
     """Formats of one kind round their input in the same way."""
     if isinstance(linear, PackedLinear):
         return linear.format if linear.format in ("f32", "bf16") else "blocks"
-    return "bf16" if linear.weight.dtype is torch.bfloat16 else "f32"  # type: ignore[union-attr]
+    if not isinstance(linear, nn.Linear):
+        return type(linear).__name__
+    return "bf16" if linear.weight.dtype is torch.bfloat16 else "f32"
 
 
 def _pack(model: nn.Module) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from foveate.checked_files import is_there, library_errors
+
 NEED = 'is not installed: pip install "foveate[models]"'
 
 
@@ -36,7 +38,7 @@ class Tokenizer:
         self.special = {key: _text(value) for key, value in (tokenizer_config or {}).items() if _is_token(key, value)}
         self._configs = (generation_config or {}, config or {})
         eos = self._special_id("eos")
-        ends = [eos] if isinstance(eos, int) else list(eos or ())
+        ends = [eos] if isinstance(eos, int) else [token for token in eos or () if token != -1]
         self.eos_ids = set(ends)
         bos, pad = self._special_id("bos"), self._special_id("pad")
         self.bos_id: int | None = bos if isinstance(bos, int) else None
@@ -52,15 +54,15 @@ class Tokenizer:
             import tokenizers
         except ImportError as error:
             raise ImportError(f"tokenizers {NEED}") from error
-        try:
+        if not is_there(file):
+            raise FileNotFoundError(f"{file} is not there")
+        with library_errors(f"{file} is not a tokenizer that the tokenizers library can read"):
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{file} is not a tokenizer that the tokenizers library can read: {error}") from error
         return cls(backend, **options)
 
     def _special_id(self, name: str) -> int | list[int] | None:
         for config in self._configs:
-            if config.get(f"{name}_token_id") is not None:
+            if config.get(f"{name}_token_id") not in (None, -1):  # -1: none, in older files of transformers
                 return config[f"{name}_token_id"]
         text = self.special.get(f"{name}_token")
         return None if text is None else self.backend.token_to_id(text)
@@ -74,11 +76,20 @@ class Tokenizer:
         """Special tokens written in the text become their ids. add_special_tokens: those that the model's post-processor adds."""
         if not isinstance(text, str):
             raise TypeError(f"encode takes a str, got {type(text).__name__}")
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text has the lone surrogate {text[error.start]!r} at character {error.start}, no Unicode text; it comes from "
+                "bytes that are not UTF-8: decode them with their own encoding"
+            ) from None
+        with library_errors(f"the tokenizer cannot encode {text[:40]!r}"):
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with library_errors(f"the tokenizer cannot decode {len(ids)} ids"):
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     @functools.cached_property
     def _added(self) -> dict[int, Any]:

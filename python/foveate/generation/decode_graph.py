@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate._kv_cache_op import not_capturable
 from foveate.cache_view import StaticCacheView
+from foveate.models.addresses import Addresses
 from foveate.paged_kv_cache import PagedKVCache
 
 _MIN_PAGES = 16  # the narrowest block table: 256 tokens in pages of 16
@@ -68,7 +69,7 @@ class DecodeGraph:
     on the same padded buffers. False: never captured. True: ValueError where it is not possible: on a device other than CUDA, or
     where the reference backend serves attention, which reads lengths on the host.
 
-    A graph keeps the addresses of the weights: change them in place or not at all. One thread at a time.
+    A graph keeps the addresses of the weights: where they have changed (`Addresses`), all graphs are captured anew. One thread at a time.
     """
 
     def __init__(self, model: Any, cache: PagedKVCache, *, graphs: bool | None = None) -> None:
@@ -88,6 +89,8 @@ class DecodeGraph:
         self._scratch = _take_page(cache)
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         self._pool: Any = None
+        self._addresses = Addresses(model)
+        self._tables: list[Any] = []  # rotary tables that graphs point to, also after the model has made longer ones
 
     @staticmethod
     def unsupported(model: torch.nn.Module) -> str | None:
@@ -120,6 +123,9 @@ class DecodeGraph:
                 raise ValueError(f"sequence {seq} has no room for its token; call cache.append(seqs) before the step")
         table, lens = self.cache.block_table(seqs), self.cache.kv_lens(seqs) - 1
         self.cache._check_writable(seqs, 1)
+        if self.eager is None and self._addresses.changed():
+            self._buckets.clear()
+            self._pool, self._tables, self._addresses = None, [], Addresses(self.model)
         bucket = self._bucket(len(seqs), table.shape[1])
         bucket.load(tokens, lens, table)
         if bucket.run is None:
@@ -165,6 +171,8 @@ class DecodeGraph:
                 ) from error
         self._pool = self._pool or graph.pool()
         self.captures += 1
+        if hasattr(self.model, "rotary"):
+            self._tables.append(dict(self.model.rotary._tables))
 
         def replay() -> Decoded:
             graph.replay()

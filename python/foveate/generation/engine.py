@@ -84,7 +84,9 @@ class Engine:
         for name, value in {"max_batch": max_batch, "max_prefill_tokens": max_prefill_tokens}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
-        self.model, self.cache, self.tokenizer, self.eos_ids = model, cache, tokenizer, frozenset(eos_ids)
+        self.model, self.cache, self.tokenizer = model, cache, tokenizer
+        # files name ids that the model's head does not have, and so never chooses
+        self.eos_ids = frozenset(token for token in eos_ids if 0 <= token < model.config.vocab_size)
         self.max_length = min(max_length or model.config.max_positions, model.config.max_positions)
         self.scheduler = Scheduler(
             cache, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens, prefix_caching=enable_prefix_caching,

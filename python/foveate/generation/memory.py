@@ -11,6 +11,7 @@ from torch import nn
 
 from foveate.models import Checkpoint
 from foveate.models.loading import model_class, packed_format
+from foveate.models.reading import check_layers, read_config
 
 _BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}  # for 32 weights
 
@@ -37,9 +38,10 @@ def available(device: torch.device) -> int | None:
 def model_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization: str | None) -> int:
     """What the weights take after `load_model` with these options."""
     kind: Any = model_class(checkpoint.config)
+    config, stored = read_config(kind, checkpoint.config, checkpoint.path), checkpoint.weights()
+    check_layers(config, stored.names(), checkpoint.path)
     with torch.device("meta"):
-        model = kind(kind.config_class.from_hf(checkpoint.config))
-    stored = checkpoint.weights()
+        model = kind(config)
     if quantization is None and (dtype is None or stored.linear_layout):  # GGUF: blocks stay blocks
         return stored.nbytes
     size = (dtype or _stored_dtype(checkpoint)).itemsize

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.checked_files import CheckpointError
 from foveate.models.blocks import activation, need, split_heads
 from foveate.models.packed import Packed, attend, check_positions
 from foveate.models.recompute import feed
@@ -41,11 +42,11 @@ class BertConfig:
     def from_hf(cls, config: dict[str, Any]) -> BertConfig:
         hidden, heads = need(config, "hidden_size"), need(config, "num_attention_heads")
         if hidden % heads:
-            raise ValueError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+            raise CheckpointError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
         if config.get("position_embedding_type", "absolute") != "absolute":
-            raise ValueError(f"position_embedding_type={config['position_embedding_type']!r} is not supported")
+            raise CheckpointError(f"position_embedding_type={config['position_embedding_type']!r} is not supported")
         if config.get("is_decoder") or config.get("add_cross_attention"):
-            raise ValueError(
+            raise CheckpointError(
                 "BERT as a decoder (is_decoder, add_cross_attention) is not supported; only the encoder is"
             )
         dropout = config.get("hidden_dropout_prob", 0.1)

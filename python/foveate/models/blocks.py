@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foveate.checked_files import CheckpointError
 from foveate.norm import rms_norm
 from foveate.packed_linear import PackedLinear
+
+_FIRST_POSITIONS = 4096  # rows of a rotary table that is made at the first call
 
 _gelu_tanh = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -28,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
-        raise ValueError(f"the activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
+        raise CheckpointError(f"the activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -43,7 +46,9 @@ def need(config: dict[str, Any], *keys: str) -> Any:
     for key in keys:
         if config.get(key) is not None:
             return config[key]
-    raise ValueError(f"the config of this {config.get('model_type', 'model')} has no {' or '.join(map(repr, keys))}")
+    raise CheckpointError(
+        f"the config of this {config.get('model_type', 'model')} has no {' or '.join(map(repr, keys))}"
+    )
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -95,15 +100,29 @@ class Rotary:
         self.frequencies = _scale(1.0 / theta**exponents, scaling)
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def tables(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """cos, sin on the device; fp64 for models in fp64, fp32 for all others. Computed at the first call."""
+    def tables(
+        self, device: torch.device, dtype: torch.dtype = torch.float32, length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos, sin on the device, of the first `length` positions at least, all if None; fp64 for models in fp64, fp32 for all others.
+
+        Computed as far as they are asked for: a config that says 10 million positions must not cost gigabytes by itself.
+        """
         dtype = dtype if dtype is torch.float64 else torch.float32
         key = (device, dtype)
-        if key not in self._tables:
-            positions = torch.arange(self.max_positions, dtype=torch.float32, device="cpu")
+        needed = self.max_positions if length is None else min(length, self.max_positions)
+        if key not in self._tables or len(self._tables[key][0]) < needed:
+            rows = min(self.max_positions, max(_FIRST_POSITIONS, 1 << max(needed - 1, 0).bit_length()))
+            positions = torch.arange(rows, dtype=torch.float32, device="cpu")
             angles = positions[:, None] * self.frequencies
             self._tables[key] = (angles.cos().to(device, dtype), angles.sin().to(device, dtype))
         return self._tables[key]
+
+
+def _needed(scaling: dict[str, Any], kind: str, *keys: str) -> list[float]:
+    absent = [key for key in keys if scaling.get(key) is None]
+    if absent:
+        raise CheckpointError(f"rope_scaling of type {kind!r} lacks {' and '.join(absent)}")
+    return [scaling[key] for key in keys]
 
 
 def _scale(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
@@ -111,14 +130,24 @@ def _scale(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
     if scaling is None or kind == "default":
         return frequencies
     if kind == "linear":
-        return frequencies / scaling["factor"]
+        return frequencies / _needed(scaling, kind, "factor")[0]
     if kind == "divisors":  # of each frequency, as GGUF files store Llama 3.1's scaling
-        return frequencies / torch.tensor(scaling["divisors"], device="cpu")
+        divisors = torch.tensor(scaling["divisors"], device="cpu")
+        if divisors.shape != frequencies.shape or not (divisors > 0).all():
+            raise CheckpointError(
+                f"rope_freqs.weight has {divisors.numel()} values; RoPE needs {len(frequencies)}, all above 0"
+            )
+        return frequencies / divisors
     if kind != "llama3":
-        raise ValueError(f"rope_scaling of type {kind!r} is not supported; known are default, linear and llama3")
+        raise CheckpointError(f"rope_scaling of type {kind!r} is not supported; known are default, linear and llama3")
     # Llama 3.1: short waves stay, long ones are stretched by `factor`, those between are blended by their number of turns
     # within the context that the model was first trained on.
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keys = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "factor")
+    first_context, low, high, factor = _needed(scaling, kind, *keys)
+    if low >= high:
+        raise CheckpointError(
+            f"rope_scaling has low_freq_factor={low} and high_freq_factor={high}; the first must be the lower"
+        )
+    turns = first_context * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / scaling["factor"])
+    return frequencies * (keep + (1 - keep) / factor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from foveate.checked_files import CheckpointError, is_there, library_errors, read_json, read_text
+from foveate.models.file_schemas import ANY_CONFIG, GENERATION, INDEX, TOKENIZER
 from foveate.models.older_tokenizers import read_older_tokenizer
 from foveate.tokenizer import NEED, Tokenizer
 
@@ -61,7 +62,7 @@ class Checkpoint:
             "tokenizer_config": self.tokenizer_config, "chat_template": self.chat_template,
         }  # fmt: skip
         file = self.path / "tokenizer.json"
-        if file.exists():
+        if is_there(file):
             return Tokenizer.from_file(file, **options)
         backend = read_older_tokenizer(self.path, self.config.get("model_type"), self.tokenizer_config)
         return None if backend is None else Tokenizer(backend, **options)
@@ -73,7 +74,7 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """A Hugging Face folder, a .gguf file, or the name of an installed package that holds one of them, at most one folder deep.
 
-    Reads no weights. FileNotFoundError where there is nothing of that name, ValueError for what is not a model.
+    Reads no weights. FileNotFoundError where there is nothing of that name, CheckpointError for what is not a model.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -86,7 +87,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     for folder in (package, *sorted(p for p in package.iterdir() if p.is_dir())):
         if (folder / "config.json").exists() or any(folder.glob("*.gguf")):
             return _open_folder(folder)
-    raise ValueError(f"the package {path} in {package} holds neither a config.json nor a .gguf file")
+    raise CheckpointError(f"the package {path} in {package} holds neither a config.json nor a .gguf file")
 
 
 def _package_folder(name: str) -> Path | None:
@@ -106,10 +107,10 @@ def _open_file(file: Path) -> Checkpoint:
 
         return open_gguf(file)
     if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise ValueError(_pickle(file))
+        raise CheckpointError(_pickle(file))
     if file.suffix == ".safetensors":
-        raise ValueError(f"{file} holds weights only; give its folder {file.parent}, with the config.json")
-    raise ValueError(f"{file} is not a model: it does not start with 'GGUF', and a Hugging Face model is a folder")
+        raise CheckpointError(f"{file} holds weights only; give its folder {file.parent}, with the config.json")
+    raise CheckpointError(f"{file} is not a model: it does not start with 'GGUF', and a Hugging Face model is a folder")
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -119,40 +120,28 @@ def _open_folder(folder: Path) -> Checkpoint:
             return _open_file(files[0])
         if files:
             names = ", ".join(file.name for file in files)
-            raise ValueError(f"{folder} holds several models, {names}; give the path of one")
+            raise CheckpointError(f"{folder} holds several models, {names}; give the path of one")
         if (folder / "adapter_config.json").exists():
-            base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
-            raise ValueError(
+            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            raise CheckpointError(
                 f"{folder} holds an adapter of {base}, not a model: foveate.train.load_adapter puts it on the loaded base, and "
                 "`foveate train` with --merge writes both as one model"
             )
-        raise ValueError(f"{folder} is not a model folder: it has no config.json and no .gguf file")
-    tokenizer_config = _json(folder / "tokenizer_config.json")
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json and no .gguf file")
+    tokenizer_config = read_json(folder / "tokenizer_config.json", TOKENIZER)
     return Checkpoint(
         path=folder,
-        config=_json(folder / "config.json"),
-        generation_config=_json(folder / "generation_config.json"),
+        config=read_json(folder / "config.json", ANY_CONFIG),
+        generation_config=read_json(folder / "generation_config.json", GENERATION),
         chat_template=_chat_template(folder, tokenizer_config),
         tokenizer_config=tokenizer_config,
     )
 
 
-def _json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
 def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
+    if is_there(file):
+        return read_text(file)
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several named ones
         return next((entry["template"] for entry in template if entry["name"] == "default"), None)
@@ -175,44 +164,48 @@ class SafetensorsWeights:
         self._opened: dict[Path, Any] = {}
         self._file: dict[str, Path] = {}  # of each name
         single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-        if single.exists():
+        if is_there(single):
             self._file = dict.fromkeys(self._open(single).keys(), single)
-        elif index.exists():
-            for name, shard in _json(index).get("weight_map", {}).items():
+        elif is_there(index):
+            for name, shard in (read_json(index, INDEX).get("weight_map") or {}).items():
                 self._file[name] = folder / shard
             for shard in sorted(set(self._file.values())):
-                if not shard.exists():
-                    raise ValueError(f"{index} names {shard.name}, which is not there; download it too")
+                if not is_there(shard):
+                    raise CheckpointError(f"{index} names {shard.name}, which is not there; download it too")
                 self._check_names(shard)
         elif pickles := sorted(folder.glob("*.bin")):
-            raise ValueError(f"{folder} has no model.safetensors. {_pickle(pickles[0])}")
+            raise CheckpointError(f"{folder} has no model.safetensors. {_pickle(pickles[0])}")
         else:
-            raise ValueError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
+            raise CheckpointError(
+                f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json"
+            )
         self.nbytes = sum(shard.stat().st_size for shard in set(self._file.values()))
 
     def _open(self, file: Path) -> Any:
         if file in self._opened:
             return self._opened[file]
         try:
-            from safetensors import SafetensorError, safe_open
+            from safetensors import safe_open
         except ImportError as error:
             raise ImportError(f"safetensors {NEED}") from error
-        try:
+        with library_errors(f"{file} is truncated or not a safetensors file", "; download it again"):
             self._opened[file] = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
         return self._opened[file]
 
     def _check_names(self, shard: Path) -> None:
         stored = set(self._open(shard).keys())
         absent = [name for name, file in self._file.items() if file == shard and name not in stored]
         if absent:
-            raise ValueError(f"{shard} lacks {', '.join(absent[:5])}, which the index says it has; download it again")
+            raise CheckpointError(
+                f"{shard} lacks {', '.join(absent[:5])}, which the index says it has; download it again"
+            )
 
     def names(self) -> Iterable[str]:
         return self._file
 
     def get(self, name: str) -> Tensor:
-        tensor = self._open(self._file[name]).get_tensor(name)
-        assert isinstance(tensor, torch.Tensor)
+        with library_errors(f"{name} in {self._file[name]} cannot be read"):
+            tensor = self._open(self._file[name]).get_tensor(name)
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{name} in {self._file[name]} is no tensor but a {type(tensor).__name__}")
         return tensor

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.checked_files import CheckpointError, check
 from foveate.models.checkpoint import Blocks, Checkpoint, Weights
+from foveate.models.file_schemas import GGUF, GGUF_MODEL
 from foveate.models.gguf_file import GgufFile
 from foveate.models.gguf_tokenizer import CONTROL, read_tokenizer
 from foveate.tokenizer import Tokenizer
@@ -68,7 +70,7 @@ class GgufCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         assert self.file is not None
-        backend = read_tokenizer(self.file.fields)
+        backend = read_tokenizer(self.file.fields, self.path)
         return Tokenizer(backend, config=self.config, chat_template=self.chat_template)
 
     def weights(self) -> Weights:
@@ -76,16 +78,18 @@ class GgufCheckpoint(Checkpoint):
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:
-    """ValueError for a truncated file and for an architecture that is not in the table of names."""
+    """CheckpointError for a damaged file and for an architecture that is not in the table of names."""
     file = GgufFile(path)
+    check(file.fields, GGUF, path)
     parts = file.fields.get("split.count", 1)
     if parts > 1:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} is one of {parts} parts of a model; join them with llama.cpp's llama-gguf-split --merge"
         )
     arch = _value(file, "general.architecture")
     if arch not in _NAMES:
-        raise ValueError(f"{path} holds the architecture {arch!r}; known in GGUF files are {', '.join(_NAMES)}")
+        raise CheckpointError(f"{path} holds the architecture {arch!r}; known in GGUF files are {', '.join(_NAMES)}")
+    check(file.fields, {f"{arch}.{key}": rule for key, rule in GGUF_MODEL.items()}, path)
     config = _gpt2_config(file) if arch == "gpt2" else _llama_config(file, arch)
     config["bos_token_id"] = _value(file, "tokenizer.ggml.bos_token_id", None)
     config["pad_token_id"] = _value(file, "tokenizer.ggml.padding_token_id", None)
@@ -100,21 +104,26 @@ _REQUIRED: Any = object()
 def _value(file: GgufFile, key: str, default: Any = _REQUIRED) -> Any:
     value = file.fields.get(key, default)
     if value is _REQUIRED:
-        raise ValueError(f"{file.path} lacks {key} in its metadata")
+        raise CheckpointError(f"{file.path} lacks {key} in its metadata")
     return value
 
 
 def _vocab_size(file: GgufFile) -> int:
     if "token_embd.weight" not in file.tensors:
-        raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
-    return file.tensors["token_embd.weight"].shape[0]
+        raise CheckpointError(f"{file.path} lacks the tensor token_embd.weight")
+    shape = file.tensors["token_embd.weight"].shape
+    if len(shape) != 2:
+        raise CheckpointError(
+            f"{file.path} has token_embd.weight of shape {list(shape)}; it must be [vocabulary, hidden]"
+        )
+    return shape[0]
 
 
 def _end_ids(file: GgufFile) -> list[int]:
     """The end of a text and of a turn. Files often name the first only, and a chat model then would not stop: see _TURN_ENDS."""
     named = (_value(file, f"tokenizer.ggml.{key}_token_id", None) for key in ("eos", "eot", "eom"))
     tokens, kinds = (_value(file, f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
-    turns = (i for i, kind in enumerate(kinds) if kind == CONTROL and tokens[i] in _TURN_ENDS)
+    turns = (i for i, kind in enumerate(kinds[: len(tokens)]) if kind == CONTROL and tokens[i] in _TURN_ENDS)
     return list(dict.fromkeys([*(token for token in named if token is not None), *turns]))
 
 
@@ -155,10 +164,12 @@ def _llama_config(file: GgufFile, arch: str) -> dict[str, Any]:
 
 def _rope_scaling(file: GgufFile, arch: str) -> dict[str, Any] | None:
     if "rope_freqs.weight" in file.tensors:  # Llama 3.1's scaling, worked out by the converter
-        return {
-            "rope_type": "divisors",
-            "divisors": file.tensors["rope_freqs.weight"].data.view(torch.float32).tolist(),
-        }
+        stored = file.tensors["rope_freqs.weight"]
+        if stored.kind != "F32" or len(stored.shape) != 1:
+            raise CheckpointError(
+                f"{file.path} has rope_freqs.weight of type {stored.kind}, {list(stored.shape)}; it must be a row of F32"
+            )
+        return {"rope_type": "divisors", "divisors": stored.data.view(torch.float32).tolist()}
     kind = _value(file, f"{arch}.rope.scaling.type", "none")
     if kind in ("none", "default"):
         return None
@@ -208,19 +219,26 @@ class GgufWeights:
             # Gemma's converter adds the 1 of 1 + weight to the norms.
             return data - 1 if self.arch == "gemma2" and tensor.name.endswith("norm.weight") else data
         if kind in _BLOCKS:
+            if len(shape) != 2:
+                raise CheckpointError(
+                    f"{self.path} has {tensor.name} of type {kind} in shape {list(shape)}; only matrices have blocks"
+                )
             return Blocks(rows(data.view(shape[0], -1)), _BLOCKS[kind], shape[1])
         supported = ", ".join([*_FLOATS, *_BLOCKS])
-        raise ValueError(
+        raise CheckpointError(
             f"the tensor {tensor.name} of {self.path} is of type {kind}; supported are {supported}: requantise the file "
             "(llama.cpp's llama-quantize) or take another of the model's files"
         )
 
     def _row_order(self, stored: str) -> Callable[[Tensor], Tensor]:
         """For architecture "llama" the rows of attn_q and attn_k are stored with the two of a rotary pair side by side."""
-        part = stored.split(".")[-2]
+        part = ".".join(stored.split(".")[-2:-1])
         if self.arch != "llama" or part not in ("attn_q", "attn_k"):
             return lambda x: x
-        return lambda x: unpermute(x, self.heads[part])
+        heads, rows = self.heads[part], self.tensors[huggingface_name(stored, self.arch)].shape[0]
+        if rows % (2 * heads):
+            raise CheckpointError(f"{self.path} has {stored} of {rows} rows, which are not {heads} heads of pairs")
+        return lambda x: unpermute(x, heads)
 
 
 def unpermute(x: Tensor, heads: int) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from foveate.checked_files import CheckpointError, library_errors
 from foveate.tokenizer import NEED
 
 _NORMAL, CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
+_LONGEST = 1024  # characters of a SentencePiece token: its merges are found by trying each place to cut it
 
 # How text is cut before BPE. {digits} is how many digits stay together.
 _WORDS = (
@@ -17,25 +20,52 @@ _LLAMA3 = _WORDS.format(digits="{1,3}")
 _QWEN2 = _WORDS.format(digits="")
 
 
-def read_tokenizer(fields: dict[str, Any]) -> Any:
-    """A tokenizers.Tokenizer of a GGUF file's metadata. ValueError for other kinds of tokenizer and unknown pre-tokenizers."""
+def read_tokenizer(fields: dict[str, Any], path: Path | str = "the GGUF file") -> Any:
+    """A tokenizers.Tokenizer of a GGUF file's metadata. CheckpointError for other kinds of tokenizer and unknown pre-tokenizers."""
     try:
-        from tokenizers import Tokenizer, processors
+        import tokenizers  # noqa: F401
     except ImportError as error:
         raise ImportError(f"tokenizers {NEED}") from error
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
     kind = own.get("model")
     if kind not in ("gpt2", "llama"):
-        raise ValueError(
+        raise CheckpointError(
             f"the GGUF file's tokenizer is of kind {kind!r}; read are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece's BPE): "
             "use the model's Hugging Face folder, which has a tokenizer.json"
         )
+    _check_lists(
+        own, path, ("tokens", "token_type", "merges") if kind == "gpt2" else ("tokens", "token_type", "scores")
+    )
+    with library_errors(f"the tokenizer of {path} cannot be built"):
+        return _build(own, kind)
+
+
+def _check_lists(own: dict[str, Any], path: Path | str, needed: tuple[str, ...]) -> None:
+    """What the keys must have in common; each alone has been checked."""
+    for name in needed:
+        if own.get(name) is None:
+            raise CheckpointError(f"{path} lacks tokenizer.ggml.{name} in its metadata")
+        if name != "merges" and len(own[name]) != len(own["tokens"]):
+            raise CheckpointError(
+                f"{path} has {len(own[name])} values of tokenizer.ggml.{name} for {len(own['tokens'])} tokens; it needs one for each"
+            )
+    for name, token in own.items():
+        if name.endswith("_token_id") and token >= len(own["tokens"]):
+            raise CheckpointError(f"{path} has tokenizer.ggml.{name}={token} among {len(own['tokens'])} tokens")
+    for merge in own.get("merges") or ():
+        if not merge.partition(" ")[0] or not merge.partition(" ")[2]:
+            raise CheckpointError(f"{path} has the merge {merge[:40]!r}; it must be two tokens with a space between")
+
+
+def _build(own: dict[str, Any], kind: str) -> Any:
+    from tokenizers import Tokenizer, processors
+
     tokenizer: Tokenizer = _byte_level(own) if kind == "gpt2" else _sentencepiece(own)
     tokens, kinds = own["tokens"], own["token_type"]
     tokenizer.add_special_tokens([token for token, k in zip(tokens, kinds) if k == CONTROL])
     tokenizer.add_tokens([token for token, k in zip(tokens, kinds) if k == _USER_DEFINED])
-    bos = [tokens[own["bos_token_id"]]] if own.get("add_bos_token", kind == "llama") else []
-    eos = [tokens[own["eos_token_id"]]] if own.get("add_eos_token", False) else []
+    bos = [_named(own, "bos")] if own.get("add_bos_token", kind == "llama") else []
+    eos = [_named(own, "eos")] if own.get("add_eos_token", False) else []
     if bos or eos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*bos, "$A", *eos],
@@ -43,6 +73,12 @@ def read_tokenizer(fields: dict[str, Any]) -> Any:
             special_tokens=[(token, tokens.index(token)) for token in {*bos, *eos}],
         )
     return tokenizer
+
+
+def _named(own: dict[str, Any], name: str) -> str:
+    if own.get(f"{name}_token_id") is None:
+        raise CheckpointError(f"tokenizer.ggml.add_{name}_token is set, and there is no tokenizer.ggml.{name}_token_id")
+    return own["tokens"][own[f"{name}_token_id"]]
 
 
 def _byte_level(own: dict[str, Any]) -> Any:
@@ -67,10 +103,15 @@ def _sentencepiece(own: dict[str, Any]) -> Any:
     vocab = {token: i for i, token in enumerate(tokens)}
     normal = {token for token, kind in zip(tokens, own["token_type"]) if kind == _NORMAL}
     merges = []
+    longest = max(map(len, normal), default=0)
+    if longest > _LONGEST:
+        raise CheckpointError(f"a token has {longest} characters; SentencePiece's have at most {_LONGEST}")
     for token in sorted(normal, key=lambda token: (-scores[vocab[token]], vocab[token])):
         for cut in range(1, len(token)):
             if token[:cut] in normal and token[cut:] in normal:
                 merges.append((token[:cut], token[cut:]))
+    if not tokens:
+        raise CheckpointError("tokenizer.ggml.tokens is empty")
     unknown = tokens[own.get("unknown_token_id", 0)]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaces = normalizers.Replace(" ", "\u2581")
@@ -96,4 +137,4 @@ def _pre_tokenizer(name: str) -> Any:
     if name in patterns:
         return Sequence([Split(Regex(patterns[name]), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
     known = ", ".join(["default", "gpt-2", "smollm", *patterns])
-    raise ValueError(f"the GGUF file asks for the pre-tokenizer {name!r}; known are {known}")
+    raise CheckpointError(f"the GGUF file asks for the pre-tokenizer {name!r}; known are {known}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.cache_view import CacheView
+from foveate.checked_files import CheckpointError
 from foveate.models.blocks import activation, need, split_heads
 from foveate.models.packed import Packed, attend, check_positions
 from foveate.models.recompute import feed, recomputed
@@ -40,9 +41,11 @@ class GPT2Config:
         """From config.json, whose names are n_embd, n_layer, n_head, n_positions."""
         hidden, heads, layers = need(config, "n_embd"), need(config, "n_head"), need(config, "n_layer")
         if config.get("add_cross_attention"):
-            raise ValueError("GPT-2 with add_cross_attention is not supported; only the decoder without an encoder is")
+            raise CheckpointError(
+                "GPT-2 with add_cross_attention is not supported; only the decoder without an encoder is"
+            )
         if hidden % heads:
-            raise ValueError(f"n_embd={hidden} is not a multiple of n_head={heads}")
+            raise CheckpointError(f"n_embd={hidden} is not a multiple of n_head={heads}")
         scale = (hidden // heads) ** -0.5 if config.get("scale_attn_weights", True) else 1.0
         by_layer = bool(config.get("scale_attn_by_inverse_layer_idx"))
         return cls(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.cache_view import CacheView
+from foveate.checked_files import CheckpointError
 from foveate.models.blocks import RMSNorm, Rotary, activation, gated, need, split_heads
 from foveate.models.packed import Packed, attend, check_positions
 from foveate.models.recompute import feed, recomputed
@@ -55,7 +56,13 @@ class LlamaConfig:
         hidden = need(config, "hidden_size")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
-            raise ValueError("partial_rotary_factor other than 1 is not supported for the Llama family")
+            raise CheckpointError("partial_rotary_factor other than 1 is not supported for the Llama family")
+        if hidden % heads and not config.get("head_dim") and kind not in ("qwen3", "gemma2"):
+            raise CheckpointError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+        if (config.get("head_dim") or 2) % 2 or (not config.get("head_dim") and (hidden // heads) % 2):
+            raise CheckpointError(
+                f"head_dim={config.get('head_dim') or hidden // heads} is odd; RoPE turns pairs of elements"
+            )
         default_head_dim = {"qwen3": 128, "gemma2": 256}.get(kind, hidden // heads)
         attention_bias = kind == "qwen2" or (kind != "mistral" and bool(config.get("attention_bias")))
         return cls(
@@ -89,7 +96,7 @@ class LlamaConfig:
 
 def _windows(config: dict[str, Any], kind: str, layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer. Mistral: all; Gemma 2: every other; Qwen: from max_window_layers on, if switched on."""
-    window = config.get("sliding_window")
+    window = config.get("sliding_window") or None  # 0: none
     if kind == "llama" or window is None or (kind.startswith("qwen") and not config.get("use_sliding_window")):
         return (None,) * layers
     if kind == "mistral":
@@ -100,6 +107,8 @@ def _windows(config: dict[str, Any], kind: str, layers: int) -> tuple[int | None
     elif types is None:
         first = config.get("max_window_layers", 28)
         types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    if len(types) != layers:
+        raise CheckpointError(f"layer_types has {len(types)} entries for {layers} layers")
     return tuple(window if name == "sliding_attention" else None for name in types)
 
 
@@ -234,7 +243,8 @@ class Llama(nn.Module):
         if self.config.embed_scale is not None:
             # rounded to x's dtype, as the model was trained
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device="cpu")
-        cos, sin = self.rotary.tables(x.device, x.dtype)
+        longest = tokens.shape[-1] if packed is None else packed.longest
+        cos, sin = self.rotary.tables(x.device, x.dtype, longest if cache is None else cache.capacity)
         if packed is not None:
             cos, sin = cos[packed.positions], sin[packed.positions]
         for layer in self.model.layers:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.checked_files import CheckpointError
 from foveate.linear import dequantize
 from foveate.models import bert, gpt2, llama, t5
 from foveate.models.blocks import PackedEmbedding
 from foveate.models.checkpoint import Blocks, Checkpoint, Weights, open_checkpoint
+from foveate.models.reading import check_layers, read_config
 from foveate.packed_linear import PackedLinear
 from foveate.tokenizer import NEED
 
@@ -38,7 +40,7 @@ def model_class(config: dict[str, Any], head: str | None = None, new_head: bool 
             raise ValueError(f"head={head!r} is for BERT; {kind} has one head only")
         return _MODELS[kind]
     known = ", ".join(sorted([*_MODELS, "bert"]))
-    raise ValueError(f"the architecture {kind!r} (model_type in the config) is not supported; known are {known}")
+    raise CheckpointError(f"the architecture {kind!r} (model_type in the config) is not supported; known are {known}")
 
 
 def _bert_class(config: dict[str, Any], head: str | None, new_head: bool = False) -> type[nn.Module]:
@@ -46,7 +48,7 @@ def _bert_class(config: dict[str, Any], head: str | None, new_head: bool = False
     stored = bert.ARCHITECTURES.get(named[0]) if named else None
     if head is None:
         if named and stored is None:
-            raise ValueError(
+            raise CheckpointError(
                 f"the head of {named[0]} is not supported; known are {', '.join(bert.ARCHITECTURES)}: load the encoder alone by "
                 "head='encoder'"
             )
@@ -128,17 +130,18 @@ def load_model(
         checkpoint = open_checkpoint(checkpoint)
     foreign = checkpoint.config.get("quantization_config")
     if foreign:
-        raise ValueError(
+        raise CheckpointError(
             f"{checkpoint.path} is quantised by {foreign.get('quant_method', 'a method')!r}, which cannot be read; take the model's "
             "unquantised weights, with quantization='q8_0' or 'q4_0' here, or a GGUF file"
         )
     kind: Any = model_class(checkpoint.config, head, new_head)
-    config = kind.config_class.from_hf(checkpoint.config)
+    config = read_config(kind, checkpoint.config, checkpoint.path)
+    weights = checkpoint.weights()
+    check_layers(config, weights.names(), checkpoint.path)
     with torch.device("meta"):
         model = kind(config)
     if isinstance(model, llama.Llama) and str((checkpoint.config.get("architectures") or [""])[0]).endswith("Model"):
         setattr(model, "optional", ("lm_head",))  # noqa: B010 - an embedding model's checkpoint
-    weights = checkpoint.weights()
     if new_head and _has_another_classifier(checkpoint.config, kind):
         weights = _WithoutClassifier(weights)
     dtype = dtype or _dtype_of(checkpoint, weights)
@@ -174,10 +177,15 @@ def _fill(
     for name, stored in sources.items():
         value = weights.get(stored)
         advance(value.nbytes)
-        if isinstance(value, Tensor) and not weights.linear_layout and _fits(model.transposed, name):
+        if (
+            isinstance(value, Tensor)
+            and value.dim() == 2
+            and not weights.linear_layout
+            and _fits(model.transposed, name)
+        ):
             value = value.t().contiguous()
         if tuple(value.shape) != shapes[name]:
-            raise ValueError(
+            raise CheckpointError(
                 f"{stored} in {where} has shape {list(value.shape)}, the config asks for {list(shapes[name])}"
             )
         if isinstance(value, Blocks):
@@ -225,9 +233,9 @@ def _match(model: Any, weights: Weights, where: str) -> dict[str, str]:
     if missing:
         head = isinstance(model, bert.BertWithHead) and not any(name.startswith(model.prefix) for name in missing)
         cure = "; load_model(..., new_head=True) draws a new head to be fine-tuned" if head else ""
-        raise ValueError(f"{where} lacks {_list(missing)}, which {type(model).__name__} needs by the config{cure}")
+        raise CheckpointError(f"{where} lacks {_list(missing)}, which {type(model).__name__} needs by the config{cure}")
     if unexpected:
-        raise ValueError(
+        raise CheckpointError(
             f"{where} has {_list(unexpected)}, which {type(model).__name__} does not know by the config: "
             "another architecture, or a config that does not belong to these weights"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from foveate.checked_files import CheckpointError, is_there, library_errors, read_text
 from foveate.tokenizer import NEED
 
 
@@ -12,10 +13,12 @@ def read_older_tokenizer(folder: Path, model_type: str | None, tokenizer_config:
     """A tokenizers.Tokenizer, or None where the folder has no such files."""
     words, merges = folder / "vocab.txt", folder / "merges.txt"
     try:
-        if model_type == "bert" and words.exists():
-            return _wordpiece(words, tokenizer_config)
-        if merges.exists() and (folder / "vocab.json").exists():
-            return _byte_level(folder / "vocab.json", merges)
+        if model_type == "bert" and is_there(words):
+            with library_errors(f"{words} is not a vocabulary of BERT"):
+                return _wordpiece(words, tokenizer_config)
+        if is_there(merges) and is_there(folder / "vocab.json"):
+            with library_errors(f"{folder} has a vocab.json and merges.txt that make no tokenizer"):
+                return _byte_level(folder / "vocab.json", merges)
     except ImportError as error:
         raise ImportError(f"tokenizers {NEED}") from error
     return None
@@ -24,8 +27,11 @@ def read_older_tokenizer(folder: Path, model_type: str | None, tokenizer_config:
 def _wordpiece(words: Path, tokenizer_config: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    lines = words.read_text(encoding="utf-8").split("\n")
+    lines = read_text(words).split("\n")
     vocab = {word: i for i, word in enumerate(lines if lines[-1] else lines[:-1])}
+    absent = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocab]
+    if absent:
+        raise CheckpointError(f"{words} lacks {' and '.join(absent)}, so it is not a vocabulary of BERT")
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=tokenizer_config.get("do_lower_case", True),

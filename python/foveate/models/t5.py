@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate._relative_bias import RelativeBias
+from foveate.checked_files import CheckpointError
 from foveate.models.blocks import RMSNorm, activation, gated, need, split_heads
 from foveate.models.packed import Packed, attend
 from foveate.models.recompute import feed, recomputed
@@ -41,7 +42,7 @@ class T5Config:
         name = config.get("feed_forward_proj", "relu")
         gate, _, act = name.rpartition("-")
         if gate not in ("", "gated"):
-            raise ValueError(
+            raise CheckpointError(
                 f"feed_forward_proj={name!r} is not understood; known are 'relu' or 'gated-gelu' and the like"
             )
         tied = config.get("tie_word_embeddings") is not False

@@ -1,0 +1,123 @@
+"""What each key of a model's files may hold. The one list that config.json and its neighbours and GGUF headers are checked against.
+
+The limits are far above any model that exists and far below what would take a machine down: a header says sizes in a few bytes.
+Missing and null values are the readers' to judge; keys that are not here are not read, or read as they are.
+"""
+
+from __future__ import annotations
+
+from foveate.checked_files import Rule, either, flag, integer, list_of, mapping, number, rule, text
+
+_SIZE = integer(1, 2**20)
+_LAYERS = integer(1, 4096)
+_HEADS = integer(1, 2**16)
+_HEAD_DIM = integer(1, 2**14)
+_POSITIONS = integer(1, 2**31 - 1)
+_WINDOW = integer(0, 2**31 - 1)  # 0: none
+_EPSILON = number(0, 1)
+_SHARE = number(0, 1)
+_POSITIVE = number(1e-6, 1e15)
+_ID = integer(-1, 2**31 - 1)  # -1: none, as older files of transformers write it
+_IDS = either(_ID, list_of(_ID, 2**16))
+_DTYPE = text("float32", "float16", "bfloat16", "float64")
+
+_ROPE = mapping(
+    {
+        "rope_type": text(), "type": text(), "factor": _POSITIVE, "rope_theta": _POSITIVE, "partial_rotary_factor": _SHARE,
+        "original_max_position_embeddings": _POSITIONS, "low_freq_factor": _POSITIVE, "high_freq_factor": _POSITIVE,
+    }
+)  # fmt: skip
+
+# Of config.json that a file has whatever its architecture: checked when it is opened.
+SPECIAL_IDS = {"eos_token_id": _IDS, "bos_token_id": _IDS, "pad_token_id": _ID, "decoder_start_token_id": _ID}
+ANY_CONFIG: dict[str, Rule] = SPECIAL_IDS | {
+    "model_type": text(), "architectures": list_of(text(), 64), "quantization_config": mapping(), "compression_config": mapping(),
+}  # fmt: skip
+
+# Of config.json for the architectures that are known.
+CONFIG: dict[str, Rule] = ANY_CONFIG | {
+    "dtype": _DTYPE, "torch_dtype": _DTYPE, "vocab_size": integer(1, 2**24),
+    "hidden_size": _SIZE, "n_embd": _SIZE, "d_model": _SIZE, "intermediate_size": _SIZE, "n_inner": _SIZE, "d_ff": _SIZE,
+    "num_hidden_layers": _LAYERS, "n_layer": _LAYERS, "num_layers": _LAYERS, "num_decoder_layers": _LAYERS,
+    "num_attention_heads": _HEADS, "num_key_value_heads": _HEADS, "n_head": _HEADS, "num_heads": _HEADS,
+    "head_dim": _HEAD_DIM, "d_kv": _HEAD_DIM,
+    "max_position_embeddings": _POSITIONS, "n_positions": _POSITIONS, "n_ctx": _POSITIONS,
+    "rms_norm_eps": _EPSILON, "layer_norm_epsilon": _EPSILON, "layer_norm_eps": _EPSILON,
+    "rope_theta": _POSITIVE, "rope_scaling": _ROPE, "rope_parameters": _ROPE, "partial_rotary_factor": _SHARE,
+    "hidden_act": text(), "hidden_activation": text(), "activation_function": text(), "feed_forward_proj": text(),
+    "sliding_window": _WINDOW, "use_sliding_window": flag(), "max_window_layers": integer(0, 2**16), "layer_types": list_of(text(), 4096),
+    "tie_word_embeddings": flag(), "attention_bias": flag(), "mlp_bias": flag(), "scale_attn_weights": flag(),
+    "scale_attn_by_inverse_layer_idx": flag(), "add_cross_attention": flag(), "is_decoder": flag(), "scale_decoder_outputs": flag(),
+    "query_pre_attn_scalar": _POSITIVE, "attn_logit_softcapping": _POSITIVE, "final_logit_softcapping": _POSITIVE,
+    "attention_dropout": _SHARE, "embd_pdrop": _SHARE, "resid_pdrop": _SHARE, "attn_pdrop": _SHARE, "hidden_dropout_prob": _SHARE,
+    "attention_probs_dropout_prob": _SHARE, "classifier_dropout": _SHARE, "dropout_rate": _SHARE,
+    "type_vocab_size": integer(1, 2**16), "num_labels": integer(1, 2**20), "id2label": mapping(), "label2id": mapping(),
+    "problem_type": text(), "position_embedding_type": text(),
+    "relative_attention_num_buckets": integer(2, 2**16), "relative_attention_max_distance": integer(2, 2**31 - 1),
+}  # fmt: skip
+
+GENERATION: dict[str, Rule] = SPECIAL_IDS | {
+    "temperature": number(0, 1e6), "top_p": number(0, 1), "top_k": integer(-1, 2**31 - 1), "min_p": number(0, 1),
+    "repetition_penalty": number(1e-6, 1e6), "max_new_tokens": integer(1, 2**31 - 1), "do_sample": flag(),
+    "num_beams": integer(1, 2**16), "length_penalty": number(-100, 100),
+}  # fmt: skip
+
+_TOKEN = either(text(), mapping({"content": text()}, required=("content",)))
+TOKENIZER: dict[str, Rule] = {f"{name}_token": _TOKEN for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")} | {
+    "chat_template": either(text(), list_of(mapping({"name": text(), "template": text()}, ("name", "template")), 256)),
+    "do_lower_case": flag(), "strip_accents": flag(), "tokenize_chinese_chars": flag(),
+}  # fmt: skip
+
+
+def _shard(name: str) -> bool:
+    """The index is beside the shards, so a name that leads elsewhere is not one of this model's files."""
+    parts = name.replace("\\", "/").split("/")
+    return bool(name) and "\0" not in name and not name.startswith("/") and ".." not in parts and ":" not in name
+
+
+_SHARD = rule("the name of a file in this folder", lambda v: isinstance(v, str) and _shard(v))
+INDEX: dict[str, Rule] = {
+    "weight_map": Rule(
+        "an object of tensors and their files",
+        lambda v: next(
+            ((f"[{name!r}]", file, _SHARD.allowed) for name, file in v.items() if _SHARD.wrong(file)), None
+        ) if isinstance(v, dict) else ("", v, "an object of tensors and their files"),
+    )
+}  # fmt: skip
+
+# peft's adapter_config.json
+ADAPTER: dict[str, Rule] = {
+    "peft_type": text(), "base_model_name_or_path": text(), "r": integer(1, 2**16), "lora_alpha": number(-1e9, 1e9),
+    "lora_dropout": _SHARE, "use_rslora": flag(), "target_modules": either(text(), list_of(text(), 2**16)),
+}  # fmt: skip
+
+# A GGUF file's metadata, by the whole key and, of the architecture's own, by what follows its name.
+_UNICODE = rule("a text", lambda v: (isinstance(v, str) and v.isascii()) or (isinstance(v, str) and _encodes(v)))
+_TOKENS = list_of(_UNICODE, 2**24)
+_TOKEN_ID = integer(0, 2**31 - 1)
+GGUF: dict[str, Rule] = {
+    "general.architecture": text(), "general.alignment": integer(8, 2**16), "split.count": integer(0, 2**16),
+    "tokenizer.ggml.model": text(), "tokenizer.ggml.pre": text(), "tokenizer.ggml.tokens": _TOKENS, "tokenizer.ggml.merges": _TOKENS,
+    "tokenizer.ggml.scores": list_of(number(-1e30, 1e30)), "tokenizer.ggml.token_type": list_of(integer(0, 255)),
+    "tokenizer.chat_template": _UNICODE,
+} | {
+    f"tokenizer.ggml.{name}_token_id": _TOKEN_ID for name in ("bos", "eos", "eot", "eom", "unknown", "padding")
+} | {
+    f"tokenizer.ggml.{name}": flag() for name in ("add_bos_token", "add_eos_token", "add_space_prefix")
+}  # fmt: skip
+GGUF_MODEL: dict[str, Rule] = {
+    "context_length": _POSITIONS, "embedding_length": _SIZE, "block_count": _LAYERS, "feed_forward_length": _SIZE,
+    "attention.head_count": _HEADS, "attention.head_count_kv": _HEADS, "attention.key_length": _HEAD_DIM,
+    "attention.value_length": _HEAD_DIM, "attention.layer_norm_rms_epsilon": _EPSILON, "attention.layer_norm_epsilon": _EPSILON,
+    "attention.sliding_window": _WINDOW, "rope.freq_base": _POSITIVE, "rope.scaling.type": text(), "rope.scaling.factor": _POSITIVE,
+    "rope.scale_linear": _POSITIVE, "rope.dimension_count": _HEAD_DIM, "rope.scaling.original_context_length": _POSITIONS,
+    "attn_logit_softcapping": _POSITIVE, "final_logit_softcapping": _POSITIVE, "expert_count": integer(0, 2**16),
+}  # fmt: skip
+
+
+def _encodes(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
