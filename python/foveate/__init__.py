@@ -6,22 +6,6 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from foveate import drop_in, nn
-from foveate._backends import UnsupportedError, backends, info
-from foveate._explain import explain
-from foveate._relative_bias import RelativeBias
-from foveate.attention import attention, merge_attention
-from foveate.attention_varlen import attention_varlen
-from foveate.cache_view import CacheView
-from foveate.checked_files import CheckpointError
-from foveate.kv_cache import attention_with_kv_cache
-from foveate.loss import cross_entropy, linear_cross_entropy
-from foveate.norm import rms_norm
-from foveate.paged_kv_cache import CacheFull, PagedKVCache
-from foveate.rotary import apply_rotary
-from foveate.sdpa import sdpa
-from foveate.softmax import log_softmax, softmax
-
 __version__ = "0.1.0"
 
 # The model layer is imported when it is first used: it needs more libraries than the kernels do.

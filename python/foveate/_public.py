@@ -7,6 +7,7 @@ from foveate._relative_bias import RelativeBias
 from foveate.attention import attention, merge_attention
 from foveate.attention_varlen import attention_varlen
 from foveate.cache_view import CacheView
+from foveate.checked_files import CheckpointError
 from foveate.kv_cache import attention_with_kv_cache
 from foveate.loss import cross_entropy, linear_cross_entropy
 from foveate.norm import rms_norm
@@ -18,6 +19,7 @@ from foveate.softmax import log_softmax, softmax
 __all__ = [
     "CacheFull",
     "CacheView",
+    "CheckpointError",
     "PagedKVCache",
     "RelativeBias",
     "UnsupportedError",
