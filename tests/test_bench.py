@@ -193,7 +193,7 @@ def test_read_and_copy_loops_touch_every_element(offset: int, size: int) -> None
 def test_multiply_add_counts_what_it_does(dtype: str) -> None:
     sums = torch.zeros(2)
     flops = _C.multiply_add(sums, dtype, 5, 2)
-    if dtype == "bfloat16" and _C.cpu_target() != "avx512_bf16":
+    if dtype == "bfloat16" and _C.cpu_target() not in ("avx512_bf16", "amx", "amx_shim"):
         assert flops == 0
         return
     # Chains of x -> 1 + x / 2 from 0 hold 31/16 after five steps; those of the dot product add two products of 1 each time.

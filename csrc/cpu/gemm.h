@@ -32,6 +32,17 @@ struct MathBf16 {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
   }
 };
+#elif defined(FOVEATE_TILE_SHIM)
+struct MathBf16 {  // a test build: the layout of the dot instruction on a CPU without it
+  using Acc = float;
+  using Unit = uint32_t;
+  static constexpr int kPair = 2;
+  FOVEATE_INLINE Vec<float> mul_add(Vec<float> c, uint32_t a, vec<uint32_t, kLanes<float>> b) {
+    const auto value = [](auto bits) { return bit_cast<Vec<float>>(bits); };
+    const vec<uint32_t, kLanes<float>> pair = a - vec<uint32_t, kLanes<float>>{};
+    return c + value(pair << 16) * value(b << 16) + value(pair & 0xffff0000u) * value(b & 0xffff0000u);
+  }
+};
 #else
 using MathBf16 = MathF32;  // converted to float when packed
 #endif

@@ -23,7 +23,7 @@ constexpr int kLinearStep = kLinearVecs * kLanes<float>;
 static_assert(kWeightPanel % kLinearStep == 0);
 
 // 4 neighbours of a rounded row as dot4 reads them.
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(FOVEATE_TILE_SHIM)
 constexpr int kQuadUnits = 1;  // 4 int8
 #else
 constexpr int kQuadUnits = 2;  // int16 pairs: elements 0 and 2, 1 and 3
@@ -52,6 +52,11 @@ FOVEATE_INLINE VecI splat_int(int32_t x) { return x - VecI{}; }
 FOVEATE_INLINE VecI dot4(VecI dot, VecI w, const int32_t* x) {
 #if defined(__AVX512VNNI__)
   return (VecI)_mm512_dpbusd_epi32((__m512i)dot, (__m512i)w, (__m512i)splat_int(*x));
+#elif defined(__AVXVNNI__)
+  return (VecI)_mm256_dpbusd_avx_epi32((__m256i)dot, (__m256i)w, (__m256i)splat_int(*x));
+#elif defined(FOVEATE_TILE_SHIM)
+  for (int j = 0; j < 32; j += 8) dot += (w >> j & 0xff) * static_cast<int8_t>(*x >> j);
+  return dot;
 #else
   const auto madd = [](VecI a, int32_t b) __attribute__((always_inline)) {
 #if defined(__AVX512F__)
@@ -248,7 +253,8 @@ FOVEATE_INLINE void prepare_bf16(const float* x, int64_t in, char* out) {
       store(rounded, load_n<float>(x + i, in - i));
       store_n(to + i, load<float>(rounded), in - i);
     }
-    if (in % 2) from_float(to + in, 0.0f);
+    // The second half of a last unit; AMX reads whole lines.
+    for (int64_t i = in; i < round_up<int64_t>(in, MathBf16::kPair == 2 ? 32 : 2); ++i) from_float(to + i, 0.0f);
   };
   if constexpr (MathBf16::kPair == 2)
     round(reinterpret_cast<bf16*>(out));

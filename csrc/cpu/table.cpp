@@ -1,26 +1,30 @@
 #include "cpu/kernels.h"
 
+// A target that differs from another one (FOVEATE_BASE) in few kernels compiles only these and takes the rest from there: what it declares
+// itself hides what it sees through the using-directive.
+#if defined(FOVEATE_BASE)
+namespace foveate::cpu::FOVEATE_BASE {
+#include "cpu/functions.inl.h"
+}
+#endif
+
 namespace foveate::cpu::FOVEATE_ISA {
 
-void attention_forward(const AttentionParams&, int threads);
-void attention_backward(const AttentionParams&, const AttentionGrads&, int threads);
-void kv_append(const KvCacheParams&, int threads);
-void decode(const KvCacheParams&, int threads);
-void rotate_queries(const KvCacheParams&, void* out, int threads);
+#if defined(FOVEATE_BASE)
+using namespace FOVEATE_BASE;
 void linear(const LinearParams&, int threads);
 void linear_share(const LinearParams&, const Team&, char* scratch);
 void packed_rows(const PackedRowsParams&, int threads);
 void norm_rows(const NormRowsParams&, int threads);
-void rms_norm_forward(const RmsNormParams&, int threads);
-void rms_norm_backward(const RmsNormBackwardParams&, int threads);
-void softmax_forward(const SoftmaxParams&, int threads);
-void softmax_backward(const SoftmaxBackwardParams&, int threads);
-void cross_entropy_forward(const CrossEntropyParams&, int threads);
-void cross_entropy_backward(const CrossEntropyParams&, int threads);
-void rotary(const RotaryParams&, int threads);
+#if defined(FOVEATE_TILES)
+void attention_forward(const AttentionParams&, int threads);
 int64_t multiply_add(const MultiplyAddParams&, int threads);
 void read_memory(const ReadParams&, int threads);
 void copy_memory(const CopyParams&, int threads);
+#endif
+#else
+#include "cpu/functions.inl.h"
+#endif
 
 extern const Kernels table;
 const Kernels table{

@@ -7,6 +7,9 @@
 #include "cpu/row.h"
 #include "cpu/scratch.h"
 #include "cpu/team.h"
+#if defined(FOVEATE_TILES)
+#include "cpu/amx/linear_tiles.inl.h"
+#endif
 
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
@@ -115,16 +118,74 @@ void panel_rows(const LinearParams& p, int which, int64_t panel, const PreparedR
   if (row < end) tile<1>(p, which, panel, a, first, row);
 }
 
+#if defined(FOVEATE_TILES)
+// The same with AMX, whose tiles take more rows. `expanded`: room for the bytes of two panels; null: only bf16 uses tiles.
+class TileRows {
+ public:
+  TileRows(const LinearParams& p, int8_t* expanded)
+      : p_(p), expanded_{expanded, expanded ? expanded + expanded_bytes(p.weight[0].in) : nullptr} {}
+
+  void panel_rows(int which, int64_t panel, const PreparedRows& a, int64_t first, int64_t row, int64_t rows) {
+    const bool blocks = is_blocks(p_.weight[which].format), bf16 = p_.weight[which].format == WeightFormat::kBf16;
+    if (!bf16 && (!expanded_[0] || !blocks || rows < kTileRowsLeast)) return FOVEATE_ISA::panel_rows(p_, which, panel, a, first, row, rows);
+    const int count = p_.gated ? 2 : 1;
+    if (blocks)
+      for (int i = 0; i < count; ++i) expand(p_.gated ? i : which, panel, a.blocks, expanded_[i]);
+    const int64_t step = blocks ? kTileSide : 2 * kTileSide, end = row + rows;
+    alignas(64) float c[2][2 * kTileSide * kWeightPanel];
+    for (; row < end; row += step) {
+      const int64_t some = end - row < step ? end - row : step;
+      if (blocks && some < kTileRowsLeast) return FOVEATE_ISA::panel_rows(p_, which, panel, a, first, row, some);
+      for (int i = 0; i < count; ++i) product(p_.weight[p_.gated ? i : which], panel, a, row, some, expanded_[i], c[i]);
+      for (int64_t r = 0; r < some; ++r)
+        finish_row(p_, which, panel, first + row + r, c[0] + r * kWeightPanel, p_.gated ? c[1] + r * kWeightPanel : nullptr);
+    }
+  }
+
+ private:
+  void expand(int which, int64_t panel, int64_t blocks, int8_t* out) const {
+    const PackedWeight& w = p_.weight[which];
+    const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * panel_bytes(w.format, w.in);
+    using enum WeightFormat;
+    if (w.format == kQ8_0) return expand_panel<kQ8_0>(data, blocks, out);
+    if (w.format == kQ4_0) return expand_panel<kQ4_0>(data, blocks, out);
+    expand_panel<kQ4_1>(data, blocks, out);
+  }
+  void product(const PackedWeight& w, int64_t panel, const PreparedRows& a, int64_t row, int64_t rows, const int8_t* expanded, float* c) {
+    const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * panel_bytes(w.format, w.in);
+    using enum WeightFormat;
+    if (w.format == kBf16) return bf16_tile(tiles_, data, a, row, rows, w.in, c);
+    if (w.format == kQ8_0) return int8_tile<kQ8_0>(tiles_, data, expanded, a, row, rows, c);
+    if (w.format == kQ4_0) return int8_tile<kQ4_0>(tiles_, data, expanded, a, row, rows, c);
+    int8_tile<kQ4_1>(tiles_, data, expanded, a, row, rows, c);
+  }
+
+  const LinearParams& p_;
+  int8_t* expanded_[2];
+  TileScope tiles_;
+};
+#else
+struct TileRows {
+  TileRows(const LinearParams& params, int8_t*) : p(params) {}
+  void panel_rows(int which, int64_t panel, const PreparedRows& a, int64_t first, int64_t row, int64_t rows) {
+    FOVEATE_ISA::panel_rows(p, which, panel, a, first, row, rows);
+  }
+  const LinearParams& p;
+};
+FOVEATE_INLINE int64_t expanded_bytes(int64_t) { return 0; }
+#endif
+
 // The work on rows [first, first + rows), few enough that all of them are prepared at once.
 struct Work {
   const LinearParams& p;
   int64_t first, rows;
   PreparedRows prepared;
   float* temp;  // [threads, in rounded up to 16]
+  int8_t* expanded;  // [threads, 2 panels of blocks]; null for few rows, which expand nothing
   int64_t ends[3] = {}, panels = 0, bytes = 0;
 
-  Work(const LinearParams& params, int64_t first_row, int64_t count, PreparedRows a, float* memory)
-      : p(params), first(first_row), rows(count), prepared(a), temp(memory) {
+  Work(const LinearParams& params, int64_t first_row, int64_t count, PreparedRows a, float* memory, int8_t* panels_memory)
+      : p(params), first(first_row), rows(count), prepared(a), temp(memory), expanded(panels_memory) {
     const int used = p.gated ? 1 : p.count;
     for (int i = 0; i < used; ++i) ends[i] = panels += ceil_div<int64_t>(p.weight[i].out, kWeightPanel);
     for (int i = 0; i < p.count; ++i)
@@ -144,11 +205,12 @@ struct Work {
     return which;
   }
   void multiply(const Team& team) const {
+    TileRows tiles(p, expanded ? expanded + team.id * 2 * expanded_bytes(p.weight[0].in) : nullptr);
     for (int64_t item = team.begin(items()); item < team.end(items()); ++item) {
       const int64_t row = item / panels * kRowChunk;
       int64_t panel = item % panels;
       const int which = locate(panel);
-      panel_rows(p, which, panel, prepared, first, row, rows - row < kRowChunk ? rows - row : kRowChunk);
+      tiles.panel_rows(which, panel, prepared, first, row, rows - row < kRowChunk ? rows - row : kRowChunk);
     }
   }
   // The first weights that a thread will read, while it waits for the rows.
@@ -174,11 +236,13 @@ void linear(const LinearParams& p, int threads) {
   Layout layout;
   const int64_t at_rows = layout.add<char>(a.row_bytes * (p.rows < most ? p.rows : most));
   const int64_t at_temp = layout.add<float>(round_up<int64_t>(p.weight[0].in, 16) * threads);
+  const int64_t at_expanded = layout.add<int8_t>(is_blocks(p.weight[0].format) ? 2 * expanded_bytes(p.weight[0].in) * threads : 0);
   Scratch scratch;
   scratch.allocate(layout.total());
   a.data = scratch.at<char>(at_rows);
   for (int64_t first = 0; first < p.rows; first += most) {
-    const Work work(p, first, p.rows - first < most ? p.rows - first : most, a, scratch.at<float>(at_temp));
+    const Work work(p, first, p.rows - first < most ? p.rows - first : most, a, scratch.at<float>(at_temp),
+                    scratch.at<int8_t>(at_expanded));
     // A thread is worth waking for about 2 us of reading or of arithmetic.
     const int64_t useful = 1 + work.bytes * ceil_div<int64_t>(work.rows, 4) / 65536;
     const int64_t wanted = useful < work.items() ? useful : work.items();
@@ -203,7 +267,7 @@ void linear(const LinearParams& p, int threads) {
 
 void linear_share(const LinearParams& p, const Team& team, char* scratch) {
   float* temp = reinterpret_cast<float*>(scratch + p.rows * linear_row_bytes(p.weight[0].in));
-  const Work work(p, 0, p.rows, prepared_rows(p, scratch), temp);
+  const Work work(p, 0, p.rows, prepared_rows(p, scratch), temp, nullptr);
   work.prefetch_share(team);
   work.prepare(team);
   team.wait();

@@ -3,6 +3,9 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
+#if defined(FOVEATE_TILES)
+#include "cpu/amx/tiles.h"
+#endif
 
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
@@ -50,10 +53,33 @@ float run_chains(int64_t steps, int64_t& flops) {
   return static_cast<float>(hsum(total));
 }
 
+#if defined(FOVEATE_TILES)
+// The same with AMX: four products of tiles of ones a step, each into its own sums.
+float run_tiles(int64_t steps, int64_t& flops) {
+  constexpr int kElements = 4 * kTileSide * kTileSide;
+  alignas(64) uint16_t ones[kTileSide * 32];
+  alignas(64) float sums[kElements];
+  for (uint16_t& x : ones) x = 0x3f80;
+  TileScope scope;
+  scope.configure(0, [](TileConfig& c) {
+    for (int t = 0; t < 8; ++t) TileConfig::set(c, t, kTileSide, 64);
+  });
+  Tiles::load<0>(ones, 64), Tiles::load<1>(ones, 64);
+  Tiles::zero<4>(), Tiles::zero<5>(), Tiles::zero<6>(), Tiles::zero<7>();
+  for (int64_t i = 0; i < steps; ++i)
+    Tiles::dot_bf16<4, 0, 1>(), Tiles::dot_bf16<5, 0, 1>(), Tiles::dot_bf16<6, 0, 1>(), Tiles::dot_bf16<7, 0, 1>();
+  Tiles::store<4>(sums, 64), Tiles::store<5>(sums + 256, 64), Tiles::store<6>(sums + 512, 64), Tiles::store<7>(sums + 768, 64);
+  float total = 0;
+  for (float x : sums) total += x;
+  flops = int64_t{2} * kElements * 32;
+  return total;
+}
+#endif
+
 }  // namespace
 
 int64_t multiply_add(const MultiplyAddParams& p, int threads) {
-#if !defined(__AVX512BF16__)
+#if !defined(__AVX512BF16__) && !defined(FOVEATE_TILES)
   if (p.dtype == DType::kBFloat16) return 0;
 #endif
   int64_t flops = 0;
@@ -64,7 +90,11 @@ int64_t multiply_add(const MultiplyAddParams& p, int threads) {
     else if (p.dtype == DType::kFloat64)
       p.sums[task] = run_chains<MathF64>(p.steps, per_step);
     else
+#if defined(FOVEATE_TILES)
+      p.sums[task] = run_tiles(p.steps, per_step);
+#else
       p.sums[task] = run_chains<MathBf16>(p.steps, per_step);
+#endif
     if (task == 0) flops = per_step;
   });
   return flops * p.steps * threads;
