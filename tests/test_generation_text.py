@@ -359,6 +359,59 @@ def test_a_beginning_that_is_used_again_and_again_stays():
     assert finish([7] * 12) == 0 and len(prefix) == 12 and finish([1, 2, 3, 4]) == 0
 
 
+def test_what_can_be_evicted_is_counted_as_pages_come_and_go():
+    rng = random.Random(0)
+    cache = toys.cache(40, 1)
+    prefix = PrefixCache(cache)
+    running, seen = [], set()
+    for _ in range(600):
+        tokens = [rng.randint(0, 2) for _ in range(rng.randint(1, 7))]
+        nodes = prefix.match(tokens, len(tokens))
+        seq = cache.create_from_pages([node.page for node in nodes])
+        missing = len(tokens) - len(nodes) - cache.free_pages
+        if missing > 0 and prefix.evict(missing) < missing:
+            cache.free(seq)
+        else:
+            cache.append([seq], len(tokens) - len(nodes))
+            node = nodes[-1] if nodes else None
+            for i in range(len(nodes), len(tokens)):
+                node = prefix.insert(node, tokens[i : i + 1], cache.pages(seq)[i])
+            running.append(seq)
+        while len(running) > rng.randint(0, 4):
+            cache.free(running.pop(rng.randrange(len(running))))
+        by_hand = sum(cache.references(node.page) == 1 for node in prefix._nodes.values())
+        assert prefix.evictable() == by_hand
+        seen.add(by_hand)
+    assert len(seen) > 10
+
+
+def test_a_step_looks_at_no_more_for_more_requests_and_pages():
+    """Counted, not timed: calls of the cache and of outputs, for each request of a long queue on a full prefix cache."""
+
+    def looks(pages):
+        engine = toys.engine(num_pages=pages, page_size=1, max_batch=4)
+        rng = random.Random(1)
+        queue = [[rng.randint(2, 300) for _ in range(8)] for _ in range(pages // 4)]
+        counted = 0
+        references = type(engine.cache).references
+
+        def count(cache, page):
+            nonlocal counted
+            counted += 1
+            return references(cache, page)
+
+        type(engine.cache).references = count
+        try:
+            for i, tokens in enumerate(queue):
+                engine.add(str(i), tokens, SamplingParams(temperature=0, max_tokens=1))
+            toys.drain(engine)
+        finally:
+            type(engine.cache).references = references
+        return counted / len(queue)
+
+    assert looks(640) < 2 * looks(160)
+
+
 def test_drafts_end_with_the_context():
     for length in (250, 253, 254, 255):
         output, engine = one(

@@ -207,7 +207,7 @@ def test_quantization_of_a_quantised_file(tmp_path: Path) -> None:
     assert kept.model.layers[1].mlp.down_proj.format == "q4_1"
 
 
-def test_unsupported_types_and_architectures_are_named(tmp_path: Path) -> None:
+def test_unsupported_types_and_architectures_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "mamba")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -215,9 +215,10 @@ def test_unsupported_types_and_architectures_are_named(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(ValueError, match="holds the architecture 'mamba'; known in GGUF files are llama, qwen2"):
         open_checkpoint(tmp_path / "a.gguf")
-    write(tmp_path / "b.gguf", theirs("qwen2"), "qwen2", Q.Q5_0)
+    monkeypatch.setitem(TYPES, 8, "Q8_9")  # as a later version of the format may call another type
+    write(tmp_path / "b.gguf", theirs("qwen2"), "qwen2", Q.Q8_0)
     with pytest.raises(
-        ValueError, match=r"the tensor \S+ of .*b.gguf is of type Q5_0; supported are F32, F16, BF16, Q8_0, Q4_0, Q4_1"
+        ValueError, match=r"the tensor \S+ of .*b.gguf is of type Q8_9; supported are F32, F16, BF16, Q8_0, Q4_0, Q4_1"
     ):
         load_model(tmp_path / "b.gguf")
 

@@ -71,7 +71,7 @@ def test_packing_of_floats(in_features):
         assert torch.equal(layer.dequantize(), linear.weight.float())
 
 
-ALL_FORMATS = ["f32", "bf16", *FORMATS]
+ALL_FORMATS = ["f32", "bf16", "f16", *FORMATS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -265,7 +265,7 @@ def test_errors_are_sentences():
     with pytest.raises(ValueError, match="multiple of 32"):
         quantize(random(2, 33), "q8_0")
     with pytest.raises(TypeError, match="give a format"):
-        PackedLinear.from_linear(torch.nn.Linear(32, 32).half())
+        PackedLinear.from_linear(torch.nn.Linear(32, 32).double())
     with pytest.raises((ValueError, IndexError), match="40"):
         layer.rows(torch.tensor([40]))
     with pytest.raises((ValueError, IndexError), match="-1"):

@@ -139,12 +139,13 @@ def test_quantized_weights(name, format):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_bf16_weights(name):
-    model = make(name).bfloat16()
-    twin, theirs = exact_twin(model), generate(model, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_weights(name, dtype):
+    model = make(name).to(dtype)
+    twin, theirs = exact_twin(model), generate(model, dtype=dtype)
     native = NativeDecoder(model)
-    for dtype in (torch.bfloat16, torch.float32):
-        assert_right([h.bfloat16() for h in generate(native, dtype=dtype)], theirs, twin)
+    for cache_dtype in (dtype, torch.float32):
+        assert_right([h.to(dtype) for h in generate(native, dtype=cache_dtype)], theirs, twin)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)

@@ -203,3 +203,40 @@ def test_unknown_feed_forward_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"feed_forward_proj": "mixed-gelu"}))
     with pytest.raises(ValueError, match="feed_forward_proj='mixed-gelu' is not understood"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
+def test_float16_does_not_overflow(feed_forward: str, tmp_path: Path) -> None:
+    """A channel of the stream grows beyond float16's largest number, as in the large T5s; transformers keeps `wo` in fp32 too."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj=feed_forward,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for block in [*model.encoder.block, *model.decoder.block]:
+            part = block.layer[-1].DenseReluDense
+            part.wo.weight.normal_(0, 0.05)
+            part.wo.weight[0] *= 4e4
+            for name in ("wi", "wi_0", "wi_1"):
+                if hasattr(part, name):
+                    getattr(part, name).weight.normal_(0, 1)
+    model.half().save_pretrained(tmp_path)
+    source, target = torch.randint(2, 64, (1, 12)), torch.randint(2, 64, (1, 5))
+
+    def logits(dtype: torch.dtype) -> torch.Tensor:
+        theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
+        return theirs(input_ids=source, decoder_input_ids=target).logits.float()
+
+    with torch.no_grad():
+        exact, peer = logits(torch.float32), logits(torch.float16)
+        ours = load_model(tmp_path)
+        found = ours(source, target)
+    assert (
+        found.dtype is torch.float16 and ours.encoder.block[0].layer[-1].DenseReluDense.wo.weight.dtype is torch.float32
+    )
+    assert (
+        peer.isfinite().all()
+        and (found.float() - exact).abs().max() <= 2 * (peer - exact).abs().max() + 1e-3 * exact.abs().max()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,7 @@ with warnings.catch_warnings():
     import transformers
 
 from foveate.nn import PackedLinear
-from foveate.text2text import Text2Text
+from foveate.pipelines.text2text import Text2Text, Text2TextParams
 from foveate.tokenizer import Tokenizer
 from model_cases import assert_logits_close, one_thread, randomize  # noqa: F401
 
@@ -93,7 +94,7 @@ def test_beams_are_those_of_transformers(length_penalty: float, early_stopping: 
         options = {"length_penalty": length_penalty, "early_stopping": early_stopping}
         out = theirs(model, 12, num_beams=3, num_return_sequences=3, **options)
         expected = [cut(row) for row in out.sequences]
-        found = ours.beam_search(SOURCES, 3, 12, **options)
+        found = ours.beam_search(SOURCES, Text2TextParams(num_beams=3, max_new_tokens=12, **options))
         assert [h.tokens for hypotheses in found for h in hypotheses] == expected
         scores = torch.tensor([h.score for hypotheses in found for h in hypotheses])
         torch.testing.assert_close(scores, out.sequences_scores, rtol=1e-4, atol=1e-5)
@@ -149,6 +150,68 @@ def test_quantised_weights_generate(tmp_path: Path) -> None:
     with torch.no_grad():
         assert_logits_close(packed.model(tokens, target), exact.model(tokens, target), 0.05)
     assert len(packed.generate(SOURCES, num_beams=2, max_new_tokens=5)) == 3
+
+
+@pytest.mark.parametrize("options", [
+    {"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 6}, {"repetition_penalty": 0.8, "no_repeat_ngram_size": 3},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_rules_about_what_has_come_are_those_of_transformers(options: dict, num_beams: int, tmp_path: Path) -> None:
+    changed = 0
+    for seed in range(2):
+        model, ours = make(tmp_path, seed, 0.2)
+        plain = [cut(row) for row in theirs(model, 12, num_beams=num_beams).sequences]
+        expected = [cut(row) for row in theirs(model, 12, num_beams=num_beams, **options).sequences]
+        assert ours.generate(SOURCES, max_new_tokens=12, num_beams=num_beams, **options) == expected
+        changed += plain != expected
+    assert changed, "the option changes nothing in these cases"
+
+
+def test_the_checkpoints_own_settings_are_the_defaults(tmp_path: Path) -> None:
+    model, _ = make(tmp_path, 0, 0.2)
+    settings = {
+        "num_beams": 3,
+        "max_length": 9,
+        "length_penalty": 2.0,
+        "early_stopping": True,
+        "no_repeat_ngram_size": 2,
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    ours = Text2Text(tmp_path)
+    names = {name: value for name, value in settings.items() if name != "max_length"}
+    expected = [cut(row) for row in theirs(model, 8, **names).sequences]
+    assert ours.default_params == Text2TextParams(max_new_tokens=8, **names) and ours.generate(SOURCES) == expected
+    greedy = [cut(row) for row in theirs(model, 20, length_penalty=1.0).sequences]
+    assert ours.generate(SOURCES, num_beams=1, max_new_tokens=20, no_repeat_ngram_size=0) == greedy
+    (tmp_path / "generation_config.json").write_text(json.dumps({"num_beams": 2, "do_sample": True}))
+    with pytest.raises(
+        ValueError, match="generation_config.json cannot be followed: num_beams=2 searches and temperature=1.0"
+    ):
+        Text2Text(tmp_path)
+
+
+def test_several_outputs_stop_strings_and_pieces(tmp_path: Path) -> None:
+    _, ours = make(tmp_path, 0, 0.2)
+    text = "w3 w4 w5"
+    whole = ours(text, max_new_tokens=12)
+    assert (
+        "".join(ours.stream(text, max_new_tokens=12)) == whole and len(list(ours.stream(text, max_new_tokens=12))) > 1
+    )
+    word = whole.split()[-1]
+    at = whole.index(word)
+    for beams in (1, 3):
+        stopped = ours(text, max_new_tokens=12, stop=word, num_beams=beams)
+        assert word not in stopped and (beams > 1 or stopped == whole[:at])
+    several = ours([text, "w7"], max_new_tokens=8, num_beams=3, num_return_sequences=2)
+    assert [len(found) for found in several] == [2, 2] and several[0][0] == ours(text, max_new_tokens=8, num_beams=3)
+    drawn = ours(text, max_new_tokens=8, temperature=1.0, seed=3, num_return_sequences=4)
+    assert len(set(drawn)) > 1 and drawn == ours(
+        text, max_new_tokens=8, temperature=1.0, seed=3, num_return_sequences=4
+    )
+    with pytest.raises(ValueError, match="num_return_sequences=2 needs as many beams, or a temperature"):
+        ours(text, num_return_sequences=2)
+    with pytest.raises(ValueError, match="only one output can be streamed"):
+        ours.stream(text, num_beams=2)
 
 
 def test_wrong_calls_are_said(tmp_path: Path) -> None:

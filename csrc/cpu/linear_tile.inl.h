@@ -29,8 +29,9 @@ constexpr int kQuadUnits = 1;  // 4 int8
 constexpr int kQuadUnits = 2;  // int16 pairs: elements 0 and 2, 1 and 3
 #endif
 
-// Prepared rows, `row_bytes` each. Blocks: int32 quads [in / 4 * kQuadUnits], then per block: float dx, float dx * sum(q), int32 sum(q).
-// f32: floats. bf16: units of MathBf16.
+// Prepared rows, `row_bytes` each. Blocks: int32 quads [in / 4 * kQuadUnits], then per block: float dx, float dx * sum(q), int32 sum(q),
+// int32 sum(q) of its first half.
+// f32 and f16: floats. bf16: units of MathBf16.
 struct PreparedRows {
   char* data;
   int64_t row_bytes, blocks;
@@ -42,7 +43,7 @@ struct PreparedRows {
 };
 
 FOVEATE_INLINE int64_t prepared_row_bytes(WeightFormat f, int64_t in) {
-  if (is_blocks(f)) return round_up<int64_t>(in * kQuadUnits + in / kWeightBlock * 12, 64);
+  if (is_blocks(f)) return round_up<int64_t>(in * kQuadUnits + in / kWeightBlock * 16, 64);
   return round_up<int64_t>(round_up<int64_t>(in, 2) * 4 / (f == WeightFormat::kBf16 ? MathBf16::kPair : 1), 64);
 }
 
@@ -134,12 +135,13 @@ FOVEATE_INLINE void block_tile(const uint8_t* panel, const PreparedRows& a, int6
   }
 }
 
-// f32 and bf16: as the micro-kernel of gemm.h, in chains of kChain units. Without the dot instruction a pair is two floats.
+// f32, f16 and bf16: as the micro-kernel of gemm.h, in chains of kChain units. Without the dot instruction a pair is two floats.
 template <WeightFormat kFormat, int kRows>
 FOVEATE_INLINE void float_tile(const uint8_t* panel, const PreparedRows& a, int64_t row, int64_t in, float* c) {
   using M = std::conditional_t<kFormat == WeightFormat::kBf16, MathBf16, MathF32>;
   using Unit = typename M::Unit;
-  constexpr bool kWiden = kFormat == WeightFormat::kBf16 && M::kPair == 1;
+  constexpr bool kWiden = kFormat == WeightFormat::kBf16 && M::kPair == 1, kHalf = kFormat == WeightFormat::kF16;
+  constexpr int64_t kStepBytes = kWeightPanel * (kHalf ? 2 : 4);
   constexpr int n = kLanes<float>;
   const int64_t steps = kFormat == WeightFormat::kBf16 ? ceil_div<int64_t>(in, 2) : in, stride = a.row_bytes / 4;
   for (int64_t col = 0; col < kWeightPanel; col += kLinearStep) {
@@ -147,13 +149,20 @@ FOVEATE_INLINE void float_tile(const uint8_t* panel, const PreparedRows& a, int6
     for (int64_t begin = 0; begin < steps; begin += kChain) {
       const int64_t end = steps - begin < kChain ? steps : begin + kChain;
       VecF acc[kRows][kLinearVecs] = {};
-      const uint8_t* w = panel + (begin * kWeightPanel + col) * 4;
+      const uint8_t* w = panel + begin * kStepBytes + col * (kHalf ? 2 : 4);
       const Unit* x = PreparedRows::at<Unit>(a, row) + begin * (kWiden ? 2 : 1);
-      for (int64_t i = begin; i < end; ++i, w += kWeightPanel * 4, x += kWiden ? 2 : 1) {
-        if (col == 0) prefetch(w + kLinearAhead), prefetch(w + kLinearAhead + 64);
+      for (int64_t i = begin; i < end; ++i, w += kStepBytes, x += kWiden ? 2 : 1) {
+        if (col == 0) {
+          prefetch(w + kLinearAhead);
+          if (!kHalf) prefetch(w + kLinearAhead + 64);
+        }
 #pragma GCC unroll 2
         for (int v = 0; v < kLinearVecs; ++v) {
-          const auto b = load_raw<vec<Unit, n>>(w + v * kVecBytes);
+          vec<Unit, n> b;
+          if constexpr (kHalf)
+            b = load<float>(reinterpret_cast<const f16*>(w) + v * n);
+          else
+            b = load_raw<vec<Unit, n>>(w + v * kVecBytes);
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
             if constexpr (kWiden) {
@@ -178,6 +187,12 @@ FOVEATE_INLINE void float_tile(const uint8_t* panel, const PreparedRows& a, int6
   }
 }
 
+}  // namespace foveate::cpu::FOVEATE_ISA
+
+#include "cpu/linear_k_tile.inl.h"
+
+namespace foveate::cpu::FOVEATE_ISA {
+
 // c [rows, 32] = prepared rows [row, row + rows) times panel `panel` of w, rows <= kLinearRows for blocks. Without the bias.
 template <int kRows>
 inline void panel_product(const PackedWeight& w, int64_t panel, const PreparedRows& a, int64_t row, float* c) {
@@ -185,10 +200,14 @@ inline void panel_product(const PackedWeight& w, int64_t panel, const PreparedRo
   using enum WeightFormat;
   if (w.format == kF32) return float_tile<kF32, kRows>(data, a, row, w.in, c);
   if (w.format == kBf16) return float_tile<kBf16, kRows>(data, a, row, w.in, c);
+  if (w.format == kF16) return float_tile<kF16, kRows>(data, a, row, w.in, c);
   if constexpr (kRows <= kLinearRows) {
     if (w.format == kQ8_0) return block_tile<kQ8_0, kRows>(data, a, row, c);
     if (w.format == kQ4_0) return block_tile<kQ4_0, kRows>(data, a, row, c);
     if (w.format == kQ4_1) return block_tile<kQ4_1, kRows>(data, a, row, c);
+    if (w.format == kQ4K) return k_tile<kQ4K, kRows>(data, a, row, c);
+    if (w.format == kQ5K) return k_tile<kQ5K, kRows>(data, a, row, c);
+    if (w.format == kQ6K) return k_tile<kQ6K, kRows>(data, a, row, c);
   }
 }
 
@@ -221,13 +240,14 @@ FOVEATE_INLINE void prepare_blocks(const float* x, int64_t blocks, char* out) {
     }
     const float largest = hmax(top), inverse = largest > 0x1p-100f ? 127.0f / largest : 0.0f;
     int8_t q[kWeightBlock];
-    VecI sum{};
+    VecI sum{}, half{};  // half: of the first 16
 #pragma GCC unroll 8
     for (int v = 0; v < vecs; ++v) {
       // What is not finite becomes 0: dx says it.
       const VecF scaled = load<float>(x + v * n) * inverse;
       const VecI rounded = round_to_int(vabs<float>(scaled) <= 128.0f ? scaled : VecF{});
       sum += rounded;
+      if (v < vecs / 2) half += rounded;
       store_raw(q + v * n, __builtin_convertvector(rounded, vec<int8_t, n>));
     }
     if constexpr (kQuadUnits == 1) {
@@ -239,9 +259,10 @@ FOVEATE_INLINE void prepare_blocks(const float* x, int64_t blocks, char* out) {
               static_cast<int32_t>(static_cast<uint16_t>(q[4 * i + odd]) | static_cast<uint32_t>(q[4 * i + odd + 2]) << 16);
     }
     const float dx = largest / 127.0f + hsum(zero);
-    const int32_t total = hsum(sum);
+    const int32_t total = hsum(sum), first = hsum(half);
     scales[b] = dx, scales[blocks + b] = dx * static_cast<float>(total);
     std::memcpy(scales + 2 * blocks + b, &total, 4);
+    std::memcpy(scales + 3 * blocks + b, &first, 4);
   }
 }
 

@@ -11,10 +11,14 @@ namespace {
 WeightFormat format_of(const std::string& text) {
   if (text == "f32") return WeightFormat::kF32;
   if (text == "bf16") return WeightFormat::kBf16;
+  if (text == "f16") return WeightFormat::kF16;
   if (text == "q8_0") return WeightFormat::kQ8_0;
   if (text == "q4_0") return WeightFormat::kQ4_0;
   if (text == "q4_1") return WeightFormat::kQ4_1;
-  fail("format ", text, " is not one of f32, bf16, q8_0, q4_0, q4_1");
+  if (text == "q4_k") return WeightFormat::kQ4K;
+  if (text == "q5_k") return WeightFormat::kQ5K;
+  if (text == "q6_k") return WeightFormat::kQ6K;
+  fail("format ", text, " is not one of f32, bf16, f16, q8_0, q4_0, q4_1, q4_k, q5_k, q6_k");
 }
 
 }  // namespace
@@ -22,7 +26,8 @@ WeightFormat format_of(const std::string& text) {
 PackedWeight packed_weight(TensorView data, TensorView bias, const std::string& format, int64_t in, int64_t out) {
   PackedWeight w{.data = data.data, .bias = bias.as<const float>(), .in = in, .out = out, .format = format_of(format)};
   check(in >= 1 && out >= 1, "a weight of ", out, " rows of ", in, " elements is empty");
-  check(!is_blocks(w.format) || in % kWeightBlock == 0, format, " needs a multiple of ", kWeightBlock, " input features, got ", in);
+  const int64_t block = is_k_quant(w.format) ? kSuperBlock : is_blocks(w.format) ? kWeightBlock : 1;
+  check(in % block == 0, format, " needs a multiple of ", block, " input features, got ", in);
   check_rank(data, "data", 1), check_dtype(data, "data", DType::kInt8), check_contiguous(data, "data");
   check_size(data, "data", 0, ceil_div(out, kWeightPanel) * panel_bytes(w.format, in));
   check(data.device == DeviceType::kCPU, "data must be on the CPU");

@@ -11,13 +11,12 @@ __version__ = "0.1.0"
 # The model layer is imported when it is first used: it needs more libraries than the kernels do.
 _LAZY = {
     **dict.fromkeys(
-        ["Embedder", "FillMask", "Reranker", "TextClassifier", "TokenClassifier", "ZeroShotClassifier"],
+        ["Embedder", "FillMask", "Reranker", "Text2Text", "TextClassifier", "TokenClassifier", "ZeroShotClassifier"],
         "foveate.pipelines",
     ),
     "LLM": "foveate.llm",
     "QuestionAnswerer": "foveate.question_answering",
     "SamplingParams": "foveate.generation",
-    "Text2Text": "foveate.text2text",
     "ring_attention": "foveate.ring",
 }
 

@@ -125,9 +125,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def chosen_backend(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
+def chosen_backend(
+    op: str, device: str, dtype: torch.dtype, backend: str | None, features: tuple[str, ...] = ()
+) -> str:
     """`choose`, as a constant for torch.compile: it need not trace the table."""
-    return choose(op, Query(device, dtype), check_backend_name(backend))
+    return choose(op, Query(device, dtype, features), check_backend_name(backend))
 
 
 # All that torch.compiler.assume_constant_result does, but that imports torch._dynamo: a second of `import foveate`.

@@ -4,7 +4,7 @@ Block formats, 32 neighbouring weights of a row each, little-endian (the GGUF fi
     q8_0  34 bytes: d, 32 int8 q                     w = d * q
     q4_0  18 bytes: d, 16 bytes of nibbles q         w = d * (q - 8)
     q4_1  20 bytes: d, m, 16 bytes of nibbles q      w = d * q + m
-Byte i of the nibbles holds element i (low) and element i + 16 (high).
+Byte i of the nibbles holds element i (low) and element i + 16 (high). `foveate.k_blocks` has q4_k, q5_k and q6_k.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from foveate.k_blocks import K_FORMATS, SUPER_BLOCK, dequantize_k
 
 BLOCK = 32
 
@@ -36,6 +38,15 @@ def check_format(format: str) -> Format:
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not a block format; choose one of {', '.join(FORMATS)}")
     return FORMATS[format]
+
+
+def block_size(format: str) -> tuple[int, int]:
+    """(weights, bytes) of a block as files store it; ValueError for what is no block format."""
+    if format in K_FORMATS:
+        return SUPER_BLOCK, K_FORMATS[format].block_bytes
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is not a block format; choose one of {', '.join([*FORMATS, *K_FORMATS])}")
+    return BLOCK, FORMATS[format].block_bytes
 
 
 def quantize(weight: Tensor, format: str) -> Tensor:
@@ -71,12 +82,15 @@ def quantize(weight: Tensor, format: str) -> Tensor:
 
 
 def dequantize(blocks: Tensor, format: str) -> Tensor:
-    """fp32 [out, in] of the blocks uint8 [out, in // 32 * block bytes] of one of `FORMATS`, bit-equal to the `gguf` library's."""
-    f = check_format(format)
-    if blocks.dtype is not torch.uint8 or blocks.dim() != 2 or blocks.shape[1] % f.block_bytes:
+    """fp32 [out, in] of the blocks uint8 [out, blocks * block bytes] of a block format, bit-equal to the `gguf` library's."""
+    _, size = block_size(format)
+    if blocks.dtype is not torch.uint8 or blocks.dim() != 2 or blocks.shape[1] % size:
         raise ValueError(
-            f"blocks is {blocks.dtype} of shape {list(blocks.shape)}; {format} needs uint8 [out, blocks * {f.block_bytes} bytes]"
+            f"blocks is {blocks.dtype} of shape {list(blocks.shape)}; {format} needs uint8 [out, blocks * {size} bytes]"
         )
+    if format in K_FORMATS:
+        return dequantize_k(blocks, format)
+    f = FORMATS[format]
     rows = blocks.reshape(-1, f.block_bytes)
     headers = rows[:, : 2 * f.headers].contiguous().view(torch.float16).float()
     q = rows[:, 2 * f.headers :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -248,19 +248,16 @@ class LLM:
     def _add(self, ids: list[int], params: SamplingParams, prompt: Prompt, stream: bool = False) -> str:
         request_id = str(next(self._ids))
         self.engine.add(request_id, ids, params, prompt=prompt if isinstance(prompt, str) else None, stream=stream)
-        self._arrived[request_id] = []
         return request_id
 
-    def _take(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+    def _take(self, request_ids: Container[str]) -> list[RequestOutput]:
         """The outputs of these requests, after a step if there are none; those of others, such as a stream half read, wait."""
-        taken = [output for i in request_ids for output in self._arrived[i]]
-        if not taken:
+        waiting = [i for i in self._arrived if i in request_ids]
+        if not waiting:
             for output in self.engine.step():
-                self._arrived[output.request_id].append(output)
-            taken = [output for i in request_ids for output in self._arrived[i]]
-        for i in request_ids:
-            self._arrived[i].clear()
-        return taken
+                self._arrived.setdefault(output.request_id, []).append(output)
+            waiting = [i for i in self._arrived if i in request_ids]
+        return [output for i in waiting for output in self._arrived.pop(i)]
 
     def _forget(self, request_id: str) -> None:
         self.engine.abort(request_id)

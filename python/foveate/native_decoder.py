@@ -16,6 +16,7 @@ from foveate.models.blocks import PackedEmbedding, RMSNorm
 from foveate.models.gpt2 import GPT2
 from foveate.models.llama import Llama
 from foveate.packed_linear import PackedLinear
+from foveate.packed_weight import FLOATS
 
 _C: Any = _native._C
 
@@ -32,7 +33,7 @@ _PROMPT_TOKENS = 32
 class NativeDecoder:
     """A Llama or GPT2 of `foveate.models` on the CPU, with the same hidden, logits, forward and config.
 
-    Building it packs every nn.Linear of the model in place (`nn.PackedLinear`, "f32" or "bf16" after its dtype; a tied embedding
+    Building it packs every nn.Linear of the model in place (`nn.PackedLinear`, "f32", "bf16" or "f16" after its dtype; a tied embedding
     becomes the packed head's rows), so weights are not held twice and the model keeps working. hidden(tokens, cache) is one native
     call; the stream between the layers is fp32 whatever the weights are, and so is the result. The cache may store float32,
     bfloat16, float16, int8 or float8_e4m3fn whatever the weights are. Without a cache the model's own torch code runs.
@@ -87,8 +88,10 @@ class NativeDecoder:
             if parameter.device.type != "cpu":
                 return f"NativeDecoder runs on the CPU; {name} is on {parameter.device}"
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and module.weight.dtype not in (torch.float32, torch.bfloat16):
-                return f"{name} is {module.weight.dtype}; NativeDecoder packs float32 and bfloat16: convert the model with .to(...)"
+            if isinstance(module, nn.Linear) and module.weight.dtype not in FLOATS.values():
+                return (
+                    f"{name} is {module.weight.dtype}; NativeDecoder packs float32, bfloat16 and float16: use .to(...)"
+                )
         for name, module in model.named_modules():
             groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
             for group in groups:
@@ -220,10 +223,10 @@ class NativeDecoder:
 def _kind(linear: nn.Module) -> str:
     """Formats of one kind round their input in the same way."""
     if isinstance(linear, PackedLinear):
-        return linear.format if linear.format in ("f32", "bf16") else "blocks"
+        return linear.format if linear.format in FLOATS else "blocks"
     if not isinstance(linear, nn.Linear):
         return type(linear).__name__
-    return "bf16" if linear.weight.dtype is torch.bfloat16 else "f32"
+    return next(name for name, dtype in FLOATS.items() if dtype is linear.weight.dtype)
 
 
 def _pack(model: nn.Module) -> None:

@@ -10,15 +10,24 @@ from torch import Tensor
 
 from foveate import _flops, _native, _ops, _triton
 from foveate._autograd import first_order
-from foveate._backends import native, register
+from foveate._backends import Query, native, register
 from foveate._checks import chosen_backend
-from foveate.linear import BLOCK, check_format, quantize
-from foveate.packed_weight import pack_blocks, pack_floats, packed_bytes, unpack_rows, unpack_weight
+from foveate.k_blocks import K_FORMATS
+from foveate.linear import BLOCK, block_size, quantize
+from foveate.packed_weight import FLOATS, pack_blocks, pack_floats, packed_bytes, unpack_rows, unpack_weight
 
 _C: Any = _native._C
 
+
+def _triton_serves(query: Query) -> str | None:
+    missing = [format for format in query.features if format in K_FORMATS or format == "f16"]
+    if missing:
+        return f"the triton kernels have no {missing[0]}; load the model with quantization='q8_0', 'q4_0' or 'none'"
+    return _triton.serves(query)
+
+
 register("packed_linear", "native", native(cuda=False))
-register("packed_linear", "triton", _triton.serves)
+register("packed_linear", "triton", _triton_serves)
 register("packed_linear", "reference", lambda query: None)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,10 +47,10 @@ def packed_linear(
         raise TypeError(f"x is {x.dtype}; it must be float32, bfloat16 or float16: convert it with x.to(...)")
     if x.dim() == 0:
         raise ValueError("x has no dimensions; packed_linear needs at least the one of in_features")
-    if format not in ("f32", "bf16"):
-        check_format(format)
-        if x.shape[-1] % BLOCK:
-            raise ValueError(f"x has {x.shape[-1]} features; {format} needs a multiple of {BLOCK}")
+    if format not in FLOATS:
+        block, _ = block_size(format)
+        if x.shape[-1] % block:
+            raise ValueError(f"x has {x.shape[-1]} features; {format} needs a multiple of {block}")
     expected = packed_bytes(format, x.shape[-1], out_features)
     if data.dtype is not torch.int8 or data.dim() != 1 or data.numel() != expected:
         raise ValueError(
@@ -54,7 +63,7 @@ def packed_linear(
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} is on {t.device} and x on {x.device}; move one with .to(device)")
     _flops.register()
-    chosen = chosen_backend("packed_linear", x.device.type, x.dtype, backend)
+    chosen = chosen_backend("packed_linear", x.device.type, x.dtype, backend, (format,))
     if torch.is_grad_enabled() and x.requires_grad:
         return _PackedLinear.apply(x, data, format, out_features, bias, chosen)
     return _packed_linear(x, data, format, out_features, bias, chosen)
@@ -80,7 +89,7 @@ def _reference(x: Tensor, data: Tensor, format: str, out_features: int, bias: Te
     rounded = x.float()
     if format == "bf16":
         rounded = rounded.bfloat16().float()
-    elif format != "f32":
+    elif format not in FLOATS:
         q, dx = quantize_activations(rounded)
         rounded = (q * dx[..., None]).flatten(-2)
     weight = unpack_weight(data, format, x.shape[-1], out_features)
@@ -147,8 +156,9 @@ def _input_gradient(dout: Tensor, data: Tensor, format: str, in_features: int, o
 class PackedLinear(torch.nn.Module):
     """y = x @ W.T + bias with a packed, frozen W. No gradient reaches W; x gets dy @ W.
 
-    format "f32", "bf16", "q8_0", "q4_0" or "q4_1" (see `foveate.linear`). With block formats x is rounded to int8 for each block of
-    32 as well, one fp32 scale max|x| / 127 each; products are exact, sums are fp32. With "bf16" x is rounded to bf16.
+    format "f32", "bf16", "f16", "q8_0", "q4_0", "q4_1" (see `foveate.linear`), "q4_k", "q5_k" or "q6_k" (`foveate.k_blocks`).
+    With block formats x is rounded to int8 for each block of 32 as well, one fp32 scale max|x| / 127 each; products are exact, sums
+    are fp32. With "bf16" x is rounded to bf16.
     A row of y has the same bits whatever the other rows, their number and the number of threads are.
 
     data: int8, the packed bytes (csrc/ops/linear.h has the layout), a buffer. bias: fp32 [out] or None, a buffer.
@@ -167,24 +177,26 @@ class PackedLinear(torch.nn.Module):
 
     @staticmethod
     def from_linear(linear: torch.nn.Linear, format: str | None = None) -> PackedLinear:
-        """format None: "f32" or "bf16" after the weight's dtype. "q8_0" and "q4_0" quantise the weight."""
+        """format None: "f32", "bf16" or "f16" after the weight's dtype. "q8_0" and "q4_0" quantise the weight."""
         weight = linear.weight.detach()
         if format is None:
-            format = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(weight.dtype)
+            format = next((name for name, dtype in FLOATS.items() if dtype is weight.dtype), None)
             if format is None:
-                raise TypeError(f"the weight is {weight.dtype}; give a format, or convert it to float32 or bfloat16")
-        if format in ("f32", "bf16"):
+                raise TypeError(
+                    f"the weight is {weight.dtype}; give a format, or convert it to float32, bfloat16 or float16"
+                )
+        if format in FLOATS:
             data = pack_floats(weight, format)
             return PackedLinear(data, format, linear.in_features, linear.out_features, linear.bias)
         return PackedLinear.from_blocks(quantize(weight, format), format, linear.in_features, linear.bias)
 
     @staticmethod
     def from_blocks(blocks: Tensor, format: str, in_features: int, bias: Tensor | None = None) -> PackedLinear:
-        """blocks: uint8 [out, in_features // 32 * block bytes], as `foveate.linear.quantize` and GGUF files have them."""
-        f = check_format(format)
-        if in_features % BLOCK or in_features < BLOCK:
-            raise ValueError(f"in_features={in_features} must be a multiple of {BLOCK} for {format}")
-        row = in_features // BLOCK * f.block_bytes
+        """blocks: uint8 [out, blocks of a row * block bytes], as `foveate.linear.quantize` and GGUF files have them."""
+        block, size = block_size(format)
+        if in_features % block or in_features < block:
+            raise ValueError(f"in_features={in_features} must be a multiple of {block} for {format}")
+        row = in_features // block * size
         if blocks.dtype is not torch.uint8 or blocks.dim() != 2 or blocks.shape[1] != row:
             raise ValueError(
                 f"blocks is {blocks.dtype} of shape {list(blocks.shape)}; {format} with in_features={in_features} needs uint8 [out, {row}]"
@@ -206,7 +218,7 @@ class PackedLinear(torch.nn.Module):
 
         Raises IndexError for an id outside 0..out_features - 1. On a GPU, where that would wait for the device, it is cut off there.
         """
-        chosen = chosen_backend("packed_linear", self.data.device.type, torch.float32, None)
+        chosen = chosen_backend("packed_linear", self.data.device.type, torch.float32, None, (self.format,))
         if chosen == "reference":
             return unpack_rows(self.data, self.format, self.in_features, self.out_features, ids)
         out = torch.empty((*ids.shape, self.in_features), device=self.data.device)

@@ -1,10 +1,12 @@
 """The memory layout of packed weights: panels of 32 output features, the last one padded with zeros. In and out of it.
 
-    f32          [panels, in, 32]                                    float32
+    f32, f16     [panels, in, 32]                                    float32, float16
     bf16         [panels, in / 2 rounded up, 32, 2]                  pairs of neighbours along `in`
     q4_0, q4_1   [panels, in / 32] blocks of: nibbles [4, 32, 4] bytes, d fp16 [32], q4_1 also m fp16 [32]
                  byte (p, feature, j) holds elements 4 p + j (low nibble) and 16 + 4 p + j (high) of the feature's block
     q8_0         [panels, in / 32] blocks of: q + 128 as uint8 [8, 32, 4], d fp16 [32]
+
+    q4_k, q5_k, q6_k   [panels, in / 256] super-blocks, see `foveate.k_blocks`
 
 So 64 bytes are 16 features times 4 neighbours along `in`: one operand of the VNNI dot product, features in the lanes.
 """
@@ -15,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.k_blocks import K_FORMATS, SUPER_BLOCK, pack_k, unpack_k_rows
 from foveate.linear import BLOCK, FORMATS, check_format, dequantize
 
 PANEL = 32
+FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def block_bytes(format: str) -> int:
@@ -29,17 +33,21 @@ def packed_bytes(format: str, in_features: int, out_features: int) -> int:
     panels = -(-out_features // PANEL)
     if format == "f32":
         return panels * PANEL * 4 * in_features
+    if format == "f16":
+        return panels * PANEL * 2 * in_features
     if format == "bf16":
         return panels * PANEL * 4 * (-(-in_features // 2))
+    if format in K_FORMATS:
+        return panels * PANEL * K_FORMATS[format].panel_bytes * (in_features // SUPER_BLOCK)
     check_format(format)
     return panels * (in_features // BLOCK) * block_bytes(format)
 
 
 def pack_floats(weight: Tensor, format: str) -> Tensor:
-    """weight [out, in] as the bytes (int8) of panels in `format`, "f32" or "bf16"."""
+    """weight [out, in] as the bytes (int8) of panels in `format`, one of FLOATS."""
     out, inner = weight.shape
-    weight = weight.to(torch.float32 if format == "f32" else torch.bfloat16)
-    pair = 1 if format == "f32" else 2
+    weight = weight.to(FLOATS[format])
+    pair = 2 if format == "bf16" else 1
     weight = F.pad(weight, (0, -inner % pair, 0, -out % PANEL))
     panels = weight.view(-1, PANEL, weight.shape[1] // pair, pair).transpose(1, 2)
     return panels.contiguous().view(-1).view(torch.int8)
@@ -47,6 +55,8 @@ def pack_floats(weight: Tensor, format: str) -> Tensor:
 
 def pack_blocks(blocks: Tensor, format: str) -> Tensor:
     """GGUF blocks uint8 [out, bytes] as the bytes (int8) of panels."""
+    if format in K_FORMATS:
+        return pack_k(blocks, format)
     f = check_format(format)
     blocks = F.pad(blocks, (0, 0, 0, -len(blocks) % PANEL))
     blocks = blocks.view(len(blocks) // PANEL, PANEL, -1, f.block_bytes).transpose(1, 2)  # [panels, in / 32, 32, bytes]
@@ -69,11 +79,13 @@ def unpack_rows(data: Tensor, format: str, in_features: int, out_features: int, 
     elif flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < out_features:
         raise IndexError(f"ids must be in [0, {out_features}); they span {int(flat.min())} to {int(flat.max())}")
     panel, lane = flat // PANEL, flat % PANEL
-    if format == "f32":
-        rows = data.view(torch.float32).view(-1, in_features, PANEL)[panel, :, lane]
+    if format in ("f32", "f16"):
+        rows = data.view(FLOATS[format]).view(-1, in_features, PANEL)[panel, :, lane].float()
     elif format == "bf16":
         pairs = data.view(torch.bfloat16).view(-1, -(-in_features // 2), PANEL, 2)
         rows = pairs[panel, :, lane].flatten(1)[:, :in_features].float()
+    elif format in K_FORMATS:
+        rows = unpack_k_rows(data, format, in_features, panel, lane)
     else:
         f = check_format(format)
         blocks = data.view(torch.uint8).view(-1, in_features // BLOCK, block_bytes(format))

@@ -86,6 +86,8 @@ class PagedKVCache:
             self.k_scale = torch.empty(shape, dtype=torch.float32, device=device)
             self.v_scale = torch.empty(shape, dtype=torch.float32, device=device)
         self._references = [0] * num_pages
+        self._holds: dict[int, int] = {}  # how often a page is held
+        self._held_only: set[int] = set()  # pages whose one holder is a `hold`
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: page 0 is the first to be used
         self._pages: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
@@ -105,7 +107,7 @@ class PagedKVCache:
         seq, self._next = self._next, self._next + 1
         self._pages[seq], self._lengths[seq] = list(pages), len(pages) * self.page_size
         for page in pages:
-            self._references[page] += 1
+            self._refer(page)
         return seq
 
     def pages(self, seq: int) -> list[int]:
@@ -116,16 +118,26 @@ class PagedKVCache:
     def hold(self, page: int) -> None:
         """Keeps a page that is in use, until `release`, also when all its sequences are freed. Holds count."""
         self._check_in_use(page)
-        self._references[page] += 1
+        self._refer(page)
+        self._holds[page] = self._holds.get(page, 0) + 1
 
     def release(self, page: int) -> None:
         """Gives back one `hold`; the page becomes free if nothing else holds it."""
         self._check_in_use(page)
+        if page in self._holds:
+            self._holds[page] -= 1
+            if not self._holds[page]:
+                del self._holds[page]
         self._release(page)
 
     def references(self, page: int) -> int:
         """How many sequences and holds share the page; 0 if it is free."""
         return self._references[page]
+
+    @property
+    def held_only(self) -> int:
+        """How many pages have no holder but one `hold`."""
+        return len(self._held_only)
 
     @property
     def num_pages(self) -> int:
@@ -148,7 +160,7 @@ class PagedKVCache:
         self._pages[child] = self._pages[seq][: self._pages_for(length)]
         self._lengths[child] = length
         for page in self._pages[child]:
-            self._references[page] += 1
+            self._refer(page)
         return child
 
     def append(self, seqs: Sequence[int], n: int = 1) -> None:
@@ -283,10 +295,17 @@ class PagedKVCache:
         self._references[page] = 1
         return page
 
+    def _refer(self, page: int) -> None:
+        self._references[page] += 1
+        self._held_only.discard(page)
+
     def _release(self, page: int) -> None:
         self._references[page] -= 1
         if self._references[page] == 0:
             self._free.append(page)
+            self._held_only.discard(page)
+        elif self._references[page] == 1 and page in self._holds:
+            self._held_only.add(page)
 
     @torch.no_grad()
     def _copy_last_pages(self, seqs: Sequence[int]) -> None:

@@ -291,8 +291,12 @@ void packed_rows(const PackedRowsParams& p, int threads) {
       for (int64_t k = 0; k < w.in; ++k) {
         if (w.format == WeightFormat::kF32) {
           out[k] = load_raw<float>(panel + (k * kWeightPanel + lane) * 4);
+        } else if (w.format == WeightFormat::kF16) {
+          out[k] = to_float(load_raw<f16>(panel + (k * kWeightPanel + lane) * 2));
         } else if (w.format == WeightFormat::kBf16) {
           out[k] = to_float(load_raw<bf16>(panel + ((k / 2 * kWeightPanel + lane) * 2 + k % 2) * 2));
+        } else if (is_k_quant(w.format)) {
+          out[k] = k_value(w.format, panel, k, lane);
         } else {
           const int64_t bytes = panel_bytes(w.format, kWeightBlock), e = k % kWeightBlock;
           const uint8_t* block = panel + k / kWeightBlock * bytes;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,10 @@ class BeamSearch:
         hypotheses = search.results()             # per prompt, best first
 
     The rows of a prompt are adjacent; before the first step all of them are the prompt itself. Each step keeps the best
-    max(2, 1 + len(eos_ids)) * num_beams continuations as candidates. Those among the best num_beams that end (with an eos id, or by
-    max_new_tokens) become hypotheses, scored by (sum of log-probabilities) / length ** length_penalty; the best num_beams that do not
-    end go on. A prompt is finished when it has num_beams hypotheses and
+    max(2, 1 + len(eos_ids)) * num_beams continuations as candidates. Those among the best num_beams that end (with an eos id, by
+    max_new_tokens, or because `stops` is true of their tokens) become hypotheses, scored by
+    (sum of log-probabilities) / length ** length_penalty; the best num_beams that do not end go on. A prompt is
+    finished when it has num_beams hypotheses and
 
       early_stopping=True      at once
       early_stopping=False     when the best running beam, scored at its present length, is not better than the worst hypothesis
@@ -42,6 +44,7 @@ class BeamSearch:
         *,
         length_penalty: float = 1.0,
         early_stopping: bool | str = False,
+        stops: Callable[[list[int]], bool] | None = None,
     ) -> None:
         for name, value in {"batch": batch, "num_beams": num_beams, "max_new_tokens": max_new_tokens}.items():
             if value < 1:
@@ -49,7 +52,7 @@ class BeamSearch:
         if early_stopping not in (True, False, "never"):
             raise ValueError(f'early_stopping={early_stopping!r} must be True, False or "never"')
         self.num_beams, self.max_new_tokens, self.eos_ids = num_beams, max_new_tokens, eos_ids
-        self.length_penalty, self.early_stopping = length_penalty, early_stopping
+        self.length_penalty, self.early_stopping, self.stops = length_penalty, early_stopping, stops
         self.length = 0  # tokens generated so far
         self._candidates = max(2, 1 + len(eos_ids)) * num_beams
         self._items = [_Item(num_beams) for _ in range(batch)]
@@ -57,6 +60,11 @@ class BeamSearch:
     @property
     def done(self) -> bool:
         return self.length == self.max_new_tokens or all(item.done for item in self._items)
+
+    @property
+    def running(self) -> list[list[int]]:
+        """The tokens so far of each row of the next step."""
+        return [tokens for item in self._items for tokens in item.running]
 
     def step(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """parents and tokens, int64 [batch * num_beams] on the CPU, from log_probs [batch * num_beams, vocab].
@@ -104,7 +112,10 @@ class _Item:
     ) -> list[tuple[int, int]]:
         """(parent, token) of the beams that go on. candidates: (score, parent, token), best first."""
         K = search.num_beams
-        ended = [last or token in search.eos_ids for _, _, token in candidates]
+        stops = search.stops or (lambda tokens: False)
+        ended = [
+            last or token in search.eos_ids or stops(self.running[parent] + [token]) for _, parent, token in candidates
+        ]
         if not self.done:
             new = [
                 Hypothesis(self.running[parent] + [token], score / search.length**search.length_penalty)

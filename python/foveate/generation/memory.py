@@ -43,7 +43,7 @@ def model_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization:
     with torch.device("meta"):
         model = kind(config)
     if quantization is None and (dtype is None or stored.linear_layout):  # GGUF: blocks stay blocks
-        return stored.nbytes
+        return stored.loaded_bytes
     size = (dtype or _stored_dtype(checkpoint)).itemsize
     total = sum(p.numel() for p in model.parameters())  # a tied head counts once
     if quantization not in _BLOCK_BYTES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,27 +65,33 @@ class PrefixCache:
 
     def evictable(self) -> int:
         """Pages that `evict` could free."""
-        return sum(map(self._unused, self._nodes.values()))
+        return self.cache.held_only
 
     def evict(self, count: int) -> int:
         """Frees up to `count` pages; how many it freed."""
         freed = 0
-        for start in list(self._nodes.values()):
-            node: Node | None = start
-            # An end of a branch, then what it leaves as an end, unless that was used since.
-            while node is not None and freed < count and node.alive and not node.children and self._unused(node):
-                self._remove(node)
-                freed += 1
-                parent = node.parent
-                node = parent if parent is not None and parent.used <= node.used else None
-            if freed == count:
-                return freed
+        while freed < count and (ends := self._ends(count - freed)):
+            for start in ends:
+                node: Node | None = start
+                # An end of a branch, then what it leaves as an end, unless that was used since.
+                while node is not None and freed < count and node.alive and not node.children and self._unused(node):
+                    self._remove(node)
+                    freed += 1
+                    parent = node.parent
+                    node = parent if parent is not None and parent.used <= node.used else None
+        if freed == count:
+            return freed
         # A page that was computed twice can be unused before one that is in use. Nothing finds then what comes after it.
         for node in list(self._nodes.values()):
             if freed < count and self._unused(node):
                 self._remove(node)
                 freed += 1
         return freed
+
+    def _ends(self, most: int) -> list[Node]:
+        """Up to `most` unused ends of branches, the least recently used first."""
+        unused = (node for node in self._nodes.values() if not node.children and self._unused(node))
+        return list(itertools.islice(unused, most))
 
     def _unused(self, node: Node) -> bool:
         return self.cache.references(node.page) == 1

@@ -38,7 +38,8 @@ class Weights(Protocol):
     """Where weights come from. Names are Hugging Face's; tensors are views of the memory-mapped file where that is possible."""
 
     linear_layout: bool  # every matrix is [out, in], also those that Hugging Face stores the other way round
-    nbytes: int
+    nbytes: int  # in the files
+    loaded_bytes: int  # in memory, as `load_model` reads them without other options
 
     def names(self) -> Iterable[str]: ...
 
@@ -179,7 +180,7 @@ class SafetensorsWeights:
             raise CheckpointError(
                 f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json"
             )
-        self.nbytes = sum(shard.stat().st_size for shard in set(self._file.values()))
+        self.nbytes = self.loaded_bytes = sum(shard.stat().st_size for shard in set(self._file.values()))
 
     def _open(self, file: Path) -> Any:
         if file in self._opened:

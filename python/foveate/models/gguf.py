@@ -16,10 +16,8 @@ from foveate.models.checkpoint import Blocks, Checkpoint, Weights
 from foveate.models.file_schemas import GGUF, GGUF_MODEL
 from foveate.models.gguf_file import GgufFile
 from foveate.models.gguf_tokenizer import CONTROL, read_tokenizer
+from foveate.models.gguf_types import BLOCKS, FLOATS, PACKED, REPACKED, expand, loaded_bytes
 from foveate.tokenizer import Tokenizer
-
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BLOCKS = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1"}
 
 # Special tokens after which it is the other's turn, in Llama 3, ChatML (Qwen, SmolLM2) and Gemma.
 _TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
@@ -203,9 +201,11 @@ class GgufWeights:
             "attn_k": config.get("num_key_value_heads"),
         }
         self.path = checkpoint.path
+        self.expanded: dict[str, int] = {}  # bytes of types that have no packed kernel, among those that were read
         weights = [tensor for name, tensor in file.tensors.items() if name != "rope_freqs.weight"]
         self.tensors = {huggingface_name(tensor.name, self.arch): tensor for tensor in weights}
         self.nbytes = sum(tensor.data.nbytes for tensor in weights)
+        self.loaded_bytes = sum(loaded_bytes(tensor.kind, tensor.shape) for tensor in weights)
 
     def names(self) -> Iterable[str]:
         return self.tensors
@@ -214,17 +214,23 @@ class GgufWeights:
         tensor = self.tensors[name]
         kind, shape, data = tensor.kind, tensor.shape, tensor.data
         rows = self._row_order(tensor.name)
-        if kind in _FLOATS:
-            data = rows(data.view(_FLOATS[kind]).view(shape))
+        if kind in FLOATS:
+            data = rows(data.view(FLOATS[kind]).view(shape))
             # Gemma's converter adds the 1 of 1 + weight to the norms.
             return data - 1 if self.arch == "gemma2" and tensor.name.endswith("norm.weight") else data
-        if kind in _BLOCKS:
+        if kind in BLOCKS:
             if len(shape) != 2:
                 raise CheckpointError(
                     f"{self.path} has {tensor.name} of type {kind} in shape {list(shape)}; only matrices have blocks"
                 )
-            return Blocks(rows(data.view(shape[0], -1)), _BLOCKS[kind], shape[1])
-        supported = ", ".join([*_FLOATS, *_BLOCKS])
+            if kind in PACKED:
+                return Blocks(rows(data.view(shape[0], -1)), PACKED[kind], shape[1])
+            if kind in REPACKED:
+                format, convert = REPACKED[kind]
+                return Blocks(rows(convert(data.view(shape[0], -1))), format, shape[1])
+            self.expanded[kind] = self.expanded.get(kind, 0) + data.nbytes
+            return rows(expand(data, kind, shape))
+        supported = ", ".join(BLOCKS)
         raise CheckpointError(
             f"the tensor {tensor.name} of {self.path} is of type {kind}; supported are {supported}: requantise the file "
             "(llama.cpp's llama-quantize) or take another of the model's files"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.checked_files import CheckpointError
+from foveate.k_blocks import K_FORMATS
 from foveate.linear import dequantize
 from foveate.models import bert, gpt2, llama, t5
 from foveate.models.blocks import PackedEmbedding
@@ -74,7 +76,7 @@ class _WithoutClassifier:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self.linear_layout, self.nbytes = weights.linear_layout, weights.nbytes
+        self.linear_layout, self.nbytes, self.loaded_bytes = weights.linear_layout, weights.nbytes, weights.loaded_bytes
 
     def names(self) -> Iterator[str]:
         return (name for name in self._weights.names() if not name.startswith("classifier."))
@@ -150,6 +152,8 @@ def load_model(
         if new_head:
             _draw_head(model, weights, device, dtype)
         _fill(model, weights, device, dtype, quantization, advance, str(checkpoint.path))
+        if quantization is None:
+            _say_what_was_expanded(weights, dtype, str(checkpoint.path))
     if quantization in ("q8_0", "q4_0"):
         _quantize(model, quantization)
     return model.eval()
@@ -190,12 +194,27 @@ def _fill(
             )
         if isinstance(value, Blocks):
             module = model.get_submodule(name.removesuffix(".weight"))
-            if quantization is None or (quantization == value.format and isinstance(module, nn.Linear)):
+            kept = quantization is None or (quantization == value.format and isinstance(module, nn.Linear))
+            if kept and device.type != "cpu" and value.format in K_FORMATS:
+                weights.expanded[value.format.upper()] = weights.expanded.get(value.format.upper(), 0) + value.nbytes  # type: ignore[attr-defined]
+                kept = False
+            if kept:
                 _set_blocks(model, name, value, device, dtype)
                 continue
             value = dequantize(value.blocks, value.format)
-        _set_parameter(model, name, value.to(device=device, dtype=dtype))
+        wide = dtype is torch.float16 and _fits(getattr(model, "fp32_beside_fp16", None), name)
+        _set_parameter(model, name, value.to(device=device, dtype=torch.float32 if wide else dtype))
     tie_weights(model)
+
+
+def _say_what_was_expanded(weights: Weights, dtype: torch.dtype, where: str) -> None:
+    expanded: dict[str, int] = getattr(weights, "expanded", {})
+    if expanded:
+        warnings.warn(
+            f"{where} has tensors of {', '.join(sorted(expanded))}, {sum(expanded.values()) / 1e6:.0f} MB, for which there is no packed "
+            f"kernel here: they were expanded to {dtype}; quantization='q8_0' packs them again, rounded once more, and 'none' expands all",
+            stacklevel=3,
+        )
 
 
 def tie_weights(model: Any) -> None:

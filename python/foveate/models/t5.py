@@ -14,6 +14,7 @@ from foveate.checked_files import CheckpointError
 from foveate.models.blocks import RMSNorm, activation, gated, need, split_heads
 from foveate.models.packed import Packed, attend
 from foveate.models.recompute import feed, recomputed
+from foveate.norm import rms_norm
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,10 @@ class T5DenseReluDense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = (self.wi_0(x), self.wi_1(x)) if self.gated else (self.wi(x),)
+        if (
+            x.dtype is torch.float16
+        ):  # the sums of the large T5s are beyond fp16: wo, whose weight is fp32 then, gives fp32
+            return self.wo(self.dropout(self._inner(*inputs)).float())
         if self.training and self.dropout.p:
             return self.wo(self.dropout(self._inner(*inputs)))
         return feed(self.wo, self._inner, *inputs)
@@ -154,7 +159,7 @@ class T5Block(nn.Module):
     ) -> Tensor:
         """x [B, S, hidden]; index: of this block among the decoder's, for the cache."""
         layer: Any = self.layer
-        y = layer[0].layer_norm(x)
+        y = _normed(layer[0].layer_norm, x)
         with recomputed(y, layer[0].layer_norm, x):
             k, v = layer[0].SelfAttention.keys_values(y)
             if cache is not None:
@@ -164,13 +169,20 @@ class T5Block(nn.Module):
         x = x + self.dropout(out)
         if cache is not None:
             k, v = cache.cross[index]
-            y = layer[1].layer_norm(x)
+            y = _normed(layer[1].layer_norm, x)
             with recomputed(y, layer[1].layer_norm, x):
                 out = layer[1].EncDecAttention(y, k, v, packed, cache.packed, **_mask_option(mask))
             x = x + self.dropout(out)
-        y = layer[-1].layer_norm(x)
+        y = _normed(layer[-1].layer_norm, x)
         with recomputed(y, layer[-1].layer_norm, x):
             return x + self.dropout(layer[-1].DenseReluDense(y))
+
+
+def _normed(norm: RMSNorm, x: Tensor) -> Tensor:
+    """norm(x) in the weight's dtype: of fp16 models the stream between the blocks is fp32, which does not overflow."""
+    if x.dtype is norm.weight.dtype:
+        return norm(x)
+    return rms_norm(x, norm.weight.to(x.dtype), norm.eps).to(norm.weight.dtype)
 
 
 class T5Stack(nn.Module):
@@ -189,10 +201,10 @@ class T5Stack(nn.Module):
         first: Any = self.block[0]
         table = first.layer[0].SelfAttention.relative_attention_bias.weight
         bias = RelativeBias(table, bidirectional=not self.decoder, max_distance=self.max_distance)
-        x = self.dropout(x)
+        x = self.dropout(x.float() if x.dtype is torch.float16 else x)
         for i, block in enumerate(self.block):
             x = block(x, bias, i, mask, cache, packed)
-        return self.dropout(self.final_layer_norm(x))
+        return self.dropout(_normed(self.final_layer_norm, x))
 
 
 class T5Cache:
@@ -236,7 +248,10 @@ class T5Cache:
 
 
 class T5(nn.Module):
-    """Encoder-decoder with Hugging Face's parameter names. In float16 its activations overflow: use bfloat16 or float32."""
+    """Encoder-decoder with Hugging Face's parameter names.
+
+    In float16 the `wo` of the feed-forward layers and the stream between the blocks are fp32: both outgrow float16 in trained models.
+    """
 
     config_class = T5Config
     prefix = "transformer."
@@ -245,6 +260,7 @@ class T5(nn.Module):
         r"(encoder|decoder)\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
     )
     transposed = None
+    fp32_beside_fp16 = re.compile(r".*\.wo\.weight")
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()

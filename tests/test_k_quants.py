@@ -1,0 +1,227 @@
+"""K-quants: blocks and panels against the gguf library, the kernel against fp64 with the same rounding, files against expanded weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from foveate import LLM, k_blocks
+from foveate.linear import dequantize
+from foveate.models import load_model
+from foveate.models.gguf_types import BLOCKS
+from foveate.nn import PackedLinear
+from foveate.packed_linear import quantize_activations
+
+gguf = pytest.importorskip("gguf")
+
+FORMATS = tuple(k_blocks.K_FORMATS)
+_HEADERS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q3_K": (108,)}  # where the fp16 scales lie
+
+
+def random_blocks(kind, rows, columns, seed=0):
+    """Bytes of random super-blocks with scales of both signs, and their weights as the gguf library reads them."""
+    rng = np.random.default_rng(seed)
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    data = rng.integers(0, 256, (rows * columns // elements, size), dtype=np.uint8)
+    for at in _HEADERS[kind]:
+        data[:, at : at + 2] = rng.normal(scale=0.01, size=(len(data), 1)).astype(np.float16).view(np.uint8)
+    weights = gguf.dequantize(data.reshape(rows, -1), gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(data.reshape(rows, -1).copy()), torch.from_numpy(weights)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_blocks_have_the_weights_of_the_gguf_library(format):
+    blocks, expected = random_blocks(format.upper(), 5, 768)
+    assert torch.equal(dequantize(blocks, format), expected)
+
+
+def test_q3_k_as_q6_k_has_the_same_weights():
+    blocks, expected = random_blocks("Q3_K", 5, 768)
+    assert torch.equal(dequantize(k_blocks.q3_to_q6(blocks), "q6_k"), expected)
+
+
+@pytest.mark.parametrize("out", [1, 31, 33])
+@pytest.mark.parametrize("format", FORMATS)
+def test_panels_keep_every_weight(format, out):
+    blocks, expected = random_blocks(format.upper(), out, 512)
+    layer = PackedLinear.from_blocks(blocks, format, 512)
+    assert torch.equal(layer.dequantize(), expected)
+    ids = torch.tensor([[out - 1, 0], [out // 2, out - 1]])
+    assert torch.equal(layer.rows(ids), expected[ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 130])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_product_is_that_of_the_rounded_rows(format, rows, dtype):
+    """Products of a block are exact integers: what remains is fp32 scaling and the sum over blocks, a few eps of sum |w| |x|."""
+    blocks, weight = random_blocks(format.upper(), 70, 768, seed=rows)
+    torch.manual_seed(rows)
+    x = torch.randn(rows, 768).to(dtype)
+    bias = torch.randn(70)
+    found = PackedLinear.from_blocks(blocks, format, 768, bias)(x)
+    q, dx = quantize_activations(x.float())
+    rounded = (q.double() * dx.double()[..., None]).flatten(-2)
+    exact = rounded @ weight.double().t() + bias.double()
+    # Minima are subtracted from d sc q, so the sum of magnitudes is that of both.
+    magnitude = rounded.abs() @ _magnitude(blocks, format).t() + bias.double().abs()
+    steps = 768 // 32 + 8
+    limit = steps * torch.finfo(torch.float32).eps * magnitude + torch.finfo(dtype).eps * exact.abs()
+    assert ((found.double() - exact).abs() <= limit).all()
+    assert ((1.05 * exact - exact).abs() > limit).float().mean() > 0.9, "the limit would let 5 % pass"
+
+
+def _magnitude(blocks, format):
+    """fp64 [out, in]: |d sc q| + |dmin mn|, of q6_k |d sc| (q + 32)"""
+    parts = k_blocks._split(blocks.reshape(-1, k_blocks.K_FORMATS[format].block_bytes), format)
+    headers, q = parts.headers.double().abs(), parts.q.double()
+    if parts.mn is None:
+        scales = (headers * parts.sc.double().abs()).repeat_interleave(16, 1)
+        return (scales * (q + 32)).view(len(blocks), -1)
+    scales, minima = headers[:, :1] * parts.sc.double(), headers[:, 1:] * parts.mn.double()
+    return (scales.repeat_interleave(32, 1) * q + minima.repeat_interleave(32, 1)).view(len(blocks), -1)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_has_the_same_bits_whatever_the_others(format):
+    blocks, _ = random_blocks(format.upper(), 64, 512)
+    layer = PackedLinear.from_blocks(blocks, format, 512)
+    x = torch.randn(9, 512)
+    whole = layer(x)
+    for rows in (1, 2, 3, 5):
+        assert torch.equal(layer(x[:rows]), whole[:rows])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_not_finite_rows_show_and_no_others(format):
+    blocks, _ = random_blocks(format.upper(), 40, 512)
+    layer = PackedLinear.from_blocks(blocks, format, 512)
+    x = torch.randn(3, 512)
+    clean = layer(x)
+    x[1, 300] = float("nan")
+    found = layer(x)
+    assert not found[1].isfinite().any() and torch.equal(found[[0, 2]], clean[[0, 2]])
+
+
+def test_what_does_not_fit_is_said():
+    blocks, _ = random_blocks("Q4_K", 4, 512)
+    with pytest.raises(ValueError, match="in_features=288 must be a multiple of 256 for q4_k"):
+        PackedLinear.from_blocks(blocks, "q4_k", 288)
+    with pytest.raises(ValueError, match="q4_k with in_features=256 needs uint8 \\[out, 144\\]"):
+        PackedLinear.from_blocks(blocks, "q4_k", 256)
+    layer = PackedLinear.from_blocks(blocks, "q4_k", 512)
+    with pytest.raises(ValueError, match="x has 288 features; q4_k needs a multiple of 256"):
+        layer(torch.randn(1, 288))
+
+
+# How a type is read: the format that it stays or is repacked in without loss, or None where it is expanded.
+TYPES = {
+    "Q4_K": "q4_k", "Q5_K": "q5_k", "Q6_K": "q6_k", "Q3_K": "q6_k", "Q5_0": "q8_0", "IQ4_NL": "q8_0", "TQ2_0": "q8_0", "Q5_1": None,
+    "Q2_K": None, "IQ4_XS": None, "IQ3_S": None, "IQ3_XXS": None, "IQ2_XXS": None, "IQ2_XS": None, "IQ2_S": None, "IQ1_S": None,
+    "IQ1_M": None, "TQ1_0": None, "MXFP4": None,
+}  # fmt: skip
+_D = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "Q5_1": (0, 2),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+}
+
+
+def test_sizes_of_blocks_are_those_of_the_gguf_library():
+    for kind, size in BLOCKS.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] == size, kind
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_files_of_every_type_have_the_gguf_librarys_weights(kind, tmp_path):
+    """A model of which one matrix is of this type; the logits of the packed model are near those of the expanded one."""
+    number = gguf.GGMLQuantizationType[kind]
+    elements, size = gguf.GGML_QUANT_SIZES[number]
+    rng = np.random.default_rng(1)
+    data = rng.integers(0, 256, (256 * 512 // elements, size), dtype=np.uint8)
+    if kind == "MXFP4":
+        data[:, 0] = rng.integers(118, 122, len(data))
+    elif kind == "IQ1_M":  # its fp16 scale is spread over the upper bits of four numbers; these make 2**-9
+        data[:, 48:56] = np.array([0x0000, 0x0000, 0x8000, 0x1000], "<u2").view(np.uint8)
+    else:
+        for at in _D.get(kind, (0,)):
+            data[:, at : at + 2] = np.float16(0.001).reshape(1).view(np.uint8)
+    expected = torch.from_numpy(gguf.dequantize(data.reshape(256, -1), number))
+    assert expected.isfinite().all() and expected.abs().max() > 0
+    shape = dict(hidden=256, inner=512, heads=4, vocab=64)
+    path = write_llama(tmp_path / "m.gguf", {"blk.0.ffn_down.weight": (data.reshape(256, -1), number)}, **shape)
+    whole = load_model(path, quantization="none")
+    assert torch.equal(whole.model.layers[0].mlp.down_proj.weight, expected)
+    if TYPES[kind] is None:
+        with pytest.warns(UserWarning, match=f"has tensors of {kind}, .* expanded to torch.float32"):
+            packed = load_model(path)
+        assert isinstance(packed.model.layers[0].mlp.down_proj, torch.nn.Linear)
+    else:
+        packed = load_model(path)
+        layer = packed.model.layers[0].mlp.down_proj
+        assert layer.format == TYPES[kind] and torch.equal(layer.dequantize(), expected)
+    tokens = torch.arange(20)[None]
+    a, b = packed(tokens), whole(tokens)
+    assert ((a - b).norm() / b.norm()) < 0.02
+
+
+def test_a_q4_0_file_as_llama_quantize_writes_it(tmp_path):
+    """All in q4_0, but for a tied embedding in Q6_K: it is the head too, and its rows are looked up."""
+    blocks, weights = random_blocks("Q6_K", 64, 256)
+    path = write_llama(tmp_path / "m.gguf", {"token_embd.weight": (blocks.numpy(), gguf.GGMLQuantizationType.Q6_K)}, hidden=256, inner=512,
+                       heads=4, vocab=64, rest=gguf.GGMLQuantizationType.Q4_0)  # fmt: skip
+    model = load_model(path)
+    assert model.lm_head.format == "q6_k" and model.model.layers[0].mlp.up_proj.format == "q4_0"
+    assert torch.equal(model.model.embed_tokens(torch.tensor([3, 63])), weights[[3, 63]])
+    llm = LLM(path, num_pages=8)
+    assert "native" in llm.runs_on
+    whole = load_model(path, quantization="none")
+    tokens = torch.arange(20)[None]
+    assert ((model(tokens) - whole(tokens)).norm() / whole(tokens).norm()) < 0.03
+
+
+def write_llama(path, tensors, *, hidden, inner, heads, vocab, rest=None):
+    """A one-layer Llama with random weights, tied; tensors: {name: (bytes, type)} that replace them."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_context_length(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*(chr(48 + i) for i in range(vocab - 1)), "01"])
+    writer.add_token_types([1] * vocab)
+    writer.add_token_merges(["0 1"])
+    writer.add_eos_token_id(0)
+    rng = np.random.default_rng(0)
+    shapes = {
+        "token_embd": (vocab, hidden),
+        "output_norm": (hidden,),
+        "blk.0.attn_norm": (hidden,),
+        "blk.0.ffn_norm": (hidden,),
+    }
+    shapes |= {f"blk.0.attn_{name}": (hidden, hidden) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (inner, hidden), "blk.0.ffn_up": (inner, hidden), "blk.0.ffn_down": (hidden, inner)}
+    for name, shape in shapes.items():
+        values = rng.normal(scale=0.05, size=shape).astype(np.float32) + (len(shape) == 1)
+        if f"{name}.weight" in tensors:
+            data, kind = tensors[f"{name}.weight"]
+            writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+        elif rest is not None and len(shape) == 2:
+            writer.add_tensor(f"{name}.weight", gguf.quantize(values, rest), raw_dtype=rest)
+        else:
+            writer.add_tensor(f"{name}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
