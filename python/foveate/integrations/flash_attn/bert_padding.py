@@ -27,5 +27,37 @@ def unpad_input(
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """Packed [total, ...] back to [batch, seqlen, ...], zeros where no token was. Differentiable."""
-    padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
-    return padded.index_put((indices,), hidden_states).unflatten(0, (batch, seqlen))
+    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+
+
+def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
+    """x[indices] along the first dimension. Differentiable."""
+    return x[indices]
+
+
+def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+    """zeros [first_axis_dim, ...] with values at indices. Differentiable."""
+    return values.new_zeros(first_axis_dim, *values.shape[1:]).index_put((indices,), values)
+
+
+def index_first_axis_residual(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """(x[indices], x): for a residual connection that starts at x."""
+    return x[indices], x
+
+
+def unpad_input_for_concatenated_sequences(
+    hidden_states: Tensor, attention_mask_in_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The tokens of a batch whose rows hold several short sequences each, one after the other.
+
+    hidden_states [B, S, ...]; attention_mask_in_length [B, S]: the lengths of the sequences of a row, then zeros, such as
+    [3, 2, 0, 0, 0, 0] for tokens 0-2 and 3-4. Returns (packed [total, ...], indices [total] into B * S, cu_seqlens int32, max_seqlen).
+    Differentiable; reads max_seqlen back to the host.
+    """
+    S = attention_mask_in_length.shape[-1]
+    used = attention_mask_in_length.sum(-1, keepdim=True)
+    indices = (torch.arange(S, device=used.device) < used).flatten().nonzero().flatten()
+    lengths = attention_mask_in_length[attention_mask_in_length > 0]
+    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max()) if lengths.numel() else 0
+    return hidden_states.flatten(0, 1)[indices], indices, cu_seqlens, longest
