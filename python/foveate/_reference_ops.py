@@ -104,6 +104,15 @@ def cross_entropy(
     return loss.sum() if reduction == "sum" else loss.sum() / used.sum()
 
 
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, used: Tensor | None) -> Tensor:
+    """hidden @ weight.T + bias in the compute dtype. used: bool [...], without it all rows."""
+    hidden, weight = hidden.to(compute_dtype(hidden)), weight.to(compute_dtype(hidden))
+    if used is not None:  # NaN in an ignored row would reach the gradient of `weight` through the product
+        hidden = torch.where(used[..., None], hidden, 0.0)
+    logits = hidden @ weight.mT
+    return logits if bias is None else logits + bias.to(logits.dtype)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -119,12 +128,7 @@ def linear_cross_entropy(
 
     hidden: [..., K]; weight: [V, K]; bias: [V]; target: int64 [...].
     """
-    dtype = compute_dtype(hidden)
-    # NaN in an ignored row would reach the gradient of `weight` through the product.
-    hidden = torch.where((target != ignore_index)[..., None], hidden.to(dtype), 0.0)
-    logits = hidden @ weight.to(dtype).mT
-    if bias is not None:
-        logits = logits + bias.to(dtype)
+    logits = linear_logits(hidden, weight, bias, target != ignore_index)
     return cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, softcap, reduction)
 
 
@@ -135,6 +139,16 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is not None:
         y = y * weight.to(y.dtype)
     return y.to(x.dtype)
+
+
+def glu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    """silu(gate) * up for "swiglu", gelu(gate) * up in the tanh form for "geglu" and with the error function for "gelu"."""
+    g = gate.to(compute_dtype(gate))
+    if kind == "swiglu":
+        g = torch.nn.functional.silu(g)
+    else:
+        g = torch.nn.functional.gelu(g, approximate="tanh" if kind == "geglu" else "none")
+    return (g * up.to(g.dtype)).to(gate.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:

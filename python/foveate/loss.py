@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _flops, _reference_ops, _triton
+from foveate import _flops, _loss_extras, _reference_ops, _triton
 from foveate._autograd import first_order, graph_is_freed
 from foveate._backends import native, register
 from foveate._checks import (
+    check_flag,
     check_floating,
     check_integer,
     check_number,
@@ -19,6 +20,7 @@ from foveate._checks import (
     chosen_backend,
     compute_dtype,
 )
+from foveate._loss_extras import Extras
 from foveate._loss_ops import (
     Options,
     cross_entropy_backward,
@@ -28,8 +30,8 @@ from foveate._loss_ops import (
 )
 
 for _op in ("cross_entropy", "linear_cross_entropy"):
-    register(_op, "native", native())
-    register(_op, "triton", _triton.serves)
+    register(_op, "native", _loss_extras.kernels(native()))
+    register(_op, "triton", _loss_extras.kernels(_triton.serves))
     register(_op, "reference", lambda query: None)
 
 
@@ -42,34 +44,95 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    dim: int = -1,
+    weight: Tensor | None = None,
+    class_probabilities: bool = False,
+    use_token_scaling: bool = False,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:  # the loss, or with one of return_... CrossEntropyOutput
     """Per row lse - (1 - eps) * x[target] - eps * mean(x) + z_loss * lse**2, with x = softcap * tanh(logits / softcap), lse =
-    logsumexp(x) and eps = label_smoothing. The classes are the last dimension.
+    logsumexp(x) and eps = label_smoothing. The classes are the last dimension, or `dim` (1 for torch's [N, C, d1, ...]).
 
     logits: [..., V], float32, bfloat16, float16 (computed in fp32) or float64, V > 0; target: int64 [...]. label_smoothing: in
     [0, 1]. z_loss (PaLM, Chowdhery et al. 2022): finite, not negative. softcap: positive; None or 0 for none.
     reduction: "mean" over the rows whose target is not ignore_index (NaN when there are none, as in torch), "sum", or "none" for
     [...]. Ignored rows give loss 0 and gradient 0 whatever their logits. The loss is fp32 (fp64 for fp64 logits).
     Differentiable once in logits; nothing of the size of logits is kept but logits. Rows that are not contiguous or not evenly
-    spaced are copied.
+    spaced are copied, those of another `dim` too.
+
+    class_probabilities: target holds these instead, floating, of logits' shape; then the loss is sum(-q * log p) of each row with
+    q = (1 - eps) * target + eps / V, and "mean" is over all rows. weight [V] multiplies the loss of a row by that of its target (of
+    each class with probabilities and in the eps term), and "mean" divides by the sum of the targets' weights; the z term stays as it
+    is. Both are torch's. use_token_scaling multiplies each row's loss by the probability of its target, without a gradient through it.
+
+    With return_z_loss, return_token_accuracy or return_predicted_tokens the result is CrossEntropyOutput(loss, z_loss, token_accuracy,
+    predicted_tokens), None where not asked for: the z term that is inside loss; the share of rows whose largest logit is the target's
+    (0 or 1 for each row with "none"); the class of the largest logit, int64, -1 in ignored rows. The last two read the logits once
+    more. The names are Liger-Kernel's; these results have no gradient. dtype: of loss and z_loss, such as logits.dtype for torch's.
+    Class probabilities, and weight with label_smoothing or z_loss, run on the reference backend; a named other one refuses them.
 
     Raises ValueError for a target outside 0..V-1 that is not ignore_index (checked when the op runs), and for shapes and
     options; TypeError for dtypes; UnsupportedError for a named backend that cannot serve the call.
     """
     check_floating("logits", logits)
+    if dim != -1:
+        if not -logits.dim() <= check_integer("dim", dim) < logits.dim():
+            raise ValueError(f"dim={dim} is out of range for logits with {logits.dim()} dimensions")
+        logits = logits.movedim(dim, -1)
+        if class_probabilities is True and isinstance(target, Tensor) and target.dim() == logits.dim():
+            target = target.movedim(dim, -1)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits of shape {tuple(logits.shape)} have no classes; they must be [..., V] with V > 0")
-    _check_target(target, logits, "logits", logits.shape[:-1])
     options = _check_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
+    extras = _extras(weight, use_token_scaling, return_z_loss, return_token_accuracy, return_predicted_tokens, dtype)
+    soft = check_flag("class_probabilities", class_probabilities)
+    if soft:
+        _loss_extras.check_probabilities(target, logits, "logits", tuple(logits.shape), options.ignore_index)
+    else:
+        _check_target(target, logits, "logits", logits.shape[:-1])
+    if soft or extras is not None:
+        extras = extras or _NO_EXTRAS
+        _loss_extras.check("weight", extras, logits, logits.shape[-1], soft)
+        beyond = _loss_extras.features("cross_entropy", options, extras, soft)
+        chosen = chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend, beyond)
+        if chosen == "reference":
+            return _loss_extras.from_definition(logits, target, reduction, options, extras)
+        loss, stats = _rows(logits, target, options, chosen)
+        return _loss_extras.from_rows(loss, stats.sum(-1), logits, target, reduction, options, extras)
     chosen = chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend)
     if chosen == "reference":
         return _reference_ops.cross_entropy(logits, target, *options, reduction)
+    return _reduce(_rows(logits, target, options, chosen)[0], target, ignore_index, reduction)
+
+
+def _rows(logits: Tensor, target: Tensor, options: Options, chosen: str) -> tuple[Tensor, Tensor]:
+    """The losses, and the statistics of which the sum is lse."""
     if torch.is_grad_enabled() and logits.requires_grad:
-        loss = _CrossEntropy.apply(logits, target, options, chosen)[0]
-    else:
-        loss = cross_entropy_rows(logits, target, *options, chosen)[0]
-    return _reduce(loss, target, ignore_index, reduction)
+        return _CrossEntropy.apply(logits, target, options, chosen)
+    return cross_entropy_rows(logits, target, *options, chosen)
+
+
+_NO_EXTRAS = Extras(None, False, False, False, False, None)
+
+
+def _extras(
+    weight: Tensor | None, scaling: bool, z_loss: bool, accuracy: bool, predictions: bool, dtype: torch.dtype | None
+) -> Extras | None:
+    """None without any, which is the usual call."""
+    if weight is None and dtype is None and scaling is z_loss is accuracy is predictions is False:
+        return None
+    return Extras(
+        weight,
+        check_flag("use_token_scaling", scaling),
+        check_flag("return_z_loss", z_loss),
+        check_flag("return_token_accuracy", accuracy),
+        check_flag("return_predicted_tokens", predictions),
+        dtype,
+    )
 
 
 def linear_cross_entropy(
@@ -83,8 +146,15 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    ce_weight: Tensor | None = None,
+    class_probabilities: bool = False,
+    use_token_scaling: bool = False,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:  # the loss, or with one of return_... CrossEntropyOutput
     """cross_entropy(hidden @ weight.T + bias, target, ...) that never stores the [tokens, V] logits.
 
     hidden: [..., K]; weight: [V, K]; bias: [V] or None; one dtype, cast to autocast's under autocast; target: int64 [...].
@@ -95,6 +165,11 @@ def linear_cross_entropy(
     "sum" the gradients of hidden, weight and bias are computed along with the loss and kept until the backward pass, so nothing
     is computed twice; with "none" the backward pass computes the logits again. Gradients add up in fp32 over the chunks.
     Differentiable once.
+
+    ce_weight (the class weights, as weight is the layer's), use_token_scaling, return_z_loss, return_token_accuracy,
+    return_predicted_tokens, dtype and class_probabilities (target [..., V]) as in `cross_entropy`, with Liger-Kernel's names. Class
+    weights and token scaling take the way of "none", whose backward pass computes the logits again. Further results, class
+    probabilities, and weights or scaling together with label_smoothing or z_loss run on the reference backend, which stores the logits.
     """
     check_floating("hidden", hidden)
     hidden, weight, bias = _autocast(hidden, weight, bias)
@@ -109,8 +184,27 @@ def linear_cross_entropy(
             raise ValueError(
                 f"bias has shape {tuple(bias.shape)}; weight of shape {tuple(weight.shape)} needs ({weight.shape[0]},)"
             )
-    _check_target(target, hidden, "hidden", hidden.shape[:-1])
     options = _check_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
+    extras = _extras(ce_weight, use_token_scaling, return_z_loss, return_token_accuracy, return_predicted_tokens, dtype)
+    soft = check_flag("class_probabilities", class_probabilities)
+    if soft:
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        _loss_extras.check_probabilities(target, hidden, "hidden", shape, options.ignore_index)
+    else:
+        _check_target(target, hidden, "hidden", hidden.shape[:-1])
+    if soft or extras is not None:
+        extras = extras or _NO_EXTRAS
+        _loss_extras.check("ce_weight", extras, hidden, weight.shape[0], soft)
+        beyond = _loss_extras.features("linear_cross_entropy", options, extras, soft)
+        chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend, beyond)
+        if chosen == "reference":
+            logits = _reference_ops.linear_logits(hidden, weight, bias, None if soft else target != ignore_index)
+            return _loss_extras.from_definition(logits, target, reduction, options, extras)
+        loss = linear_cross_entropy(
+            hidden, weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+            softcap=softcap, reduction="none", backend=chosen,
+        )  # fmt: skip
+        return _loss_extras.from_rows(loss, None, None, target, reduction, options, extras)
     chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend)
     if chosen == "reference":
         return _reference_ops.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
@@ -143,11 +237,19 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 def _check_target(target: Tensor, x: Tensor, x_name: str, shape: torch.Size) -> None:
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
         kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target must be an int64 tensor of class numbers, got {kind}; convert it with target.long()")
+        cure = "convert it with target.long()"
+        if isinstance(target, Tensor) and target.is_floating_point():
+            cure += ", or pass class_probabilities=True if that is what it holds"
+        raise TypeError(f"target must be an int64 tensor of class numbers, got {kind}; {cure}")
     check_same_device("target", target, x_name, x)
     if target.shape != shape:
         raise ValueError(
             f"target has shape {tuple(target.shape)}; {x_name} of shape {tuple(x.shape)} needs {tuple(shape)}"
+            + (
+                "; classes in dimension 1, as torch has them, need dim=1"
+                if target.shape == x.shape[:1] + x.shape[2:]
+                else ""
+            )
         )
 
 

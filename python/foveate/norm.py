@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor
 from foveate import _native, _ops, _reference_ops, _triton
 from foveate._autograd import batch_first, first_order
 from foveate._backends import native, processors, register, runs_cuda_kernels
-from foveate._checks import check_dtype_or_compute, check_floating, check_number, chosen_backend, compute_dtype
+from foveate._checks import (
+    check_dtype_or_compute,
+    check_floating,
+    check_number,
+    check_same_dtype,
+    chosen_backend,
+    compute_dtype,
+)
 
 _C: Any = _native._C  # None without a compiled module: `native` answers for that
 
@@ -24,24 +32,54 @@ register("rms_norm", "triton", _triton.serves)
 register("rms_norm", "reference", lambda query: None)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, *, backend: str | None = None) -> Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight over the last dimension.
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    *,
+    normalized_shape: int | Sequence[int] | None = None,
+    offset: float = 0.0,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Any:  # out, or with residual (out, x + residual)
+    """x / sqrt(mean(x**2) + eps) * (offset + weight) over the last dimension.
 
     x: [..., N], float32, bfloat16, float16 (computed in fp32) or float64; weight: [N] in x's dtype or the compute dtype, or None.
     eps: finite, not negative; None for torch.finfo(x.dtype).eps, as in torch.
     Returns [..., N], contiguous, in x's dtype, rounded once. Differentiable once in x and weight.
     x is copied if its rows are not contiguous or not evenly spaced. Raises TypeError for dtypes, ValueError for shapes and eps.
+
+    normalized_shape: the last dimensions of x, over all of which the mean goes, as in torch.nn.functional.rms_norm; weight has this shape.
+    offset: a number added to weight in the compute dtype, 1 for Gemma's; only with a weight.
+    residual: of x's shape and dtype; the norm is that of h = x + residual, rounded to x's dtype, and the result (out, h), as a
+    transformer block needs both. The sum is one pass of torch's, the norm then reads it from the cache where it is small.
     Zhang and Sennrich 2019, arXiv 1910.07467.
     """
     check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x has no dimensions; rms_norm needs at least the one to normalise")
+    if residual is not None:
+        check_same_dtype("residual", residual, "x", x)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; they must be equal")
+        x = x + residual
+        options: dict[str, Any] = {"normalized_shape": normalized_shape, "offset": offset, "backend": backend}
+        return rms_norm(x, weight, eps, **options), x
+    if normalized_shape is not None:
+        return _over_several(x, weight, eps, normalized_shape, offset, backend)
     if weight is not None:
         check_dtype_or_compute("weight", weight, "x", x)
         if tuple(weight.shape) != (x.shape[-1],):
             raise ValueError(
                 f"weight has shape {tuple(weight.shape)}; x of shape {tuple(x.shape)} needs ({x.shape[-1]},)"
             )
+    if type(offset) is not float or offset != 0:
+        offset = check_number("offset", offset)
+        if weight is None:
+            if offset not in (0, 1):
+                raise ValueError(f"offset={offset} without a weight would only scale the result; pass a weight")
+        else:
+            weight = weight.to(compute_dtype(x)) + offset
     eps = torch.finfo(x.dtype).eps if eps is None else check_number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps={eps} must not be negative")
@@ -51,6 +89,25 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, *, backend: st
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         return _RmsNorm.apply(x, weight, eps, chosen)[0]
     return _rms_norm(x, weight, eps, chosen)[0]
+
+
+def _over_several(
+    x: Tensor, weight: Tensor | None, eps: float | None, shape: int | Sequence[int], offset: float, backend: str | None
+) -> Tensor:
+    """The last dimensions of x as one."""
+    wanted = f"normalized_shape={shape!r} must be the last dimensions of x, of shape {tuple(x.shape)}"
+    sizes = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
+    if any(not isinstance(size, (int, torch.SymInt)) for size in sizes):
+        raise TypeError(f"{wanted}, integers")
+    if not sizes or len(sizes) > x.dim() or tuple(x.shape[-len(sizes) :]) != sizes:
+        raise ValueError(wanted)
+    if weight is not None:
+        check_dtype_or_compute("weight", weight, "x", x)
+        if tuple(weight.shape) != sizes:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; normalized_shape needs {sizes}")
+        weight = weight.flatten()
+    out = rms_norm(x.flatten(-len(sizes)), weight, eps, offset=offset, backend=backend)
+    return out.unflatten(-1, sizes)
 
 
 def _rows(x: Tensor) -> Tensor:
