@@ -13,6 +13,7 @@ void bind_cuda(pybind11::module_& m);
 void bind_decoder(pybind11::module_& m);
 void bind_kv_cache(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
+void bind_glu(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
 void bind_roofline(pybind11::module_& m);
 void bind_rotary(pybind11::module_& m);

@@ -27,6 +27,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   foveate::bind_decoder(m);
   foveate::bind_kv_cache(m);
   foveate::bind_linear(m);
+  foveate::bind_glu(m);
   foveate::bind_norm(m);
   foveate::bind_roofline(m);
   foveate::bind_rotary(m);

@@ -8,6 +8,8 @@ void linear(const LinearParams&, int threads);
 void linear_share(const LinearParams&, const Team&, char* scratch);
 void packed_rows(const PackedRowsParams&, int threads);
 void norm_rows(const NormRowsParams&, int threads);
+void glu_forward(const GluParams&, int threads);
+void glu_backward(const GluParams&, int threads);
 void rms_norm_forward(const RmsNormParams&, int threads);
 void rms_norm_backward(const RmsNormBackwardParams&, int threads);
 void softmax_forward(const SoftmaxParams&, int threads);

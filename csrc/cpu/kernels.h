@@ -4,6 +4,7 @@
 
 #include "cpu/team.h"
 #include "ops/attention.h"
+#include "ops/glu.h"
 #include "ops/kv_cache.h"
 #include "ops/linear.h"
 #include "ops/loss.h"
@@ -25,6 +26,8 @@ struct Kernels {
   void (*linear_share)(const LinearParams&, const Team&, char* scratch);
   void (*packed_rows)(const PackedRowsParams&, int threads);
   void (*norm_rows)(const NormRowsParams&, int threads);
+  void (*glu_forward)(const GluParams&, int threads);
+  void (*glu_backward)(const GluParams&, int threads);
   void (*rms_norm_forward)(const RmsNormParams&, int threads);
   void (*rms_norm_backward)(const RmsNormBackwardParams&, int threads);
   void (*softmax_forward)(const SoftmaxParams&, int threads);

@@ -37,6 +37,8 @@ const Kernels table{
     .linear_share = linear_share,
     .packed_rows = packed_rows,
     .norm_rows = norm_rows,
+    .glu_forward = glu_forward,
+    .glu_backward = glu_backward,
     .rms_norm_forward = rms_norm_forward,
     .rms_norm_backward = rms_norm_backward,
     .softmax_forward = softmax_forward,

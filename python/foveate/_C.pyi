@@ -22,6 +22,8 @@ __all__: list[str] = [
     "cross_entropy_forward",
     "cuda_emulated",
     "cuda_info",
+    "glu_backward",
+    "glu_forward",
     "has_cuda_kernels",
     "multiply_add",
     "packed_linear",
@@ -237,6 +239,22 @@ def cuda_info() -> dict:
     whether CUDA kernels are compiled in, the CUDA versions (13000 is 13.0), the number of devices, why there are none
     """
 
+def glu_backward(
+    dout: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    up: torch.Tensor | None,
+    dgate: torch.Tensor | None,
+    dup: torch.Tensor | None,
+    gelu: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def glu_forward(
+    gate: torch.Tensor | None,
+    up: torch.Tensor | None,
+    out: torch.Tensor | None,
+    gelu: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
 def has_cuda_kernels() -> bool:
     """
     whether this build has CUDA kernels, or the emulator's

@@ -63,6 +63,7 @@ __all__ = [
     "CacheFull",
     "CacheView",
     "CheckpointError",
+    "CrossEntropyOutput",
     "Embedder",
     "FillMask",
     "PagedKVCache",
@@ -83,6 +84,7 @@ __all__ = [
     "cross_entropy",
     "drop_in",
     "explain",
+    "geglu",
     "info",
     "linear_cross_entropy",
     "log_softmax",
@@ -92,4 +94,5 @@ __all__ = [
     "rms_norm",
     "sdpa",
     "softmax",
+    "swiglu",
 ]

@@ -3,11 +3,13 @@
 from foveate import drop_in, nn
 from foveate._backends import UnsupportedError, backends, info
 from foveate._explain import explain
+from foveate._loss_extras import CrossEntropyOutput
 from foveate._relative_bias import RelativeBias
 from foveate.attention import attention, merge_attention
 from foveate.attention_varlen import attention_varlen
 from foveate.cache_view import CacheView
 from foveate.checked_files import CheckpointError
+from foveate.glu import geglu, swiglu
 from foveate.kv_cache import attention_with_kv_cache
 from foveate.loss import cross_entropy, linear_cross_entropy
 from foveate.norm import rms_norm
@@ -20,6 +22,7 @@ __all__ = [
     "CacheFull",
     "CacheView",
     "CheckpointError",
+    "CrossEntropyOutput",
     "PagedKVCache",
     "RelativeBias",
     "UnsupportedError",
@@ -31,6 +34,7 @@ __all__ = [
     "cross_entropy",
     "drop_in",
     "explain",
+    "geglu",
     "info",
     "linear_cross_entropy",
     "log_softmax",
@@ -39,4 +43,5 @@ __all__ = [
     "rms_norm",
     "sdpa",
     "softmax",
+    "swiglu",
 ]

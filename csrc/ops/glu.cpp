@@ -1,0 +1,49 @@
+#include "ops/glu.h"
+
+#include "cpu/kernels.h"
+#include "cpu/target.h"
+#include "ops/place.h"
+
+namespace foveate {
+namespace {
+
+GluParams params(const TensorView& gate, const TensorView& up, bool gelu, int threads) {
+  check_rank(gate, "gate", 2), check_last_contiguous(gate, "gate");
+  check_rank(up, "up", 2), check_last_contiguous(up, "up");
+  check_size(up, "up", 0, gate.shape[0]), check_size(up, "up", 1, gate.shape[1]), check_dtype(up, "up", gate.dtype);
+  check(threads > 0, "threads is ", threads, ", expected 1 or more");
+  GluParams p{};
+  p.gate = gate.data, p.up = up.data;
+  p.rows = gate.shape[0], p.cols = gate.shape[1], p.gate_stride = gate.stride[0], p.up_stride = up.stride[0];
+  p.gelu = gelu, p.dtype = gate.dtype;
+  return p;
+}
+
+void check_rows(const TensorView& t, const char* what, const TensorView& x) {
+  check_rank(t, what, 2), check_size(t, what, 0, x.shape[0]), check_size(t, what, 1, x.shape[1]);
+  check_contiguous(t, what), check_dtype(t, what, x.dtype);
+}
+
+void check_on_cpu(const Place& place) { check(!place.cuda, "glu has no CUDA kernel; its tensors must be on the CPU"); }
+
+}  // namespace
+
+void glu_forward(TensorView gate, TensorView up, TensorView out, bool gelu, int threads) {
+  GluParams p = params(gate, up, gelu, threads);
+  check_rows(out, "out", gate);
+  check_on_cpu(place_of({&gate, &up, &out}));
+  if (gate.numel() == 0) return;
+  p.out = out.data;
+  cpu::kernels().glu_forward(p, threads);
+}
+
+void glu_backward(TensorView dout, TensorView gate, TensorView up, TensorView dgate, TensorView dup, bool gelu, int threads) {
+  GluParams p = params(gate, up, gelu, threads);
+  check_rows(dout, "dout", gate), check_rows(dgate, "dgate", gate), check_rows(dup, "dup", gate);
+  check_on_cpu(place_of({&dout, &gate, &up, &dgate, &dup}));
+  if (gate.numel() == 0) return;
+  p.dout = dout.data, p.dgate = dgate.data, p.dup = dup.data;
+  cpu::kernels().glu_backward(p, threads);
+}
+
+}  // namespace foveate

@@ -1,0 +1,157 @@
+"""swiglu and geglu: public functions, op schemas, fakes and gradients. Kernels: csrc/cpu/kernels/glu.cpp, _triton/glu.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate import _native, _ops, _reference_ops, _triton
+from foveate._autograd import batch_first, first_order
+from foveate._backends import Query, native, register
+from foveate._checks import check_floating, check_same_dtype, chosen_backend
+
+_C: Any = _native._C  # None without a compiled module: `native` answers for that
+
+_native_shared = native(cuda=False)
+
+
+def _native_supports(query: Query) -> str | None:
+    reason = _native_shared(query)
+    if reason is None and not hasattr(_C, "glu_forward"):
+        return "the compiled module is older than this op; build it again"
+    return reason
+
+
+for _op in ("swiglu", "geglu"):
+    register(_op, "native", _native_supports)
+    register(_op, "triton", _triton.serves)
+    register(_op, "reference", lambda query: None)
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
+    """silu(gate) * up = gate / (1 + exp(-gate)) * up, elementwise in one pass: the middle of a gated feed-forward layer.
+
+    gate, up: one shape, [..., N], and one dtype: float32, bfloat16, float16 (computed in fp32) or float64. Returns a contiguous tensor
+    of that shape and dtype, rounded once. Halves of one tensor (`x.chunk(2, -1)`) are read where they lie; rows that are not contiguous
+    or not evenly spaced are copied. Differentiable once in both; the backward pass keeps the inputs alone and computes the activation
+    again. Raises TypeError for dtypes, ValueError for shapes, UnsupportedError for a named backend that cannot serve the call (the
+    native one has no CUDA kernel; triton runs there). GLU variants: Shazeer 2020, arXiv 2002.05202.
+    """
+    return _glu("swiglu", gate, up, backend)
+
+
+def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
+    """gelu(gate) * up with GELU's tanh form, gate * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate**3))) / 2, as Gemma has it.
+
+    approximate: "tanh", or "none" for gate * Phi(gate) with the error function (Hendrycks and Gimpel 2016, arXiv 1606.08415), which the
+    reference backend alone computes. Shapes, dtypes, gradients and errors as `swiglu`.
+    """
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f'approximate={approximate!r} must be "tanh" or "none", as in torch.nn.functional.gelu')
+    if approximate == "none":
+        _check(gate, up)
+        if backend not in (None, "reference"):
+            chosen_backend("geglu with approximate='none'", gate.device.type, gate.dtype, backend)
+        return _reference_ops.glu(gate, up, "gelu")
+    return _glu("geglu", gate, up, backend)
+
+
+register("geglu with approximate='none'", "reference", lambda query: None)
+
+
+def _check(gate: Tensor, up: Tensor) -> None:
+    check_floating("gate", gate)
+    check_same_dtype("up", up, "gate", gate)
+    if gate.shape != up.shape:
+        raise ValueError(f"gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}; they must be equal")
+
+
+def _glu(op: str, gate: Tensor, up: Tensor, backend: str | None) -> Tensor:
+    _check(gate, up)
+    chosen = chosen_backend(op, gate.device.type, gate.dtype, backend)
+    if chosen == "reference":
+        return _reference_ops.glu(gate, up, op)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _Glu.apply(gate, up, op == "geglu", chosen)
+    return _glu_op(gate, up, op == "geglu", chosen)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[rows, N] with contiguous rows."""
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1]) if x.dim() else x.reshape(1, 1)
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _forward(gate: Tensor, up: Tensor, gelu: bool, backend: str = "native") -> Tensor:
+    out = _fake(gate)
+    if backend == "triton":
+        from foveate._triton.glu import glu
+
+        glu(_rows(gate), _rows(up), _rows(out), gelu)
+        return out
+    _C.glu_forward(_rows(gate), _rows(up), _rows(out), gelu, torch.get_num_threads())
+    return out
+
+
+def _fake(gate: Tensor, *_: Any) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _backward(dout: Tensor, gate: Tensor, up: Tensor, gelu: bool, backend: str = "native") -> tuple[Tensor, Tensor]:
+    dgate, dup = _backward_fake(dout, gate)
+    rows = (_rows(dout.contiguous()), _rows(gate), _rows(up), _rows(dgate), _rows(dup))
+    if backend == "triton":
+        from foveate._triton.glu import glu_backward
+
+        glu_backward(*rows, gelu)
+        return dgate, dup
+    _C.glu_backward(*rows, gelu, torch.get_num_threads())
+    return dgate, dup
+
+
+def _backward_fake(dout: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+_glu_op = _ops.define(
+    "glu(Tensor gate, Tensor up, bool gelu, str backend='native') -> Tensor", impl=_forward, fake=_fake
+)
+_glu_backward = _ops.define(
+    "glu_backward(Tensor dout, Tensor gate, Tensor up, bool gelu, str backend='native') -> (Tensor dgate, Tensor dup)",
+    impl=_backward,
+    fake=_backward_fake,
+)
+
+
+def _vmap(info: Any, in_dims: Any, gate: Tensor, up: Tensor, *options: Any) -> tuple[Tensor, int]:
+    gate, up = (batch_first(t, dim, info.batch_size) for t, dim in zip((gate, up), in_dims))
+    return _glu_op(gate, up, *options), 0
+
+
+def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    tensors = (batch_first(t, dim, info.batch_size) for t, dim in zip(args[:3], in_dims))
+    return _glu_backward(*tensors, *args[3:]), (0, 0)
+
+
+_ops.vmap("glu", _vmap)
+_ops.vmap("glu_backward", _backward_vmap)
+
+
+class _Glu(torch.autograd.Function):
+    generate_vmap_rule = True  # the ops have their own rules
+
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor, gelu: bool, backend: str) -> Tensor:
+        return _glu_op(gate, up, gelu, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        gate, up, ctx.gelu, ctx.backend = inputs
+        ctx.save_for_backward(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dgate, dup = first_order(_glu_backward, dout, *ctx.saved_tensors, ctx.gelu, ctx.backend)
+        return dgate, dup, None, None
