@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,3 +195,22 @@ def test_subclasses_and_modes_see_the_call():
         with Mode():
             F.scaled_dot_product_attention(q, k, v)
         assert names[0] == "scaled_dot_product_attention"
+
+
+def test_diffusers_backends(monkeypatch):
+    """enable() is the drop-in, and says so where diffusers' backend would pass it by. A module stands for diffusers'."""
+    from foveate.integrations import diffusers
+
+    backend = SimpleNamespace(value="native")
+    registry = SimpleNamespace(get_active_backend=lambda: (backend, None))
+    monkeypatch.setitem(
+        sys.modules, "diffusers.models.attention_dispatch", SimpleNamespace(_AttentionBackendRegistry=registry)
+    )
+    q, k, v = qkv()
+    diffusers.enable()
+    F.scaled_dot_product_attention(q, k, v)
+    assert drop_in.calls() == 1
+    diffusers.disable()
+    backend.value = "flash"
+    with pytest.raises(RuntimeError, match=r"diffusers' attention backend is 'flash'"):
+        diffusers.enable()
