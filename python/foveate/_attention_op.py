@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate import _flops, _ops, _reference, _triton
+from foveate import _dtensor, _flops, _ops, _reference, _triton
 from foveate._backends import Query, choose, native, processors, register, runs_cuda_kernels
 from foveate._decode_plan import cuda_few_queries, cuda_thresholds
 from foveate._native import _C
@@ -420,6 +420,8 @@ def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
     if _leads_straight_to_forward(operands[:_NUM_TENSORS]):
         return forward(*operands, need_lse=need_lse)
     _flops.register()
+    if type(operands[0]) not in _PLAIN_TYPES:
+        _dtensor.notice(operands[0])
     # A graph without gradients has the op alone: torch.jit cannot save the autograd.Function, nor does a compiler gain from it.
     if is_traced():  # where sizes are tensors, and so is the default D**-0.5
         operands = tuple(float(x) if i == _SCALE else x for i, x in enumerate(operands))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 import foveate
 from foveate import _attention_checks, _reference
+from foveate._checks import check_integer
 
 Window = Sequence[int] | Tensor
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -17,13 +18,18 @@ Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
 def window_of(window_size: Window) -> tuple[int, int]:
     """(left, right) of a pair in any form: tuple, list, numpy array, tensor (which waits for its device). None is unlimited."""
-    pair = window_size.tolist() if isinstance(window_size, Tensor) else list(window_size)
-    if len(pair) != 2:
+    pair = window_size.tolist() if isinstance(window_size, Tensor) else window_size
+    if not isinstance(pair, Iterable) or len(pair := list(pair)) != 2:
         raise ValueError(
             f"window_size={window_size!r} must be a pair (left, right) of key counts, where -1 is unlimited"
         )
     left, right = (-1 if side is None else int(side) for side in pair)
     return max(left, -1), max(right, -1)
+
+
+def length_of(cache_seqlens: Any) -> int:
+    """One length for all rows, as a Python or a numpy integer."""
+    return check_integer("cache_seqlens", cache_seqlens, "one integer, or an int32 tensor [B]")
 
 
 def options_of(

@@ -285,7 +285,7 @@ def flash_attn_with_kvcache(
             )
         cache_seqlens = page_size
     if not isinstance(cache_seqlens, Tensor):
-        cache_seqlens = torch.full((B,), int(cache_seqlens), dtype=torch.int32, device=q.device)
+        cache_seqlens = torch.full((B,), _options.length_of(cache_seqlens), dtype=torch.int32, device=q.device)
     _check_capacity(cache_seqlens, 0 if k is None else k.shape[1], block_table, page_size)
     one_position = not causal and window == (-1, -1) and q.shape[1] > 1
     if rotary_cos is not None and (one_position or cache_leftpad is not None):

@@ -1,0 +1,196 @@
+"""How the ops run on torch.distributed.tensor's DTensors: the dimensions over which each may be sharded without communication.
+
+Batch and heads of attention, so that tensor parallelism works, and every dimension that an op over rows does not reduce. Whatever else a
+DTensor is sharded by, torch first gathers. Gradients of what all shards share (norm weights, a broadcast bias, tables) are partial sums.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Labels = Sequence[Any] | None  # of the dimensions of a tensor, None for one that is not divided
+
+_registered = False
+
+
+def notice(x: Any) -> None:
+    """Registers the strategies with torch when the first DTensor comes: the import of torch.distributed.tensor takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and not _registered and isinstance(x, getattr(module, "DTensor", ())):
+        _register()
+
+
+notice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _strategies(inputs: Sequence[tuple[Any, Labels]], outputs: Sequence[tuple[Labels, bool]], count: int) -> Any:
+    """For register_sharding: all replicated, or divided by one label that every labelled dimension is sharded over.
+
+    inputs: specs with their labels; outputs: labels, and whether what lacks the label is a sum over the shards; count: of arguments.
+    """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    def place(spec: Any, labels: Labels, label: Any) -> Any:
+        if spec is None:
+            return None
+        return Shard(labels.index(label)) if labels and label in labels else Replicate()
+
+    rest = [None] * (count - len(inputs))
+    found: list[Any] = [
+        ([Replicate() for _ in outputs], [None if spec is None else Replicate() for spec, _ in inputs] + rest)
+    ]
+    labels = dict.fromkeys(x for spec, names in inputs if spec is not None for x in names or () if x is not None)
+    for label in labels:
+        sizes = [
+            (spec.shape[names.index(label)], spec.mesh.size())
+            for spec, names in inputs
+            if spec is not None and names and label in names
+        ]
+        if any(size % shards for size, shards in sizes):
+            continue  # shards of different sizes would pair query heads with other KV heads
+        found.append(
+            (
+                [place(True, names, label) if names and label in names else Partial() if summed else Replicate()
+                 for names, summed in outputs],
+                [place(spec, names, label) for spec, names in inputs] + rest,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _broadcast(spec: Any, names: Sequence[Any]) -> Labels:
+    """names without those of dimensions of size 1, aligned at the last dimension."""
+    if spec is None:
+        return None
+    own = list(names)[len(names) - len(spec.shape) :]
+    return [name if size != 1 else None for name, size in zip(own, spec.shape)]
+
+
+def _operands(tensors: Sequence[Any]) -> list[tuple[Any, Labels]]:
+    q, k, v, bias, mask, alibi, table, sinks, kv_lens, cu_q, cu_k, philox = tensors
+    packed = cu_q is not None
+    row = [None, "H", None] if packed else ["B", None, "H", None]
+    scores = ["B", "H", None, None]
+    lengths = None if packed else ["B"]
+    return [
+        (q, row), (k, row), (v, row), (bias, _broadcast(bias, scores)), (mask, _broadcast(mask, scores)),
+        (alibi, _broadcast(alibi, [None if packed else "B", "H"])), (table, [None, "H"]), (sinks, ["H"]), (kv_lens, lengths),
+        (cu_q, None), (cu_k, None), (philox, None),
+    ]  # fmt: skip
+
+
+def _without_labels(inputs: list[tuple[Any, Labels]], condition: bool) -> list[tuple[Any, Labels]]:
+    return [(spec, None) for spec, _ in inputs] if condition else inputs
+
+
+def _attention_forward(*args: Any) -> Any:
+    inputs = _operands(args[:12])
+    row, packed = inputs[0][1], args[9] is not None
+    # The mask of dropout counts batch rows and heads, which a shard counts from 0.
+    inputs = _without_labels(inputs, args[11] is not None)
+    return _strategies(inputs, [(row, False), (["H", None] if packed else ["B", "H", None], False)], len(args))
+
+
+def _attention_backward(*args: Any) -> Any:
+    dout, dlse, out, lse, *rest = args
+    operands, wanted = _operands(rest[:12]), args[-1]
+    packed = rest[9] is not None
+    row, rows = operands[0][1], ["H", None] if packed else ["B", "H", None]
+    inputs = [(dout, row), (dlse, rows), (out, row), (lse, rows), *operands]
+    outputs = [(operands[i][1], True) if want else (None, False) for i, want in zip((0, 1, 2, 3, 6, 7), wanted)]
+    return _strategies(_without_labels(inputs, rest[11] is not None), outputs, len(args))
+
+
+def _dims(spec: Any, *, but: int = 1) -> list[Any]:
+    """A label for each dimension of spec, none for the last `but`."""
+    n = len(spec.shape)
+    return [i if i < n - but else None for i in range(n)]
+
+
+def _softmax(x: Any, bias: Any, mask: Any, scale: Any, causal: bool, *rest: Any) -> Any:
+    names = _dims(x, but=2 if causal else 1)
+    inputs = [(x, names), (bias, _broadcast(bias, names)), (mask, _broadcast(mask, names))]
+    return _strategies(inputs, [(names, False)], 5 + len(rest))
+
+
+def _rowwise(*args: Any) -> Any:
+    """log_softmax and softmax_backward: all tensors have one shape."""
+    names = _dims(args[0])
+    tensors = [a for a in args if hasattr(a, "placements")]
+    return _strategies([(t, names) for t in tensors], [(names, False)], len(args))
+
+
+def _rms_norm(x: Any, weight: Any, *rest: Any) -> Any:
+    names = _dims(x)
+    return _strategies([(x, names), (weight, None)], [(names, False), (names[:-1], False)], 2 + len(rest))
+
+
+def _rms_norm_backward(dout: Any, x: Any, weight: Any, rstd: Any, need: bool, *rest: Any) -> Any:
+    names = _dims(x)
+    inputs = [(dout, names), (x, names), (weight, None), (rstd, names[:-1])]
+    return _strategies(inputs, [(names, False), (None, bool(need))], 5 + len(rest))
+
+
+def _cross_entropy(logits: Any, target: Any, *rest: Any) -> Any:
+    names = _dims(logits)
+    outputs = [(names[:-1], False), ([*names[:-1], None], False)]
+    return _strategies([(logits, names), (target, names[:-1])], outputs, 2 + len(rest))
+
+
+def _cross_entropy_backward(dloss: Any, logits: Any, target: Any, stats: Any, *rest: Any) -> Any:
+    names = _dims(logits)
+    inputs = [(dloss, names[:-1]), (logits, names), (target, names[:-1]), (stats, [*names[:-1], None])]
+    return _strategies(inputs, [(names, False)], 4 + len(rest))
+
+
+def _apply_rotary(q: Any, k: Any, cos: Any, sin: Any, *rest: Any) -> Any:
+    row = ["B", "S", "H", None]
+    table = ["S", None] if len(cos.shape) == 2 else ["B", "S", None]
+    return _strategies([(q, row), (k, row), (cos, table), (sin, table)], [(row, False), (row, False)], 4 + len(rest))
+
+
+def _glu(gate: Any, up: Any, *rest: Any) -> Any:
+    names = _dims(gate, but=0)
+    return _strategies([(gate, names), (up, names)], [(names, False)], 2 + len(rest))
+
+
+def _glu_backward(dout: Any, gate: Any, up: Any, *rest: Any) -> Any:
+    names = _dims(gate, but=0)
+    inputs = [(dout, names), (gate, names), (up, names)]
+    return _strategies(inputs, [(names, False), (names, False)], 3 + len(rest))
+
+
+_RULES: dict[str, Callable[..., Any]] = {
+    "attention_forward": _attention_forward,
+    "attention_backward": _attention_backward,
+    "softmax": _softmax,
+    "log_softmax": _rowwise,
+    "softmax_backward": _rowwise,
+    "rms_norm": _rms_norm,
+    "rms_norm_backward": _rms_norm_backward,
+    "cross_entropy": _cross_entropy,
+    "cross_entropy_backward": _cross_entropy_backward,
+    "apply_rotary": _apply_rotary,
+    "glu": _glu,
+    "glu_backward": _glu_backward,
+}
+
+
+def _register() -> None:
+    global _registered
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+    from torch.distributed.tensor.experimental import register_sharding
+
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    for name, rule in _RULES.items():
+        op = getattr(torch.ops.foveate, name).default
+        register_sharding(op)(rule)
+        # torch caches a strategy by the arguments from the first int on; ours depend on flags before it.
+        first = next(i for i, a in enumerate(op._schema.arguments) if "Tensor" not in str(a.type))
+        propagator.op_to_schema_info[op] = RuntimeSchemaInfo(first, needs_pytree=True)
+    _registered = True
