@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -47,7 +47,8 @@ class LLM:
     possible, which `runs_on` says; True: ValueError where it is not; False: never.
 
     default_params: what generate, stream and chat use for params=None: SamplingParams() with the checkpoint's generation_config
-    (temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens; do_sample=false is temperature 0). One thread at a time.
+    (temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens; do_sample=false is temperature 0).
+    Several threads may call at once: their requests run in the same batches.
     """
 
     def __init__(
@@ -110,9 +111,7 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching, decode=DecodeGraph(module, cache, graphs=True) if graphs else None,
         )  # fmt: skip
         self._ids = itertools.count()
-        self._arrived: dict[
-            str, list[RequestOutput]
-        ] = {}  # outputs that nobody has taken yet, of the requests that run
+        self._inboxes: dict[str, list[RequestOutput]] = {}  # of the requests that run
 
     @property
     def stats(self) -> EngineStats:
@@ -142,17 +141,19 @@ class LLM:
             progress = len(texts) > 1 and sys.stderr.isatty()
         try:
             with _bar(len(texts), progress) as advance:
+                inbox: list[RequestOutput] = []
                 for i, (text, ids, p) in enumerate(zip(texts, tokens, wanted)):
                     if p.num_beams == 1:
-                        place[self._add(ids, p, text)] = i
+                        place[self._add(ids, p, text, inbox)] = i
                 while len(outputs) < len(place):
-                    for output in self._take(place):
+                    for output in self._take(inbox):
                         outputs[place[output.request_id]] = output
                         advance(len(output.outputs[0].token_ids))
                 for i, (text, ids, p) in enumerate(zip(texts, tokens, wanted)):
                     if p.num_beams > 1:
                         prompt = text if isinstance(text, str) else None
-                        outputs[i] = beam_request(self.engine, f"beam-{next(self._ids)}", ids, p, prompt)
+                        with self.engine.lock:
+                            outputs[i] = beam_request(self.engine, f"beam-{next(self._ids)}", ids, p, prompt)
                         advance(len(outputs[i].outputs[0].token_ids))
         finally:
             for request_id in place:
@@ -174,11 +175,12 @@ class LLM:
         return self._stream(ids, params, prompt)
 
     def _stream(self, ids: list[int], params: SamplingParams, prompt: Prompt) -> Iterator[str]:
-        request_id = self._add(ids, params, prompt, stream=True)
+        inbox: list[RequestOutput] = []
+        request_id = self._add(ids, params, prompt, inbox, stream=True)
         shown, finished = 0, False
         try:
             while not finished:
-                for output in self._take([request_id]):
+                for output in self._take(inbox):
                     text, finished = output.outputs[0].text, output.finished
                     if len(text) > shown:
                         yield text[shown:]
@@ -209,7 +211,10 @@ class LLM:
     @torch.inference_mode()
     def perplexity(self, text: Prompt) -> float:
         """exp of the mean negative log-likelihood of each token after the first; beyond the context in windows without overlap."""
-        ids = self._tokens(text)
+        with self.engine.lock:
+            return self._perplexity(self._tokens(text))
+
+    def _perplexity(self, ids: list[int]) -> float:
         if len(ids) < 2:
             raise ValueError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
         total, counted, step = 0.0, 0, self.engine.scheduler.max_prefill_tokens
@@ -245,23 +250,37 @@ class LLM:
             raise ValueError(f"{count} prompts have {len(params)} params; give one for all, or one for each")
         return list(params)
 
-    def _add(self, ids: list[int], params: SamplingParams, prompt: Prompt, stream: bool = False) -> str:
+    def _add(
+        self, ids: list[int], params: SamplingParams, prompt: Prompt, inbox: list[RequestOutput], stream: bool = False
+    ) -> str:
+        """inbox: where the request's outputs go, whichever call makes the step that they come from."""
         request_id = str(next(self._ids))
-        self.engine.add(request_id, ids, params, prompt=prompt if isinstance(prompt, str) else None, stream=stream)
+        with self.engine.lock:
+            text = prompt if isinstance(prompt, str) else None
+            self.engine.add(request_id, ids, params, prompt=text, stream=stream)
+            self._inboxes[request_id] = inbox
         return request_id
 
-    def _take(self, request_ids: Container[str]) -> list[RequestOutput]:
-        """The outputs of these requests, after a step if there are none; those of others, such as a stream half read, wait."""
-        waiting = [i for i in self._arrived if i in request_ids]
-        if not waiting:
-            for output in self.engine.step():
-                self._arrived.setdefault(output.request_id, []).append(output)
-            waiting = [i for i in self._arrived if i in request_ids]
-        return [output for i in waiting for output in self._arrived.pop(i)]
+    def _take(self, inbox: list[RequestOutput]) -> list[RequestOutput]:
+        """The outputs that have arrived, after a step if there are none; those of other calls, as a stream half read, wait in theirs."""
+        with self.engine.lock:
+            if not inbox:
+                for output in self.engine.step():
+                    self._inboxes[output.request_id].append(output)
+            taken = inbox[:]
+            inbox.clear()
+        return taken
 
     def _forget(self, request_id: str) -> None:
-        self.engine.abort(request_id)
-        self._arrived.pop(request_id, None)
+        with self.engine.lock:
+            self.engine.abort(request_id)
+            self._inboxes.pop(request_id, None)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an LLM cannot be pickled or copied, as its cache, threads and native code belong to this process; make one in each process: "
+            "LLM(path, ...)"
+        )
 
 
 def default_params(generation_config: dict[str, Any]) -> SamplingParams:

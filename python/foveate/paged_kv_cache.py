@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from foveate import _triton
 from foveate._backends import Query, native, runs_cuda_kernels
 from foveate._checks import check_integer
 from foveate._kv_cache_op import QUANTIZED
+from foveate._locked import locked
 from foveate._native import _C
 from foveate.kv_cache import attention_with_kv_cache
 
@@ -49,7 +51,8 @@ class PagedKVCache:
         cache.append([seq], prompt_length)
         out = cache.attend(layer, q, k, v, seqs=[seq])      # for each layer
 
-    dtype: float32, bfloat16, float16 or float64, as q will have, or int8 or float8_e4m3fn for any q.
+    dtype: float32, bfloat16, float16 or float64, as q will have, or int8 or float8_e4m3fn for any q. Threads may share a cache, each with
+    sequences of its own; a copy or a pickle of a cache is another one, with the same sequences.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class PagedKVCache:
         if dtype in QUANTIZED:
             self.k_scale = torch.empty(shape, dtype=torch.float32, device=device)
             self.v_scale = torch.empty(shape, dtype=torch.float32, device=device)
+        self.lock = threading.RLock()
         self._references = [0] * num_pages
         self._holds: dict[int, int] = {}  # how often a page is held
         self._held_only: set[int] = set()  # pages whose one holder is a `hold`
@@ -96,10 +100,17 @@ class PagedKVCache:
             None  # of the last call: seqs, block_table, lengths
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
     def create(self) -> int:
         """A new, empty sequence. It has no pages yet."""
         return self.create_from_pages(())
 
+    @locked
     def create_from_pages(self, pages: Sequence[int]) -> int:
         """A new sequence whose first len(pages) * page_size tokens are those of `pages`, full pages in use, shared as by `fork`."""
         for page in pages:
@@ -115,12 +126,14 @@ class PagedKVCache:
         self._check([seq])
         return list(self._pages[seq])
 
+    @locked
     def hold(self, page: int) -> None:
         """Keeps a page that is in use, until `release`, also when all its sequences are freed. Holds count."""
         self._check_in_use(page)
         self._refer(page)
         self._holds[page] = self._holds.get(page, 0) + 1
 
+    @locked
     def release(self, page: int) -> None:
         """Gives back one `hold`; the page becomes free if nothing else holds it."""
         self._check_in_use(page)
@@ -147,6 +160,7 @@ class PagedKVCache:
     def free_pages(self) -> int:
         return len(self._free)
 
+    @locked
     def fork(self, seq: int, length: int | None = None) -> int:
         """A new sequence that shares the first `length` tokens of `seq` (all by default), without copying anything.
 
@@ -163,6 +177,7 @@ class PagedKVCache:
             self._refer(page)
         return child
 
+    @locked
     def append(self, seqs: Sequence[int], n: int = 1) -> None:
         """Makes room for n more tokens of each sequence: takes pages, copies a partly filled last page that is shared.
 
@@ -207,6 +222,7 @@ class PagedKVCache:
         else:
             self._tables = tables[0], self._with_pages(tables[1], taken), tables[2] + n
 
+    @locked
     def truncate(self, seq: int, length: int) -> None:
         """Forgets the tokens from `length` on, as speculative decoding does with rejected ones."""
         have = self.length(seq)
@@ -219,6 +235,7 @@ class PagedKVCache:
         self._lengths[seq] = length
         self._tables = None
 
+    @locked
     def free(self, seq: int) -> None:
         """Forgets the sequence; pages that no other sequence holds become free."""
         self.truncate(seq, 0)
@@ -234,10 +251,12 @@ class PagedKVCache:
     def __len__(self) -> int:
         return len(self._lengths)
 
+    @locked
     def block_table(self, seqs: Sequence[int]) -> Tensor:
         """int32 [len(seqs), pages of the longest]; -1 beyond a sequence's pages."""
         return self._tables_of(seqs)[0]
 
+    @locked
     def kv_lens(self, seqs: Sequence[int]) -> Tensor:
         """int32 [len(seqs)], the tokens of each sequence, those of the last `append` included."""
         return self._tables_of(seqs)[1]
@@ -363,6 +382,7 @@ class PagedKVCache:
         table[list(rows), list(columns)] = torch.tensor(pages, dtype=torch.int32, device=table.device)
         return table
 
+    @locked
     def _tables_of(self, seqs: Sequence[int]) -> tuple[Tensor, Tensor]:
         key = tuple(seqs)
         if self._tables is None or self._tables[0] != key:

@@ -38,6 +38,10 @@ def beam_request(
             log_probs = engine.model.logits(rows).float().log_softmax(-1)
             if search.length < params.min_tokens and ends:
                 log_probs[:, sorted(ends)] = -torch.inf
+            if not log_probs.amax(-1).isfinite().all():
+                raise ValueError(
+                    "beam search cannot go on: the model's logits are not finite, or min_tokens forbids every token that it could choose"
+                )
             parents, chosen = search.step(log_probs)
             metrics.first_token_time = metrics.first_token_time or time.perf_counter()
             if search.done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,14 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foveate._locked import locked
 from foveate.cache_view import CacheView
 from foveate.generation.constrained import GrammarCompiler
 from foveate.generation.decode_graph import DecodeGraph
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
 from foveate.generation.request import Request, Sample
+from foveate.generation.sampler import no_choice, top_logprobs
 from foveate.generation.sampler import sample as sample_tokens
-from foveate.generation.sampler import top_logprobs
 from foveate.generation.scheduler import Group, Scheduler
 from foveate.paged_kv_cache import CacheFull, PagedKVCache
 
@@ -60,6 +62,8 @@ class Engine:
     decode: a DecodeGraph of this model and cache, for the groups of a step with one token per sample and no drafts.
 
     The tokens of a request depend on its prompt, parameters and seed alone: not on other requests, on chunks, on drafts, on preemption.
+    A request whose tokens cannot be chosen, as the logits are NaN or all are forbidden, ends with "abort" and the reason; others go on.
+    Several threads may call at once: one after the other holds `lock` for the whole call.
     For floating point that takes a model whose rows do not depend on their batch, as those on PackedLinear; with torch's matrix products
     a row may differ in its last bits.
     """
@@ -93,6 +97,7 @@ class Engine:
             max_length=self.max_length,
         )  # fmt: skip
         self.device = cache.k_pages.device
+        self.lock = threading.RLock()
         self.decode = decode
         self.num_pages = cache.num_pages - (decode is not None)  # that sequences can have: a DecodeGraph keeps one
         self._requests: dict[str, Request] = {}
@@ -104,6 +109,7 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._requests)
 
+    @locked
     def add(
         self,
         request_id: str,
@@ -152,7 +158,9 @@ class Engine:
             raise ValueError(
                 "stop strings and bad_words need a tokenizer, and this engine has none; use stop_token_ids"
             )
-        max_length = min(self.max_length, len(tokens) + params.max_tokens)
+        max_length = (
+            self.max_length if params.max_tokens is None else min(self.max_length, len(tokens) + params.max_tokens)
+        )
         needed = -(-max_length // self.cache.page_size)
         if needed > self.num_pages:
             raise ValueError(
@@ -162,6 +170,7 @@ class Engine:
             )
         return max_length
 
+    @locked
     def append(self, seqs: Sequence[int], new: int) -> None:
         """Room in the cache for sequences of the caller's own; pages that only the prefix cache holds give way. CacheFull otherwise."""
         try:
@@ -171,6 +180,7 @@ class Engine:
                 raise
             self.cache.append(seqs, new)
 
+    @locked
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request; what it has so far, with finish_reason "abort". None if it is not running."""
         request = self._requests.pop(request_id, None)
@@ -182,6 +192,7 @@ class Engine:
                 sample.finish_reason = "abort"
         return request.output()
 
+    @locked
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """One step of the model for all that can run: outputs of the requests that finished, and of all changed ones that stream."""
@@ -256,9 +267,12 @@ class Engine:
             whole = len(rows) == len(logits) and rows == list(range(len(rows)))
             tokens, logprobs = sample_tokens(logits if whole else logits[rows], [entry.sample.row for entry in entries])
             right = []
-            for entry, token, found in zip(entries, tokens, logprobs):
-                entry.sample.accept(token, found)
+            for i, (entry, token, found) in enumerate(zip(entries, tokens, logprobs)):
                 changed[entry.sample.request] = None
+                if token < 0:
+                    entry.sample.fail(no_choice(logits[rows[i]], entry.sample.row))
+                    continue
+                entry.sample.accept(token, found)
                 if depth < len(entry.draft) and token == entry.draft[depth] and entry.sample.finish_reason is None:
                     right.append(entry)
             chosen += len(entries)
@@ -272,7 +286,7 @@ class Engine:
         """Forgets the keys of the drafts that were wrong."""
         sample, metrics = entry.sample, entry.sample.request.metrics
         # all but the last token, whose keys the next step computes, and which is the end if it was a draft too
-        accepted = len(sample.tokens) - 1 - sample.cached - 1
+        accepted = max(0, len(sample.tokens) - 1 - sample.cached - 1)  # none where the first could not be chosen
         metrics.drafted_tokens += len(entry.draft)
         metrics.accepted_tokens += accepted
         self.stats.drafted_tokens += len(entry.draft)

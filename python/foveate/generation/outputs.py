@@ -22,7 +22,8 @@ class CompletionOutput:
     cumulative_logprob: float | None  # the sum over token_ids; None unless logprobs, best_of or beams asked for it
     logprobs: list[dict[int, Logprob]] | None  # per token: the chosen and the most probable ones
     finish_reason: str | None  # "stop", "length", or "abort"; None while it runs
-    stop_reason: int | str | None = None  # the stop string or id of the request; None for the model's own end
+    # the stop string or id of the request, None for the model's own end; with "abort" the sentence why this sample could not go on
+    stop_reason: int | str | None = None
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import numbers
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +26,10 @@ class SamplingParams:
 
     The end: a token of the model's end-of-sequence ids (unless ignore_eos) or of stop_token_ids, a string of `stop` in the output
     (which the text then leaves out, unless include_stop_str_in_output), max_tokens, or the model's context.
-    min_tokens: before that many, none of the former ends it.
+    max_tokens None: no limit of its own. min_tokens: before that many, none of the former ends it.
 
     logprobs: for each token its log-probability (log_softmax of the raw logits) and those of the `logprobs` most probable ones; 0: only
-    its own. prompt_logprobs: the same for the prompt's tokens. skip_special_tokens: leaves special tokens out of the text.
+    its own; -1: all. prompt_logprobs: the same for the prompt's tokens. skip_special_tokens: leaves special tokens out of the text.
 
     num_beams > 1: beam search (foveate.generation.beam) that returns the n best, with length_penalty and early_stopping.
     json_schema (dict, or JSON text) or regex: the output matches it, if it does not end by length.
@@ -48,7 +50,7 @@ class SamplingParams:
     stop_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     ignore_eos: bool = False
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -63,42 +65,68 @@ class SamplingParams:
     prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
-        for name in _INTEGERS:
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}")
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                limits = f"{low} or more" if high == _INFINITY else f"between {low} and {high}"
-                raise ValueError(f"{name}={value} must be {limits}")
+        for name, (kind, low, high) in _NUMBERS.items():
+            self._check_number(name, kind, low, high)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
+        self._check_lists()
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1; 1 keeps all tokens")
-        if not 0 < self.repetition_penalty < _INFINITY:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1 changes nothing")
+        if not 1e-6 <= self.repetition_penalty <= 1e6:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be above 0, between 1e-06 and 1e+06; 1 changes nothing"
+            )
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError(
                 f"best_of={self.best_of} must be at least n={self.n}: the n best of best_of samples return"
             )
         if self.best_of not in (None, self.n) and self.temperature == 0:
             raise ValueError(f"best_of={self.best_of} with temperature=0 draws the same sample each time; use n=1")
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
-        if any(not isinstance(text, str) or not text for text in self.stop_strings):
-            raise ValueError(f"stop={self.stop!r} must be a string or a list of strings, none of them empty")
-        if any(not isinstance(word, str) or not word for word in self.bad_words or ()):
-            raise ValueError(f"bad_words={self.bad_words!r} must be a list of strings, none of them empty")
-        for token, bias in (self.logit_bias or {}).items():
-            if not isinstance(token, int) or not -100 <= bias <= 100:
-                raise ValueError(
-                    f"logit_bias has {token!r}: {bias}; it must be a token id with a number from -100 to 100"
-                )
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f'early_stopping={self.early_stopping!r} must be True, False or "never"')
         if self.num_beams > 1:
             self._check_beams()
         if self.json_schema is not None or self.regex is not None:
             self._check_grammar()
+
+    def _check_number(self, name: str, kind: type, low: float, high: float) -> None:
+        """Numbers of numpy too, which become Python's."""
+        value: Any = getattr(self, name)
+        whole = kind is numbers.Integral
+        if value is None and name in _MAY_BE_NONE:
+            return
+        known: Any = kind
+        if not isinstance(value, known) or isinstance(value, bool):
+            wanted = "an int" if whole else "a number"
+            raise TypeError(f"{name}={value!r} must be {wanted}, not {type(value).__name__}")
+        if not low <= value <= high:
+            limits = f"{low} or more" if high == _INFINITY else f"between {low} and {high}"
+            raise ValueError(f"{name}={value} must be {limits}")
+        if type(value) not in (int, float):  # numpy's
+            object.__setattr__(self, name, int(value) if whole else float(value))
+
+    def _check_lists(self) -> None:
+        if self.stop is not None and not _strings([self.stop] if isinstance(self.stop, str) else self.stop):
+            raise ValueError(f"stop={self.stop!r} must be a string or a list of strings, none of them empty")
+        if self.bad_words is not None and not _strings(self.bad_words):
+            raise ValueError(f"bad_words={self.bad_words!r} must be a list of strings, none of them empty")
+        ids = self.stop_token_ids
+        if ids is not None and not (_is_list(ids) and all(_is_id(token) for token in ids)):
+            raise TypeError(f"stop_token_ids={ids!r} must be a list of token ids (int)")
+        bias = self.logit_bias
+        if bias is not None and not isinstance(bias, Mapping):
+            raise TypeError(f"logit_bias={bias!r} must be a dict of token ids and numbers")
+        for token, value in (bias or {}).items():
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not _is_id(token) or not number or not -100 <= value <= 100:
+                raise ValueError(
+                    f"logit_bias has {token!r}: {value!r}; it must be a token id with a number from -100 to 100"
+                )
+        if self.regex is not None and not isinstance(self.regex, str):
+            raise TypeError(f"regex={self.regex!r} must be a str")
 
     def _check_beams(self) -> None:
         if self.n > self.num_beams:
@@ -120,8 +148,9 @@ class SamplingParams:
         if isinstance(self.json_schema, str):
             try:
                 json.loads(self.json_schema)
-            except ValueError as error:
-                raise ValueError(f"json_schema is not valid JSON: {error}") from None
+            except (ValueError, RecursionError) as error:
+                reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+                raise ValueError(f"json_schema is not valid JSON: {reason}") from None
         elif not isinstance(self.json_schema, dict | None):
             raise TypeError(f"json_schema must be a dict or JSON text, not {type(self.json_schema).__name__}")
 
@@ -144,15 +173,31 @@ class SamplingParams:
         return replace(self, **changes)
 
 
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("n", 1, _INFINITY), ("best_of", 1, _INFINITY), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
-    ("temperature", 0, 1e6), ("top_k", -1, _INFINITY), ("min_p", 0, 1), ("max_tokens", 1, _INFINITY), ("min_tokens", 0, _INFINITY),
-    ("logprobs", 0, _INFINITY), ("prompt_logprobs", 0, _INFINITY), ("num_beams", 1, _INFINITY),
-    ("length_penalty", -100, 100), ("prompt_lookup", 0, 64), ("seed", 0, 2**64 - 1),
-)  # fmt: skip
-_INTEGERS = (
-    "n", "best_of", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "num_beams", "prompt_lookup",
-)  # fmt: skip
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _is_id(token: Any) -> bool:
+    return isinstance(token, numbers.Integral) and not isinstance(token, bool)
+
+
+def _strings(values: Any) -> bool:
+    return _is_list(values) and all(isinstance(text, str) and text for text in values)
+
+
+# Of each number: its type, the lowest and the highest value.
+_NUMBERS: dict[str, tuple[type, float, float]] = {
+    "n": (numbers.Integral, 1, _INFINITY), "best_of": (numbers.Integral, 1, _INFINITY), "seed": (numbers.Integral, 0, 2**64 - 1),
+    "presence_penalty": (numbers.Real, -2, 2), "frequency_penalty": (numbers.Real, -2, 2),
+    "repetition_penalty": (numbers.Real, -_INFINITY, _INFINITY), "temperature": (numbers.Real, 0, 1e6),
+    "top_p": (numbers.Real, -_INFINITY, _INFINITY), "top_k": (numbers.Integral, -1, _INFINITY), "min_p": (numbers.Real, 0, 1),
+    "max_tokens": (numbers.Integral, 1, _INFINITY), "min_tokens": (numbers.Integral, 0, _INFINITY),
+    "logprobs": (numbers.Integral, -1, _INFINITY), "prompt_logprobs": (numbers.Integral, -1, _INFINITY),
+    "num_beams": (numbers.Integral, 1, _INFINITY), "length_penalty": (numbers.Real, -100, 100),
+    "prompt_lookup": (numbers.Integral, 0, 64),
+}  # fmt: skip
+_MAY_BE_NONE = ("best_of", "seed", "max_tokens", "logprobs", "prompt_logprobs")
+_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 _NOT_WITH_BEAMS = (
     "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_p", "top_k", "min_p", "seed", "stop", "bad_words",
     "logprobs", "prompt_logprobs", "logit_bias", "json_schema", "regex", "prompt_lookup", "include_stop_str_in_output",

@@ -111,6 +111,12 @@ class Sample:
         room = self.request.max_length - len(self.tokens) - 1  # the step gives one token more than it accepts
         return self.lookup.draft(self.tokens, min(self.request.params.prompt_lookup, room)) if room > 0 else []
 
+    def fail(self, reason: str) -> None:
+        """Ends this sample, and nobody else's, with what it has."""
+        self.finish_reason, self.stop_reason = "abort", reason
+        if self.detokenizer is not None:
+            self.stops.push(self.detokenizer.flush(), False)
+
     def accept(self, token: int, logprobs: list[tuple[int, float, int]] | None) -> None:
         """Appends a token and finds out whether it is the last."""
         request = self.request

@@ -12,6 +12,7 @@ from foveate.generation.params import SamplingParams
 from foveate.generation.random_numbers import uniform
 
 _INFINITY = float("inf")
+_COLDEST = 1.2e-38  # the smallest normal fp32: below it a temperature would be 0, and 0 / 0
 _CANDIDATES = 128  # of the most probable tokens, first looked at for top_k and top_p
 
 
@@ -60,7 +61,8 @@ class Row:
 
 
 class Sampled(NamedTuple):
-    """Per row the token, and None or (token, log-probability, rank) of the chosen token, then of the most probable ones."""
+    """Per row the token, -1 where none can be chosen (`no_choice` says why), and None or (token, log-probability, rank) of the chosen
+    token, then of the most probable ones."""
 
     tokens: list[int]
     logprobs: list[list[tuple[int, float, int]] | None]
@@ -69,7 +71,7 @@ class Sampled(NamedTuple):
 def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
     """The next token of each row from logits [len(rows), vocab], which stay as they are. The order: see SamplingParams."""
     if all(row.plain for row in rows):
-        return Sampled(logits.argmax(-1).tolist(), [None] * len(rows))
+        return Sampled(_most_probable(logits), [None] * len(rows))
     # Rows that need no fp32 copy of their logits go together. The others, on a CPU, go one after the other: then their copies stay in the
     # processor's caches, which is twice as fast for 16 rows of 49k.
     light = [i for i, row in enumerate(rows) if row.light or not logits.is_cpu]
@@ -92,7 +94,7 @@ def _sample_block(logits: Tensor, rows: Sequence[Row]) -> Sampled:
         if row.processed:
             _process(work[i], row)
     if all(row.greedy for row in rows):
-        tokens = work.argmax(-1).tolist()
+        tokens = _most_probable(work)
     else:
         tokens = [-1] * len(rows)
         for choose, kind in ((_draw_greedy, 0), (_draw_from_all, 1), (_draw_from_candidates, 2)):
@@ -101,7 +103,22 @@ def _sample_block(logits: Tensor, rows: Sequence[Row]) -> Sampled:
                 picked = work if len(at) == len(rows) else work[at]
                 for i, token in zip(at, choose(picked, [rows[i] for i in at])):
                     tokens[i] = token
-    return Sampled(tokens, top_logprobs(logits, tokens, [row.params.logprobs for row in rows]))
+    wanted = [None if token < 0 else row.params.logprobs for token, row in zip(tokens, rows)]
+    return Sampled(tokens, top_logprobs(logits, [max(token, 0) for token in tokens], wanted))
+
+
+def _most_probable(logits: Tensor) -> list[int]:
+    """-1 for a row with NaN or infinity in it (for torch NaN is the largest), or with nothing that is allowed."""
+    best = logits.argmax(-1, keepdim=True)
+    return best.masked_fill_(~logits.gather(-1, best).isfinite(), -1)[:, 0].tolist()
+
+
+def no_choice(logits: Tensor, row: Row) -> str:
+    """Why `sample` gave -1 for a row, logits [vocab]."""
+    if logits.isfinite().all():
+        return "no token is allowed to come next: bad_words, min_tokens, logit_bias or the grammar forbid all of them"
+    bad = int((~logits.isfinite()).nonzero()[0])
+    return f"the model's logits are not finite ({float(logits[bad])} for the token {bad}): its weights are damaged, or they overflow"
 
 
 def _process(logits: Tensor, row: Row) -> None:
@@ -135,7 +152,7 @@ def _penalise(logits: Tensor, row: Row) -> None:
 
 
 def _draw_greedy(logits: Tensor, rows: Sequence[Row]) -> list[int]:
-    return logits.argmax(-1).tolist()
+    return _most_probable(logits)
 
 
 def _column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -154,11 +171,12 @@ def _invert(weights: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def _draw_from_all(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     """Rows that have a temperature and perhaps min_p. logits [rows, vocab]."""
-    weights = logits - logits.amax(-1, keepdim=True)
-    weights.div_(_column([row.params.temperature for row in rows], logits)).exp_()
+    best = logits.amax(-1, keepdim=True)
+    weights = logits - best
+    weights.div_(_column([max(row.params.temperature, _COLDEST) for row in rows], logits)).exp_()
     if any(row.params.min_p for row in rows):
         weights.masked_fill_(weights < _column([row.params.min_p for row in rows], logits), 0)
-    return _invert(weights, rows)[:, 0].tolist()
+    return _invert(weights, rows).masked_fill_(~best.isfinite(), -1)[:, 0].tolist()
 
 
 def _draw_from_candidates(logits: Tensor, rows: Sequence[Row]) -> list[int]:
@@ -170,7 +188,11 @@ def _draw_from_candidates(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     vocab = logits.shape[1]
     k = [min(row.params.top_k, vocab) if row.params.top_k > 0 else vocab for row in rows]
     limited = [size for size in k if size < vocab]
-    temperature = _column([row.params.temperature for row in rows], logits)
+    best = logits.amax(-1, keepdim=True)
+    possible = best.isfinite()
+    if not possible.all():
+        logits = logits.masked_fill(~possible, 0)
+    temperature = _column([max(row.params.temperature, _COLDEST) for row in rows], logits)
     top_p = _column([row.params.top_p for row in rows], logits, torch.float64)
     floor = _column([row.params.min_p for row in rows], logits)
     has_k = torch.tensor([[size < vocab] for size in k], device=logits.device)
@@ -196,7 +218,7 @@ def _draw_from_candidates(logits: Tensor, rows: Sequence[Row]) -> list[int]:
         width = min(vocab, width * 8)
     ids, order = ids.sort(dim=-1)
     weights = weights.masked_fill_(weights < least, 0).gather(1, order)
-    return ids.gather(1, _invert(weights, rows))[:, 0].tolist()
+    return ids.gather(1, _invert(weights, rows)).masked_fill_(~possible, -1)[:, 0].tolist()
 
 
 def top_logprobs(
@@ -205,6 +227,7 @@ def top_logprobs(
     """Per row (token, log-probability, rank from 1): the given token's, then the `wanted` most probable ones'; None if wanted is None."""
     if all(count is None for count in wanted):
         return [None] * len(tokens)
+    wanted = [logits.shape[1] if count == -1 else count for count in wanted]
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
     ranks = ((logprobs > chosen).sum(-1) + 1).tolist()
