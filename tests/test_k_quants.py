@@ -12,6 +12,7 @@ from foveate.models import load_model
 from foveate.models.gguf_types import BLOCKS
 from foveate.nn import PackedLinear
 from foveate.packed_linear import quantize_activations
+from gguf_files import write_llama
 
 gguf = pytest.importorskip("gguf")
 
@@ -184,44 +185,3 @@ def test_a_q4_0_file_as_llama_quantize_writes_it(tmp_path):
     whole = load_model(path, quantization="none")
     tokens = torch.arange(20)[None]
     assert ((model(tokens) - whole(tokens)).norm() / whole(tokens).norm()) < 0.03
-
-
-def write_llama(path, tensors, *, hidden, inner, heads, vocab, rest=None):
-    """A one-layer Llama with random weights, tied; tensors: {name: (bytes, type)} that replace them."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_context_length(64)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*(chr(48 + i) for i in range(vocab - 1)), "01"])
-    writer.add_token_types([1] * vocab)
-    writer.add_token_merges(["0 1"])
-    writer.add_eos_token_id(0)
-    rng = np.random.default_rng(0)
-    shapes = {
-        "token_embd": (vocab, hidden),
-        "output_norm": (hidden,),
-        "blk.0.attn_norm": (hidden,),
-        "blk.0.ffn_norm": (hidden,),
-    }
-    shapes |= {f"blk.0.attn_{name}": (hidden, hidden) for name in ("q", "k", "v", "output")}
-    shapes |= {"blk.0.ffn_gate": (inner, hidden), "blk.0.ffn_up": (inner, hidden), "blk.0.ffn_down": (hidden, inner)}
-    for name, shape in shapes.items():
-        values = rng.normal(scale=0.05, size=shape).astype(np.float32) + (len(shape) == 1)
-        if f"{name}.weight" in tensors:
-            data, kind = tensors[f"{name}.weight"]
-            writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
-        elif rest is not None and len(shape) == 2:
-            writer.add_tensor(f"{name}.weight", gguf.quantize(values, rest), raw_dtype=rest)
-        else:
-            writer.add_tensor(f"{name}.weight", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path

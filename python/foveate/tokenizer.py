@@ -18,8 +18,9 @@ NEED = 'is not installed: pip install "foveate[models]"'
 class Tokenizer:
     """backend: the tokenizers.Tokenizer, whose padding and truncation are switched off.
 
-    bos_id, pad_id: int | None. eos_ids: the ids that end a text: generation_config's, else config's, else the tokenizer's.
-    special: the text of each special token, {"bos_token": "<s>", ...}, as chat templates use them.
+    bos_id, pad_id: int | None. eos_ids: the ids that end a text, of generation_config, config and tokenizer_config together.
+    special: the text of each special token, {"bos_token": "<s>", ...}, as chat templates use them; one that tokenizer_config has as null
+    is not there.
     """
 
     def __init__(
@@ -37,28 +38,30 @@ class Tokenizer:
         self.chat_template = chat_template
         self.special = {key: _text(value) for key, value in (tokenizer_config or {}).items() if _is_token(key, value)}
         self._configs = (generation_config or {}, config or {})
-        eos = self._special_id("eos")
-        ends = [eos] if isinstance(eos, int) else [token for token in eos or () if token != -1]
+        ends = self._ends()
         self.eos_ids = set(ends)
         bos, pad = self._special_id("bos"), self._special_id("pad")
         self.bos_id: int | None = bos if isinstance(bos, int) else None
         self.pad_id: int | None = pad if isinstance(pad, int) else None
         for key, token in (("bos_token", self.bos_id), ("eos_token", ends[0] if ends else None)):
-            if key not in self.special and token is not None:
+            if key not in (tokenizer_config or {}) and token is not None:
                 self.special[key] = backend.id_to_token(token) or ""
 
     @classmethod
     def from_file(cls, file: Path, **options: Any) -> Tokenizer:
         """From a tokenizer.json."""
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(f"tokenizers {NEED}") from error
-        if not is_there(file):
-            raise FileNotFoundError(f"{file} is not there")
-        with library_errors(f"{file} is not a tokenizer that the tokenizers library can read"):
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        return cls(backend, **options)
+        return cls(read_backend(file), **options)
+
+    def _ends(self) -> list[int]:
+        """A chat model whose turn's end only one of the files names would go on for ever by the others."""
+        found: list[int] = []
+        for config in self._configs:
+            named = config.get("eos_token_id")
+            found += [named] if isinstance(named, int) else named or []
+        text = self.special.get("eos_token")
+        if text is not None and (token := self.backend.token_to_id(text)) is not None:
+            found.append(token)
+        return [token for token in dict.fromkeys(found) if token != -1]
 
     def _special_id(self, name: str) -> int | list[int] | None:
         for config in self._configs:
@@ -87,9 +90,15 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Bytes that are no UTF-8 become U+FFFD."""
+        """Bytes that are no UTF-8 become U+FFFD, those around them stay: SentencePiece's decoder would replace the whole run of bytes."""
         with library_errors(f"the tokenizer cannot decode {len(ids)} ids"):
-            return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            text = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        if "\ufffd" not in text or self._byte_kind != "pieces":
+            return text
+        skipped = {token for token, entry in self._added.items() if entry.special} if skip_special_tokens else set()
+        known = [token for token in ids if token not in skipped and self.backend.id_to_token(token) is not None]
+        whole = b"".join(self.id_to_bytes(token) for token in known).decode("utf-8", "replace")
+        return whole if text.startswith(" ") else whole.removeprefix(" ")
 
     @functools.cached_property
     def _added(self) -> dict[int, Any]:
@@ -138,6 +147,18 @@ class Tokenizer:
             raise ImportError(f"jinja2 {NEED}")
         values = {**self.special, "add_generation_prompt": add_generation_prompt, **variables}
         return render(self.chat_template, {"messages": list(messages), **values})
+
+
+def read_backend(file: Path) -> Any:
+    """The tokenizers.Tokenizer of a tokenizer.json."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(f"tokenizers {NEED}") from error
+    if not is_there(file):
+        raise FileNotFoundError(f"{file} is not there")
+    with library_errors(f"{file} is not a tokenizer that the tokenizers library can read"):
+        return tokenizers.Tokenizer.from_file(str(file))
 
 
 def _is_token(key: str, value: Any) -> bool:

@@ -119,14 +119,15 @@ void panel_rows(const LinearParams& p, int which, int64_t panel, const PreparedR
 }
 
 #if defined(FOVEATE_TILES)
-// The same with AMX, whose tiles take more rows. `expanded`: room for the bytes of two panels; null: only bf16 uses tiles.
+// The same with AMX, whose tiles take more rows; K-quants use none. `expanded`: room for the bytes of two panels; null: only bf16 uses tiles.
 class TileRows {
  public:
   TileRows(const LinearParams& p, int8_t* expanded)
       : p_(p), expanded_{expanded, expanded ? expanded + expanded_bytes(p.weight[0].in) : nullptr} {}
 
   void panel_rows(int which, int64_t panel, const PreparedRows& a, int64_t first, int64_t row, int64_t rows) {
-    const bool blocks = is_blocks(p_.weight[which].format), bf16 = p_.weight[which].format == WeightFormat::kBf16;
+    const auto has_tiles = [&](int i) { return is_blocks(p_.weight[i].format) && !is_k_quant(p_.weight[i].format); };
+    const bool blocks = has_tiles(which) && (!p_.gated || has_tiles(1)), bf16 = p_.weight[which].format == WeightFormat::kBf16;
     if (!bf16 && (!expanded_[0] || !blocks || rows < kTileRowsLeast)) return FOVEATE_ISA::panel_rows(p_, which, panel, a, first, row, rows);
     const int count = p_.gated ? 2 : 1;
     if (blocks)

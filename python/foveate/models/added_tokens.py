@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from foveate.checked_files import CheckpointError, read_json, shown
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -16,13 +19,10 @@ def special_tokens(tokenizer_config: Mapping[str, Any], special_tokens_map: Mapp
     return {**tokenizer_config, **special_tokens_map}
 
 
-def add_named_tokens(
-    backend: Any, tokenizer_config: Mapping[str, Any], added_tokens: Mapping[str, Any], where: str
-) -> None:
-    """Adds what the backend lacks, in the order of the ids, as transformers does.
+def add_named_tokens(backend: Any, tokenizer_config: Mapping[str, Any], folder: Path) -> None:
+    """Adds what the backend lacks, in the order of the ids, as transformers does. tokenizer_config: that of `special_tokens`.
 
-    tokenizer_config: that of `special_tokens`; added_tokens: {text: id} of added_tokens.json. ValueError where a token would get
-    another id than its file says: ids before it are missing.
+    CheckpointError where a token would get another id than its file says: ids before it are missing.
     """
     from tokenizers import AddedToken
 
@@ -36,7 +36,11 @@ def add_named_tokens(
             flags = {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
             wanted[int(number)] = AddedToken(entry["content"], **flags)
     else:
-        for text, number in added_tokens.items():
+        for text, number in read_json(folder / "added_tokens.json").items():
+            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+                raise CheckpointError(
+                    f"{folder / 'added_tokens.json'} has {shown(text)}={shown(number)}; it must be a token's id"
+                )
             special = text in named
             wanted[int(number)] = AddedToken(text, normalized=not special, special=special)
     known = backend.get_added_tokens_decoder()
@@ -47,8 +51,8 @@ def add_named_tokens(
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         found = backend.token_to_id(token.content)
         if found != number and present is None:
-            raise ValueError(
-                f"{where} gives the token {token.content!r} the id {number}, and the vocabulary ends at {found - 1}: tokens are missing"
+            raise CheckpointError(
+                f"{folder} gives the token {token.content!r} the id {number}, and the vocabulary ends at {found - 1}: tokens are missing"
             )
     for text in dict.fromkeys(named):
         if text and not _is_added(backend, text):

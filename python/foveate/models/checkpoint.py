@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from foveate.checked_files import CheckpointError, is_there, library_errors, read_json, read_text
-from foveate.models.file_schemas import ANY_CONFIG, GENERATION, INDEX, TOKENIZER
+from foveate.models.added_tokens import add_named_tokens, special_tokens
+from foveate.models.file_schemas import ANY_CONFIG, GENERATION, INDEX, SPECIAL_TOKENS, TOKENIZER
 from foveate.models.older_tokenizers import read_older_tokenizer
-from foveate.tokenizer import NEED, Tokenizer
+from foveate.tokenizer import NEED, Tokenizer, read_backend
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,23 @@ class Checkpoint:
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
 
     def tokenizer(self) -> Tokenizer | None:
-        """From tokenizer.json, or from BERT's vocab.txt or GPT-2's vocab.json and merges.txt; None without any of them."""
-        options: dict[str, Any] = {
-            "config": self.config, "generation_config": self.generation_config,
-            "tokenizer_config": self.tokenizer_config, "chat_template": self.chat_template,
-        }  # fmt: skip
+        """From tokenizer.json, or from BERT's vocab.txt or the vocab.json and merges.txt of GPT-2 and Qwen 2; None without any of them.
+
+        With the tokens that tokenizer_config.json, added_tokens.json and special_tokens_map.json name beside it.
+        """
         file = self.path / "tokenizer.json"
+        named = special_tokens(self.tokenizer_config, read_json(self.path / "special_tokens_map.json", SPECIAL_TOKENS))
         if is_there(file):
-            return Tokenizer.from_file(file, **options)
-        backend = read_older_tokenizer(self.path, self.config.get("model_type"), self.tokenizer_config)
-        return None if backend is None else Tokenizer(backend, **options)
+            backend = read_backend(file)
+        else:
+            backend = read_older_tokenizer(self.path, self.config.get("model_type"), named)
+        if backend is None:
+            return None
+        add_named_tokens(backend, named, self.path)
+        return Tokenizer(
+            backend, config=self.config, generation_config=self.generation_config, tokenizer_config=named,
+            chat_template=self.chat_template,
+        )  # fmt: skip
 
     def weights(self) -> Weights:
         return SafetensorsWeights(self.path)

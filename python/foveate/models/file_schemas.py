@@ -63,7 +63,26 @@ GENERATION: dict[str, Rule] = SPECIAL_IDS | {
 }  # fmt: skip
 
 _TOKEN = either(text(), mapping({"content": text()}, required=("content",)))
-TOKENIZER: dict[str, Rule] = {f"{name}_token": _TOKEN for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")} | {
+_EXTRA = either(list_of(_TOKEN, 2**16), mapping())
+SPECIAL_TOKENS: dict[str, Rule] = {
+    f"{name}_token": _TOKEN for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+} | {"additional_special_tokens": _EXTRA, "extra_special_tokens": _EXTRA}  # fmt: skip
+
+
+def _is_id(key: object) -> bool:
+    return isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10
+
+
+def _is_added(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
+
+
+_ADDED = rule(
+    "an object of ids and tokens",
+    lambda v: isinstance(v, dict) and all(_is_id(key) and _is_added(token) for key, token in v.items()),
+)
+TOKENIZER: dict[str, Rule] = SPECIAL_TOKENS | {
+    "added_tokens_decoder": _ADDED, "tokenizer_class": text(),
     "chat_template": either(text(), list_of(mapping({"name": text(), "template": text()}, ("name", "template")), 256)),
     "do_lower_case": flag(), "strip_accents": flag(), "tokenize_chinese_chars": flag(),
 }  # fmt: skip

@@ -129,7 +129,18 @@ def _llama_config(file: GgufFile, arch: str) -> dict[str, Any]:
     def value(key: str, default: Any = _REQUIRED) -> Any:
         return _value(file, f"{arch}.{key}", default)
 
+    if value("expert_count", 0):
+        raise CheckpointError(
+            f"{file.path} is a mixture of {value('expert_count')} experts, which is not supported; take a dense model"
+        )
     hidden, heads, layers = value("embedding_length"), value("attention.head_count"), value("block_count")
+    head_dim = value("attention.key_length", hidden // heads)
+    for key, meaning in (("attention.value_length", "values"), ("rope.dimension_count", "the rotated part of keys")):
+        if value(key, head_dim) != head_dim:
+            raise CheckpointError(
+                f"{file.path} has {arch}.{key}={value(key)} and keys of {head_dim}; {meaning} of another length than the keys cannot be "
+                "computed: take another model"
+            )
     config = {
         "model_type": arch,
         "vocab_size": _vocab_size(file),
@@ -138,7 +149,7 @@ def _llama_config(file: GgufFile, arch: str) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": value("attention.head_count_kv", heads),
-        "head_dim": value("attention.key_length", hidden // heads),
+        "head_dim": head_dim,
         "max_position_embeddings": value("context_length"),
         "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
         "rope_theta": value("rope.freq_base", 10000.0),
@@ -168,10 +179,11 @@ def _rope_scaling(file: GgufFile, arch: str) -> dict[str, Any] | None:
                 f"{file.path} has rope_freqs.weight of type {stored.kind}, {list(stored.shape)}; it must be a row of F32"
             )
         return {"rope_type": "divisors", "divisors": stored.data.view(torch.float32).tolist()}
-    kind = _value(file, f"{arch}.rope.scaling.type", "none")
-    if kind in ("none", "default"):
+    factor = _value(file, f"{arch}.rope.scaling.factor", _value(file, f"{arch}.rope.scale_linear", 1.0))
+    kind = _value(file, f"{arch}.rope.scaling.type", "linear")  # files from before the type was written scale linearly
+    if kind in ("none", "default") or (kind == "linear" and factor == 1):
         return None
-    return {"rope_type": kind, "factor": _value(file, f"{arch}.rope.scaling.factor", 1.0)}
+    return {"rope_type": kind, "factor": factor}
 
 
 def _gpt2_config(file: GgufFile) -> dict[str, Any]:

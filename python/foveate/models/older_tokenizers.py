@@ -1,4 +1,4 @@
-"""Tokenizers of folders from before tokenizer.json: BERT's vocab.txt, and GPT-2's vocab.json with merges.txt."""
+"""Tokenizers of folders from before tokenizer.json: BERT's vocab.txt, and vocab.json with merges.txt of GPT-2 and Qwen 2."""
 
 from __future__ import annotations
 
@@ -6,22 +6,49 @@ from pathlib import Path
 from typing import Any
 
 from foveate.checked_files import CheckpointError, is_there, library_errors, read_text
+from foveate.models.gguf_tokenizer import pre_tokenizer
 from foveate.tokenizer import NEED
+
+_WORDPIECE = ("BertTokenizer", "BertTokenizerFast")
+_GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
+_QWEN2 = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+_OTHERS = ("tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
 
 
 def read_older_tokenizer(folder: Path, model_type: str | None, tokenizer_config: dict[str, Any]) -> Any:
-    """A tokenizers.Tokenizer, or None where the folder has no such files."""
+    """A tokenizers.Tokenizer, or None where the folder has no such files. CheckpointError for those of other tokenizers."""
     words, merges = folder / "vocab.txt", folder / "merges.txt"
+    kind = tokenizer_config.get("tokenizer_class") or _class_of(model_type)
     try:
-        if model_type == "bert" and is_there(words):
+        if kind in _WORDPIECE and is_there(words):
             with library_errors(f"{words} is not a vocabulary of BERT"):
                 return _wordpiece(words, tokenizer_config)
-        if is_there(merges) and is_there(folder / "vocab.json"):
+        if kind in (*_GPT2, *_QWEN2) and is_there(merges) and is_there(folder / "vocab.json"):
             with library_errors(f"{folder} has a vocab.json and merges.txt that make no tokenizer"):
-                return _byte_level(folder / "vocab.json", merges)
+                tokenizer = _byte_level(folder / "vocab.json", merges, tokenizer_config)
+                return _as_qwen2(tokenizer) if kind in _QWEN2 else tokenizer
     except ImportError as error:
         raise ImportError(f"tokenizers {NEED}") from error
+    found = [name for name in _OTHERS if is_there(folder / name)]
+    if found:
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json, and its {' and '.join(found)} cannot be read as a {kind or 'tokenizer of unknown class'}: "
+            "write a tokenizer.json once, by transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
     return None
+
+
+def _class_of(model_type: str | None) -> str | None:
+    known = {"bert": _WORDPIECE[0], "gpt2": _GPT2[0], "qwen2": _QWEN2[0], "qwen3": _QWEN2[0]}
+    return known.get(model_type or "")
+
+
+def _as_qwen2(tokenizer: Any) -> Any:
+    from tokenizers import normalizers
+
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizer("qwen2")
+    return tokenizer
 
 
 def _wordpiece(words: Path, tokenizer_config: dict[str, Any]) -> Any:
@@ -49,11 +76,11 @@ def _wordpiece(words: Path, tokenizer_config: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _byte_level(vocab: Path, merges: Path) -> Any:
+def _byte_level(vocab: Path, merges: Path, tokenizer_config: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(tokenizer_config.get("add_prefix_space")))
     tokenizer.decoder = decoders.ByteLevel()
     if tokenizer.token_to_id("<|endoftext|>") is not None:
         tokenizer.add_special_tokens(["<|endoftext|>"])
