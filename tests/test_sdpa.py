@@ -133,7 +133,7 @@ REFUSED = {
     r"dropout_p=1.0 must be a probability in \[0, 1\)": lambda: foveate.sdpa(*[x(2, 4, 9, 8)] * 3, dropout_p=1.0),
     r"q, k and v have dtype torch.int64": lambda: foveate.sdpa(*[x(2, 4, 9, 8, dtype=torch.int64)] * 3),
     r"q, k and v have dtypes torch.float32, torch.float16": lambda: foveate.sdpa(x(2, 4, 9, 8), *[x(2, 4, 9, 8, dtype=torch.float16)] * 2),
-    r"query is a nested tensor; pack": lambda: foveate.sdpa(*[torch.nested.nested_tensor([x(4, 9, 8)], layout=torch.jagged)] * 3),
+    r"q is a nested tensor with 4 dimensions": lambda: foveate.sdpa(*[torch.nested.nested_tensor([x(4, 9, 8)], layout=torch.jagged)] * 3),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate import _attention_checks as checks
-from foveate import _attention_op, _attention_vmap, _reference, _score_mod  # noqa: F401
+from foveate import _attention_op, _attention_vmap, _nested, _reference, _score_mod  # noqa: F401
 from foveate._checks import check_backend_name, check_flag
 from foveate._relative_bias import RelativeBias
 
@@ -66,9 +66,19 @@ def attention(
     A row that sees no key gives out 0, lse -inf and gradients 0. Differentiable once in q, k, v, bias, the table and sinks.
     Under autocast q, k and v are cast to its dtype. backend: "native", "triton", "reference", or None for the first that can.
 
+    Nested tensors of layout torch.jagged, [B, lengths, H, D], all three, run through `attention_varlen` without a copy and without bias,
+    mask and kv_lens; the result is nested as q, lse [Hq, total].
+
     Raises ValueError or TypeError for arguments that do not fit, UnsupportedError for a named backend that cannot serve the call.
     FlashAttention-2 (Dao 2023, arXiv 2307.08691) describes the algorithm.
     """
+    if isinstance(q, Tensor) and q.is_nested:
+        return _nested.attention(
+            q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, mask=mask,
+            alibi_slopes=alibi_slopes, relative_bias=relative_bias, sinks=sinks, kv_lens=kv_lens, score_mod=score_mod,
+            score_mod_bwd=score_mod_bwd, score_mod_aux=score_mod_aux, dropout_p=dropout_p, generator=generator,
+            deterministic=deterministic, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     B, Sq, Skv, Hq, D = checks.check_dense(q, k, v)
     q, k, v = checks.same_kind(q, k, v)
     if type(causal) is not bool or type(deterministic) is not bool or type(return_lse) is not bool:

@@ -38,12 +38,18 @@ def scaled_dot_product_attention(
 ) -> Any:
     """`foveate.sdpa` in the place of torch's function: subclasses, fx proxies and function modes see the call, as they see torch's."""
     tensors = (query, key, value, attn_mask)
-    if has_torch_function(tensors) and not _is_causal_bias(attn_mask):
+    if has_torch_function(tensors) and not _is_nested(query) and not _is_causal_bias(attn_mask):
         return handle_torch_function(
             scaled_dot_product_attention, tensors, query, key, value,
             attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
     return _foveate_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _is_nested(query: Any) -> bool:
+    """Nested tensors' own handler knows the call by its name, and would run torch's function."""
+    with torch._C.DisableTorchFunction():
+        return isinstance(query, torch.Tensor) and query.is_nested
 
 
 class _State:

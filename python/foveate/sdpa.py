@@ -31,14 +31,14 @@ def sdpa(
     given, in eval mode too. scale defaults to D**-0.5. With enable_gqa the numbers of key and of value heads may divide
     Hq; if they differ from each other both are repeated. A row without keys gives 0.
 
-    What torch takes and foveate does not (head dims beyond 256, other dtypes, dropout_p=1, nested tensors, attn_mask together with
+    What torch takes and foveate does not (head dims beyond 256, other dtypes, dropout_p=1, strided nested tensors, attn_mask together with
     is_causal) raises a ValueError.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.is_nested:
-            raise ValueError(f"{name} is a nested tensor; pack its sequences and call foveate.attention_varlen")
+            return _nested_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale)
         if x.dim() < 2:
             raise ValueError(f"{name} has shape {list(x.shape)}; it needs at least two dimensions, [..., S, D]")
     if attn_mask is not None and is_causal:
@@ -104,6 +104,30 @@ def _read_causal_bias(mask: Any, query: Tensor, key: Tensor) -> tuple[bool, bool
         raise ValueError(f"attn_mask is a CausalBias for {sizes} queries and keys; query and key have {lengths}")
     lower_right = mask.variant == CausalVariant.LOWER_RIGHT
     return not lower_right, lower_right, None
+
+
+def _nested_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Jagged [B, H, lengths, D], as torch.nn.functional.scaled_dot_product_attention takes them."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not x.is_nested or x.layout is not torch.jagged or x.dim() != 4:
+            raise ValueError(
+                f"{name} must be a jagged nested tensor [B, H, lengths, D] as the others are; convert a strided one with "
+                f"torch.nested.nested_tensor(list(x.unbind()), layout=torch.jagged), or call foveate.attention_varlen"
+            )
+    if attn_mask is not None:
+        raise ValueError("attn_mask does not go with nested tensors, whose lengths are their own; pad them")
+    if is_causal and query.shape[2] != key.shape[2]:
+        raise ValueError("is_causal=True of nested tensors needs the same offsets in query and key")
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attention(q, k, v, causal=is_causal, scale=scale, dropout_p=dropout_p).transpose(1, 2)
 
 
 def _broadcast_lead(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
