@@ -167,7 +167,8 @@ def bad_inputs():
 
     def a_list_of_labels(folder):
         change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
-        return rows(folder, {"text": "x", "label": ["a"]}) | change, "it must be one class, a text or a number"
+        mixed = [{"text": "x", "label": x} for x in (["a"], "b")]
+        return rows(folder, *mixed) | change, "and other rows have lists of labels; give all rows the same"
 
     def one_class(folder):
         change = {"objective": "sequence-classification", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
@@ -185,11 +186,11 @@ def bad_inputs():
 
     def messages_of_another_form(folder):
         chat = [{"from": "human", "value": "x"}]
-        return rows(folder, {"messages": chat}), 'messages must be a list of {"role": ..., "content": ...}'
+        return rows(folder, {"messages": chat}), 'has the role None; a message is {"role", "content"}'
 
     def an_empty_message(folder):
         chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]
-        return rows(folder, {"messages": chat}), 'messages must be a list of {"role": ..., "content": ...}'
+        return rows(folder, {"messages": chat}), "message 2 of messages, of role 'assistant', has no content"
 
     def answers_without_a_place(folder):
         change = {"objective": "question-answering", "new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
@@ -245,8 +246,9 @@ def test_a_step_that_repeats_rows_says_so(tmp_path, capsys):
 def test_lines_without_a_terminal(tmp_path, capsys):
     assert main(["train", *flags(tmp_path, log_every=2, eval_fraction=0.2)]) == 0
     shown = capsys.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in shown] == ["step 2", "step 3", "step 3"]
-    assert "loss " in shown[0] and "tokens_per_second" in shown[0] and "eval_perplexity" in "".join(shown)
+    assert shown[0].startswith("held out to evaluate on: 8 of 40 sequences, 2")
+    assert [line.split("  ")[0] for line in shown[1:]] == ["step 2", "step 3", "step 3"]
+    assert "loss " in shown[1] and "tokens_per_second" in shown[1] and "eval_perplexity" in "".join(shown)
     assert main(["train", *flags(tmp_path, output_dir=tmp_path / "second"), "--no-progress"]) == 0
     assert capsys.readouterr().err == ""
 

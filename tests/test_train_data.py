@@ -131,22 +131,14 @@ def test_two_writers_of_one_store(tmp_path):
     assert store.get("a", 0).tolist() == [1] and [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
-def test_a_store_of_many_parts_and_its_split(tmp_path):
+def test_a_store_of_many_parts(tmp_path):
     parts = [{"a": [np.array([1, 2], np.int32), np.array([], np.int32)]}, {"a": [np.array([3], np.int32)]}]
     store = TokenStore.write(tmp_path / "s", parts)
-    assert [store.get("a", i).tolist() for i in range(3)] == [[1, 2], [], [3]] and store.lengths("a").tolist() == [
-        2,
-        0,
-        1,
-    ]
-    first, second = store.split(0.3)
-    assert (
-        [len(first), len(second)] == [2, 1]
-        and second.get("a", 0).tolist() == [3]
-        and first.get("a", 0).tolist() == [1, 2]
-    )
-    with pytest.raises(ValueError, match="leaves none to train on"):
-        store.split(0.9)
+    assert [store.get("a", i).tolist() for i in range(3)] == [[1, 2], [], [3]]
+    assert store.lengths("a").tolist() == [2, 0, 1]
+    same = TokenStore.write(tmp_path / "t", [{"a": [np.array(x, np.int32) for x in ([1, 2], [], [3])]}])
+    other = TokenStore.write(tmp_path / "u", [{"a": [np.array(x, np.int32) for x in ([1], [2], [3])]}])
+    assert store.checksum == same.checksum == TokenStore.open(tmp_path / "s").checksum != other.checksum
 
 
 def test_pieces_predict_every_token_once():
@@ -251,12 +243,6 @@ def test_only_replies_are_learnt_in_chats():
     tokens, target = columns["tokens"][0], columns["target"][0].astype(bool)
     assert tokenizer.decode(tokens[target].tolist(), skip_special_tokens=False) == "a fox<eos>\nquick, brown<eos>\n"
     assert tokenizer.decode(tokens.tolist(), skip_special_tokens=False) == text
-
-
-def test_a_template_that_rewrites_earlier_messages_is_refused():
-    template = "{% for m in messages %}<user>{{ m.role }}{% if loop.last %}!{% endif %}\n{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="writes a message differently when others follow.*'prompt' and 'completion'"):
-        chat.render(MESSAGES, chat_tokenizer(template))
 
 
 def test_prompts_are_not_learnt():

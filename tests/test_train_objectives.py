@@ -16,7 +16,7 @@ from foveate.models.packed import Packed
 from foveate.models.t5 import T5, T5Cache, T5Config
 from foveate.tokenizer import Tokenizer
 from foveate.train import TrainConfig
-from foveate.train.classification import class_names
+from foveate.train.labels import find_classes
 from foveate.train.masked_lm import MaskedLM
 from foveate.train.model_files import export_tokenizer
 from foveate.train.question_answering import QuestionAnswering
@@ -140,9 +140,10 @@ def test_encoder_decoders_learn(tmp_path, objective):
     words = sorted(set(WORDS))
     pairs = list(itertools.pairwise(words)) * 6  # what comes next in the alphabet
     rows = [{"source": a, "target": b, "text": "the quick brown fox jumps over a lazy dog"} for a, b in pairs]
+    data = [write_jsonl(tmp_path / "a.jsonl", rows)]
     result = run(
-        tmp_path, objective=objective, new_model=T5_CONFIG, tokenizer=unigram(tmp_path), eval_fraction=0.2, max_steps=80,
-        train_data=[write_jsonl(tmp_path / "a.jsonl", rows)], learning_rate=1e-2, max_length=40, batch_size=2,
+        tmp_path, objective=objective, new_model=T5_CONFIG, tokenizer=unigram(tmp_path), eval_data=data, max_steps=120,
+        train_data=data, learning_rate=1e-2, max_length=40, batch_size=2,
     )  # fmt: skip
     assert result.metrics["loss"] < 0.5 * losses(result)[0]
     if objective == "seq2seq":
@@ -267,10 +268,31 @@ def test_classification_learns(tmp_path):
     assert torch.allclose(theirs(tokens).logits, result.model(tokens), atol=1e-4)
 
 
+@pytest.mark.parametrize("unanswerable", [False, True])
+def test_questions_without_an_answer_are_scored(tmp_path, monkeypatch, unanswerable):
+    """As in SQuAD 2: a model that answers all as it should has 100, and where all have answers "" does not compete."""
+    asked = []
+
+    class Perfect:
+        def __init__(self, *args):
+            pass
+
+        def __call__(self, questions, contexts, *, handle_impossible_answer, **options):
+            asked.append(handle_impossible_answer)
+            return [{"answer": "" if q == "none ?" and handle_impossible_answer else "fox"} for q in questions]
+
+    monkeypatch.setattr("foveate.train.question_answering.QuestionAnswerer", Perfect)
+    rows = [{"question": "who ?", "context": "the fox", "answers": [{"text": "fox", "answer_start": 4}]}]
+    rows += [{"question": "none ?", "context": "the fox", "answers": []}] * unanswerable
+    settings = config(objective="question-answering", eval_data=[write_jsonl(tmp_path / "a.jsonl", rows)])
+    task = QuestionAnswering(settings, open_checkpoint(wordpiece(tmp_path)).tokenizer(), 40)
+    assert task.task_metrics(None) == {"exact_match": 100.0, "f1": 100.0} and asked == [unanswerable]
+
+
 def test_class_names():
     rows = [{"label": x} for x in (10, 2, 0)]
-    assert class_names(rows, "label", ["LABEL_0", "LABEL_1"]) == ["0", "2", "10"]
-    assert class_names([{"label": "b"}], "label", ["b", "a"]) == ["b", "a"]
+    assert find_classes(rows, "label", []).names == ["0", "2", "10"]
+    assert find_classes([{"label": "b"}], "label", ["b", "a"]).names == ["b", "a"]
 
 
 def test_packed_encoders_leak_nothing():

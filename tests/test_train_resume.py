@@ -118,10 +118,11 @@ def test_resume_with_other_data_or_another_model(tmp_path):
 
 def test_the_best_keeps_no_state_and_links_are_relative(tmp_path):
     checkpoints = Checkpoints(tmp_path / "out", Strategy())
-    checkpoints.prepare()
-    for step, best in ((1, True), (2, False), (3, False)):
-        checkpoints.save(step, lambda folder: (folder / "model").write_text("x") and None, best=best)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["best", "last", "step-00000001", "step-00000003"]
+    with checkpoints.claimed():
+        for step, best in ((1, True), (2, False), (3, False)):
+            checkpoints.save(step, lambda folder: (folder / "model").write_text("x") and None, best=best)
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["best", "checkpoints.json", "last", "step-00000001", "step-00000003"]
     assert not (tmp_path / "out" / "best" / "state").exists() and (tmp_path / "out" / "last" / "state").exists()
     (tmp_path / "out").rename(tmp_path / "moved")
     assert (tmp_path / "moved" / "last").resolve().name == "step-00000003"
@@ -226,15 +227,14 @@ def test_an_output_folder_by_a_relative_path_or_a_link(tmp_path, monkeypatch):
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "out", Strategy())
-    checkpoints.prepare()
-    checkpoints.save(1, lambda folder: (folder / "model").write_text("x") and None, best=False)
+    with checkpoints.claimed():
+        checkpoints.save(1, lambda folder: (folder / "model").write_text("x") and None, best=False)
 
     def full(folder: Path) -> None:
         (folder / "model").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(
-        OSError, match=r"the disk of .* is full.*step-00000001 is still there: make room and go on with resume"
-    ):
+    sentence = r"the disk of .* is full.*step-00000001 is still there: make room and go on with resume"
+    with checkpoints.claimed(resume=True), pytest.raises(OSError, match=sentence):
         checkpoints.save(2, full, best=False)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["last", "step-00000001"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoints.json", "last", "step-00000001"]

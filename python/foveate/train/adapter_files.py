@@ -11,13 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.checked_files import CheckpointError, is_there, library_errors, read_json
-from foveate.models import load_model, open_checkpoint
-from foveate.models.file_schemas import ADAPTER
-from foveate.train.lora import LoraConfig, adapters, add_lora, fits, merge_lora, saved_modules, target_names
-from foveate.train.model_files import TrainedModel, export_tokenizer
+from foveate.models import Checkpoint, load_model, open_checkpoint
+from foveate.tokenizer import Tokenizer
+from foveate.train.lora import (
+    LoraConfig,
+    adapters,
+    add_lora,
+    expand_packed,
+    fits,
+    merge_lora,
+    saved_modules,
+    target_names,
+)
+from foveate.train.model_files import TrainedModel, WithoutClassifier, export_tokenizer, stored_dtype
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PACKED = "foveate_adapter.json"  # what peft's config has no place for
 _PREFIX = "base_model.model."
 _TASKS = {
     "BertForQuestionAnswering": "QUESTION_ANS",
@@ -39,15 +48,43 @@ class AdaptedModel(TrainedModel):
     """A model whose export is its adapters, with the tokenizer beside them."""
 
     lora: LoraConfig = field(kw_only=True)
+    quantization: str | None = field(kw_only=True, default=None)
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_adapter(self.model, self.lora, folder, base=self.name, weights=weights)
-        export_tokenizer(self.tokenizer, folder)
+        export_tokenizer(self.tokenizer, folder, self.checkpoint, self.config.get("model_type"))
+        if self.quantization is not None:
+            (folder / _PACKED).write_text(json.dumps({"quantization": self.quantization}) + "\n")
 
 
-def adapted(trained: TrainedModel, lora: LoraConfig) -> AdaptedModel:
-    add_lora(trained.model, lora)
-    return AdaptedModel(trained.model, trained.config, trained.tokenizer, trained.name, lora=lora)
+def adapted(
+    trained: TrainedModel, lora: LoraConfig, *, quantization: str | None = None, adapter: Path | None = None
+) -> AdaptedModel:
+    """With new adapters, or those of the folder `adapter`. quantization: what `load_model` was told of the frozen weights."""
+    if adapter is None:
+        add_lora(trained.model, lora)
+    else:
+        load_adapter(trained.model, adapter, dropout=lora.dropout)
+    fields = {field.name: getattr(trained, field.name) for field in dataclasses.fields(trained)}
+    return AdaptedModel(**fields, lora=lora, quantization=quantization)
+
+
+def adapter_settings(adapter: str | Path) -> dict[str, Any]:
+    """adapter_config.json, with "quantization": that of the weights that it was trained on, None for those of the file."""
+    file = Path(adapter) / _CONFIG
+    packed = Path(adapter) / _PACKED
+    settings = _read(file)
+    return settings | {"quantization": _read(packed).get("quantization") if packed.exists() else None}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(found).__name__}")
+    return found
 
 
 def save_adapter(
@@ -88,56 +125,45 @@ def _short_names(model: nn.Module, names: list[str]) -> list[str]:
     return short if meant == set(names) else sorted(names)
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
-    """Puts the adapter of a folder of peft's format, and its head, into the model; `merge_lora` then folds it in.
+def load_adapter(model: nn.Module, folder: str | Path, *, dropout: float | None = None) -> LoraConfig:
+    """Puts the adapter of a folder of peft's format, and its head, into the model; `merge_lora` then folds it in. dropout: instead of
+    the adapter's.
 
     ValueError for adapters of another kind, or of another model.
     """
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    if not is_there(folder / _CONFIG) or not is_there(folder / _WEIGHTS):
-        raise CheckpointError(f"{folder} has no adapter: it needs {_CONFIG} and {_WEIGHTS}")
-    settings = read_json(folder / _CONFIG, ADAPTER)
+    if not (folder / _CONFIG).exists() or not (folder / _WEIGHTS).exists():
+        raise ValueError(f"{folder} has no adapter: it needs {_CONFIG} and {_WEIGHTS}")
+    settings = json.loads((folder / _CONFIG).read_text())
     if settings.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder} is an adapter of type {settings.get('peft_type')!r}; only LORA is supported")
+        raise ValueError(f"{folder} is an adapter of type {settings.get('peft_type')!r}; only LORA is supported")
     for name, neutral in _NEUTRAL.items():
         if settings.get(name) is not None and settings[name] not in neutral:
-            raise CheckpointError(f"{folder} is an adapter with {name}={settings[name]!r}, which is not supported")
-    lacking = [key for key in ("r", "lora_alpha", "target_modules") if settings.get(key) is None]
-    if lacking:
-        raise CheckpointError(f"{folder / _CONFIG} lacks {' and '.join(lacking)}")
+            raise ValueError(f"{folder} is an adapter with {name}={settings[name]!r}, which is not supported")
     targets = settings["target_modules"]
     config = LoraConfig(
-        settings["r"], settings["lora_alpha"], settings.get("lora_dropout") or 0.0,
+        settings["r"], settings["lora_alpha"], settings["lora_dropout"] if dropout is None else dropout,
         None if targets == "all-linear" else tuple([targets] if isinstance(targets, str) else targets),
         bool(settings.get("use_rslora")),
     )  # fmt: skip
-    with library_errors(f"{folder / _WEIGHTS} is truncated or not a safetensors file", "; download it again"):
-        stored = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / _WEIGHTS).items()}
+    stored = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / _WEIGHTS).items()}
     # The weights say which layers have adapters, also where the config gives a pattern.
     layers = tuple(sorted(name.removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")))
     known = set(target_names(model, None)) | {name for name, m in model.named_modules() if hasattr(m, "in_features")}
     foreign = [name for name in layers if name not in known]
     if foreign:
-        raise CheckpointError(
+        raise ValueError(
             f"{folder} adapts {', '.join(foreign[:3])}, which {type(model).__name__} does not have: another model's adapter"
         )
-    if not layers:
-        raise CheckpointError(f"{folder / _WEIGHTS} has no weights of an adapter (*.lora_A.weight)")
-    for name in layers:  # before anything of the rank's size is made
-        size = list(stored[f"{name}.lora_A.weight"].shape)
-        if len(size) != 2 or size[0] != config.rank:
-            raise CheckpointError(
-                f"{folder} has {name}.lora_A.weight of shape {size}, and r={config.rank} in {_CONFIG}: damaged, or another model's adapter"
-            )
     add_lora(model, dataclasses.replace(config, targets=layers))
     parameters = dict(model.named_parameters())
     for name, value in stored.items():
         own = name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
         if own not in parameters or parameters[own].shape != value.shape:
             shape = list(parameters[own].shape) if own in parameters else "no such weight"
-            raise CheckpointError(
+            raise ValueError(
                 f"{folder} has {name} of shape {list(value.shape)}, and the model {shape}: another model's adapter"
             )
         with torch.no_grad():
@@ -153,26 +179,42 @@ def merge_adapter(
     head: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes base model and adapter as one model, a Hugging Face folder in float32.
+    """Writes base model and adapter as one model, a Hugging Face folder in the base's dtype, or in float32 if the adapter was trained on
+    packed weights: then those that it was trained on, expanded, are what the folder has.
 
     base: the one that the adapter names, if None. head: of a BERT, see `load_model`. settings: keys of config.json that are not the
     base model's, such as the labels of a classifier.
     """
-    base = base or read_json(Path(adapter) / _CONFIG, ADAPTER).get("base_model_name_or_path")
+    known = adapter_settings(adapter)
+    base = base or known.get("base_model_name_or_path")
     if base is None:
         raise ValueError(f"{adapter} does not say what it adapts; give base")
     checkpoint = open_checkpoint(base)
+    dtype = torch.float32 if known["quantization"] else stored_dtype(checkpoint)
     checkpoint.config |= settings or {}
+    if head == "sequence-classification":
+        checkpoint = WithoutClassifier(**vars(checkpoint))  # the adapter has its own
     model = load_model(
-        checkpoint, dtype=torch.float32, quantization="none", progress=False, head=head, new_head=head is not None
-    )
+        checkpoint, dtype=torch.float32, quantization=known["quantization"] or "none", progress=False, head=head,
+        new_head=head is not None,
+    )  # fmt: skip
     load_adapter(model, adapter)
-    merge_lora(model)
-    tokenizer = checkpoint.tokenizer()
+    expand_packed(merge_lora(model))
+    tokenizer = _own_tokenizer(Path(adapter), checkpoint)
     if tokenizer is None:
         raise ValueError(f"{base} has no tokenizer")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    trained = TrainedModel(model, checkpoint.config, tokenizer)
+    trained = TrainedModel(model, checkpoint.config, tokenizer, None, checkpoint, dtype)
     trained.export(folder, {name: p.detach() for name, p in model.named_parameters()})
     return folder
+
+
+def _own_tokenizer(adapter: Path, checkpoint: Checkpoint) -> Tokenizer | None:
+    """The base's, ending texts where the adapter's generation settings do: it may have learnt to end its turns."""
+    tokenizer = checkpoint.tokenizer()
+    generation = adapter / "generation_config.json"
+    if tokenizer is not None and generation.exists():
+        ends = _read(generation).get("eos_token_id")
+        tokenizer.eos_ids |= {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)}
+    return tokenizer

@@ -3,67 +3,102 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from foveate.tokenizer import Tokenizer
 from foveate.train import objective
+from foveate.train.chat_template import Spans, conversations, render
 from foveate.train.data_files import CONTINUES
+from foveate.train.formats import read_row
 
-Spans = list[tuple[int, int]]
-
-
-def is_rendered(row: dict[str, Any]) -> bool:
-    """Whether the text comes from a template, which writes special tokens itself."""
-    return "messages" in row
+__all__ = ["Sample", "render", "samples", "tokens_of"]
 
 
-def text_of(row: dict[str, Any], field: str, tokenizer: Tokenizer) -> tuple[str, Spans | None, bool]:
-    """The text, the characters to be predicted (None: all), and whether the end token follows."""
-    if "messages" in row:
-        rendered, spans = render(row["messages"], tokenizer)
-        return rendered, spans, False
-    if "prompt" in row or "completion" in row:
-        prompt, completion = (objective.text_of(row, name, "") for name in ("prompt", "completion"))
-        return prompt + completion, [(len(prompt), len(prompt) + len(completion))], True
-    return objective.text_of(row, field), None, CONTINUES not in row
+class Sample(NamedTuple):
+    """spans: the characters to be predicted, None for all. rendered: by a template, which writes special tokens itself.
+
+    ended: the end token follows, to be predicted.
+    """
+
+    text: str
+    spans: Spans | None
+    rendered: bool
+    ended: bool
 
 
-def _is_message(message: dict[str, Any]) -> bool:
-    """Content is None, or absent, beside other fields such as tool_calls only."""
-    return isinstance(message.get("role"), str) and (message.get("content") is not None or len(message) > 2)
+def samples(row: dict[str, Any], field: str | None, tokenizer: Tokenizer) -> list[Sample]:
+    """What a row teaches. `field`, if it is given and the row has it, wins over "messages", and these over "prompt" and "completion";
+    without any of them the text is in "text". A column of None, as tables of mixed rows have them, counts as absent."""
+    row = read_row(row, text_field=field, template=tokenizer.chat_template is not None)
+    row = {name: value for name, value in row.items() if value is not None}
+    if field is None or field not in row:
+        if "messages" in row:
+            tools = {"tools": row["tools"]} if row.get("tools") else {}
+            found = conversations(row["messages"], tokenizer, **tools)
+            return [Sample(text, spans, True, ended) for text, spans, ended in found]
+        if "completion" in row or ("prompt" in row and (field or "text") not in row):
+            prompt, completion = (objective.text_of(row, name, "") for name in ("prompt", "completion"))
+            return [Sample(prompt + completion, [(len(prompt), len(prompt) + len(completion))], False, True)]
+    return [Sample(objective.text_of(row, field or "text"), None, False, CONTINUES not in row)]
 
 
-def render(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> tuple[str, Spans]:
-    """The conversation by the checkpoint's template, and the characters of the assistant's messages with what ends them."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and _is_message(m) for m in messages):
-        raise ValueError(
-            'messages must be a list of {"role": ..., "content": ...}, a role from the template\'s and a text, not '
-            f"{str(messages)[:80]}"
-        )
-    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
-        if not (after.startswith(before) and whole.startswith(after)):
-            raise ValueError(
-                "the chat template writes a message differently when others follow, so the replies cannot be found in the whole; "
-                "train on each reply by itself, as 'prompt' and 'completion'"
-            )
-        spans.append((len(before), len(after)))
-    return whole, spans
+def has_more(row: dict[str, Any], field: str) -> bool:
+    """Whether a row with a text in `field` has a chat or a completion too, which `samples` passes over."""
+    return row.get(field) is not None and any(row.get(name) is not None for name in ("messages", "completion"))
 
 
-def target_flags(offsets: Sequence[tuple[int, int]], spans: Spans | None) -> list[int]:
-    """For each token, by its characters, whether it lies within a span. Tokens without characters are not targets beside spans."""
+def tokens_of(
+    sample: Sample, encoding: Any, backend: Any, end_id: int | None
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Ids, and for each whether it is to be predicted: every token with a character in a span.
+
+    encoding: of the whole text. Where one of its tokens has characters of a prompt and of its reply, they are encoded apart, as they are
+    when the model answers: there the prompt comes alone. If that would spell another text (a tokenizer that begins each text with a
+    space), the token counts as the reply's.
+    """
+    tokens, target = list(encoding.ids), _flags(encoding.offsets, sample.spans)
+    borders = [start for start, _ in sample.spans or () if _crossed(sample.text, start, encoding.offsets)]
+    if borders:
+        ids, flags = _apart(sample, backend, borders)
+        if backend.decode(ids, skip_special_tokens=False) == backend.decode(tokens, skip_special_tokens=False):
+            tokens, target = ids, flags
+    if sample.ended and end_id is not None:
+        if tokens[-1:] != [end_id]:
+            tokens, target = [*tokens, end_id], [*target, 0]
+        target[-1] = 1
+    return tokens, target
+
+
+def _crossed(text: str, border: int, offsets: Sequence[tuple[int, int]]) -> bool:
+    """Whether a token has characters on both sides, also where the tokenizer leaves white space out of its offsets."""
+    if any(a < border < b for a, b in offsets):
+        return True
+    if not text[:border][-1:].isspace():
+        return False
+    return not any(a < border <= b or a == b == border for a, b in offsets)
+
+
+def _apart(sample: Sample, backend: Any, borders: list[int]) -> tuple[list[int], list[int]]:
+    """The parts of the text between `borders`, each encoded by itself."""
+    ids: list[int] = []
+    flags: list[int] = []
+    for first, last in zip([0, *borders], [*borders, len(sample.text)]):
+        part = backend.encode(sample.text[first:last], add_special_tokens=not (sample.rendered or first))
+        ids += part.ids
+        flags += _flags([(a + first, b + first) for a, b in part.offsets], sample.spans)
+    return ids, flags
+
+
+def _flags(offsets: Sequence[tuple[int, int]], spans: Spans | None) -> list[int]:
+    """For each token, whether it has a character in a span. White space that a tokenizer leaves out of its offsets lies before them."""
     if spans is None:
         return [1] * len(offsets)
     flags = []
     at = 0
     for start, end in offsets:
+        if start == end:
+            start -= 1
         while at < len(spans) and spans[at][1] <= start:
             at += 1
-        flags.append(int(at < len(spans) and start >= spans[at][0] and end > start))
+        flags.append(int(at < len(spans) and end > spans[at][0]))
     return flags

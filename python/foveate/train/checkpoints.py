@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from foveate.train.output_folder import STATE, Record, expose, has_links, locked, taken_over
 from foveate.train.strategy import Strategy
-
-STATE = "state"  # the part of a checkpoint that only a run that goes on needs
 
 
 class Checkpoints:
-    """Folders step-00000120 in `folder`. Kept are those that `last` and `best` name; of the best one only the model."""
+    """Folders step-00000120 in `folder`. Kept are those that `last` and `best` name; of the best one only the model. No other file or
+    folder is touched. notes: for the user."""
 
     def __init__(self, folder: Path, strategy: Strategy) -> None:
         self.folder, self._strategy = folder, strategy
+        self._record = Record()
+        self.notes: list[str] = []
 
-    def prepare(self) -> None:
-        """Makes the folder; OSError with a sentence where that cannot be done or nothing can be written there."""
-        if self._strategy.is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                probe = self.folder / f".write-{os.getpid()}"
-                probe.write_bytes(b"")
-                probe.unlink()
-            except OSError as error:
-                raise OSError(
-                    f"the output folder {self.folder} cannot be written ({error.strerror}); choose another output_dir"
-                ) from error
-            for unfinished in self.folder.glob("step-*.tmp"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-        self._strategy.barrier()
+    @contextlib.contextmanager
+    def claimed(self, *, resume: bool = False) -> Iterator[None]:
+        """In here the folder is this run's alone. See `locked` and `taken_over` for what is refused."""
+        with locked(self.folder) if self._strategy.is_main else contextlib.nullcontext():
+            if self._strategy.is_main:
+                self._record = taken_over(self.folder, resume=resume)
+                if not has_links(self.folder):
+                    self.notes.append(f"{self.folder} is on a file system without links, so last and best are copies")
+            self._strategy.barrier()
+            if not self._strategy.is_main:
+                self._record = Record.read(self.folder) or Record()
+            yield
 
     def check_space(self, nbytes: int) -> None:
         """OSError if the disk has no room for `nbytes` in all, what is there of them already counted."""
         free = shutil.disk_usage(self.folder).free
-        there = sum(file.stat().st_size for file in self.folder.glob("step-*/**/*") if file.is_file())
+        own = [path for name in self._record.checkpoints for path in (self.folder / name).rglob("*")]
+        there = sum(path.stat().st_size for path in own if path.is_file())
         if free + there < nbytes:
             raise OSError(
                 f"the checkpoints (the best, the last, and the next one beside it) need about {_size(nbytes - there)} more, and the disk "
@@ -47,8 +48,8 @@ class Checkpoints:
 
     def named(self, name: str) -> Path | None:
         """The folder that `last` or `best` names."""
-        link = self.folder / name
-        return link.resolve() if link.exists() else None
+        found = getattr(self._record, name)
+        return None if found is None else (self.folder / found).resolve()
 
     def save(self, step: int, write: Callable[[Path], None], *, best: bool) -> Path:
         """write(folder) fills the checkpoint, on every process. A full disk: OSError with a sentence, the last one stays."""
@@ -73,31 +74,39 @@ class Checkpoints:
         self._strategy.barrier()
         if self._strategy.is_main:
             _sync(temporary)
-            if final.exists():  # of a run that went on from an earlier checkpoint
-                shutil.rmtree(final)
+            if final.exists():
+                if final.name not in self._record.checkpoints:
+                    raise FileExistsError(
+                        f"{final} was there before and is not of this run; move it away. The checkpoint is in {temporary}"
+                    )
+                shutil.rmtree(final)  # of a run that went on from an earlier checkpoint
             temporary.rename(final)
-            self._link("last", final)
-            if best:
-                self._link("best", final)
-            self._forget()
+            self._keep(final.name, best)
+        self._strategy.barrier()
+        if not self._strategy.is_main:
+            self._record = Record.read(self.folder) or Record()
         self._strategy.barrier()
         return final
 
-    def _link(self, name: str, target: Path) -> None:
-        new = self.folder / f".{name}.{os.getpid()}"
-        new.unlink(missing_ok=True)
-        new.symlink_to(target.name)
-        new.replace(self.folder / name)
+    def _keep(self, name: str, best: bool) -> None:
+        """Makes a new checkpoint the last one, and deletes those that nothing names any more."""
+        record = self._record
+        record.checkpoints = sorted({*record.checkpoints, name})
+        record.last = name
+        if best:
+            record.best = name
+        record.write(self.folder)
+        names = ("last", "best") if best else ("last",)
+        copied = [each for each in names if expose(self.folder, each, name)]
+        record.copies = sorted({*(each for each in record.copies if each not in names), *copied})
         _sync_one(self.folder)
-
-    def _forget(self) -> None:
-        # names, not paths: the folder may be relative, or reached through a link
-        last, best = (found and found.name for found in (self.named("last"), self.named("best")))
-        for folder in self.folder.glob("step-*"):
-            if folder.name not in (last, best):
-                shutil.rmtree(folder)
-            elif folder.name != last:
-                shutil.rmtree(folder / STATE, ignore_errors=True)
+        for other in record.checkpoints:
+            if other not in (record.last, record.best):
+                shutil.rmtree(self.folder / other, ignore_errors=True)
+            elif other != record.last:
+                shutil.rmtree(self.folder / other / STATE, ignore_errors=True)
+        record.checkpoints = sorted({name for name in (record.last, record.best) if name is not None})
+        record.write(self.folder)
 
 
 def _sync(folder: Path) -> None:

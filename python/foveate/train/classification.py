@@ -1,110 +1,159 @@
-"""Sequence classification: a label for a text or a pair of texts."""
+"""Sequence classification: a label for a text or a pair of texts, or with lists of labels any number of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.loss import cross_entropy
 from foveate.tokenizer import Tokenizer
 from foveate.train.batch import Batch, join, layout
 from foveate.train.config import TrainConfig
-from foveate.train.objective import Columns, Piece, Pieces, at_row, text_of
+from foveate.train.labels import Classes, class_weights, labels_of
+from foveate.train.objective import Columns, Objective, Parts, Piece, Pieces, length_notes, text_of, too_long
 from foveate.train.store import TokenStore
 
 
-class Classification:
-    """Rows: {"text", "label"}, or with "text_pair" too. labels: the names of the classes, in the order of their numbers."""
+class Classification(Objective):
+    """Rows: {"text", "label"}, or with "text_pair" too. classes: their names, in the order of their numbers, and how often each occurs.
 
-    perplexity = False
-    head: str | None = "sequence-classification"
+    One class a row: cross-entropy. A list of classes: a yes or no for each (binary cross-entropy, summed over the classes). With
+    class_weights the loss is the mean weighted by the row's class, as torch's; evaluation is not weighted.
+    """
 
-    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, max_length: int, labels: list[str]) -> None:
-        self.config, self.tokenizer, self.max_length, self.labels = config, tokenizer, max_length, labels
-        self._number = {label: i for i, label in enumerate(labels)}
+    head = "sequence-classification"
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, max_length: int, classes: Classes) -> None:
+        self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
+        self.classes, self.labels, self.several = classes, classes.names, classes.several
+        self.weights = class_weights(config.class_weights, classes)
+        if self.several and config.label_smoothing:
+            raise ValueError("label_smoothing is for one class a row; leave it away where rows have lists of classes")
 
     def signature(self) -> dict[str, Any]:
-        return {"fields": [self.config.text_field, self.config.label_field], "labels": self.labels}
+        fields = [self.config.text_field or "text", self.config.label_field]
+        return {"fields": fields, "labels": self.labels, "several": self.several}
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
-        """tokens int32, types uint8, label int32 [1]."""
+        """tokens int32, types uint8, label int32 [1], or with lists of classes 0 or 1 for each."""
         texts: list[Any] = []
+        labels = []
         for row in rows:
-            text = text_of(row, self.config.text_field)
-            label = label_of(row, self.config.label_field)
-            if label not in self._number:
-                raise ValueError(f"the label {label!r} is not one of the training data's, {', '.join(self.labels)}")
+            text = text_of(row, self.config.text_field or "text")
             texts.append((text, text_of(row, "text_pair", "")) if "text_pair" in row else text)
+            labels.append(self._label(row))
         encodings = self.tokenizer.backend.encode_batch(texts)
         return {
             "tokens": [np.array(e.ids, np.int32) for e in encodings],
             "types": [np.array(e.type_ids, np.uint8) for e in encodings],
-            "label": [np.array([self._number[label_of(row, self.config.label_field)]], np.int32) for row in rows],
+            "label": labels,
         }
+
+    def _label(self, row: dict[str, Any]) -> np.ndarray:
+        found, several = labels_of(row, self.config.label_field)
+        if several != self.several:
+            raise ValueError(
+                f"the label in {self.config.label_field!r} is {row[self.config.label_field]!r:.60}, and other rows have "
+                f"{'lists of labels' if self.several else 'one label'}; give all rows the same"
+            )
+        numbers = [self.classes.number(label) for label in found]
+        if not several:
+            return np.array(numbers, np.int32)
+        flags = np.zeros(len(self.labels), np.int32)
+        flags[numbers] = 1
+        return flags
 
     def pieces(self, store: TokenStore) -> Pieces:
         lengths = store.lengths("tokens") if len(store) else np.empty(0, np.int64)
-        fits = lengths <= self.max_length
-        if not fits.all() and self.config.too_long == "error":
-            raise ValueError(
-                f"{int((~fits).sum())} of {len(fits)} texts are longer than max_length={self.max_length} tokens, the longest has "
-                f"{int(lengths.max())}; raise max_length, or leave them out with too_long='drop'"
-            )
-        documents = np.flatnonzero(fits)
-        return Pieces(documents, np.zeros_like(documents), lengths[fits])
+        longer = too_long(self.config, lengths, self.max_length, "texts")
+        if self.config.too_long == "truncate":
+            longer[:] = False
+        documents = np.flatnonzero(~longer)
+        return Pieces(documents, np.zeros_like(documents), np.minimum(lengths[documents], self.max_length))
+
+    def notes(self, store: TokenStore) -> list[str]:
+        lengths = store.lengths("tokens") if len(store) else np.empty(0, np.int64)
+        return length_notes(self.config, lengths, self.max_length, "texts")
+
+    def parts(self, store: TokenStore) -> Parts:
+        default = super().parts(store)
+        if self.several or not len(store):
+            return default
+        return default._replace(classes=np.asarray(store.values("label"), np.int64))
 
     def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
         packing = self.config.packing
         packed, tensors = layout([piece.length for piece in pieces], packing)
-        for name in ("tokens", "types"):
-            tensors[name] = join([store.get(name, piece.document) for piece in pieces], packing)
-        labels = np.concatenate([store.get("label", piece.document) for piece in pieces])
-        tensors["labels"] = torch.from_numpy(labels.astype(np.int64))
-        return Batch(tensors, packed, len(pieces), sum(piece.length for piece in pieces))
+        kept = [
+            truncated(store.get("tokens", p.document), store.get("types", p.document), self.max_length) for p in pieces
+        ]
+        tensors["tokens"] = join([tokens for tokens, _ in kept], packing)
+        tensors["types"] = join([types for _, types in kept], packing)
+        labels = np.concatenate([store.get("label", piece.document) for piece in pieces]).astype(np.int64)
+        tensors["labels"] = torch.from_numpy(labels.reshape(len(pieces), -1) if self.several else labels)
+        norm = None
+        if self.weights is not None:
+            norm = float(self.weights[tensors["labels"]].sum())
+        return Batch(tensors, packed, len(pieces), sum(piece.length for piece in pieces), norm)
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        return cross_entropy(
-            self._logits(model, batch), batch["labels"], reduction="sum", label_smoothing=self.config.label_smoothing,
-            z_loss=self.config.z_loss,
-        )  # fmt: skip
+        logits, labels = self._logits(model, batch), batch["labels"]
+        if self.several:
+            return _yes_or_no(logits, labels)
+        options: dict[str, Any] = {"label_smoothing": self.config.label_smoothing, "z_loss": self.config.z_loss}
+        if self.weights is None:
+            return cross_entropy(logits, labels, reduction="sum", **options)
+        losses = cross_entropy(logits, labels, reduction="none", **options)
+        return (losses * self.weights.to(losses)[labels]).sum()
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         logits, labels = self._logits(model, batch), batch["labels"]
-        return {"loss": cross_entropy(logits, labels, reduction="sum"), "accuracy": (logits.argmax(-1) == labels).sum()}
+        classes = len(self.labels)
+        if self.several:
+            chosen, true = logits > 0, labels > 0
+            right = (chosen == true).all(-1).sum()
+            counts = [(chosen & true).sum(0), chosen.sum(0), true.sum(0)]
+            loss = _yes_or_no(logits, labels)
+        else:
+            best = logits.argmax(-1)
+            right = (best == labels).sum()
+            counts = [x.bincount(minlength=classes) for x in (labels[best == labels], best, labels)]
+            loss = cross_entropy(logits, labels, reduction="sum")
+        return {"loss": loss, "accuracy": right, "f1": torch.stack(counts)}
+
+    def metrics(self, means: dict[str, Tensor]) -> dict[str, float]:
+        """f1: the mean over the classes that occur, or are answered, of 2 TP / (answered + true)."""
+        right, answered, true = means.pop("f1")
+        there = (answered + true) > 0
+        f1 = (2 * right[there] / (answered + true)[there]).mean() if there.any() else torch.zeros(())
+        return super().metrics(means | {"f1": f1})
 
     def _logits(self, model: Any, batch: Batch) -> Tensor:
         return model(batch["tokens"], batch["types"], **batch.padding())[: len(batch["labels"])]  # not of the filling
 
-    def task_metrics(self, model: torch.nn.Module) -> dict[str, float]:
-        return {}
+
+def _yes_or_no(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum") / labels.shape[1]
 
 
-def label_of(row: dict[str, Any], field: str) -> str:
-    if row.get(field) is None:
-        raise ValueError(f"there is no label in {field!r}; the fields are {', '.join(map(repr, row))}: set label_field")
-    if isinstance(row[field], (list, dict)):
-        raise ValueError(f"the label in {field!r} is {row[field]!r}; it must be one class, a text or a number")
-    return str(row[field])
-
-
-def class_names(rows: Iterable[dict[str, Any]], field: str, known: Sequence[str]) -> list[str]:
-    """The checkpoint's classes if they are all that occur; else those that occur, in the order of numbers or of the alphabet.
-
-    ValueError for rows without a label, and for a single class.
-    """
-    found: set[str] = set()
-    for row in rows:
-        try:
-            found.add(label_of(row, field))
-        except ValueError as error:
-            raise at_row(row, error) from error
-    if found and found <= set(known):
-        return list(known)
-    if len(found) == 1:
-        raise ValueError(f"all rows have the label {found.pop()!r}; a classifier needs rows of two classes or more")
-    numbers = all(label.lstrip("-").isdigit() for label in found)
-    return sorted(found, key=int) if numbers else sorted(found)
+def truncated(tokens: np.ndarray, types: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Without tokens before the last one of a text, of the longer one of a pair, until `longest` are left."""
+    while len(tokens) > longest:
+        first = int((types == 0).sum())
+        pair = first < len(tokens)
+        excess = len(tokens) - longest
+        if not pair:
+            cut, end = excess, first
+        elif first >= len(tokens) - first:
+            cut, end = min(excess, max(1, 2 * first - len(tokens))), first
+        else:
+            cut, end = min(excess, max(1, len(tokens) - 2 * first)), len(tokens)
+        kept = np.ones(len(tokens), bool)
+        kept[end - 1 - cut : end - 1] = False
+        tokens, types = tokens[kept], types[kept]
+    return tokens, types

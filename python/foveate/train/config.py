@@ -19,11 +19,17 @@ SAMPLERS = ("tpe", "random", "grid")  # of a search
 _ONLY_FOR = {
     "mask_share": ("masked-lm", "span-corruption"), "whole_word": ("masked-lm",), "span_length": ("span-corruption",),
     "doc_stride": ("question-answering",), "label_field": ("sequence-classification",),
+    "class_weights": ("sequence-classification",),
+}  # fmt: skip
+# What evaluation measures beside the loss, by which `best_by` may choose; of all but perplexity more is better.
+METRICS: dict[str, tuple[str, ...]] = {
+    "causal-lm": ("perplexity",), "masked-lm": ("perplexity", "accuracy"), "span-corruption": ("perplexity",),
+    "seq2seq": ("perplexity",), "question-answering": ("exact_match", "f1"), "sequence-classification": ("accuracy", "f1"),
 }  # fmt: skip
 # What a run that goes on cannot change, beside its data: what the tokens, the adapters and the order of the data are made by.
 _FIXED = (
     "objective", "quantization", "text_field", "label_field", "max_length", "too_long", "packing", "mask_share", "whole_word",
-    "span_length", "doc_stride", "lora_rank", "lora_alpha", "lora_targets", "rslora", "seed",
+    "span_length", "doc_stride", "lora_rank", "lora_alpha", "lora_targets", "rslora", "seed", "eval_fraction",
 )  # fmt: skip
 # What it may change without a word: where things are, and what is printed and kept.
 _SILENT = (
@@ -84,14 +90,23 @@ class TrainConfig:
         required=True,
     )
     eval_data: list[str] = _data([], "the same, to evaluate on")
-    eval_fraction: float = _data(0.0, "without --eval-data: share of the documents, the last ones, held out for it")
-    text_field: str = _data("text", "field of the rows that holds the text")
-    label_field: str = _data("label", "field that holds the class, for sequence-classification")
+    eval_fraction: float = _data(
+        0.0, "without --eval-data: share of the tokens held out for it, drawn by the seed, the same of each class"
+    )
+    text_field: str | None = _data(
+        None, "field of the rows that holds the text; by default 'text', unless a row has messages or a completion"
+    )
+    label_field: str = _data("label", "field that holds the class, or a list of classes, for sequence-classification")
+    class_weights: list[str] = _data(
+        [], "weights of the classes in the loss, CLASS=X ..., or 'balanced', for sequence-classification"
+    )
     max_length: int | None = _data(
         None, "tokens of a training sequence; the model's context by default, at most 1024 of it"
     )
     too_long: str = _data(
-        "error", "what a row longer than max_length does where it cannot be cut into pieces", choices=("error", "drop")
+        "error",
+        "what becomes of a row longer than max_length that cannot be cut into pieces",
+        choices=("error", "drop", "truncate"),
     )
     packing: bool = _data(True, "fill rows with several sequences that do not see each other; otherwise pad them")
     mask_share: float = _data(0.15, "share of the tokens that masked-lm and span-corruption hide")
@@ -134,7 +149,10 @@ class TrainConfig:
     eval_every: int | None = _run(None, "steps between evaluations; the end of each epoch by default")
     save_every: int | None = _run(None, "steps between checkpoints; with each evaluation by default")
     log_every: int = _run(10, "steps between lines of metrics.jsonl")
-    patience: int | None = _run(None, "stop after so many evaluations without a better loss")
+    best_by: str = _run(
+        "loss", "what makes the best checkpoint, for patience too: loss, accuracy, f1, exact_match, perplexity"
+    )
+    patience: int | None = _run(None, "stop after so many evaluations without a better one")
     seed: int = _run(0, "of new weights, the order of the data, masks and dropout")
     threads: int | None = _run(None, "as torch.set_num_threads")
     strategy: str | None = _run(
@@ -154,7 +172,7 @@ class TrainConfig:
             choices, value = field.metadata.get("choices"), getattr(self, field.name)
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"{field.name}={value!r} is not one of {', '.join(choices)}")
-        for name in ("train_data", "eval_data", "lora_targets"):
+        for name in ("train_data", "eval_data", "lora_targets", "class_weights"):
             value = getattr(self, name)
             values = [value] if isinstance(value, (str, Path)) else value
             object.__setattr__(self, name, [str(value) for value in values])
@@ -178,6 +196,11 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @property
+    def best_is_least(self) -> bool:
+        """Of `best_by`."""
+        return self.best_by in ("loss", "perplexity")
 
     @property
     def step_rows(self) -> int:
@@ -250,9 +273,16 @@ def _check_used(c: TrainConfig) -> None:
         if name in given and not c.lora_rank:
             raise ValueError(f"{name} is for adapters; give a lora_rank too, or leave it away")
     if not (c.eval_data or c.eval_fraction):
-        for name in ("patience", "eval_every"):
+        for name in ("patience", "eval_every", "best_by"):
             if name in given:
                 raise ValueError(f"{name} needs something to evaluate on; give eval_data or eval_fraction too")
+    known = ("loss", *METRICS[c.objective])
+    if c.best_by not in known:
+        raise ValueError(f"best_by={c.best_by!r} is not measured by {c.objective}; choose one of {', '.join(known)}")
+    if c.objective == "question-answering" and c.too_long == "truncate":
+        raise ValueError(
+            "question-answering reads long contexts in windows, and does not truncate questions; take too_long='drop'"
+        )
     if {"epochs", "max_steps"} <= given:
         raise ValueError("epochs and max_steps both say how long to train; give one of them")
     if c.objective == "question-answering" and c.eval_fraction:

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.models import Checkpoint, open_checkpoint
+from foveate.models import open_checkpoint
 from foveate.tokenizer import Tokenizer
 from foveate.train import model_files
-from foveate.train.adapter_files import adapted, merge_adapter
+from foveate.train.adapter_files import adapted, adapter_settings, merge_adapter
 from foveate.train.char_tokenizer import char_tokenizer
 from foveate.train.checkpoints import Checkpoints
 from foveate.train.config import TrainConfig
 from foveate.train.data_files import read_rows, strings
 from foveate.train.gradient_checkpointing import checkpoint_layers
+from foveate.train.hold_out import hold_out
 from foveate.train.loop import Data, Loop
 from foveate.train.lora import LoraConfig
 from foveate.train.model_files import TrainedModel
-from foveate.train.objective import Objective
+from foveate.train.objective import Objective, Pieces
 from foveate.train.objectives import check_architecture, make_objective
 from foveate.train.plan import DataPlan
 from foveate.train.report import Report
@@ -34,13 +35,15 @@ from foveate.train.tokenized import tokenized
 
 @dataclass(frozen=True)
 class TrainResult:
-    """metrics: of the last evaluation, {} without one. best: the checkpoint of the lowest evaluation loss; without evaluation, last."""
+    """metrics: of the last evaluation, {} without one. best: the checkpoint of the best evaluation by config.best_by, best_metrics what
+    it measured, best_loss its loss; without evaluation last, {} and None."""
 
     steps: int
     tokens: int
     seconds: float
     metrics: dict[str, float]
     best_loss: float | None
+    best_metrics: dict[str, float]
     last: Path
     best: Path
     model: nn.Module
@@ -83,16 +86,20 @@ def fit(
         torch.set_num_threads(config.threads)
     folder = Path(config.output_dir).expanduser()
     checkpoints = Checkpoints(folder, strategy)
-    checkpoints.prepare()
-    if not config.resume and checkpoints.named("last") is not None:
-        raise ValueError(
-            f"{folder} already has a run, whose last checkpoint is {checkpoints.named('last')}; go on with resume, or choose another "
-            "output_dir"
-        )
+    with checkpoints.claimed(resume=config.resume):
+        return _run(config, checkpoints, strategy, after_evaluation)
+
+
+def _run(
+    config: TrainConfig,
+    checkpoints: Checkpoints,
+    strategy: Strategy,
+    after_evaluation: Callable[[int, dict[str, float]], None] | None,
+) -> TrainResult:
+    folder = checkpoints.folder
     with strategy.main_first():
-        trained, objective, store, evaluation = _open(config)
-    train = _data(config, objective, store, shuffle=True)
-    held_out = None if evaluation is None else _data(config, objective, evaluation, shuffle=False)
+        opened = _open(config)
+    trained, objective = opened.trained, opened.objective
     checkpoints.check_space(_disk_bytes(config, trained.model))
     report = Report(
         folder,
@@ -101,12 +108,14 @@ def fit(
         tensorboard=config.tensorboard,
         active=strategy.is_main,
     )
+    for note in (*checkpoints.notes, *opened.notes):
+        report.note(note)
     if config.gradient_checkpointing:
         checkpoint_layers(trained.model)
     torch.manual_seed(config.seed + strategy.process)  # of dropout
     loop = Loop(
-        config, trained.model, objective, train, held_out, checkpoints=checkpoints, report=report, strategy=strategy,
-        export=trained.export, after_evaluation=after_evaluation,
+        config, trained.model, objective, opened.train, opened.evaluation, checkpoints=checkpoints, report=report,
+        strategy=strategy, export=trained.export, after_evaluation=after_evaluation,
     )  # fmt: skip
     if not (config.resume and loop.resume()):
         report.begin()
@@ -120,7 +129,7 @@ def fit(
         merge_adapter(
             checkpoints.named("best") or last,
             folder / "merged",
-            base=config.model,
+            base=trained.name,
             head=objective.head,
             settings=trained.config,
         )
@@ -128,14 +137,25 @@ def fit(
     return TrainResult(
         steps=progress.step, tokens=progress.tokens, seconds=progress.seconds,
         metrics={name.removeprefix("eval_"): value for name, value in (evaluations or [{}])[-1].items() if name != "step"},
-        best_loss=progress.best_loss if evaluations else None, last=last, best=checkpoints.named("best") or last,
+        best_loss=None if progress.best is None else progress.best["loss"], best_metrics=progress.best or {},
+        last=last, best=checkpoints.named("best") or last,
         model=trained.model.eval(), tokenizer=trained.tokenizer, history=report.history,
     )  # fmt: skip
 
 
-def _open(config: TrainConfig) -> tuple[TrainedModel, Objective, TokenStore, TokenStore | None]:
+@dataclass(frozen=True)
+class _Opened:
+    trained: TrainedModel
+    objective: Objective
+    train: Data
+    evaluation: Data | None
+    notes: list[str]  # for the user: what of the data is not read, ...
+
+
+def _open(config: TrainConfig) -> _Opened:
     """The model, and the tokenised data of training and evaluation. All that is cheap to check comes first."""
-    checkpoint = None if config.model is None else _checkpoint(config.model)
+    adapter, config = _adapter(config)
+    checkpoint = None if config.model is None else open_checkpoint(config.model)
     settings = config.new_model if checkpoint is None else checkpoint.config
     assert settings is not None
     check_architecture(config.objective, settings)
@@ -145,29 +165,74 @@ def _open(config: TrainConfig) -> tuple[TrainedModel, Objective, TokenStore, Tok
     objective = make_objective(config, tokenizer, settings)
     cache = None if config.cache_dir is None else Path(config.cache_dir).expanduser()
     store = tokenized(config.train_data, objective, tokenizer, cache=cache, progress=config.progress)
+    pieces = objective.pieces(store)
+    notes = objective.notes(store)
     evaluation = None
     if config.eval_data:
-        evaluation = tokenized(config.eval_data, objective, tokenizer, cache=cache, progress=config.progress)
+        held_store = tokenized(config.eval_data, objective, tokenizer, cache=cache, progress=config.progress)
+        try:
+            evaluation = _data(config, objective, held_store, objective.pieces(held_store), shuffle=False)
+        except ValueError as error:
+            raise ValueError(f"eval_data: {error}") from error
+        notes += [f"eval_data: {note}" for note in objective.notes(held_store)]
     elif config.eval_fraction:
-        store, evaluation = store.split(config.eval_fraction)
-    labels: list[str] | None = getattr(objective, "labels", None)
-    if checkpoint is None:
-        trained = model_files.create(config, tokenizer, objective.head, labels)
-    else:
-        trained = model_files.load(config, checkpoint, tokenizer, objective.head, labels)
-        if config.lora_rank:
-            trained = adapted(trained, lora_config(config))
-    return trained, objective, store, evaluation
-
-
-def _checkpoint(model: str) -> Checkpoint:
-    folder = Path(model).expanduser()
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise ValueError(
-            f"{model} is an adapter, not a model; go on training it with resume in its output_dir, or start from the model that merge "
-            "makes of it"
+        out = hold_out(pieces, objective.parts(store), config.eval_fraction, config.seed)
+        held = Pieces(*(values[out] for values in pieces))
+        pieces, whole = Pieces(*(values[~out] for values in pieces)), pieces
+        evaluation = _data(config, objective, store, held, shuffle=False)
+        share = held.lengths.sum() / whole.lengths.sum()
+        notes.append(
+            f"held out to evaluate on: {len(held.lengths)} of {len(whole.lengths)} sequences, {share:.1%} of the tokens"
+            + (", the same share of each label" if config.objective == "sequence-classification" else "")
         )
-    return open_checkpoint(model)
+    train = _data(config, objective, store, pieces, shuffle=True)
+    end = objective.end_of_turn(store)
+    if end is not None and end not in tokenizer.eos_ids:
+        tokenizer.eos_ids.add(end)  # for those who generate with what is exported
+        notes.append(
+            f"the chats end replies with {tokenizer.backend.id_to_token(end)!r}, which the model then stops at"
+        )
+    if checkpoint is None:
+        trained = model_files.create(config, tokenizer, objective)
+    else:
+        trained = model_files.load(config, checkpoint, tokenizer, objective)
+        if config.lora_rank:
+            trained = adapted(trained, lora_config(config), quantization=config.quantization, adapter=adapter)
+    return _Opened(trained, objective, train, evaluation, notes)
+
+
+def _adapter(config: TrainConfig) -> tuple[Path | None, TrainConfig]:
+    """The folder of the adapter that config.model is, and the config with the model that it adapts; (None, config) for a model.
+
+    ValueError where the adapter could not go on as it is: of another rank, scale or quantization.
+    """
+    if config.model is None:
+        return None, config
+    folder = Path(config.model).expanduser()
+    if not (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
+        return None, config
+    known = adapter_settings(folder)
+    if not config.lora_rank:
+        raise ValueError(
+            f"{folder} is an adapter, of rank {known.get('r')}; train it on with lora_rank={known.get('r')}, or all weights of the model "
+            "that merge makes of it"
+        )
+    base = known.get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ValueError(
+            f"{folder} is an adapter that does not say what it adapts; write it into its adapter_config.json"
+        )
+    wanted = {
+        "lora_rank": (config.lora_rank, known.get("r")),
+        "lora_alpha": (config.lora_alpha or known.get("lora_alpha"), known.get("lora_alpha")),
+        "rslora": (config.rslora, bool(known.get("use_rslora"))),
+        "quantization": (config.quantization, known["quantization"]),
+        "lora_targets": (sorted(config.lora_targets or known["target_modules"]), sorted(known["target_modules"])),
+    }
+    other = [f"{name}={theirs!r}, not {ours!r}" for name, (ours, theirs) in wanted.items() if ours != theirs]
+    if other:
+        raise ValueError(f"the adapter {folder} has {', '.join(other)}; give the same to train it on")
+    return folder, config.replace(model=base, lora_alpha=known.get("lora_alpha"))
 
 
 def lora_config(config: TrainConfig) -> LoraConfig:
@@ -182,8 +247,7 @@ def _tokenizer(config: TrainConfig) -> Tokenizer | None:
     return char_tokenizer(text for row in read_rows(config.train_data) for text in strings(row))
 
 
-def _data(config: TrainConfig, objective: Objective, store: TokenStore, *, shuffle: bool) -> Data:
-    pieces = objective.pieces(store)
+def _data(config: TrainConfig, objective: Objective, store: TokenStore, pieces: Pieces, *, shuffle: bool) -> Data:
     plan = DataPlan(pieces.lengths, objective.max_length, packing=config.packing, seed=config.seed, shuffle=shuffle)
     return Data(store, pieces, plan)
 

@@ -17,17 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from foveate.train.batch import Batch
-from foveate.train.checkpoints import STATE, Checkpoints
+from foveate.train.checkpoints import Checkpoints
 from foveate.train.config import TrainConfig
+from foveate.train.fingerprint import frozen_checksum
 from foveate.train.interrupt import Interrupted, StopRequest
 from foveate.train.objective import Objective, Piece, Pieces
 from foveate.train.optimizer import adamw
+from foveate.train.output_folder import STATE
 from foveate.train.plan import DataPlan, Sequence
-from foveate.train.report import Report
+from foveate.train.report import Report, finite
 from foveate.train.schedule import rate_factor
 from foveate.train.store import TokenStore
 from foveate.train.strategy import Strategy
 from foveate.train.trained_linear import speed_up_linear
+
+# What a state remembers of its run's plan that one that goes on need not have in common with it.
+_EVALUATION, _WARMUP = "checksum of the evaluation data", "steps of the warm-up"
+_MAY_CHANGE = (_EVALUATION, _WARMUP)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -68,8 +74,8 @@ class Progress:
 
     step: int = 0  # finished optimizer steps
     tokens: int = 0
-    best_loss: float = math.inf
-    stale: int = 0  # evaluations since the best one
+    best: dict[str, float] | None = None  # what the best evaluation measured
+    stale: int = 0  # evaluations since it
     seconds: float = 0.0  # of training, over all starts
 
 
@@ -95,6 +101,7 @@ class Loop:
         self.checkpoints, self.report, self.strategy = checkpoints, report, strategy
         self.export, self.after_evaluation = export, after_evaluation
         self.device = next(model.parameters()).device
+        self._frozen = frozen_checksum(model)  # while no strategy has split them
         speed_up_linear(model)
         self.module = strategy.wrap(LossModule(model, objective))
         self.optimizer = adamw(
@@ -119,6 +126,11 @@ class Loop:
         """Steps until the schedule's end or early stopping; leaves a checkpoint of the last step."""
         if self.progress.step >= self.steps:
             self.report.note(f"the run is at its end, step {self.progress.step}; a larger max_steps would prolong it")
+        elif self._is_stale():
+            self.report.note(
+                f"the run stopped at step {self.progress.step}, after {self.progress.stale} evaluations without a better "
+                f"{self.config.best_by}; a larger patience than {self.config.patience} would let it go on"
+            )
         self.report.start(self.progress.step, self.steps)
         with self._stop.listening():
             for step in range(self.progress.step, self.steps if not self._is_stale() else 0):
@@ -131,7 +143,9 @@ class Loop:
                 if better or stop or asked or done % self.save_every == 0 or done == self.steps:
                     self._save(better)
                 if stop:
-                    self.report.note(f"stopped: {self.progress.stale} evaluations without a better loss")
+                    self.report.note(
+                        f"stopped: {self.progress.stale} evaluations without a better {self.config.best_by}"
+                    )
                     break
                 if asked:
                     last = self.checkpoints.named("last")
@@ -148,11 +162,13 @@ class Loop:
         """Goes on from the last checkpoint, if there is one."""
         last = self.checkpoints.named("last")
         if last is None:
+            self.report.note(f"{self.checkpoints.folder} has no checkpoint to go on from, so the run begins at step 0")
             return False
         numbers = self.strategy.load_state(last / STATE, self.model, self.optimizer)
         fixed, free = self.config.changes(numbers["config"])
-        fixed += [f"{name}={value} (was {numbers['plan'][name]})" for name, value in self._plan().items()
-                  if value != numbers["plan"][name]]  # fmt: skip
+        plan, before = self._plan(), numbers["plan"]
+        fixed += [f"{name}={value} (was {before.get(name)})" for name, value in plan.items()
+                  if value != before.get(name) and name not in _MAY_CHANGE]  # fmt: skip
         if fixed:
             raise ValueError(
                 f"{last} is of a run with other data or other options: {', '.join(fixed)}; go on with the same, or start in a new "
@@ -161,6 +177,15 @@ class Loop:
         if free:
             self.report.note(f"from here on other than before: {', '.join(free)}")
         self.progress = Progress(**numbers["progress"])
+        self.report.note(f"going on from {last}")
+        if plan[_EVALUATION] != before.get(_EVALUATION) or self.config.best_by != numbers["config"].get("best_by"):
+            if self.progress.best is not None:
+                self.report.note("the evaluation is another than before, so the best checkpoint is looked for anew")
+            self.progress.best, self.progress.stale = None, 0
+        if self.config.warmup == numbers["config"]["warmup"]:
+            self.warmup_steps = before[
+                _WARMUP
+            ]  # a share is of the run as it began: a longer one does not warm up again
         self.report.forget_after(self.progress.step)
         return True
 
@@ -179,20 +204,21 @@ class Loop:
             self._batch(self.train_data, rows[i : i + config.batch_size])
             for i in range(0, len(rows), config.batch_size)
         ]
-        units, tokens = strategy.sum(
-            torch.tensor([sum(b.units for b in batches), sum(b.tokens for b in batches)], device=self.device)
-        ).tolist()
+        norms = [b.units if b.norm is None else b.norm for b in batches]
+        counts = torch.tensor([sum(norms), sum(b.tokens for b in batches)], dtype=torch.float64, device=self.device)
+        units, tokens = strategy.sum(counts).tolist()
+        units = units or 1.0
         self.module.train()
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
             with strategy.accumulating(self.module, last=i == len(batches) - 1):
                 with self._autocast():
                     loss, _ = self.module(batch.to(self.device))
-                (loss * (strategy.gradient_factor / max(units, 1))).backward()
+                (loss * (strategy.gradient_factor / units)).backward()
             total += loss.detach()
         norm = strategy.clip(self._parameters(), config.max_grad_norm or math.inf)
         summed, asked = strategy.sum(torch.stack([total, total.new_tensor(self._stop.signal)])).tolist()
-        mean = summed / max(units, 1)
+        mean = summed / units
         if not (math.isfinite(mean) and math.isfinite(float(norm))):
             self._stop_at(step, batches, mean, float(norm))
         self.optimizer.step()
@@ -201,7 +227,7 @@ class Loop:
         seconds = time.perf_counter() - start
         progress.step, progress.tokens, progress.seconds = (
             step + 1,
-            progress.tokens + tokens,
+            progress.tokens + int(tokens),
             progress.seconds + seconds,
         )
         self.report.step(
@@ -215,9 +241,17 @@ class Loop:
         assert self.evaluation is not None
         metrics = self.evaluate(self.evaluation)
         self.report.evaluation(step, metrics)
-        better = metrics["loss"] < self.progress.best_loss
-        self.progress.best_loss = min(metrics["loss"], self.progress.best_loss)
-        self.progress.stale = 0 if better else self.progress.stale + 1
+        value, progress = metrics[self.config.best_by], self.progress
+        better = math.isfinite(value)  # one that is no number is never the best, and does not make another so
+        if not better:
+            self.report.note(f"step {step}: the evaluation's {self.config.best_by} is {value}")
+        elif progress.best is not None:
+            least, best = self.config.best_is_least, progress.best[self.config.best_by]
+            better = value < best if least else value > best
+        if better:
+            progress.best, progress.stale = metrics, 0
+        else:
+            progress.stale += 1
         if self.after_evaluation is not None:
             self.after_evaluation(step, metrics)
         return better
@@ -227,7 +261,7 @@ class Loop:
         """Means over all units of the data, and what the task measures as a whole."""
         self.module.eval()
         size, world = self.config.batch_size, self.strategy.world_size
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         # Each process makes the same number of calls; the rows that are missing at the end are read again, with weight 0.
         for first in range(0, len(data.plan), size * world):
             numbers = [first + self.strategy.rank + i * world for i in range(size)]
@@ -235,15 +269,15 @@ class Loop:
             batch = self._batch(data, [data.plan.row(n) for n in present or [0]])
             with self._autocast():
                 loss, found = self.module(batch.to(self.device), evaluate=True)
-            for name, value in {"loss": loss, "units": batch.units, **found}.items():
-                sums[name] = sums.get(name, 0.0) + (float(value) if present else 0.0)
-        values = self.strategy.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)).tolist()
-        units = max(values[list(sums).index("units")], 1)
-        means = {name: value / units for name, value in zip(sums, values) if name != "units"}
+            found |= {"loss": loss, "units": torch.tensor(batch.units, device=self.device)}
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value.double() * bool(present)
+        whole = {name: self.strategy.sum(value) for name, value in sorted(sums.items())}
+        units = max(float(whole.pop("units")), 1.0)
+        means = self.objective.metrics({name: (value / units).cpu() for name, value in whole.items()})
         if self.objective.perplexity:
-            means["perplexity"] = math.exp(
-                min(means["loss"], 700.0)
-            )  # of an untrained model it may be more than a float holds
+            # of an untrained model it may be more than a float holds
+            means["perplexity"] = math.exp(min(means["loss"], 700.0))
         return means | self.objective.task_metrics(self.model)
 
     def _save(self, best: bool) -> None:
@@ -251,7 +285,7 @@ class Loop:
             weights = self.strategy.weights(self.model)
             if self.strategy.is_main:
                 self.export(folder, weights)
-            numbers = {"progress": vars(self.progress), "plan": self._plan(), "config": self.config.as_dict()}
+            numbers = {"progress": finite(vars(self.progress)), "plan": self._plan(), "config": self.config.as_dict()}
             self.strategy.save_state(folder / STATE, self.model, self.optimizer, numbers)
 
         self.checkpoints.save(self.progress.step, write, best=best)
@@ -264,13 +298,17 @@ class Loop:
     def _parameters(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.grad is not None]
 
-    def _plan(self) -> dict[str, int]:
+    def _plan(self) -> dict[str, Any]:
         """What a run that goes on must have in common with its start, beside options, for its place in the data to mean the same."""
         plan = self.train_data.plan
         return {
             "rows a step": self.config.step_rows * self.strategy.world_size,
             "rows of the data": len(plan),
             "checksum of their lengths": zlib.crc32(np.ascontiguousarray(plan.lengths, np.int64).tobytes()),
+            "checksum of their tokens": self.train_data.store.checksum,
+            "checksum of the frozen weights": self._frozen,
+            _EVALUATION: "" if self.evaluation is None else self.evaluation.store.checksum,
+            _WARMUP: self.warmup_steps,
         }
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -119,6 +119,16 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
+def expand_packed(model: nn.Module) -> nn.Module:
+    """Puts a linear layer of the same values in fp32 in the place of each packed one."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FrozenLinear):
+            model.set_submodule(name, _expanded(module.packed))
+        elif isinstance(module, PackedLinear) and name.rpartition(".")[2] != "packed":
+            model.set_submodule(name, _expanded(module))
+    return model
+
+
 def _expanded(packed: PackedLinear) -> nn.Linear:
     return _linear(expand(packed), packed.bias)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from foveate.loss import cross_entropy
@@ -14,11 +13,11 @@ from foveate.tokenizer import Tokenizer
 from foveate.train.batch import IGNORED, Batch, join, layout
 from foveate.train.causal_lm import cut, head_loss
 from foveate.train.config import TrainConfig
-from foveate.train.objective import Columns, Piece, Pieces, text_of
+from foveate.train.objective import Columns, Objective, Parts, Piece, Pieces, empty_notes, text_of
 from foveate.train.store import TokenStore
 
 
-class MaskedLM:
+class MaskedLM(Objective):
     """Rows: {"text"}, cut into pieces of max_length with [CLS] and [SEP] around each.
 
     mask_share of a piece's tokens, one at least, are to be predicted; 80 % of them are replaced by [MASK], 10 % by a random token,
@@ -27,7 +26,7 @@ class MaskedLM:
     """
 
     perplexity = True
-    head: str | None = "masked-lm"
+    head = "masked-lm"
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, max_length: int) -> None:
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
@@ -49,7 +48,7 @@ class MaskedLM:
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
         """tokens int32; begins uint8, 1 at the first token of each word."""
-        texts = [text_of(row, self.config.text_field) for row in rows]
+        texts = [text_of(row, self.config.text_field or "text") for row in rows]
         encodings = self.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
         words = [np.array([-1 if word is None else word for word in e.word_ids]) for e in encodings]
         return {
@@ -60,6 +59,12 @@ class MaskedLM:
     def pieces(self, store: TokenStore) -> Pieces:
         found = cut(store.lengths("tokens") if len(store) else np.empty(0, np.int64), self.max_length - 2)
         return found._replace(lengths=found.lengths + 2)
+
+    def notes(self, store: TokenStore) -> list[str]:
+        return empty_notes(store.lengths("tokens") < 1) if len(store) else []
+
+    def parts(self, store: TokenStore) -> Parts:
+        return super().parts(store)._replace(divisible=np.ones(len(store), bool))
 
     def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
         inputs, labels = [], []
@@ -102,6 +107,3 @@ class MaskedLM:
         """What the decoder is applied to, at the hidden tokens only: [hidden tokens, hidden size], and their labels."""
         at = batch["labels"] != IGNORED
         return model.transform(model.bert(batch["tokens"], **batch.padding())[at]), batch["labels"][at]
-
-    def task_metrics(self, model: torch.nn.Module) -> dict[str, float]:
-        return {}

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models import Checkpoint, load_model
+from foveate.models.checkpoint import Blocks, Weights
 from foveate.models.loading import checked_device, model_class, tie_weights
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.new_weights import draw_weights
+from foveate.train.objective import Objective
 
 _CAUSAL = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2"}
 _DROPOUTS = {
@@ -27,12 +29,15 @@ _DROPOUTS = {
 
 @dataclass
 class TrainedModel:
-    """config: the keys of config.json, with the tokenizer's and the head's numbers filled in."""
+    """config: the keys of config.json, with the tokenizer's and the head's numbers filled in. checkpoint: what it was loaded from, whose
+    other settings the export keeps. dtype: of the exported weights; they are trained in float32."""
 
     model: nn.Module
     config: dict[str, Any]
     tokenizer: Tokenizer
     name: str | None = None  # of the checkpoint, as it was given
+    checkpoint: Checkpoint | None = None
+    dtype: torch.dtype = torch.float32
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """config.json, model.safetensors, tokenizer.json and its settings, as transformers and `load_model` read them."""
@@ -43,18 +48,26 @@ class TrainedModel:
         stored = {}
         for name, value in weights.items():
             swap = transposed is not None and transposed.fullmatch(name) is not None
-            stored[name] = (value.t() if swap else value).contiguous().cpu()
+            stored[name] = (value.t() if swap else value).to(self.dtype).contiguous().cpu()
+        overflowed = [name for name, value in stored.items() if not value.isfinite().all()]
+        if overflowed and self.dtype == torch.float16:
+            raise ValueError(
+                f"{overflowed[0]} has grown beyond what float16, the checkpoint's dtype, can hold; train from a checkpoint in bfloat16 or "
+                "float32"
+            )
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-        self.export_settings(folder, next(iter(stored.values())).dtype)
+        self.export_settings(folder, self.dtype, tied="lm_head.weight" not in stored)
 
-    def export_settings(self, folder: Path, dtype: torch.dtype) -> None:
+    def export_settings(self, folder: Path, dtype: torch.dtype, *, tied: bool) -> None:
+        """tied: whether the head is the embedding, for models that have a say in it."""
         config = {key: value for key, value in self.config.items() if key != "torch_dtype"}
         config |= {"architectures": [_architecture(self.model, config)], "dtype": str(dtype).removeprefix("torch.")}
-        tied = getattr(self.model.config, "tied", None)
-        if tied is not None:
+        if hasattr(self.model.config, "tied"):
             config["tie_word_embeddings"] = tied
+        if hasattr(self.model.config, "scaled") and "scale_decoder_outputs" not in config:
+            config["scale_decoder_outputs"] = self.model.config.scaled
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        export_tokenizer(self.tokenizer, folder)
+        export_tokenizer(self.tokenizer, folder, self.checkpoint, config.get("model_type"))
 
 
 def _architecture(model: nn.Module, config: dict[str, Any]) -> str:
@@ -68,31 +81,54 @@ def _architecture(model: nn.Module, config: dict[str, Any]) -> str:
     return "BertModel" if name == "Bert" else name
 
 
-def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+# Of tokenizer_config.json: what tokenizer.json says itself, or names files or code that the export does not have.
+_NOT_EXPORTED = ("added_tokens_decoder", "extra_special_tokens", "backend", "auto_map", "tokenizer_file", "name_or_path",
+                 "special_tokens_map_file", "tokenizer_class")  # fmt: skip
+
+
+def export_tokenizer(
+    tokenizer: Tokenizer, folder: Path, checkpoint: Checkpoint | None = None, kind: str | None = None
+) -> None:
+    """tokenizer.json and the settings beside it, of generation too, with what the checkpoint's say beside it. kind: model_type."""
     tokenizer.backend.save(str(folder / "tokenizer.json"))
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    if tokenizer.chat_template is not None:
+    known = {} if checkpoint is None else checkpoint.tokenizer_config
+    settings = {name: value for name, value in known.items() if name not in _NOT_EXPORTED}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special}
+    if kind == "bert":  # else transformers would call every text of a pair the first
+        settings.setdefault("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
+    _write(folder / "tokenizer_config.json", settings)
+    if tokenizer.chat_template is not None and not settings.get("chat_template"):
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
+    generation = {} if checkpoint is None else dict(checkpoint.generation_config)
     ends = sorted(tokenizer.eos_ids)
-    if ends:
-        known = {"eos_token_id": ends[0] if len(ends) == 1 else ends, "bos_token_id": tokenizer.bos_id}
-        known = {key: value for key, value in known.items() if value is not None}
-        (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
+    before = generation.get("eos_token_id")
+    if ends and set(before if isinstance(before, list) else [before]) != set(ends):
+        generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    if ends and tokenizer.bos_id is not None:
+        generation.setdefault("bos_token_id", tokenizer.bos_id)
+    if generation:
+        _write(folder / "generation_config.json", generation)
 
 
-def load(
-    config: TrainConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, head: str | None, labels: list[str] | None
-) -> TrainedModel:
-    """The checkpoint's model in float32. A head that it lacks is new.
+def _write(file: Path, settings: dict[str, Any]) -> None:
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, objective: Objective) -> TrainedModel:
+    """The checkpoint's model in float32. A head that it lacks is new, and so is a classifier of other classes.
 
     Weights to be trained get memory of their own, as loaded ones are views of the file. Under LoRA linear layers stay packed if
     they are packed in the file, or are packed as config.quantization says; otherwise all are expanded.
     """
-    settings = _settings(config, checkpoint.config, labels)
+    head = objective.head
+    settings = _settings(config, checkpoint.config, objective)
+    classes = getattr(objective, "classes", None)
+    opened = dataclasses.replace(checkpoint, config=settings)
+    if classes is not None and not classes.known:
+        opened = WithoutClassifier(**vars(opened))
     torch.manual_seed(config.seed)  # of a new head
     model = load_model(
-        dataclasses.replace(checkpoint, config=settings), device=config.device, dtype=torch.float32,
+        opened, device=config.device, dtype=torch.float32,
         quantization=config.quantization if config.lora_rank else "none", progress=config.progress, head=head,
         new_head=head is not None and head != "encoder",
     )  # fmt: skip
@@ -100,10 +136,43 @@ def load(
         if not config.lora_rank:
             p.data = p.data.clone()
     check_vocabulary(model, tokenizer, str(checkpoint.path))
-    return TrainedModel(model, settings, tokenizer, config.model)
+    return TrainedModel(model, settings, tokenizer, config.model, checkpoint, stored_dtype(checkpoint))
 
 
-def create(config: TrainConfig, tokenizer: Tokenizer, head: str | None, labels: list[str] | None) -> TrainedModel:
+class WithoutClassifier(Checkpoint):
+    """One whose classifier, if it has any, is of other classes."""
+
+    def weights(self) -> Weights:
+        return _Without(super().weights(), ("classifier.weight", "classifier.bias"))
+
+
+class _Without:
+    def __init__(self, whole: Weights, absent: tuple[str, ...]) -> None:
+        self.linear_layout, self.nbytes, self.loaded_bytes = whole.linear_layout, whole.nbytes, whole.loaded_bytes
+        self._whole, self._absent = whole, absent
+
+    def names(self) -> list[str]:
+        return [name for name in self._whole.names() if name not in self._absent]
+
+    def get(self, name: str) -> Tensor | Blocks:
+        return self._whole.get(name)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Of most of the checkpoint's weights; float32 for GGUF files, whose matrices are blocks."""
+    weights = checkpoint.weights()
+    if weights.linear_layout:
+        return torch.float32
+    sizes: dict[torch.dtype, int] = {}
+    for name in weights.names():
+        value = weights.get(name)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            sizes[value.dtype] = sizes.get(value.dtype, 0) + value.numel()
+    found = max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+    return found if found in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def create(config: TrainConfig, tokenizer: Tokenizer, objective: Objective) -> TrainedModel:
     """A new model of config.new_model, a config.json's keys; vocab_size and the special tokens' ids are the tokenizer's."""
     assert config.new_model is not None
     ids = {
@@ -112,8 +181,8 @@ def create(config: TrainConfig, tokenizer: Tokenizer, head: str | None, labels: 
         "pad_token_id": tokenizer.pad_id,
     }
     settings = {"vocab_size": tokenizer.vocab_size, **ids, **config.new_model}
-    settings = _settings(config, settings, labels)
-    kind: Any = model_class(settings, head)
+    settings = _settings(config, settings, objective)
+    kind: Any = model_class(settings, objective.head)
     model = kind(kind.config_class.from_hf(settings))
     draw_weights(model, config.seed)
     tie_weights(model)
@@ -121,10 +190,12 @@ def create(config: TrainConfig, tokenizer: Tokenizer, head: str | None, labels: 
     return TrainedModel(model.to(checked_device(config.device)), settings, tokenizer)
 
 
-def _settings(config: TrainConfig, found: dict[str, Any], labels: list[str] | None) -> dict[str, Any]:
+def _settings(config: TrainConfig, found: dict[str, Any], objective: Objective) -> dict[str, Any]:
     """config.json's keys with the labels of a classifier and the dropout of this run."""
     settings = dict(found)
+    labels: list[str] | None = getattr(objective, "labels", None)
     if labels is not None:
+        settings["problem_type"] = f"{'multi' if objective.several else 'single'}_label_classification"  # type: ignore[attr-defined]
         settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
         settings["label2id"] = {label: i for i, label in enumerate(labels)}
     if config.dropout is not None:

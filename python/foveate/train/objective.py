@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
+from foveate.tokenizer import Tokenizer
 from foveate.train.batch import Batch
+from foveate.train.config import TrainConfig
 from foveate.train.data_files import CONTINUES
 from foveate.train.store import TokenStore
 
@@ -30,38 +32,66 @@ class Piece(NamedTuple):
     draw: tuple[int, int]  # (pass over the data, number of the piece): what masks are drawn from, with the run's seed
 
 
-class Objective(Protocol):
-    """The loss is a mean over a batch's `units`: target tokens, windows, examples."""
+class Parts(NamedTuple):
+    """Of each document of a store: what data to evaluate on are taken by."""
 
-    perplexity: bool  # whether exp(loss) is one
-    head: str | None  # of load_model
+    groups: np.ndarray  # int64; documents of one group, such as the replies of one chat, stay together
+    classes: np.ndarray  # int64; each class is held out by the same share
+    divisible: np.ndarray  # bool; whether some of its pieces may be held out without the others
+
+
+class Objective:
+    """A task's part in a run; a subclass says what is not said here. The loss is a mean over a batch's `units`: target tokens, windows,
+    examples."""
+
+    perplexity = False  # whether exp(loss) is one
+    head: str | None = None  # of load_model
     max_length: int
+    config: TrainConfig
+    tokenizer: Tokenizer
 
     def signature(self) -> dict[str, Any]:
         """What `encode` depends on, beside the rows and the tokenizer; part of the cache's key."""
-        ...
+        raise NotImplementedError
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
         """Ragged columns, an array for each document."""
-        ...
+        raise NotImplementedError
 
     def pieces(self, store: TokenStore) -> Pieces:
         """ValueError for data that cannot be learnt from."""
-        ...
+        raise NotImplementedError
 
-    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch: ...
+    def notes(self, store: TokenStore) -> list[str]:
+        """What `pieces` leaves out or cuts, a sentence each."""
+        return []
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def parts(self, store: TokenStore) -> Parts:
+        count = len(store)
+        return Parts(np.arange(count), np.zeros(count, np.int64), np.zeros(count, bool))
+
+    def end_of_turn(self, store: TokenStore) -> int | None:
+        """A token that the data teach as an end of answers, None for no other than the tokenizer has."""
+        return None
+
+    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
+        raise NotImplementedError
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
         """The sum over the batch's units."""
-        ...
+        raise NotImplementedError
 
-    def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """ "loss" and other sums over the units of a batch of evaluation data, such as "accuracy"."""
-        ...
+    def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        """ "loss" and other sums over the units of a batch of evaluation data, such as "accuracy"; numbers or vectors."""
+        return {"loss": self.loss(model, batch)}
+
+    def metrics(self, means: dict[str, Tensor]) -> dict[str, float]:
+        """What is reported of the means over all units of the evaluation data."""
+        return {name: float(value) for name, value in means.items()}
 
     def task_metrics(self, model: nn.Module) -> dict[str, float]:
         """What needs the whole evaluation data as it was read, such as F1; {} if nothing does."""
-        ...
+        return {}
 
 
 def text_of(row: dict[str, Any], field: str, cure: str = ": set text_field, or name the field so") -> str:
@@ -71,6 +101,32 @@ def text_of(row: dict[str, Any], field: str, cure: str = ": set text_field, or n
     names = ", ".join(repr(name) for name in row if name != CONTINUES) or "none"
     found = f", but a {type(row[field]).__name__}" if field in row else ""
     raise ValueError(f"there is no text in {field!r}{found}; the fields are {names}{cure}")
+
+
+def too_long(config: TrainConfig, lengths: np.ndarray, longest: int, what: str) -> np.ndarray:
+    """Which of the `lengths` are more than `longest`; ValueError if there are any and config.too_long is "error"."""
+    found = lengths > longest
+    if found.any() and config.too_long == "error":
+        raise ValueError(
+            f"{int(found.sum())} of {len(found)} {what} are longer than max_length={longest} tokens, the longest has "
+            f"{int(lengths.max())}; raise max_length, leave them out with too_long='drop', or cut them with too_long='truncate'"
+        )
+    return found
+
+
+def length_notes(config: TrainConfig, lengths: np.ndarray, longest: int, what: str) -> list[str]:
+    found = int((lengths > longest).sum())
+    if not found:
+        return []
+    done = "are cut at its end" if config.too_long == "truncate" else "are left out"
+    return [
+        f"{found} of {len(lengths)} {what} are longer than max_length={longest} tokens, the longest {int(lengths.max())}, and {done}"
+    ]
+
+
+def empty_notes(empty: np.ndarray) -> list[str]:
+    count = int(empty.sum())
+    return [f"{count} of {len(empty)} texts have too few tokens to learn from and are left out"] if count else []
 
 
 def at_row(row: dict[str, Any], error: Exception) -> ValueError:

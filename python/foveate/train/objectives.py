@@ -6,9 +6,10 @@ from typing import Any
 
 from foveate.tokenizer import Tokenizer
 from foveate.train.causal_lm import CausalLM
-from foveate.train.classification import Classification, class_names
+from foveate.train.classification import Classification
 from foveate.train.config import TrainConfig
 from foveate.train.data_files import declared_labels, read_rows
+from foveate.train.labels import find_classes
 from foveate.train.masked_lm import MaskedLM
 from foveate.train.objective import Objective
 from foveate.train.question_answering import QuestionAnswering
@@ -57,12 +58,18 @@ def make_objective(config: TrainConfig, tokenizer: Tokenizer, settings: dict[str
     if config.objective == "question-answering":
         return QuestionAnswering(config, tokenizer, length)
     if config.objective == "sequence-classification":
-        known = {int(i): name for i, name in (settings.get("id2label") or {}).items()}
-        names = [known[i] for i in sorted(known)]
-        found = class_names(read_rows(config.train_data), config.label_field, names)
         declared = declared_labels(config.train_data, config.label_field)
-        return Classification(config, tokenizer, length, found if found == names or declared is None else declared)
+        found = find_classes(read_rows(config.train_data), config.label_field, known_classes(settings), declared or ())
+        return Classification(config, tokenizer, length, found)
     if config.objective in ("seq2seq", "span-corruption"):
         kind = Seq2Seq if config.objective == "seq2seq" else SpanCorruption
         return kind(config, tokenizer, length, settings)
     return CausalLM(config, tokenizer, length)
+
+
+def known_classes(settings: dict[str, Any]) -> list[str]:
+    """Of a checkpoint that is a classifier, in the order of their numbers; [] of others, whose config may have numbers as names."""
+    names = settings.get("id2label")
+    if "BertForSequenceClassification" not in (settings.get("architectures") or ()) or not isinstance(names, dict):
+        return []
+    return [names[i] for i in sorted(names, key=int)]

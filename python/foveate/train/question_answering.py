@@ -15,22 +15,21 @@ from foveate.tokenizer import Tokenizer
 from foveate.train.batch import Batch, join, layout
 from foveate.train.config import TrainConfig
 from foveate.train.data_files import read_rows
-from foveate.train.objective import Columns, Piece, Pieces, text_of
+from foveate.train.objective import Columns, Objective, Piece, Pieces, text_of
 from foveate.train.squad_metric import scores
 from foveate.train.store import TokenStore
 
 MAX_ANSWER_LEN = 30  # tokens of an answer in evaluation
 
 
-class QuestionAnswering:
+class QuestionAnswering(Objective):
     """Rows as in SQuAD: {"question", "context", "answers": [{"text", "answer_start"}]}; the first answer is learnt.
 
     A context that does not fit beside its question is read in windows that share doc_stride tokens. In a window without the whole
     answer, and where there is no answer, the target is [CLS]. Evaluated by exact match and F1 of whole answers on eval_data.
     """
 
-    perplexity = False
-    head: str | None = "question-answering"
+    head = "question-answering"
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, max_length: int) -> None:
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
@@ -46,7 +45,8 @@ class QuestionAnswering:
         return {"max_length": self.max_length, "doc_stride": c.doc_stride, "too_long": c.too_long}
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
-        """For each window: tokens int32; places int32 [3]: where the context begins, and the answer's first and last token."""
+        """For each window: tokens int32; places int32 [3]: where the context begins, and the answer's first and last token. A row that
+        is left out has one without tokens."""
         for row in rows:
             for name in ("question", "context"):
                 text_of(row, name, "; rows are as in SQuAD")
@@ -63,6 +63,8 @@ class QuestionAnswering:
         room = self.max_length - len(question) - 3
         if room <= self.config.doc_stride and len(context.ids) > room:
             if self.config.too_long == "drop":
+                columns["tokens"].append(np.empty(0, np.int32))
+                columns["places"].append(np.zeros(3, np.int32))
                 return
             raise ValueError(
                 f"a question of {len(question)} tokens leaves {room} of max_length={self.max_length} for its context, and windows share "
@@ -85,7 +87,16 @@ class QuestionAnswering:
 
     def pieces(self, store: TokenStore) -> Pieces:
         lengths = store.lengths("tokens") if len(store) else np.empty(0, np.int64)
-        return Pieces(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
+        documents = np.flatnonzero(lengths)
+        return Pieces(documents, np.zeros_like(documents), lengths[documents])
+
+    def notes(self, store: TokenStore) -> list[str]:
+        left_out = int((store.lengths("tokens") == 0).sum()) if len(store) else 0
+        return (
+            [f"{left_out} questions leave too little of max_length for their contexts and are left out"]
+            if left_out
+            else []
+        )
 
     def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
         tokens = [store.get("tokens", piece.document) for piece in pieces]
@@ -109,20 +120,17 @@ class QuestionAnswering:
         ]
         return (losses[0] + losses[1]) / 2
 
-    def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.loss(model, batch)}
-
     def task_metrics(self, model: torch.nn.Module) -> dict[str, float]:
         rows = list(read_rows(self.config.eval_data))
         if not rows:
             return {}
         answerer = QuestionAnswerer(model, self.tokenizer)
+        truths = [[answer["text"] for answer in _answers(row)] for row in rows]
         found: Any = answerer(
             [row["question"] for row in rows], [row["context"] for row in rows], max_seq_len=self.max_length,
             doc_stride=min(self.config.doc_stride, self.max_length // 2), max_answer_len=MAX_ANSWER_LEN, batch_size=16,
-            max_question_len=self.max_length,
+            max_question_len=self.max_length, handle_impossible_answer=not all(truths),  # as in SQuAD 2
         )  # fmt: skip
-        truths = [[answer["text"] for answer in _answers(row)] for row in rows]
         return scores([best["answer"] for best in found], truths)
 
 

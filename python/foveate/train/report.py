@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -21,7 +22,8 @@ class Report:
     """One process writes; on the others `active` is False and nothing happens.
 
     metrics.jsonl has a line for every `log_every` steps and the last one, {"step", "loss", "learning_rate", "grad_norm",
-    "tokens_per_second", "memory_mib", "epoch"}, means since the last line, and one for each evaluation, {"step", "eval_loss", ...}.
+    "tokens_per_second", "memory_mib", "epoch"}, means since the last line, and one for each evaluation, {"step", "eval_loss", ...}; null
+    for what is no finite number.
     progress: True shows a bar, None one in a terminal and the lines elsewhere, both on stderr; False shows nothing.
     """
 
@@ -56,9 +58,9 @@ class Report:
             except ValueError:  # half a line, from a run that was killed
                 continue
             if row["step"] <= step:
-                rows.append(row)
+                rows.append({name: math.nan if value is None else value for name, value in row.items()})
         self.history = rows
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
 
     def start(self, step: int, steps: int) -> None:
         self._last = steps
@@ -134,7 +136,7 @@ class Report:
         self.history.append(row)
         try:
             with (self.folder / METRICS).open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
+                stream.write(json.dumps(finite(row), allow_nan=False) + "\n")
         except OSError as error:
             raise OSError(
                 f"{self.folder / METRICS} could not be written ({error.strerror}); make room and go on with resume from the last "
@@ -149,6 +151,13 @@ class Report:
                     self._writer.add_scalar(
                         f"{kind}/{name.removeprefix('eval_')}", value, int(row["step"]), time.time()
                     )
+
+
+def finite(value: Any) -> Any:
+    """As JSON knows it: None in place of a number that is none."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def memory_mib() -> float:

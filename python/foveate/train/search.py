@@ -7,6 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
+import sqlite3
 import sys
 import typing
 from collections.abc import Sequence
@@ -14,13 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from foveate.train.config import SAMPLERS, TrainConfig
 from foveate.train.curve import new_figure
+from foveate.train.fingerprint import sources
 from foveate.train.fit import fit
 from foveate.train.loop import NonFiniteLoss
+from foveate.train.output_folder import RECORD, Record
 
 STUDY = "search.db"
 _NOT_SEARCHED = ("output_dir", "resume", "strategy", "context_parallel")
+# What a search that goes on may have otherwise: the data and the models are compared by their contents.
+_PLACES = (
+    "output_dir", "cache_dir", "train_data", "eval_data", "model", "tokenizer", "threads", "resume", "progress", "tensorboard", "log_every",
+    "save_every",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,8 @@ def _value(text: str) -> Any:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """best: the values of the best trial; trials: one dictionary each, with number, state, loss and values."""
+    """best: the values of the best trial, best_loss what config.best_by was there; trials: one dictionary each, with number, state, the
+    same as "loss", and values."""
 
     best: dict[str, Any]
     best_loss: float
@@ -103,12 +114,13 @@ def search(
     workers: int = 1,
     timeout: float | None = None,
 ) -> SearchResult:
-    """Trains with values from `ranges` and keeps what gives the lowest evaluation loss.
+    """Trains with values from `ranges` and keeps what gives the best evaluation by config.best_by.
 
     config.output_dir gets the study (search.db), a folder for each trial, and search.png. A search with the same folder, config and
     ranges goes on: `trials` is the number of all. grid tries every combination of choices, and 5 points of a range. pruning stops a
     trial whose loss at an evaluation is worse than the median of the others there. workers: processes side by side, that share the
-    study. timeout: seconds after which no new trial begins. ValueError without data to evaluate on, or when no trial comes to an end.
+    study. timeout: seconds after which no new trial begins. A trial that ends in an error is counted as failed, and the others go on.
+    ValueError without data to evaluate on, for a study of other data, models or options, or when no trial comes to an end.
     """
     optuna = _optuna()
     if sampler not in SAMPLERS:
@@ -117,12 +129,16 @@ def search(
         raise ValueError("there is nothing to search over; give a range, such as learning_rate=1e-5:1e-3:log")
     if not (config.eval_data or config.eval_fraction):
         raise ValueError("a search compares evaluation losses; give eval_data or eval_fraction")
+    if config.merge:
+        raise ValueError(
+            "a search keeps no weights, so there is nothing to merge; merge when you train with the best values"
+        )
     if trials < 1 or workers < 1:
         raise ValueError(f"trials={trials} and workers={workers} must be 1 or more")
     _check_values(config, ranges)
     folder = Path(config.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    study = _study(optuna, folder, ranges, sampler, config.seed, pruning)  # made before the workers share it
+    study = _study(optuna, folder, ranges, sampler, pruning, config)  # made before the workers share it
     _check_same(study, config, ranges)
     arguments = (config, list(ranges), trials, sampler, pruning, timeout)
     if workers == 1:
@@ -137,13 +153,15 @@ def search(
         failed = [process.exitcode for process in processes if process.exitcode]
         if failed:
             raise RuntimeError(f"{len(failed)} of {workers} workers failed, see above; what they found is kept")
-    study = _study(optuna, folder, ranges, sampler, config.seed, pruning)
+    study = _study(optuna, folder, ranges, sampler, pruning, config)
     found = [
         {"number": t.number, "state": _STATES.get(t.state.name, t.state.name.lower()), "loss": t.value, **t.params}
         for t in study.get_trials(deepcopy=False)
     ]
     if not any(row["state"] == "complete" for row in found):
-        raise ValueError(f"none of {len(found)} trials came to an end with a finite loss; try lower learning rates")
+        errors = [t.user_attrs["error"] for t in study.get_trials(deepcopy=False) if "error" in t.user_attrs]
+        reason = f"; the last one: {errors[-1]}" if errors else "; try lower learning rates"
+        raise ValueError(f"none of {len(found)} trials came to an end with a finite loss{reason}")
     _draw(study, [r.name for r in ranges], folder / "search.png")
     return SearchResult(study.best_params, study.best_value, found, folder)
 
@@ -153,17 +171,26 @@ _STATES = {"RUNNING": "killed", "FAIL": "failed"}  # of trials when no worker is
 
 def _check_same(study: Any, config: TrainConfig, ranges: Sequence[Range]) -> None:
     """ValueError where a study has trials of another search, whose losses mean something else."""
-    now = {"ranges": [dataclasses.asdict(r) for r in ranges], "config": config.as_dict()}
+    options = {name: value for name, value in config.as_dict().items() if name not in _PLACES}
+    now = {"ranges": [dataclasses.asdict(r) for r in ranges], "config": options, "sources": sources(config)}
     now = json.loads(json.dumps(now))  # tuples are lists in the study
     before = study.user_attrs.get("search")
     if before is None:
         study.set_user_attr("search", now)
         return
-    fixed, free = config.changes(before["config"])
-    if fixed or free or now["ranges"] != before["ranges"]:
-        changed = ", ".join([*fixed, *free]) or "the ranges"
+    changed = [
+        f"{name}={value} (was {before['config'].get(name)})"
+        for name, value in now["config"].items()
+        if value != before["config"].get(name)
+    ]
+    known = before.get("sources", {})
+    changed += [f"the content of {name}" for name in sorted(now["sources"].keys() | known.keys())
+                if now["sources"].get(name) != known.get(name)]  # fmt: skip
+    if now["ranges"] != before["ranges"]:
+        changed.append("the ranges")
+    if changed:
         raise ValueError(
-            f"{config.output_dir} has the study of another search, with other values for {changed}; choose another output_dir"
+            f"{config.output_dir} has the study of another search, with other values for {', '.join(changed)}; choose another output_dir"
         )
 
 
@@ -176,18 +203,33 @@ def _optuna() -> Any:
     return optuna
 
 
-def _study(optuna: Any, folder: Path, ranges: Sequence[Range], sampler: str, seed: int, pruning: bool) -> Any:
+def _study(
+    optuna: Any,
+    folder: Path,
+    ranges: Sequence[Range],
+    sampler: str,
+    pruning: bool,
+    config: TrainConfig,
+    worker: int = 0,
+) -> Any:
+    """What its sampler draws depends on the seed, on the worker, and on how many trials there are: at each start it draws others."""
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=3) if pruning else optuna.pruners.NopPruner()
+    file = (folder / STUDY).resolve()
+    # Opened by path: in a URL some characters of a folder's name would mean something else.
+    opened = {"creator": lambda: sqlite3.connect(file, timeout=60, check_same_thread=False)}
+    storage = optuna.storages.RDBStorage(f"sqlite:///{STUDY}", engine_kwargs=opened)
+    study = optuna.create_study(
+        study_name="foveate", storage=storage, pruner=pruner, load_if_exists=True,
+        direction="minimize" if config.best_is_least else "maximize",
+    )  # fmt: skip
+    made = len(study.get_trials(deepcopy=False))
+    seed = int(np.random.SeedSequence([config.seed, worker, made]).generate_state(1)[0])
     if sampler == "grid":
-        grid = {r.name: _points(r) for r in ranges}
-        chosen = optuna.samplers.GridSampler(grid, seed=seed)
+        study.sampler = optuna.samplers.GridSampler({r.name: _points(r) for r in ranges}, seed=seed)
     else:
         kind = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[sampler]
-        chosen = kind(seed=seed)
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=3) if pruning else optuna.pruners.NopPruner()
-    return optuna.create_study(
-        study_name="foveate", storage=f"sqlite:///{folder / STUDY}", sampler=chosen, pruner=pruner, direction="minimize",
-        load_if_exists=True,
-    )  # fmt: skip
+        study.sampler = kind(seed=seed)
+    return study
 
 
 def _points(r: Range, count: int = 5) -> list[Any]:
@@ -214,16 +256,20 @@ def _work(
     """Takes trials until the study has `trials` of them."""
     optuna = _optuna()
     folder = Path(config.output_dir).expanduser()
-    # each worker draws other values
-    study = _study(optuna, folder, ranges, sampler, config.seed + worker, pruning)
+    study = _study(optuna, folder, ranges, sampler, pruning, config, worker)
 
     def objective(trial: Any) -> float:
         values = {r.name: r.suggest(trial) for r in ranges}
         output = folder / f"trial-{trial.number:04d}"
-        shutil.rmtree(output, ignore_errors=True)
+        if output.exists():
+            if not (output / RECORD).exists():
+                raise ValueError(
+                    f"{output} was there before and is of no trial; move it away, or choose another output_dir"
+                )
+            shutil.rmtree(output)  # of a trial that was killed before the study knew of it
 
         def report(step: int, metrics: dict[str, float]) -> None:
-            trial.report(metrics["loss"], step)
+            trial.report(metrics[config.best_by], step)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
@@ -232,22 +278,35 @@ def _work(
             result = fit(config.replace(output_dir=str(output), **quiet), after_evaluation=report)
         except NonFiniteLoss as error:
             raise optuna.TrialPruned(str(error)) from error
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            trial.set_user_attr("error", f"{error}" if isinstance(error, (ValueError, OSError)) else repr(error))
+            raise _Failed from error
         finally:
             _forget_weights(output)
-        assert result.best_loss is not None
-        return result.best_loss
+        if not result.best_metrics:
+            raise optuna.TrialPruned("no evaluation gave a finite number")
+        return result.best_metrics[config.best_by]
 
     def tell(study: Any, trial: Any) -> None:
-        if config.progress is not False:
+        if "error" in trial.user_attrs:
+            print(f"trial {trial.number} failed: {trial.user_attrs['error']}", file=sys.stderr)
+        elif config.progress is not False:
             loss = "" if trial.value is None else f" loss {trial.value:.5g}"
             values = "".join(f" {name}={value}" for name, value in trial.params.items())
             print(f"trial {trial.number} {trial.state.name.lower()}{loss}{values}", file=sys.stderr)
 
     states = optuna.trial.TrialState
-    limit = optuna.study.MaxTrialsCallback(trials, states=(states.COMPLETE, states.PRUNED))
-    done = len(study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED)))
-    if done < trials:
-        study.optimize(objective, callbacks=[tell, limit], timeout=timeout)
+    counted = (states.COMPLETE, states.PRUNED, states.FAIL)
+    limit = optuna.study.MaxTrialsCallback(trials, states=counted)
+    done = len(study.get_trials(deepcopy=False, states=counted))
+    if done < trials and not (sampler == "grid" and study.sampler.is_exhausted(study)):
+        study.optimize(objective, callbacks=[tell, limit], timeout=timeout, catch=(_Failed,))
+
+
+class _Failed(Exception):
+    """Of one trial; the others go on."""
 
 
 def _work_beside(*arguments: Any) -> None:
@@ -258,10 +317,15 @@ def _work_beside(*arguments: Any) -> None:
 
 def _forget_weights(folder: Path) -> None:
     """Of a trial its metrics and its curve are kept; the best values are trained again where the model is wanted."""
-    for checkpoint in folder.glob("step-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    record = Record.read(folder) if folder.exists() else None
+    if record is None:
+        return
+    for name in (*record.checkpoints, *record.copies):
+        shutil.rmtree(folder / name, ignore_errors=True)
     for link in ("last", "best"):
-        (folder / link).unlink(missing_ok=True)
+        if (folder / link).is_symlink():
+            (folder / link).unlink()
+    Record().write(folder)
 
 
 def _draw(study: Any, names: Sequence[str], file: Path) -> None:

@@ -14,15 +14,26 @@ from foveate.tokenizer import Tokenizer
 from foveate.train.batch import IGNORED, Batch, join, layout
 from foveate.train.causal_lm import cut, head_loss
 from foveate.train.config import TrainConfig
-from foveate.train.objective import Columns, Piece, Pieces, text_of
+from foveate.train.objective import (
+    Columns,
+    Objective,
+    Parts,
+    Piece,
+    Pieces,
+    empty_notes,
+    length_notes,
+    text_of,
+    too_long,
+)
 from foveate.train.store import TokenStore
 
+_WHAT = "sources or targets"
 
-class Seq2Seq:
-    """Rows: {"source", "target"}; the end token follows both. Neither is cut."""
+
+class Seq2Seq(Objective):
+    """Rows: {"source", "target"}; the end token follows both. Neither is cut but by too_long="truncate", a target then without its end."""
 
     perplexity = True
-    head: str | None = None
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, max_length: int, settings: dict[str, Any]) -> None:
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
@@ -49,17 +60,23 @@ class Seq2Seq:
         if not len(store):
             return cut(np.empty(0, np.int64), self.max_length)
         source, target = store.lengths("source"), store.lengths("target")
-        too_long = np.maximum(source, target) > self.max_length
-        if too_long.any() and self.config.too_long == "error":
-            raise ValueError(
-                f"{int(too_long.sum())} of {len(store)} sources or targets are longer than max_length={self.max_length} tokens, the "
-                f"longest has {int(np.maximum(source, target).max())}; raise max_length, or leave them out with too_long='drop'"
-            )
-        return cut(np.where(too_long, 0, source), self.max_length)
+        longer = too_long(self.config, np.maximum(source, target), self.max_length, _WHAT)
+        if self.config.too_long == "truncate":
+            return cut(np.minimum(source, self.max_length), self.max_length)
+        return cut(np.where(longer, 0, source), self.max_length)
+
+    def notes(self, store: TokenStore) -> list[str]:
+        if not len(store):
+            return []
+        lengths = np.maximum(store.lengths("source"), store.lengths("target"))
+        return length_notes(self.config, lengths, self.max_length, _WHAT)
 
     def pair(self, store: TokenStore, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
         """Source and target of a piece."""
-        return store.get("source", piece.document), store.get("target", piece.document)
+        source, target = store.get("source", piece.document), store.get("target", piece.document)
+        if len(source) > self.max_length:
+            source = np.append(source[: self.max_length - 1], np.int32(self.end_id))
+        return source, target[: self.max_length]
 
     def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
         pairs = [self.pair(store, piece) for piece in pieces]
@@ -83,12 +100,6 @@ class Seq2Seq:
         encoded = model.encode(batch["source"], mask, source)
         cache = T5Cache(model, encoded, mask, keep=False, packed=source)
         return head_loss(model.lm_head, model.decode(batch["inputs"], cache, target), batch["labels"], self.config)
-
-    def measure(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.loss(model, batch)}
-
-    def task_metrics(self, model: torch.nn.Module) -> dict[str, float]:
-        return {}
 
 
 class SpanCorruption(Seq2Seq):
@@ -131,7 +142,7 @@ class SpanCorruption(Seq2Seq):
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
         """tokens int32"""
-        texts = [text_of(row, self.config.text_field) for row in rows]
+        texts = [text_of(row, self.config.text_field or "text") for row in rows]
         encodings = self.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
         return {"tokens": [np.array(e.ids, np.int32) for e in encodings]}
 
@@ -141,6 +152,12 @@ class SpanCorruption(Seq2Seq):
         documents, starts, lengths = (values[enough] for values in found)
         # Rows are packed by the length of the source.
         return Pieces(documents, starts, np.array([self._source_length(int(n)) for n in lengths], np.int64))
+
+    def notes(self, store: TokenStore) -> list[str]:
+        return empty_notes(store.lengths("tokens") < 2) if len(store) else []
+
+    def parts(self, store: TokenStore) -> Parts:
+        return super().parts(store)._replace(divisible=np.ones(len(store), bool))
 
     def _source_length(self, length: int) -> int:
         hidden, spans = self._spans(length)
@@ -152,7 +169,10 @@ class SpanCorruption(Seq2Seq):
 
     def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         hidden, spans = self._spans(len(tokens))
-        seen_lengths = _partition(len(tokens) - hidden, spans, rng)
+        # between two spans a token is seen; before the first and after the last there may be none
+        seen_lengths = _partition(len(tokens) - hidden + 2, spans + 1, rng)
+        seen_lengths[0] -= 1
+        seen_lengths[-1] -= 1
         hidden_lengths = _partition(hidden, spans, rng)
         source, target = [], []
         at = 0
@@ -161,7 +181,7 @@ class SpanCorruption(Seq2Seq):
             target += [sentinel, tokens[at + seen : at + seen + unseen]]
             at += seen + unseen
         end = np.array([self.end_id], np.int32)
-        return np.concatenate([*source, end]), np.concatenate([*target, end])
+        return np.concatenate([*source, tokens[at:], end]), np.concatenate([*target, end])
 
 
 def _partition(total: int, parts: int, rng: np.random.Generator) -> list[int]:

@@ -17,7 +17,7 @@ from foveate.train.data_files import data_files, left_out, read_rows
 from foveate.train.objective import Columns, Objective, at_row
 from foveate.train.store import TokenStore
 
-_VERSION = 3  # of what is stored; raised when an objective's columns change their meaning
+_VERSION = 2  # of what is stored; raised when an objective's columns change their meaning
 _ROWS = 512  # encoded at once, by as many threads as there are cores
 
 
@@ -29,7 +29,7 @@ def default_cache() -> Path:
 def tokenized(
     paths: Sequence[str], objective: Objective, tokenizer: Tokenizer, *, cache: Path | None, progress: bool | None
 ) -> TokenStore:
-    """The tokens of all rows. A store is found again if objective, tokenizer, and the files' paths, sizes and times are the same."""
+    """The tokens of all rows. A store is found again if objective, tokenizer, and the files (paths, sizes, times, inodes) are the same."""
     if progress is not False:
         for sentence in filter(None, map(left_out, paths)):
             print(sentence, file=sys.stderr)
@@ -68,7 +68,8 @@ def _key(paths: Sequence[str], objective: Objective, tokenizer: Tokenizer) -> st
         for file in data_files(path):
             for part in sorted(file.rglob("*")) if file.is_dir() else [file]:
                 stat = part.stat()
-                files.append([str(part.resolve()), stat.st_size, stat.st_mtime_ns])
+                # the time of change too, which nothing sets: archives and copies give another content the same size and time of writing
+                files.append([str(part.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
     made_from = [
         _VERSION, type(objective).__name__, objective.signature(), files, tokenizer.backend.to_str(), tokenizer.chat_template,
         tokenizer.special, sorted(tokenizer.eos_ids),
