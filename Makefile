@@ -25,7 +25,7 @@ sources := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so'
 cpp_files = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test sanitize lint format stubs bench wheel clean
+.PHONY: help venv build demo test fuzz sanitize lint format stubs bench wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,11 @@ sanitize: $(venv_stamp)  ## the kernel tests under AddressSanitizer and Undefine
 	PYTHONPATH=build/sanitize/site LD_PRELOAD="$(call sanitize_so,libasan.so) $(call sanitize_so,libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(PY) -m pytest -p no:cacheprovider $(or $(ARGS),$(sanitize_tests))
+
+# FUZZ_CASES of each kind, from the seed FUZZ_FIRST on; `make test` runs the first 500.
+fuzz: export FUZZ_CASES ?= 20000
+fuzz: $(build_stamp)  ## files, requests and states with random damage
+	$(PY) -m pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
 
 lint: $(venv_stamp)  ## ruff, clang-format, mypy, text files
 	$(BIN)/ruff check .
