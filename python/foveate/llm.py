@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,12 +19,13 @@ from foveate.generation.decode_graph import DecodeGraph
 from foveate.generation.engine import Engine, EngineStats
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
+from foveate.generation.prompts import as_prompt, as_prompts, check_messages, conversations
 from foveate.models import Checkpoint, load_model, open_checkpoint
-from foveate.models.loading import checked_device, model_class
+from foveate.models.loading import checked_device, checked_dtype, model_class
 from foveate.paged_kv_cache import PagedKVCache
 
 Prompt: TypeAlias = "str | Sequence[int]"
-Messages: TypeAlias = "Sequence[dict[str, Any]]"
+Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
 _CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _CACHE_SHARE = 0.25  # of the free memory, by default
 
@@ -56,7 +57,7 @@ class LLM:
         path: str | Path,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         quantization: str | None = None,
         kv_cache_dtype: str | torch.dtype | None = None,
         max_model_len: int | None = None,
@@ -71,6 +72,12 @@ class LLM:
     ) -> None:
         checkpoint = open_checkpoint(path)
         _check_causal(checkpoint)
+        dtype = checked_dtype(dtype)
+        for name, value in {"max_model_len": max_model_len, "max_batch": max_batch, "page_size": page_size}.items():
+            if value is not None and not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be an integer")
+        if max_batch < 1:
+            raise ValueError(f"max_batch={max_batch} must be 1 or more")
         self.device = checked_device(device)
         if cuda_graphs and self.device.type != "cuda":
             raise ValueError(
@@ -94,6 +101,7 @@ class LLM:
         if self.device.type == "cuda":
             graphs, sentence = _graphs(module, cuda_graphs)
             self.runs_on += f"; {sentence}"
+        kv_cache_dtype = None if kv_cache_dtype == "auto" else kv_cache_dtype
         cache_dtype = _CACHE_DTYPES.get(str(kv_cache_dtype), kv_cache_dtype) or model_dtype
         if not isinstance(cache_dtype, torch.dtype):
             raise ValueError(f'kv_cache_dtype={kv_cache_dtype!r} must be "int8", "fp8", a torch.dtype or None')
@@ -124,13 +132,16 @@ class LLM:
         *,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
-        """One output per prompt, in order. A prompt is a text or a list of token ids; params: one for all, or one each.
+        """One output per prompt, in order. params: one for all, or one each.
+
+        A prompt is a text, token ids in a list, array or tensor of one dimension, or vLLM's {"prompt": text} and
+        {"prompt_token_ids": ids}.
 
         All run in one batch; a prompt with num_beams > 1 runs after the others. progress: a bar on stderr; None shows it for several
         prompts in a terminal. ValueError, before anything runs, for a prompt that is empty, longer than the context or too long for
         the cache; an output ends with "length" where the context ends, even before max_tokens.
         """
-        texts: list[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        texts = as_prompts(prompts)
         wanted = self._params(params, len(texts))
         tokens = [self._tokens(text) for text in texts]
         for ids, p in zip(tokens, wanted):
@@ -189,19 +200,38 @@ class LLM:
             self._forget(request_id)
 
     def chat(
-        self, messages: Messages, params: SamplingParams | None = None, *, stream: bool = False
-    ) -> RequestOutput | Iterator[str]:
-        """The assistant's reply to [{"role": ..., "content": ...}, ...], by the checkpoint's chat template. stream: as `stream`."""
-        ids = self.encode_chat(messages)
-        return self.stream(ids, params) if stream else self.generate([ids], params)[0]
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **template: Any,
+    ) -> RequestOutput | list[RequestOutput] | Iterator[str]:
+        """The assistant's reply to [{"role": ..., "content": ...}, ...], by the checkpoint's chat template; for a list of conversations
+        a list of replies. stream: as `stream`.
 
-    def encode_chat(self, messages: Messages) -> list[int]:
-        """The prompt of `chat`, as token ids."""
-        if not messages:
-            raise ValueError("messages is empty; it needs at least one message")
+        template: what `Tokenizer.apply_chat_template` takes: tools, documents, chat_template, add_generation_prompt,
+        continue_final_message, and the template's own switches such as enable_thinking; chat_template_kwargs are more of these.
+        """
+        found, several = conversations(messages)
+        prompts = [
+            self.encode_chat(conversation, **(dict(chat_template_kwargs or {}) | template)) for conversation in found
+        ]
+        if several:
+            if stream:
+                raise ValueError(f"stream=True with {len(prompts)} conversations: only one can be streamed")
+            return self.generate(prompts, params)
+        return self.stream(prompts[0], params) if stream else self.generate(prompts, params)[0]
+
+    def encode_chat(self, messages: Messages, **template: Any) -> list[int]:
+        """The prompt of `chat` for one conversation, as token ids. template: as `chat` takes it."""
+        conversation = list(messages) if isinstance(messages, Iterable) else messages
+        check_messages(conversation)
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer, so it cannot chat; pass token ids to generate")
-        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        prompt = self.tokenizer.apply_chat_template(conversation, **template)
+        return self.tokenizer.encode(prompt, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
@@ -235,13 +265,8 @@ class LLM:
         return math.exp(total / counted)
 
     def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.encode(prompt)
-        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
-            raise TypeError(
-                f"a prompt must be a str or a list of token ids (int), got {type(prompt).__name__}: {str(prompt)[:60]}"
-            )
-        return [int(token) for token in prompt]
+        plain = as_prompt(prompt)
+        return self.encode(plain) if isinstance(plain, str) else plain
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
@@ -291,7 +316,10 @@ def default_params(generation_config: dict[str, Any]) -> SamplingParams:
         found["max_tokens"] = generation_config["max_new_tokens"]
     if generation_config.get("do_sample") is False:
         found["temperature"] = 0.0
-    return SamplingParams(**found)
+    try:
+        return SamplingParams(**found)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the checkpoint's generation_config.json cannot be followed: {error}") from error
 
 
 def _check_causal(checkpoint: Checkpoint) -> None:
@@ -299,10 +327,6 @@ def _check_causal(checkpoint: Checkpoint) -> None:
         kind = checkpoint.config["model_type"]
         other = {"bert": "foveate.QuestionAnswerer", "t5": "foveate.Text2Text"}.get(kind, "foveate.models.load_model")
         raise ValueError(f"{checkpoint.path} is a {kind} model, which does not continue text; it is one for {other}")
-
-
-def _is_ids(prompts: Any) -> bool:
-    return len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
 
 
 def _eos_ids(tokenizer: Any, *configs: dict[str, Any]) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from foveate.chat_template import render
 from foveate.checked_files import is_there, library_errors
 
 NEED = 'is not installed: pip install "foveate[models]"'
+_HERE = "\u2402goes on here\u2402"  # marks the end of a message that is to be continued
 
 
 class Tokenizer:
@@ -134,19 +135,48 @@ class Tokenizer:
         return text.replace("\u2581", " ").encode()
 
     def apply_chat_template(
-        self, messages: Iterable[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> str:
         """The prompt for messages [{"role": ..., "content": ...}], by the checkpoint's Jinja template, rendered in a sandbox in a
         process of its own, within 2 s of the processor and 256 MB (`foveate.chat_template`).
 
-        variables are passed to the template, e.g. tools=[...]. ValueError without a template, or with what the template refuses.
+        variables are passed to the template, e.g. tools=[...] or enable_thinking=False; tools and documents are None where they are not
+        given. continue_final_message: the prompt ends within the last message, which the model is to go on with; needs
+        add_generation_prompt=False. chat_template: in place of the checkpoint's. ValueError without a template, or with what it refuses.
         """
-        if self.chat_template is None:
+        template = chat_template or self.chat_template
+        if template is None:
             raise ValueError("this checkpoint has no chat template; write the prompt yourself and use generate")
         if importlib.util.find_spec("jinja2") is None:
             raise ImportError(f"jinja2 {NEED}")
-        values = {**self.special, "add_generation_prompt": add_generation_prompt, **variables}
-        return render(self.chat_template, {"messages": list(messages), **values})
+        conversation = [dict(message) for message in messages]
+        if continue_final_message:
+            if add_generation_prompt:
+                raise ValueError(
+                    "continue_final_message goes on with the last message; pass add_generation_prompt=False with it"
+                )
+            if not conversation or not isinstance(conversation[-1].get("content"), str):
+                raise ValueError("continue_final_message needs a last message whose content is a text")
+            conversation[-1]["content"] += _HERE + " "
+        values = {
+            "tools": None, "documents": None, **self.special, "add_generation_prompt": add_generation_prompt, **variables,
+        }  # fmt: skip
+        prompt = render(template, {"messages": conversation, **values})
+        return _until_here(prompt) if continue_final_message else prompt
+
+
+def _until_here(prompt: str) -> str:
+    """What stands before the mark; where the template has trimmed the message, which took the space after it, its end is trimmed too."""
+    at = prompt.rfind(_HERE)
+    if at < 0:
+        raise ValueError("the chat template changes or drops the last message, so it cannot be continued")
+    return prompt[:at] if prompt.startswith(_HERE + " ", at) else prompt[:at].rstrip()
 
 
 def read_backend(file: Path) -> Any:

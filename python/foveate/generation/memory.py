@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from foveate.models import Checkpoint
-from foveate.models.loading import model_class, packed_format
+from foveate.models.loading import checked_dtype, model_class, packed_format
 from foveate.models.reading import check_layers, read_config
 
 _BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}  # for 32 weights
@@ -56,7 +56,7 @@ def model_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization:
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return torch.float32 if name is None or checkpoint.path.is_file() else getattr(torch, name)
+    return (None if name is None or checkpoint.path.is_file() else checked_dtype(name)) or torch.float32
 
 
 def check_model_fits(

@@ -85,6 +85,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Reads no weights. FileNotFoundError where there is nothing of that name, CheckpointError for what is not a model.
     """
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise TypeError(
+            f"the path of a model is {path!r}; give a folder, a .gguf file or the name of an installed package"
+        )
     place = Path(path).expanduser()
     if place.is_file():
         return _open_file(place)
@@ -92,7 +96,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open_folder(place)
     package = _package_folder(str(path))
     if package is None:
-        raise FileNotFoundError(f"{path} is neither a file or folder here nor the name of an installed package")
+        raise FileNotFoundError(
+            f"{path} is neither a file or folder here nor the name of an installed package; a model of the Hugging Face Hub is "
+            f"downloaded first, e.g. by `hf download {path} --local-dir FOLDER`"
+        )
     for folder in (package, *sorted(p for p in package.iterdir() if p.is_dir())):
         if (folder / "config.json").exists() or any(folder.glob("*.gguf")):
             return _open_folder(folder)
@@ -117,12 +124,16 @@ def _open_file(file: Path) -> Checkpoint:
         return open_gguf(file)
     if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise CheckpointError(_pickle(file))
+    if (file.name == "config.json" or file.suffix == ".safetensors") and is_there(file.parent / "config.json"):
+        return _open_folder(file.parent)
     if file.suffix == ".safetensors":
         raise CheckpointError(f"{file} holds weights only; give its folder {file.parent}, with the config.json")
     raise CheckpointError(f"{file} is not a model: it does not start with 'GGUF', and a Hugging Face model is a folder")
 
 
 def _open_folder(folder: Path) -> Checkpoint:
+    if (folder / "snapshots").is_dir():
+        return _open_folder(_snapshot(folder))
     if not (folder / "config.json").exists():
         files = sorted(folder.glob("*.gguf"))
         if len(files) == 1:
@@ -145,6 +156,18 @@ def _open_folder(folder: Path) -> Checkpoint:
         chat_template=_chat_template(folder, tokenizer_config),
         tokenizer_config=tokenizer_config,
     )
+
+
+def _snapshot(folder: Path) -> Path:
+    """The folder of the commit that a folder of the Hub's cache names as main, else its only one."""
+    snapshots = sorted(p for p in (folder / "snapshots").iterdir() if p.is_dir())
+    main = folder / "refs" / "main"
+    named = [p for p in snapshots if is_there(main) and p.name == read_text(main, 4096).strip()]
+    found = named or snapshots
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "nothing"
+        raise CheckpointError(f"{folder}/snapshots holds {names}; give the path of one")
+    return found[0]
 
 
 def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:

@@ -19,7 +19,8 @@ _SHARE = number(0, 1)
 _POSITIVE = number(1e-6, 1e15)
 _ID = integer(-1, 2**31 - 1)  # -1: none, as older files of transformers write it
 _IDS = either(_ID, list_of(_ID, 2**16))
-_DTYPE = text("float32", "float16", "bfloat16", "float64")
+_DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
+_DTYPE = text(*_DTYPES, *(f"torch.{name}" for name in _DTYPES))
 
 _ROPE = mapping(
     {
@@ -32,6 +33,7 @@ _ROPE = mapping(
 SPECIAL_IDS = {"eos_token_id": _IDS, "bos_token_id": _IDS, "pad_token_id": _ID, "decoder_start_token_id": _ID}
 ANY_CONFIG: dict[str, Rule] = SPECIAL_IDS | {
     "model_type": text(), "architectures": list_of(text(), 64), "quantization_config": mapping(), "compression_config": mapping(),
+    "quantization": mapping(),
 }  # fmt: skip
 
 # Of config.json for the architectures that are known.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.checked_files import CheckpointError
+from foveate.checked_files import CheckpointError, is_there
 from foveate.k_blocks import K_FORMATS
 from foveate.linear import dequantize
 from foveate.models import bert, gpt2, llama, t5
@@ -102,11 +102,33 @@ def checked_device(device: torch.device | str | None) -> torch.device:
     return device
 
 
+_DTYPE_NAMES = {
+    "float32": torch.float32, "fp32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16, "half": torch.float16, "float64": torch.float64, "auto": None,
+}  # fmt: skip
+
+
+def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of weights by its name too; "auto" is None, the checkpoint's own. TypeError and ValueError for others."""
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        if name not in _DTYPE_NAMES:
+            raise ValueError(f"dtype={dtype!r} is not one of {', '.join(_DTYPE_NAMES)}")
+        return _DTYPE_NAMES[name]
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype={dtype!r} is a {type(dtype).__name__}; it must be a torch.dtype or its name")
+    if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
+        raise ValueError(
+            f"dtype={dtype} cannot hold weights; choose float32, bfloat16 or float16, or pass quantization='q8_0'"
+        )
+    return dtype
+
+
 def load_model(
     checkpoint: Checkpoint | str | Path,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     quantization: str | None = None,
     progress: bool | None = None,
     head: str | None = None,
@@ -114,7 +136,7 @@ def load_model(
 ) -> nn.Module:
     """The model of a checkpoint (or of what `open_checkpoint` takes), filled, in eval mode.
 
-    device: the CPU if None. dtype of the weights: if None the checkpoint's, and float32 for GGUF files.
+    device: the CPU if None. dtype of the weights, or its name: if None or "auto" the checkpoint's, and float32 for GGUF files.
     quantization: None keeps what the file has: GGUF blocks stay blocks, in `foveate.nn.PackedLinear`. "q8_0" or "q4_0" quantises
     every linear layer, a tied head too, but not the embedding; the head stays at "q8_0", as its 4-bit errors would reach every token
     (SmolLM2: perplexity 49.9 against 45.8). "none" expands everything to dtype.
@@ -126,15 +148,15 @@ def load_model(
     Weights that need no conversion stay views of the memory-mapped file. ValueError for an unknown architecture, missing,
     unexpected or misshapen weights, truncated files, pickles.
     """
+    dtype = checked_dtype(dtype)
     if quantization not in _QUANTIZATIONS:
         raise ValueError(f"quantization={quantization!r} is not one of None, 'none', 'q8_0' and 'q4_0'")
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
-    foreign = checkpoint.config.get("quantization_config")
-    if foreign:
+    if foreign := _foreign_quantization(checkpoint):
         raise CheckpointError(
-            f"{checkpoint.path} is quantised by {foreign.get('quant_method', 'a method')!r}, which cannot be read; take the model's "
-            "unquantised weights, with quantization='q8_0' or 'q4_0' here, or a GGUF file"
+            f"{checkpoint.path} is quantised by {foreign}, which cannot be read; take the model's unquantised weights, with "
+            "quantization='q8_0' or 'q4_0' here, or a GGUF file"
         )
     kind: Any = model_class(checkpoint.config, head, new_head)
     config = read_config(kind, checkpoint.config, checkpoint.path)
@@ -163,8 +185,8 @@ def _dtype_of(checkpoint: Checkpoint, weights: Weights) -> torch.dtype:
     if weights.linear_layout:  # GGUF: its matrices are blocks, so there is no dtype to keep
         return torch.float32
     name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if name is not None:
-        return getattr(torch, name)
+    if name is not None and (dtype := checked_dtype(name)) is not None:
+        return dtype
     for stored in weights.names():
         tensor = weights.get(stored)
         if tensor.is_floating_point():  # type: ignore[union-attr]
@@ -215,6 +237,19 @@ def _say_what_was_expanded(weights: Weights, dtype: torch.dtype, where: str) -> 
             f"kernel here: they were expanded to {dtype}; quantization='q8_0' packs them again, rounded once more, and 'none' expands all",
             stacklevel=3,
         )
+
+
+def _foreign_quantization(checkpoint: Checkpoint) -> str | None:
+    """The name of another library's quantisation that the config or a file beside it speaks of."""
+    config = checkpoint.config
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            return repr(config[key].get("quant_method", "a method that the config does not name"))
+    if config.get("quantization"):
+        return "'mlx'"
+    files = {"quantize_config.json": "'gptq'", "quant_config.json": "'awq'"}
+    folder = checkpoint.path
+    return next((name for file, name in files.items() if folder.is_dir() and is_there(folder / file)), None)
 
 
 def tie_weights(model: Any) -> None:
