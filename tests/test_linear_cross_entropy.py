@@ -135,6 +135,29 @@ def test_mean_of_many_float16_tokens_keeps_its_gradient():
     torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=5e-3, atol=2e-6)
 
 
+@pytest.mark.parametrize("spread", [1.0, 60.0], ids=["untrained", "trained"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float16_gradients_outlive_a_loss_scale(reduction, spread):
+    """As good as linear + cross_entropy under torch.amp.GradScaler's 65536: no gradient rounds to 0 before the scale arrives."""
+    hidden, weight = (torch.randn(4096, 16) * spread).half(), (torch.randn(256, 16) * 0.02).half()
+    target = (hidden.float() @ weight.float().T).argmax(-1)
+    scale = 65536.0
+
+    def gradients(function, dtype, factor):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight)]
+        (function(*leaves).mean() * factor).backward()
+        return [leaf.grad.double() / factor for leaf in leaves]
+
+    exact = gradients(lambda h, w: F.cross_entropy(h @ w.T, target), torch.float64, 1.0)
+    theirs = gradients(lambda h, w: F.cross_entropy(F.linear(h, w).float(), target), torch.float16, scale)
+    ours = gradients(
+        lambda h, w: foveate.linear_cross_entropy(h, w, target, reduction=reduction), torch.float16, scale
+    )
+    for mine, peer, right in zip(ours, theirs, exact):
+        assert (mine - right).norm() <= 2 * (peer - right).norm()
+        assert ((mine == 0) & (right != 0)).double().mean() < 1e-3  # torch loses as few
+
+
 def test_backward_over_a_graph_that_is_kept_gives_the_same_again():
     """The last pass scales the saved gradients in place."""
     hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True)

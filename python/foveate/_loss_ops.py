@@ -148,17 +148,37 @@ def _chunks(
     return iter(rows.split(tokens))
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return product(hidden, weight, bias)
+# What float16 gradients of the logits are multiplied by on a GPU: a probability below 2**-24 would be 0, and a loss scale comes later.
+_FLOAT16_SHIFT = 256.0
+
+
+def _wide_products(x: Tensor) -> bool:
+    """Whether torch.mm gives products of such tensors in fp32 (from 2.8 on)."""
+    return x.is_cuda and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """What the products take: float16 becomes fp32 on the CPU, which is not slower there and keeps small gradients."""
+    return torch.float32 if hidden.is_cpu and hidden.dtype is torch.float16 else hidden.dtype
+
+
+def _gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """What the gradients wait in for the loss's: after a division by the number of tokens, not in float16."""
+    return torch.float32 if hidden.dtype is torch.float16 else hidden.dtype
+
+
+def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore: int, smoothing: float, z_loss: float,
     softcap: float, backend: str = "native",
 ) -> Tensor:  # fmt: skip
-    loss = hidden.new_zeros(target.shape, dtype=compute_dtype(hidden))
-    for rows in _chunks(target, weight.shape[0], hidden.element_size(), ignore, backend):
-        logits = _chunk_logits(hidden[rows], weight, bias)
+    loss, dtype = hidden.new_zeros(target.shape, dtype=compute_dtype(hidden)), _product_dtype(hidden)
+    weight, bias = _cast(weight, bias, dtype)
+    for rows in _chunks(target, weight.shape[0], dtype.itemsize, ignore, backend):
+        logits = product(hidden[rows].to(dtype), weight, bias)
         loss[rows] = _forward(logits, target[rows], ignore, smoothing, z_loss, softcap, backend)[0]
         del logits  # before the next chunk's come to be
     return loss
@@ -173,7 +193,7 @@ class _Sum:
 
     def __init__(self, like: Tensor, shape: tuple[int, ...]) -> None:
         self.zeros = like.new_zeros
-        self.shape, self.dtype, self.compute = shape, like.dtype, compute_dtype(like)
+        self.shape, self.dtype, self.compute = shape, _gradient_dtype(like), compute_dtype(like)
         self.total: Tensor | None = None
 
     def add(self, term: Tensor) -> None:
@@ -181,10 +201,8 @@ class _Sum:
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """a @ b; from a GPU in fp32 where torch can (2.8), so that it is not rounded before it is added."""
-        wide = (
-            a.is_cuda and torch.version.hip is None and a.dtype != self.compute and hasattr(torch.ops.aten.mm, "dtype")
-        )
         if not a.is_cpu:
+            wide = a.dtype != self.compute and _wide_products(a)
             self.add(torch.mm(a, b, out_dtype=self.compute) if wide else product(a, b.t()))
             return
         if self.total is None:
@@ -194,7 +212,7 @@ class _Sum:
             self.total[first : first + rows].add_(product(a[first : first + rows], b.t()))
 
     def times(self, factor: Tensor) -> Tensor:
-        return self.zeros(self.shape) if self.total is None else self.total.mul_(factor).to(self.dtype)
+        return self.zeros(self.shape, dtype=self.dtype) if self.total is None else self.total.mul_(factor).to(self.dtype)
 
 
 def _gradients(
@@ -214,20 +232,23 @@ def _gradients(
     backend: str = "native",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (ignore, smoothing, z_loss, softcap, backend)
-    compute = compute_dtype(hidden)
+    compute, dtype = compute_dtype(hidden), _product_dtype(hidden)
     loss = hidden.new_zeros(target.shape, dtype=compute)
-    dhidden = hidden.new_zeros(hidden.shape) if need_hidden else hidden.new_empty(0)
+    dhidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=_gradient_dtype(hidden))
+    if dtype is torch.float16 and _wide_products(hidden):
+        dloss, factor = dloss * _FLOAT16_SHIFT, factor / _FLOAT16_SHIFT
     dweight = _Sum(weight, tuple(weight.shape) if need_weight else (0,))
     dbias = _Sum(weight, (weight.shape[0] if need_bias else 0,))
-    for rows in _chunks(target, weight.shape[0], hidden.element_size(), ignore, backend):
-        h, t = hidden[rows], target[rows]
-        logits = _chunk_logits(h, weight, bias)
+    weight, bias = _cast(weight, bias, dtype)
+    for rows in _chunks(target, weight.shape[0], dtype.itemsize, ignore, backend):
+        h, t = hidden[rows].to(dtype), target[rows]
+        logits = product(h, weight, bias)
         loss[rows], stats = _forward(logits, t, *options)
         dlogits = _backward_into(logits, dloss[rows], logits, t, stats, *options)
         if isinstance(rows, slice) and need_weight:
             h = torch.where((t != ignore)[:, None], h, 0)  # ignored tokens are among the rows, and may be NaN
         if need_hidden:
-            dhidden[rows] = (product(dlogits, weight.t()) * factor).to(hidden.dtype)
+            dhidden[rows] = (product(dlogits, weight.t()).to(compute) * factor).to(dhidden.dtype)
         if need_weight:
             dweight.add_product(dlogits.t(), h)
         if need_bias:
@@ -248,11 +269,12 @@ def _gradients_fake(
     need_bias: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _gradient_dtype(hidden)
     return (
         _linear_fake(hidden, weight, bias, target),
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        hidden.new_empty(weight.shape if need_weight else (0,)),
-        hidden.new_empty((weight.shape[0] if need_bias else 0,)),
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
+        hidden.new_empty((weight.shape[0] if need_bias else 0,), dtype=dtype),
     )
 
 
@@ -262,8 +284,8 @@ linear_cross_entropy_rows = _ops.define(
     impl=_linear,
     fake=_linear_fake,
 )
-# The losses, and factor times the gradients of sum(dloss * loss); those not needed are empty. factor comes last, in the compute
-# dtype, so that 1 / tokens does not push float16 gradients of the logits below its range.
+# The losses, and factor times the gradients of sum(dloss * loss), fp32 for float16; those not needed are empty. factor comes last, in
+# the compute dtype, so that 1 / tokens does not push float16 gradients of the logits below its range.
 linear_cross_entropy_gradients = _ops.define(
     "linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor dloss, Tensor factor, "
     f"bool need_hidden, bool need_weight, bool need_bias, {_OPTIONS}, str backend='native') "

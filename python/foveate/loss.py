@@ -161,9 +161,11 @@ def linear_cross_entropy(
     Options, result and errors as `cross_entropy`. Rows with target == ignore_index cost nothing, and hidden may be NaN there.
 
     The tokens are taken in chunks: the logits of one chunk (at most 32 MiB, on a GPU 512 MiB, or 64 tokens' worth) exist at a time,
-    rounded to hidden's dtype; they come from torch's matrix product and become their own gradient in place. With "mean" and
-    "sum" the gradients of hidden, weight and bias are computed along with the loss and kept until the backward pass, so nothing
-    is computed twice; with "none" the backward pass computes the logits again. Gradients add up in fp32 over the chunks.
+    rounded to hidden's dtype (float16 on the CPU: fp32); they come from torch's matrix product and become their own gradient in
+    place. With "mean" and "sum" the gradients of hidden, weight and bias are computed along with the loss and kept until the
+    backward pass, so nothing is computed twice; with "none" the backward pass computes the logits again. Gradients add up in fp32
+    over the chunks, and those of float16 wait there in fp32 for the gradient of the loss: with a loss scale (torch.amp.GradScaler)
+    none is lost on the way.
     Differentiable once.
 
     ce_weight (the class weights, as weight is the layer's), use_token_scaling, return_z_loss, return_token_accuracy,
@@ -315,6 +317,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*output[1:])
+        ctx.dtype = inputs[0].dtype
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -325,7 +328,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         times = (
             Tensor.mul_ if graph_is_freed() else Tensor.mul
         )  # the gradient of the weight is large: no copy without need
-        scaled = [times(g, dloss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad)]
+        scaled = [
+            times(g, dloss).to(ctx.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad)
+        ]
         return (*scaled, *(None,) * 7)
 
 
@@ -349,4 +354,5 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         factor = torch.ones((), dtype=dloss.dtype, device=dloss.device)
         args = (*ctx.saved_tensors, dloss, factor, *needed, *ctx.options, ctx.backend)
         _, *grads = first_order(linear_cross_entropy_gradients, *args)
-        return (*(g if need else None for g, need in zip(grads, needed)), None, None, None)
+        dtype = ctx.saved_tensors[0].dtype
+        return (*(g.to(dtype) if need else None for g, need in zip(grads, needed)), None, None, None)
