@@ -11,6 +11,7 @@ from torch import Tensor
 import compare
 import foveate
 from foveate import _reference
+from foveate.bench.tolerance import attention_forward_floors, largest
 
 F32, BF16, F16, I8, F8 = torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
 LIMIT = {I8: 127.0, F8: 448.0}
@@ -188,6 +189,22 @@ def in_torch(inputs: KvInputs) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
         outs.append(out), lses.append(lse)
     return torch.cat(outs), torch.cat(lses)
+
+
+def forward_floors(inputs: KvInputs) -> dict[str, float]:
+    """The floors of out and lse. A rotation keeps the norm of a row."""
+
+    def rows(name: str) -> Tensor:
+        cache, scale = getattr(inputs, f"{name}_cache"), inputs.options[f"{name}_scale"]
+        stored = cache.double() if scale is None else cache.float() * torch.as_tensor(scale)[..., None]
+        new = inputs.options.get(name)
+        return stored.flatten(0, 1) if new is None else torch.cat([stored.flatten(0, 1), new.double().flatten(0, 1)])
+
+    slopes, length = inputs.options.get("alibi_slopes"), inputs.k_cache[..., 0, 0].numel()
+    bias = 0.0 if slopes is None else largest(slopes) * length
+    return attention_forward_floors(
+        inputs.q.flatten(0, 1), rows("k"), rows("v"), inputs.q.dtype, scale=inputs.options["scale"], bias=bias
+    )
 
 
 def _gather(cache: Tensor, scale: Any, b: int, length: int, table: Tensor | None) -> Tensor:

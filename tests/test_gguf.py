@@ -18,6 +18,7 @@ with warnings.catch_warnings():
 
 import smollm2
 from compare import assert_as_good_as_torch
+from foveate.bench.tolerance import model_floor
 from foveate.models import load_model, open_checkpoint
 from foveate.models.gguf_file import BLOCKS, TYPES, GgufFile
 from foveate.nn import PackedLinear
@@ -301,7 +302,7 @@ def test_smollm2_logits(real: tuple[Any, Any, Any]) -> None:
         ours = load_model(checkpoint, quantization="none", dtype=torch.bfloat16)(tokens)
         peer = copy.deepcopy(model).to(torch.bfloat16)(tokens).logits
         # transformers' fp32 logits stand for the exact ones: their error is a thousandth of bf16's
-        assert_as_good_as_torch(ours, expected.double(), peer)
+        assert_as_good_as_torch(ours, expected.double(), peer, floor=model_floor(expected, 1536, 30, torch.bfloat16))
 
 
 @needs_smollm2

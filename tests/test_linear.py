@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from compare import assert_as_good_as_torch
+from foveate.bench.tolerance import linear_floor
 from foveate.linear import FORMATS, dequantize, quantize
 from foveate.nn import PackedLinear
 from foveate.packed_linear import packed_linear, quantize_activations
@@ -95,6 +96,10 @@ def rounded(x: Tensor, format: str) -> Tensor:
     return x.bfloat16().float() if format == "bf16" else x.float()
 
 
+def floor(layer: PackedLinear, x: Tensor) -> float:
+    return linear_floor(rounded(x, layer.format), layer.dequantize(), layer.bias)
+
+
 def expected(layer: PackedLinear, x: Tensor, dtype: torch.dtype) -> Tensor:
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return F.linear(rounded(x, layer.format).to(dtype), layer.dequantize().to(dtype), bias)
@@ -116,9 +121,8 @@ def test_against_fp64_with_the_same_rounding(format, dtype):
             out = layer(x)
             assert out.dtype == dtype
             peer = expected(layer, x, torch.float32).to(dtype)
-            assert_as_good_as_torch(
-                out, expected(layer, x, torch.float64), peer, name=f"{in_features} x {out_features}, {rows} rows"
-            )
+            name, exact = f"{in_features} x {out_features}, {rows} rows", expected(layer, x, torch.float64)
+            assert_as_good_as_torch(out, exact, peer, name=name, floor=floor(layer, x))
 
 
 @pytest.mark.parametrize("in_features", [1, 2, 31, 129, 257])
@@ -126,7 +130,7 @@ def test_against_fp64_with_the_same_rounding(format, dtype):
 def test_odd_sizes_of_float_formats(format, in_features):
     layer, x = make_layer(format, in_features, 45), random(7, in_features)
     peer = expected(layer, x, torch.float32)
-    assert_as_good_as_torch(layer(x), expected(layer, x, torch.float64), peer)
+    assert_as_good_as_torch(layer(x), expected(layer, x, torch.float64), peer, floor=floor(layer, x))
 
 
 @pytest.mark.parametrize("format", FORMATS)

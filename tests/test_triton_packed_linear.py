@@ -7,6 +7,7 @@ import torch
 
 import foveate
 from compare import assert_as_good_as_torch
+from foveate.bench.tolerance import linear_floor
 from foveate.linear import FORMATS, quantize
 from foveate.nn import PackedLinear
 from foveate.packed_linear import packed_linear, quantize_activations
@@ -50,13 +51,20 @@ def on(device: str, format: str, in_features: int, out_features: int) -> PackedL
     return PackedLinear.from_linear(linear, format).to(device)
 
 
-def expected(layer: PackedLinear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """With x as the product sees it."""
-    rounded = x.bfloat16() if layer.format == "bf16" else x
+def rounded(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    """x as the product sees it."""
     if layer.format in FORMATS:
         q, dx = quantize_activations(x.float())
-        rounded = (q * dx[..., None]).flatten(-2)
-    return torch.nn.functional.linear(rounded.to(dtype), layer.dequantize().to(dtype), layer.bias.to(dtype))
+        return (q * dx[..., None]).flatten(-2)
+    return x.bfloat16() if layer.format == "bf16" else x
+
+
+def expected(layer: PackedLinear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.nn.functional.linear(rounded(layer, x).to(dtype), layer.dequantize().to(dtype), layer.bias.to(dtype))
+
+
+def floor(layer: PackedLinear, x: torch.Tensor) -> float:
+    return linear_floor(rounded(layer, x), layer.dequantize(), layer.bias)
 
 
 def run(layer, x):
@@ -72,7 +80,7 @@ def test_against_fp64_with_the_same_rounding(format, dtype, device):
         assert out.dtype == dtype
         layer, peer = layer.cpu(), expected(layer.cpu(), x, torch.float32).to(dtype)
         name = f"{in_features} x {out_features}, {rows} rows"
-        assert_as_good_as_torch(out.cpu(), expected(layer, x, torch.float64), peer, name=name)
+        assert_as_good_as_torch(out.cpu(), expected(layer, x, torch.float64), peer, name=name, floor=floor(layer, x))
 
 
 @pytest.mark.parametrize("in_features", [1, 31, 129])
@@ -80,7 +88,8 @@ def test_against_fp64_with_the_same_rounding(format, dtype, device):
 def test_odd_sizes_of_float_formats(format, in_features, device):
     layer, x = on(device, format, in_features, 45), random(7, in_features)
     out, layer = run(layer, x.to(device)).cpu(), layer.cpu()
-    assert_as_good_as_torch(out, expected(layer, x, torch.float64), expected(layer, x, torch.float32))
+    exact, peer = (expected(layer, x, dtype) for dtype in (torch.float64, torch.float32))
+    assert_as_good_as_torch(out, exact, peer, floor=floor(layer, x))
 
 
 @pytest.mark.parametrize("format", ALL_FORMATS)

@@ -124,9 +124,10 @@ def test_equals_the_option(case, name, seed, device):
         backend="reference",
         **{k: v.double() if k in ("alibi_slopes", "bias") else v for k, v in option.items()},
     )
+    floors = compare.floors(inputs, grads)  # an option more in the scores adds little
     for which, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), ours, built_in, exact):
         factor = compare.GRADIENT_FACTOR if which[0] == "d" else compare.FORWARD_FACTOR
-        compare.assert_as_good_as_torch(a, c, b, factor, name=f"{name}: {which}")
+        compare.assert_as_good_as_torch(a, c, b, factor, name=f"{name}: {which}", floor=floors[which])
 
 
 def test_varlen_positions_count_within_the_sequence(seed, device):

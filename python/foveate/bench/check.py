@@ -1,14 +1,12 @@
-"""Nothing is timed before it is right: the tolerance rule of docs/numerics.md, with torch's own result as the measure."""
+"""Nothing is timed before it is right, by the rule of `tolerance`."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-FORWARD_FACTOR = 2.0
-GRADIENT_FACTOR = 3.0
+from foveate.bench.tolerance import FORWARD_FACTOR, Measure, largest
 
 
 class Checked(NamedTuple):
@@ -18,6 +16,7 @@ class Checked(NamedTuple):
     ours: Tensor
     torch_same_dtype: Tensor
     exact: Tensor
+    floor: float  # of the op, from `tolerance`
     factor: float = FORWARD_FACTOR
 
 
@@ -28,7 +27,7 @@ class WrongResult(RuntimeError):
 def check(case: str, results: list[Checked]) -> float:
     """The largest share of its limit that an error takes; raises WrongResult above 1.
 
-    max|ours - exact| <= factor * max|torch_same_dtype - exact| + eps(dtype) * max|exact|, and no NaN or infinity.
+    No result may have NaN or infinity.
     """
     worst = 0.0
     for r in results:
@@ -37,10 +36,11 @@ def check(case: str, results: list[Checked]) -> float:
         exact = r.exact.double()
         error = float((r.ours.double() - exact).abs().max())
         theirs = float((r.torch_same_dtype.double() - exact).abs().max())
-        limit = r.factor * theirs + torch.finfo(r.ours.dtype).eps * float(exact.abs().max())
+        limit = Measure(theirs, r.floor).limit(r.factor, largest(exact), r.ours.dtype)
         if not error <= limit:  # also for NaN
             raise WrongResult(
-                f"{case}: {r.name} is off by {error:.3e}, allowed are {limit:.3e} ({r.factor:g} x torch's {theirs:.3e} and a rounding)"
+                f"{case}: {r.name} is off by {error:.3e}, allowed are {limit:.3e} ({r.factor:g} x torch's {theirs:.3e}, at least "
+                f"{r.floor:.3e}, and a rounding)"
             )
         worst = max(worst, error / limit if limit > 0 else 0.0)
     return worst

@@ -14,7 +14,15 @@ from torch import Tensor
 
 import foveate
 from foveate.bench import cases, roofline
-from foveate.bench.check import GRADIENT_FACTOR, Checked
+from foveate.bench.check import Checked
+from foveate.bench.tolerance import (
+    GRADIENT_FACTOR,
+    attention_bound,
+    attention_forward_floors,
+    function_floors,
+    linear_floor,
+    sum_floor,
+)
 from foveate.packed_linear import quantize_activations
 
 Call = Callable[[], Any]
@@ -111,7 +119,8 @@ def _attention(case: cases.AttentionCase, generator: torch.Generator) -> Workloa
         exact = F.scaled_dot_product_attention(
             _exact_heads(tq), _exact_heads(tk), _exact_heads(tv), is_causal=case.causal
         )
-        return [Checked("out", ours().transpose(1, 2)[:, [0, -1]], sdpa()[:, [0, -1]], exact)]
+        floor = attention_forward_floors(q, k, v, q.dtype)["out"]
+        return [Checked("out", ours().transpose(1, 2)[:, [0, -1]], sdpa()[:, [0, -1]], exact, floor)]
 
     return Workload(ours, {"sdpa": sdpa}, results, 4.0 * case.D * case.visible, _multiply_add_limit(case.dtype))
 
@@ -137,13 +146,29 @@ def _backward(case: cases.AttentionCase, generator: torch.Generator) -> Workload
             leaves,
             _exact_heads(tg),
         )
+        floors = _gradient_floors(*leaves, _exact_heads(tg), case.causal, q.dtype)
         return [
-            Checked(name, mine.transpose(1, 2)[:, [0, -1]], torchs[:, [0, -1]], right, GRADIENT_FACTOR)
+            Checked(name, mine.transpose(1, 2)[:, [0, -1]], torchs[:, [0, -1]], right, floors[name], GRADIENT_FACTOR)
             for name, mine, torchs, right in zip(("dq", "dk", "dv"), ours(), sdpa(), exact)
         ]
 
     # Two matrix products forward, five backward (the scores are computed again), 2 * D operations a pair each.
     return Workload(ours, {"sdpa": sdpa}, results, 14.0 * case.D * case.visible, _multiply_add_limit(case.dtype))
+
+
+def _gradient_floors(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, dtype: torch.dtype
+) -> dict[str, float]:
+    """Of dq, dk and dv of [B, H, S, D]: the largest of all heads, one at a time for the sake of memory, in fp32 as a bound may be."""
+    floors = {"dq": 0.0, "dk": 0.0, "dv": 0.0}
+    for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        one = [x.detach()[b, h].float()[None, :, None] for x in (q, k, v, dout)]
+        scores = q.shape[-1] ** -0.5 * one[0][0, :, 0] @ one[1][0, :, 0].T
+        if causal:
+            scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        bound = attention_bound(*one[:3], scores.softmax(-1)[None, None], dtype=dtype, dout=one[3])
+        floors = {name: max(floor, getattr(bound, name)) for name, floor in floors.items()}
+    return floors
 
 
 def _copies(case: cases.DecodeCase) -> int:
@@ -169,7 +194,8 @@ def _decode(case: cases.DecodeCase, generator: torch.Generator, copies: int) -> 
         rows = [0, -1]
         tk, tv = torch_caches[0]
         exact = F.scaled_dot_product_attention(tq[rows].double(), tk[rows].double(), tv[rows].double(), enable_gqa=True)
-        return [Checked("out", ours(k, v).transpose(1, 2)[rows], sdpa(tk, tv)[rows], exact)]
+        floor = attention_forward_floors(q[rows], k[rows], v[rows], q.dtype)["out"]
+        return [Checked("out", ours(k, v).transpose(1, 2)[rows], sdpa(tk, tv)[rows], exact, floor)]
 
     return Workload(
         _rotating(ours, caches), {"sdpa": _rotating(sdpa, torch_caches)}, results, case.cache_bytes, "read_gbs"
@@ -192,7 +218,8 @@ def _softmax(case: cases.RowsCase, generator: torch.Generator) -> Workload:
         return torch.softmax(x, -1)
 
     def results() -> list[Checked]:
-        return [Checked("out", ours()[few], peer()[few], torch.softmax(x[few].double(), -1))]
+        (floor,) = function_floors(lambda x: [x.softmax(-1)], [x[few].double()], case.cols, x.dtype, products=False)
+        return [Checked("out", ours()[few], peer()[few], torch.softmax(x[few].double(), -1), floor)]
 
     return Workload(ours, {"torch": peer}, results, 2.0 * case.bytes, "copy_gbs")
 
@@ -210,7 +237,8 @@ def _cross_entropy(case: cases.RowsCase, generator: torch.Generator) -> Workload
             return F.cross_entropy(x, target)
 
         def losses() -> list[Checked]:
-            return [Checked("loss", loss(), torch_loss(), F.cross_entropy(x.double(), target))]
+            exact = F.cross_entropy(x.double(), target)
+            return [Checked("loss", loss(), torch_loss(), exact, sum_floor(case.rows, float(exact), x.dtype))]
 
         return Workload(loss, {"torch": torch_loss}, losses, case.bytes, "read_gbs")
 
@@ -223,9 +251,14 @@ def _cross_entropy(case: cases.RowsCase, generator: torch.Generator) -> Workload
         return torch.autograd.grad(F.cross_entropy(x, target), x)[0]
 
     def results() -> list[Checked]:
-        rows = x.detach()[few].double().requires_grad_()
-        mean = F.cross_entropy(rows, target[few], reduction="sum") / case.rows
-        return [Checked("dlogits", ours()[few], peer()[few], torch.autograd.grad(mean, rows)[0], GRADIENT_FACTOR)]
+        def exact(x: Tensor) -> list[Tensor]:
+            rows = x.detach().requires_grad_()
+            mean = F.cross_entropy(rows, target[few], reduction="sum") / case.rows
+            return list(torch.autograd.grad(mean, rows))
+
+        rows = x.detach()[few].double()
+        (floor,) = function_floors(exact, [rows], case.cols, x.dtype, products=False)
+        return [Checked("dlogits", ours()[few], peer()[few], exact(rows)[0], floor, GRADIENT_FACTOR)]
 
     # Read forward, read backward, written once.
     return Workload(ours, {"torch": peer}, results, 3.0 * case.bytes, "copy_gbs")
@@ -252,7 +285,9 @@ def _linear(case: cases.LinearCase, generator: torch.Generator, quick: bool) -> 
         if case.format not in ("f32", "bf16"):
             q, dx = quantize_activations(x)
             seen = (q * dx[..., None]).flatten(-2)
-        return [Checked("out", layer(x), F.linear(seen, exact.to(x.dtype)), F.linear(seen.double(), exact.double()))]
+        floor = linear_floor(seen, exact)
+        peer_out = F.linear(seen, exact.to(x.dtype))
+        return [Checked("out", layer(x), peer_out, F.linear(seen.double(), exact.double()), floor)]
 
     ours = _rotating(lambda layer: layer(x), [(layer,) for layer in layers])
     if case.rows == 1:
@@ -277,6 +312,7 @@ def _overhead(case: cases.OverheadCase, generator: torch.Generator) -> Workload:
         return F.scaled_dot_product_attention(tq, tk, tv)
 
     def results() -> list[Checked]:
-        return [Checked("out", ours().detach().transpose(1, 2), sdpa().detach(), tv.detach().double())]
+        floor = attention_forward_floors(q.detach(), k.detach(), v.detach(), q.dtype)["out"]
+        return [Checked("out", ours().detach().transpose(1, 2), sdpa().detach(), tv.detach().double(), floor)]
 
     return Workload(ours, {"sdpa": sdpa}, results, min_sample_seconds=0.005)
