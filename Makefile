@@ -57,6 +57,11 @@ demo: $(build_stamp) $(weights_stamp)  ## SmolLM2-135M answers a prompt on fovea
 test: $(build_stamp) $(weights_stamp)  ## everything that needs no GPU; ARGS="-k name" narrows it
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
+# Each fuzz test takes its number of cases from this variable; CI runs 500.
+fuzz: export FOVEATE_FUZZ_CASES ?= 20000
+fuzz: $(build_stamp)  ## the fuzzers with 20,000 cases each (FOVEATE_FUZZ_CASES)
+	$(PY) -m pytest -n $(JOBS) -m fuzz $(ARGS)
+
 # The files that reach the kernels directly; the model layer goes through the same ops.
 sanitize_tests = -k "not compile" $(addprefix tests/test_,$(addsuffix .py,attention_backward attention_forward attention_properties \
   attention_varlen cross_entropy decode errors kv_cache linear linear_cross_entropy native_decoder no_crash paged_kv_cache rms_norm \

@@ -2,6 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "core/threads.h"
+
 namespace foveate {
 
 // Converting the arguments needs the GIL, the kernel does not: the guard is entered between the two.
@@ -20,3 +22,19 @@ void bind_rotary(pybind11::module_& m);
 void bind_softmax(pybind11::module_& m);
 
 }  // namespace foveate
+
+namespace pybind11::detail {
+
+// Any integer of Python; one that is no number of threads raises.
+template <>
+struct type_caster<foveate::Threads> {
+  PYBIND11_TYPE_CASTER(foveate::Threads, make_caster<int64_t>::name);
+  bool load(handle source, bool convert) {
+    make_caster<int64_t> count;
+    if (!count.load(source, convert)) return false;
+    value = foveate::Threads(cast_op<int64_t>(count));
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

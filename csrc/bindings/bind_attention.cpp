@@ -10,7 +10,7 @@ namespace foveate {
 #define OPTIONS_OF                                                                                                                        \
   TensorView bias, TensorView mask, TensorView alibi, TensorView rel_table, TensorView rel_buckets, TensorView sinks, TensorView kv_lens, \
       TensorView cu_q, TensorView cu_k, TensorView philox, int64_t max_q, int64_t max_k, bool causal, int64_t window_left,                \
-      int64_t window_right, double scale, double softcap, double dropout_p, int threads
+      int64_t window_right, double scale, double softcap, double dropout_p, Threads threads
 
 void bind_attention(py::module_& m) {
   m.def(

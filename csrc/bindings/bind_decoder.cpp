@@ -20,6 +20,7 @@ Activation activation_of(const std::string& text) {
 const float* floats_of(const TensorView& t, const char* what, int64_t size) {
   if (!t.defined()) return nullptr;
   check_rank(t, what, 1), check_size(t, what, 0, size), check_dtype(t, what, DType::kFloat32), check_contiguous(t, what);
+  check(t.device == DeviceType::kCPU, what, " must be on the CPU");
   return t.as<const float>();
 }
 
@@ -70,7 +71,7 @@ void bind_decoder(py::module_& m) {
                             .up = weight_of(up),
                             .down = weight_of(down),
                             .scale = scale,
-                            .window_left = window_left});
+                            .window_left = usable_window(window_left)});
           },
           py::kw_only(), py::arg("attention_norm"), py::arg("mlp_norm"), py::arg("attention_out_norm") = py::none(),
           py::arg("mlp_out_norm") = py::none(), py::arg("q_norm") = py::none(), py::arg("k_norm") = py::none(),
@@ -80,9 +81,9 @@ void bind_decoder(py::module_& m) {
           "step",
           [](const Decoder& self, TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages,
              TensorView k_scale, TensorView v_scale, int64_t num_splits, int64_t keys_per_split, int64_t rows_per_task,
-             int64_t heads_per_task, bool blocked, int threads) {
-            self.step(x, lens, block_table, k_pages, v_pages, k_scale, v_scale,
-                      {num_splits, keys_per_split, rows_per_task, heads_per_task, blocked}, threads);
+             int64_t heads_per_task, bool blocked, Threads threads) {
+            self.step(x, lens, block_table, k_pages, v_pages, k_scale, v_scale, {num_splits, keys_per_split, rows_per_task, heads_per_task},
+                      blocked, threads);
           },
           py::arg("x"), py::arg("lens"), py::arg("block_table"), py::arg("k_pages"), py::arg("v_pages"), py::arg("k_scale"),
           py::arg("v_scale"), py::arg("num_splits"), py::arg("keys_per_split"), py::arg("rows_per_task"), py::arg("heads_per_task"),

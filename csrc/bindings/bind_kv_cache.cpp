@@ -16,11 +16,25 @@ void attention_with_kv_cache_flat(TensorView q, TensorView k_cache, TensorView v
                                   bool rotary_interleaved, TensorView k_scale, TensorView v_scale, bool k_scale_per_token,
                                   bool v_scale_per_token, TensorView alibi, TensorView sinks, bool causal, int64_t window_left,
                                   int64_t window_right, double scale, double softcap, int64_t num_splits, int64_t keys_per_split,
-                                  int64_t rows_per_task, int64_t heads_per_task, bool blocked, int threads) {
-  const KvCacheOptions options{
-      counters,           block_table,       rotary_cos,        rotary_sin,     k_scale,     v_scale,      alibi, sinks,
-      rotary_interleaved, k_scale_per_token, v_scale_per_token, causal,         window_left, window_right, scale, softcap,
-      num_splits,         keys_per_split,    rows_per_task,     heads_per_task, blocked};
+                                  int64_t rows_per_task, int64_t heads_per_task, bool blocked, Threads threads) {
+  const KvCacheOptions options{counters,
+                               block_table,
+                               rotary_cos,
+                               rotary_sin,
+                               k_scale,
+                               v_scale,
+                               alibi,
+                               sinks,
+                               rotary_interleaved,
+                               k_scale_per_token,
+                               v_scale_per_token,
+                               causal,
+                               window_left,
+                               window_right,
+                               scale,
+                               softcap,
+                               {num_splits, keys_per_split, rows_per_task, heads_per_task},
+                               blocked};
   attention_with_kv_cache(q, k_cache, v_cache, k, v, kv_lens, out, lse, partial_out, partial_lse, q_turned, options, threads);
 }
 

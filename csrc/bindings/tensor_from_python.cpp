@@ -81,6 +81,17 @@ DType dtype_from_name(const std::string& text) {
   throw py::type_error("foveate kernels take no " + text + " tensors");
 }
 
+// A product of sizes beyond 64 bits, as an expanded tensor may have, would pass for a small or an empty tensor.
+void check_countable(const TensorView& view) {
+  int64_t elements = 1;
+  bool empty = false, countable = true;
+  for (int i = 0; i < view.ndim; ++i) {
+    empty = empty || view.shape[i] == 0;
+    countable = countable && !__builtin_mul_overflow(elements, view.shape[i], &elements);
+  }
+  check(empty || countable, "a tensor has more elements than 64 bits count");
+}
+
 void set_rank(TensorView& view, int64_t ndim) {
   check(ndim <= kMaxDims, "a tensor has ", ndim, " dimensions, foveate kernels take at most ", kMaxDims);
   view.ndim = static_cast<int>(ndim);
@@ -137,6 +148,7 @@ TensorView tensor_from_python(py::handle object) {
   if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(torch.tensor_type.ptr()) && !py::isinstance(object, torch.tensor_type))
     throw py::type_error("expected a torch.Tensor, got " + std::string(Py_TYPE(object.ptr())->tp_name));
   TensorView view = torch.use_exchange ? through_exchange(object, torch) : through_attributes(object, torch);
+  check_countable(view);
   if (!view.data && view.numel() > 0)
     throw py::type_error(
         std::string("a tensor of type ") + Py_TYPE(object.ptr())->tp_name +

@@ -16,7 +16,4 @@ template <class T>
   return ceil_div(a, b) * b;
 }
 
-// What a thread count may be before workspaces are sized by it.
-[[gnu::always_inline]] constexpr int usable_threads(int threads) { return threads < 1 ? 1 : threads > 1024 ? 1024 : threads; }
-
 }  // namespace foveate

@@ -6,6 +6,7 @@
 
 #include "core/check.h"
 #include "core/dtype.h"
+#include "core/threads.h"
 
 namespace foveate {
 
@@ -27,7 +28,7 @@ struct TensorView {
   T* as() const {
     return static_cast<T*>(data);
   }
-  int64_t numel() const {
+  int64_t numel() const {  // fits 64 bits: the bindings have looked
     int64_t n = 1;
     for (int i = 0; i < ndim; ++i) n *= shape[i];
     return n;
@@ -44,6 +45,10 @@ inline void check_size(const TensorView& t, const char* what, int dim, int64_t s
 }
 inline void check_dtype(const TensorView& t, const char* what, DType dtype) {
   check(t.dtype == dtype, what, " is ", name(t.dtype), ", expected ", name(dtype));
+}
+inline void check_float(const TensorView& t, const char* what) {
+  check(t.dtype == DType::kFloat32 || t.dtype == DType::kFloat64 || t.dtype == DType::kFloat16 || t.dtype == DType::kBFloat16, what, " is ",
+        name(t.dtype), "; the kernels take float32, bfloat16, float16 and (on the CPU) float64");
 }
 inline void check_last_contiguous(const TensorView& t, const char* what) {
   check(t.ndim == 0 || t.shape[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1 || t.numel() == 0, what,

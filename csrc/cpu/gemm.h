@@ -14,6 +14,10 @@ struct MathF32 {
   using Unit = float;
   static constexpr int kPair = 1;  // elements of k in a unit
   FOVEATE_INLINE Vec<float> mul_add(Vec<float> c, float a, Vec<float> b) { return c + a * b; }
+  // The same of kTileRows lanes, each with its own a: the same bits.
+  using Accs = vec<float, 4>;
+  using Units = vec<float, 4>;
+  FOVEATE_INLINE Accs mul_add_lanes(Accs c, Units a, Units b) { return c + a * b; }
 };
 
 struct MathF64 {
@@ -21,6 +25,9 @@ struct MathF64 {
   using Unit = double;
   static constexpr int kPair = 1;
   FOVEATE_INLINE Vec<double> mul_add(Vec<double> c, double a, Vec<double> b) { return c + a * b; }
+  using Accs = vec<double, 4>;
+  using Units = vec<double, 4>;
+  FOVEATE_INLINE Accs mul_add_lanes(Accs c, Units a, Units b) { return c + a * b; }
 };
 
 #if defined(__AVX512BF16__)
@@ -31,6 +38,9 @@ struct MathBf16 {
   FOVEATE_INLINE Vec<float> mul_add(Vec<float> c, uint32_t a, vec<uint32_t, 16> b) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
   }
+  using Accs = vec<float, 4>;
+  using Units = vec<uint32_t, 4>;
+  FOVEATE_INLINE Accs mul_add_lanes(Accs c, Units a, Units b) { return (Accs)_mm_dpbf16_ps((__m128)c, (__m128bh)a, (__m128bh)b); }
 };
 #elif defined(FOVEATE_TILE_SHIM)
 struct MathBf16 {  // a test build: the layout of the dot instruction on a CPU without it

@@ -32,6 +32,8 @@ struct Kernels {
   void (*rms_norm_backward)(const RmsNormBackwardParams&, int threads);
   void (*softmax_forward)(const SoftmaxParams&, int threads);
   void (*softmax_backward)(const SoftmaxBackwardParams&, int threads);
+  void (*softmax_columns_forward)(const SoftmaxColumnsParams&, int threads);
+  void (*softmax_columns_backward)(const SoftmaxColumnsBackwardParams&, int threads);
   void (*cross_entropy_forward)(const CrossEntropyParams&, int threads);
   void (*cross_entropy_backward)(const CrossEntropyParams&, int threads);
   void (*rotary)(const RotaryParams&, int threads);

@@ -43,6 +43,8 @@ const Kernels table{
     .rms_norm_backward = rms_norm_backward,
     .softmax_forward = softmax_forward,
     .softmax_backward = softmax_backward,
+    .softmax_columns_forward = softmax_columns_forward,
+    .softmax_columns_backward = softmax_columns_backward,
     .cross_entropy_forward = cross_entropy_forward,
     .cross_entropy_backward = cross_entropy_backward,
     .rotary = rotary,

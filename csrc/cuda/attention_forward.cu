@@ -12,8 +12,8 @@ void attention_forward(const AttentionParams& p, Stream stream) {
   check(p.kv_dtype == p.dtype, "the CUDA attention kernel takes keys of the queries' type ", name(p.dtype), ", not ", name(p.kv_dtype));
   check(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16,
         "the CUDA attention kernel takes float32, bfloat16 and float16, not ", name(p.dtype));
-  check(p.head_dim <= kMaxHeadDim && p.head_dim_v <= kMaxHeadDim, "head dims ", p.head_dim, " and ", p.head_dim_v, " exceed the limit of ",
-        kMaxHeadDim);
+  check(p.head_dim <= kMaxCudaHeadDim && p.head_dim_v <= kMaxCudaHeadDim, "head dims ", p.head_dim, " and ", p.head_dim_v,
+        " exceed the limit of ", kMaxCudaHeadDim);
   if (p.batch == 0 || p.heads_q == 0 || p.seq_q == 0) return;
   ForwardParams f{};
   f.attention = p;

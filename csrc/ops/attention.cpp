@@ -17,11 +17,7 @@
 namespace foveate {
 namespace {
 
-void check_activation(const TensorView& t, const char* what) {
-  check(t.dtype == DType::kFloat32 || t.dtype == DType::kFloat64 || t.dtype == DType::kFloat16 || t.dtype == DType::kBFloat16, what, " is ",
-        name(t.dtype), "; the kernels take float32, bfloat16, float16 and (on the CPU) float64");
-  check_last_contiguous(t, what);
-}
+void check_activation(const TensorView& t, const char* what) { check_float(t, what), check_last_contiguous(t, what); }
 
 // [B, S, H, D], or [total, H, D] with batch stride 0.
 Rows rows_of(const TensorView& t, bool varlen) {
@@ -121,8 +117,8 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   p.heads_q = q.shape[ndim - 2], p.heads_kv = k.shape[ndim - 2], p.head_dim = q.shape[ndim - 1], p.head_dim_v = v.shape[ndim - 1];
   check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, k has ", p.heads_kv,
         ", which does not divide them");
-  check(p.head_dim <= kMaxHeadDim && p.head_dim_v <= kMaxHeadDim, "head dims ", p.head_dim, " and ", p.head_dim_v, " exceed the limit of ",
-        kMaxHeadDim);
+  const int64_t most = place.cuda ? kMaxCudaHeadDim : kMaxHeadDim;
+  check(p.head_dim <= most && p.head_dim_v <= most, "head dims ", p.head_dim, " and ", p.head_dim_v, " exceed the limit of ", most);
   check_size(k, "k", ndim - 1, p.head_dim);
   for (int i = 0; i + 1 < ndim; ++i) check_size(v, "v", i, k.shape[i]);
   check_like(out, "out", q, p.head_dim_v, q.dtype);
@@ -131,7 +127,9 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
     check(o.cu_k.defined() && o.cu_q.ndim == 1 && o.cu_k.ndim == 1 && o.cu_q.shape[0] >= 1 && o.cu_k.shape[0] == o.cu_q.shape[0],
           "cu_seqlens_q and cu_seqlens_k must both be [batch + 1]");
     p.batch = o.cu_q.shape[0] - 1, p.seq_q = o.max_q, p.seq_kv = o.max_k, p.total_q = q.shape[0], p.total_k = k.shape[0];
-    check(p.seq_q >= 0 && p.seq_kv >= 0, "max_seqlen_q = ", p.seq_q, " and max_seqlen_k = ", p.seq_kv, " must not be negative");
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    check(p.seq_q >= 0 && p.seq_kv >= 0 && p.seq_q <= kMost && p.seq_kv <= kMost, "max_seqlen_q = ", p.seq_q,
+          " and max_seqlen_k = ", p.seq_kv, " must be within 0..", kMost);
     p.cu_q = read_cu_seqlens(cu_q, o.cu_q, "cu_seqlens_q", p.batch, q.shape[0], p.seq_q, place);
     p.cu_k = read_cu_seqlens(cu_k, o.cu_k, "cu_seqlens_k", p.batch, k.shape[0], p.seq_kv, place);
     if (!o.rel_table.defined() && place.readable) {  // whose table of buckets has max_seqlen's size
@@ -188,7 +186,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   check(std::isfinite(o.scale) && std::isfinite(o.softcap) && o.softcap >= 0, "scale = ", o.scale, " and softcap = ", o.softcap,
         " must be finite, softcap not negative");
   p.scale = o.scale, p.softcap = o.softcap, p.causal = o.causal;
-  p.window_left = o.window_left, p.window_right = o.window_right;
+  p.window_left = usable_window(o.window_left), p.window_right = usable_window(o.window_right);
 }
 
 // Few queries per KV head and nothing but what the decode kernel knows: it reads K and V once, in place, where the blocked kernel copies them first.
@@ -234,23 +232,23 @@ void decode_forward(const AttentionParams& p, int threads) {
 }  // namespace
 
 void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options,
-                       int threads) {
+                       Threads threads) {
   const AttentionCall call(q, k, v, out, lse, options);
   const AttentionParams& p = call.params;
   if (out.numel() == 0 && (!lse.defined() || lse.numel() == 0)) return;
   if (call.place.cuda) return cuda::kernels().attention_forward(p, current_stream(call.place));
   // Starting the threads costs microseconds: less than that of work stays on this one.
   const int64_t products = p.batch * p.heads_q * p.seq_q * p.seq_kv * (p.head_dim + p.head_dim_v);
-  threads = products < (int64_t{1} << 17) ? 1 : usable_threads(threads);
+  const int team = products < (int64_t{1} << 17) ? 1 : static_cast<int>(threads);
   if (suits_decode(p, lse))
-    decode_forward(p, threads);
+    decode_forward(p, team);
   else
-    cpu::kernels().attention_forward(p, threads);
+    cpu::kernels().attention_forward(p, team);
 }
 
 void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
                         TensorView dq, TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks,
-                        const Allocate& allocate, const AttentionOptions& options, int threads) {
+                        const Allocate& allocate, const AttentionOptions& options, Threads threads) {
   check(lse.defined(), "the backward needs the lse of the forward");
   const AttentionCall call(q, k, v, out, lse, options);
   const AttentionParams& p = call.params;
@@ -296,7 +294,7 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
     if (g.dsinks) std::memset(g.dsinks, 0, dsinks.numel() * size);
     return;
   }
-  cpu::kernels().attention_backward(p, g, usable_threads(threads));
+  cpu::kernels().attention_backward(p, g, threads);
 }
 
 }  // namespace foveate

@@ -7,13 +7,20 @@
 
 namespace foveate {
 
-constexpr int64_t kMaxHeadDim = 256;  // of the blocked kernels; decode takes more
+// Of the blocked kernels; decode takes more. 576: the widest that models use (MLA).
+constexpr int64_t kMaxHeadDim = 576, kMaxCudaHeadDim = 256;
 
 // A [batch, seq, head, dim] operand with contiguous dim; strides in elements. In varlen, batch is 0 and cu_seqlens move along seq.
 struct Rows {
   void* data = nullptr;
   int64_t batch = 0, seq = 0, head = 0;
 };
+
+// A window beyond every sequence is none; sums of positions and windows fit 64 bits.
+[[gnu::always_inline]] constexpr int64_t usable_window(int64_t window) {
+  constexpr int64_t kMost = int64_t{1} << 40;
+  return window < 0 || window > kMost ? -1 : window;
+}
 
 // Added to or masking the scores, broadcast to [B, Hq, Sq, Skv] by strides of 0.
 struct ScoreOperand {
@@ -78,9 +85,9 @@ struct AttentionOptions {
 using Allocate = std::function<void*(int64_t)>;
 
 void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options,
-                       int threads);
+                       Threads threads);
 void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
                         TensorView dq, TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks,
-                        const Allocate& allocate, const AttentionOptions& options, int threads);
+                        const Allocate& allocate, const AttentionOptions& options, Threads threads);
 
 }  // namespace foveate

@@ -9,6 +9,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/target.h"
+#include "ops/place.h"
 
 namespace foveate {
 
@@ -52,7 +53,6 @@ void check_pages(const TensorView& pages, const char* what, const TensorView& sc
                  const DecoderSizes& s) {
   check_rank(pages, what, 5), check_last_contiguous(pages, what);
   check_size(pages, what, 0, layers), check_size(pages, what, 3, s.heads_kv), check_size(pages, what, 4, s.head_dim);
-  check(pages.device == DeviceType::kCPU, what, " must be on the CPU");
   const bool quantized = pages.dtype == DType::kInt8 || pages.dtype == DType::kFloat8E4M3;
   check(quantized == scale.defined(), what, " is ", name(pages.dtype), quantized ? ": it needs " : ": it takes no ", scale_what);
   if (!quantized) return;
@@ -89,7 +89,13 @@ void norm_all(NormRowsParams p, int threads, const cpu::Team* team) {
 
 Decoder::Decoder(const DecoderSizes& sizes, const Norm& final_norm, TensorView rotary_cos, TensorView rotary_sin)
     : sizes_(sizes), final_norm_(final_norm), rotary_cos_(rotary_cos), rotary_sin_(rotary_sin) {
-  check(sizes.hidden > 0 && sizes.inner > 0 && sizes.head_dim > 0 && sizes.heads_kv > 0 && sizes.heads_q > 0, "a size is not positive");
+  constexpr int64_t kMost = int64_t{1} << 24;  // products of three of them fit 64 bits, with room for bytes
+  for (const auto& [size, what] : {std::pair{sizes.hidden, "hidden"},
+                                   {sizes.inner, "inner"},
+                                   {sizes.heads_q, "heads_q"},
+                                   {sizes.heads_kv, "heads_kv"},
+                                   {sizes.head_dim, "head_dim"}})
+    check(size >= 1 && size <= kMost, what, " = ", size, " is outside 1..", kMost);
   check(sizes.heads_q % sizes.heads_kv == 0, sizes.heads_q, " query heads are not a multiple of ", sizes.heads_kv, " KV heads");
   check(rotary_cos.defined() == rotary_sin.defined(), "rotary_cos and rotary_sin must be given together");
   if (!rotary_cos.defined()) return;
@@ -199,14 +205,16 @@ void Decoder::run_layer(const DecoderLayer& l, const KvCacheParams& cache, const
 }
 
 void Decoder::step(TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages, TensorView k_scale,
-                   TensorView v_scale, const DecoderPlan& plan, int threads) const {
-  threads = usable_threads(threads);
+                   TensorView v_scale, const Division& division, bool blocked, Threads threads) const {
   const int64_t layers = static_cast<int64_t>(layers_.size());
   check_rank(x, "x", 3), check_contiguous(x, "x"), check_dtype(x, "x", DType::kFloat32), check_size(x, "x", 2, sizes_.hidden);
   check_pages(k_pages, "k_pages", k_scale, "k_scale", layers, sizes_);
   check_pages(v_pages, "v_pages", v_scale, "v_scale", layers, sizes_);
   check_dtype(v_pages, "v_pages", k_pages.dtype);
   for (int dim = 1; dim < 3; ++dim) check_size(v_pages, "v_pages", dim, k_pages.shape[dim]);
+
+  place_of({&x, &lens, &block_table, &k_pages, &v_pages, &k_scale, &v_scale});
+  check(x.device == DeviceType::kCPU, "x and the pages must be on the CPU");
 
   KvCacheParams p;
   p.batch = x.shape[0], p.seq_q = p.seq_new = x.shape[1];
@@ -217,20 +225,16 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
   check_rank(block_table, "block_table", 2), check_size(block_table, "block_table", 0, p.batch);
   check_dtype(block_table, "block_table", DType::kInt32), check_last_contiguous(block_table, "block_table");
   p.block_table = block_table.as<const int32_t>(), p.block_table_stride = block_table.stride[0], p.page_size = k_pages.shape[2];
+  check(p.page_size >= 1, "the pages of k_pages hold no keys: page_size is ", p.page_size);
   check_rank(lens, "lens", 1), check_size(lens, "lens", 0, p.batch), check_dtype(lens, "lens", DType::kInt32);
   std::vector<int32_t> kv_lens(p.batch);
   for (int64_t b = 0; b < p.batch; ++b) kv_lens[b] = lens.as<const int32_t>()[b * lens.stride[0]];
   p.kv_lens = kv_lens.data();
   const int64_t capacity = block_table.shape[1] * p.page_size;
   p.capacity = capacity, p.pages = k_pages.shape[1];
-  check(plan.num_splits >= 1 && plan.rows_per_task >= 1 && plan.heads_per_task >= 1 &&
-            plan.num_splits * plan.keys_per_split <= capacity * 2 + 65536,
-        "the division of the work is not positive, or has more splits than the cache has keys");
-  check(plan.num_splits == 1 || plan.num_splits * plan.keys_per_split >= capacity, plan.num_splits, " splits of ", plan.keys_per_split,
-        " keys do not cover the cache's ", capacity);
-  check(!plan.blocked || p.dtype == p.kv_dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
-  p.num_splits = plan.num_splits, p.keys_per_split = plan.keys_per_split, p.rows_per_task = plan.rows_per_task;
-  p.heads_per_task = plan.heads_per_task < p.heads_kv ? plan.heads_per_task : p.heads_kv;
+  set_division(p, division, capacity);
+  check(p.num_splits <= capacity + 65536, p.num_splits, " splits are more than the cache's ", capacity, " keys");
+  check(!blocked || p.dtype == p.kv_dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
   if (rotary_cos_.defined())
     p.rotary_cos = rotary_cos_.data, p.rotary_sin = rotary_sin_.data, p.rotary_pairs = rotary_cos_.shape[1],
     p.rotary_positions = rotary_cos_.shape[0];
@@ -246,11 +250,11 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
   const int64_t q = sizes_.heads_q * sizes_.head_dim, kv = sizes_.heads_kv * sizes_.head_dim, size = size_of(m.dtype);
   const bool split = p.num_splits > 1, temp = !layers_.empty() && layers_[0].attention_out_norm.kind != NormKind::kNone;
   // Where attention has little to divide; long contexts are divided by keys, many tokens have work enough for a region a phase.
-  const bool together = m.tokens <= kTogether && !split && !plan.blocked;
+  const bool together = m.tokens <= kTogether && !split && !blocked;
   int64_t bytes = 0;
   const auto add = [&](int64_t n) { return std::exchange(bytes, bytes + round_up<int64_t>(n, 64)); };
   const int64_t qkv = add(m.tokens * (q + 2 * kv) * size), attended = add(m.tokens * q * size);
-  const int64_t turned = add(plan.blocked ? m.tokens * q * size : 0), inner = add(m.tokens * sizes_.inner * 4);
+  const int64_t turned = add(blocked ? m.tokens * q * size : 0), inner = add(m.tokens * sizes_.inner * 4);
   const int64_t temp_at = add(temp ? m.tokens * sizes_.hidden * 4 : 0);
   const int64_t partial_out = add(split ? p.num_splits * m.tokens * q * 4 : 0);
   const int64_t widest = std::max({sizes_.hidden, sizes_.inner, q});
@@ -268,13 +272,14 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
     KvCacheParams cache = p;
     for (int64_t i = 0; i < layers; ++i) {
       cache.k = pages_of(k_pages, k_scale, i), cache.v = pages_of(v_pages, v_scale, i);
-      run_layer(layers_[i], cache, m, plan.blocked, team ? 1 : threads, team);
+      run_layer(layers_[i], cache, m, blocked, team ? 1 : static_cast<int>(threads), team);
     }
     norm_all({.x = m.x, .out = m.x, .rows = m.tokens, .cols = sizes_.hidden, .norm = final_norm_}, threads, team);
   };
   if (!together) return run(nullptr);
   cpu::Barrier barrier;
-#pragma omp parallel num_threads(threads)
+  const int count = threads;
+#pragma omp parallel num_threads(count)
   {
     const cpu::Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
     run(&team);

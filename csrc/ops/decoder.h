@@ -33,12 +33,6 @@ struct DecoderSizes {
   Activation activation = Activation::kSilu;
 };
 
-// How attention divides its work, as KvCacheParams and `blocked` of KvCacheOptions.
-struct DecoderPlan {
-  int64_t num_splits = 1, keys_per_split = 0, rows_per_task = 1, heads_per_task = 1;
-  bool blocked = false;
-};
-
 class Decoder {
  public:
   // rotary_cos, rotary_sin: fp32 [positions, head_dim / 2], or undefined.
@@ -49,7 +43,7 @@ class Decoder {
   // x: fp32 [B, S, hidden], the embeddings; becomes the hidden states after the final norm. lens: int32 [B], keys before the step.
   // k_pages, v_pages: [layers, pages, page_size, Hkv, D]; scales fp32 [layers, pages, page_size, Hkv] for int8 and fp8 pages.
   void step(TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages, TensorView k_scale,
-            TensorView v_scale, const DecoderPlan& plan, int threads) const;
+            TensorView v_scale, const Division& division, bool blocked, Threads threads) const;
 
  private:
   struct Buffers;

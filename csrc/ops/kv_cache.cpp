@@ -95,6 +95,20 @@ void check_cache_values(const KvCacheParams& p) {
   }
 }
 
+void set_division(KvCacheParams& p, const Division& d, int64_t capacity) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  check(d.num_splits >= 1 && d.keys_per_split >= 0 && d.rows_per_task >= 1 && d.heads_per_task >= 1 && d.num_splits <= kMost &&
+            d.keys_per_split <= kMost,
+        "num_splits = ", d.num_splits, ", keys_per_split = ", d.keys_per_split, ", rows_per_task = ", d.rows_per_task,
+        " and heads_per_task = ", d.heads_per_task, " are not a division of the work");
+  check(d.keys_per_split == 0 || d.num_splits * d.keys_per_split >= capacity, d.num_splits, " splits of ", d.keys_per_split,
+        " keys do not cover the cache's ", capacity);
+  p.num_splits = d.num_splits, p.keys_per_split = d.keys_per_split;
+  const int64_t rows = p.heads_kv > 0 ? p.seq_q * (p.heads_q / p.heads_kv) : 0;
+  p.rows_per_task = std::min(d.rows_per_task, std::max<int64_t>(1, rows));
+  p.heads_per_task = std::min(d.heads_per_task, std::max<int64_t>(1, p.heads_kv));
+}
+
 void append_and_attend(KvCacheParams p, bool blocked, void* q_turned, int threads) {
   if (p.seq_new > 0) cpu::kernels().kv_append(p, threads);
   if (p.seq_q == 0 || p.heads_q == 0) return;
@@ -126,7 +140,7 @@ void append_and_attend_on_gpu(KvCacheParams p, bool blocked, void* q_turned, cud
 
 void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens,
                              TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned,
-                             const KvCacheOptions& o, int threads) {
+                             const KvCacheOptions& o, Threads threads) {
   KvCacheParams p;
   p.q = rows_of(q, "q"), p.out = rows_of(out, "out");
   p.k = cache_of(k_cache, o.k_scale, o.k_scale_per_token, "k_cache", "k_scale");
@@ -134,7 +148,8 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
   p.batch = q.shape[0], p.seq_q = q.shape[1], p.heads_q = q.shape[2], p.head_dim = q.shape[3];
   p.heads_kv = k_cache.shape[2], p.head_dim_v = v_cache.shape[3];
   p.dtype = q.dtype, p.kv_dtype = k_cache.dtype;
-  check(p.heads_kv > 0 && p.heads_q % p.heads_kv == 0, "q has ", p.heads_q, " heads, the cache has ", p.heads_kv, ", which must divide it");
+  check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, the cache has ", p.heads_kv,
+        ", which must divide it");
   check_size(k_cache, "k_cache", 3, p.head_dim);
   check_shape(v_cache, "v_cache", {k_cache.shape[0], k_cache.shape[1], p.heads_kv, p.head_dim_v});
   check_dtype(v_cache, "v_cache", p.kv_dtype);
@@ -184,17 +199,7 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
     p.sinks = o.sinks.as<const float>();
   }
 
-  threads = usable_threads(threads);
-  constexpr int64_t kMost = int64_t{1} << 31;
-  check(o.num_splits <= kMost && o.keys_per_split <= kMost, o.num_splits, " splits of ", o.keys_per_split,
-        " keys are not a division of the work");
-  check(o.num_splits >= 1 && o.keys_per_split >= 0 && o.rows_per_task >= 1 && o.heads_per_task >= 1,
-        "the division of the work is not positive");
-  check(o.keys_per_split == 0 || o.num_splits * o.keys_per_split >= capacity, o.num_splits, " splits of ", o.keys_per_split,
-        " keys do not cover the cache's ", capacity);
-  p.num_splits = o.num_splits, p.keys_per_split = o.keys_per_split,
-  p.rows_per_task = std::min(o.rows_per_task, std::max<int64_t>(1, p.seq_q * (p.heads_q / p.heads_kv)));
-  p.heads_per_task = std::min(o.heads_per_task, p.heads_kv);
+  set_division(p, o.division, capacity);
   if (p.num_splits > 1) {
     check_shape(partial_out, "partial_out", {p.num_splits, p.batch, p.heads_q, p.seq_q, p.head_dim_v}),
         check_contiguous(partial_out, "partial_out");
@@ -202,13 +207,15 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
     check_dtype(partial_out, "partial_out", DType::kFloat32), check_dtype(partial_lse, "partial_lse", DType::kFloat32);
     p.partial_out = partial_out.as<float>(), p.partial_lse = partial_lse.as<float>();
     if (o.counters.defined()) {
-      const int64_t rows = p.seq_q * (p.heads_q / p.heads_kv), counted = p.batch * p.heads_kv * ceil_div(rows, p.rows_per_task);
+      const int64_t rows = p.heads_kv > 0 ? p.seq_q * (p.heads_q / p.heads_kv) : 0,
+                    counted = p.batch * p.heads_kv * ceil_div(rows, p.rows_per_task);
       check_rank(o.counters, "counters", 1), check_dtype(o.counters, "counters", DType::kInt32), check_contiguous(o.counters, "counters");
       check(o.counters.shape[0] >= counted, "counters has ", o.counters.shape[0], " elements, the call needs ", counted);
       p.counters = o.counters.as<uint32_t>();
     }
   }
-  p.causal = o.causal, p.window_left = o.window_left, p.window_right = o.window_right, p.scale = o.scale, p.softcap = o.softcap;
+  p.causal = o.causal, p.window_left = usable_window(o.window_left), p.window_right = usable_window(o.window_right), p.scale = o.scale,
+  p.softcap = o.softcap;
 
   if (o.blocked) {
     check(p.kv_dtype == p.dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
@@ -229,7 +236,7 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
     check_shape(kv_lens, "kv_lens", {p.batch}), check_dtype(kv_lens, "kv_lens", DType::kInt32), check_contiguous(kv_lens, "kv_lens");
     p.kv_lens = kv_lens.as<const int32_t>();
   }
-  if (p.batch == 0) return;
+  if (p.batch == 0 || p.heads_kv == 0) return;
   if (place.cuda)
     append_and_attend_on_gpu(p, o.blocked, q_turned.data, current_stream(place));
   else

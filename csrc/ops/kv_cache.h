@@ -42,6 +42,11 @@ struct KvCacheParams {
   DType dtype = DType::kFloat32, kv_dtype = DType::kFloat32, rotary_dtype = DType::kFloat32;
 };
 
+// How attention divides its work, see KvCacheParams.
+struct Division {
+  int64_t num_splits = 1, keys_per_split = 0, rows_per_task = 1, heads_per_task = 1;
+};
+
 // What Python passes beside the main tensors.
 struct KvCacheOptions {
   TensorView counters, block_table, rotary_cos, rotary_sin, k_scale, v_scale, alibi, sinks;
@@ -49,7 +54,7 @@ struct KvCacheOptions {
   bool causal = true;
   int64_t window_left = -1, window_right = -1;
   double scale = 1, softcap = 0;
-  int64_t num_splits = 1, keys_per_split = 0, rows_per_task = 1, heads_per_task = 1;
+  Division division;
   bool blocked = false;  // many queries: attention_forward attends after the append
 };
 
@@ -57,11 +62,13 @@ struct KvCacheOptions {
 // first write to a cache.
 void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens,
                              TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned,
-                             const KvCacheOptions& options, int threads);
+                             const KvCacheOptions& options, Threads threads);
 
 // The two halves of it, for callers that fill KvCacheParams themselves (ops/decoder.cpp), on the CPU. The first throws before anything is
 // written; a CUDA call has no such check, its kernels stay inside the cache whatever the values are.
 void check_cache_values(const KvCacheParams& p);
+// The division as p has it, of a cache of `capacity` keys for a sequence; p has its sizes already.
+void set_division(KvCacheParams& p, const Division& division, int64_t capacity);
 // blocked: by attention_forward; with rotary, the turned queries [B, Sq, Hq, D], contiguous, go to q_turned first.
 void append_and_attend(KvCacheParams p, bool blocked, void* q_turned, int threads);
 

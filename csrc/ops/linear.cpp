@@ -26,40 +26,46 @@ WeightFormat format_of(const std::string& text) {
 PackedWeight packed_weight(TensorView data, TensorView bias, const std::string& format, int64_t in, int64_t out) {
   PackedWeight w{.data = data.data, .bias = bias.as<const float>(), .in = in, .out = out, .format = format_of(format)};
   check(in >= 1 && out >= 1, "a weight of ", out, " rows of ", in, " elements is empty");
+  constexpr int64_t kMost = int64_t{1} << 40;  // products of the sizes below fit 64 bits
+  check(in <= kMost && out <= kMost, "a weight of ", out, " rows of ", in, " elements is larger than any memory");
   const int64_t block = is_k_quant(w.format) ? kSuperBlock : is_blocks(w.format) ? kWeightBlock : 1;
   check(in % block == 0, format, " needs a multiple of ", block, " input features, got ", in);
   check_rank(data, "data", 1), check_dtype(data, "data", DType::kInt8), check_contiguous(data, "data");
-  check_size(data, "data", 0, ceil_div(out, kWeightPanel) * panel_bytes(w.format, in));
+  const int64_t panels = ceil_div(out, kWeightPanel), bytes = panel_bytes(w.format, in);
+  check(data.shape[0] / bytes == panels && data.shape[0] % bytes == 0, "data has ", data.shape[0], " bytes; ", panels, " panels of ", bytes,
+        " are ", out, " rows of ", in, " elements as ", format);
   check(data.device == DeviceType::kCPU, "data must be on the CPU");
   if (bias.defined())
     check_rank(bias, "bias", 1), check_size(bias, "bias", 0, out), check_dtype(bias, "bias", DType::kFloat32),
-        check_contiguous(bias, "bias");
+        check_contiguous(bias, "bias"), check(bias.device == DeviceType::kCPU, "bias must be on the CPU");
   return w;
 }
 
-void packed_linear(TensorView x, TensorView data, const std::string& format, TensorView bias, TensorView out, int threads) {
+void packed_linear(TensorView x, TensorView data, const std::string& format, TensorView bias, TensorView out, Threads threads) {
   check_rank(x, "x", 2), check_last_contiguous(x, "x");
   check_rank(out, "out", 2), check_contiguous(out, "out"), check_dtype(out, "out", x.dtype), check_size(out, "out", 0, x.shape[0]);
   check(x.dtype == DType::kFloat32 || x.dtype == DType::kBFloat16 || x.dtype == DType::kFloat16, "x is ", name(x.dtype),
         ", expected float32, bfloat16 or float16");
+  check(x.device == DeviceType::kCPU && out.device == DeviceType::kCPU, "x and out must be on the CPU");
   if (out.numel() == 0) return;
   LinearParams p;
   p.weight[0] = packed_weight(data, bias, format, x.shape[1], out.shape[1]);
   p.x = x.data, p.rows = x.shape[0], p.x_stride = x.stride[0], p.dtype = x.dtype;
   p.out[0] = out.data, p.out_stride[0] = out.shape[1], p.out_dtype = out.dtype;
-  cpu::kernels().linear(p, usable_threads(threads));
+  cpu::kernels().linear(p, threads);
 }
 
 void packed_rows(TensorView data, const std::string& format, int64_t in, int64_t out_features, TensorView ids, TensorView out,
-                 int threads) {
+                 Threads threads) {
   const PackedWeight w = packed_weight(data, {}, format, in, out_features);
   check_rank(ids, "ids", 1), check_contiguous(ids, "ids"), check_dtype(ids, "ids", DType::kInt64);
   check_rank(out, "out", 2), check_contiguous(out, "out"), check_dtype(out, "out", DType::kFloat32);
   check_size(out, "out", 0, ids.shape[0]), check_size(out, "out", 1, in);
+  check(ids.device == DeviceType::kCPU && out.device == DeviceType::kCPU, "ids and out must be on the CPU");
   const int64_t* id = ids.as<const int64_t>();
   for (int64_t i = 0; i < ids.shape[0]; ++i)
     check(id[i] >= 0 && id[i] < out_features, "ids[", i, "] = ", id[i], " is not a row: there are ", out_features);
-  cpu::kernels().packed_rows({.weight = w, .ids = id, .out = out.as<float>(), .rows = ids.shape[0]}, usable_threads(threads));
+  cpu::kernels().packed_rows({.weight = w, .ids = id, .out = out.as<float>(), .rows = ids.shape[0]}, threads);
 }
 
 }  // namespace foveate

@@ -102,7 +102,8 @@ struct PackedRowsParams {
 // The bytes of `data` as a weight; checks its size. bias may be undefined.
 PackedWeight packed_weight(TensorView data, TensorView bias, const std::string& format, int64_t in, int64_t out);
 
-void packed_linear(TensorView x, TensorView data, const std::string& format, TensorView bias, TensorView out, int threads);
-void packed_rows(TensorView data, const std::string& format, int64_t in, int64_t out_features, TensorView ids, TensorView out, int threads);
+void packed_linear(TensorView x, TensorView data, const std::string& format, TensorView bias, TensorView out, Threads threads);
+void packed_rows(TensorView data, const std::string& format, int64_t in, int64_t out_features, TensorView ids, TensorView out,
+                 Threads threads);
 
 }  // namespace foveate

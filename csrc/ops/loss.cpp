@@ -8,7 +8,7 @@ namespace foveate {
 namespace {
 
 void check_rows(const TensorView& logits, const TensorView& target, const TensorView& stats) {
-  check_rank(logits, "logits", 2);
+  check_rank(logits, "logits", 2), check_float(logits, "logits");
   check_last_contiguous(logits, "logits");
   const int64_t rows = logits.shape[0];
   check_rank(target, "target", 1), check_size(target, "target", 0, rows);
@@ -36,7 +36,7 @@ CrossEntropyParams params(const TensorView& logits, const TensorView& target, co
 }  // namespace
 
 void cross_entropy_forward(TensorView logits, TensorView target, TensorView loss, TensorView stats, CrossEntropyOptions options,
-                           int threads) {
+                           Threads threads) {
   check_rows(logits, target, stats);
   check_rank(loss, "loss", 1), check_size(loss, "loss", 0, logits.shape[0]);
   check_dtype(loss, "loss", accumulator_of(logits.dtype)), check_contiguous(loss, "loss");
@@ -53,7 +53,7 @@ void cross_entropy_forward(TensorView logits, TensorView target, TensorView loss
 }
 
 void cross_entropy_backward(TensorView dloss, TensorView logits, TensorView target, TensorView stats, TensorView dlogits,
-                            CrossEntropyOptions options, int threads) {
+                            CrossEntropyOptions options, Threads threads) {
   check_rows(logits, target, stats);
   check_rank(dloss, "dloss", 1), check_size(dloss, "dloss", 0, logits.shape[0]), check_dtype(dloss, "dloss", accumulator_of(logits.dtype));
   check_rank(dlogits, "dlogits", 2), check_size(dlogits, "dlogits", 0, logits.shape[0]), check_size(dlogits, "dlogits", 1, logits.shape[1]);

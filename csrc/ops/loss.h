@@ -25,8 +25,8 @@ struct CrossEntropyParams {
 };
 
 void cross_entropy_forward(TensorView logits, TensorView target, TensorView loss, TensorView stats, CrossEntropyOptions options,
-                           int threads);
+                           Threads threads);
 void cross_entropy_backward(TensorView dloss, TensorView logits, TensorView target, TensorView stats, TensorView dlogits,
-                            CrossEntropyOptions options, int threads);
+                            CrossEntropyOptions options, Threads threads);
 
 }  // namespace foveate

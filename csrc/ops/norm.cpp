@@ -13,7 +13,7 @@ void check_rows(const TensorView& t, const char* what, const TensorView& x) {
 }
 
 void check_x_and_weight(const TensorView& x, const TensorView& weight) {
-  check_rank(x, "x", 2);
+  check_rank(x, "x", 2), check_float(x, "x");
   check_last_contiguous(x, "x");
   if (!weight.defined()) return;
   check_rank(weight, "weight", 1), check_size(weight, "weight", 0, x.shape[1]), check_contiguous(weight, "weight");
@@ -28,7 +28,7 @@ void check_rstd(const TensorView& rstd, const TensorView& x) {
 
 }  // namespace
 
-void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorView rstd, double eps, int threads) {
+void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorView rstd, double eps, Threads threads) {
   check_x_and_weight(x, weight);
   check_rows(out, "out", x);
   if (rstd.defined()) check_rstd(rstd, x);
@@ -50,7 +50,7 @@ void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorVie
 }
 
 void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorView rstd, TensorView dx, TensorView dweight_parts,
-                       int threads) {
+                       Threads threads) {
   check_x_and_weight(x, weight);
   check_rows(dout, "dout", x), check_rows(dx, "dx", x), check_rstd(rstd, x);
   int64_t parts = threads;

@@ -28,8 +28,8 @@ struct RmsNormBackwardParams {
   DType dtype, weight_dtype;
 };
 
-void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorView rstd, double eps, int threads);
+void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorView rstd, double eps, Threads threads);
 void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorView rstd, TensorView dx, TensorView dweight_parts,
-                       int threads);
+                       Threads threads);
 
 }  // namespace foveate

@@ -28,8 +28,8 @@ struct CopyParams {
 };
 
 // Returns the floating-point operations that it did; 0 if the CPU target has no such instruction.
-int64_t multiply_add(TensorView sums, const std::string& dtype, int64_t steps, int threads);
-void read_memory(TensorView x, TensorView sums, int threads);
-void copy_memory(TensorView x, TensorView out, int threads);
+int64_t multiply_add(TensorView sums, const std::string& dtype, int64_t steps, Threads threads);
+void read_memory(TensorView x, TensorView sums, Threads threads);
+void copy_memory(TensorView x, TensorView out, Threads threads);
 
 }  // namespace foveate

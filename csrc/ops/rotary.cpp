@@ -21,8 +21,8 @@ void check_table(const TensorView& t, const char* what, const TensorView& x, int
 
 }  // namespace
 
-void rotary(TensorView x, TensorView cos, TensorView sin, TensorView out, bool interleaved, bool inverse, int threads) {
-  check_rank(x, "x", 4);
+void rotary(TensorView x, TensorView cos, TensorView sin, TensorView out, bool interleaved, bool inverse, Threads threads) {
+  check_rank(x, "x", 4), check_float(x, "x");
   check_last_contiguous(x, "x");
   check_rank(out, "out", 4);
   for (int d = 0; d < 4; ++d) check_size(out, "out", d, x.shape[d]);

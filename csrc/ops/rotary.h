@@ -17,6 +17,6 @@ struct RotaryParams {
   DType dtype, table_dtype;
 };
 
-void rotary(TensorView x, TensorView cos, TensorView sin, TensorView out, bool interleaved, bool inverse, int threads);
+void rotary(TensorView x, TensorView cos, TensorView sin, TensorView out, bool interleaved, bool inverse, Threads threads);
 
 }  // namespace foveate

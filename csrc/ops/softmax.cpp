@@ -21,6 +21,11 @@ void check_same_shape(const TensorView& t, const char* what, const TensorView& x
   check_contiguous(t, what);
 }
 
+void check_dx(const TensorView& dx, const TensorView& out) {
+  check(dx.dtype == out.dtype || dx.dtype == accumulator_of(out.dtype), "dx is ", name(dx.dtype), ", expected ", name(out.dtype), " or ",
+        name(accumulator_of(out.dtype)));
+}
+
 // Merges neighbouring leading dimensions that every operand walks evenly, so that finding a row's place is mostly one multiplication.
 void merge_dimensions(SoftmaxParams& p) {
   int last = -1;
@@ -38,9 +43,9 @@ void merge_dimensions(SoftmaxParams& p) {
 
 }  // namespace
 
-void softmax_forward(TensorView x, TensorView bias, TensorView mask, TensorView out, double scale, bool causal, bool log, int threads) {
+void softmax_forward(TensorView x, TensorView bias, TensorView mask, TensorView out, double scale, bool causal, bool log, Threads threads) {
   check(x.ndim >= 1, "x has no dimension to take the softmax over");
-  check_last_contiguous(x, "x");
+  check_float(x, "x"), check_last_contiguous(x, "x");
   check_same_shape(out, "out", x), check_dtype(out, "out", x.dtype);
   if (bias.defined()) {
     check_operand(bias, "bias", x);
@@ -73,12 +78,11 @@ void softmax_forward(TensorView x, TensorView bias, TensorView mask, TensorView 
     cpu::kernels().softmax_forward(p, threads);
 }
 
-void softmax_backward(TensorView dout, TensorView out, TensorView dx, double scale, bool log, int threads) {
+void softmax_backward(TensorView dout, TensorView out, TensorView dx, double scale, bool log, Threads threads) {
   check(out.ndim >= 1, "out has no dimension that a softmax could have been taken over");
-  check_same_shape(out, "out", out), check_same_shape(dout, "dout", out), check_same_shape(dx, "dx", out);
+  check_float(out, "out"), check_same_shape(out, "out", out), check_same_shape(dout, "dout", out), check_same_shape(dx, "dx", out);
   check_dtype(dout, "dout", out.dtype);
-  check(dx.dtype == out.dtype || dx.dtype == accumulator_of(out.dtype), "dx is ", name(dx.dtype), ", expected ", name(out.dtype), " or ",
-        name(accumulator_of(out.dtype)));
+  check_dx(dx, out);
   if (out.numel() == 0) return;
   const int64_t cols = out.shape[out.ndim - 1];
   const SoftmaxBackwardParams p{.dout = dout.data,
@@ -94,6 +98,29 @@ void softmax_backward(TensorView dout, TensorView out, TensorView dx, double sca
     cuda::kernels().softmax_backward(p, current_stream(place));
   else
     cpu::kernels().softmax_backward(p, threads);
+}
+
+namespace {
+
+void check_columns(const TensorView& t, const char* what, const TensorView& x) {
+  check_rank(t, what, 3), check_same_shape(t, what, x);
+  check(t.device == DeviceType::kCPU, what, " must be on the CPU");
+}
+
+}  // namespace
+
+void softmax_columns_forward(TensorView x, TensorView out, double scale, bool log, Threads threads) {
+  check_float(x, "x"), check_columns(x, "x", x), check_columns(out, "out", x), check_dtype(out, "out", x.dtype);
+  if (x.numel() == 0) return;
+  cpu::kernels().softmax_columns_forward({x.data, out.data, x.shape[0], x.shape[1], x.shape[2], scale, log, x.dtype}, threads);
+}
+
+void softmax_columns_backward(TensorView dout, TensorView out, TensorView dx, double scale, bool log, Threads threads) {
+  check_float(out, "out"), check_columns(out, "out", out), check_columns(dout, "dout", out), check_columns(dx, "dx", out);
+  check_dtype(dout, "dout", out.dtype), check_dx(dx, out);
+  if (out.numel() == 0) return;
+  cpu::kernels().softmax_columns_backward(
+      {dout.data, out.data, dx.data, out.shape[0], out.shape[1], out.shape[2], scale, log, dx.dtype != out.dtype, out.dtype}, threads);
 }
 
 }  // namespace foveate

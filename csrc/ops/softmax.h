@@ -29,7 +29,27 @@ struct SoftmaxBackwardParams {
   DType dtype;
 };
 
-void softmax_forward(TensorView x, TensorView bias, TensorView mask, TensorView out, double scale, bool causal, bool log, int threads);
-void softmax_backward(TensorView dout, TensorView out, TensorView dx, double scale, bool log, int threads);
+// Over a dimension that is not the last, on the CPU: all [outer, cols, inner], contiguous.
+struct SoftmaxColumnsParams {
+  const void* x;
+  void* out;
+  int64_t outer, cols, inner;
+  double scale;
+  bool log;
+  DType dtype;
+};
+struct SoftmaxColumnsBackwardParams {
+  const void *dout, *out;
+  void* dx;  // dtype, or float32 where dx_wide
+  int64_t outer, cols, inner;
+  double scale;
+  bool log, dx_wide;
+  DType dtype;
+};
+
+void softmax_forward(TensorView x, TensorView bias, TensorView mask, TensorView out, double scale, bool causal, bool log, Threads threads);
+void softmax_backward(TensorView dout, TensorView out, TensorView dx, double scale, bool log, Threads threads);
+void softmax_columns_forward(TensorView x, TensorView out, double scale, bool log, Threads threads);
+void softmax_columns_backward(TensorView dout, TensorView out, TensorView dx, double scale, bool log, Threads threads);
 
 }  // namespace foveate

@@ -42,7 +42,7 @@ struct Backward {
   // One thread's working set. "panels": operand A in tiles of kTileRows queries; "stacked": operand B with queries or keys along k.
   struct Local {
     Unit *q_panels, *dout_panels, *q_stacked, *dout_stacked, *k_columns, *v_columns, *k_stacked, *temp;
-    Acc *lse, *delta, *dq, *dk, *dv;  // lse: with the sink; +inf for a row that sees nothing
+    Acc *lse, *lse_rest, *delta, *dq, *dk, *dv;  // lse + lse_rest: with the sink; +inf for a row that sees nothing
     Acc *s, *dp, *slope, *keep;  // [kBlockQueries][kBlockKeys]; slope and keep one row
     Unit *p_pairs, *ds, *ds_pairs;  // operands for gemm_tile: s and dp themselves, unless units are pairs
   };
@@ -50,12 +50,13 @@ struct Backward {
   template <class F>
   void pieces(Local& x, const F& piece) const {
     const int64_t temp = k_units > v_units ? k_units : v_units, width = k_width > v_width ? k_width : v_width;
+    const int64_t staged = w > kTileRows ? w : kTileRows;  // rows in temp
     const int64_t chunk_keys = ceil_div(key_blocks, chunks) * kBlockKeys, tile = kBlockQueries * kBlockKeys;
     piece(x.q_panels, padded_q * k_units), piece(x.dout_panels, padded_q * v_units);
     piece(x.q_stacked, padded_q / kPair * k_width), piece(x.dout_stacked, padded_q / kPair * v_width);
     piece(x.k_columns, kBlockKeys * k_units), piece(x.v_columns, kBlockKeys * v_units), piece(x.k_stacked, kBlockKeys / kPair * k_width);
-    piece(x.temp, temp * w > width ? temp * w : width);
-    piece(x.lse, padded_q), piece(x.delta, padded_q), piece(x.dq, chunks == 1 ? padded_q * k_width : 0);
+    piece(x.temp, temp * staged > width ? temp * staged : width);
+    piece(x.lse, padded_q), piece(x.lse_rest, padded_q), piece(x.delta, padded_q), piece(x.dq, chunks == 1 ? padded_q * k_width : 0);
     piece(x.dk, chunk_keys * k_width), piece(x.dv, chunk_keys * v_width);
     piece(x.s, tile), piece(x.dp, tile), piece(x.slope, p.softcap > 0 ? kBlockKeys : 0), piece(x.keep, kBlockKeys);
     piece(x.p_pairs, kPair == 1 ? 0 : tile / kPair), piece(x.ds, kPair == 1 ? 0 : tile / kPair),
@@ -173,17 +174,20 @@ struct Backward {
     const Acc* lse = static_cast<const Acc*>(p.lse.data) + lse_at;
     const Acc* dlse = g.dlse ? static_cast<const Acc*>(g.dlse) + lse_at : nullptr;
     Acc dsink = 0, dots[kTileRows];
+    missing_sums(b, h, s, lse, x);
     for (int64_t i = 0; i < s.q; ++i) {
-      if (i % kTileRows == 0) tile_dots(b, h, i, s.q - i, x.dout_panels + i * v_units, dots);
-      Acc delta = dots[i % kTileRows], total = lse[i];
+      if (i % kTileRows == 0) tile_dots(b, h, i, s.q - i, x.dout_panels + i * v_units, x.temp, dots);
+      Acc delta = dots[i % kTileRows], top = lse[i], rest = x.lse_rest[i];
       if (p.sinks) {
-        const Acc sink = static_cast<const Acc*>(p.sinks)[h], top = sink > lse[i] ? sink : lse[i];
-        total = top == -inf ? -inf : top + std::log(std::exp(sink - top) + std::exp(lse[i] - top));
-        if (total > -inf) dsink -= std::exp(sink - total) * delta;
+        const Acc sink = static_cast<const Acc*>(p.sinks)[h];
+        top = sink > lse[i] ? sink : lse[i];
+        rest = top == -inf ? 0 : std::log(std::exp(sink - top) + std::exp(lse[i] - top + x.lse_rest[i]));
+        if (top > -inf) dsink -= std::exp(sink - top - rest) * delta;
       }
-      if (dlse && lse[i] > -inf) delta -= dlse[i] * std::exp(total - lse[i]);
+      if (dlse && lse[i] > -inf) delta -= dlse[i] * std::exp(top - lse[i] + (rest - x.lse_rest[i]));
       x.delta[i] = delta;
-      x.lse[i] = lse[i] == -inf ? inf : total;
+      x.lse[i] = lse[i] == -inf ? inf : top;
+      x.lse_rest[i] = lse[i] == -inf ? 0 : rest * static_cast<Acc>(kLog2e);
     }
     if (chunk == 0) dsinks[b * p.heads_q + h] = dsink;
   }
@@ -199,27 +203,57 @@ struct Backward {
     }
   }
 
-  // out . dout of the kTileRows queries from r on. Summed in gemm_tile's order: where a query sees one key, out = v and dP - delta is exactly 0.
-  void tile_dots(int64_t b, int64_t h, int64_t r, int64_t rows, const Unit* dout_panel, Acc* dots) const {
-    for (int64_t i = 0; i < kTileRows; ++i) dots[i] = 0;
-    visit_float(p.dtype, [&]<class T>(std::type_identity<T>) {
-      const T* out[kTileRows];
-      for (int64_t i = 0; i < kTileRows; ++i) out[i] = reinterpret_cast<const T*>(q_row(p, p.out, b, h, i < rows ? r + i : r));
-      for (int64_t d0 = 0; d0 < p.head_dim_v; d0 += kChain * kPair) {
-        const int64_t d1 = d0 + kChain * kPair < p.head_dim_v ? d0 + kChain * kPair : p.head_dim_v;
-        Acc chain[kTileRows] = {};
-        for (int64_t d = d0; d < d1; ++d)
-          for (int64_t i = 0; i < kTileRows; ++i) chain[i] += element(dout_panel, d, i) * static_cast<Acc>(to_float(out[i][d]));
-        for (int64_t i = 0; i < kTileRows; ++i) dots[i] += chain[i];
+  // One number holds lse, and where scores are large its rounding hides the logarithm of the sum: -1e9 + log(9) is -1e9. For such rows the
+  // sum of exp(s - lse), which should be 1, is taken again; its logarithm is what lse lacks.
+  void missing_sums(int64_t b, int64_t h, const Sequence& s, const Acc* lse, const Local& x) const {
+    constexpr Acc kLarge = std::is_same_v<Acc, double> ? Acc{1 << 30} : Acc{256};  // an error of 1.5e-5 in every weight
+    const auto large = [&](int64_t i) { return std::abs(lse[i]) > kLarge && std::abs(lse[i]) <= std::numeric_limits<Acc>::max(); };
+    bool any = false;
+    for (int64_t i = 0; i < s.q; ++i) x.lse_rest[i] = 0, any = any || large(i);
+    if (!any) return;
+    const Acc scale = options ? Acc{1} : static_cast<Acc>(p.scale);
+    for (int64_t key0 = 0; key0 < s.k; key0 += kBlockKeys) {
+      const int64_t keys = s.k - key0 < kBlockKeys ? s.k - key0 : kBlockKeys, end = round_up(keys, kColumnAlign);
+      pack_columns<M>(kv_source(p, p.k, nullptr, b, h / group), key0, key0 + keys, p.head_dim, k_units, x.k_columns, x.temp);
+      for (int64_t r = 0; r < s.q; r += kTileRows) {
+        const int64_t last = r + kTileRows < s.q ? r + kTileRows : s.q;
+        any = false;
+        for (int64_t i = r; i < last; ++i) any = any || large(i);
+        if (!any) continue;
+        gemm_columns<M, kTileRows, 1, kTileRows>(0, end, k_units, x.q_panels + r * k_units, x.k_columns, x.s, kBlockKeys);
+        for (int64_t i = r; i < last; ++i) {
+          if (!large(i)) continue;
+          Acc* sc = x.s + (i - r) * kBlockKeys;
+          if (options) score_row<Acc>(p, s, relative, b, h, i, key0, keys, sc, nullptr);
+          mask_row(sc, key0, 0, end, visible_keys(p, s, i));
+          V sum{};
+          for (int64_t c = 0; c < end; c += w) sum += exp2v<5>((load_raw<V>(sc + c) * scale - lse[i]) * static_cast<Acc>(kLog2e));
+          x.lse_rest[i] += hsum(sum);
+        }
       }
-    });
+    }
+    for (int64_t i = 0; i < s.q; ++i)
+      if (large(i)) x.lse_rest[i] = std::log(x.lse_rest[i]);
   }
-  // Element d of row i of a panel.
-  static Acc element(const Unit* panel, int64_t d, int64_t i) {
-    if constexpr (kPair == 1)
-      return panel[d * kTileRows + i];
-    else
-      return to_float(reinterpret_cast<const bf16*>(panel + d / 2 * kTileRows + i)[d % 2]);
+
+  // out . dout of the kTileRows queries from r on, with gemm_columns' operations in its order: where a query sees one key, out = v and dP - delta is
+  // exactly 0. temp: kTileRows * v_units.
+  void tile_dots(int64_t b, int64_t h, int64_t r, int64_t rows, const Unit* dout_panel, Unit* temp, Acc* dots) const {
+    using Accs = typename M::Accs;
+    using Units = typename M::Units;
+    const RowSource out = q_source(p, p.out, b, h);
+    for (int64_t i = 0; i < kTileRows; ++i) convert_row<M>(out, i < rows ? r + i : r, p.head_dim_v, temp + i * v_units, v_units);
+    Accs total{};
+    for (int64_t u0 = 0; u0 < v_units; u0 += kChain) {
+      Accs chain{};
+      for (int64_t u = u0; u < v_units && u < u0 + kChain; ++u) {
+        Units column;
+        for (int i = 0; i < kTileRows; ++i) column[i] = temp[i * v_units + u];
+        chain = M::mul_add_lanes(chain, load_raw<Units>(dout_panel + u * kTileRows), column);
+      }
+      total = u0 == 0 ? chain : chain + total;
+    }
+    store_raw(dots, total);
   }
 
   // The keys [key0, key0 + kBlockKeys) against all queries of head h that see any of them. x.dk and x.dv point at this block.
@@ -289,9 +323,9 @@ struct Backward {
       for (int64_t c = begin; c < end; ++c) x.keep[c] = static_cast<Acc>(dropout.inverse_keep);
       drop_row(p, dropout.threshold, b * p.heads_q + h, i, key0 + begin, end - begin, x.keep + begin);
     }
-    const Acc scale = options ? Acc{1} : static_cast<Acc>(p.scale), lse = x.lse[i], delta = x.delta[i];
+    const Acc scale = options ? Acc{1} : static_cast<Acc>(p.scale), lse = x.lse[i], rest = x.lse_rest[i], delta = x.delta[i];
     for (int64_t c = begin; c < end; c += w) {
-      const V prob = exp2v<degree>((load_raw<V>(sc + c) * scale - lse) * static_cast<Acc>(kLog2e));
+      const V prob = exp2v<degree>((load_raw<V>(sc + c) * scale - lse) * static_cast<Acc>(kLog2e) - rest);
       V dprob = load_raw<V>(dp + c);
       if (drops) {
         const V keep = load_raw<V>(x.keep + c);

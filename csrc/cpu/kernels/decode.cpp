@@ -42,7 +42,8 @@ struct Ahead {
   int keys;  // ahead, a multiple of kValueKeys
 
   Ahead(const void* head0, int64_t row_bytes) : base(static_cast<const char*>(head0)), bytes(row_bytes) {
-    const int64_t groups = ceil_div<int64_t>(kAheadBytes, row_bytes * kValueKeys);
+    const int64_t groups =
+        row_bytes > 0 ? ceil_div<int64_t>(kAheadBytes, row_bytes * kValueKeys) : kTile;  // a head dim of 0: nothing to ask for
     keys = static_cast<int>(groups * kValueKeys < kTile ? groups * kValueKeys : kTile);
   }
   // Share `part` of `parts` of the rows at `offset` (elements of T).

@@ -4,6 +4,7 @@
 #include "cpu/parallel.h"
 #include "cpu/row.h"
 #include "cpu/scratch.h"
+#include "cpu/softmax_columns.inl.h"
 #include "cpu/vec.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
@@ -107,14 +108,42 @@ void softmax_rows(const SoftmaxParams& p, int64_t begin, int64_t end, bool strea
   }
 }
 
+// Rows shorter than a vector, without options: transposed, a row is a lane, and none is empty.
+constexpr int64_t kTinyColumns = 16;
+
+template <class T, bool kLog>
+void softmax_tiny_rows(const SoftmaxParams& p, int64_t begin, int64_t end) {
+  using A = AccumulatorOf<T>;
+  constexpr int64_t block = kColumnBlock<A>;
+  A in[kTinyColumns * block], out[kTinyColumns * block];
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t n = smaller(block, end - first);
+    for (int64_t i = 0; i < n; ++i) {
+      const T* x = static_cast<const T*>(p.x) + offsets_of(p, first + i).x;
+      for (int64_t c = 0; c < p.cols; ++c) in[c * block + i] = static_cast<A>(to_float(x[c]));
+    }
+    softmax_columns_tile<kExpDegree<T>, kLog>(in, block, out, block, p.cols, n, static_cast<A>(p.scale), out);
+    for (int64_t i = 0; i < n; ++i) {
+      T* y = static_cast<T*>(p.out) + (first + i) * p.cols;
+      for (int64_t c = 0; c < p.cols; ++c) from_float(y + c, out[c * block + i]);
+    }
+  }
+}
+
 template <class T, class B, bool kMask, bool kLog>
 void softmax_tasks(const SoftmaxParams& p, int threads) {
   const bool stream = p.rows * p.cols * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   const int64_t block = 1 + kTaskElements / p.cols;
   using A = AccumulatorOf<T>;
-  const int64_t kept = kLog || p.cols > kKeptColumns ? 0 : round_up<int64_t>(p.cols, kLanes<A>) * static_cast<int64_t>(sizeof(A));
+  if constexpr (std::is_void_v<B> && !kMask) {
+    if (p.cols <= kTinyColumns && p.causal_rows == 0)
+      return parallel_tasks(ceil_div(p.rows, block), threads,
+                            [&](int64_t task, int) { softmax_tiny_rows<T, kLog>(p, task * block, smaller(p.rows, (task + 1) * block)); });
+  }
+  const int64_t kept =
+      kLog || p.cols > kKeptColumns ? 0 : (round_up<int64_t>(p.cols, kLanes<A>) + kLanes<A>)*static_cast<int64_t>(sizeof(A));
   Scratch scratch;
-  scratch.allocate(kept * threads);
+  scratch.allocate(kept * threads);  // a vector more than the row: past the cache, stores begin at the output's alignment
   parallel_tasks(ceil_div(p.rows, block), threads, [&](int64_t task, int thread) {
     softmax_rows<T, B, kMask, kLog>(p, task * block, smaller(p.rows, (task + 1) * block), stream, scratch.at<A>(kept * thread));
   });
