@@ -256,6 +256,12 @@ EMPTY = [
     _C(skv=0, bias="1h1k", relative="bidirectional", dropout=0.1, kv_lens=True),
 ]
 HEAD_DIMS = [_C(sq=19, skv=35, hq=2, hkv=1, d=d, causal=True) for d in (8, 16, 40, 64, 72, 80, 96, 128, 192, 256)]
+# The native CPU kernels' alone: diffusion's VAE has one head of 512, MLA 576 and 512.
+WIDE_HEAD_DIMS = [
+    _C(sq=19, skv=35, hq=2, hkv=1, d=d, dv=dv, causal=True, dtype=dtype)
+    for d, dv in ((264, 264), (320, 320), (512, 512), (576, 512), (64, 576))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+] + [_C(b=1, sq=130, skv=260, hq=1, hkv=1, d=512, bias="1h1k", dropout=0.2)]
 VALUE_DIMS = [
     _C(sq=19, skv=35, hq=2, hkv=1, d=d, dv=dv) for d, dv in ((192, 128), (64, 128), (16, 256), (256, 8), (40, 72))
 ]

@@ -8,8 +8,18 @@ import pytest
 import torch
 
 import compare
+import foveate
 import poison
-from cases import ATTENTION_CASES, BF16_CASES, EMPTY, AttentionCase, make_inputs, random_cases
+from cases import (
+    ATTENTION_CASES,
+    BF16_CASES,
+    EMPTY,
+    WIDE_HEAD_DIMS,
+    AttentionCase,
+    make_inputs,
+    random_cases,
+)
+from foveate._backends import runs_cuda_kernels
 
 
 def run(inputs, grads, backend, **options) -> dict[str, torch.Tensor]:
@@ -31,6 +41,100 @@ def test_against_exact(case, backend, device, seed):
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.id)
 def test_in_bf16(case, backend, device, seed):
     check_backward(case, seed, backend, device)
+
+
+@pytest.mark.parametrize("case", WIDE_HEAD_DIMS, ids=lambda case: case.id)
+def test_wide_head_dims(case, device, seed):
+    if runs_cuda_kernels(device):
+        with pytest.raises(foveate.UnsupportedError, match="head dims up to 256"):
+            make_inputs(case, seed, device).run("native")
+        return
+    check_backward(case, seed, "native", device)
+
+
+@pytest.mark.parametrize("dim", [8, 64, 192, 256, 320])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_one_visible_key_has_no_gradient(dtype, dim, device):
+    """dP - delta is exactly 0 on every instruction set: by one key in all, by a window, and by a mask."""
+    if runs_cuda_kernels(device):
+        pytest.skip("a property of the CPU kernels")
+    torch.manual_seed(0)
+    q, dout = torch.randn(2, 113, 4, dim).to(dtype), torch.randn(2, 113, 4, dim).to(dtype)
+    k, v = (torch.randn(2, 7, 2, dim).to(dtype) for _ in range(2))
+    mask = torch.zeros(1, 1, 1, 7, dtype=torch.bool)
+    mask[..., 3] = True
+    for keys, options in ((1, {}), (7, {"mask": mask}), (7, {"window": (0, 0)})):
+        bias = torch.zeros(1, 4, 1, 1, dtype=dtype, requires_grad=True)
+        leaves = [x.detach().requires_grad_() for x in (q, k[:, :keys])]
+        out = foveate.attention(*leaves, v[:, :keys], bias=bias, backend="native", **options)
+        for gradient in torch.autograd.grad(out, [*leaves, bias], dout):
+            assert not gradient.any()
+
+
+SHIFTED = [
+    {},
+    {"sinks": True, "causal": True},
+    {"softcap": 3.0, "hkv": 1},
+    {"dropout": 0.3},
+    {"b": 1, "hq": 1, "hkv": 1, "sq": 60, "skv": 400},  # keys in chunks, each with a dq of its own
+    {"b": 3, "kv_lens": True, "window": (9, 5)},
+]
+
+
+@pytest.mark.parametrize("shift", [300.0, 2.0**14, 2.0**20, -(2.0**20)])
+@pytest.mark.parametrize("options", SHIFTED, ids=str)
+def test_scores_that_are_large_together(options, shift, device, seed):
+    """softmax does not see a number that all scores of a row share, nor may the backward pass, where max + log(sum) rounds to max.
+
+    q and k are whole numbers and the scale a power of two, so that the shifted scores are exact.
+    """
+    if runs_cuda_kernels(device):
+        pytest.skip("the CUDA kernels take lse as the one number that it is stored as")
+    case = AttentionCase(**{"sq": 21, "skv": 37, "hq": 2, "hkv": 2, "d": 16, "scale": 0.25, "bias": "1111"} | options)
+    inputs = make_inputs(case, seed, device)
+    inputs = inputs.replace(q=inputs.q.round(), k=inputs.k.round(), bias=torch.zeros_like(inputs.bias))
+    grads = compare.upstream(inputs, seed)
+    exact = compare.results(inputs.to(torch.float64), lambda x: x.run("reference"), grads)
+    floors = compare.floors(inputs, grads)
+    sinks = None if inputs.sinks is None else inputs.sinks.round()
+    moved = inputs.replace(bias=inputs.bias + shift, sinks=None if sinks is None else sinks + shift)
+    if sinks is not None:
+        exact = compare.results(inputs.replace(sinks=sinks).to(torch.float64), lambda x: x.run("reference"), grads)
+    ours = compare.results(moved, lambda x: x.run("native"), grads)
+    for name in ("out", "dq", "dk", "dv", "dsinks"):
+        if name in ours:
+            error = (ours[name].double() - exact[name]).abs().max()
+            # With a softcap, tanh's own rounding is taken at the size of the shift.
+            slack = 2.0**-24 * abs(shift) if case.softcap else 2e-5
+            assert error <= floors[name] + slack * exact[name].abs().max(), name
+
+
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e9, -1e4])
+def test_rows_masked_by_a_large_number(value, device, seed):
+    """A row that an additive mask takes all keys from is uniform by the definition, in the forward and in the backward pass."""
+    if runs_cuda_kernels(device):
+        pytest.skip("the CUDA kernels take lse as the one number that it is stored as")
+    case = AttentionCase(sq=4, skv=9, hq=2, hkv=2, d=16, bias="qk")
+    inputs = make_inputs(case, seed, device)
+    bias = torch.zeros_like(inputs.bias)
+    bias[0], bias[1, 4:] = value, value
+    inputs, grads = inputs.replace(bias=bias), compare.upstream(inputs, seed)
+
+    def definition(x):
+        q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
+        scores = q @ k.mT * 0.25
+        absorbed = scores - scores.detach()  # what fp32 keeps of a score beside 1e9: its gradient alone
+        rows = (torch.arange(4, device=scores.device) == 0)[:, None]
+        scores = torch.where(rows & (abs(value) > 1e8), absorbed, scores + x.bias)
+        return (scores.softmax(-1) @ v).transpose(1, 2), torch.logsumexp(scores, -1)
+
+    grads = grads[0], torch.zeros_like(grads[1])
+    ours = compare.results(inputs, lambda x: x.run("native"), grads)
+    double = inputs.to(torch.float64)
+    exact = compare.results(double, definition, grads)
+    for name in ("out", "dq", "dk", "dv"):
+        error = (ours[name].double() - exact[name]).abs().max() / exact[name].abs().max()
+        assert error < (1e-5 if abs(value) > 1e8 else 2e-3), name  # at 1e4 the scores themselves round at 5e-4
 
 
 @pytest.mark.parametrize("index", range(40))

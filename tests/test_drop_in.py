@@ -82,9 +82,17 @@ def test_other_threads_are_reached():
 
 
 def test_what_foveate_cannot_serve_raises():
-    big = torch.randn(1, 2, 3, 300)
-    with drop_in.sdpa(), pytest.raises(ValueError, match="attention takes 1 to 256"):
-        F.scaled_dot_product_attention(big, big, big)
+    numbers = torch.ones(1, 2, 3, 16, dtype=torch.int32)
+    with drop_in.sdpa(), pytest.raises(ValueError, match=r"q, k and v have dtype torch\.int32"):
+        F.scaled_dot_product_attention(numbers, numbers, numbers)
+
+
+@pytest.mark.parametrize("dims", [(257, 257), (512, 512), (64, 320), (576, 512), (640, 640)], ids=str)
+def test_any_head_dim_is_served(dims):
+    q, k, v = torch.randn(1, 2, 20, dims[0]), torch.randn(1, 2, 33, dims[0]), torch.randn(1, 2, 33, dims[1])
+    expected = F.scaled_dot_product_attention(q, k, v)
+    with drop_in.sdpa():
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v), expected, rtol=1e-5, atol=1e-5)
 
 
 def encoder(batch_first=True):

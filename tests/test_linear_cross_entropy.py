@@ -150,9 +150,7 @@ def test_float16_gradients_outlive_a_loss_scale(reduction, spread):
 
     exact = gradients(lambda h, w: F.cross_entropy(h @ w.T, target), torch.float64, 1.0)
     theirs = gradients(lambda h, w: F.cross_entropy(F.linear(h, w).float(), target), torch.float16, scale)
-    ours = gradients(
-        lambda h, w: foveate.linear_cross_entropy(h, w, target, reduction=reduction), torch.float16, scale
-    )
+    ours = gradients(lambda h, w: foveate.linear_cross_entropy(h, w, target, reduction=reduction), torch.float16, scale)
     for mine, peer, right in zip(ours, theirs, exact):
         assert (mine - right).norm() <= 2 * (peer - right).norm()
         assert ((mine == 0) & (right != 0)).double().mean() < 1e-3  # torch loses as few

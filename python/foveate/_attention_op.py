@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foveate import _dtensor, _flops, _ops, _reference, _triton
 from foveate._backends import Query, choose, native, processors, register, runs_cuda_kernels
-from foveate._decode_plan import cuda_few_queries, cuda_thresholds
+from foveate._decode_plan import CPU_HEAD_DIM, GPU_HEAD_DIM, cuda_few_queries, cuda_thresholds
 from foveate._native import _C
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -75,24 +75,33 @@ def query(device: str, dtype: torch.dtype, D: int, Dv: int, used: tuple[bool, ..
 _native_shared = native()
 
 
+def _too_wide(query: Query, most: int) -> str | None:
+    D, Dv = query.features[:2]
+    return f"its kernels take head dims up to {most}, these are {D} and {Dv}" if max(D, Dv) > most else None  # type: ignore[type-var]
+
+
 def _native_supports(query: Query) -> str | None:
     if "score_mod" in query.features:
         return _NO_SCORE_MOD
     reason = _native_shared(query)
     if reason is None and query.dtype not in DTYPES:
         return f"the kernels take {', '.join(map(str, DTYPES))}, the tensors are {query.dtype}"
-    return reason
+    return reason or _too_wide(query, GPU_HEAD_DIM if runs_cuda_kernels(query.device) else CPU_HEAD_DIM)
+
+
+def _triton_supports(query: Query) -> str | None:
+    return _triton.serves(query) or _too_wide(query, GPU_HEAD_DIM)
 
 
 def _triton_backward_supports(query: Query) -> str | None:
     if "no score_mod_bwd" in query.features:
         return "score_mod comes without its derivative; give score_mod_bwd"
-    return _triton.serves(query)
+    return _triton_supports(query)
 
 
 for _name in ("attention", "attention_backward"):
     register(_name, "native", _native_supports)
-    register(_name, "triton", _triton.serves)
+    register(_name, "triton", _triton_supports)
     register(_name, "reference", lambda query: _NO_SCORE_MOD if "score_mod" in query.features else None)
 register("attention_backward", "triton", _triton_backward_supports)
 

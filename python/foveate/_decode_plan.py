@@ -7,7 +7,9 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-MAX_HEAD_DIM = 256  # of the blocked kernels; the decode kernels take more
+# Of the blocked kernels; the decode kernels take more. csrc/ops/attention.h has the same numbers.
+CPU_HEAD_DIM = 576
+GPU_HEAD_DIM = 256
 
 # Of the native CPU kernel. 64 rows of a head dim of 256 take 128 KiB for q and the output, which leaves the L2 cache to K and V.
 _MAX_ROWS = 64
@@ -56,7 +58,7 @@ def decode_plan(
     if not batch_invariant:
         splits = max(1, min(-(-wanted // tasks()), -(-max_keys // _MIN_SPLIT_KEYS)))
         # A step of one query stays with the decode kernel: it is bound by memory, however many heads share a KV head.
-        if Sq > 1 and rows >= BLOCKED_ROWS and not quantized and max(D, Dv) <= MAX_HEAD_DIM:
+        if Sq > 1 and rows >= BLOCKED_ROWS and not quantized and max(D, Dv) <= CPU_HEAD_DIM:
             return DecodePlan(1, 0, rows_per_task, heads_per_task, True)
         return DecodePlan(splits, 0, rows_per_task, heads_per_task, False)
     while heads_per_task > 1 and tasks() < wanted:
@@ -119,7 +121,7 @@ def cuda_decode_plan(
     if batch_invariant:
         return DecodePlan(max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS)), _INVARIANT_SPLIT_KEYS, TILE_ROWS, 1, False)
     many = Sq >= limits.blocked_queries or (Sq > 1 and rows >= limits.blocked_rows and B * Hq >= processors)
-    if many and not quantized and max(D, Dv) <= MAX_HEAD_DIM:
+    if many and not quantized and max(D, Dv) <= GPU_HEAD_DIM:
         return DecodePlan(1, 0, TILE_ROWS, 1, True)
     blocks = max(1, B * Hkv * -(-rows // TILE_ROWS) * -(-Dv // _SLICE_COLUMNS))
     splits = min(

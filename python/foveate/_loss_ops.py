@@ -212,7 +212,9 @@ class _Sum:
             self.total[first : first + rows].add_(product(a[first : first + rows], b.t()))
 
     def times(self, factor: Tensor) -> Tensor:
-        return self.zeros(self.shape, dtype=self.dtype) if self.total is None else self.total.mul_(factor).to(self.dtype)
+        return (
+            self.zeros(self.shape, dtype=self.dtype) if self.total is None else self.total.mul_(factor).to(self.dtype)
+        )
 
 
 def _gradients(

@@ -136,7 +136,7 @@ def _check_tensors(
         raise ValueError(
             f"q has head dim {D} and k_cache has {k_cache.shape[3]} (the last dimension); they must be equal"
         )
-    if Hkv == 0 or Hq % Hkv != 0:
+    if (Hq != 0) if Hkv == 0 else (Hq % Hkv != 0):
         raise ValueError(
             f"q has {Hq} heads and the cache has {Hkv}; the number of query heads must be a multiple of the KV heads"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate import _native
-from foveate._decode_plan import BLOCKED_ROWS, MAX_HEAD_DIM, decode_plan
+from foveate._decode_plan import BLOCKED_ROWS, CPU_HEAD_DIM, decode_plan
 from foveate._kv_cache_op import QUANTIZED
 from foveate.cache_view import CacheView
 from foveate.models.addresses import Addresses
@@ -118,7 +118,7 @@ class NativeDecoder:
         threads, quantized = torch.get_num_threads(), pages.k_pages.dtype in QUANTIZED
         capacity = cache.block_table.shape[1] * pages.page_size
         plan = decode_plan(B, S, Hq, Hkv, D, D, capacity, threads, 0, True, quantized)
-        if S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= BLOCKED_ROWS and not quantized and D <= MAX_HEAD_DIM:
+        if S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= BLOCKED_ROWS and not quantized and D <= CPU_HEAD_DIM:
             plan = plan._replace(num_splits=1, keys_per_split=0, blocked=True)
         native.step(
             x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, *plan, threads

@@ -31,7 +31,7 @@ def sdpa(
     given, in eval mode too. scale defaults to D**-0.5. With enable_gqa the numbers of key and of value heads may divide
     Hq; if they differ from each other both are repeated. A row without keys gives 0.
 
-    What torch takes and foveate does not (head dims beyond 256, other dtypes, dropout_p=1, strided nested tensors, attn_mask together with
+    What torch takes and foveate does not (other dtypes, dropout_p=1, strided nested tensors, attn_mask together with
     is_causal) raises a ValueError.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):

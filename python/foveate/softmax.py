@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from foveate import _native, _ops, _reference_ops, _triton
 from foveate._autograd import batch_first, first_order
-from foveate._backends import native, register
+from foveate._backends import native, register, runs_cuda_kernels
 from foveate._checks import (
     check_dtype_or_compute,
     check_flag,
@@ -41,13 +42,14 @@ def softmax(
 ) -> Tensor:
     """softmax(scale * x + bias) over `dim`, with masked elements counting as -inf, in one fused pass.
 
-    x: any shape; float32, bfloat16, float16 (computed in fp32) or float64. The result has its shape and dtype and is contiguous
-    along `dim`. scale: finite, 1 if None. mask: bool, True = keep. bias: x's dtype or the compute dtype. Both broadcast to x's
-    shape and are not expanded in memory. causal: in the last two dimensions, element [i, j] is kept if j <= i + cols - rows
-    (bottom-right), only with dim=-1. A line that is masked as a whole, or is all -inf, gives 0 with gradient 0, not NaN.
+    x: any shape; float32, bfloat16, float16 (computed in fp32) or float64. The result has its shape and dtype and is contiguous.
+    scale: finite, 1 if None. mask: bool, True = keep. bias: x's dtype or the compute dtype. Both broadcast to x's shape and are
+    not expanded in memory. causal: in the last two dimensions, element [i, j] is kept if j <= i + cols - rows (bottom-right), only
+    with dim=-1. A line that is masked as a whole, or is all -inf, gives 0 with gradient 0, not NaN.
     Differentiable once in x and bias; the gradient of a bias needs one temporary of x's shape in the compute dtype.
 
-    The kernel runs over the last dimension: x is copied if `dim` is another one or is not contiguous.
+    On the CPU, another dimension than the last of a contiguous x is read where it lies, if it comes without bias and mask. Otherwise the
+    kernel runs over the last dimension: x is copied if `dim` is another one or is not contiguous.
     Raises TypeError for dtypes, ValueError for other arguments that do not fit, UnsupportedError for a named backend that cannot
     serve the call. The one-pass maximum and sum are Milakov and Gimelshein's (2018, arXiv 1805.02867).
     """
@@ -82,7 +84,7 @@ def softmax(
         out = _Softmax.apply(x, bias, mask, scale, causal, chosen)
     else:
         out = _softmax(x, bias, mask, scale, causal, chosen)
-    return out.movedim(-1, dim)
+    return out.movedim(-1, dim).contiguous()
 
 
 def log_softmax(x: Tensor, dim: int = -1, *, backend: str | None = None) -> Tensor:
@@ -96,7 +98,7 @@ def log_softmax(x: Tensor, dim: int = -1, *, backend: str | None = None) -> Tens
         return log_softmax(x[None], 0, backend=backend)[0]
     x = x.movedim(dim, -1)
     out = _LogSoftmax.apply(x, chosen) if torch.is_grad_enabled() and x.requires_grad else _log_softmax(x, chosen)
-    return out.movedim(-1, dim)
+    return out.movedim(-1, dim).contiguous()
 
 
 def _check_dim(x: Tensor, dim: int) -> int:
@@ -121,6 +123,22 @@ def _rowwise(t: Tensor) -> Tensor:
     return t if t.size(-1) <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
+# Fewer lanes side by side than this are not worth a vector: rows are then copied together.
+_MIN_INNER = 8
+
+
+def _columns(x: Tensor, backend: str) -> int | None:
+    """For x whose last dimension has been moved there from place i of a contiguous tensor: i, if the kernel can read it in its place."""
+    if backend != "native" or not x.is_cpu or x.dim() < 2 or x.stride(-1) < _MIN_INNER or runs_cuda_kernels("cpu"):
+        return None
+    return next((i for i in range(x.dim() - 1) if x.movedim(-1, i).is_contiguous()), None)
+
+
+def _as_columns(x: Tensor, place: int) -> Tensor:
+    """[outer, cols, inner] of x as `_columns` takes it; a copy where another tensor is laid out otherwise."""
+    return x.movedim(-1, place).reshape(math.prod(x.shape[:place]), x.shape[-1], math.prod(x.shape[place:-1]))
+
+
 def _softmax_native(
     x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool, backend: str = "native"
 ) -> Tensor:
@@ -128,8 +146,13 @@ def _softmax_native(
         from foveate._triton.softmax import softmax
 
         return softmax(x, bias, mask, scale, causal)
+    out = _softmax_fake(x, bias, mask, scale, causal, backend)
+    place = _columns(out, backend)
+    if place is not None:
+        x, y = _as_columns(x, place), _as_columns(out, place)
+        _C.softmax_columns_forward(x, y, scale, False, torch.get_num_threads())
+        return out
     x = _rowwise(x)
-    out = _like(x)
     bias = None if bias is None else _rowwise(bias).expand(x.shape)
     mask = None if mask is None else _rowwise(mask).expand(x.shape)
     _C.softmax_forward(x, bias, mask, out, scale, causal, False, torch.get_num_threads())
@@ -141,8 +164,12 @@ def _log_softmax_native(x: Tensor, backend: str = "native") -> Tensor:
         from foveate._triton.softmax import log_softmax
 
         return log_softmax(x)
+    out = _log_softmax_fake(x, backend)
+    place = _columns(out, backend)
+    if place is not None:
+        _C.softmax_columns_forward(_as_columns(x, place), _as_columns(out, place), 1.0, True, torch.get_num_threads())
+        return out
     x = _rowwise(x)
-    out = _like(x)
     _C.softmax_forward(x, None, None, out, 1.0, False, True, torch.get_num_threads())
     return out
 
@@ -154,28 +181,45 @@ def _softmax_backward_native(
         from foveate._triton.softmax import softmax_backward
 
         return softmax_backward(dout, out, scale, log, wide)
+    dx = _softmax_backward_fake(dout, out, scale, log, wide, backend)
+    place = _columns(dx, backend)
+    if place is not None:
+        dout, out = (_as_columns(t, place).contiguous() for t in (dout, out))
+        _C.softmax_columns_backward(dout, out, _as_columns(dx, place), scale, log, torch.get_num_threads())
+        return dx
     dout, out = dout.contiguous(), out.contiguous()
-    dx = _softmax_backward_fake(dout, out, scale, log, wide)
     _C.softmax_backward(dout, out, dx, scale, log, torch.get_num_threads())
     return dx
 
 
-def _like(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
+def _softmax_fake(
+    x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool, backend: str = "native"
+) -> Tensor:
+    return x.new_empty(x.shape) if bias is not None or mask is not None or causal else _log_softmax_fake(x, backend)
 
 
-def _softmax_backward_fake(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool, *_: str) -> Tensor:
+def _log_softmax_fake(x: Tensor, backend: str = "native") -> Tensor:
+    """Laid out as x where the kernel reads x in its place."""
+    return x.new_empty(x.shape) if _columns(x, backend) is None else torch.empty_like(x)
+
+
+def _softmax_backward_fake(
+    dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool, backend: str = "native"
+) -> Tensor:
     dtype = compute_dtype(out) if wide else out.dtype
-    return out.new_empty(out.shape, dtype=dtype)
+    place = _columns(out, backend)
+    if place is None:
+        return out.new_empty(out.shape, dtype=dtype)
+    return torch.empty_like(out, dtype=dtype)
 
 
 _softmax = _ops.define(
     "softmax(Tensor x, Tensor? bias, Tensor? mask, Scalar scale, bool causal, str backend='native') -> Tensor",
     impl=_softmax_native,
-    fake=_like,
+    fake=_softmax_fake,
 )
 _log_softmax = _ops.define(
-    "log_softmax(Tensor x, str backend='native') -> Tensor", impl=_log_softmax_native, fake=_like
+    "log_softmax(Tensor x, str backend='native') -> Tensor", impl=_log_softmax_native, fake=_log_softmax_fake
 )
 # `wide` gives the gradient in the compute dtype, for sums that follow.
 _softmax_backward = _ops.define(
