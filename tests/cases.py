@@ -277,7 +277,27 @@ HALF_OPTIONS = [
     for dtype in ((torch.bfloat16, torch.float16) if case.sinks else (torch.bfloat16,))
 ]
 
-ATTENTION_CASES = [*SINGLE_OPTION, *COMBINED, *SHAPES, *HEAD_DIMS, *VALUE_DIMS, *HEADS, *DTYPES, *HALF_OPTIONS]
+# On the CPU the decode kernel's, which reads bias and mask by the tile of keys.
+FEW_QUERIES = [
+    _C(sq=1, skv=203, hq=8, hkv=2, mask="b11k"),
+    _C(sq=3, skv=130, mask="bhqk", bias="1h1k", causal=True),
+    _C(b=3, sq=2, skv=77, hkv=1, kv_lens=True, mask="b1qk", bias="bhqk", softcap=3.0, sinks=True),
+    _C(sq=1, skv=301, d=64, mask="11q1", alibi="h", window=(99, -1)),
+    _C(sq=1, skv=301, hq=8, hkv=2, d=64, mask="b11k", bias="b1q1", dtype=torch.bfloat16),
+    _C(sq=2, skv=150, d=40, mask="1hqk", bias="qk", dtype=torch.float16),
+]
+
+ATTENTION_CASES = [
+    *SINGLE_OPTION,
+    *COMBINED,
+    *SHAPES,
+    *FEW_QUERIES,
+    *HEAD_DIMS,
+    *VALUE_DIMS,
+    *HEADS,
+    *DTYPES,
+    *HALF_OPTIONS,
+]
 # The fp32 cases once more: on a GPU the kernels of 16-bit types are others, with branches of their own.
 BF16_CASES = [
     case

@@ -141,3 +141,20 @@ def test_nearly_every_option_at_once(dtype, backend, device, seed):
         mask="b11k", alibi="bh", relative="backward", sinks=True, kv_lens=True, dropout=0.25,
     )  # fmt: skip
     check_forward(dataclasses.replace(case, dtype=dtype), seed, backend, device)
+
+
+def test_no_heads(backend, device):
+    """Nothing in, nothing out, as torch's own: shapes, gradients, packed sequences and caches."""
+    make = {"device": device, "requires_grad": True}
+    q, k, v = torch.ones(2, 4, 0, 8, **make), torch.ones(2, 5, 0, 8, **make), torch.ones(2, 5, 0, 16, **make)
+    out, lse = foveate.attention(q, k, v, causal=True, return_lse=True, backend=backend)
+    assert out.shape == (2, 4, 0, 16) and lse.shape == (2, 0, 4)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+    cu = torch.tensor([0, 4], device=device)
+    packed = foveate.attention_varlen(q[0], k[0, :4], v[0, :4], cu, cu, 4, 4, backend=backend)
+    assert packed.shape == (4, 0, 16)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    lens = torch.tensor([3, 5], device=device)
+    assert foveate.attention_with_kv_cache(q[:, :1], k, v, kv_lens=lens, backend=backend).shape == (2, 1, 0, 16)
+    with pytest.raises(ValueError, match="q has 2 heads and k and v have 0"):
+        foveate.attention(q.new_ones(2, 4, 2, 8), k, v)

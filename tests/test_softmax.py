@@ -280,3 +280,64 @@ X = torch.zeros(2, 3)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+OTHER_DIMS = [((3, 21, 40), 1), ((2, 5, 3, 17), 1), ((2, 5, 3, 17), 2), ((700, 9), 0), ((1, 600, 64), 1), ((4, 1, 30), 1), ((0, 3, 9), 1),
+              ((3, 0, 9), 1), ((5, 3, 1), 1), ((4, 6, 7), 1), ((2, 70000, 8), 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dim"), OTHER_DIMS, ids=str)
+def test_other_dimensions_in_place(shape, dim, dtype):
+    """Lanes beside each other, their rest, too few of them, columns longer than what is kept; values, gradients, layout."""
+    if dtype is not torch.float32 and max(shape) > 1000:
+        pytest.skip("the long column once")
+    x = torch.randn(shape).to(dtype)
+    for ours, peer in ((foveate.softmax, torch.softmax), (foveate.log_softmax, torch.log_softmax)):
+        compare_op(lambda x, f=ours: f(x, dim), lambda x, f=peer: f(x, dim), x)
+        out = ours(x.requires_grad_(), dim)
+        assert out.is_contiguous() and out.view(-1).shape == (x.numel(),)
+        (transposed,) = torch.autograd.grad(out.movedim(dim, 0), x, torch.ones_like(out).movedim(dim, 0))
+        assert transposed.shape == x.shape
+        x = x.detach()
+
+
+@pytest.mark.parametrize("cols", [1, 2, 3, 7, 8, 15, 16, 17])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_shorter_than_a_vector(cols, dtype):
+    for rows in (1, 63, 64, 65, 5000 // cols):
+        x = torch.randn(rows, cols).to(dtype)
+        compare_op(lambda x: foveate.softmax(x, scale=0.7), lambda x: torch.softmax(0.7 * x, -1), x)
+        compare_op(foveate.log_softmax, lambda x: torch.log_softmax(x, -1), x)
+    strided = torch.randn(40, 2 * cols).to(dtype)[::2, :cols]
+    assert torch.equal(foveate.softmax(strided), foveate.softmax(strided.contiguous()))
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 32), (50, 7)], ids=str)
+def test_values_that_are_not_finite_stay_in_their_line(shape):
+    """-inf and NaN down a column and in a short row, as in the rows of softmax."""
+    dim = 1
+    x = torch.randn(shape)
+    lines = x.movedim(dim, -1)  # a view: what is set here is set in x
+    lines[0] = float("-inf")
+    lines[1][..., 2] = float("-inf")
+    lines[2][..., 3] = float("nan")
+    out, log = foveate.softmax(x, dim).movedim(dim, -1), foveate.log_softmax(x, dim).movedim(dim, -1)
+    assert out[0].eq(0).all() and log[0].isneginf().all()
+    torch.testing.assert_close(out[1], lines[1].softmax(-1))
+    assert out[2].isnan().all() and log[2].isnan().all()
+    torch.testing.assert_close(out[3:], lines[3:].softmax(-1))
+    torch.testing.assert_close(log[3:], lines[3:].log_softmax(-1))
+
+
+def test_other_dimensions_under_transforms():
+    x = torch.randn(3, 21, 40)
+    torch.testing.assert_close(torch.func.vmap(lambda t: foveate.softmax(t, 0))(x), x.softmax(1))
+    torch.library.opcheck(torch.ops.foveate.softmax.default, (x.movedim(1, -1), None, None, 1.0, False))
+    torch.library.opcheck(torch.ops.foveate.log_softmax.default, (x.movedim(1, -1),))
+    out = foveate.softmax(x, 1).movedim(1, -1)
+    for wide in (False, True):
+        torch.library.opcheck(torch.ops.foveate.softmax_backward.default, (x.movedim(1, -1), out, 1.0, False, wide))
+        torch.library.opcheck(
+            torch.ops.foveate.softmax_backward.default, (x.movedim(1, -1).contiguous(), out, 1.0, False, wide)
+        )

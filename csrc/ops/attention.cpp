@@ -193,8 +193,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
 constexpr int64_t kDecodeRows = 16;
 
 bool suits_decode(const AttentionParams& p, const TensorView& lse) {
-  const bool plain = !p.cu_q && p.seq_kv <= std::numeric_limits<int32_t>::max() && !p.bias.defined() && !p.mask.defined() && !p.rel_table &&
-                     p.dropout_p == 0;
+  const bool plain = !p.cu_q && p.seq_kv <= std::numeric_limits<int32_t>::max() && !p.rel_table && p.dropout_p == 0;
   const bool lse_fits =
       !lse.defined() || (lse.stride[2] == 1 && lse.stride[1] == p.seq_q && lse.stride[0] == p.heads_q * p.seq_q) || lse.numel() == 1;
   return plain && lse_fits && p.dtype != DType::kFloat64 && p.seq_q * (p.heads_q / p.heads_kv) <= kDecodeRows;
@@ -207,6 +206,7 @@ void decode_forward(const AttentionParams& p, int threads) {
   d.head_dim_v = p.head_dim_v;
   d.alibi = p.alibi, d.alibi_batch = p.alibi_batch, d.alibi_head = p.alibi_head, d.sinks = static_cast<const float*>(p.sinks);
   d.scale = p.scale, d.softcap = p.softcap, d.causal = p.causal, d.window_left = p.window_left, d.window_right = p.window_right;
+  d.bias = p.bias, d.mask = p.mask;
   d.dtype = d.kv_dtype = p.dtype;
   const std::vector<int32_t> lens =
       p.kv_lens ? std::vector<int32_t>(p.kv_lens, p.kv_lens + p.batch) : std::vector<int32_t>(p.batch, static_cast<int32_t>(p.seq_kv));

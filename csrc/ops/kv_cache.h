@@ -33,6 +33,7 @@ struct KvCacheParams {
   const float* alibi = nullptr;  // slopes, [B, Hq] by the strides below
   int64_t alibi_batch = 0, alibi_head = 0;
   const float* sinks = nullptr;  // [Hq]
+  ScoreOperand bias, mask;       // of foveate.attention's few queries, on the CPU
   int64_t batch = 0, seq_q = 0, seq_new = 0, heads_q = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;
   double scale = 1, softcap = 0;  // softcap 0: none
   bool causal = true;

@@ -34,6 +34,8 @@ __all__: list[str] = [
     "rotary",
     "set_dlpack_exchange",
     "softmax_backward",
+    "softmax_columns_backward",
+    "softmax_columns_forward",
     "softmax_forward",
     "uses_dlpack_exchange",
 ]
@@ -317,6 +319,21 @@ def softmax_backward(
     dout: torch.Tensor | None,
     out: torch.Tensor | None,
     dx: torch.Tensor | None,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    log: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def softmax_columns_backward(
+    dout: torch.Tensor | None,
+    out: torch.Tensor | None,
+    dx: torch.Tensor | None,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    log: bool,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def softmax_columns_forward(
+    x: torch.Tensor | None,
+    out: torch.Tensor | None,
     scale: typing.SupportsFloat | typing.SupportsIndex,
     log: bool,
     threads: typing.SupportsInt | typing.SupportsIndex,

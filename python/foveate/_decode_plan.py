@@ -45,9 +45,9 @@ def decode_plan(
     memory in order. Keys are split where there would be too few tasks for the threads. With batch_invariant the splits depend
     neither on the batch nor on the threads: they are 2048 keys long, and the heads are divided instead.
     """
-    rows = Sq * (Hq // Hkv)
+    rows = Sq * (Hq // max(Hkv, 1))
     rows_per_task = max(1, min(rows, _MAX_ROWS))
-    heads_per_task = max(1, min(Hkv, _STATE_BYTES // (rows_per_task * (D + Dv) * 4)))
+    heads_per_task = max(1, min(Hkv, _STATE_BYTES // (rows_per_task * max(D + Dv, 1) * 4)))
 
     def tasks() -> int:
         return max(1, B * -(-rows // rows_per_task) * -(-Hkv // heads_per_task))
@@ -115,7 +115,7 @@ def cuda_decode_plan(
     batch_invariant the splits are 2048 keys long. Many queries go to the blocked kernel if its blocks, one for each head and 64
     queries or more, are enough to keep the GPU busy.
     """
-    rows = Sq * (Hq // Hkv)
+    rows = Sq * (Hq // max(Hkv, 1))
     if num_splits > 0:
         return DecodePlan(num_splits, 0, TILE_ROWS, 1, False)
     if batch_invariant:
@@ -135,5 +135,5 @@ def cuda_few_queries(
 ) -> bool:
     """Whether foveate.attention on a GPU takes the decode kernel: queries so few and keys so many that the blocked kernel, with one block
     for each KV head, would leave multiprocessors idle that splits of the keys can use."""
-    rows = Sq * (Hq // Hkv)
+    rows = Sq * (Hq // max(Hkv, 1))
     return 0 < rows < limits.blocked_rows and 0 < B * Hkv < processors and Skv >= 2 * limits.min_split_keys

@@ -126,7 +126,7 @@ def run(
         partial_out = q.new_empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32)
         partial_lse = q.new_empty((plan.num_splits, B, Hq, Sq), dtype=torch.float32)
         if on_gpu:
-            counted = counters(q.device, B * Hkv * -(-Sq * (Hq // Hkv) // TILE_ROWS))
+            counted = counters(q.device, B * Hkv * -(-Sq * (Hq // max(Hkv, 1)) // TILE_ROWS))
     _C.attention_with_kv_cache(  # type: ignore[union-attr]
         q, k_cache, v_cache, _rows(k), _rows(v), kv_lens, out, lse, partial_out, partial_lse, q_turned, counted, block_table,
         rotary_cos, rotary_sin, rotary_interleaved, _expanded(k_scale, k_cache), _expanded(v_scale, v_cache),

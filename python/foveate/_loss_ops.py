@@ -158,7 +158,7 @@ def _wide_products(x: Tensor) -> bool:
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """What the products take: float16 becomes fp32 on the CPU, which is not slower there and keeps small gradients."""
+    """What the products take: float16 becomes fp32 on the CPU, which keeps small gradients."""
     return torch.float32 if hidden.is_cpu and hidden.dtype is torch.float16 else hidden.dtype
 
 

@@ -128,7 +128,7 @@ def attention(
         # 0 * NaN is NaN, so what lies beyond kv_lens has to go before the products.
         inside = (j < lens).view(B, Skv, 1, 1)
         kc, vc = torch.where(inside, kc, 0.0), torch.where(inside, vc, 0.0)
-    kc, vc = (t.repeat_interleave(Hq // Hkv, dim=2) for t in (kc, vc))
+    kc, vc = (t.repeat_interleave(Hq // max(Hkv, 1), dim=2) for t in (kc, vc))
 
     s = scale * torch.einsum("bihd,bjhd->bhij", qc, kc)
     if softcap > 0:

@@ -126,13 +126,17 @@ struct Backward {
     const Sequence s = sequence(p, b);
     const int64_t first_block = key_blocks * chunk / chunks, last_block = key_blocks * (chunk + 1) / chunks,
                   first = first_block * kBlockKeys;
-    std::memset(static_cast<void*>(x.dk), 0, (last_block - first_block) * kBlockKeys * k_width * sizeof(Acc));
-    std::memset(static_cast<void*>(x.dv), 0, (last_block - first_block) * kBlockKeys * v_width * sizeof(Acc));
+    // Keys beyond kv_lens have gradient 0; a packed batch has none.
+    const int64_t stop = p.cu_k ? s.k : p.seq_kv, last = last_block * kBlockKeys < stop ? last_block * kBlockKeys : stop;
+    const int64_t added = round_up(s.k, kColumnAlign), end = (stop > added ? stop : added) - first;
+    const int64_t cleared = end < 0 ? 0 : end < (last_block - first_block) * kBlockKeys ? end : (last_block - first_block) * kBlockKeys;
+    std::memset(static_cast<void*>(x.dk), 0, cleared * k_width * sizeof(Acc));
+    std::memset(static_cast<void*>(x.dv), 0, cleared * v_width * sizeof(Acc));
     for (int64_t i = 0; i < group; ++i) {
       const int64_t h = hkv * group + i;
       Local head = x;
       if (chunks > 1) head.dq = dq_chunks + ((chunk * p.batch + b) * p.heads_q + h) * padded_q * k_width;
-      std::memset(static_cast<void*>(head.dq), 0, padded_q * k_width * sizeof(Acc));
+      std::memset(static_cast<void*>(head.dq), 0, round_up<int64_t>(s.q, kTileRows) * k_width * sizeof(Acc));
       load_head(b, h, s, chunk, head);
       for (int64_t j = first_block; j < last_block && j * kBlockKeys < s.k; ++j) {
         Local block = head;
@@ -142,8 +146,6 @@ struct Backward {
       if (chunks == 1 && g.dq.data)
         for (int64_t r = 0; r < s.q; ++r) write_row(q_row(p, g.dq, b, h, r), x.dq + r * k_width, p.head_dim, p.scale);
     }
-    // Keys beyond kv_lens have gradient 0; a packed batch has none.
-    const int64_t stop = p.cu_k ? s.k : p.seq_kv, last = last_block * kBlockKeys < stop ? last_block * kBlockKeys : stop;
     for (int64_t j = first; j < last; ++j) {
       const int64_t at = (p.cu_k ? p.cu_k[b] : 0) + j, size = size_of(p.dtype);
       if (g.dk.data)
@@ -165,7 +167,7 @@ struct Backward {
   void load_head(int64_t b, int64_t h, const Sequence& s, int64_t chunk, const Local& x) const {
     constexpr Acc inf = std::numeric_limits<Acc>::infinity();
     const RowSource q = q_source(p, p.q, b, h), dout = q_source(p, g.dout, b, h);
-    const int64_t padded = round_up(s.q, kBlockQueries);
+    const int64_t padded = round_up<int64_t>(s.q, kTileRows);
     panels(q, s.q, padded, p.head_dim, k_units, x.q_panels, x.temp);
     panels(dout, s.q, padded, p.head_dim_v, v_units, x.dout_panels, x.temp);
     pack_stacked<M>(q, 0, s.q, padded, p.head_dim, k_width, x.q_stacked, x.temp);
@@ -269,7 +271,7 @@ struct Backward {
         const RowSource k = kv_source(p, p.k, nullptr, b, hkv), v = kv_source(p, p.v, nullptr, b, hkv);
         pack_columns<M>(k, key0, key0 + keys, p.head_dim, k_units, x.k_columns, x.temp);
         pack_columns<M>(v, key0, key0 + keys, p.head_dim_v, v_units, x.v_columns, x.temp);
-        pack_stacked<M>(k, key0, key0 + keys, kBlockKeys, p.head_dim, k_width, x.k_stacked, x.temp);
+        pack_stacked<M>(k, key0, key0 + keys, round_up(keys, kColumnAlign), p.head_dim, k_width, x.k_stacked, x.temp);
         packed = true;
       }
       tile(b, h, s, chunk, key0, q0, count, from / kColumnAlign * kColumnAlign, round_up(to, kColumnAlign), x);
@@ -278,14 +280,12 @@ struct Backward {
 
   void tile(int64_t b, int64_t h, const Sequence& s, int64_t chunk, int64_t key0, int64_t q0, int64_t count, int64_t begin, int64_t end,
             const Local& x) const {
-    for (int64_t r = 0; r < kBlockQueries; r += kTileRows) {
-      const int64_t rows = count - r < kTileRows ? (count - r > 0 ? count - r : 0) : kTileRows;
-      if (rows > 0) {
-        gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, k_units, x.q_panels + (q0 + r) * k_units, x.k_columns, x.s + r * kBlockKeys,
-                                                 kBlockKeys);
-        gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, v_units, x.dout_panels + (q0 + r) * v_units, x.v_columns,
-                                                 x.dp + r * kBlockKeys, kBlockKeys);
-      }
+    for (int64_t r = 0; r < count; r += kTileRows) {
+      const int64_t rows = count - r < kTileRows ? count - r : kTileRows;
+      gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, k_units, x.q_panels + (q0 + r) * k_units, x.k_columns, x.s + r * kBlockKeys,
+                                               kBlockKeys);
+      gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, v_units, x.dout_panels + (q0 + r) * v_units, x.v_columns, x.dp + r * kBlockKeys,
+                                               kBlockKeys);
       for (int64_t i = r; i < r + kTileRows; ++i) {
         if (i < r + rows)
           row(b, h, s, chunk, q0 + i, key0, begin, end, x, x.s + i * kBlockKeys, x.dp + i * kBlockKeys);
@@ -293,7 +293,7 @@ struct Backward {
           for (int64_t c = begin; c < end; ++c) x.s[i * kBlockKeys + c] = x.dp[i * kBlockKeys + c] = 0;
       }
     }
-    to_units(begin, end, x);
+    to_units(round_up<int64_t>(count, kTileRows), begin, end, x);
     const int64_t depth = round_up<int64_t>(count, kPair) / kPair;
     for (int64_t j = begin; j < end; j += kTileRows) {
       if (g.dv.data)
@@ -358,7 +358,7 @@ struct Backward {
   }
 
   // Pairs of queries (for P^T, dS^T) and pairs of keys (for dS), rounded to bf16.
-  void to_units(int64_t begin, int64_t end, const Local& x) const {
+  void to_units(int64_t rows, int64_t begin, int64_t end, const Local& x) const {
     if constexpr (kPair == 2) {
       using U = vec<uint32_t, w>;
       const auto bits = [](V v) {
@@ -366,7 +366,7 @@ struct Backward {
         store(rounded, v);
         return __builtin_convertvector(load_raw<vec<uint16_t, w>>(rounded), U);
       };
-      for (int64_t r = 0; r < kBlockQueries; r += 2)
+      for (int64_t r = 0; r < rows; r += 2)
         for (int64_t c = begin; c < end; c += w) {
           const Acc *s0 = x.s + r * kBlockKeys + c, *d0 = x.dp + r * kBlockKeys + c;
           const V dlow = load_raw<V>(d0), dhigh = load_raw<V>(d0 + kBlockKeys);

@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/dispatch.h"
 #include "cpu/decode_dot.inl.h"
 #include "cpu/decode_tile.inl.h"
 #include "cpu/kv_cache.inl.h"
 #include "cpu/parallel.h"
+#include "cpu/score.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
@@ -174,10 +176,27 @@ FOVEATE_INLINE const float* weights_of(const float* row, int j) {
   return row + (Chunk<T>::kDot ? j / 2 : j);
 }
 
+// Adds the bias and hides what the mask hides, for the logits of the tile's keys.
+void add_operands(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t head, int64_t query, float* scores) {
+  constexpr int n = kLanes<float>;
+  if (p.bias.defined())
+    visit_float(p.bias.dtype, [&]<class B>(std::type_identity<B>) {
+      add_typed(scores, reinterpret_cast<const B*>(operand_at(p.bias, b, head, query, tile.begin)), p.bias.stride[3], tile.keys);
+    });
+  if (!p.mask.defined()) return;
+  const int8_t* keep = reinterpret_cast<const int8_t*>(operand_at(p.mask, b, head, query, tile.begin));
+  if (p.mask.stride[3] == 1) {
+    for (int j = 0; j < tile.keys; j += n)
+      store(scores + j, load_n<float>(keep + j, tile.keys - j) != 0 ? load<float>(scores + j) : splat(-kInf));
+  } else {
+    for (int j = 0; j < tile.keys; ++j) scores[j] = keep[j * p.mask.stride[3]] ? scores[j] : -kInf;
+  }
+}
+
 // Scores of one row become weights; max and sum are brought up to date. Returns the factor for what was accumulated before.
 template <class T>
-float softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visible, float slope, const float* k_scale, const float* v_scale,
-                  float* scores, float& max, float& sum) {
+float softmax_row(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t head, int64_t query, const Visible& visible, float slope,
+                  const float* k_scale, const float* v_scale, float* scores, float& max, float& sum) {
   constexpr int n = kLanes<float>;
   const float scale = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
   const float cap = static_cast<float>(p.softcap);
@@ -194,6 +213,15 @@ float softmax_row(const KvCacheParams& p, const Tile& tile, const Visible& visib
     x = (j >= lo) & (j < hi) ? x : splat(-kInf);
     top = vmax(top, x);
     store(scores + c * n, x);
+  }
+  if (p.bias.defined() || p.mask.defined()) {
+    add_operands(p, tile, b, head, query, scores);
+    top = splat(-kInf);
+    for (int c = 0; c < vecs; ++c) {
+      const VecF x = iota<float>() + c * n < tile.keys ? load<float>(scores + c * n) : splat(-kInf);
+      top = vmax(top, x);
+      store(scores + c * n, x);
+    }
   }
   const float before = max, after = std::max(before, hmax(top)), shift = after == -kInf ? 0.0f : after;
   const float correction = before == after ? 1.0f : std::exp(before - shift);
@@ -241,8 +269,8 @@ void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, int64_t h
       const int64_t i = (task.row0 + r) / group, g = (task.row0 + r) % group;
       const float slope = p.alibi ? p.alibi[task.b * p.alibi_batch + (head * group + g) * p.alibi_head] : 0.0f;
       const float correction =
-          softmax_row<T>(p, tile, visible_to(p, len, i), slope, p.k.scale ? s.k_scale : nullptr, p.v.scale ? s.v_scale : nullptr,
-                         s.scores + (state + r) * kTile, s.max[state + r], s.sum[state + r]);
+          softmax_row<T>(p, tile, task.b, head * group + g, i, visible_to(p, len, i), slope, p.k.scale ? s.k_scale : nullptr,
+                         p.v.scale ? s.v_scale : nullptr, s.scores + (state + r) * kTile, s.max[state + r], s.sum[state + r]);
       float* out = s.out + (state + r) * s.dim_v;
       if (correction != 1)
         for (int64_t d = 0; d < s.dim_v; d += n) store(out + d, load<float>(out + d) * correction);
