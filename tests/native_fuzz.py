@@ -239,6 +239,15 @@ def copy_pages(rng: random.Random) -> Arguments:
     return {"pool": torch.zeros(2, 5, *sizes(rng, 2, (0, 1, 3))), "from_pages": [0, 1], "to_pages": [2, 3]}
 
 
+def glu(rng: random.Random, backward: bool) -> Arguments:
+    gate = torch.randn(*sizes(rng, 2, (0, 1, 5, 70))).to(rng.choice(FLOATS))
+    rest = {"gelu": rng.random() < 0.5, "threads": 2}
+    if backward:
+        tensors = {name: torch.zeros_like(gate) for name in ("dgate", "dup")}
+        return {"dout": gate.clone(), "gate": gate, "up": gate.clone()} | tensors | rest
+    return {"gate": gate, "up": gate.clone(), "out": torch.zeros_like(gate)} | rest
+
+
 def roofline(rng: random.Random, name: str) -> Arguments:
     x, sums = torch.randn(rng.choice((0, 1, 100))), torch.zeros(2)
     if name == "multiply_add":
@@ -254,7 +263,7 @@ def decoder(rng: random.Random) -> Arguments:
         rng.choice((8, 32)),
         rng.choice((8, 40)),
     )
-    heads, B, S, size = heads_kv * group, rng.choice((0, 1, 2)), rng.choice((0, 1, 5)), rng.choice((0, 2, 4, 4))
+    heads, B, S, size = heads_kv * group, rng.choice((0, 1, 2, 2)), rng.choice((0, 1, 5)), rng.choice((0, 2, 4, 4, 4))
     format = rng.choice(("f32", "bf16"))
     norm, dtype = ("rms", torch.ones(hidden), None, 1e-5), rng.choice(FLOATS[:3])
     pages = torch.zeros(1, 6, size, heads_kv, dim, dtype=dtype)
@@ -303,6 +312,8 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[random.Random], Arguments]]
     "multiply_add": (lambda **a: C.multiply_add(**a), lambda rng: roofline(rng, "multiply_add")),
     "read_memory": (lambda **a: C.read_memory(**a), lambda rng: roofline(rng, "read_memory")),
     "copy_memory": (lambda **a: C.copy_memory(**a), lambda rng: roofline(rng, "copy_memory")),
+    "glu_forward": (lambda **a: C.glu_forward(**a), lambda rng: glu(rng, False)),
+    "glu_backward": (lambda **a: C.glu_backward(**a), lambda rng: glu(rng, True)),
     "Decoder": (run_decoder, decoder),
 }
 # Take no arguments, or switch how tensors are read, which each case does.
@@ -326,7 +337,7 @@ def run_case(seed: int, number: int) -> tuple[str, bool]:
     arguments = make(rng)
     if HAS_EXCHANGE:
         C.set_dlpack_exchange(rng.random() < 0.5)
-    for _ in range(rng.choice((0, 1, 1, 2, 3))):
+    for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
         replaced = rng.choice(list(arguments))
         arguments[replaced] = something(rng, arguments[replaced])
     try:

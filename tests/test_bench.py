@@ -206,7 +206,7 @@ def test_multiply_add_counts_what_it_does(dtype: str) -> None:
 def test_loops_refuse_wrong_arguments() -> None:
     with pytest.raises(ValueError, match='dtype "int8" is not one of float32, float64, bfloat16'):
         _C.multiply_add(torch.zeros(1), "int8", 1, 1)
-    with pytest.raises(ValueError, match="steps = 0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"steps = 0 is outside 1\.\."):
         _C.multiply_add(torch.zeros(1), "float32", 0, 1)
     with pytest.raises(ValueError, match="sums has size 1 in dimension 0, expected 2"):
         _C.read_memory(torch.zeros(8), torch.zeros(1), 2)

@@ -62,7 +62,11 @@ def test_plan_with_batch_invariance_splits_by_the_cache_alone():
 def test_plan_gives_many_queries_to_the_blocked_kernel():
     assert plan(Sq=16).blocked and not plan(Sq=4).blocked and not plan(Hq=64, Hkv=1).blocked
     assert not plan(Sq=16, batch_invariant=True).blocked and not plan(Sq=16, num_splits=2).blocked
-    assert not plan(Sq=16, quantized=True).blocked and not plan(Sq=16, D=576, Dv=512).blocked
+    assert (
+        not plan(Sq=16, quantized=True).blocked
+        and plan(Sq=16, D=576, Dv=512).blocked
+        and not plan(Sq=16, D=584).blocked
+    )
 
 
 def cuda_plan(

@@ -48,8 +48,8 @@ def test_compiled_functions_survive_anything(seed, tmp_path):
         total += run(seed, first, min(IN_ONE_PROCESS, CASES - first), tmp_path / "case")
     assert total.total() == CASES
     for name in native_fuzz.CALLS:
-        assert total[f"{name} returned"] >= 2, f"{name} has returned from {total[f'{name} returned']} calls only"
-        assert total[f"{name} raised"] >= 2, f"{name} has refused {total[f'{name} raised']} calls only"
+        assert total[f"{name} returned"], f"{name} has returned from no call"
+        assert total[f"{name} raised"], f"{name} has refused no call"
 
 
 def test_every_compiled_function_is_among_them():

@@ -7,11 +7,10 @@
 namespace foveate {
 namespace {
 
-GluParams params(const TensorView& gate, const TensorView& up, bool gelu, int threads) {
-  check_rank(gate, "gate", 2), check_last_contiguous(gate, "gate");
+GluParams params(const TensorView& gate, const TensorView& up, bool gelu) {
+  check_rank(gate, "gate", 2), check_float(gate, "gate"), check_last_contiguous(gate, "gate");
   check_rank(up, "up", 2), check_last_contiguous(up, "up");
   check_size(up, "up", 0, gate.shape[0]), check_size(up, "up", 1, gate.shape[1]), check_dtype(up, "up", gate.dtype);
-  check(threads > 0, "threads is ", threads, ", expected 1 or more");
   GluParams p{};
   p.gate = gate.data, p.up = up.data;
   p.rows = gate.shape[0], p.cols = gate.shape[1], p.gate_stride = gate.stride[0], p.up_stride = up.stride[0];
@@ -28,8 +27,8 @@ void check_on_cpu(const Place& place) { check(!place.cuda, "glu has no CUDA kern
 
 }  // namespace
 
-void glu_forward(TensorView gate, TensorView up, TensorView out, bool gelu, int threads) {
-  GluParams p = params(gate, up, gelu, threads);
+void glu_forward(TensorView gate, TensorView up, TensorView out, bool gelu, Threads threads) {
+  GluParams p = params(gate, up, gelu);
   check_rows(out, "out", gate);
   check_on_cpu(place_of({&gate, &up, &out}));
   if (gate.numel() == 0) return;
@@ -37,8 +36,8 @@ void glu_forward(TensorView gate, TensorView up, TensorView out, bool gelu, int 
   cpu::kernels().glu_forward(p, threads);
 }
 
-void glu_backward(TensorView dout, TensorView gate, TensorView up, TensorView dgate, TensorView dup, bool gelu, int threads) {
-  GluParams p = params(gate, up, gelu, threads);
+void glu_backward(TensorView dout, TensorView gate, TensorView up, TensorView dgate, TensorView dup, bool gelu, Threads threads) {
+  GluParams p = params(gate, up, gelu);
   check_rows(dout, "dout", gate), check_rows(dgate, "dgate", gate), check_rows(dup, "dup", gate);
   check_on_cpu(place_of({&dout, &gate, &up, &dgate, &dup}));
   if (gate.numel() == 0) return;

@@ -18,7 +18,7 @@ struct GluParams {
   DType dtype;
 };
 
-void glu_forward(TensorView gate, TensorView up, TensorView out, bool gelu, int threads);
-void glu_backward(TensorView dout, TensorView gate, TensorView up, TensorView dgate, TensorView dup, bool gelu, int threads);
+void glu_forward(TensorView gate, TensorView up, TensorView out, bool gelu, Threads threads);
+void glu_backward(TensorView dout, TensorView gate, TensorView up, TensorView dgate, TensorView dup, bool gelu, Threads threads);
 
 }  // namespace foveate

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -76,8 +76,8 @@ _native_shared = native()
 
 
 def _too_wide(query: Query, most: int) -> str | None:
-    D, Dv = query.features[:2]
-    return f"its kernels take head dims up to {most}, these are {D} and {Dv}" if max(D, Dv) > most else None  # type: ignore[type-var]
+    D, Dv = cast(tuple[int, int], query.features[:2])
+    return f"its kernels take head dims up to {most}, these are {D} and {Dv}" if max(D, Dv) > most else None
 
 
 def _native_supports(query: Query) -> str | None:

@@ -146,7 +146,7 @@ def _backward(case: cases.AttentionCase, generator: torch.Generator) -> Workload
             leaves,
             _exact_heads(tg),
         )
-        floors = _gradient_floors(*leaves, _exact_heads(tg), case.causal, q.dtype)
+        floors = _gradient_floors(leaves[0], leaves[1], leaves[2], _exact_heads(tg), case.causal, q.dtype)
         return [
             Checked(name, mine.transpose(1, 2)[:, [0, -1]], torchs[:, [0, -1]], right, floors[name], GRADIENT_FACTOR)
             for name, mine, torchs, right in zip(("dq", "dk", "dv"), ours(), sdpa(), exact)
