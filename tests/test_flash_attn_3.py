@@ -88,18 +88,22 @@ def test_varlen(chunk, used):
         near(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("memory", ["dense", "rows", "pages", "leftpad"])
+@pytest.mark.parametrize("memory", ["dense", "rows", "pages", "rows of pages", "leftpad"])
 @pytest.mark.parametrize("odd", ["packed", "qv", "chunk", "descale", "rotary_seqlens"])
 def test_kv_cache(memory, odd):
     """New keys of each sequence appended, packed or not, then attention to the sequence alone."""
     lens, new = [3, 6, 0], [2, 2, 2]
     left = [1, 2, 0] if memory == "leftpad" else [0, 0, 0]
-    rows = [4, 0, 2] if memory in ("rows", "pages") else [0, 1, 2]
-    keys, values = (torch.randn(5 if memory in ("rows", "pages") else B, 12, HKV, D) for _ in range(2))
-    caches = [x.clone().reshape(15, 4, HKV, D) if memory == "pages" else x.clone() for x in (keys, values)]
+    rows = [4, 0, 2] if memory in ("rows", "pages", "rows of pages") else [0, 1, 2]
+    keys, values = (torch.randn(5 if memory in ("rows", "pages", "rows of pages") else B, 12, HKV, D) for _ in range(2))
+    caches = [x.clone().reshape(15, 4, HKV, D) if "pages" in memory else x.clone() for x in (keys, values)]
     where = {
         "rows": {"cache_batch_idx": torch.tensor(rows).int()},
         "pages": {"page_table": (torch.tensor(rows)[:, None] * 3 + torch.arange(3)).int()},
+        "rows of pages": {
+            "cache_batch_idx": torch.tensor(rows).int(),
+            "page_table": (torch.arange(5)[:, None] * 3 + torch.arange(3)).int(),
+        },
         "leftpad": {"cache_leftpad": torch.tensor(left).int()},
     }.get(memory, {})
     q, k, v = torch.randn(B, 2, HQ, D), torch.randn(B, 2, HKV, D), torch.randn(B, 2, HKV, D)
@@ -149,6 +153,23 @@ def test_kv_cache(memory, odd):
     assert lse.shape == ((HQ, 3) if odd == "packed" else (B, HQ, 2))
     near(caches[0].view_as(keys), keys, rtol=1e-5, atol=1e-5)
     assert torch.equal(caches[1].view_as(values), values)
+
+
+def test_a_float8_cache():
+    q, k, v = (torch.randn(B, n, h, D).to(torch.float8_e4m3fn) for n, h in ((2, HQ), (9, HKV), (9, HKV)))
+    lens = torch.tensor([9, 3, 6]).int()
+    factors = [torch.rand(B, HKV) + 0.5 for _ in range(3)]
+    for given in (None, factors):
+        names = {} if given is None else dict(zip(("q_descale", "k_descale", "v_descale"), given))
+        out = flash_attn_3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, causal=True, **names)
+        own = [x.float() for x in (q, k, v)]
+        if given is not None:
+            own = [x * f.repeat_interleave(x.shape[2] // HKV, 1)[:, None, :, None] for x, f in zip(own, given)]
+        expected = torch.stack(
+            [plain(own[0][b], own[1][b, : lens[b]], own[2][b, : lens[b]], causal=True) for b in range(B)]
+        )
+        assert out.dtype is torch.bfloat16
+        near(out.float(), expected, rtol=3e-2, atol=3e-2)
 
 
 def test_combine():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,34 @@ def available(device: torch.device) -> int | None:
         found.append(int(fields["MemAvailable"].split()[0]) * 1024)
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        found.append(max(0, int(text) - int(used.read_text())))
-    return min(found, default=None)
+    return min([*found, *_cgroups(), *_process_limits()], default=None)
+
+
+def _process_limits() -> Iterator[int]:
+    """What `ulimit -v` and `ulimit -d` leave."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return
+    pages = [int(text) for text in statm.read_text().split()]
+    for kind, used in ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5])):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            yield max(0, limit - used * resource.getpagesize())
+
+
+def _cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """What the limits of the process's control groups leave, version 2 and 1, of each group up to the root."""
+    lines = own.read_text().splitlines() if own.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        top = root / "memory" if controllers else root
+        group = top / path.lstrip("/")
+        for folder in [g for g in (group, *group.parents) if g == top or top in g.parents]:
+            limit, used = (folder / name for name in names)
+            if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+                yield max(0, int(text) - int(used.read_text()))
 
 
 def model_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization: str | None) -> int:

@@ -49,8 +49,6 @@ def attend(
     """See `flash_attn_3.flash_attn_with_kvcache`. Every cache is read as pages of one key."""
     B = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     page_size, device, window = k_cache.shape[1], q.device, window_of(window_size)
-    if cache_batch_idx is not None and page_table is not None:
-        raise ValueError("cache_batch_idx and page_table both choose the memory of a row; give one of them")
     if cache_seqlens is None:
         if k is not None or page_table is not None or cache_leftpad is not None:
             raise ValueError(
@@ -86,7 +84,7 @@ def attend(
         places = _packed.padded_places(cu_seqlens_q, q.shape[0], longest_q, right=True)
         q = _packed.pad(q, places, B, longest_q)
         qv = None if qv is None else _packed.pad(qv, places, B, longest_q)
-    plain = qv is None and attention_chunk <= 0 and keys.dtype is q.dtype
+    plain = qv is None and attention_chunk <= 0 and keys.dtype is q.dtype and q.dtype not in interface._FLOAT8
     options: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap or None, "scale": softmax_scale}
     if plain and q_descale is None and k_descale is None and v_descale is None:
         out, lse = foveate.attention_with_kv_cache(
@@ -108,6 +106,7 @@ def attend(
 def _rotated(
     x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, interleaved: bool, cu_seqlens: Tensor | None, one_position: bool
 ) -> Tensor:
+    x = x.to(torch.bfloat16) if x.dtype in interface._FLOAT8 else x
     if one_position:
         if cu_seqlens is not None:
             first = first[_packed.sequence_of(cu_seqlens, x.shape[0])]

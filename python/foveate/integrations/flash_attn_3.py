@@ -183,11 +183,13 @@ def flash_attn_with_kvcache(
 ) -> Result:
     """Appends k, v in place at cache_seqlens (after rotary), then attends q to the cache, as in version 2. No backward.
 
-    page_table is version 2's block_table. cu_seqlens_q [B + 1] with max_seqlen_q: q is packed [total_q, Hq, D], and so are out and
-    lse [Hq, total_q]; cu_seqlens_k_new: k and v are packed. rotary_seqlens [B]: the position of the first new row where it is not
-    cache_seqlens. qv, attention_chunk, descales and float8 caches copy the keys in use out of the cache.
+    page_table is version 2's block_table; with cache_batch_idx, that chooses its rows. cu_seqlens_q [B + 1] with max_seqlen_q: q is packed
+    [total_q, Hq, D], and so are out and lse [Hq, total_q]; cu_seqlens_k_new: k and v are packed. rotary_seqlens [B]: the position of
+    the first new row where it is not cache_seqlens. qv, attention_chunk, descales and float8 caches copy the keys in use out of the cache.
     """
     odd = (qv, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, q_descale, k_descale, v_descale)
+    if page_table is not None and cache_batch_idx is not None:
+        page_table, cache_batch_idx = page_table[cache_batch_idx.long()], None
     if all(x is None for x in odd) and attention_chunk <= 0 and k_cache.dtype not in _FLOAT8:
         return flash_attn_interface.flash_attn_with_kvcache(
             q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
@@ -195,7 +197,9 @@ def flash_attn_with_kvcache(
         )  # fmt: skip
     from foveate.integrations import _flash_attn_3_cache
 
-    return _flash_attn_3_cache.attend(**locals())
+    return _flash_attn_3_cache.attend(
+        **{name: x for name, x in locals().items() if name not in ("odd", "_flash_attn_3_cache")}
+    )
 
 
 def flash_attn_combine(
@@ -212,6 +216,7 @@ def get_scheduler_metadata(*args: Any, **kwargs: Any) -> None:
     """None: foveate's kernels plan their work when they are called."""
 
 
+_NO_OPTIONS = ("odd", "_flash_attn_3_cache")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 

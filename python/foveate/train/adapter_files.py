@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.checked_files import CheckpointError, is_there, library_errors, read_json
 from foveate.models import Checkpoint, load_model, open_checkpoint
+from foveate.models.file_schemas import ADAPTER
 from foveate.tokenizer import Tokenizer
 from foveate.train.lora import (
     LoraConfig,
@@ -71,20 +73,11 @@ def adapted(
 
 def adapter_settings(adapter: str | Path) -> dict[str, Any]:
     """adapter_config.json, with "quantization": that of the weights that it was trained on, None for those of the file."""
-    file = Path(adapter) / _CONFIG
-    packed = Path(adapter) / _PACKED
-    settings = _read(file)
-    return settings | {"quantization": _read(packed).get("quantization") if packed.exists() else None}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(found).__name__}")
-    return found
+    file, packed = Path(adapter) / _CONFIG, Path(adapter) / _PACKED
+    found = read_json(packed).get("quantization") if is_there(packed) else None
+    if found not in (None, "q8_0", "q4_0"):
+        raise CheckpointError(f"{packed} has quantization={found!r:.40}; it must be q8_0 or q4_0")
+    return read_json(file, ADAPTER) | {"quantization": found}
 
 
 def save_adapter(
@@ -134,36 +127,49 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dropout: float | None 
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    if not (folder / _CONFIG).exists() or not (folder / _WEIGHTS).exists():
-        raise ValueError(f"{folder} has no adapter: it needs {_CONFIG} and {_WEIGHTS}")
-    settings = json.loads((folder / _CONFIG).read_text())
+    if not is_there(folder / _CONFIG) or not is_there(folder / _WEIGHTS):
+        raise CheckpointError(f"{folder} has no adapter: it needs {_CONFIG} and {_WEIGHTS}")
+    settings = read_json(folder / _CONFIG, ADAPTER)
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{folder} is an adapter of type {settings.get('peft_type')!r}; only LORA is supported")
+        raise CheckpointError(f"{folder} is an adapter of type {settings.get('peft_type')!r}; only LORA is supported")
     for name, neutral in _NEUTRAL.items():
         if settings.get(name) is not None and settings[name] not in neutral:
-            raise ValueError(f"{folder} is an adapter with {name}={settings[name]!r}, which is not supported")
+            raise CheckpointError(f"{folder} is an adapter with {name}={settings[name]!r}, which is not supported")
+    lacking = [key for key in ("r", "lora_alpha", "target_modules") if settings.get(key) is None]
+    if lacking:
+        raise CheckpointError(f"{folder / _CONFIG} lacks {' and '.join(lacking)}")
     targets = settings["target_modules"]
     config = LoraConfig(
-        settings["r"], settings["lora_alpha"], settings["lora_dropout"] if dropout is None else dropout,
+        settings["r"], settings["lora_alpha"],
+        (settings.get("lora_dropout") or 0.0) if dropout is None else dropout,
         None if targets == "all-linear" else tuple([targets] if isinstance(targets, str) else targets),
         bool(settings.get("use_rslora")),
     )  # fmt: skip
-    stored = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / _WEIGHTS).items()}
+    with library_errors(f"{folder / _WEIGHTS} is truncated or not a safetensors file", "; download it again"):
+        stored = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / _WEIGHTS).items()}
     # The weights say which layers have adapters, also where the config gives a pattern.
     layers = tuple(sorted(name.removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")))
     known = set(target_names(model, None)) | {name for name, m in model.named_modules() if hasattr(m, "in_features")}
     foreign = [name for name in layers if name not in known]
     if foreign:
-        raise ValueError(
+        raise CheckpointError(
             f"{folder} adapts {', '.join(foreign[:3])}, which {type(model).__name__} does not have: another model's adapter"
         )
+    if not layers:
+        raise CheckpointError(f"{folder / _WEIGHTS} has no weights of an adapter (*.lora_A.weight)")
+    for name in layers:  # before anything of the rank's size is made
+        size = list(stored[f"{name}.lora_A.weight"].shape)
+        if len(size) != 2 or size[0] != config.rank:
+            raise CheckpointError(
+                f"{folder} has {name}.lora_A.weight of shape {size}, and r={config.rank} in {_CONFIG}: damaged, or another model's adapter"
+            )
     add_lora(model, dataclasses.replace(config, targets=layers))
     parameters = dict(model.named_parameters())
     for name, value in stored.items():
         own = name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
         if own not in parameters or parameters[own].shape != value.shape:
             shape = list(parameters[own].shape) if own in parameters else "no such weight"
-            raise ValueError(
+            raise CheckpointError(
                 f"{folder} has {name} of shape {list(value.shape)}, and the model {shape}: another model's adapter"
             )
         with torch.no_grad():
@@ -214,7 +220,7 @@ def _own_tokenizer(adapter: Path, checkpoint: Checkpoint) -> Tokenizer | None:
     """The base's, ending texts where the adapter's generation settings do: it may have learnt to end its turns."""
     tokenizer = checkpoint.tokenizer()
     generation = adapter / "generation_config.json"
-    if tokenizer is not None and generation.exists():
-        ends = _read(generation).get("eos_token_id")
+    if tokenizer is not None and is_there(generation):
+        ends = read_json(generation).get("eos_token_id")
         tokenizer.eos_ids |= {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)}
     return tokenizer

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.checked_files import CheckpointError, is_there, library_errors, read_json
+
 TENSORS, _NUMBERS = "state.safetensors", "state.json"
 
 
@@ -47,12 +49,16 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """Raises ValueError where the state is not that of this model."""
     from safetensors.torch import load_file
 
-    tensors = load_file(folder / TENSORS)
+    is_there(folder / TENSORS)
+    with library_errors(
+        f"{folder / TENSORS} is truncated or not a safetensors file", "; resume from another checkpoint"
+    ):
+        tensors = load_file(folder / TENSORS)
     parameters = trained(model)
     stored = {name.removeprefix("parameter.") for name in tensors if name.startswith("parameter.")}
     if stored != set(parameters):
         different = sorted(stored ^ set(parameters))
-        raise ValueError(
+        raise CheckpointError(
             f"{folder} is the state of another model or another choice of trained weights: {', '.join(different[:4])} "
             f"{'differ' if len(different) > 1 else 'differs'}; start in a new output folder"
         )
@@ -61,14 +67,28 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for name, p in parameters.items():
             value = tensors[f"parameter.{name}"]
             if value.shape != p.shape:
-                raise ValueError(
+                raise CheckpointError(
                     f"{folder} has {name} of shape {list(value.shape)}, the model of {list(p.shape)}; start in a new output folder"
                 )
             p.copy_(value)
             for key in keys:
                 if f"{key}.{name}" in tensors:
                     value = tensors[f"{key}.{name}"]
+                    if value.shape not in (p.shape, torch.Size()):
+                        raise CheckpointError(
+                            f"{folder} has {key}.{name} of shape {list(value.shape)}, the model {list(p.shape)}"
+                        )
                     # "step" too, for the fused AdamW; a copy, as a view of the file would keep its room on the disk after it is deleted
                     optimizer.state[p][key] = value.to(p.device, copy=True)
-    set_random_state(tensors)
-    return json.loads((folder / _NUMBERS).read_text())
+    if "random.cpu" not in tensors:
+        raise CheckpointError(f"{folder} lacks random.cpu, the random state; resume from another checkpoint")
+    with library_errors(f"{folder} has a random state that torch does not take"):
+        set_random_state(tensors)
+    return read_numbers(folder / _NUMBERS)
+
+
+def read_numbers(file: Path) -> dict[str, Any]:
+    """The counters of a state. CheckpointError where they are not there or no object."""
+    if not is_there(file):
+        raise CheckpointError(f"{file} is not there, so the state is not whole; resume from another checkpoint")
+    return read_json(file)

@@ -17,7 +17,7 @@ from foveate.train.data_files import data_files, left_out, read_rows
 from foveate.train.objective import Columns, Objective, at_row
 from foveate.train.store import TokenStore
 
-_VERSION = 2  # of what is stored; raised when an objective's columns change their meaning
+_VERSION = 3  # of what is stored; raised when an objective's columns change their meaning
 _ROWS = 512  # encoded at once, by as many threads as there are cores
 
 
