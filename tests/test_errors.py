@@ -136,10 +136,21 @@ class TestNumbers:
         with raises("window", str(window), "pair"):
             foveate.attention(*qkv(), window=window)
 
-    @pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
-    def test_tensor_for_a_number(self, name):
-        with raises(name, "number", ".item()"):
-            foveate.attention(*qkv(), **{name: torch.tensor(0.5)})
+    def test_tensor_for_a_number(self):
+        with raises("dropout_p", "number", ".item()"):
+            foveate.attention(*qkv(), dropout_p=torch.tensor(0.5))
+
+    @pytest.mark.parametrize("name", ["scale", "softcap"])
+    def test_a_learned_number_of_a_wrong_kind(self, name):
+        """One number, or with scale one for each head, is taken: tests/test_derivatives.py."""
+        with raises(name, "shape", "one number"):
+            foveate.attention(*qkv(), **{name: torch.rand(3)})
+        with raises(name, "torch.int64"):
+            foveate.attention(*qkv(), **{name: torch.tensor(2)})
+
+    def test_learned_softcap_of_a_named_backend(self):
+        with pytest.raises(foveate.UnsupportedError, match="softcap as a Python number"):
+            foveate.attention(*qkv(), softcap=torch.tensor(2.0), backend="triton")
 
 
 class TestScores:
@@ -309,10 +320,3 @@ class TestBackends:
 def test_positional_options_are_refused():
     with pytest.raises(TypeError, match="positional"):
         foveate.attention(*qkv(), True)
-
-
-def test_second_derivative():
-    q, k, v = (x.requires_grad_() for x in qkv())
-    (dq,) = torch.autograd.grad(foveate.attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises((RuntimeError, NotImplementedError), match=sentence("differentiable once")):
-        dq.sum().backward()

@@ -386,7 +386,7 @@ BAD = [
         r"kv_lens\[1\] = 2 is less than the 3 queries",
     ),
     (changed(window=(1, 2, 3)), "must be a pair"),
-    (changed(window=(-2, 0)), "from 0 up, or None or -1"),
+    (changed(window=(-2, 0)), "from 0 up, where None or -1"),
     (changed(scale=float("nan")), "scale=nan must be a finite number"),
     (changed(softcap=-1.0), "softcap=-1.0 must be a finite number above 0"),
     (changed(alibi_slopes=torch.rand(3)), r"alibi_slopes must be float32 of shape \[Hq\]"),

@@ -145,20 +145,6 @@ def test_only_what_requires_gradients_gets_them(backend):
     assert q.grad is None and v.grad.shape == v.shape
 
 
-def test_second_derivative_raises():
-    q, k, v = qkv(requires_grad=True)
-    (grad,) = torch.autograd.grad(foveate.attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="differentiable once"):
-        grad.sum().backward()
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, on first use
-def test_forward_mode_derivative_raises():
-    q, k, v = qkv()
-    with pytest.raises(RuntimeError, match="jvp"), torch.autograd.forward_ad.dual_level():
-        foveate.attention(torch.autograd.forward_ad.make_dual(q, q), k, v)
-
-
 def test_functional_grad_is_backward(backend):
     q, k, v = qkv(requires_grad=True)
 

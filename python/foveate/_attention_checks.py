@@ -7,8 +7,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate import _autograd
 from foveate._attention_op import DTYPES
-from foveate._checks import check_generator, check_integer, check_number, check_strided
+from foveate._checks import (
+    check_floating,
+    check_generator,
+    check_integer,
+    check_learned,
+    check_number,
+    check_strided,
+)
 from foveate._relative_bias import RelativeBias
 
 _UNLIMITED = 2**40  # a longer window than this is as good as none, and keeps index arithmetic far from overflow
@@ -103,8 +111,26 @@ def accumulation_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype is torch.float64 else torch.float32
 
 
+def scaled(q: Tensor, scale: Tensor, Hq: int) -> Tensor:
+    """q [..., Hq, D] times a learned scale of shape () or [Hq], rounded once to q's dtype."""
+    check_floating("scale", scale)
+    _check_device("scale", scale, q)
+    if tuple(scale.shape) not in ((), (Hq,)):
+        raise ValueError(
+            f"scale has shape {_shape(scale)}; a learned one is a tensor of one number, of shape [], or of one for each of the {Hq} "
+            f"query heads, [{Hq}]"
+        )
+    dtype = accumulation_dtype(q)
+    return (q.to(dtype) * scale.to(dtype)[..., None]).to(q.dtype)
+
+
 def check_scale(scale: float) -> float:
     return check_number("scale", scale, "a finite number, or None for D**-0.5")
+
+
+def check_learned_softcap(softcap: Tensor, q: Tensor, backend: str | None) -> Tensor:
+    check_learned("softcap", softcap, "q", q, backend)
+    return softcap.to(accumulation_dtype(q))
 
 
 def check_softcap(softcap: float) -> float:
@@ -169,7 +195,7 @@ def check_alibi(slopes: Tensor, q: Tensor, B: int, Hq: int) -> Tensor:
             f"got {slopes.dtype} of shape {_shape(slopes)}"
         )
     _check_device("alibi_slopes", slopes, q)
-    if slopes.requires_grad and torch.is_grad_enabled():
+    if _autograd.is_tracked(slopes):
         raise ValueError("alibi_slopes has no gradient; pass alibi_slopes.detach(), or learn a bias")
     slopes = slopes.to(torch.float32).contiguous()
     return slopes[None] if slopes.dim() == 1 else slopes

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from foveate import _dtensor, _flops, _ops, _reference, _triton
+from foveate import _autograd, _dtensor, _flops, _ops, _reference, _triton
 from foveate._backends import Query, choose, native, processors, register, runs_cuda_kernels
 from foveate._decode_plan import CPU_HEAD_DIM, GPU_HEAD_DIM, cuda_few_queries, cuda_thresholds
 from foveate._native import _C
@@ -190,7 +190,7 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
         c = c._replace(kv_lens=_int32(c.kv_lens), cu_q=_int32(c.cu_q), cu_k=_int32(c.cu_k))
     workspace = functools.partial(torch.empty, dtype=torch.int8, device=c.q.device)
     _C.attention_backward(  # type: ignore[union-attr]
-        _rows(dout), None if dlse is None else dlse.contiguous(), _rows(c.q), _rows(c.k), _rows(c.v), out, lse, dq, dk,
+        _rows(dout), None if dlse is None else _like_new(dlse), _rows(c.q), _rows(c.k), _rows(c.v), out, _like_new(lse), dq, dk,
         dv, dbias, drel_table, dsinks, workspace, c.deterministic, c.bias, c.mask, c.alibi, c.rel_table, buckets,
         c.sinks, c.kv_lens, c.cu_q, c.cu_k, c.philox, c.max_q, c.max_k, c.causal, c.window_left, c.window_right, c.scale,
         c.softcap, c.dropout_p, torch.get_num_threads(),
@@ -213,6 +213,11 @@ def _chosen(op: str, q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, alib
 def _rows(x: Tensor) -> Tensor:
     """x with a contiguous last dimension, copied if it has none."""
     return x if x.is_contiguous() or x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _like_new(x: Tensor) -> Tensor:
+    """x with the strides that torch.empty would give it; contiguous() leaves odd ones in dimensions of size 1."""
+    return x.reshape(-1).view(x.shape) if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 
 def _int32(lengths: Tensor | None) -> Tensor | None:
@@ -285,7 +290,8 @@ def _reference_forward(c: Operands) -> tuple[Tensor, Tensor]:
         "dropout_p": c.dropout_p,
         "philox": c.philox,
     }
-    _check_lengths(c)
+    if not torch.compiler.is_compiling() and not any(x is not None and _autograd.is_wrapped(x) for x in c[8:11]):
+        _check_lengths(c)  # values that a compiler and vmap do not show
     if c.cu_q is not None and c.cu_k is not None:
         return _reference.attention_varlen(c.q, c.k, c.v, c.cu_q, c.cu_k, **options)
     return _reference.attention(c.q, c.k, c.v, bias=c.bias, mask=c.mask, kv_lens=c.kv_lens, **options)
@@ -367,32 +373,31 @@ class Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         args = (dout, dlse, out, lse, *tensors, *ctx.options, wanted)
-        found = AttentionBackward.apply(*args) if torch.is_grad_enabled() else attention_backward(*args)
+        found = _autograd.differentiable(attention_backward, _backward_definition, *args)
         grads: list[Tensor | None] = [None] * (_NUM_TENSORS + len(ctx.options))
         for i, want, grad in zip(_DIFFERENTIABLE, wanted, found):
             grads[i] = grad if want else None
         return tuple(grads)
 
 
-class AttentionBackward(torch.autograd.Function):
-    """The backward op where gradients are being recorded: it says that it has no derivative of its own."""
+def _backward_definition(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """attention_backward in plain torch, O(Sq * Skv) memory: for second derivatives."""
+    *operands, wanted = args
+    grads = (dout,) if dlse is None else (dout, dlse)
 
-    generate_vmap_rule = True
+    def results(*operands: Any) -> tuple[Tensor, ...]:
+        return definition(operands)[: len(grads)]
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return attention_backward(*args)
+    places = [i for i, want in zip(_DIFFERENTIABLE, wanted) if want]
+    found = iter(_autograd.pull_back(results, operands, places, grads))
+    return tuple(next(found) if want else dout.new_empty(0) for want in wanted)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            "foveate.attention is differentiable once; for second derivatives use torch's own attention under "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-        )
+def definition(operands: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """out, lse of `Operands` in plain torch, differentiable in every mode and as often as anyone likes."""
+    c = Operands(*operands)
+    with torch.autocast(c.q.device.type, enabled=False):
+        return _reference_forward(c)
 
 
 # Function.apply inspects the signature of forward on every call (20 us) for functorch's sake; below it is the part that autograd needs.
@@ -431,11 +436,16 @@ def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
     _flops.register()
     if type(operands[0]) not in _PLAIN_TYPES:
         _dtensor.notice(operands[0])
+    how = _autograd.way(*operands[:_NUM_TENSORS])
+    if how == "definition":
+        return definition(operands)
     # A graph without gradients has the op alone: torch.jit cannot save the autograd.Function, nor does a compiler gain from it.
     if is_traced():  # where sizes are tensors, and so is the default D**-0.5
         operands = tuple(float(x) if i == _SCALE else x for i, x in enumerate(operands))
-    if (torch.compiler.is_compiling() or is_traced()) and not _needs_gradient(operands[:_NUM_TENSORS]):
+    if (torch.compiler.is_compiling() or is_traced()) and how == "op":
         return attention_forward(*operands)
+    if torch.compiler.is_compiling():
+        operands = _autograd.distinct(operands)
     if torch.compiler.is_compiling() or _long_way or _transforms() is not None:  # type: ignore[misc]
         return Attention.apply(*operands)
     return _apply(*operands)
@@ -452,7 +462,3 @@ def _vmapped() -> bool:
         return False
     level = _transforms()
     return level is not None and level.key() == torch._C._functorch.TransformType.Vmap
-
-
-def _needs_gradient(operands: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)

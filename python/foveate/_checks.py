@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate import _dtensor
-from foveate._backends import Query, choose
+from foveate._backends import Query, UnsupportedError, choose
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -66,6 +66,18 @@ def _python_number(name: str, value: Any, wanted: str) -> Any:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be {wanted}")
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def check_learned(name: str, value: Tensor, x_name: str, x: Tensor, backend: str | None) -> None:
+    """A tensor where a number is meant: one number, whose gradient the plain torch definition of the op gives."""
+    check_floating(name, value)
+    check_same_device(name, value, x_name, x)
+    if value.dim() != 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; a learned one is a tensor of one number, of shape ()")
+    if backend not in (None, "reference"):
+        raise UnsupportedError(
+            f"backend {backend!r} takes {name} as a Python number; a tensor is computed in plain torch, by backend=None or 'reference'"
+        )
 
 
 def check_integer(name: str, value: Any, wanted: str = "an integer") -> int:

@@ -7,11 +7,13 @@ dimension (one for each token and head, written at append).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from foveate import _ops, _reference, _triton
+from foveate._autograd import each_slice
 from foveate._backends import Query, choose, native, processors, register, runs_cuda_kernels
 from foveate._counters import counters
 from foveate._decode_plan import TILE_ROWS, cuda_decode_plan, cuda_thresholds, decode_plan
@@ -77,6 +79,8 @@ def run(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     chosen = choose("attention_with_kv_cache", Query(q.device.type, q.dtype), backend or None)
+    if k is not None and chosen != "reference":
+        _bump_versions(k_cache, v_cache, k_scale, v_scale)
     if chosen == "reference":
         if block_table is not None:
             block_table = _usable_table(q, k_cache, k, kv_lens, block_table, window_left)
@@ -134,6 +138,13 @@ def run(
         causal, window_left, window_right, scale, softcap, *plan, threads,
     )  # fmt: skip
     return out, lse
+
+
+def _bump_versions(k_cache: Tensor, v_cache: Tensor, *scales: Tensor | None) -> None:
+    """Tells autograd that the kernel is about to write: a backward pass that has saved one of these raises then, as after copy_."""
+    for x in (k_cache, v_cache, *(scale for scale in scales if scale is not None and scale.dim() == 3)):
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
 
 
 def _usable_table(
@@ -195,3 +206,19 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object) -> tuple[T
 
 
 op = _ops.define(_SCHEMA, impl=run, fake=_fake)
+
+
+_WRITTEN = (1, 2, 17, 18)  # k_cache, v_cache, k_scale, v_scale
+
+
+def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    """A call for each slice, which writes to its slices of the caches."""
+    if args[3] is not None and any(args[i] is not None and args[i].dim() > 2 and in_dims[i] is None for i in _WRITTEN):
+        raise ValueError(
+            "vmap of attention_with_kv_cache would write every slice's new keys to the same cache; map k_cache and v_cache too (and "
+            "their scales, one for each token), or append outside of vmap"
+        )
+    return each_slice(op, info.batch_size, args, in_dims)
+
+
+_ops.vmap("attention_with_kv_cache", _vmap)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate import _native, _ops
-from foveate._autograd import batch_first
+from foveate._autograd import batch_first, each_slice
 from foveate._checks import compute_dtype
 from foveate._cpu_matmul import product
 
@@ -162,7 +162,7 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.is_cpu and hidden.dtype is torch.float16 else hidden.dtype
 
 
-def _gradient_dtype(hidden: Tensor) -> torch.dtype:
+def gradient_dtype(hidden: Tensor) -> torch.dtype:
     """What the gradients wait in for the loss's: after a division by the number of tokens, not in float16."""
     return torch.float32 if hidden.dtype is torch.float16 else hidden.dtype
 
@@ -193,7 +193,7 @@ class _Sum:
 
     def __init__(self, like: Tensor, shape: tuple[int, ...]) -> None:
         self.zeros = like.new_zeros
-        self.shape, self.dtype, self.compute = shape, _gradient_dtype(like), compute_dtype(like)
+        self.shape, self.dtype, self.compute = shape, gradient_dtype(like), compute_dtype(like)
         self.total: Tensor | None = None
 
     def add(self, term: Tensor) -> None:
@@ -236,7 +236,7 @@ def _gradients(
     options = (ignore, smoothing, z_loss, softcap, backend)
     compute, dtype = compute_dtype(hidden), _product_dtype(hidden)
     loss = hidden.new_zeros(target.shape, dtype=compute)
-    dhidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=_gradient_dtype(hidden))
+    dhidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=gradient_dtype(hidden))
     if dtype is torch.float16 and _wide_products(hidden):
         dloss, factor = dloss * _FLOAT16_SHIFT, factor / _FLOAT16_SHIFT
     dweight = _Sum(weight, tuple(weight.shape) if need_weight else (0,))
@@ -271,7 +271,7 @@ def _gradients_fake(
     need_bias: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _gradient_dtype(hidden)
+    dtype = gradient_dtype(hidden)
     return (
         _linear_fake(hidden, weight, bias, target),
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
@@ -295,3 +295,21 @@ linear_cross_entropy_gradients = _ops.define(
     impl=_gradients,
     fake=_gradients_fake,
 )
+
+
+def _linear_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    hidden, weight, bias, target, *options = args
+    if in_dims[1] is not None or in_dims[2] is not None:
+        return each_slice(linear_cross_entropy_rows, info.batch_size, args, in_dims)
+    hidden, target = (batch_first(t, d, info.batch_size) for t, d in ((hidden, in_dims[0]), (target, in_dims[3])))
+    loss = linear_cross_entropy_rows(hidden.flatten(0, 1), weight, bias, target.flatten(), *options)
+    return loss.view(target.shape), 0
+
+
+def _gradients_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    # Each slice has gradients of the weight of its own.
+    return each_slice(linear_cross_entropy_gradients, info.batch_size, args, in_dims)
+
+
+_ops.vmap("linear_cross_entropy", _linear_vmap)
+_ops.vmap("linear_cross_entropy_gradients", _gradients_vmap)

@@ -88,7 +88,7 @@ def attention(
     causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     scale: float,
-    softcap: float = 0.0,
+    softcap: float | Tensor = 0.0,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -131,7 +131,7 @@ def attention(
     kc, vc = (t.repeat_interleave(Hq // max(Hkv, 1), dim=2) for t in (kc, vc))
 
     s = scale * torch.einsum("bihd,bjhd->bhij", qc, kc)
-    if softcap > 0:
+    if isinstance(softcap, Tensor) or softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     if alibi_slopes is not None:
         s = s - alibi_slopes.to(dtype)[..., None, None] * distance.abs()

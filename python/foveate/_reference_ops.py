@@ -43,7 +43,7 @@ def bottom_right_causal(rows: int, cols: int, device: torch.device) -> Tensor:
 def softmax(
     x: Tensor,
     dim: int = -1,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
@@ -74,9 +74,9 @@ def cross_entropy(
     logits: Tensor,
     target: Tensor,
     ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
+    label_smoothing: float | Tensor = 0.0,
+    z_loss: float | Tensor = 0.0,
+    softcap: float | Tensor = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """Per row: lse - (1 - eps) * x[target] - eps * mean(x) + z_loss * lse**2, x = softcap * tanh(logits / softcap).
@@ -89,14 +89,14 @@ def cross_entropy(
     """
     used = target != ignore_index
     x = torch.where(used[..., None], logits.to(compute_dtype(logits)), 0.0)
-    if softcap > 0:
+    if isinstance(softcap, Tensor) or softcap > 0:
         x = softcap * torch.tanh(x / softcap)
     lse = safe_softmax(x)[1]
     x_target = x.gather(-1, torch.where(used, target, 0)[..., None]).squeeze(-1)
     loss = lse - (1 - label_smoothing) * x_target
-    if label_smoothing > 0:
+    if isinstance(label_smoothing, Tensor) or label_smoothing > 0:
         loss = loss - label_smoothing * x.mean(-1)
-    if z_loss != 0:
+    if isinstance(z_loss, Tensor) or z_loss != 0:
         loss = loss + z_loss * lse * lse
     loss = torch.where(used, loss, 0.0)
     if reduction == "none":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _attention_op
+from foveate import _attention_op, _autograd
 from foveate._attention_op import Operands
 from foveate._backends import UnsupportedError, choose
 
@@ -29,10 +29,16 @@ def run(operands: tuple[Any, ...], forward: Any, backward: Any, aux: Sequence[Te
     choose("attention", call, c.backend or None)  # raises where it is not triton
     if torch.compiler.is_compiling():
         raise UnsupportedError("score_mod runs outside of torch.compile; wrap the call in torch.compiler.disable")
+    how = _autograd.way(*operands[:_NUM_TENSORS])
+    if how == "definition" or torch._C._are_functorch_transforms_active() or isinstance(c.softcap, Tensor):
+        raise UnsupportedError(
+            "score_mod has its first gradient alone, by backward(): neither tangents nor torch.func's transforms go through it, and "
+            "softcap beside it is a Python number"
+        )
     for name, function in (("score_mod", forward), ("score_mod_bwd", backward)):
         _check_function(name, function)
     mod = (forward, backward, _checked_aux(aux, c.q))
-    if not _attention_op._needs_gradient(operands[:_NUM_TENSORS]):
+    if how == "op":
         return _forward(c, mod)
     if backward is None:
         raise ValueError(
@@ -55,7 +61,7 @@ def _checked_aux(aux: Sequence[Tensor], q: Tensor) -> tuple[Tensor, ...]:
             raise TypeError(f"score_mod_aux[{n}] must be a torch.Tensor, got {type(x).__name__}")
         if x.device != q.device:
             raise ValueError(f"score_mod_aux[{n}] is on {x.device} and q on {q.device}; move it with .to(q.device)")
-        if x.requires_grad and torch.is_grad_enabled():
+        if _autograd.is_tracked(x):
             raise ValueError(f"score_mod_aux[{n}] has no gradient; pass it detached, or use bias or relative_bias")
     return tuple(aux)
 

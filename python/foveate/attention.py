@@ -21,8 +21,8 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: float | Tensor | None = None,
+    softcap: float | Tensor | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -64,7 +64,11 @@ def attention(
     generator, the same mask on every backend. deterministic: two backward passes give the same bits (on the CPU they always do);
     torch.use_deterministic_algorithms(True) asks for that too.
     lse: natural log of the sum of exp(s), without the sink, fp32 (fp64 for fp64 inputs), differentiable.
-    A row that sees no key gives out 0, lse -inf and gradients 0. Differentiable once in q, k, v, bias, the table and sinks.
+    A row that sees no key gives out 0, lse -inf and gradients 0. Differentiable in q, k, v, bias, the table and sinks, in both modes
+    and any number of times; forward mode and second derivatives are computed in plain torch, with O(Sq * Skv) memory.
+    Learned numbers: scale may be a tensor of one number or of one for each query head, [Hq], by which q is multiplied before the
+    kernel, rounded once to its dtype; softcap a positive tensor of one number, with which the call is computed in plain torch. Both
+    get gradients, and the values are not checked.
     Under autocast q, k and v are cast to its dtype. backend: "native", "triton", "reference", or None for the first that can.
 
     Nested tensors of layout torch.jagged, [B, lengths, H, D], all three, run through `attention_varlen` without a copy and without bias,
@@ -85,8 +89,15 @@ def attention(
     if type(causal) is not bool or type(deterministic) is not bool or type(return_lse) is not bool:
         causal, deterministic = check_flag("causal", causal), check_flag("deterministic", deterministic)
         return_lse = check_flag("return_lse", return_lse)
-    scale = D**-0.5 if scale is None else checks.check_scale(scale)
-    softcap = 0.0 if softcap is None else checks.check_softcap(softcap)
+    if isinstance(scale, Tensor):
+        q, scale = checks.scaled(q, scale, Hq), 1.0
+    else:
+        scale = D**-0.5 if scale is None else checks.check_scale(scale)
+    learned = isinstance(softcap, Tensor)
+    if isinstance(softcap, Tensor):
+        softcap = checks.check_learned_softcap(softcap, q, backend)
+    else:
+        softcap = 0.0 if softcap is None else checks.check_softcap(softcap)
     left, right = (-1, -1) if window is None else checks.check_window(window)
     table, bidirectional, max_distance, philox = None, True, 0, None
     if bias is not None:
@@ -112,6 +123,8 @@ def attention(
     )  # fmt: skip
     if score_mod is not None or score_mod_bwd is not None or score_mod_aux:
         out, lse = _score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)
+    elif learned:
+        out, lse = _attention_op.definition(operands)
     else:
         out, lse = _attention_op.run(operands, need_lse=return_lse)
     return (out, lse) if return_lse else out

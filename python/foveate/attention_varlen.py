@@ -25,8 +25,8 @@ def attention_varlen(
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: float | Tensor | None = None,
+    softcap: float | Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: RelativeBias | None = None,
     sinks: Tensor | None = None,
@@ -62,8 +62,15 @@ def attention_varlen(
     if type(causal) is not bool or type(deterministic) is not bool or type(return_lse) is not bool:
         causal, deterministic = check_flag("causal", causal), check_flag("deterministic", deterministic)
         return_lse = check_flag("return_lse", return_lse)
-    scale = D**-0.5 if scale is None else checks.check_scale(scale)
-    softcap = 0.0 if softcap is None else checks.check_softcap(softcap)
+    if isinstance(scale, Tensor):
+        q, scale = checks.scaled(q, scale, Hq), 1.0
+    else:
+        scale = D**-0.5 if scale is None else checks.check_scale(scale)
+    learned = isinstance(softcap, Tensor)
+    if isinstance(softcap, Tensor):
+        softcap = checks.check_learned_softcap(softcap, q, backend)
+    else:
+        softcap = 0.0 if softcap is None else checks.check_softcap(softcap)
     left, right = (-1, -1) if window is None else checks.check_window(window)
     table, bidirectional, max_distance, philox = None, True, 0, None
     if alibi_slopes is not None:
@@ -83,6 +90,8 @@ def attention_varlen(
     )  # fmt: skip
     if score_mod is not None or score_mod_bwd is not None or score_mod_aux:
         out, lse = _score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)
+    elif learned:
+        out, lse = _attention_op.definition(operands)
     else:
         out, lse = _attention_op.run(operands, need_lse=return_lse)
     return (out, lse) if return_lse else out

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate import _native, _ops, _reference_ops, _triton
-from foveate._autograd import batch_first, first_order
+from foveate import _autograd, _native, _ops, _reference_ops, _triton
+from foveate._autograd import batch_first, differentiable
 from foveate._backends import Query, native, register
-from foveate._checks import check_floating, check_same_dtype, chosen_backend
+from foveate._checks import check_floating, check_same_dtype, chosen_backend, compute_dtype
 
 _C: Any = _native._C  # None without a compiled module: `native` answers for that
 
@@ -35,7 +36,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
     gate, up: one shape, [..., N], and one dtype: float32, bfloat16, float16 (computed in fp32) or float64. Returns a contiguous tensor
     of that shape and dtype, rounded once. Halves of one tensor (`x.chunk(2, -1)`) are read where they lie; rows that are not contiguous
-    or not evenly spaced are copied. Differentiable once in both; the backward pass keeps the inputs alone and computes the activation
+    or not evenly spaced are copied. Differentiable in both, in both modes and any number of times;
+    the backward pass keeps the inputs alone and computes the activation
     again. Raises TypeError for dtypes, ValueError for shapes, UnsupportedError for a named backend that cannot serve the call (the
     native one has no CUDA kernel; triton runs there). GLU variants: Shazeer 2020, arXiv 2002.05202.
     """
@@ -71,10 +73,11 @@ def _check(gate: Tensor, up: Tensor) -> None:
 def _glu(op: str, gate: Tensor, up: Tensor, backend: str | None) -> Tensor:
     _check(gate, up)
     chosen = chosen_backend(op, gate.device.type, gate.dtype, backend)
-    if chosen == "reference":
+    how = _autograd.way(gate, up)
+    if chosen == "reference" or how == "definition":
         return _reference_ops.glu(gate, up, op)
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _Glu.apply(gate, up, op == "geglu", chosen)
+    if how == "function":
+        return _autograd.apply(_Glu, gate, up, op == "geglu", chosen)
     return _glu_op(gate, up, op == "geglu", chosen)
 
 
@@ -139,6 +142,21 @@ _ops.vmap("glu", _vmap)
 _ops.vmap("glu_backward", _backward_vmap)
 
 
+def _backward_definition(dout: Tensor, gate: Tensor, up: Tensor, gelu: bool, backend: str) -> tuple[Tensor, ...]:
+    """glu_backward in plain torch."""
+    dtype = compute_dtype(gate)
+    d, g, u = (t.to(dtype) for t in (dout, gate, up))
+    if gelu:
+        slope = math.sqrt(2 / math.pi)
+        t = torch.tanh(slope * (g + 0.044715 * g**3))
+        activation = g * (1 + t) / 2
+        derivative = (1 + t) / 2 + g * (1 - t * t) / 2 * slope * (1 + 3 * 0.044715 * g * g)
+    else:
+        share = torch.sigmoid(g)
+        activation, derivative = g * share, share * (1 + g * (1 - share))
+    return (d * u * derivative).to(gate.dtype), (d * activation).to(up.dtype)
+
+
 class _Glu(torch.autograd.Function):
     generate_vmap_rule = True  # the ops have their own rules
 
@@ -153,5 +171,6 @@ class _Glu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dgate, dup = first_order(_glu_backward, dout, *ctx.saved_tensors, ctx.gelu, ctx.backend)
+        args = (dout, *ctx.saved_tensors, ctx.gelu, ctx.backend)
+        dgate, dup = differentiable(_glu_backward, _backward_definition, *args)
         return dgate, dup, None, None

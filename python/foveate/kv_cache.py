@@ -8,6 +8,8 @@ from torch import Tensor
 from foveate import _attention_checks as checks
 from foveate import _flops, _kv_cache_op
 from foveate._attention_op import DTYPES
+from foveate._autograd import is_tracked, is_wrapped
+from foveate._backends import UnsupportedError
 from foveate._checks import check_backend_name, check_flag, check_integer, check_number, check_strided
 from foveate._kv_cache_op import QUANTIZED
 
@@ -92,20 +94,47 @@ def attention_with_kv_cache(
     batch_invariant, return_lse = check_flag("batch_invariant", batch_invariant), check_flag("return_lse", return_lse)
     if num_splits < 0:
         raise ValueError(f"num_splits={num_splits} must be 0 (chosen for you) or more")
-    if torch.is_grad_enabled():
-        for name, leaf in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("sinks", sinks),
-                        ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("k_scale", k_scale), ("v_scale", v_scale)):  # fmt: skip
-            if leaf is not None and leaf.requires_grad:
-                raise ValueError(
-                    f"{name} requires a gradient, but attention_with_kv_cache has no backward; call it under torch.no_grad(), "
-                    "or train with foveate.attention"
-                )
+    _refuse_derivatives(
+        q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, sinks=sinks, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+    if k is not None:
+        for name, written in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
+            if written is not None and (name[2:] == "cache" or written.dim() == 3):
+                _check_writable(name, written)
     _flops.register()
     out, lse = _kv_cache_op.op(
         q, k_cache, v_cache, k, v, kv_lens, block_table, rotary_cos, rotary_sin, rotary_interleaved, causal, left, right,
         scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits, batch_invariant, check_backend_name(backend) or "",
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _refuse_derivatives(**tensors: Tensor | None) -> None:
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed and torch.compiler.is_compiling():
+        raise UnsupportedError(
+            "attention_with_kv_cache has no derivative, and inside torch.compile cannot see whether this transform of torch.func wants "
+            "one; call it outside of the transform"
+        )
+    if not (torch.is_grad_enabled() or transformed or torch.autograd.forward_ad._current_level >= 0):
+        return
+    for name, x in tensors.items():
+        if x is not None and is_tracked(x):
+            what = "requires a gradient" if x.requires_grad else "carries a gradient or a tangent"
+            raise ValueError(
+                f"{name} {what}, but attention_with_kv_cache has no backward; call it under torch.no_grad() with plain tensors, or "
+                "train with foveate.attention"
+            )
+
+
+def _check_writable(name: str, x: Tensor) -> None:
+    shared = [d for d in range(x.dim()) if x.stride(d) == 0 and x.shape[d] > 1]
+    if shared and not is_wrapped(x):
+        raise ValueError(
+            f"{name} of shape {_shape(x)} is expanded in dimension {shared[0]} (stride 0), where several rows are one memory, so new keys "
+            f"cannot be written to it; pass {name}.contiguous(), or share pages by a block_table"
+        )
 
 
 def _autocast(x: Tensor, to: torch.dtype) -> Tensor:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _flops, _loss_extras, _reference_ops, _triton
-from foveate._autograd import first_order, graph_is_freed
+from foveate import _autograd, _flops, _loss_extras, _reference_ops, _triton
+from foveate._autograd import differentiable, graph_is_freed, no_second_derivative, nobody_keeps_saved_tensors
 from foveate._backends import native, register
 from foveate._checks import (
     check_flag,
     check_floating,
     check_integer,
+    check_learned,
     check_number,
     check_same_device,
     check_same_dtype,
@@ -25,6 +26,7 @@ from foveate._loss_ops import (
     Options,
     cross_entropy_backward,
     cross_entropy_rows,
+    gradient_dtype,
     linear_cross_entropy_gradients,
     linear_cross_entropy_rows,
 )
@@ -40,9 +42,9 @@ def cross_entropy(
     target: Tensor,
     *,
     ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    z_loss: float | Tensor = 0.0,
+    softcap: float | Tensor | None = None,
     reduction: str = "mean",
     dim: int = -1,
     weight: Tensor | None = None,
@@ -61,8 +63,9 @@ def cross_entropy(
     [0, 1]. z_loss (PaLM, Chowdhery et al. 2022): finite, not negative. softcap: positive; None or 0 for none.
     reduction: "mean" over the rows whose target is not ignore_index (NaN when there are none, as in torch), "sum", or "none" for
     [...]. Ignored rows give loss 0 and gradient 0 whatever their logits. The loss is fp32 (fp64 for fp64 logits).
-    Differentiable once in logits; nothing of the size of logits is kept but logits. Rows that are not contiguous or not evenly
-    spaced are copied, those of another `dim` too.
+    Differentiable in logits, in both modes and any number of times; for the first reverse pass nothing of the size of logits is kept
+    but logits. Rows that are not contiguous or not evenly spaced are copied, those of another `dim` too. label_smoothing, z_loss and
+    softcap may be tensors of one number, differentiable, whose range is not checked; they and forward mode are computed in plain torch.
 
     class_probabilities: target holds these instead, floating, of logits' shape; then the loss is sum(-q * log p) of each row with
     q = (1 - eps) * target + eps / V, and "mean" is over all rows. weight [V] multiplies the loss of a row by that of its target (of
@@ -87,6 +90,11 @@ def cross_entropy(
             target = target.movedim(dim, -1)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits of shape {tuple(logits.shape)} have no classes; they must be [..., V] with V > 0")
+    learned = False
+    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("softcap", softcap)):
+        if isinstance(value, Tensor):
+            check_learned(name, value, "logits", logits, backend)
+            learned = True
     options = _check_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
     extras = _extras(weight, use_token_scaling, return_z_loss, return_token_accuracy, return_predicted_tokens, dtype)
     soft = check_flag("class_probabilities", class_probabilities)
@@ -95,23 +103,28 @@ def cross_entropy(
     else:
         _check_target(target, logits, "logits", logits.shape[:-1])
     if soft or extras is not None:
+        if learned:
+            raise TypeError(
+                "label_smoothing, z_loss and softcap must be Python numbers beside class probabilities, class weights and further results"
+            )
         extras = extras or _NO_EXTRAS
         _loss_extras.check("weight", extras, logits, logits.shape[-1], soft)
         beyond = _loss_extras.features("cross_entropy", options, extras, soft)
         chosen = chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend, beyond)
-        if chosen == "reference":
+        if chosen == "reference" or _autograd.way(logits) == "definition":
             return _loss_extras.from_definition(logits, target, reduction, options, extras)
         loss, stats = _rows(logits, target, options, chosen)
         return _loss_extras.from_rows(loss, stats.sum(-1), logits, target, reduction, options, extras)
     chosen = chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend)
-    if chosen == "reference":
+    how = _autograd.way(logits)
+    if chosen == "reference" or learned or how == "definition":
         return _reference_ops.cross_entropy(logits, target, *options, reduction)
     return _reduce(_rows(logits, target, options, chosen)[0], target, ignore_index, reduction)
 
 
 def _rows(logits: Tensor, target: Tensor, options: Options, chosen: str) -> tuple[Tensor, Tensor]:
     """The losses, and the statistics of which the sum is lse."""
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if _autograd.way(logits) == "function":
         return _CrossEntropy.apply(logits, target, options, chosen)
     return cross_entropy_rows(logits, target, *options, chosen)
 
@@ -166,7 +179,8 @@ def linear_cross_entropy(
     backward pass, so nothing is computed twice; with "none" the backward pass computes the logits again. Gradients add up in fp32
     over the chunks, and those of float16 wait there in fp32 for the gradient of the loss: with a loss scale (torch.amp.GradScaler)
     none is lost on the way.
-    Differentiable once.
+    Differentiable once with "mean" and "sum", whose second derivative raises, and any number of times with "none". Forward mode and
+    second derivatives are computed in plain torch, where the logits do exist.
 
     ce_weight (the class weights, as weight is the layer's), use_token_scaling, return_z_loss, return_token_accuracy,
     return_predicted_tokens, dtype and class_probabilities (target [..., V]) as in `cross_entropy`, with Liger-Kernel's names. Class
@@ -186,7 +200,14 @@ def linear_cross_entropy(
             raise ValueError(
                 f"bias has shape {tuple(bias.shape)}; weight of shape {tuple(weight.shape)} needs ({weight.shape[0]},)"
             )
+    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("softcap", softcap)):
+        if isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a Python number, got a tensor; {name}.item() has no gradient, cross_entropy(hidden @ weight.T, target, "
+                f"{name}={name}) has one but stores the logits"
+            )
     options = _check_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
+    how = _autograd.way(hidden, weight, bias)
     extras = _extras(ce_weight, use_token_scaling, return_z_loss, return_token_accuracy, return_predicted_tokens, dtype)
     soft = check_flag("class_probabilities", class_probabilities)
     if soft:
@@ -199,7 +220,7 @@ def linear_cross_entropy(
         _loss_extras.check("ce_weight", extras, hidden, weight.shape[0], soft)
         beyond = _loss_extras.features("linear_cross_entropy", options, extras, soft)
         chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend, beyond)
-        if chosen == "reference":
+        if chosen == "reference" or how == "definition":
             logits = _reference_ops.linear_logits(hidden, weight, bias, None if soft else target != ignore_index)
             return _loss_extras.from_definition(logits, target, reduction, options, extras)
         loss = linear_cross_entropy(
@@ -208,17 +229,19 @@ def linear_cross_entropy(
         )  # fmt: skip
         return _loss_extras.from_rows(loss, None, None, target, reduction, options, extras)
     chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend)
-    if chosen == "reference":
-        return _reference_ops.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
+    if chosen == "reference" or how == "definition":
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _reference_ops.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
     _flops.register()
     rows, labels = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
-    needed = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    if not (torch.is_grad_enabled() and any(needed)):
+    needed = [t is not None and _autograd.is_tracked(t) for t in (hidden, weight, bias)]
+    if how == "op" or not any(needed):
         loss = linear_cross_entropy_rows(rows, weight, bias, labels, *options, chosen)
     elif reduction == "none":
-        loss = _LinearCrossEntropyRows.apply(rows, weight, bias, labels, options, chosen)
+        loss = _autograd.apply(_LinearCrossEntropyRows, rows, weight, bias, labels, options, chosen)
     else:
-        return _LinearCrossEntropy.apply(rows, weight, bias, labels, options, reduction, chosen, *needed)[0]
+        args = (rows, weight, bias, labels, _link(rows, weight, bias), options, reduction, chosen, *needed)
+        return _autograd.apply(_LinearCrossEntropy, *args)[0]
     return _reduce(loss.view(target.shape), target, ignore_index, reduction)
 
 
@@ -256,21 +279,39 @@ def _check_target(target: Tensor, x: Tensor, x_name: str, shape: torch.Size) -> 
 
 
 def _check_options(
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str
+    ignore_index: int,
+    label_smoothing: float | Tensor,
+    z_loss: float | Tensor,
+    softcap: float | Tensor | None,
+    reduction: str,
 ) -> Options:
+    """Tensors pass as they are: their values may be on a device."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction={reduction!r} is unknown; choose "mean", "sum" or "none"')
-    label_smoothing = check_number("label_smoothing", label_smoothing, "a number in [0, 1]")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
-    z_loss = check_number("z_loss", z_loss)
-    if z_loss < 0:
-        raise ValueError(f"z_loss={z_loss} must not be negative")
-    softcap = 0.0 if softcap is None else check_number("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap={softcap} must be positive, or None for none")
+    if not isinstance(label_smoothing, Tensor):
+        label_smoothing = check_number("label_smoothing", label_smoothing, "a number in [0, 1]")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1]")
+    if not isinstance(z_loss, Tensor):
+        z_loss = check_number("z_loss", z_loss)
+        if z_loss < 0:
+            raise ValueError(f"z_loss={z_loss} must not be negative")
+    if not isinstance(softcap, Tensor):
+        softcap = 0.0 if softcap is None else check_number("softcap", softcap)
+        if softcap < 0:
+            raise ValueError(f"softcap={softcap} must be positive, or None for none")
     ignore_index = check_integer("ignore_index", ignore_index, "the class number that is ignored, an integer")
-    return Options(ignore_index, label_smoothing, z_loss, softcap)
+    return Options(ignore_index, label_smoothing, z_loss, softcap)  # type: ignore[arg-type]  # tensors go to the definition alone
+
+
+def _backward_definition(dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, *options: Any) -> Tensor:
+    """cross_entropy_backward in plain torch."""
+    named = dict(zip(Options._fields, options))
+
+    def rows(x: Tensor) -> Tensor:
+        return _reference_ops.cross_entropy(x, target, **named, reduction="none")
+
+    return _autograd.pull_back(rows, (logits,), (0,), (dloss,))[0]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -288,12 +329,21 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        dlogits = first_order(cross_entropy_backward, dloss, *ctx.saved_tensors, *ctx.options, ctx.backend)
+        args = (dloss, *ctx.saved_tensors, *ctx.options, ctx.backend)
+        dlogits = differentiable(cross_entropy_backward, _backward_definition, *args)
         return dlogits, None, None, None
+
+
+_ONCE = (
+    "linear_cross_entropy computes its gradients with the loss, and they have no derivative of their own; for second derivatives "
+    "pass reduction='none' and reduce the losses, or backend='reference'"
+)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The reduced loss, its gradients computed along the way: the loss of every used row has the same weight."""
+
+    generate_vmap_rule = True  # the ops have their own rules
 
     @staticmethod
     def forward(
@@ -301,6 +351,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
+        link: Tensor | None,
         options: Options,
         reduction: str,
         backend: str,
@@ -316,26 +367,54 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(inputs[4], *output[1:])
         ctx.dtype = inputs[0].dtype
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+        ctx.overwrites = nobody_keeps_saved_tensors()
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if dloss is None:
-            return (None,) * 10
-        times = (
-            Tensor.mul_ if graph_is_freed() else Tensor.mul
-        )  # the gradient of the weight is large: no copy without need
-        scaled = [
-            times(g, dloss).to(ctx.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad)
-        ]
-        return (*scaled, *(None,) * 7)
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        link, *grads = ctx.saved_tensors
+        # The gradient of the weight is large: no copy without need.
+        in_place = (
+            ctx.overwrites and graph_is_freed() and not torch.is_grad_enabled() and not _autograd.is_batched(dloss)
+        )
+        times = Tensor.mul_ if in_place else Tensor.mul
+        scaled = no_second_derivative(_scale, _ONCE, times, ctx.dtype, dloss, link, *grads)
+        return (*(g if need else None for g, need in zip(scaled, ctx.needs_input_grad)), *(None,) * 8)
+
+
+def _scale(times: Any, dtype: torch.dtype, dloss: Tensor, link: Tensor | None, *grads: Tensor) -> tuple[Tensor, ...]:
+    return tuple(times(g, dloss).to(dtype) for g in grads)
+
+
+def _link(*tensors: Tensor | None) -> Tensor | None:
+    """A zero that depends on the tensors without keeping their memory: with it the gradients of `_LinearCrossEntropy`, which are
+    saved as constants, know whose they are, and a second derivative raises rather than vanish."""
+    if torch.compiler.is_compiling():  # has no second derivatives
+        return None
+    return torch.stack([t[:0].sum(dtype=compute_dtype(t)) for t in tensors if t is not None]).sum()
+
+
+def _gradients_definition(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, dloss: Tensor, factor: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    """linear_cross_entropy_gradients in plain torch."""
+    needed, named = options[:3], dict(zip(Options._fields, options[3:]))
+
+    def rows(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return _reference_ops.linear_cross_entropy(h, w, target, b, **named, reduction="none")
+
+    wanted = [i for i, need in enumerate(needed) if need]
+    found = dict(zip(wanted, _autograd.pull_back(rows, (hidden, weight, bias), wanted, (dloss,))))
+    grads = (found[i] * factor if i in found else hidden.new_empty(0) for i in range(3))
+    return rows(hidden, weight, bias), *(g.to(gradient_dtype(hidden)) for g in grads)
 
 
 class _LinearCrossEntropyRows(torch.autograd.Function):
     """The loss of every row. Their weights in the gradient are known only in the backward pass, which computes the logits again."""
+
+    generate_vmap_rule = True  # the ops have their own rules
 
     @staticmethod
     def forward(
@@ -353,6 +432,6 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         factor = torch.ones((), dtype=dloss.dtype, device=dloss.device)
         args = (*ctx.saved_tensors, dloss, factor, *needed, *ctx.options, ctx.backend)
-        _, *grads = first_order(linear_cross_entropy_gradients, *args)
+        _, *grads = differentiable(linear_cross_entropy_gradients, _gradients_definition, *args)
         dtype = ctx.saved_tensors[0].dtype
         return (*(g.to(dtype) if need else None for g, need in zip(grads, needed)), None, None, None)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate import _native, _ops, _reference_ops, _triton
-from foveate._autograd import batch_first, first_order
+from foveate import _autograd, _native, _ops, _reference_ops, _triton
+from foveate._autograd import batch_first, differentiable
 from foveate._backends import native, processors, register, runs_cuda_kernels
 from foveate._checks import (
     check_dtype_or_compute,
@@ -46,7 +47,8 @@ def rms_norm(
 
     x: [..., N], float32, bfloat16, float16 (computed in fp32) or float64; weight: [N] in x's dtype or the compute dtype, or None.
     eps: finite, not negative; None for torch.finfo(x.dtype).eps, as in torch.
-    Returns [..., N], contiguous, in x's dtype, rounded once. Differentiable once in x and weight.
+    Returns [..., N], contiguous, in x's dtype, rounded once. Differentiable in x and weight, in both
+    modes and any number of times; forward mode is computed in plain torch.
     x is copied if its rows are not contiguous or not evenly spaced. Raises TypeError for dtypes, ValueError for shapes and eps.
 
     normalized_shape: the last dimensions of x, over all of which the mean goes, as in torch.nn.functional.rms_norm; weight has this shape.
@@ -84,10 +86,11 @@ def rms_norm(
     if eps < 0:
         raise ValueError(f"eps={eps} must not be negative")
     chosen = chosen_backend("rms_norm", x.device.type, x.dtype, backend)
-    if chosen == "reference":
+    how = _autograd.way(x, weight)
+    if chosen == "reference" or how == "definition":
         return _reference_ops.rms_norm(x, weight, eps)
-    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-        return _RmsNorm.apply(x, weight, eps, chosen)[0]
+    if how == "function":
+        return _autograd.apply(_RmsNorm, x, weight, eps, chosen)[0]
     return _rms_norm(x, weight, eps, chosen)[0]
 
 
@@ -206,6 +209,20 @@ _ops.vmap("rms_norm", _rms_norm_vmap)
 _ops.vmap("rms_norm_backward", _rms_norm_backward_vmap)
 
 
+def _backward_definition(
+    eps: float, dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dweight: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """rms_norm_backward in plain torch, which computes rstd again, as it depends on x."""
+    dtype = compute_dtype(x)
+    g, y = dout.to(dtype), x.to(dtype)
+    scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    normed = y * scale
+    dweight = (g * normed).reshape(-1, x.shape[-1]).sum(0) if need_dweight else x.new_empty(0, dtype=dtype)
+    g = g if weight is None else g * weight.to(dtype)
+    dx = scale * (g - normed * (g * normed).mean(-1, keepdim=True))
+    return dx.to(x.dtype), dweight
+
+
 class _RmsNorm(torch.autograd.Function):
     generate_vmap_rule = True  # the ops have their own rules
 
@@ -215,7 +232,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, ctx.backend = inputs
+        x, weight, ctx.eps, ctx.backend = inputs
         ctx.save_for_backward(x, weight, output[1])
         ctx.mark_non_differentiable(output[1])
 
@@ -223,5 +240,6 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         need_dweight = ctx.needs_input_grad[1]
-        dx, dweight = first_order(_rms_norm_backward, dout, x, weight, rstd, need_dweight, ctx.backend)
+        args = (dout, x, weight, rstd, need_dweight, ctx.backend)
+        dx, dweight = differentiable(_rms_norm_backward, functools.partial(_backward_definition, ctx.eps), *args)
         return dx, dweight.to(weight.dtype) if need_dweight else None, None, None

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate import _flops, _native, _ops, _triton
-from foveate._autograd import first_order
+from foveate import _autograd, _flops, _native, _ops, _triton
+from foveate._autograd import differentiable
 from foveate._backends import Query, native, register
 from foveate._checks import chosen_backend
 from foveate.k_blocks import K_FORMATS
@@ -41,7 +41,7 @@ def packed_linear(
     x: [..., in], fp32, bf16 or fp16. data: int8 [bytes]. bias: fp32 [out] or None. Returns [..., out] in x's dtype, rounded once.
     Block formats: x is rounded to int8 for each block of 32, x ~ dx * q with dx = max|x| / 127, and products of a block are added
     up as integers, blocks in fp32. bf16: x is rounded to bf16. f32: x as it is. Not finite x: the outputs of its row are not finite.
-    Differentiable in x only, with W in fp32. Raises TypeError and ValueError.
+    Differentiable in x, with W in fp32, in both modes; a bias that requires a gradient is refused. Raises TypeError and ValueError.
     """
     if x.dtype not in _DTYPES:
         raise TypeError(f"x is {x.dtype}; it must be float32, bfloat16 or float16: convert it with x.to(...)")
@@ -64,7 +64,14 @@ def packed_linear(
             raise ValueError(f"{name} is on {t.device} and x on {x.device}; move one with .to(device)")
     _flops.register()
     chosen = chosen_backend("packed_linear", x.device.type, x.dtype, backend, (format,))
-    if torch.is_grad_enabled() and x.requires_grad:
+    how = _autograd.way(x)
+    if how == "definition":
+        return _with_tangent(x, data, format, out_features, bias, chosen)
+    if bias is not None and _autograd.is_tracked(bias):
+        raise ValueError(
+            "bias requires a gradient, which packed_linear does not compute; add it afterwards, or pass bias.detach()"
+        )
+    if how == "function":
         return _PackedLinear.apply(x, data, format, out_features, bias, chosen)
     return _packed_linear(x, data, format, out_features, bias, chosen)
 
@@ -144,13 +151,21 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (data,) = ctx.saved_tensors
-        dx = first_order(_input_gradient, dout, data, ctx.format, ctx.in_features, ctx.out_features)
+        args = (dout, data, ctx.format, ctx.in_features, ctx.out_features)
+        dx = differentiable(_input_gradient, _input_gradient, *args)
         return dx, None, None, None, None, None
 
 
 def _input_gradient(dout: Tensor, data: Tensor, format: str, in_features: int, out_features: int) -> Tensor:
     weight = unpack_weight(data, format, in_features, out_features)
     return (dout.float() @ weight).to(dout.dtype)
+
+
+def _with_tangent(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None, backend: str) -> Tensor:
+    """The op with derivatives that torch knows in every mode: those of x @ W.T + bias with W in fp32, as in the reverse pass."""
+    linear = F.linear(x.float(), unpack_weight(data, format, x.shape[-1], out_features), bias)
+    out = _packed_linear(x.detach(), data, format, out_features, None if bias is None else bias.detach(), backend)
+    return out + (linear - linear.detach()).to(out.dtype)
 
 
 class PackedLinear(torch.nn.Module):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _native, _ops, _reference_ops, _triton
-from foveate._autograd import batch_first, first_order
+from foveate import _autograd, _native, _ops, _reference_ops, _triton
+from foveate._autograd import batch_first, differentiable
 from foveate._backends import native, register
 from foveate._checks import check_dtype_or_compute, check_flag, check_floating, check_same_dtype, chosen_backend
 
@@ -27,8 +27,9 @@ def apply_rotary(
     q: [B, S, Hq, D]; k: [B, S, Hkv, D]; one dtype of float32, bfloat16, float16 (computed in fp32) or float64. cos, sin:
     [S, rot / 2] or [B, S, rot / 2] with rot <= D, in q's dtype or the compute dtype. A pair is (x[c], x[c + rot / 2]), or
     (x[2c], x[2c + 1]) with interleaved; elements from rot on stay. Returns the turned q and k as new contiguous tensors.
-    Differentiable once in q and k, not in cos and sin: tables that require a gradient raise ValueError. Any strides; a last
-    dimension that is not contiguous is copied. Raises TypeError for dtypes, ValueError for shapes.
+    Differentiable in q and k, in both modes and any number of times; forward mode is computed in plain torch. Tables that require a
+    gradient raise ValueError. Any strides; a last dimension that is not contiguous is copied. Raises TypeError for dtypes, ValueError
+    for shapes.
     RoFormer, Su et al. 2021, arXiv 2104.09864.
     """
     check_floating("q", q)
@@ -46,15 +47,20 @@ def apply_rotary(
                 f"{name} has shape {tuple(table.shape)}; q of shape {tuple(q.shape)} needs ({S}, rot / 2) or ({B}, {S}, rot / 2) "
                 f"with rot up to {D}"
             )
-        if table.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires a gradient, which apply_rotary does not compute; pass {name}.detach()")
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         raise ValueError(f"cos and sin differ: {tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}")
     chosen = chosen_backend("apply_rotary", q.device.type, q.dtype, backend)
-    if chosen == "reference":
+    how = _autograd.way(q, k, cos, sin)
+    if how == "function":
+        for name, table in (("cos", cos), ("sin", sin)):
+            if _autograd.is_tracked(table):
+                raise ValueError(
+                    f"{name} requires a gradient, which apply_rotary does not compute; pass {name}.detach()"
+                )
+    if chosen == "reference" or how == "definition":
         return _reference_ops.apply_rotary(q, k, cos, sin, interleaved)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return _Rotary.apply(q, k, cos, sin, interleaved, chosen)
+    if how == "function":
+        return _autograd.apply(_Rotary, q, k, cos, sin, interleaved, chosen)
     return _apply_rotary(q, k, cos, sin, interleaved, False, chosen)
 
 
@@ -111,6 +117,13 @@ def _rotary_vmap(info: Any, in_dims: Any, q: Any, k: Any, cos: Any, sin: Any, *f
 _ops.vmap("apply_rotary", _rotary_vmap)
 
 
+def _turn_back(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The op with inverse=True in plain torch."""
+    return _reference_ops.apply_rotary(q, k, cos, -sin, interleaved)
+
+
 class _Rotary(torch.autograd.Function):
     generate_vmap_rule = True  # the op has its own rule
 
@@ -128,5 +141,6 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        dq, dk = first_order(_apply_rotary, dq, dk, cos, sin, ctx.interleaved, True, ctx.backend)
+        args = (dq, dk, cos, sin, ctx.interleaved, True, ctx.backend)
+        dq, dk = differentiable(_apply_rotary, _turn_back, *args)
         return dq, dk, None, None, None, None

@@ -19,7 +19,7 @@ def sdpa(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     """softmax(scale * query @ key.mT + mask) @ value.
@@ -113,7 +113,7 @@ def _nested_sdpa(
     attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
-    scale: float | None,
+    scale: float | Tensor | None,
 ) -> Tensor:
     """Jagged [B, H, lengths, D], as torch.nn.functional.scaled_dot_product_attention takes them."""
     for name, x in (("query", query), ("key", key), ("value", value)):

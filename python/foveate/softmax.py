@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _native, _ops, _reference_ops, _triton
-from foveate._autograd import batch_first, first_order
+from foveate import _autograd, _native, _ops, _reference_ops, _triton
+from foveate._autograd import batch_first, differentiable
 from foveate._backends import native, register, runs_cuda_kernels
 from foveate._checks import (
     check_dtype_or_compute,
     check_flag,
     check_floating,
     check_integer,
+    check_learned,
     check_number,
     check_same_device,
     chosen_backend,
@@ -34,7 +35,7 @@ def softmax(
     x: Tensor,
     dim: int = -1,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
@@ -43,10 +44,11 @@ def softmax(
     """softmax(scale * x + bias) over `dim`, with masked elements counting as -inf, in one fused pass.
 
     x: any shape; float32, bfloat16, float16 (computed in fp32) or float64. The result has its shape and dtype and is contiguous.
-    scale: finite, 1 if None. mask: bool, True = keep. bias: x's dtype or the compute dtype. Both broadcast to x's shape and are
-    not expanded in memory. causal: in the last two dimensions, element [i, j] is kept if j <= i + cols - rows (bottom-right), only
-    with dim=-1. A line that is masked as a whole, or is all -inf, gives 0 with gradient 0, not NaN.
-    Differentiable once in x and bias; the gradient of a bias needs one temporary of x's shape in the compute dtype.
+    scale: finite, 1 if None; a tensor of one number is differentiable too. mask: bool, True = keep. bias: x's dtype or the compute
+    dtype. Both broadcast to x's shape and are not expanded in memory. causal: in the last two dimensions, element [i, j] is kept if
+    j <= i + cols - rows (bottom-right), only with dim=-1. A line that is masked as a whole, or is all -inf, gives 0 with gradient 0,
+    not NaN. Differentiable in x and bias, in both modes and any number of times; the gradient of a bias needs one temporary of x's
+    shape in the compute dtype. Forward mode and a tensor as scale are computed in plain torch.
 
     On the CPU, another dimension than the last of a contiguous x is read where it lies, if it comes without bias and mask. Otherwise the
     kernel runs over the last dimension: x is copied if `dim` is another one or is not contiguous.
@@ -55,7 +57,11 @@ def softmax(
     """
     check_floating("x", x)
     dim = _check_dim(x, dim)
-    scale = 1.0 if scale is None else check_number("scale", scale)
+    learned = isinstance(scale, Tensor)
+    if isinstance(scale, Tensor):
+        check_learned("scale", scale, "x", x, backend)
+    else:
+        scale = 1.0 if scale is None else check_number("scale", scale)
     causal = check_flag("causal", causal)
     if causal and (x.dim() < 2 or dim != x.dim() - 1):
         raise ValueError(
@@ -71,7 +77,8 @@ def softmax(
         check_dtype_or_compute("bias", bias, "x", x)
         _check_broadcast("bias", bias, x)
     chosen = chosen_backend("softmax", x.device.type, x.dtype, backend)
-    if chosen == "reference":
+    how = _autograd.way(x, bias)
+    if chosen == "reference" or learned or how == "definition":
         return _reference_ops.softmax(x, dim, scale, mask, bias, causal)
     if x.dim() == 0:
         return softmax(x[None], 0, scale=scale, mask=mask, bias=bias, backend=backend)[0]
@@ -80,8 +87,8 @@ def softmax(
     if bias is not None:
         bias = bias[(None,) * (x.dim() - bias.dim())].movedim(dim, -1)
     x = x.movedim(dim, -1)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        out = _Softmax.apply(x, bias, mask, scale, causal, chosen)
+    if how == "function":
+        out = _autograd.apply(_Softmax, x, bias, mask, scale, causal, chosen)
     else:
         out = _softmax(x, bias, mask, scale, causal, chosen)
     return out.movedim(-1, dim).contiguous()
@@ -92,12 +99,13 @@ def log_softmax(x: Tensor, dim: int = -1, *, backend: str | None = None) -> Tens
     check_floating("x", x)
     dim = _check_dim(x, dim)
     chosen = chosen_backend("log_softmax", x.device.type, x.dtype, backend)
-    if chosen == "reference":
+    how = _autograd.way(x)
+    if chosen == "reference" or how == "definition":
         return _reference_ops.log_softmax(x, dim)
     if x.dim() == 0:
         return log_softmax(x[None], 0, backend=backend)[0]
     x = x.movedim(dim, -1)
-    out = _LogSoftmax.apply(x, chosen) if torch.is_grad_enabled() and x.requires_grad else _log_softmax(x, chosen)
+    out = _LogSoftmax.apply(x, chosen) if how == "function" else _log_softmax(x, chosen)
     return out.movedim(-1, dim).contiguous()
 
 
@@ -251,6 +259,14 @@ _ops.vmap("log_softmax", _log_softmax_vmap)
 _ops.vmap("softmax_backward", _softmax_backward_vmap)
 
 
+def _backward_definition(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool, backend: str) -> Tensor:
+    """softmax_backward in plain torch."""
+    dtype = compute_dtype(out)
+    g, y = dout.to(dtype), out.to(dtype)
+    dx = g - y.exp() * g.sum(-1, keepdim=True) if log else scale * y * (g - (y * g).sum(-1, keepdim=True))
+    return dx if wide else dx.to(out.dtype)
+
+
 class _Softmax(torch.autograd.Function):
     generate_vmap_rule = True  # the ops have their own rules
 
@@ -270,9 +286,11 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
-            dx = first_order(_softmax_backward, dout, out, ctx.scale, False, False, ctx.backend)
+            dx = differentiable(
+                _softmax_backward, _backward_definition, dout, out, ctx.scale, False, False, ctx.backend
+            )
             return dx, None, None, None, None, None
-        ds = first_order(_softmax_backward, dout, out, 1.0, False, True, ctx.backend)
+        ds = differentiable(_softmax_backward, _backward_definition, dout, out, 1.0, False, True, ctx.backend)
         dx = (ds * ctx.scale).to(out.dtype) if ctx.needs_input_grad[0] else None
         return dx, ds.sum_to_size(ctx.bias_shape).to(ctx.bias_dtype), None, None, None, None
 
@@ -292,4 +310,4 @@ class _LogSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         (out,) = ctx.saved_tensors
-        return first_order(_softmax_backward, dout, out, 1.0, True, False, ctx.backend), None
+        return differentiable(_softmax_backward, _backward_definition, dout, out, 1.0, True, False, ctx.backend), None

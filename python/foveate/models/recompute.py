@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate._autograd import first_order
+from foveate._autograd import no_second_derivative
+
+_ONCE = "what is computed again in the backward pass has no second derivative; call the model within foveate.models.recompute.kept()"
 
 
 class _State(threading.local):
@@ -64,7 +66,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
-        return None, *first_order(_gradients, ctx.function, dout, *ctx.saved_tensors)
+        return None, *no_second_derivative(_gradients, _ONCE, ctx.function, dout, *ctx.saved_tensors)
 
 
 def _gradients(function: Callable[..., Tensor], dout: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -83,6 +85,6 @@ def _saved_as(x: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> co
     def unpack(saved: Any) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        return first_order(function, *inputs).view(saved)
+        return no_second_derivative(function, _ONCE, *inputs).view(saved)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
