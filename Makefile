@@ -57,7 +57,7 @@ demo: $(build_stamp) $(weights_stamp)  ## SmolLM2-135M answers a prompt on fovea
 test: $(build_stamp) $(weights_stamp)  ## everything that needs no GPU; ARGS="-k name" narrows it
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
-# Each fuzz test takes its number of cases from this variable; CI runs 500.
+# Each fuzz test takes its number of cases from this variable, and FOVEATE_FUZZ_FIRST is the first seed; `make test` runs 500.
 fuzz: export FOVEATE_FUZZ_CASES ?= 20000
 fuzz: $(build_stamp)  ## the fuzzers with 20,000 cases each (FOVEATE_FUZZ_CASES)
 	$(PY) -m pytest -n $(JOBS) -m fuzz $(ARGS)
@@ -81,11 +81,6 @@ sanitize: $(venv_stamp)  ## the kernel tests under AddressSanitizer and Undefine
 	PYTHONPATH=build/sanitize/site LD_PRELOAD="$(call sanitize_so,libasan.so) $(call sanitize_so,libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(PY) -m pytest -p no:cacheprovider $(or $(ARGS),$(sanitize_tests))
-
-# FUZZ_CASES of each kind, from the seed FUZZ_FIRST on; `make test` runs the first 500.
-fuzz: export FUZZ_CASES ?= 20000
-fuzz: $(build_stamp)  ## files, requests and states with random damage
-	$(PY) -m pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
 
 lint: $(venv_stamp)  ## ruff, clang-format, mypy, text files
 	$(BIN)/ruff check .

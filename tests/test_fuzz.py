@@ -1,4 +1,4 @@
-"""The fuzzers of fuzz.py in child processes: FUZZ_CASES of each kind (500; `make fuzz` has 20,000), from FUZZ_FIRST on."""
+"""The fuzzers of fuzz.py in child processes: FOVEATE_FUZZ_CASES of each kind (500; `make fuzz` has 20,000), from FOVEATE_FUZZ_FIRST on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 KINDS = ("folders", "ggufs", "weights", "tokenizers", "adapters", "states", "requests")
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_ends_in_success_or_a_sentence(kind):
-    cases, first = int(os.environ.get("FUZZ_CASES", "500")), int(os.environ.get("FUZZ_FIRST", "0"))
+    cases, first = int(os.environ.get("FOVEATE_FUZZ_CASES", "500")), int(os.environ.get("FOVEATE_FUZZ_FIRST", "0"))
     program = Path(__file__).with_name("fuzz.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(program), kind, str(first), str(cases)]
