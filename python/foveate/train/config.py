@@ -117,7 +117,10 @@ class TrainConfig:
 
     epochs: float = _step(1.0, "passes over the data, if max_steps is not given")
     max_steps: int | None = _step(None, "optimizer steps")
-    batch_size: int = _step(8, "rows in a forward pass; with packing a row is filled up to max_length tokens")
+    batch_size: int | None = _step(
+        None,
+        "rows in a forward pass; with packing a row is filled up to max_length tokens; by default 8, and fewer for few data",
+    )
     accumulation: int = _step(1, "forward passes in a step; their losses are normalised together, by tokens")
     learning_rate: float = _step(5e-5, "at the top of the schedule")
     schedule: str = _step("cosine", "after the warm-up; wsd is constant with a linear end", choices=SCHEDULES)
@@ -205,7 +208,13 @@ class TrainConfig:
     @property
     def step_rows(self) -> int:
         """Rows of one optimizer step of one process."""
-        return self.batch_size * self.accumulation
+        return self.pass_rows * self.accumulation
+
+    @property
+    def pass_rows(self) -> int:
+        """batch_size, which `fit` has chosen where it was None."""
+        assert self.batch_size is not None
+        return self.batch_size
 
 
 def _check_model(c: TrainConfig) -> None:

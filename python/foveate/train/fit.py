@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from foveate.models import open_checkpoint
 from foveate.tokenizer import Tokenizer
 from foveate.train import model_files
 from foveate.train.adapter_files import adapted, adapter_settings, merge_adapter
+from foveate.train.batch_size import ROWS, choose, sentence
 from foveate.train.char_tokenizer import char_tokenizer
 from foveate.train.checkpoints import Checkpoints
 from foveate.train.config import TrainConfig
@@ -99,7 +101,17 @@ def _run(
     folder = checkpoints.folder
     with strategy.main_first():
         opened = _open(config)
-    trained, objective = opened.trained, opened.objective
+    trained, objective, train = opened.trained, opened.objective, opened.train
+    room = objective.max_length
+    chosen = config.batch_size is None
+    if chosen:
+        batch_size, room = choose(
+            train.pieces.lengths, room, packing=config.packing, spread=config.accumulation * strategy.world_size
+        )
+        config = config.replace(batch_size=batch_size)
+        if config.packing and room < objective.max_length:
+            plan = DataPlan(train.pieces.lengths, room, packing=True, seed=config.seed)
+            train = dataclasses.replace(train, plan=plan)
     checkpoints.check_space(_disk_bytes(config, trained.model))
     report = Report(
         folder,
@@ -114,9 +126,12 @@ def _run(
         checkpoint_layers(trained.model)
     torch.manual_seed(config.seed + strategy.process)  # of dropout
     loop = Loop(
-        config, trained.model, objective, opened.train, opened.evaluation, checkpoints=checkpoints, report=report,
+        config, trained.model, objective, train, opened.evaluation, checkpoints=checkpoints, report=report,
         strategy=strategy, export=trained.export, after_evaluation=after_evaluation,
     )  # fmt: skip
+    if chosen and config.packing and (batch_size, room) != (ROWS, objective.max_length):
+        rows = config.step_rows * strategy.world_size
+        report.note(sentence(train.pieces.lengths, rows, room, loop.epoch_steps, loop.steps))
     if not (config.resume and loop.resume()):
         report.begin()
     try:

@@ -201,8 +201,7 @@ class Loop:
             group["lr"] = rate
         rows = self.train_data.plan.step(step, config.step_rows, strategy.rank, strategy.world_size)
         batches = [
-            self._batch(self.train_data, rows[i : i + config.batch_size])
-            for i in range(0, len(rows), config.batch_size)
+            self._batch(self.train_data, rows[i : i + config.pass_rows]) for i in range(0, len(rows), config.pass_rows)
         ]
         norms = [b.units if b.norm is None else b.norm for b in batches]
         counts = torch.tensor([sum(norms), sum(b.tokens for b in batches)], dtype=torch.float64, device=self.device)
@@ -260,7 +259,7 @@ class Loop:
     def evaluate(self, data: Data) -> dict[str, float]:
         """Means over all units of the data, and what the task measures as a whole."""
         self.module.eval()
-        size, world = self.config.batch_size, self.strategy.world_size
+        size, world = self.config.pass_rows, self.strategy.world_size
         sums: dict[str, Tensor] = {}
         # Each process makes the same number of calls; the rows that are missing at the end are read again, with weight 0.
         for first in range(0, len(data.plan), size * world):
