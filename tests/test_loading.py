@@ -225,10 +225,14 @@ def test_pickles_are_never_opened(folder: Path) -> None:
         open_checkpoint(folder / "pytorch_model.bin")
 
 
-def test_an_adapter_is_no_model(tmp_path):
+def test_an_adapter_needs_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some-base"}')
-    with pytest.raises(ValueError, match="holds an adapter of some-base, not a model"):
+    with pytest.raises(
+        FileNotFoundError, match="an adapter of some-base, which is neither a file or folder .* as base"
+    ):
         open_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="which is an adapter too; name a model as base"):
+        open_checkpoint(tmp_path, base=tmp_path)
 
 
 def test_what_is_no_model_is_said_in_a_sentence(folder: Path, tmp_path: Path) -> None:

@@ -148,6 +148,9 @@ def bad_inputs():
     def unknown(folder):
         return {"new_model": json.dumps({"model_type": "mamba"})}, "this model is of architecture 'mamba'"
 
+    def no_heads(folder):
+        return {"new_model": json.dumps(LLAMA | {"num_attention_heads": 0})}, "num_attention_heads"
+
     def no_file(folder):
         return {"train_data": folder / "nothing.txt"}, "nothing.txt does not exist"
 
@@ -264,7 +267,7 @@ def test_what_a_signal_leaves(tmp_path, capsys, monkeypatch, error, code, senten
     def fit(config):
         raise error
 
-    monkeypatch.setattr("foveate.commands.train.fit", fit)
+    monkeypatch.setattr(sys.modules["foveate.train.fit"], "fit", fit)
     assert main(["train", *flags(tmp_path)]) == code and capsys.readouterr().err == sentence
 
 

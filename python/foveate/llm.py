@@ -31,7 +31,8 @@ _CACHE_SHARE = 0.25  # of the free memory, by default
 
 
 class LLM:
-    """Text from a checkpoint: a Hugging Face folder, a .gguf file, or the name of an installed package that holds one.
+    """Text from a checkpoint: a Hugging Face folder, a .gguf file, the name of an installed package that holds one, or a folder with a
+    LoRA adapter in peft's format, whose base is the one that it names or `base`.
 
         llm = LLM("path/to/model", quantization="q4_0")
         [output] = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=40))
@@ -54,8 +55,9 @@ class LLM:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Checkpoint,
         *,
+        base: str | Path | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         quantization: str | None = None,
@@ -70,7 +72,7 @@ class LLM:
         cuda_graphs: bool | None = None,
         progress: bool | None = None,
     ) -> None:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, base)
         _check_causal(checkpoint)
         dtype = checked_dtype(dtype)
         for name, value in {"max_model_len": max_model_len, "max_batch": max_batch, "page_size": page_size}.items():

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.commands.options import UsageError, add_encoder_option, loading, print_json, read_text, text
+from foveate.commands.options import UsageError, add_encoder_option, encoder, print_json, read_text, text
 
 _EXAMPLES = """\
 The text comes from --context, from --context-file, or from the standard input. The model is one for extractive question answering, such
@@ -57,8 +57,7 @@ def run(args: argparse.Namespace) -> None:
     import foveate
 
     context = _context(args)
-    with loading(args.model):
-        answerer = foveate.QuestionAnswerer(args.model)
+    answerer = encoder(foveate.QuestionAnswerer, args)
     found = answerer(
         args.questions, context, top_k=args.top_k, max_answer_len=args.max_answer_len, doc_stride=args.doc_stride,
         handle_impossible_answer=args.impossible,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.commands.options import UsageError, add_encoder_option, loading, print_json, read_text, text
+from foveate.commands.options import UsageError, add_encoder_option, encoder, print_json, read_text, text
 
 _EXAMPLES = """\
 The texts come from --text, from the lines of --file, or from those of the standard input. The model is a BERT that was fine-tuned to sort
@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> None:
     import foveate
 
     texts = _texts(args)
-    with loading(args.model):
-        classifier = foveate.TextClassifier(args.model)
+    classifier = encoder(foveate.TextClassifier, args)
     found = iter(classifier([text for text in texts if text.strip()], top_k=args.top_k))
     # an empty line has no class, but its place, so that line n of the output is about line n
     rows = [(text, next(found) if text.strip() else []) for text in texts]

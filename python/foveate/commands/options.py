@@ -78,16 +78,34 @@ def add_encoder_option(parser: argparse.ArgumentParser) -> None:
     """--model of the commands that read texts with BERT."""
     parser.add_argument(
         "--model", required=True, metavar="PATH",
-        help="a Hugging Face folder, or the name of an installed package that holds one",
+        help="a Hugging Face folder, the name of an installed package that holds one, or a folder with a LoRA adapter",
     )  # fmt: skip
+    _add_base(parser)
+
+
+def _add_base(group: Any) -> None:
+    group.add_argument(
+        "--base", metavar="PATH", help="the model that an adapter is for; by default the one that it names"
+    )
+
+
+def encoder(kind: Any, args: argparse.Namespace) -> Any:
+    """kind(args.model), of the commands that read texts with BERT."""
+    with loading(args.model):
+        if args.base is None:
+            return kind(args.model)
+        from foveate.models import open_checkpoint
+
+        return kind(open_checkpoint(args.model, args.base))
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", required=True, metavar="PATH",
-        help="a Hugging Face folder, a .gguf file, or the name of an installed package that holds one",
+        help="a Hugging Face folder, a .gguf file, the name of an installed package that holds one, or a folder with a LoRA adapter",
     )  # fmt: skip
+    _add_base(group)
     group.add_argument("--device", metavar="NAME", help="cpu (the default), cuda, ...")
     group.add_argument("--dtype", choices=sorted(_DTYPES), help="of the weights; the checkpoint's by default")
     group.add_argument(
@@ -202,7 +220,7 @@ def load(args: argparse.Namespace) -> Any:
     with loading(args.model):
         from foveate.llm import LLM
     return LLM(
-        args.model, device=args.device, dtype=dtype, quantization=args.quantization, progress=sys.stderr.isatty(),
+        args.model, base=args.base, device=args.device, dtype=dtype, quantization=args.quantization, progress=sys.stderr.isatty(),
         kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len, num_pages=args.num_pages, max_batch=args.max_batch,
         max_prefill_tokens=args.max_prefill_tokens, enable_prefix_caching=not args.no_prefix_caching,
     )  # fmt: skip

@@ -80,16 +80,24 @@ class Checkpoint:
         return SafetensorsWeights(self.path)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A Hugging Face folder, a .gguf file, or the name of an installed package that holds one of them, at most one folder deep.
+def open_checkpoint(path: str | Path | Checkpoint, base: str | Path | None = None) -> Checkpoint:
+    """A Hugging Face folder, a .gguf file, or the name of an installed package that holds one of them, at most one folder deep; or a
+    folder with a LoRA adapter in peft's format, which stands for its base with the updates in the weights. An open one as it is.
 
-    Reads no weights. FileNotFoundError where there is nothing of that name, CheckpointError for what is not a model.
+    base: of an adapter, instead of the one that it names. Reads no weights but an adapter's. FileNotFoundError where there is nothing
+    of that name, CheckpointError for what is not a model.
     """
+    if isinstance(path, Checkpoint):
+        return path
     if not isinstance(path, (str, Path)) or not str(path):
         raise TypeError(
             f"the path of a model is {path!r}; give a folder, a .gguf file or the name of an installed package"
         )
     place = Path(path).expanduser()
+    if (place / "adapter_config.json").is_file() and not (place / "config.json").exists():
+        return _open_adapter(place, base)
+    if base is not None:
+        raise ValueError(f"base={str(base)!r} is for an adapter, and {path} is none: it has no adapter_config.json")
     if place.is_file():
         return _open_file(place)
     if place.is_dir():
@@ -141,17 +149,34 @@ def _open_folder(folder: Path) -> Checkpoint:
         if files:
             names = ", ".join(file.name for file in files)
             raise CheckpointError(f"{folder} holds several models, {names}; give the path of one")
-        if (folder / "adapter_config.json").exists():
-            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-            raise CheckpointError(
-                f"{folder} holds an adapter of {base}, not a model: foveate.train.load_adapter puts it on the loaded base, and "
-                "`foveate train` with --merge writes both as one model"
-            )
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json and no .gguf file")
+    return _described(folder, read_json(folder / "config.json", ANY_CONFIG))
+
+
+def _open_adapter(folder: Path, base: str | Path | None) -> Checkpoint:
+    from foveate.models.adapters import adapted_checkpoint
+
+    settings = read_json(folder / "adapter_config.json")
+    named = base if base is not None else settings.get("base_model_name_or_path")
+    if not isinstance(named, (str, Path)):
+        raise CheckpointError(f"{folder} holds an adapter that does not say of which model; name it as base")
+    if (Path(named).expanduser() / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} holds an adapter of {named}, which is an adapter too; name a model as base")
+    try:
+        checkpoint = open_checkpoint(named)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} holds an adapter of {named}, which is neither a file or folder here nor the name of an installed package; name "
+            "the model that it adapts as base"
+        ) from error
+    return adapted_checkpoint(_described(folder, {}), checkpoint, settings)
+
+
+def _described(folder: Path, config: dict[str, Any]) -> Checkpoint:
     tokenizer_config = read_json(folder / "tokenizer_config.json", TOKENIZER)
     return Checkpoint(
         path=folder,
-        config=read_json(folder / "config.json", ANY_CONFIG),
+        config=config,
         generation_config=read_json(folder / "generation_config.json", GENERATION),
         chat_template=_chat_template(folder, tokenizer_config),
         tokenizer_config=tokenizer_config,

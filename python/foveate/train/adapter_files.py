@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from foveate.checked_files import CheckpointError, is_there, library_errors, read_json
 from foveate.models import Checkpoint, load_model, open_checkpoint
+from foveate.models.adapters import CONFIG, PREFIX, WEIGHTS, check_adapter
 from foveate.models.file_schemas import ADAPTER
 from foveate.tokenizer import Tokenizer
 from foveate.train.lora import (
@@ -27,9 +28,7 @@ from foveate.train.lora import (
 )
 from foveate.train.model_files import TrainedModel, WithoutClassifier, export_tokenizer, stored_dtype
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PACKED = "foveate_adapter.json"  # what peft's config has no place for
-_PREFIX = "base_model.model."
 _TASKS = {
     "BertForQuestionAnswering": "QUESTION_ANS",
     "BertForSequenceClassification": "SEQ_CLS",
@@ -37,12 +36,6 @@ _TASKS = {
     "Llama": "CAUSAL_LM",
     "GPT2": "CAUSAL_LM",
 }
-# Settings of peft under which the weights mean something else than they do here, with the values that change nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,), "bias": ("none",), "rank_pattern": ({},), "alpha_pattern": ({},), "layers_to_transform": (),
-    "layer_replication": (), "lora_bias": (False,), "trainable_token_indices": (), "target_parameters": ([],),
-    "use_qalora": (False,), "use_bdlora": (), "arrow_config": (),
-}  # fmt: skip
 
 
 @dataclass
@@ -73,7 +66,7 @@ def adapted(
 
 def adapter_settings(adapter: str | Path) -> dict[str, Any]:
     """adapter_config.json, with "quantization": that of the weights that it was trained on, None for those of the file."""
-    file, packed = Path(adapter) / _CONFIG, Path(adapter) / _PACKED
+    file, packed = Path(adapter) / CONFIG, Path(adapter) / _PACKED
     found = read_json(packed).get("quantization") if is_there(packed) else None
     if found not in (None, "q8_0", "q4_0"):
         raise CheckpointError(f"{packed} has quantization={found!r:.40}; it must be q8_0 or q4_0")
@@ -90,14 +83,14 @@ def save_adapter(
     stored = {}
     for name, _ in adapters(model):
         for part in ("lora_A", "lora_B"):
-            stored[f"{_PREFIX}{name}.{part}.weight"] = weights[f"{name}.{part}"]
+            stored[f"{PREFIX}{name}.{part}.weight"] = weights[f"{name}.{part}"]
     heads = saved_modules(model)
     for name, module in heads.items():
         for leaf, _ in module.named_parameters():
-            stored[f"{_PREFIX}{name}.{leaf}"] = weights[f"{name}.{leaf}"]
+            stored[f"{PREFIX}{name}.{leaf}"] = weights[f"{name}.{leaf}"]
     save_file(
         {name: t.detach().contiguous().cpu() for name, t in stored.items()},
-        folder / _WEIGHTS,
+        folder / WEIGHTS,
         metadata={"format": "pt"},
     )
     settings = {
@@ -107,7 +100,7 @@ def save_adapter(
         "modules_to_save": sorted({name.rpartition(".")[2] for name in heads}) or None, "bias": "none",
         "fan_in_fan_out": type(model).__name__ == "GPT2", "inference_mode": True,
     }  # fmt: skip
-    (folder / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _short_names(model: nn.Module, names: list[str]) -> list[str]:
@@ -127,17 +120,13 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dropout: float | None 
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    if not is_there(folder / _CONFIG) or not is_there(folder / _WEIGHTS):
-        raise CheckpointError(f"{folder} has no adapter: it needs {_CONFIG} and {_WEIGHTS}")
-    settings = read_json(folder / _CONFIG, ADAPTER)
-    if settings.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder} is an adapter of type {settings.get('peft_type')!r}; only LORA is supported")
-    for name, neutral in _NEUTRAL.items():
-        if settings.get(name) is not None and settings[name] not in neutral:
-            raise CheckpointError(f"{folder} is an adapter with {name}={settings[name]!r}, which is not supported")
+    if not is_there(folder / CONFIG) or not is_there(folder / WEIGHTS):
+        raise CheckpointError(f"{folder} has no adapter: it needs {CONFIG} and {WEIGHTS}")
+    settings = read_json(folder / CONFIG, ADAPTER)
+    check_adapter(settings, folder)
     lacking = [key for key in ("r", "lora_alpha", "target_modules") if settings.get(key) is None]
     if lacking:
-        raise CheckpointError(f"{folder / _CONFIG} lacks {' and '.join(lacking)}")
+        raise CheckpointError(f"{folder / CONFIG} lacks {' and '.join(lacking)}")
     targets = settings["target_modules"]
     config = LoraConfig(
         settings["r"], settings["lora_alpha"],
@@ -145,8 +134,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dropout: float | None 
         None if targets == "all-linear" else tuple([targets] if isinstance(targets, str) else targets),
         bool(settings.get("use_rslora")),
     )  # fmt: skip
-    with library_errors(f"{folder / _WEIGHTS} is truncated or not a safetensors file", "; download it again"):
-        stored = {name.removeprefix(_PREFIX): value for name, value in load_file(folder / _WEIGHTS).items()}
+    with library_errors(f"{folder / WEIGHTS} is truncated or not a safetensors file", "; download it again"):
+        stored = {name.removeprefix(PREFIX): value for name, value in load_file(folder / WEIGHTS).items()}
     # The weights say which layers have adapters, also where the config gives a pattern.
     layers = tuple(sorted(name.removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")))
     known = set(target_names(model, None)) | {name for name, m in model.named_modules() if hasattr(m, "in_features")}
@@ -156,12 +145,12 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dropout: float | None 
             f"{folder} adapts {', '.join(foreign[:3])}, which {type(model).__name__} does not have: another model's adapter"
         )
     if not layers:
-        raise CheckpointError(f"{folder / _WEIGHTS} has no weights of an adapter (*.lora_A.weight)")
+        raise CheckpointError(f"{folder / WEIGHTS} has no weights of an adapter (*.lora_A.weight)")
     for name in layers:  # before anything of the rank's size is made
         size = list(stored[f"{name}.lora_A.weight"].shape)
         if len(size) != 2 or size[0] != config.rank:
             raise CheckpointError(
-                f"{folder} has {name}.lora_A.weight of shape {size}, and r={config.rank} in {_CONFIG}: damaged, or another model's adapter"
+                f"{folder} has {name}.lora_A.weight of shape {size}, and r={config.rank} in {CONFIG}: damaged, or another model's adapter"
             )
     add_lora(model, dataclasses.replace(config, targets=layers))
     parameters = dict(model.named_parameters())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from foveate.models import Checkpoint, load_model
 from foveate.models.checkpoint import Blocks, Weights
 from foveate.models.loading import checked_device, model_class, tie_weights
+from foveate.models.reading import read_config
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.new_weights import draw_weights
@@ -183,7 +184,7 @@ def create(config: TrainConfig, tokenizer: Tokenizer, objective: Objective) -> T
     settings = {"vocab_size": tokenizer.vocab_size, **ids, **config.new_model}
     settings = _settings(config, settings, objective)
     kind: Any = model_class(settings, objective.head)
-    model = kind(kind.config_class.from_hf(settings))
+    model = kind(read_config(kind, settings, "new_model"))
     draw_weights(model, config.seed)
     tie_weights(model)
     check_vocabulary(model, tokenizer, "new_model")
