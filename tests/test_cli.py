@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -204,3 +205,14 @@ def test_chat_in_a_terminal_takes_a_paste_as_one_message_and_lives_through_ctrl_
     assert status == 0 and said == ["one\ntwo\nthree"]
     assert "/exit or Ctrl-D leaves" in shown and "/nonsense is not known" in shown
     assert "loading" in shown
+
+
+def test_tables_in_a_pipe_are_whole(capsys):
+    from foveate.bench import machine, report, roofline, run
+
+    case = "a case with a name that is much longer than eighty columns " * 3
+    fields = {f.name: None for f in dataclasses.fields(run.Row)} | {"bench": "softmax", "case": case, "dtype": "fp32"}
+    row = run.Row(**fields | {"peer": "torch", "note": "", "us": 1.0, "spread_us": 0.1})
+    report.print_tables(machine.describe(), roofline.Limits(*[1.0] * len(roofline.Limits._fields)), [row], [])
+    shown = capsys.readouterr().out
+    assert case.strip() in shown and "\u2026" not in shown

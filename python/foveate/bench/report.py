@@ -87,7 +87,8 @@ def print_tables(machine: Machine, limits: Limits, rows: Sequence[Row], summarie
     from rich.table import Table
 
     console = Console()
-    console.width = max(console.width, 120)  # a narrow terminal may wrap the lines; a pipe has no width at all
+    # a narrow terminal may wrap the lines; a pipe has no width, so nothing is cut off
+    console.width = max(console.width, 120) if console.is_terminal else 1000
     console.print(limits_line(machine, limits), highlight=False, soft_wrap=True)
     for bench in dict.fromkeys(row.bench for row in rows):
         cells = [_cells(row) for row in rows if row.bench == bench]
