@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fw
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 import foveate
@@ -381,6 +382,74 @@ def test_a_bias_of_packed_linear_that_requires_a_gradient_is_refused():
         foveate.packed_linear.packed_linear(
             torch.randn(2, 4), PACKED.data, "f32", 3, torch.zeros(3, requires_grad=True)
         )
+
+
+# ---- what autograd has saved and an op writes to, or reads twice -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_appending_to_a_cache_is_seen_by_autograd(backend):
+    if foveate.backends()[backend] is not None:
+        pytest.skip(f"{backend}: {foveate.backends()[backend]}")
+    k_cache, v_cache, new = torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 2, 2, 8)
+    w = torch.ones(8, requires_grad=True)
+    losses = [(cache * w).sum() for cache in (k_cache, v_cache)]
+    with torch.no_grad():
+        foveate.attention_with_kv_cache(new, k_cache, v_cache, k=new, v=new, kv_lens=torch.tensor([3]), backend=backend)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_appending_to_an_expanded_cache_is_refused():
+    caches, new, lens = torch.zeros(1, 6, 2, 8).expand(2, 6, 2, 8), torch.randn(2, 1, 2, 8), torch.tensor([3, 3])
+    own = torch.zeros(2, 6, 2, 8)
+    for k_cache, v_cache, name in ((caches, own, "k_cache"), (own, caches, "v_cache")):
+        with pytest.raises(ValueError, match=f"{name} of shape .* is expanded in dimension 0"):
+            foveate.attention_with_kv_cache(new, k_cache, v_cache, k=new, v=new, kv_lens=lens)
+    foveate.attention_with_kv_cache(new, caches, caches, kv_lens=lens)  # to read it is no harm
+
+
+def test_vmap_of_a_cache_writes_to_each_slice():
+    caches, new, lens = torch.zeros(3, 2, 1, 6, 2, 8), torch.randn(3, 1, 2, 2, 8), torch.tensor([[0], [2], [4]])
+    expected = caches.clone()
+
+    def append(cache, new, lens):
+        return foveate.attention_with_kv_cache(new, cache[0], cache[1], k=new, v=new, kv_lens=lens)
+
+    out = torch.vmap(append)(caches, new, lens)
+    for i in range(3):
+        torch.testing.assert_close(out[i], append(expected[i], new[i], lens[i]))
+    assert torch.equal(caches, expected) and caches.any()
+    with pytest.raises(ValueError, match="write every slice's new keys to the same cache"):
+        torch.vmap(append, (None, 0, 0))(caches[0], new, lens)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_saved_tensors_of_linear_cross_entropy_are_unpacked_once(reduction):
+    """What torch.utils.checkpoint computes again may be taken once."""
+    h, w, _ = (x.requires_grad_() for x in LINEAR())
+
+    def f(h):
+        return foveate.linear_cross_entropy(h * 2, w, TARGET, reduction=reduction).sum()
+
+    expected = torch.autograd.grad(f(h), (h, w))
+    found = torch.autograd.grad(torch.utils.checkpoint.checkpoint(f, h, use_reentrant=False), (h, w))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "softmax", "attention"])
+def test_transforms_inside_torch_compile(op):
+    """Once a gradient of zero, as an autograd.Function is traced there for its forward pass alone."""
+    f, x = {
+        "rms_norm": (lambda x: foveate.rms_norm(x, None, 1e-2).pow(3).sum(), torch.randn(2, 4)),
+        "softmax": (lambda x: foveate.softmax(x).pow(2).sum(), torch.randn(2, 4)),
+        "attention": (lambda x: A(x, x, x, causal=True).pow(2).sum(), torch.randn(1, 3, 2, 4)),
+    }[op]
+    y = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(f(y), y)
+    compiled = torch.compile(func.grad(f), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
 
 
 # Public names that compute nothing, or nothing that a derivative could go through.

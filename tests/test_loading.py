@@ -242,8 +242,9 @@ def test_what_is_no_model_is_said_in_a_sentence(folder: Path, tmp_path: Path) ->
         open_checkpoint("no/such/thing")
     with pytest.raises(ValueError, match="is not a model folder: it has no config.json and no .gguf file"):
         open_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="holds weights only; give its folder .*tiny, with the config.json"):
-        open_checkpoint(folder / "model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds weights only; give its folder .*, with the config.json"):
+        open_checkpoint(tmp_path / "model.safetensors")
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ValueError, match="notes.txt is not a model: it does not start with 'GGUF'"):
         open_checkpoint(tmp_path / "notes.txt")

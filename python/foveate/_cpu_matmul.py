@@ -41,7 +41,8 @@ class _Linear(torch.autograd.Function):
         return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable  # torch has no derivative of oneDNN's product
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = dout.reshape(-1, dout.shape[-1])
         dx = product(rows, weight.t()).view(ctx.shape) if ctx.needs_input_grad[0] else None

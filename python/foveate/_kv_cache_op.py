@@ -80,7 +80,12 @@ def run(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     chosen = choose("attention_with_kv_cache", Query(q.device.type, q.dtype), backend or None)
     if k is not None and chosen != "reference":
-        _bump_versions(k_cache, v_cache, k_scale, v_scale)
+        _bump_version(k_cache)
+        _bump_version(v_cache)
+        if k_cache.dtype in QUANTIZED:
+            for scales in (k_scale, v_scale):
+                if scales is not None and scales.dim() == 3:
+                    _bump_version(scales)
     if chosen == "reference":
         if block_table is not None:
             block_table = _usable_table(q, k_cache, k, kv_lens, block_table, window_left)
@@ -140,11 +145,10 @@ def run(
     return out, lse
 
 
-def _bump_versions(k_cache: Tensor, v_cache: Tensor, *scales: Tensor | None) -> None:
-    """Tells autograd that the kernel is about to write: a backward pass that has saved one of these raises then, as after copy_."""
-    for x in (k_cache, v_cache, *(scale for scale in scales if scale is not None and scale.dim() == 3)):
-        if not x.is_inference():
-            torch.autograd.graph.increment_version(x)
+def _bump_version(x: Tensor) -> None:
+    """Tells autograd that the kernel is about to write: a backward pass that has saved x raises then, as after copy_."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
 
 
 def _usable_table(

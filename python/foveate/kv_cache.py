@@ -94,14 +94,21 @@ def attention_with_kv_cache(
     batch_invariant, return_lse = check_flag("batch_invariant", batch_invariant), check_flag("return_lse", return_lse)
     if num_splits < 0:
         raise ValueError(f"num_splits={num_splits} must be 0 (chosen for you) or more")
-    _refuse_derivatives(
-        q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, sinks=sinks, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
-        k_scale=k_scale, v_scale=v_scale,
-    )  # fmt: skip
+    transformed = torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled() or transformed or torch.autograd.forward_ad._current_level >= 0:
+        for name, leaf in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("sinks", sinks),
+                        ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("k_scale", k_scale), ("v_scale", v_scale)):  # fmt: skip
+            if leaf is not None and (
+                leaf.requires_grad or transformed or torch.autograd.forward_ad._current_level >= 0
+            ):
+                _refuse_derivative(name, leaf)
     if k is not None:
-        for name, written in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
-            if written is not None and (name[2:] == "cache" or written.dim() == 3):
-                _check_writable(name, written)
+        if 0 in k_cache.stride() or 0 in v_cache.stride():
+            _check_writable("k_cache", k_cache)
+            _check_writable("v_cache", v_cache)
+        for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if scales is not None and scales.dim() == 3:
+                _check_writable(name, scales)
     _flops.register()
     out, lse = _kv_cache_op.op(
         q, k_cache, v_cache, k, v, kv_lens, block_table, rotary_cos, rotary_sin, rotary_interleaved, causal, left, right,
@@ -110,22 +117,18 @@ def attention_with_kv_cache(
     return (out, lse) if return_lse else out
 
 
-def _refuse_derivatives(**tensors: Tensor | None) -> None:
-    transformed = torch._C._are_functorch_transforms_active()
-    if transformed and torch.compiler.is_compiling():
+def _refuse_derivative(name: str, x: Tensor) -> None:
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise UnsupportedError(
             "attention_with_kv_cache has no derivative, and inside torch.compile cannot see whether this transform of torch.func wants "
             "one; call it outside of the transform"
         )
-    if not (torch.is_grad_enabled() or transformed or torch.autograd.forward_ad._current_level >= 0):
-        return
-    for name, x in tensors.items():
-        if x is not None and is_tracked(x):
-            what = "requires a gradient" if x.requires_grad else "carries a gradient or a tangent"
-            raise ValueError(
-                f"{name} {what}, but attention_with_kv_cache has no backward; call it under torch.no_grad() with plain tensors, or "
-                "train with foveate.attention"
-            )
+    if is_tracked(x):
+        what = "requires a gradient" if x.requires_grad else "carries a gradient or a tangent"
+        raise ValueError(
+            f"{name} {what}, but attention_with_kv_cache has no backward; call it under torch.no_grad() with plain tensors, or "
+            "train with foveate.attention"
+        )
 
 
 def _check_writable(name: str, x: Tensor) -> None:

@@ -431,7 +431,8 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         factor = torch.ones((), dtype=dloss.dtype, device=dloss.device)
-        args = (*ctx.saved_tensors, dloss, factor, *needed, *ctx.options, ctx.backend)
+        saved = ctx.saved_tensors  # once: under checkpointing they are computed again for it
+        args = (*saved, dloss, factor, *needed, *ctx.options, ctx.backend)
         _, *grads = differentiable(linear_cross_entropy_gradients, _gradients_definition, *args)
-        dtype = ctx.saved_tensors[0].dtype
+        dtype = saved[0].dtype
         return (*(g.to(dtype) if need else None for g, need in zip(grads, needed)), None, None, None)

@@ -225,7 +225,8 @@ def _study(
     made = len(study.get_trials(deepcopy=False))
     seed = int(np.random.SeedSequence([config.seed, worker, made]).generate_state(1)[0])
     if sampler == "grid":
-        study.sampler = optuna.samplers.GridSampler({r.name: _points(r) for r in ranges}, seed=seed)
+        # Its trials are numbers of points in an order that the seed shuffles, so one that goes on needs the order of the first start.
+        study.sampler = optuna.samplers.GridSampler({r.name: _points(r) for r in ranges}, seed=config.seed)
     else:
         kind = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[sampler]
         study.sampler = kind(seed=seed)
