@@ -60,8 +60,7 @@ FOVEATE_INLINE void k_tile(const uint8_t* panel, const PreparedRows& a, int64_t 
           const VecI q = load_raw<VecI>(w + p * kWeightPanel * 4 + col * 4 + v * kVecBytes);
           VecI low = q & 0x0f0f0f0f, high = (q >> 4) & 0x0f0f0f0f;
           if constexpr (kFormat == kQ5K) low |= ((bits[0] >> p) & 0x01010101) << 4, high |= (bits[0] >> p) & 0x10101010;
-          if constexpr (kHalves)
-            low |= ((bits[0] >> 2 * p) & 0x03030303) << 4, high |= ((bits[1] >> 2 * p) & 0x03030303) << 4;
+          if constexpr (kHalves) low |= ((bits[0] >> 2 * p) & 0x03030303) << 4, high |= ((bits[1] >> 2 * p) & 0x03030303) << 4;
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
             dot[0][r][v] = dot4(dot[0][r][v], low, x + r * stride + p * kQuadUnits);
@@ -76,7 +75,8 @@ FOVEATE_INLINE void k_tile(const uint8_t* panel, const PreparedRows& a, int64_t 
       for (int v = 0; v < kLinearVecs; ++v) {
         const int64_t at = col + v * n;
         const f16* header = reinterpret_cast<const f16*>(super + kHeaders) + at;
-        const VecF d = load<float>(header), first = bytes_to_floats(w + kScales + at), second = bytes_to_floats(w + kScales + kWeightPanel + at);
+        const VecF d = load<float>(header), first = bytes_to_floats(w + kScales + at),
+                   second = bytes_to_floats(w + kScales + kWeightPanel + at);
         [[maybe_unused]] VecF minimum;
         if constexpr (!kHalves) minimum = load<float>(header + kWeightPanel) * second;
 #pragma GCC unroll 8
