@@ -75,7 +75,8 @@ def test_classify_prints_a_line_for_each_text(trained, tmp_path, capsys, monkeyp
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["yes", "no", "no", "yes"] and 0.5 < float(lines[0].split()[1]) <= 1
     (tmp_path / "a.txt").write_text("\n".join(TEXTS) + "\n\n")
-    assert main([*model, "--file", str(tmp_path / "a.txt")]) == 0 and capsys.readouterr().out.splitlines() == lines
+    assert main([*model, "--file", str(tmp_path / "a.txt")]) == 0
+    assert capsys.readouterr().out.splitlines() == [*lines, ""], "a line for each line, empty for an empty one"
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS)))
     assert main([*model, "--json", "--top-k", "2"]) == 0
     found = json.loads(capsys.readouterr().out)["texts"]
