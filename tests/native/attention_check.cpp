@@ -67,8 +67,9 @@ bool run(DType dtype, int64_t sq, int64_t skv, int64_t hq, int64_t hkv, int64_t 
   lse.data = lse_data.data(), lse.ndim = 3, lse.shape = {batch, hq, sq}, lse.stride = {hq * sq, sq, 1};
   AttentionOptions o;
   o.causal = causal, o.scale = 1 / std::sqrt(static_cast<double>(d)), o.softcap = softcap;
-  attention_forward(q.view(), k.view(), v.view(), out.view(), lse, o, 2);
-  attention_backward(dout.view(), {}, q.view(), k.view(), v.view(), out.view(), lse, dq.view(), dk.view(), dv_.view(), {}, {}, {}, {}, o, 2);
+  attention_forward(q.view(), k.view(), v.view(), out.view(), lse, o, Threads(2));
+  attention_backward(dout.view(), {}, q.view(), k.view(), v.view(), out.view(), lse, dq.view(), dk.view(), dv_.view(), {}, {}, {}, {}, o,
+                     Threads(2));
 
   std::vector<double> e_out(out.value.size()), e_dq(dq.value.size()), e_dk(dk.value.size()), e_dv(dv_.value.size());
   for (int64_t b = 0; b < batch; ++b)
