@@ -261,7 +261,7 @@ def test_info_names_the_targets(capsys) -> None:
 
 
 def test_wrong_requests_get_a_sentence(capsys) -> None:
-    assert cli.main(["bench", "attention", "--threads", "0"]) == 1
+    assert cli.main(["bench", "attention", "--threads", "0"]) == 2
     assert "--threads 0 must be 1 or more" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exited:
         cli.main(["bench", "atention"])

@@ -157,6 +157,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         put(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": wrong})
         with pytest.raises(CheckpointError, match="added_tokens_decoder.*it must be an object of ids and tokens"):
             open_checkpoint(tmp_path)
+    put(tmp_path, "tokenizer_config.json", {"additional_special_tokens": ["\ud800"]})
+    with pytest.raises(CheckpointError, match="names tokens that its tokenizer cannot have .*surrogates not allowed"):
+        open_checkpoint(tmp_path).tokenizer()
     put(tmp_path, "tokenizer_config.json", {})
     put(tmp_path, "added_tokens.json", {"<a>": "7"})
     with pytest.raises(CheckpointError, match="added_tokens.json has '<a>'='7'; it must be a token's id"):

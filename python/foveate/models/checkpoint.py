@@ -70,11 +70,12 @@ class Checkpoint:
             backend = read_older_tokenizer(self.path, self.config.get("model_type"), named)
         if backend is None:
             return None
-        add_named_tokens(backend, named, self.path)
-        return Tokenizer(
-            backend, config=self.config, generation_config=self.generation_config, tokenizer_config=named,
-            chat_template=self.chat_template,
-        )  # fmt: skip
+        with library_errors(f"{self.path} names tokens that its tokenizer cannot have"):
+            add_named_tokens(backend, named, self.path)
+            return Tokenizer(
+                backend, config=self.config, generation_config=self.generation_config, tokenizer_config=named,
+                chat_template=self.chat_template,
+            )  # fmt: skip
 
     def weights(self) -> Weights:
         return SafetensorsWeights(self.path)
