@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from foveate import LLM, SamplingParams
+from foveate.cli import main
 from foveate.models import load_model, open_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -194,3 +195,29 @@ def test_settings_that_cannot_be_followed_are_named(folder, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": 0.0}))
     with pytest.raises(ValueError, match="generation_config.json cannot be followed: top_p=0.0"):
         LLM(tmp_path)
+
+
+def test_the_command_line_keeps_the_checkpoints_settings(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "top_k": 50.0}))
+    assert LLM(tmp_path, num_pages=8).default_params.top_k == 50
+    for more, count in (([], 3), (["--max-tokens", "5"], 5)):
+        assert (
+            main(
+                [
+                    "generate",
+                    "--model",
+                    str(tmp_path),
+                    "--prompt",
+                    "Hi",
+                    "--json",
+                    "--num-pages",
+                    "32",
+                    "--ignore-eos",
+                    *more,
+                ]
+            )
+            == 0
+        )
+        found = json.loads(capsys.readouterr().out)["outputs"][0]["completions"][0]
+        assert len(found["token_ids"]) == count

@@ -314,6 +314,8 @@ def default_params(generation_config: dict[str, Any]) -> SamplingParams:
     """SamplingParams() with what a generation_config.json sets."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     found = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    if "top_k" in found:
+        found["top_k"] = int(found["top_k"])
     if generation_config.get("max_new_tokens"):
         found["max_tokens"] = generation_config["max_new_tokens"]
     if generation_config.get("do_sample") is False:

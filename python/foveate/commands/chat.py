@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     llm = options.load(args)
     if llm.tokenizer is None or llm.tokenizer.chat_template is None:
         raise ValueError(f"{args.model} has no chat template, so it cannot chat; foveate generate continues a text")
-    params = llm.default_params.with_(**given)
+    params = options.params(llm, given)
     messages = _start(args.system)
     for line in chat_input.messages():
         command, _, rest = line.partition(" ")

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         )
     prompts = args.prompts or [_standard_input()]
     llm = options.load(args)
-    params = llm.default_params.with_(**given)
+    params = options.params(llm, given)
     inputs: list[Any] = prompts
     if args.chat or args.system is not None:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]

@@ -133,7 +133,11 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> N
     def add(name: str, kind: Any, text: str, **options: Any) -> None:
         group.add_argument(name, type=kind, help=text, **({"metavar": "X" if kind is float else "N"} | options))
 
-    add("--max-tokens", int, f"at most so many new tokens; {DEFAULT_MAX_TOKENS} by default")
+    add(
+        "--max-tokens",
+        int,
+        f"at most so many new tokens; by default the checkpoint's max_new_tokens, or {DEFAULT_MAX_TOKENS}",
+    )
     add("--temperature", float, "0 always takes the most probable token")
     add("--top-p", float, "only the most probable tokens that together reach this probability")
     add("--top-k", int, "only the N most probable tokens; 0 is all")
@@ -198,14 +202,24 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     import foveate
 
     given = {name: value for name in _SAMPLING if (value := getattr(args, name, None)) is not None}
-    given.setdefault("max_tokens", max(DEFAULT_MAX_TOKENS, given.get("min_tokens", 0)))
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
     try:
-        foveate.SamplingParams(**given)
+        foveate.SamplingParams(**({"max_tokens": _most(given)} | given))
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
     return given
+
+
+def _most(given: dict[str, Any]) -> int:
+    return max(DEFAULT_MAX_TOKENS, given.get("min_tokens", 0))
+
+
+def params(llm: Any, given: dict[str, Any]) -> Any:
+    """The checkpoint's own settings with those of `sampling` in their place."""
+    if not llm.generation_config.get("max_new_tokens"):
+        given = {"max_tokens": _most(given)} | given
+    return llm.default_params.with_(**given)
 
 
 def load(args: argparse.Namespace) -> Any:

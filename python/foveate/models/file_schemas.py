@@ -58,8 +58,11 @@ CONFIG: dict[str, Rule] = ANY_CONFIG | {
     "relative_attention_num_buckets": integer(2, 2**16), "relative_attention_max_distance": integer(2, 2**31 - 1),
 }  # fmt: skip
 
+_WHOLE = rule(
+    "a whole number", lambda v: isinstance(v, float) and v.is_integer() and -1 <= v < 2**31
+)  # 50.0, as some files have it
 GENERATION: dict[str, Rule] = SPECIAL_IDS | {
-    "temperature": number(0, 1e6), "top_p": number(0, 1), "top_k": integer(-1, 2**31 - 1), "min_p": number(0, 1),
+    "temperature": number(0, 1e6), "top_p": number(0, 1), "top_k": either(integer(-1, 2**31 - 1), _WHOLE), "min_p": number(0, 1),
     "repetition_penalty": number(1e-6, 1e6), "max_new_tokens": integer(1, 2**31 - 1), "do_sample": flag(),
     "num_beams": integer(1, 2**16), "length_penalty": number(-100, 100),
 }  # fmt: skip
