@@ -84,6 +84,8 @@ def attention_with_kv_cache(
     """The arguments of the op; fills out [B, Sq, Hq, Dv] and lse [B, Hq, Sq], and the new rows of the caches."""
     B, Sq, Hq, D = q.shape
     Hkv, Dv = v_cache.shape[2:]
+    if Hkv == 0:  # no heads: nothing is appended and nothing attends
+        return
     share, page_size, new = Hq // Hkv, k_cache.shape[1], 0 if k is None else k.shape[1]
     half = 0 if cos is None else cos.shape[-1]
     if cos is not None and sin is not None:
