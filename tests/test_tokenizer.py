@@ -16,7 +16,9 @@ import regex
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers
-    import transformers.convert_slow_tokenizer
+
+    # By name: transformers has a function called convert_slow_tokenizer beside the module.
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -43,7 +45,7 @@ def slow_encode(text: str, checkpoint: Any) -> list[int]:
     vocab = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
     ranks = {tuple(m.split(" ")): i for i, m in enumerate(fields["tokenizer.ggml.merges"])}
     pattern = regex.compile(r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-    characters = transformers.convert_slow_tokenizer.bytes_to_unicode()
+    characters = bytes_to_unicode()
     ids = []
     for part in regex.split(r"(<\|im_start\|>|\p{N})", text):
         for word in [part] if part == "<|im_start|>" else pattern.findall(part):
