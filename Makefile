@@ -97,8 +97,8 @@ format: $(venv_stamp)  ## rewrites Python and C++ in the house style
 stubs: $(build_stamp)  ## regenerates python/foveate/_C.pyi from the compiled module
 	$(PY) .ci/stubs.py --write
 
-bench: $(build_stamp)  ## every bench into bench/results (CSV, picture, summary); ARGS="attention --against sdpa" for one, printed only
-	$(BIN)/foveate bench $(or $(ARGS),all --out bench/results)
+bench: $(build_stamp)  ## every bench into benchmarks/results (CSV, picture, summary); ARGS="attention --against sdpa" for one, printed only
+	$(BIN)/foveate bench $(or $(ARGS),all --out benchmarks/results)
 
 wheel: $(venv_stamp)  ## wheelhouse/*.whl, repaired and tried in a clean environment
 	bash .ci/wheel.sh $(PY)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the CUDA kernels: streams, graphs, repeats, compiled graphs. bench/gpu.sh runs it."""
+"""What only a GPU can show of the CUDA kernels: streams, graphs, repeats, compiled graphs. benchmarks/gpu.sh runs it."""
 
 from __future__ import annotations
 

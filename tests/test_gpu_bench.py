@@ -1,4 +1,4 @@
-"""bench/gpu.py without a GPU: what it leaves out it says, and its cases run."""
+"""benchmarks/gpu.py without a GPU: what it leaves out it says, and its cases run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 import foveate
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[1] / "benchmarks"
 
 
 def run(tmp_path: Path, **environment: str) -> tuple[str, list[dict[str, str]]]:
@@ -50,7 +50,7 @@ def test_the_script_runs_the_steps_that_it_is_told(tmp_path):
     assert "fa3: left out" in (tmp_path / "peers.txt").read_text()
     done = subprocess.run(["bash", script, "--ony", "peers", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "usage: bench/gpu.sh" in done.stdout
+    assert "usage: benchmarks/gpu.sh" in done.stdout
 
 
 def test_its_rows_are_checked_timed_and_written_at_once(tmp_path, monkeypatch, capsys):

@@ -91,7 +91,7 @@ def test_check_sees_a_stale_readme(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_numbers_come_from_the_newest_results(tmp_path) -> None:
-    results = tmp_path / "bench" / "results"
+    results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     assert "No results" in readme.generated(tmp_path)["numbers"]
     for date, ratio in (("2001-01-01", 1.0), ("2002-01-01", 3.0)):

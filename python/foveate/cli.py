@@ -37,7 +37,7 @@ copies. --quick runs tiny shapes to see that everything works; its numbers mean 
 examples:
   foveate bench attention --against sdpa
   foveate bench decode --dtype bf16 --threads 8
-  foveate bench all --out bench/results
+  foveate bench all --out benchmarks/results
 
 The last one writes cpu_<date>.csv, .png and .md to that folder.
 """

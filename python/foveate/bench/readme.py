@@ -66,8 +66,8 @@ def with_parts(text: str, parts: dict[str, str]) -> str:
 
 
 def generated(root: Path) -> dict[str, str]:
-    """The parts, from the backends of this build and from root/bench/results."""
-    results = newest_results(root / "bench" / "results")
+    """The parts, from the backends of this build and from root/benchmarks/results."""
+    results = newest_results(root / "benchmarks" / "results")
     if results is None:
         measured = "No results are committed yet; `make bench` measures this machine."
     else:
@@ -76,7 +76,7 @@ def generated(root: Path) -> dict[str, str]:
         picture = results.with_suffix(".png")
         if picture.exists():
             measured += f"\n\n![ratio of every case]({picture.relative_to(root).as_posix()})"
-    generation = max((root / "bench" / "results").glob("generate_[0-9]*.md"), default=None)
+    generation = max((root / "benchmarks" / "results").glob("generate_[0-9]*.md"), default=None)
     words = "No results are committed yet." if generation is None else generation.read_text().strip()
     return {"support matrix": support.matrix(), "numbers": measured, "generation": words}
 

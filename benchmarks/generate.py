@@ -1,6 +1,6 @@
 """Tokens per second of one model in foveate, llama.cpp and transformers: decoding alone, 16 at once, a prompt of 512 tokens.
 
-    python bench/bench_generate.py --model FILE.gguf --out bench/results [--llama FOLDER] [--threads 2] [--rounds 9]
+    python benchmarks/generate.py --model FILE.gguf --out benchmarks/results [--llama FOLDER] [--threads 2] [--rounds 9]
 
 llama.cpp runs the same GGUF file through llama-cpp-python (flash attention on); --llama names the folder that it is installed in, if
 that is not on the path. transformers runs the same weights expanded to fp32 and bf16. --model random-gpt2 is GPT-2's shape (124M) with

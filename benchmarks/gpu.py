@@ -1,4 +1,4 @@
-"""Times of the CUDA and Triton kernels beside torch's and other libraries' on one GPU: python bench/gpu.py FILE.csv.
+"""Times of the CUDA and Triton kernels beside torch's and other libraries' on one GPU: python benchmarks/gpu.py FILE.csv.
 
 Each result is checked before it is timed, the contestants of a case take turns, and every row is written to the file at once. Percentages
 are of the limits measured first, in the same run: a matrix product, a copy, a reduction. The other libraries (`gpu_peers.py`) run in

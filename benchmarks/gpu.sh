@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bench/gpu.sh [--rehearse] [--only STEP,STEP] RESULTS: builds the package for this machine's GPU, tests the CUDA and the Triton kernels on it,
+# benchmarks/gpu.sh [--rehearse] [--only STEP,STEP] RESULTS: builds the package for this machine's GPU, tests the CUDA and the Triton kernels on it,
 # times them beside torch's and other libraries', and writes everything into RESULTS as it comes, in less than 9 minutes on 16 cores: a step
 # gets no more time than is left, and one that gets none is named. Needs CUDA 13, torch 2.11, triton 3.6, cmake, ninja, pybind11 and pytest
 # (pytest-xdist makes the tests faster), no network. FOVEATE_PEERS: a folder of other libraries, see gpu.py.
@@ -7,7 +7,7 @@
 # Steps, the most telling first: build device bench native triton sanitizer peers. --only runs some of them; a build stays for later runs.
 # --rehearse: the same steps without a GPU, with a build for the CPU, triton's interpreter, some of the tests and tiny sizes.
 set -uo pipefail
-usage="usage: bench/gpu.sh [--rehearse] [--only STEP,STEP] RESULTS"
+usage="usage: benchmarks/gpu.sh [--rehearse] [--only STEP,STEP] RESULTS"
 rehearse=""
 only=build,device,bench,native,triton,sanitizer,peers
 while [ $# -gt 1 ]; do
@@ -96,7 +96,7 @@ pytest=("$python" -m pytest -q --maxfail=40 -W default -p no:benchmark -p no:cac
 # ---- what a kernel needs from the device, then the numbers: gpu.py checks each result before it is timed ----
 
 step device 50 tests_device.txt "${pytest[@]}" tests/test_device_layer.py tests/test_cuda_gpu.py tests/test_triton_choice.py
-step bench 140 bench.txt "$python" bench/gpu.py "$results/gpu.csv" --peers without --seconds 110 "${dry[@]}"
+step bench 140 bench.txt "$python" benchmarks/gpu.py "$results/gpu.csv" --peers without --seconds 110 "${dry[@]}"
 
 # ---- tests: for Triton most of the time goes into compiling, a kernel for each set of options ----
 
@@ -132,6 +132,6 @@ else
 fi
 
 [ -n "$rehearse" ] && folder=none || folder=${FOVEATE_PEERS:-}
-FOVEATE_PEERS=$folder step peers 120 peers.txt "$python" bench/gpu.py "$results/gpu.csv" --peers only --seconds 100 "${dry[@]}"
+FOVEATE_PEERS=$folder step peers 120 peers.txt "$python" benchmarks/gpu.py "$results/gpu.csv" --peers only --seconds 100 "${dry[@]}"
 say "exit $status after $SECONDS s"
 exit $status

@@ -1,4 +1,4 @@
-"""One other library on the cases of `gpu.py`, in a process of its own: python bench/gpu_peers.py fa3 FILE.csv."""
+"""One other library on the cases of `gpu.py`, in a process of its own: python benchmarks/gpu_peers.py fa3 FILE.csv."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Training beside transformers' Trainer: step time and peak memory, and packing beside padding.
 
-    python bench/bench_train.py steps [--steps 6] [--rounds 2] [--precision fp32] [--out bench/results]
-    python bench/bench_train.py packing --squad squad_v1.1_train_subset.json [--steps 20]
+    python benchmarks/train.py steps [--steps 6] [--rounds 2] [--precision fp32] [--out benchmarks/results]
+    python benchmarks/train.py packing --squad squad_v1.1_train_subset.json [--steps 20]
 
 steps: the same architecture, size, tokens and optimizer (AdamW, fused, clipped to norm 1) in both engines: SmolLM2-135M as a causal
 language model, 1 x 1024 tokens a step, and MiniLM-L6 (with 1024 positions) as a masked language model, 4 x 1024 tokens. Each engine

@@ -1,6 +1,6 @@
 """The same fine-tuning for question answering in foveate and in transformers' Trainer on torch SDPA: F1 and time.
 
-    python bench/squad_peer.py squad_v1.1_train_subset.json squad_v1.1_dev_super_bowl_50.json --epochs 1
+    python benchmarks/squad.py squad_v1.1_train_subset.json squad_v1.1_dev_super_bowl_50.json --epochs 1
 
 MiniLM with a new span head, the same windows, AdamW, learning rate, schedule and dropout; foveate packs them, the Trainer pads batches of
 as many windows as foveate has in a step on average. Both models are evaluated by foveate.QuestionAnswerer and SQuAD's metric.
