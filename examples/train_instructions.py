@@ -3,7 +3,7 @@
     python examples/train_instructions.py tinyshakespeare.txt --output-dir plays
 
 The weights stay packed in 4 bits as in the GGUF file (QLoRA). Prints the perplexity of held-out replies before and after.
-docs/training.md has the result.
+docs/guide/training.md has the result.
 """
 
 from __future__ import annotations

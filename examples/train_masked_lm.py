@@ -2,7 +2,7 @@
 
     python examples/train_masked_lm.py tinyshakespeare.txt --output-dir masked
 
-MiniLM was trained to embed sentences and has lost the head that it was pre-trained with, so the head is new. docs/training.md has the
+MiniLM was trained to embed sentences and has lost the head that it was pre-trained with, so the head is new. docs/guide/training.md has the
 result.
 """
 

@@ -2,7 +2,7 @@
 
     python examples/train_shakespeare.py tinyshakespeare.txt --output-dir shakespeare
 
-The first 90 % of the text are learnt, the last 10 % are evaluated on. docs/training.md has the result.
+The first 90 % of the text are learnt, the last 10 % are evaluated on. docs/guide/training.md has the result.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/train_squad.py squad_v1.1_train_subset.json squad_v1.1_dev_super_bowl_50.json --output-dir squad
     foveate answer --model squad/best --question "..." --context-file ...
 
---from-scratch: the same architecture with random weights, to see what pre-training gives. docs/training.md has the results.
+--from-scratch: the same architecture with random weights, to see what pre-training gives. docs/guide/training.md has the results.
 """
 
 from __future__ import annotations

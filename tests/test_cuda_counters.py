@@ -1,4 +1,4 @@
-"""What the memory accesses of the CUDA kernels cost, as the emulator counts it from their addresses (docs/emulator.md, "Counters"): no bank
+"""What the memory accesses of the CUDA kernels cost, as the emulator counts it from their addresses (docs/kernels/emulator.md): no bank
 conflicts and no sectors beyond what the bytes need, but for the places listed. In the emulator's build."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The emulator's counters: passes over the banks of shared memory and sectors of global memory, by rules (docs/emulator.md) whose results
-for simple patterns are known (tests/native/device/counters.cu)."""
+"""The emulator's counters: passes over the banks of shared memory and sectors of global memory, by rules
+(docs/kernels/emulator.md) whose results for simple patterns are known (tests/native/device/counters.cu)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README.md says what is true: its examples run, its commands exist, its generated parts are those of this build."""
+"""README.md says what is true: its examples run, its commands exist, its generated parts (and docs/support.md) are those of this build."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import foveate
+import readme
+import support_matrix
 from foveate import _backends, cli
-from foveate.bench import machine, readme, report, run, support
+from foveate.bench import machine, report, run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,42 +54,43 @@ def test_commands_exist() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))):
-        path = ROOT / name
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-            assert (path.parent / target).exists(), f"{name} links to {target}"
+            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
 
 
 def test_generated_parts_are_up_to_date(monkeypatch) -> None:
     if not foveate._native._C.has_cuda_kernels():
         pytest.skip("the support matrix of the README is that of a build with CUDA, which this one is not")
     monkeypatch.chdir(ROOT)
-    assert readme.main(["--check"]) == 0, "run `python -m foveate.bench.readme`"
+    assert readme.main(["--check"]) == 0, "run `python tools/readme.py`"
 
 
 def test_matrix_is_what_the_backends_answer(monkeypatch) -> None:
-    plain = support.matrix()
+    plain = support_matrix.matrix()
     assert "| `softcap` | yes | yes |" in plain and "| `attention_with_kv_cache` | yes | - |" in plain
     answers = dict(_backends._supports)
     answers["attention_backward", "native"] = lambda query: (
         "no gradient of sinks here" if "sinks" in query.features else None
     )
     monkeypatch.setattr(_backends, "_supports", answers)
-    changed = support.matrix()
+    changed = support_matrix.matrix()
     assert "| `sinks` | yes | no (1) |" in changed and "\n1. no gradient of sinks here." in changed
     kept = ("| `bias`", "| float32", "| float16", "| `softmax` |", "| `rms_norm` |")
     other = [line for line in plain.splitlines() if line.startswith(kept)]
     assert len(other) == 5 and set(other) <= set(changed.splitlines())
 
 
-def test_check_sees_a_stale_readme(tmp_path, monkeypatch, capsys) -> None:
+def test_check_sees_a_stale_document(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").write_text(README.replace("| `softcap` | yes", "| `softcap` | no"))
+    (tmp_path / "docs").mkdir()
+    for name in readme.FILES:
+        (tmp_path / name).write_text((ROOT / name).read_text().replace("| `softcap` | yes", "| `softcap` | no"))
     assert readme.main(["--check"]) == 1
     assert "not up to date" in capsys.readouterr().err
     assert readme.main([]) == 0
     assert readme.main(["--check"]) == 0
-    assert "| `softcap` | yes" in (tmp_path / "README.md").read_text()
+    assert "| `softcap` | yes" in (tmp_path / "docs" / "support.md").read_text()
 
 
 def test_numbers_come_from_the_newest_results(tmp_path) -> None:
@@ -108,5 +111,12 @@ def test_numbers_come_from_the_newest_results(tmp_path) -> None:
 
 
 def test_missing_markers_are_named() -> None:
-    with pytest.raises(KeyError, match="support matrix"):
-        readme.with_parts("# no markers here\n", {"support matrix": "x"})
+    whole = "<!-- x: generated -->\n<!-- end of x -->\n"
+    assert readme.with_parts({"a": whole, "b": "text\n"}, {"x": "new"})["a"].splitlines()[1:4] == ["", "new", ""]
+    for texts in (
+        {"a": "# no markers here\n"},
+        {"a": whole, "b": whole},
+        {"a": "<!-- end of x -->\n<!-- x: generated -->\n"},
+    ):
+        with pytest.raises(KeyError, match="end of x"):
+            readme.with_parts(texts, {"x": "new"})

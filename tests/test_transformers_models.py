@@ -1,4 +1,4 @@
-"""Some models of the survey, by the survey's own means: the whole table is docs/transformers_support.md."""
+"""Some models of the survey, by the survey's own means: the whole table is docs/guide/transformers_support.md."""
 
 from __future__ import annotations
 

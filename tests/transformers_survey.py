@@ -1,6 +1,6 @@
 """Every model of the installed transformers whose attention goes through its interface, foveate beside eager, in a tiny random config.
 
-    HF_HUB_OFFLINE=1 python tests/transformers_survey.py docs/transformers_support.md            # all of them, some ten minutes
+    HF_HUB_OFFLINE=1 python tests/transformers_survey.py docs/guide/transformers_support.md            # all of them, some ten minutes
     python tests/transformers_survey.py --only llama,bert                       # prints their rows
 
 A model is built from its own config class with small numbers in place of the published ones, run by eager attention twice (a model that

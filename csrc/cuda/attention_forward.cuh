@@ -1,4 +1,4 @@
-// The attention forward, sm_80 and later: FlashAttention-2 (Dao 2023). docs/cuda_attention.md explains it.
+// The attention forward, sm_80 and later: FlashAttention-2 (Dao 2023). docs/kernels/cuda_attention.md explains it.
 //
 //   block    4 warps, a tile of 128 or 64 rows; rows = queries of one head, or of the heads that share a KV head
 //   warp     32 or 16 of the rows, in fragments of 16; a row's keys lie in the 4 lanes of a quad, so a row's maximum takes two shuffles

@@ -1,4 +1,4 @@
-// What the memory accesses of a launch cost, counted from their addresses (docs/emulator.md, "Counters"): passes over the banks of shared
+// What the memory accesses of a launch cost, counted from their addresses (docs/kernels/emulator.md): passes over the banks of shared
 // memory, sectors of global memory. On if FOVEATE_EMULATOR_COUNTERS names a file; each launch adds a line of JSON to it.
 #pragma once
 

@@ -154,7 +154,7 @@ def _bench(args: argparse.Namespace) -> None:
         from foveate.bench import tune
 
         return tune.main()
-    from foveate.bench import machine, readme, report, roofline, run
+    from foveate.bench import machine, report, roofline, run
 
     benches = BENCHES if "all" in args.benches else tuple(dict.fromkeys(args.benches))
     if args.threads is not None:
@@ -187,7 +187,7 @@ def _bench(args: argparse.Namespace) -> None:
     if csv_file is not None:
         csv_file.close()
         report.draw(args.out / f"{name}.png", here, rows)
-        (args.out / f"{name}.md").write_text(readme.numbers(here, rows) + "\n")
+        (args.out / f"{name}.md").write_text(report.summary_markdown(here, rows) + "\n")
     if args.json:
         print(report.json_text(here, limits, rows, summaries))
     else:

@@ -1,4 +1,4 @@
-// Products of packed weights with AMX tiles (amx/tiles.h). docs/cpu_linear.md explains the choices.
+// Products of packed weights with AMX tiles (amx/tiles.h). docs/kernels/cpu_linear.md explains the choices.
 //
 // Blocks: 16 rows x 16 features x the 32 elements of a block are one instruction; its integer sums are the same as dot4's, and scales follow in the
 // same operations and order, so a row has the same bits here and in block_tile, which serves few rows. The panel is first

@@ -1,4 +1,5 @@
-// Attention forward: blocked, with online softmax (Milakov & Gimelshein 2018; Dao et al. 2022). docs/cpu_attention.md explains the numbers.
+// Attention forward: blocked, with online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
+// docs/kernels/cpu_attention.md explains the numbers.
 //
 // Rows are the queries of all G = Hq / Hkv heads of one KV head, one head after the other; kRows of them are the unit of work.
 // K and V of a few KV heads at a time are packed first (they stay in the shared cache), then every (KV head, block of rows) is a task that

@@ -1,6 +1,6 @@
 """Triton kernels, the backend for GPUs. On CPU tensors they run under triton's interpreter where TRITON_INTERPRET=1 was set at start.
 
-triton is imported with the first call that runs here: `serves` answers without it. docs/triton.md describes the kernels.
+triton is imported with the first call that runs here: `serves` answers without it. docs/kernels/triton.md describes the kernels.
 """
 
 from __future__ import annotations

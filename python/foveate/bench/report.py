@@ -1,4 +1,4 @@
-"""Rows -> a table on the terminal, a CSV file, a picture, a JSON text."""
+"""Rows -> a table on the terminal or in Markdown, a CSV file, a picture, a JSON text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from typing import Any, TextIO
 
 from foveate.bench.machine import Machine
 from foveate.bench.roofline import Limits
-from foveate.bench.run import Row, Summary
+from foveate.bench.run import Row, Summary, summarize
+
+TITLES = {
+    "attention": "attention forward",
+    "backward": "attention forward + backward",
+    "decode": "decode against a KV cache",
+    "softmax": "softmax",
+    "cross_entropy": "cross-entropy",
+    "linear": "packed linear",
+    "overhead": "call overhead",
+    "memory": "peak memory, forward + backward",
+}
 
 COLUMNS = [field.name for kind in (Machine, Row) for field in dataclasses.fields(kind)]
 
@@ -102,6 +113,27 @@ def print_tables(machine: Machine, limits: Limits, rows: Sequence[Row], summarie
             for s in summaries
         ]  # fmt: skip
         console.print(_table(Table, "geometric means", headers, lines))
+
+
+def summary_markdown(machine: Machine, rows: Sequence[Row]) -> str:
+    """A table of the summaries in Markdown, with the machine above it."""
+    lines = [
+        f"{machine.line}, commit `{machine.commit}`.",
+        "",
+        "| bench | dtype | beside | cases | ratio, geometric mean | lowest ratio | % of the measured limit (lowest) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for s in summarize(rows):
+        percent = (
+            "" if s.mean_percent_of_limit is None else f"{s.mean_percent_of_limit:.0f} ({s.min_percent_of_limit:.0f})"
+        )
+        lines.append(
+            f"| {TITLES[s.bench]} | {s.dtype} | {s.peer} | {s.cases} | {s.mean_ratio:.2f}x | {s.min_ratio:.2f}x | {percent} |"
+        )
+    exponents = [f"{row.rate:.2f} ({row.dtype})" for row in rows if row.unit == "exponent"]
+    if exponents:
+        lines += ["", f"Peak memory of forward + backward grows as S to the power of {', '.join(exponents)}."]
+    return "\n".join(lines)
 
 
 def _table(kind: Any, title: str, headers: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:

@@ -60,7 +60,7 @@ def _join(place: torch.device, timeout: datetime.timedelta) -> None:
     store, process, processes = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):
         # torchrun's store outlives its processes: those that it restarts would find addresses of the dead there (pytorch issue 135712).
-        # The count is each machine's own, so on several of them torchrun has to be told; docs/distributed.md says how.
+        # The count is each machine's own, so on several of them torchrun has to be told; docs/guide/distributed.md says how.
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend, device_id = ("nccl", place) if place.type == "cuda" else ("gloo", None)
     dist.init_process_group(

@@ -1,4 +1,4 @@
-"""The support matrix of README.md: every option, dtype and op against every backend, forward and backward, as `supports` answers.
+"""The support matrix of docs/support.md: every option, dtype and op against every backend, forward and backward, as `supports` answers.
 
 Nothing here says what works; foveate._backends is asked what `foveate.attention` and the others would be told.
 """
@@ -16,7 +16,7 @@ from foveate._backends import Query
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = {"native": ("cpu", "cuda"), "triton": ("cuda",), "reference": ("cpu", "cuda")}
 
-# What a served cell says. No GPU has run the package yet, so its columns say how they are tested; see the README's words on them.
+# What a served cell says. No GPU has run the package yet, so its columns say how they are tested; see that page's words on them.
 _SERVED = {
     ("native", "cpu"): "yes",
     ("native", "cuda"): "emulated",
