@@ -57,7 +57,7 @@ def foveate_engine(
     import torch
 
     import foveate
-    from foveate import _native
+    from foveate.backend import native
     from foveate.bench import roofline
     from foveate.models import load_model
     from foveate.native_decoder import NativeDecoder
@@ -97,7 +97,7 @@ def foveate_engine(
         """GB/s, the best of several passes: a limit is a maximum."""
         return (
             max(
-                timed(lambda: None, lambda _: _native._C.read_memory(buffer, sums, threads), buffer.nbytes)
+                timed(lambda: None, lambda _: native._C.read_memory(buffer, sums, threads), buffer.nbytes)
                 for _ in range(7)
             )
             / 1e9

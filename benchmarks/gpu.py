@@ -223,9 +223,9 @@ def variant(work: Work, block: tuple[int, ...]) -> Call:
     q, k, v, causal = work.inputs
 
     def call() -> Tensor:
-        from foveate._triton import attention, config
+        from foveate.backend.triton import attention_launch, config
 
-        arch = attention.arch(q.device)
+        arch = attention_launch.arch(q.device)
         if arch // 10 != 9:
             raise RuntimeError("this variant is for sm_90")
         name = config.key("forward masked" if causal else "forward", q.shape[-1], q.dtype, q.shape[1], arch)

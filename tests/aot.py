@@ -54,14 +54,14 @@ def compiling(chip: int | str, cache: Path) -> Iterator[list[Compiled]]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    import foveate._triton as backend
-    from foveate import _backends
-    from foveate._triton import attention, config
+    import foveate.backend.triton as backend
+    from foveate.backend import registry
+    from foveate.backend.triton import attention_launch, config
 
     arch = chip if isinstance(chip, int) else config.CDNA if _cdna(chip) else config.RDNA
     found: list[Compiled] = []
     active = driver._active
-    run, interpreted, arch_of = JITFunction.run, backend.interpreted, attention.arch
+    run, interpreted, arch_of = JITFunction.run, backend.interpreted, attention_launch.arch
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
@@ -72,13 +72,13 @@ def compiling(chip: int | str, cache: Path) -> Iterator[list[Compiled]]:
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(cache)
         driver.set_active(_Driver(chip))
-        JITFunction.run, backend.interpreted, attention.arch = compile_only, lambda: True, lambda device: arch
-        _backends.choose.cache_clear()
+        JITFunction.run, backend.interpreted, attention_launch.arch = compile_only, lambda: True, lambda device: arch
+        registry.choose.cache_clear()
         try:
             yield found
         finally:
-            JITFunction.run, backend.interpreted, attention.arch = run, interpreted, arch_of
-            _backends.choose.cache_clear()
+            JITFunction.run, backend.interpreted, attention_launch.arch = run, interpreted, arch_of
+            registry.choose.cache_clear()
             driver._active = active
 
 

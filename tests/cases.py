@@ -145,7 +145,7 @@ class AttentionInputs:
         return foveate.attention_varlen(self.q, self.k, self.v, *self.cu_seqlens, *longest, **options)
 
     def reference_options(self) -> dict[str, Any]:
-        """Keyword arguments of foveate._reference.attention. Its dropout words are unrelated to those of `options`."""
+        """Keyword arguments of foveate.backend.reference.attention.attention. Its dropout words are unrelated to those of `options`."""
         case = self.case
         batched = {"bias": self.bias, "mask": self.mask, "kv_lens": self.kv_lens}
         return (batched if self.cu_seqlens is None else {}) | {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cases import AttentionCase, AttentionInputs, VarlenCase, repro
-from foveate import _reference
+from foveate.backend.reference import attention as reference
 from foveate.bench.tolerance import FORWARD_FACTOR, GRADIENT_FACTOR, Measure, accumulation_eps, attention_bound, largest
 
 
@@ -101,7 +101,7 @@ def torch_attention(
     if bias is not None:
         s = s + bias
     if rel_table is not None:
-        buckets = _reference.relative_buckets(distance[:, 0], rel_table.shape[0], rel_bidirectional, rel_max_distance)
+        buckets = reference.relative_buckets(distance[:, 0], rel_table.shape[0], rel_bidirectional, rel_max_distance)
         s = s + rel_table[buckets].movedim(-1, 1)
     if causal:
         keep = keep & (distance <= 0)
@@ -118,7 +118,7 @@ def torch_attention(
     columns = s if sinks is None else torch.cat([s, sinks[None, :, None, None].expand(b, -1, sq, 1)], -1)
     p = torch.where(empty, 0, torch.softmax(columns, -1)[..., :skv])
     if dropout_p:
-        p = torch.where(_reference.philox_keep(philox, dropout_p, b, hq, sq, skv, first_batch), p, 0) / (1 - dropout_p)
+        p = torch.where(reference.philox_keep(philox, dropout_p, b, hq, sq, skv, first_batch), p, 0) / (1 - dropout_p)
     return (p.to(v.dtype) @ v).transpose(1, 2), lse
 
 
@@ -151,7 +151,7 @@ def results(inputs: AttentionInputs, call, grads: tuple[Tensor, Tensor] | None =
 
 
 def _exact(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    function = _reference.attention if inputs.cu_seqlens is None else _reference.attention_varlen
+    function = reference.attention if inputs.cu_seqlens is None else reference.attention_varlen
     return function(inputs.q, inputs.k, inputs.v, *(inputs.cu_seqlens or ()), **inputs.reference_options())
 
 
@@ -248,7 +248,7 @@ def exact_buckets(double: AttentionInputs) -> Tensor:
             own = torch.arange(k1 - k0) - torch.arange(q1 - q0)[:, None] - ((k1 - k0) - (q1 - q0))
             distance[0, q0:q1, k0:k1] = own
     options = double.reference_options()
-    return _reference.relative_buckets(
+    return reference.relative_buckets(
         distance, len(double.table), options["rel_bidirectional"], options["rel_max_distance"]
     ).to(double.q.device)
 

@@ -38,7 +38,7 @@ def backend(request: pytest.FixtureRequest) -> str:
         pytest.skip(f"{request.param}: {reason}")
     case = request.node.callspec.params.get("case")
     on_gpu = request.param == "triton" or (
-        request.param == "native" and foveate._backends.runs_cuda_kernels(request.getfixturevalue("device"))
+        request.param == "native" and foveate.backend.registry.runs_cuda_kernels(request.getfixturevalue("device"))
     )
     if on_gpu and (request.function.__name__ == "test_gradcheck" or getattr(case, "dtype", None) == torch.float64):
         pytest.skip(f"{request.param}: its kernels for GPUs take no fp64")
@@ -59,7 +59,7 @@ def _seed_torch(seed: int) -> None:
 @pytest.fixture
 def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], list[str]]:
     """The names of the CUDA kernels that a call launches, with their template arguments, in the emulator's build."""
-    from foveate._native import _C
+    from foveate.backend.native import _C
 
     if _C is None or not _C.cuda_emulated:
         pytest.skip("only the emulator names the kernels that it runs")

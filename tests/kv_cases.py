@@ -10,7 +10,7 @@ from torch import Tensor
 
 import compare
 import foveate
-from foveate import _reference
+from foveate.backend.reference import attention as reference
 from foveate.bench.tolerance import attention_forward_floors, largest
 
 F32, BF16, F16, I8, F8 = torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
@@ -143,13 +143,13 @@ def exact(inputs: KvInputs) -> tuple[Tensor, Tensor]:
     inputs = inputs.clone()
     options = _reference_options(inputs.options, inputs.q.shape[-1])
     # Append in the real dtypes, so that what the cache holds is what every backend must hold; then attend in fp64 without k and v.
-    _reference.attention_with_kv_cache(inputs.q, inputs.k_cache, inputs.v_cache, **options)
+    reference.attention_with_kv_cache(inputs.q, inputs.k_cache, inputs.v_cache, **options)
     new = 0 if "k" not in options else options["k"].shape[1]
     q = inputs.q.double()
     if "rotary_cos" in options:
         first = options["kv_lens"] - (0 if "k" in options else q.shape[1])
         turned = [
-            _reference.rotate(
+            reference.rotate(
                 q[b : b + 1],
                 *(options[name][n : n + q.shape[1]] for name in ("rotary_cos", "rotary_sin")),
                 options["rotary_interleaved"],
@@ -160,14 +160,14 @@ def exact(inputs: KvInputs) -> tuple[Tensor, Tensor]:
     rest = {name: x for name, x in options.items() if not name.startswith("rotary") and name not in ("k", "v")}
     rest["kv_lens"] = options["kv_lens"] + new
     wide = (x if x.dtype in LIMIT else x.double() for x in (inputs.k_cache, inputs.v_cache))
-    return _reference.attention_with_kv_cache(q, *wide, **rest)
+    return reference.attention_with_kv_cache(q, *wide, **rest)
 
 
 def in_torch(inputs: KvInputs) -> tuple[Tensor, Tensor]:
     """One sequence after the other as one writes it with torch's operators in the dtype of q."""
     inputs = inputs.clone()
     options, q = _reference_options(inputs.options, inputs.q.shape[-1]), inputs.q
-    _reference.attention_with_kv_cache(q, inputs.k_cache, inputs.v_cache, **options)
+    reference.attention_with_kv_cache(q, inputs.k_cache, inputs.v_cache, **options)
     new, table = 0 if "k" not in options else options["k"].shape[1], options["block_table"]
     outs, lses = [], []
     for b, before in enumerate(options["kv_lens"].tolist()):
@@ -179,7 +179,7 @@ def in_torch(inputs: KvInputs) -> tuple[Tensor, Tensor]:
         if "rotary_cos" in options:
             first = before if "k" in options else before - q.shape[1]
             tables = (options[name][first : first + q.shape[1]] for name in ("rotary_cos", "rotary_sin"))
-            row = _reference.rotate(row, *tables, options["rotary_interleaved"]).to(q.dtype)
+            row = reference.rotate(row, *tables, options["rotary_interleaved"]).to(q.dtype)
         slopes, sinks = options.get("alibi_slopes"), options.get("sinks")
         out, lse = compare.torch_attention(
             row, keys[None], values[None], causal=options["causal"], window=options["window"], scale=options["scale"],

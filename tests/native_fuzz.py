@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _native
-from foveate.packed_weight import pack_floats
+from foveate.backend import native
+from foveate.quantization.panels import pack_floats
 
-C: Any = _native._C
+C: Any = native._C
 Arguments = dict[str, Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.int32, torch.int64, torch.bool)
 FLOATS = DTYPES[:4]

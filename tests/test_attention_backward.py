@@ -19,7 +19,7 @@ from cases import (
     make_inputs,
     random_cases,
 )
-from foveate._backends import runs_cuda_kernels
+from foveate.backend.native import runs_cuda_kernels
 
 
 def run(inputs, grads, backend, **options) -> dict[str, torch.Tensor]:

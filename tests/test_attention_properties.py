@@ -215,12 +215,12 @@ def test_bias_of_minus_infinity_is_a_mask(backend, device, seed):
 
 def test_relative_bias_is_a_bias(backend, device, seed):
     """The fused lookup against the same values given as a dense bias, in the result and in the table's gradient."""
-    from foveate import _reference
+    from foveate.backend.reference import attention as reference
 
     case = AttentionCase(sq=30, skv=90, hkv=2, relative="bidirectional")
     inputs = make_inputs(case, seed, device).requires_grad()
     distance = torch.arange(90, device=device) - (torch.arange(30, device=device)[:, None] + 60)
-    buckets = _reference.relative_buckets(distance, 16, True, 40)
+    buckets = reference.relative_buckets(distance, 16, True, 40)
     assert buckets.unique().numel() >= 12, "the case meets too few buckets"
     dense = inputs.table[buckets].permute(2, 0, 1)[None]
     fused, _ = inputs.run(backend)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import foveate
-from foveate import _backends, _native
+from foveate.backend import native, registry
 
 
 def qkv(dtype=torch.float32):
@@ -20,32 +20,32 @@ def qkv(dtype=torch.float32):
 def op():
     """A made-up op with two backends, of which native takes fp32 only."""
     name = "made_up"
-    _backends.register(name, "native", lambda query: None if query.dtype == torch.float32 else "it takes fp32")
-    _backends.register(name, "reference", lambda query: None if query.device == "cpu" else "it runs on cpu")
+    registry.register(name, "native", lambda query: None if query.dtype == torch.float32 else "it takes fp32")
+    registry.register(name, "reference", lambda query: None if query.device == "cpu" else "it runs on cpu")
     yield name
     for backend in ("native", "reference"):
-        del _backends._supports[name, backend]
-    _backends.choose.cache_clear()
+        del registry._supports[name, backend]
+    registry.choose.cache_clear()
 
 
 def test_the_first_that_can_is_chosen(op):
-    assert _backends.choose(op, _backends.Query("cpu", torch.float32), None) == "native"
-    assert _backends.choose(op, _backends.Query("cpu", torch.int8), None) == "reference"
+    assert registry.choose(op, registry.Query("cpu", torch.float32), None) == "native"
+    assert registry.choose(op, registry.Query("cpu", torch.int8), None) == "reference"
 
 
 def test_a_named_backend_is_never_replaced(op):
-    query = _backends.Query("cpu", torch.int8)
+    query = registry.Query("cpu", torch.int8)
     with pytest.raises(
-        foveate.UnsupportedError, match=r"'native' cannot serve made_up: it takes fp32; able: reference"
+        foveate.UnsupportedError, match=r"'native' cannot serve made_up: it takes fp32; backends that can: reference"
     ):
-        _backends.choose(op, query, "native")
+        registry.choose(op, query, "native")
     with pytest.raises(foveate.UnsupportedError, match="triton has no made_up"):
-        _backends.choose(op, query, "triton")
+        registry.choose(op, query, "triton")
 
 
 def test_no_backend_says_why_of_each(op):
     with pytest.raises(foveate.UnsupportedError, match=r"native: it takes fp32; triton: .*; reference: it runs on cpu"):
-        _backends.choose(op, _backends.Query("cuda", torch.int8), None)
+        registry.choose(op, registry.Query("cuda", torch.int8), None)
 
 
 def test_unknown_name():
@@ -66,20 +66,20 @@ def test_backends_and_info():
     answers = foveate.backends()
     assert list(answers) == ["native", "triton", "reference"]
     assert answers["reference"] is None
-    assert (answers["native"] is None) == (_native._C is not None)
+    assert (answers["native"] is None) == (native.missing_reason is None)
     info = foveate.info()
     assert info["foveate"] == foveate.__version__ and info["threads"] == torch.get_num_threads()
     assert "torch" in str(info) and str(info).count("\n") == len(info) - 1
 
 
-@pytest.mark.skipif(_native._C is None, reason="no compiled module")
+@pytest.mark.skipif(native.missing_reason is not None, reason="no compiled module")
 def test_info_of_the_compiled_module():
     assert foveate.info()["cpu target"] in foveate.info()["cpu targets"]
 
 
 def test_without_the_compiled_module(monkeypatch):
-    monkeypatch.setattr(_native, "_C", None)
-    monkeypatch.setattr(_native, "missing_reason", "the compiled module is missing")
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "missing_reason", "the compiled module is missing")
     assert foveate.backends()["native"] == "the compiled module is missing"
     assert foveate.info()["backend native"] == "the compiled module is missing"
     assert foveate.explain(*qkv()).forward["native"] == "the compiled module is missing"
@@ -90,7 +90,7 @@ def test_explain_names_what_runs():
     q, k, v = qkv()
     said = foveate.explain(q, k, v, causal=True, window=(3, 0), softcap=5.0, sinks=torch.zeros(4))
     assert said.query.features == (8, 8, "sinks", "causal", "window", "softcap")
-    assert said.chosen == ("native" if _native._C is not None else "reference")
+    assert said.chosen == ("native" if native.missing_reason is None else "reference")
     lines = str(said).splitlines()
     assert len(lines) == 5 and "with sinks, causal, window, softcap" in lines[0]
     assert any(line.startswith(said.chosen) and "chosen" in line for line in lines)
@@ -124,7 +124,7 @@ def test_the_named_backend_runs(monkeypatch):
     q, k, v = qkv()
     foveate.attention(q, k, v, backend="reference")
     assert called == [1]
-    if _native._C is not None:
+    if native.missing_reason is None:
         foveate.attention(q, k, v, backend="native")
         assert called == [1]
 

@@ -10,7 +10,7 @@ import torch
 import compare
 from cases import AttentionCase, make_inputs
 from foveate import _attention_op
-from foveate._native import _C
+from foveate.backend.native import _C
 from kv_cases import BF16, F16, F32, KvCase, make_kv_inputs
 
 pytestmark = pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="needs the emulator's build")

@@ -10,8 +10,8 @@ import torch
 import compare
 import foveate
 from cases import AttentionCase, make_inputs
-from foveate._backends import runs_cuda_kernels
 from foveate._decode_plan import other_cuda_thresholds
+from foveate.backend.native import runs_cuda_kernels
 from kv_cases import BF16, F16, KvCase, KvInputs, exact, forward_floors, in_torch, make_kv_inputs
 
 
@@ -122,7 +122,7 @@ FEW = [
 
 @pytest.mark.parametrize("case", FEW, ids=lambda case: case.id)
 def test_few_queries_to_many_keys_take_the_decode_kernel(case, launched, device, seed):
-    """Its splits keep multiprocessors busy that the blocked kernel, with a block for each KV head, has no work for."""
+    """Its splits keep SMs busy that the blocked kernel, with a block for each KV head, has no work for."""
     inputs = make_inputs(case, seed, device)
     assert [name.split("<")[0] for name in launched(lambda: inputs.run("native"))] == ["decode_kernel"]
     check = "test_cuda_attention_forward.check"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate._native import _C
+from foveate.backend.native import _C
 from kv_cases import BF16, F8, F16, F32, I8, KvCase, bits, make_kv_inputs
 
 pytestmark = pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="needs the emulator's build")

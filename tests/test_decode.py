@@ -77,12 +77,12 @@ def cuda_plan(
     D=128,
     Dv=128,
     keys=8192,
-    processors=132,
+    num_sms=132,
     num_splits=0,
     batch_invariant=False,
     quantized=False,
 ) -> DecodePlan:
-    return cuda_decode_plan(B, Sq, Hq, Hkv, D, Dv, keys, processors, num_splits, batch_invariant, quantized)
+    return cuda_decode_plan(B, Sq, Hq, Hkv, D, Dv, keys, num_sms, num_splits, batch_invariant, quantized)
 
 
 def test_cuda_plan_fills_the_gpu_once():
@@ -100,7 +100,7 @@ def test_cuda_plan_fills_the_gpu_once():
 
 
 def test_cuda_plan_with_batch_invariance_splits_by_the_cache_alone():
-    assert {cuda_plan(B=b, processors=n, batch_invariant=True)[:2] for b in (1, 3, 32) for n in (1, 108, 132)} == {
+    assert {cuda_plan(B=b, num_sms=n, batch_invariant=True)[:2] for b in (1, 3, 32) for n in (1, 108, 132)} == {
         (4, 2048)
     }
     assert not cuda_plan(Sq=512, batch_invariant=True).blocked
@@ -122,17 +122,17 @@ def test_cuda_thresholds_move_the_choice():
     assert cuda_decode_plan(*one_query, limits._replace(blocked_queries=1)).blocked
     assert not cuda_decode_plan(8, 512, *shape[2:], limits._replace(blocked_queries=2**31, blocked_rows=2**31)).blocked
     assert cuda_decode_plan(*one_query, limits._replace(min_split_keys=1024)).num_splits == 8
-    assert cuda_decode_plan(*one_query, limits._replace(blocks_per_processor=1)).num_splits == 16
+    assert cuda_decode_plan(*one_query, limits._replace(blocks_per_sm=1)).num_splits == 16
     assert cuda_decode_plan(*one_query, limits._replace(max_splits=7)).num_splits == 7
 
 
 def test_cuda_attention_of_few_queries_goes_to_decode_where_splits_help():
-    def few(B=1, Sq=1, Hq=32, Hkv=8, Skv=8192, processors=132):
-        return cuda_few_queries(B, Sq, Hq, Hkv, Skv, processors)
+    def few(B=1, Sq=1, Hq=32, Hkv=8, Skv=8192, num_sms=132):
+        return cuda_few_queries(B, Sq, Hq, Hkv, Skv, num_sms)
 
     assert few() and few(Sq=8) and few(B=16) and few(Skv=256)
     assert not few(Sq=16) and not few(Hq=128, Hkv=1)  # rows enough for a tile of the blocked kernel
-    assert not few(B=17) and few(B=13, processors=108) and not few(B=14, processors=108)  # blocks enough
+    assert not few(B=17) and few(B=13, num_sms=108) and not few(B=14, num_sms=108)  # blocks enough
     assert not few(Skv=255)  # too short to be divided
     assert not few(B=0) and not few(Sq=0)
 

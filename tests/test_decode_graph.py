@@ -15,7 +15,7 @@ from foveate.cache_view import StaticCacheView
 from foveate.generation import Engine, decode_graph
 from foveate.generation.decode_graph import DecodeGraph
 from foveate.packed_linear import PackedLinear
-from foveate.packed_weight import packed_bytes
+from foveate.quantization.panels import packed_bytes
 from generation_toys import one_thread  # noqa: F401
 
 MODELS = {"llama": toys.model, "gpt2": toys.gpt2}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from foveate import _reference
+from foveate.backend.reference import attention as reference
 from foveate.generation.params import SamplingParams
 from foveate.generation.random_numbers import philox4x32, uniform
 from foveate.generation.sampler import Row, _invert, _sample_block, sample
@@ -182,7 +182,7 @@ def test_logprobs_are_of_the_raw_logits():
 
 def test_random_numbers_are_philoxs_and_uniform():
     for counter, key in (((0, 0, 0, 0), (0, 0)), ((7, 2**32 - 1, 3, 9), (123456789, 2**31))):
-        expected = _reference.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+        expected = reference.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
         assert list(philox4x32(counter, key)) == expected.tolist()
     draws = torch.tensor([uniform(2**40 + 5, i % 3, i) for i in range(20000)])
     assert float(draws.min()) >= 0 and float(draws.max()) < 1

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("gguf")
 
-from foveate.checked_files import CheckpointError
+from foveate.files.checked import CheckpointError
 from foveate.models import load_model, open_checkpoint
 from foveate.models.gguf_tokenizer import pre_tokenizer
 from gguf_files import write_llama

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from foveate import LLM, CheckpointError, SamplingParams
-from foveate.checked_files import library_errors
+from foveate.files.checked import library_errors
 from foveate.models import load_model, open_checkpoint
 from hostile import CONFIG, VOCAB, gguf_file, llama_folder, put, vocabulary
 
@@ -192,7 +192,7 @@ def test_lone_surrogates_are_named(tmp_path):
 
 
 def test_the_schema_takes_what_the_models_of_the_tests_have():
-    from foveate.checked_files import check
+    from foveate.files.checked import check
     from foveate.models.file_schemas import CONFIG as SCHEMA
 
     check(CONFIG, SCHEMA, "x")

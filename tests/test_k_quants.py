@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from foveate import LLM, k_blocks
-from foveate.linear import dequantize
+from foveate import LLM
 from foveate.models import load_model
-from foveate.models.gguf_types import BLOCKS
 from foveate.nn import PackedLinear
 from foveate.packed_linear import quantize_activations
+from foveate.quantization import k_blocks
+from foveate.quantization.gguf_blocks import dequantize
+from foveate.quantization.gguf_types import BLOCKS
 from gguf_files import write_llama
 
 gguf = pytest.importorskip("gguf")

@@ -11,9 +11,9 @@ from torch.library import opcheck
 
 from compare import assert_as_good_as_torch
 from foveate.bench.tolerance import linear_floor
-from foveate.linear import FORMATS, dequantize, quantize
 from foveate.nn import PackedLinear
 from foveate.packed_linear import packed_linear, quantize_activations
+from foveate.quantization.gguf_blocks import FORMATS, dequantize, quantize
 from poison import guarded_outputs, nan_padded
 
 gguf = pytest.importorskip("gguf")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from foveate import _native
+from foveate.backend import native
 
-if _native._C is None:
+if native.missing_reason is not None:
     pytest.skip("no compiled module", allow_module_level=True)
 
 import native_fuzz
@@ -54,7 +54,7 @@ def test_compiled_functions_survive_anything(seed, tmp_path):
 
 def test_every_compiled_function_is_among_them():
     """A new function of the module needs a line in native_fuzz.CALLS."""
-    names = {name for name, x in vars(_native._C).items() if isinstance(x, type | types.BuiltinFunctionType)}
+    names = {name for name, x in vars(native._C).items() if isinstance(x, type | types.BuiltinFunctionType)}
     assert {n for n in names if not n.startswith("_")} - native_fuzz.NOT_CALLED == set(native_fuzz.CALLS)
 
 
@@ -63,7 +63,7 @@ def test_number_of_threads(threads):
     """The smallest inputs that corrupted the heap, or left the result unwritten."""
     code = f"""
 import torch
-from foveate._native import _C
+from foveate.backend.native import _C
 x, y = torch.randn(300, 1000), torch.zeros(300, 1000)
 for call in (lambda: _C.softmax_forward(x, None, None, y, 1.0, False, False, {threads}),
              lambda: _C.rms_norm_backward(x, x, None, torch.ones(300), y, None, {threads})):
@@ -85,7 +85,8 @@ cache = foveate.attention_with_kv_cache(zeros(1, 1, 2, 16), zeros(1, 8, 1, 16), 
 assert cache.shape == (1, 1, 2, 0)
 for D, Dv in ((16, 0), (0, 16), (0, 0)):
     out, lse = zeros(1, 1, 2, Dv), zeros(1, 2, 1)
-    foveate._native._C.attention_forward(zeros(1, 1, 2, D), zeros(1, 5, 1, D), torch.ones(1, 5, 1, Dv), out, lse, *[None] * 10, 1, 5, False,
+    foveate.backend.native._C.attention_forward(
+        zeros(1, 1, 2, D), zeros(1, 5, 1, D), torch.ones(1, 5, 1, Dv), out, lse, *[None] * 10, 1, 5, False,
                                          -1, -1, 1.0, 0.0, 0.0, 1)
     assert out.eq(1).all() and torch.allclose(lse, torch.tensor(5.0).log())
 """

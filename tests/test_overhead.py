@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import foveate
-from foveate import _attention_op, _native
+from foveate import _attention_op
+from foveate.backend import native
 
 
 def plain_call(**options):
@@ -37,7 +38,7 @@ def test_a_call_without_gradient_skips_autograd_and_dispatch(long_ways):
     assert long_ways == [1]
 
 
-@pytest.mark.skipif(_native._C is None, reason="no compiled module")
+@pytest.mark.skipif(native.missing_reason is not None, reason="no compiled module")
 def test_lse_is_not_allocated_unless_asked_for(monkeypatch):
     allocated = []
     real = _attention_op._empty_lse
@@ -50,9 +51,9 @@ def test_lse_is_not_allocated_unless_asked_for(monkeypatch):
 
 def test_the_choice_is_cached():
     plain_call()
-    before = foveate._backends.choose.cache_info()
+    before = foveate.backend.registry.choose.cache_info()
     plain_call()
-    after = foveate._backends.choose.cache_info()
+    after = foveate.backend.registry.choose.cache_info()
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
@@ -67,7 +68,7 @@ def test_python_allocates_nothing_but_the_output(monkeypatch):
             return func(*args, **(kwargs or {}))
 
     with Count() as count:
-        plain_call(backend="native" if _native._C is not None else None)
+        plain_call(backend="native" if native.missing_reason is None else None)
     computing = {"empty", "empty_like", "clone", "contiguous", "to", "copy_", "new_empty", "randint"}
-    if _native._C is not None:
+    if native.missing_reason is None:
         assert [name for name in count.functions if name in computing] == ["empty_like"]

@@ -12,7 +12,8 @@ import pytest
 import foveate
 import readme
 import support_matrix
-from foveate import _backends, cli
+from foveate import cli
+from foveate.backend import registry
 from foveate.bench import machine, report, run
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_generated_parts_are_up_to_date(monkeypatch) -> None:
-    if not foveate._native._C.has_cuda_kernels():
+    if not foveate.backend.native._C.has_cuda_kernels():
         pytest.skip("the support matrix of the README is that of a build with CUDA, which this one is not")
     monkeypatch.chdir(ROOT)
     assert readme.main(["--check"]) == 0, "run `python tools/readme.py`"
@@ -69,11 +70,11 @@ def test_generated_parts_are_up_to_date(monkeypatch) -> None:
 def test_matrix_is_what_the_backends_answer(monkeypatch) -> None:
     plain = support_matrix.matrix()
     assert "| `softcap` | yes | yes |" in plain and "| `attention_with_kv_cache` | yes | - |" in plain
-    answers = dict(_backends._supports)
+    answers = dict(registry._supports)
     answers["attention_backward", "native"] = lambda query: (
         "no gradient of sinks here" if "sinks" in query.features else None
     )
-    monkeypatch.setattr(_backends, "_supports", answers)
+    monkeypatch.setattr(registry, "_supports", answers)
     changed = support_matrix.matrix()
     assert "| `sinks` | yes | no (1) |" in changed and "\n1. no gradient of sinks here." in changed
     kept = ("| `bias`", "| float32", "| float16", "| `softmax` |", "| `rms_norm` |")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from cases import AttentionCase, make_inputs
-from foveate import _reference as reference
-from foveate import _reference_ops as ops
+from foveate.backend.reference import attention as reference
+from foveate.backend.reference import rows as ops
 
 # Random123's known-answer vectors for philox4x32 with 10 rounds: counter, key, words.
 PHILOX_ANSWERS = [

@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import foveate
-from foveate import _attention_op, _native
+from foveate import _attention_op
+from foveate.backend import native
 
 forward_op = torch.ops.foveate.attention_forward.default
 backward_op = torch.ops.foveate.attention_backward.default
@@ -90,7 +91,7 @@ def test_gradients_of_meta_tensors_have_shapes():
     assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
 
 
-@pytest.mark.skipif(_native._C is None, reason="no compiled module")
+@pytest.mark.skipif(native.missing_reason is not None, reason="no compiled module")
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # torch's own, once in a process
 @pytest.mark.parametrize("exchange", [True, False])
 def test_both_ways_to_take_tensors(exchange):
@@ -99,18 +100,18 @@ def test_both_ways_to_take_tensors(exchange):
         pytest.skip(f"torch {torch.__version__} has no DLPack C exchange API; it came with torch 2.10")
     q, k, v = qkv(dtype=torch.bfloat16)
     expected = foveate.attention(q, k, v, backend="native")
-    before = _native._C.uses_dlpack_exchange()
-    _native._C.set_dlpack_exchange(exchange)
+    before = native._C.uses_dlpack_exchange()
+    native._C.set_dlpack_exchange(exchange)
     try:
-        assert _native._C.uses_dlpack_exchange() == exchange
+        assert native._C.uses_dlpack_exchange() == exchange
         assert torch.equal(foveate.attention(q, k, v, backend="native"), expected)
         c, out = plain_operands("native"), expected.clone()
         with FakeTensorMode() as mode:
             fake = [mode.from_tensor(x) for x in (c.q, c.k, c.v, out)]
             with pytest.raises(TypeError, match=r"has no memory \(a fake, meta or lazy tensor\)|FakeTensor"):
-                _native._C.attention_forward(*fake, *[None] * 11, 5, 7, False, -1, -1, 1.0, 0.0, 0.0, 1)
+                native._C.attention_forward(*fake, *[None] * 11, 5, 7, False, -1, -1, 1.0, 0.0, 0.0, 1)
     finally:
-        _native._C.set_dlpack_exchange(before)
+        native._C.set_dlpack_exchange(before)
 
 
 def test_gradcheck(backend):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from foveate.checked_files import CheckpointError
+from foveate.files.checked import CheckpointError
 from foveate.models import open_checkpoint
 
 transformers = pytest.importorskip("transformers")

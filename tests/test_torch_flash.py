@@ -66,7 +66,7 @@ def test_the_ops_of_a_gpu(dropout_p):
     near(lse, weights.logsumexp(-1), rtol=1e-5, atol=1e-5)
     keep = torch.ones(2, 4, 5, 9)
     if dropout_p:
-        from foveate._reference import philox_keep
+        from foveate.backend.reference.attention import philox_keep
 
         keep = philox_keep(rng, dropout_p, 2, 4, 5, 9) / (1 - dropout_p)
     expected = (weights.softmax(-1) * keep) @ v

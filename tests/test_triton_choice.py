@@ -9,12 +9,13 @@ import torch
 
 pytest.importorskip("triton")
 
-import foveate._triton as backend
-from foveate import _attention_op, _backends, _native
-from foveate._backends import Query
-from foveate._triton import attention, config, decode
+import foveate.backend.triton as backend
+from foveate import _attention_op
+from foveate.backend import native, registry
+from foveate.backend.registry import Query
+from foveate.backend.triton import attention_launch, config, decode_launch
 
-OPS = sorted({op for op, name in _backends._supports if name == "triton"})
+OPS = sorted({op for op, name in registry._supports if name == "triton"})
 
 
 def query(op: str, device: str) -> Query:
@@ -27,12 +28,12 @@ def query(op: str, device: str) -> Query:
 def compiled_cuda_kernels(monkeypatch):
     """A wheel with CUDA kernels and without the interpreter; what has been chosen before is forgotten."""
     kernels = SimpleNamespace(has_cuda_kernels=lambda: True, cuda_emulated=False)
-    monkeypatch.setattr(_native, "_C", kernels)
+    monkeypatch.setattr(native, "_C", kernels)
     monkeypatch.setattr(backend, "interpreted", lambda: False)
-    for function in (_backends.choose, attention.arch, decode.processors):
+    for function in (registry.choose, attention_launch.arch, decode_launch.num_sms):
         function.cache_clear()
     yield
-    for function in (_backends.choose, attention.arch, decode.processors):
+    for function in (registry.choose, attention_launch.arch, decode_launch.num_sms):
         function.cache_clear()
 
 
@@ -54,31 +55,31 @@ def amd(monkeypatch, name: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_amd_gets_triton(op, monkeypatch):
     nvidia(monkeypatch, (9, 0))
-    with_cuda_kernels = _backends.choose(op, query(op, "cuda"), None) == "native"
-    _backends.choose.cache_clear()
+    with_cuda_kernels = registry.choose(op, query(op, "cuda"), None) == "native"
+    registry.choose.cache_clear()
     amd(monkeypatch, "gfx942:sramecc+:xnack-")
-    assert _backends.choose(op, query(op, "cuda"), None) == "triton"
-    with pytest.raises(_backends.UnsupportedError, match="ROCm" if with_cuda_kernels else "cannot serve"):
-        _backends.choose(op, query(op, "cuda"), "native")
+    assert registry.choose(op, query(op, "cuda"), None) == "triton"
+    with pytest.raises(registry.UnsupportedError, match="ROCm" if with_cuda_kernels else "cannot serve"):
+        registry.choose(op, query(op, "cuda"), "native")
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_intel_gets_triton(op):
-    assert _backends.choose(op, query(op, "xpu"), None) == "triton"
-    with pytest.raises(_backends.UnsupportedError, match="xpu"):
-        _backends.choose(op, query(op, "xpu"), "native")
+    assert registry.choose(op, query(op, "xpu"), None) == "triton"
+    with pytest.raises(registry.UnsupportedError, match="xpu"):
+        registry.choose(op, query(op, "xpu"), "native")
 
 
 def test_without_compiled_kernels_nvidia_gets_triton(monkeypatch):
     nvidia(monkeypatch, (10, 0))
-    monkeypatch.setattr(_native._C, "has_cuda_kernels", lambda: False)
-    assert _backends.choose("attention", query("attention", "cuda"), None) == "triton"
+    monkeypatch.setattr(native._C, "has_cuda_kernels", lambda: False)
+    assert registry.choose("attention", query("attention", "cuda"), None) == "triton"
 
 
 def test_chips_that_triton_does_not_compile_for(monkeypatch):
     nvidia(monkeypatch, (7, 5))
     assert "8.0" in str(backend.serves(Query("cuda", torch.float16)))
-    assert _backends.choose("softmax", Query("cuda", torch.float16), None) == "reference"
+    assert registry.choose("softmax", Query("cuda", torch.float16), None) == "reference"
     nvidia(monkeypatch, (8, 0))
     assert backend.serves(Query("cuda", torch.float16)) is None
 
@@ -93,18 +94,18 @@ def test_other_devices_are_refused_with_a_sentence():
 )
 def test_amd_chips(name, expected, monkeypatch):
     amd(monkeypatch, name)
-    assert attention.arch(torch.device("cuda", 0)) == expected
-    assert decode.processors(torch.device("cuda", 0)) == 304
+    assert attention_launch.arch(torch.device("cuda", 0)) == expected
+    assert decode_launch.num_sms(torch.device("cuda", 0)) == 304
 
 
 def test_intel_and_nvidia_chips(monkeypatch):
     nvidia(monkeypatch, (12, 0))
-    assert attention.arch(torch.device("cuda", 0)) == 120
-    assert attention.arch(torch.device("xpu", 0)) == config.XE
-    assert attention.arch(torch.device("cpu")) == config.INTERPRETER
+    assert attention_launch.arch(torch.device("cuda", 0)) == 120
+    assert attention_launch.arch(torch.device("xpu", 0)) == config.XE
+    assert attention_launch.arch(torch.device("cpu")) == config.INTERPRETER
     properties = SimpleNamespace(gpu_subslice_count=64)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device=None: properties)
-    assert decode.processors(torch.device("xpu", 0)) == 64
+    assert decode_launch.num_sms(torch.device("xpu", 0)) == 64
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])

@@ -21,9 +21,9 @@ import triton.backends.nvidia
 import triton.language as tl
 
 from aot import compiling
-from foveate._triton import config
-from foveate._triton.packed_linear import weight_rows
-from foveate._triton.page_copy import copy_pages
+from foveate.backend.triton import config
+from foveate.backend.triton.copy_pages import copy_pages
+from foveate.backend.triton.packed_linear import weight_rows
 from foveate.packed_linear import packed_linear
 
 ARCHS = [80, 90, 100, "gfx942"]
@@ -199,7 +199,7 @@ def test_rows(arch, tmp_path):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("format", ["f32", "bf16", "q8_0", "q4_0", "q4_1"])
 def test_packed_linear(format, arch, tmp_path):
-    from foveate.packed_weight import packed_bytes
+    from foveate.quantization.panels import packed_bytes
 
     data, x = torch.zeros(packed_bytes(format, 4096, 64), dtype=torch.int8), torch.zeros(64, 4096, dtype=HALF)
     with compiling(arch, tmp_path) as found:

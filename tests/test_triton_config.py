@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from foveate._triton import config
-from foveate._triton.tiles import parts
+from foveate.backend.triton import config
+from foveate.backend.triton.tiles import parts
 
 
 @pytest.mark.parametrize("width", range(1, 577))

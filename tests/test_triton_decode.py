@@ -12,9 +12,9 @@ from kv_cases import BF16, F8, F16, F32, I8, KvCase, KvInputs, bits, make_kv_inp
 if foveate.backends()["triton"] is not None:
     pytest.skip(f"triton: {foveate.backends()['triton']}", allow_module_level=True)
 
-from foveate._triton import page_copy
-from foveate._triton.decode import decode_plan
-from foveate._triton.page_copy import copy_pages
+from foveate.backend.triton import copy_pages as copy_pages_module
+from foveate.backend.triton.copy_pages import copy_pages
+from foveate.backend.triton.decode_launch import decode_plan
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +115,8 @@ def test_batch_invariant(seed):
 def test_plan():
     """Many sequences need no splits, few and long ones as many as fill the chip, short ones none; rows and head dims size the tiles."""
 
-    def plan(B=1, rows=4, Hkv=8, D=128, Dv=128, max_keys=8192, processors=132, num_splits=0, batch_invariant=False):
-        return decode_plan(B, rows, Hkv, D, Dv, max_keys, processors, num_splits, batch_invariant)
+    def plan(B=1, rows=4, Hkv=8, D=128, Dv=128, max_keys=8192, num_sms=132, num_splits=0, batch_invariant=False):
+        return decode_plan(B, rows, Hkv, D, Dv, max_keys, num_sms, num_splits, batch_invariant)
 
     assert plan(B=64).num_splits == 1
     assert plan().num_splits == 32  # 8 programs, 33 wanted for each, 32 parts of 256 keys
@@ -144,7 +144,7 @@ def test_pages_are_copied_in_every_layer_and_no_others(dtype, shape):
 @pytest.mark.parametrize("dtype", [F32, I8], ids=str)
 def test_a_forked_cache_copies_its_last_page_by_the_kernel(dtype, device, monkeypatch):
     copied = []
-    monkeypatch.setattr(page_copy, "copy_pages", lambda *args: (copied.append(args[1:]), copy_pages(*args)))
+    monkeypatch.setattr(copy_pages_module, "copy_pages", lambda *args: (copied.append(args[1:]), copy_pages(*args)))
     cache = foveate.PagedKVCache(9, 4, num_kv_heads=2, head_dim=16, num_layers=2, dtype=dtype, device=device)
     seqs = [cache.create()]
     cache.append(seqs, 6)

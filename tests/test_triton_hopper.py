@@ -12,8 +12,8 @@ from cases import AttentionCase, VarlenCase, make_inputs
 if foveate.backends()["triton"] is not None:
     pytest.skip(f"triton: {foveate.backends()['triton']}", allow_module_level=True)
 
-from foveate._triton import attention as launches
-from foveate._triton import config
+from foveate.backend.triton import attention_launch as launches
+from foveate.backend.triton import config
 
 HALF = torch.bfloat16
 CASES = [

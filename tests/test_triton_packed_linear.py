@@ -8,21 +8,21 @@ import torch
 import foveate
 from compare import assert_as_good_as_torch
 from foveate.bench.tolerance import linear_floor
-from foveate.linear import FORMATS, quantize
 from foveate.nn import PackedLinear
 from foveate.packed_linear import packed_linear, quantize_activations
+from foveate.quantization.gguf_blocks import FORMATS, quantize
 from poison import guarded_outputs, nan_padded
 
 if foveate.backends()["triton"] is not None:
     pytest.skip(f"triton: {foveate.backends()['triton']}", allow_module_level=True)
 
-from foveate._triton.packed_linear import quantize_rows, shares, weight_rows
+from foveate.backend.triton.packed_linear import quantize_rows, shares, weight_rows
 
 
 @pytest.fixture(autouse=True)
 def _many_shares(monkeypatch):
     """So that small layers are divided too."""
-    from foveate._triton import packed_linear as launches
+    from foveate.backend.triton import packed_linear as launches
 
     monkeypatch.setattr(launches, "shares", lambda in_features, *_: max(1, in_features // 64))
 

@@ -12,7 +12,7 @@ import foveate
 if foveate.backends()["triton"] is not None:
     pytest.skip(f"triton: {foveate.backends()['triton']}", allow_module_level=True)
 
-from foveate._triton import attention as launches
+from foveate.backend.triton import attention_launch as launches
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import foveate
-from foveate import _reference_ops
+from foveate.backend.reference import rows as reference_rows
 from op_compare import compare_op
 
 if foveate.backends()["triton"] is not None:
@@ -53,7 +53,7 @@ def test_softmax_options(width, what):
     scale = -0.5 if "negative" in what else 1.0
     compare_op(
         lambda x, b: foveate.softmax(x, bias=b, mask=used, causal="causal" in what, scale=scale, backend="triton"),
-        lambda x, b: _reference_ops.softmax(x, -1, scale, used, b, "causal" in what),
+        lambda x, b: reference_rows.softmax(x, -1, scale, used, b, "causal" in what),
         x,
         bias,
     )
@@ -106,7 +106,7 @@ def test_rotary(interleaved, dtype, d, half):
 
     def peer(q, k):
         cos, sin = angle.cos().to(q), angle.sin().to(q)
-        return torch.cat([_reference_ops.rotate(t, cos, sin, interleaved).to(t).flatten(2) for t in (q, k)], -1)
+        return torch.cat([reference_rows.rotate(t, cos, sin, interleaved).to(t).flatten(2) for t in (q, k)], -1)
 
     compare_op(ours, peer, q, k)
 
@@ -129,7 +129,7 @@ def test_cross_entropy(width, options):
         both = options | more
         compare_op(
             functools.partial(foveate.cross_entropy, target=target, backend="triton", **both),
-            functools.partial(_reference_ops.cross_entropy, target=target, **both),
+            functools.partial(reference_rows.cross_entropy, target=target, **both),
             x,
         )
 
@@ -144,7 +144,7 @@ def test_cross_entropy_in_half_precision(dtype):
         return foveate.cross_entropy(x, target, backend="triton")
 
     def peer(x):
-        return _reference_ops.cross_entropy(x, target)
+        return reference_rows.cross_entropy(x, target)
 
     compare_op(ours, peer, x.to(dtype))
 

@@ -16,8 +16,8 @@ from kv_cases import BF16, I8, KvCase, bits, make_kv_inputs
 if foveate.backends()["triton"] is not None:
     pytest.skip(f"triton: {foveate.backends()['triton']}", allow_module_level=True)
 
-from foveate._triton import attention as launches
-from foveate._triton.decode import attention_with_kv_cache as decode
+from foveate.backend.triton import attention_launch as launches
+from foveate.backend.triton.decode_launch import attention_with_kv_cache as decode
 
 FAR = 2**20  # small enough that a stray read of the interpreter lands in memory of the buffers below or close by
 ROWS = 40  # of NaN before and after each tensor
@@ -151,7 +151,7 @@ def test_positions_that_the_tables_do_not_have(seed):
 @pytest.mark.parametrize("bad", [FAR, 5, -1, -FAR])
 def test_targets(bad, monkeypatch):
     """The loss and the gradient of such a row are NaN, those of the others what they are."""
-    from foveate._triton import cross_entropy
+    from foveate.backend.triton import cross_entropy
 
     monkeypatch.setattr(cross_entropy, "_check_target", lambda *_: None)
     logits = Fenced()(torch.randn(3, 5))

@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 import foveate
 from foveate import cli
-from foveate._triton import config
-from foveate._triton.config import SPECIALIZED, Config
+from foveate.backend.triton import config
+from foveate.backend.triton.config import SPECIALIZED, Config
 from foveate.bench import tune
 
 HALF = torch.bfloat16

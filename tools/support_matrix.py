@@ -1,6 +1,6 @@
 """The support matrix of docs/support.md: every option, dtype and op against every backend, forward and backward, as `supports` answers.
 
-Nothing here says what works; foveate._backends is asked what `foveate.attention` and the others would be told.
+Nothing here says what works; foveate.backend.registry is asked what `foveate.attention` and the others would be told.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from functools import partial
 
 import torch
 
-from foveate import _attention_op, _backends
-from foveate._backends import Query
+from foveate import _attention_op
+from foveate.backend import registry
+from foveate.backend.registry import Query
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = {"native": ("cpu", "cuda"), "triton": ("cuda",), "reference": ("cpu", "cuda")}
@@ -44,11 +45,11 @@ def _attention_query(device: str, dtype: torch.dtype, option: str | None = None)
 
 def _columns() -> Columns:
     """Backends on devices that serve plain fp32 attention."""
-    pairs = [(backend, device) for backend in _backends.ORDER for device in DEVICES[backend]]
+    pairs = [(backend, device) for backend in registry.ORDER for device in DEVICES[backend]]
     return [
         (backend, device)
         for backend, device in pairs
-        if _backends.why_not("attention", backend, _attention_query(device, torch.float32)) is None
+        if registry.why_not("attention", backend, _attention_query(device, torch.float32)) is None
     ]
 
 
@@ -59,7 +60,7 @@ def _line(title: str, columns: Columns, op: str, query: Callable[[str], Query], 
             if name is None:
                 cells.append("-")
                 continue
-            reason = _backends.why_not(name, backend, query(device))
+            reason = registry.why_not(name, backend, query(device))
             if reason is not None and reason not in notes:
                 notes.append(reason)
             cells.append(_SERVED[backend, device] if reason is None else f"no ({notes.index(reason) + 1})")
@@ -81,7 +82,7 @@ def matrix() -> str:
         lines.append(_line(_name(dtype), columns, "attention", partial(_attention_query, dtype=dtype), notes))
 
     lines += ["", f"| function | {header} |", rule]
-    for op in sorted({op for op, _ in _backends._supports} - {"attention", "attention_backward"}):
+    for op in sorted({op for op, _ in registry._supports} - {"attention", "attention_backward"}):
         answers = {dtype: _line("", columns, op, partial(Query, dtype=dtype), notes) for dtype in DTYPES}
         plain = answers.pop(torch.float32)
         lines.append(f"| `{op}`{plain[2:]}")

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _dtensor, _flops, _ops, _reference, _triton
-from foveate._backends import Query, choose, native, processors, register, runs_cuda_kernels
+from foveate import _autograd, _dtensor, _flops, _ops
 from foveate._decode_plan import CPU_HEAD_DIM, GPU_HEAD_DIM, cuda_few_queries, cuda_thresholds
-from foveate._native import _C
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.native import _C, num_sms, runs_cuda_kernels
+from foveate.backend.reference import attention as reference
+from foveate.backend.registry import Query, choose, register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -72,7 +75,7 @@ def query(device: str, dtype: torch.dtype, D: int, Dv: int, used: tuple[bool, ..
     return Query(device, dtype, (D, Dv, *(name for name, use in zip(_OPTION_NAMES, used) if use)))
 
 
-_native_shared = native()
+_native_shared = native.supports()
 
 
 def _too_wide(query: Query, most: int) -> str | None:
@@ -90,7 +93,7 @@ def _native_supports(query: Query) -> str | None:
 
 
 def _triton_supports(query: Query) -> str | None:
-    return _triton.serves(query) or _too_wide(query, GPU_HEAD_DIM)
+    return triton_backend.serves(query) or _too_wide(query, GPU_HEAD_DIM)
 
 
 def _triton_backward_supports(query: Query) -> str | None:
@@ -129,7 +132,7 @@ def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
             return tuple(x.contiguous() for x in _reference_forward(Operands(*args)))
     out, lse, buckets = _empty_out(q, v), _empty_lse(q, cu_q) if need_lse else None, None
     if chosen == "triton":
-        from foveate._triton.attention import forward as triton_forward
+        from foveate.backend.triton.attention_launch import forward as triton_forward
 
         triton_forward(_ready(Operands(*args)), out, lse)
         return out, lse
@@ -148,7 +151,7 @@ def forward(*args: Any, need_lse: bool = True) -> tuple[Any, ...]:
 
 def _few_queries(q: Tensor, k: Tensor) -> bool:
     (B, Sq, Hq, _), (_, Skv, Hkv, _) = q.shape, k.shape
-    return Hkv > 0 and cuda_few_queries(B, Sq, Hq, Hkv, Skv, processors(q.device), cuda_thresholds())
+    return Hkv > 0 and cuda_few_queries(B, Sq, Hq, Hkv, Skv, num_sms(q.device), cuda_thresholds())
 
 
 def _few_query_attention(
@@ -176,7 +179,7 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args:
     if chosen == "reference":
         return _reference_backward(dout, dlse, c, wanted)
     if chosen == "triton":
-        from foveate._triton.attention import backward as triton_backward
+        from foveate.backend.triton.attention_launch import backward as triton_backward
 
         return triton_backward(_rows(dout), dlse, out, lse, _ready(c), wanted, _empty_grads(c, wanted))
     grads = _empty_grads(c, wanted)
@@ -236,7 +239,7 @@ def _ready(c: Operands) -> Operands:
 def _buckets(max_q: int, max_k: int, buckets: int, bidirectional: bool, max_distance: int, device: Any) -> Tensor:
     """int32 [max_q + max_k - 1]; entry t is the bucket of distance t - (max_k - 1), key position minus query position."""
     distances = torch.arange(1 - max_k, max(max_q, 1 - max_k), device=device)
-    return _reference.relative_buckets(distances, buckets, bidirectional, max_distance).to(torch.int32)
+    return reference.relative_buckets(distances, buckets, bidirectional, max_distance).to(torch.int32)
 
 
 # Shapes and strides of the results: of the allocations above and of the fake kernels.
@@ -293,8 +296,8 @@ def _reference_forward(c: Operands) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling() and not any(x is not None and _autograd.is_wrapped(x) for x in c[8:11]):
         _check_lengths(c)  # values that a compiler and vmap do not show
     if c.cu_q is not None and c.cu_k is not None:
-        return _reference.attention_varlen(c.q, c.k, c.v, c.cu_q, c.cu_k, **options)
-    return _reference.attention(c.q, c.k, c.v, bias=c.bias, mask=c.mask, kv_lens=c.kv_lens, **options)
+        return reference.attention_varlen(c.q, c.k, c.v, c.cu_q, c.cu_k, **options)
+    return reference.attention(c.q, c.k, c.v, bias=c.bias, mask=c.mask, kv_lens=c.kv_lens, **options)
 
 
 def _check_lengths(c: Operands) -> None:

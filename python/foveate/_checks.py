@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate import _dtensor
-from foveate._backends import Query, UnsupportedError, choose
+from foveate.backend.registry import Query, UnsupportedError, choose
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

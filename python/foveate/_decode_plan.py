@@ -75,7 +75,7 @@ class CudaThresholds(NamedTuple):
     blocked_queries: int = 64  # from so many on, the blocked kernel attends;
     # so it does from so many query rows on that share a KV head, if it has a block for each multiprocessor
     blocked_rows: int = 64
-    blocks_per_processor: int = 2  # of the decode kernel, which splits keys where there would be fewer
+    blocks_per_sm: int = 2  # of the decode kernel, which splits keys where there would be fewer
     min_split_keys: int = 128  # enough to have all keys of a short split under way at once
     max_splits: int = 128
 
@@ -106,10 +106,10 @@ def other_cuda_thresholds(**replaced: int) -> Iterator[CudaThresholds]:
 
 @functools.lru_cache(maxsize=4096)
 def cuda_decode_plan(
-    B: int, Sq: int, Hq: int, Hkv: int, D: int, Dv: int, max_keys: int, processors: int, num_splits: int, batch_invariant: bool,
+    B: int, Sq: int, Hq: int, Hkv: int, D: int, Dv: int, max_keys: int, num_sms: int, num_splits: int, batch_invariant: bool,
     quantized: bool, limits: CudaThresholds = _DEFAULTS,
 ) -> DecodePlan:  # fmt: skip
-    """A pure function for the CUDA kernel and a GPU of so many multiprocessors.
+    """A pure function for the CUDA kernel and a GPU of num_sms SMs.
 
     Keys are split where there would be fewer blocks than the GPU has room for, into as many parts as fill it once. With
     batch_invariant the splits are 2048 keys long. Many queries go to the blocked kernel if its blocks, one for each head and 64
@@ -120,20 +120,18 @@ def cuda_decode_plan(
         return DecodePlan(num_splits, 0, TILE_ROWS, 1, False)
     if batch_invariant:
         return DecodePlan(max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS)), _INVARIANT_SPLIT_KEYS, TILE_ROWS, 1, False)
-    many = Sq >= limits.blocked_queries or (Sq > 1 and rows >= limits.blocked_rows and B * Hq >= processors)
+    many = Sq >= limits.blocked_queries or (Sq > 1 and rows >= limits.blocked_rows and B * Hq >= num_sms)
     if many and not quantized and max(D, Dv) <= GPU_HEAD_DIM:
         return DecodePlan(1, 0, TILE_ROWS, 1, True)
     blocks = max(1, B * Hkv * -(-rows // TILE_ROWS) * -(-Dv // _SLICE_COLUMNS))
-    splits = min(
-        limits.blocks_per_processor * processors // blocks, -(-max_keys // limits.min_split_keys), limits.max_splits
-    )
+    splits = min(limits.blocks_per_sm * num_sms // blocks, -(-max_keys // limits.min_split_keys), limits.max_splits)
     return DecodePlan(max(1, splits), 0, TILE_ROWS, 1, False)
 
 
 def cuda_few_queries(
-    B: int, Sq: int, Hq: int, Hkv: int, Skv: int, processors: int, limits: CudaThresholds = _DEFAULTS
+    B: int, Sq: int, Hq: int, Hkv: int, Skv: int, num_sms: int, limits: CudaThresholds = _DEFAULTS
 ) -> bool:
     """Whether foveate.attention on a GPU takes the decode kernel: queries so few and keys so many that the blocked kernel, with one block
-    for each KV head, would leave multiprocessors idle that splits of the keys can use."""
+    for each KV head, would leave SMs idle that splits of the keys can use."""
     rows = Sq * (Hq // max(Hkv, 1))
-    return 0 < rows < limits.blocked_rows and 0 < B * Hkv < processors and Skv >= 2 * limits.min_split_keys
+    return 0 < rows < limits.blocked_rows and 0 < B * Hkv < num_sms and Skv >= 2 * limits.min_split_keys

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from foveate import _attention_checks as checks
 from foveate._attention_op import query
-from foveate._backends import ORDER, Query, why_not
 from foveate.attention import attention
 from foveate.attention_varlen import attention_varlen
+from foveate.backend.registry import ORDER, Query, why_not
 
 
 @dataclass(frozen=True)

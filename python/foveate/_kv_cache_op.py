@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _ops, _reference, _triton
+from foveate import _ops
 from foveate._autograd import each_slice
-from foveate._backends import Query, choose, native, processors, register, runs_cuda_kernels
 from foveate._counters import counters
 from foveate._decode_plan import TILE_ROWS, cuda_decode_plan, cuda_thresholds, decode_plan
-from foveate._native import _C
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.native import _C, num_sms, runs_cuda_kernels
+from foveate.backend.reference import attention as reference
+from foveate.backend.registry import Query, choose, register
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +32,7 @@ _SCHEMA = (
     "Tensor(c!)? k_scale, Tensor(d!)? v_scale, int num_splits, bool batch_invariant, str backend) -> (Tensor, Tensor)"
 )
 
-_native_shared = native()
+_native_shared = native.supports()
 
 
 def _native_supports(query: Query) -> str | None:
@@ -42,7 +45,7 @@ def _native_supports(query: Query) -> str | None:
 
 
 register("attention_with_kv_cache", "native", _native_supports)
-register("attention_with_kv_cache", "triton", _triton.serves)
+register("attention_with_kv_cache", "triton", triton_backend.serves)
 register("attention_with_kv_cache", "reference", lambda query: None)
 
 
@@ -90,7 +93,7 @@ def run(
         if block_table is not None:
             block_table = _usable_table(q, k_cache, k, kv_lens, block_table, window_left)
         _check_values(q, k_cache, k, kv_lens, block_table, rotary_cos)
-        return _reference.attention_with_kv_cache(
+        return reference.attention_with_kv_cache(
             q, k_cache, v_cache, k=k, v=v, kv_lens=kv_lens, block_table=block_table, rotary_cos=rotary_cos,
             rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved, causal=causal,
             window=(window_left, window_right), scale=scale, softcap=softcap,
@@ -98,7 +101,7 @@ def run(
             k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
     if chosen == "triton":
-        from foveate._triton.decode import attention_with_kv_cache as triton_decode
+        from foveate.backend.triton.decode_launch import attention_with_kv_cache as triton_decode
 
         if q.is_cpu:  # on a GPU this would wait for the device
             usable = None if block_table is None else _usable_table(q, k_cache, k, kv_lens, block_table, window_left)
@@ -118,7 +121,7 @@ def run(
     sizes = (B, Sq, Hq, Hkv, D, Dv, capacity)
     wishes = (num_splits, batch_invariant, k_cache.dtype in QUANTIZED)
     if on_gpu:
-        plan = cuda_decode_plan(*sizes, processors(q.device), *wishes, cuda_thresholds())
+        plan = cuda_decode_plan(*sizes, num_sms(q.device), *wishes, cuda_thresholds())
     else:
         plan = decode_plan(*sizes, threads, *wishes)
     if on_gpu:  # the kernels read them, as int32

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate import _native, _ops
+from foveate import _ops
 from foveate._autograd import batch_first, each_slice
 from foveate._checks import compute_dtype
 from foveate._cpu_matmul import product
+from foveate.backend import native
 
-_C: Any = _native._C  # None without a compiled module: `native` answers for that
+_C = native._C
 
 # Of the logits of one chunk of tokens. Far more than a core's cache, since the matrix products want many tokens, and far less
 # than all logits.
@@ -55,7 +56,7 @@ def _forward(
     target = target.contiguous().view(-1)
     options = (ignore, smoothing, z_loss, softcap)
     if backend == "triton":
-        from foveate._triton.cross_entropy import cross_entropy
+        from foveate.backend.triton.cross_entropy import cross_entropy
 
         cross_entropy(_matrix(logits), target, loss.view(-1), stats.view(-1, 2), *options)
         return loss, stats
@@ -86,7 +87,7 @@ def _backward_into(
     dloss, target, stats = dloss.reshape(-1), target.contiguous().view(-1), stats.contiguous().view(-1, 2)
     options = (ignore, smoothing, z_loss, softcap)
     if backend == "triton":
-        from foveate._triton.cross_entropy import cross_entropy_backward
+        from foveate.backend.triton.cross_entropy import cross_entropy_backward
 
         cross_entropy_backward(dloss.contiguous(), _matrix(logits), target, stats, _matrix(dlogits), *options)
         return dlogits

@@ -1,14 +1,15 @@
 """What `import foveate` brings beside the model layer: the functions on tensors. `foveate.__all__` has these names too."""
 
 from foveate import drop_in, nn
-from foveate._backends import UnsupportedError, backends, info
 from foveate._explain import explain
 from foveate._loss_extras import CrossEntropyOutput
 from foveate._relative_bias import RelativeBias
 from foveate.attention import attention, merge_attention
 from foveate.attention_varlen import attention_varlen
+from foveate.backend.info import backends, info
+from foveate.backend.registry import UnsupportedError
 from foveate.cache_view import CacheView
-from foveate.checked_files import CheckpointError
+from foveate.files.checked import CheckpointError
 from foveate.glu import geglu, swiglu
 from foveate.kv_cache import attention_with_kv_cache
 from foveate.loss import cross_entropy, linear_cross_entropy

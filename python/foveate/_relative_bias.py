@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate import _reference
+from foveate.backend.reference import attention as reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class RelativeBias:
         device = self.table.device
         i = torch.arange(Sq, device=device)[:, None]
         j = torch.arange(Skv, device=device)[None, :]
-        buckets = _reference.relative_buckets(
+        buckets = reference.relative_buckets(
             j - (i + Skv - Sq), self.table.shape[0], self.bidirectional, self.max_distance
         )
         return self.table[buckets].permute(2, 0, 1)[None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate import _attention_op, _autograd
 from foveate._attention_op import Operands
-from foveate._backends import UnsupportedError, choose
+from foveate.backend.registry import UnsupportedError, choose
 
 _NUM_TENSORS = _attention_op._NUM_TENSORS
 _DIFFERENTIABLE = _attention_op._DIFFERENTIABLE
@@ -67,7 +67,7 @@ def _checked_aux(aux: Sequence[Tensor], q: Tensor) -> tuple[Tensor, ...]:
 
 
 def _forward(c: Operands, mod: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    from foveate._triton.attention import ScoreMod, forward
+    from foveate.backend.triton.attention_launch import ScoreMod, forward
 
     out, lse = _attention_op._empty_out(c.q, c.v), _attention_op._empty_lse(c.q, c.cu_q)
     forward(_attention_op._ready(c), out, lse, ScoreMod(*mod))
@@ -87,7 +87,7 @@ class _ScoreModAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        from foveate._triton.attention import ScoreMod, backward
+        from foveate.backend.triton.attention_launch import ScoreMod, backward
 
         saved = ctx.saved_tensors
         tensors, (out, lse), aux = (

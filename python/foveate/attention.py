@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from foveate import _attention_checks as checks
-from foveate import _attention_op, _attention_vmap, _nested, _reference, _score_mod  # noqa: F401
+from foveate import _attention_op, _attention_vmap, _nested, _score_mod  # noqa: F401
 from foveate._checks import check_backend_name, check_flag
 from foveate._relative_bias import RelativeBias
+from foveate.backend.reference import attention as reference
 
 
 def attention(
@@ -151,4 +152,4 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         raise ValueError(
             f"out_a is {out_a.dtype} on {out_a.device} and out_b {out_b.dtype} on {out_b.device}; they must be equal"
         )
-    return _reference.merge_attention(out_a, lse_a, out_b, lse_b)
+    return reference.merge_attention(out_a, lse_a, out_b, lse_b)

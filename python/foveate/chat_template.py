@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from foveate.checked_files import CheckpointError
+from foveate.files.checked import CheckpointError
 
 SECONDS, MEGABYTES = 2.0, 256  # of the processor, and beyond what the process has at rest, for one rendering
 _WAIT = 60.0  # by the clock, for a process that gets no processor

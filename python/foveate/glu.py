@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _native, _ops, _reference_ops, _triton
+from foveate import _autograd, _ops
 from foveate._autograd import batch_first, differentiable
-from foveate._backends import Query, native, register
 from foveate._checks import check_floating, check_same_dtype, chosen_backend, compute_dtype
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.reference import rows as reference_rows
+from foveate.backend.registry import Query, register
 
-_C: Any = _native._C  # None without a compiled module: `native` answers for that
+_C = native._C
 
-_native_shared = native(cuda=False)
+_native_shared = native.supports(cuda=False)
 
 
 def _native_supports(query: Query) -> str | None:
@@ -27,7 +30,7 @@ def _native_supports(query: Query) -> str | None:
 
 for _op in ("swiglu", "geglu"):
     register(_op, "native", _native_supports)
-    register(_op, "triton", _triton.serves)
+    register(_op, "triton", triton_backend.serves)
     register(_op, "reference", lambda query: None)
 
 
@@ -56,7 +59,7 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh", backend: str |
         _check(gate, up)
         if backend not in (None, "reference"):
             chosen_backend("geglu with approximate='none'", gate.device.type, gate.dtype, backend)
-        return _reference_ops.glu(gate, up, "gelu")
+        return reference_rows.glu(gate, up, "gelu")
     return _glu("geglu", gate, up, backend)
 
 
@@ -75,7 +78,7 @@ def _glu(op: str, gate: Tensor, up: Tensor, backend: str | None) -> Tensor:
     chosen = chosen_backend(op, gate.device.type, gate.dtype, backend)
     how = _autograd.way(gate, up)
     if chosen == "reference" or how == "definition":
-        return _reference_ops.glu(gate, up, op)
+        return reference_rows.glu(gate, up, op)
     if how == "function":
         return _autograd.apply(_Glu, gate, up, op == "geglu", chosen)
     return _glu_op(gate, up, op == "geglu", chosen)
@@ -90,7 +93,7 @@ def _rows(x: Tensor) -> Tensor:
 def _forward(gate: Tensor, up: Tensor, gelu: bool, backend: str = "native") -> Tensor:
     out = _fake(gate)
     if backend == "triton":
-        from foveate._triton.glu import glu
+        from foveate.backend.triton.glu import glu
 
         glu(_rows(gate), _rows(up), _rows(out), gelu)
         return out
@@ -106,7 +109,7 @@ def _backward(dout: Tensor, gate: Tensor, up: Tensor, gelu: bool, backend: str =
     dgate, dup = _backward_fake(dout, gate)
     rows = (_rows(dout.contiguous()), _rows(gate), _rows(up), _rows(dgate), _rows(dup))
     if backend == "triton":
-        from foveate._triton.glu import glu_backward
+        from foveate.backend.triton.glu import glu_backward
 
         glu_backward(*rows, gelu)
         return dgate, dup

@@ -9,9 +9,9 @@ from foveate import _attention_checks as checks
 from foveate import _flops, _kv_cache_op
 from foveate._attention_op import DTYPES
 from foveate._autograd import is_tracked, is_wrapped
-from foveate._backends import UnsupportedError
 from foveate._checks import check_backend_name, check_flag, check_integer, check_number, check_strided
 from foveate._kv_cache_op import QUANTIZED
+from foveate.backend.registry import UnsupportedError
 
 
 def attention_with_kv_cache(

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _flops, _loss_extras, _reference_ops, _triton
+from foveate import _autograd, _flops, _loss_extras
 from foveate._autograd import differentiable, graph_is_freed, no_second_derivative, nobody_keeps_saved_tensors
-from foveate._backends import native, register
 from foveate._checks import (
     check_flag,
     check_floating,
@@ -30,10 +29,14 @@ from foveate._loss_ops import (
     linear_cross_entropy_gradients,
     linear_cross_entropy_rows,
 )
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.reference import rows as reference_rows
+from foveate.backend.registry import register
 
 for _op in ("cross_entropy", "linear_cross_entropy"):
-    register(_op, "native", _loss_extras.kernels(native()))
-    register(_op, "triton", _loss_extras.kernels(_triton.serves))
+    register(_op, "native", _loss_extras.kernels(native.supports()))
+    register(_op, "triton", _loss_extras.kernels(triton_backend.serves))
     register(_op, "reference", lambda query: None)
 
 
@@ -118,7 +121,7 @@ def cross_entropy(
     chosen = chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend)
     how = _autograd.way(logits)
     if chosen == "reference" or learned or how == "definition":
-        return _reference_ops.cross_entropy(logits, target, *options, reduction)
+        return reference_rows.cross_entropy(logits, target, *options, reduction)
     return _reduce(_rows(logits, target, options, chosen)[0], target, ignore_index, reduction)
 
 
@@ -221,7 +224,7 @@ def linear_cross_entropy(
         beyond = _loss_extras.features("linear_cross_entropy", options, extras, soft)
         chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend, beyond)
         if chosen == "reference" or how == "definition":
-            logits = _reference_ops.linear_logits(hidden, weight, bias, None if soft else target != ignore_index)
+            logits = reference_rows.linear_logits(hidden, weight, bias, None if soft else target != ignore_index)
             return _loss_extras.from_definition(logits, target, reduction, options, extras)
         loss = linear_cross_entropy(
             hidden, weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
@@ -231,7 +234,7 @@ def linear_cross_entropy(
     chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend)
     if chosen == "reference" or how == "definition":
         with torch.autocast(hidden.device.type, enabled=False):
-            return _reference_ops.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
+            return reference_rows.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
     _flops.register()
     rows, labels = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
     needed = [t is not None and _autograd.is_tracked(t) for t in (hidden, weight, bias)]
@@ -309,7 +312,7 @@ def _backward_definition(dloss: Tensor, logits: Tensor, target: Tensor, stats: T
     named = dict(zip(Options._fields, options))
 
     def rows(x: Tensor) -> Tensor:
-        return _reference_ops.cross_entropy(x, target, **named, reduction="none")
+        return reference_rows.cross_entropy(x, target, **named, reduction="none")
 
     return _autograd.pull_back(rows, (logits,), (0,), (dloss,))[0]
 
@@ -403,7 +406,7 @@ def _gradients_definition(
     needed, named = options[:3], dict(zip(Options._fields, options[3:]))
 
     def rows(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return _reference_ops.linear_cross_entropy(h, w, target, b, **named, reduction="none")
+        return reference_rows.linear_cross_entropy(h, w, target, b, **named, reduction="none")
 
     wanted = [i for i, need in enumerate(needed) if need]
     found = dict(zip(wanted, _autograd.pull_back(rows, (hidden, weight, bias), wanted, (dloss,))))

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate import _native
 from foveate._decode_plan import BLOCKED_ROWS, CPU_HEAD_DIM, decode_plan
 from foveate._kv_cache_op import QUANTIZED
+from foveate.backend import native
 from foveate.cache_view import CacheView
 from foveate.models.addresses import Addresses
 from foveate.models.blocks import PackedEmbedding, RMSNorm
 from foveate.models.gpt2 import GPT2
 from foveate.models.llama import Llama
 from foveate.packed_linear import PackedLinear
-from foveate.packed_weight import FLOATS
+from foveate.quantization.panels import FLOATS
 
-_C: Any = _native._C
+_C = native._C
 
 _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -78,8 +78,8 @@ class NativeDecoder:
     @staticmethod
     def unsupported(model: nn.Module) -> str | None:
         """None, or the sentence why this model cannot run here."""
-        if _C is None:
-            return str(_native.missing_reason)
+        if native.missing_reason is not None:
+            return native.missing_reason
         if not isinstance(model, Llama | GPT2):
             return f"NativeDecoder runs the Llama family and GPT-2, not {type(model).__name__}; call the model itself"
         if model.config.activation not in _ACTIVATIONS:
@@ -111,7 +111,7 @@ class NativeDecoder:
             )
         pages = cache.cache
         pages._check_writable(cache.seqs, cache.new)
-        native, borrowed = self._current(cache.capacity)
+        decoder, borrowed = self._current(cache.capacity)
         x = self._embed(tokens, cache)
         config, (B, S) = self.config, tokens.shape
         Hq, Hkv, D = config.num_heads, config.num_kv_heads, config.head_dim
@@ -120,7 +120,7 @@ class NativeDecoder:
         plan = decode_plan(B, S, Hq, Hkv, D, D, capacity, threads, 0, True, quantized)
         if S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= BLOCKED_ROWS and not quantized and D <= CPU_HEAD_DIM:
             plan = plan._replace(num_splits=1, keys_per_split=0, blocked=True)
-        native.step(
+        decoder.step(
             x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, *plan, threads
         )
         del borrowed  # alive until here, whatever another thread has built meanwhile
@@ -175,7 +175,7 @@ class NativeDecoder:
         tables = model.rotary.tables(torch.device("cpu"), length=self._positions)
         cos, sin = map(self._keep, tables)
         self._positions = 2**31 if len(tables[0]) == c.max_positions else len(tables[0])  # no more are needed
-        native = _C.Decoder(
+        decoder = _C.Decoder(
             hidden=c.hidden_size, inner=c.intermediate_size, heads_q=c.num_heads, heads_kv=c.num_kv_heads, head_dim=c.head_dim,
             softcap=c.attn_softcap or 0.0, activation=_ACTIVATIONS[c.activation], final_norm=self._norm(model.model.norm),
             rotary_cos=cos, rotary_sin=sin,
@@ -196,28 +196,28 @@ class NativeDecoder:
                     self._keep(attention.k_norm.weight),
                 )
                 options["head_norm_eps"] = c.norm_eps
-            native.add_layer(
+            decoder.add_layer(
                 attention_norm=self._norm(layer.input_layernorm), q=self._weight(attention.q_proj), k=self._weight(attention.k_proj),
                 v=self._weight(attention.v_proj), o=self._weight(attention.o_proj), gate=self._weight(mlp.gate_proj),
                 up=self._weight(mlp.up_proj), down=self._weight(mlp.down_proj), scale=c.scale or c.head_dim**-0.5,
                 window_left=-1 if c.windows[i] is None else c.windows[i] - 1, **options,
             )  # fmt: skip
-        return native
+        return decoder
 
     def _gpt2(self, model: Any) -> Any:
         c = model.config
         self._positions = 2**31  # its positions are an embedding
-        native = _C.Decoder(
+        decoder = _C.Decoder(
             hidden=c.hidden_size, inner=c.intermediate_size, heads_q=c.num_heads, heads_kv=c.num_heads, head_dim=c.head_dim,
             softcap=0.0, activation=_ACTIVATIONS[c.activation], final_norm=self._norm(model.transformer.ln_f),
             rotary_cos=None, rotary_sin=None,
         )  # fmt: skip
         for layer, scale in zip(model.transformer.h, c.scales):
-            native.add_layer(
+            decoder.add_layer(
                 attention_norm=self._norm(layer.ln_1), q=self._weight(layer.attn.c_attn), o=self._weight(layer.attn.c_proj),
                 mlp_norm=self._norm(layer.ln_2), up=self._weight(layer.mlp.c_fc), down=self._weight(layer.mlp.c_proj), scale=scale,
             )  # fmt: skip
-        return native
+        return decoder
 
 
 def _kind(linear: nn.Module) -> str:

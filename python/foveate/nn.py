@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate._reference_ops import compute_dtype, safe_softmax
+from foveate.backend.reference.rows import compute_dtype, safe_softmax
 from foveate.packed_linear import PackedLinear
 from foveate.sdpa import sdpa
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _native, _ops, _reference_ops, _triton
+from foveate import _autograd, _ops
 from foveate._autograd import batch_first, differentiable
-from foveate._backends import native, processors, register, runs_cuda_kernels
 from foveate._checks import (
     check_dtype_or_compute,
     check_floating,
@@ -20,16 +19,21 @@ from foveate._checks import (
     chosen_backend,
     compute_dtype,
 )
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.native import num_sms, runs_cuda_kernels
+from foveate.backend.reference import rows as reference_rows
+from foveate.backend.registry import register
 
-_C: Any = _native._C  # None without a compiled module: `native` answers for that
+_C = native._C
 
 # dweight adds up over shares of the rows, then over the shares: less rounding than one long sum. On the CPU they are at most this
 # many, whatever the number of threads, so that the bits are the same; on a GPU two blocks for each multiprocessor take one each.
 _MAX_DWEIGHT_PARTS = 256
 _ROWS_PER_PART, _ROWS_PER_PART_CUDA = 64, 16
 
-register("rms_norm", "native", native())
-register("rms_norm", "triton", _triton.serves)
+register("rms_norm", "native", native.supports())
+register("rms_norm", "triton", triton_backend.serves)
 register("rms_norm", "reference", lambda query: None)
 
 
@@ -88,7 +92,7 @@ def rms_norm(
     chosen = chosen_backend("rms_norm", x.device.type, x.dtype, backend)
     how = _autograd.way(x, weight)
     if chosen == "reference" or how == "definition":
-        return _reference_ops.rms_norm(x, weight, eps)
+        return reference_rows.rms_norm(x, weight, eps)
     if how == "function":
         return _autograd.apply(_RmsNorm, x, weight, eps, chosen)[0]
     return _rms_norm(x, weight, eps, chosen)[0]
@@ -119,11 +123,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _rms_norm_native(x: Tensor, weight: Tensor | None, eps: float, backend: str = "native") -> tuple[Tensor, Tensor]:
+def _rms_norm_impl(x: Tensor, weight: Tensor | None, eps: float, backend: str = "native") -> tuple[Tensor, Tensor]:
     out, rstd = _rms_norm_fake(x, weight, eps)
     weight = None if weight is None else weight.contiguous()
     if backend == "triton":
-        from foveate._triton.rms_norm import rms_norm
+        from foveate.backend.triton.rms_norm import rms_norm
 
         rms_norm(_rows(x), weight, eps, _rows(out), rstd.view(-1))
         return out, rstd
@@ -135,19 +139,19 @@ def _rms_norm_fake(x: Tensor, weight: Tensor | None, eps: float, *_: str) -> tup
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=compute_dtype(x))
 
 
-def _dweight_parts(rows: int, processors: int) -> int:
-    """processors: multiprocessors of the GPU, 0 for the CPU."""
-    if processors == 0:
+def _dweight_parts(rows: int, num_sms: int) -> int:
+    """num_sms: SMs of the GPU, 0 for the CPU."""
+    if num_sms == 0:
         return max(1, min(_MAX_DWEIGHT_PARTS, rows // _ROWS_PER_PART))
-    return max(1, min(2 * processors, rows // _ROWS_PER_PART_CUDA))
+    return max(1, min(2 * num_sms, rows // _ROWS_PER_PART_CUDA))
 
 
-def _rms_norm_backward_native(
+def _rms_norm_backward_impl(
     dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dweight: bool, backend: str = "native"
 ) -> tuple[Tensor, Tensor]:
     dx, dweight = _rms_norm_backward_fake(dout, x, weight, rstd, need_dweight)
     if backend == "triton":
-        from foveate._triton.rms_norm import rms_norm_backward
+        from foveate.backend.triton.rms_norm import rms_norm_backward
 
         weight = None if weight is None else weight.contiguous()
         rstd = rstd.contiguous().view(-1)
@@ -156,7 +160,7 @@ def _rms_norm_backward_native(
         )
         return dx, dweight
     threads = torch.get_num_threads()
-    shares = _dweight_parts(x.shape[:-1].numel(), processors(x.device) if runs_cuda_kernels(x.device.type) else 0)
+    shares = _dweight_parts(x.shape[:-1].numel(), num_sms(x.device) if runs_cuda_kernels(x.device.type) else 0)
     parts = x.new_empty((shares, x.shape[-1]), dtype=compute_dtype(x)) if need_dweight else None
     weight = None if weight is None else weight.contiguous()
     dout, rstd = _rows(dout.contiguous()), rstd.contiguous().view(-1)
@@ -175,14 +179,14 @@ def _rms_norm_backward_fake(
 
 _rms_norm = _ops.define(
     "rms_norm(Tensor x, Tensor? weight, float eps, str backend='native') -> (Tensor out, Tensor rstd)",
-    impl=_rms_norm_native,
+    impl=_rms_norm_impl,
     fake=_rms_norm_fake,
 )
 # dweight is empty unless needed, and in the compute dtype.
 _rms_norm_backward = _ops.define(
     "rms_norm_backward(Tensor dout, Tensor x, Tensor? weight, Tensor rstd, bool need_dweight, "
     "str backend='native') -> (Tensor dx, Tensor dweight)",
-    impl=_rms_norm_backward_native,
+    impl=_rms_norm_backward_impl,
     fake=_rms_norm_backward_fake,
 )
 

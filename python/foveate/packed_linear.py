@@ -8,25 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate import _autograd, _flops, _native, _ops, _triton
+from foveate import _autograd, _flops, _ops
 from foveate._autograd import differentiable
-from foveate._backends import Query, native, register
 from foveate._checks import chosen_backend
-from foveate.k_blocks import K_FORMATS
-from foveate.linear import BLOCK, block_size, quantize
-from foveate.packed_weight import FLOATS, pack_blocks, pack_floats, packed_bytes, unpack_rows, unpack_weight
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.registry import Query, register
+from foveate.quantization.gguf_blocks import BLOCK, block_size, quantize
+from foveate.quantization.k_blocks import K_FORMATS
+from foveate.quantization.panels import FLOATS, pack_blocks, pack_floats, packed_bytes, unpack_rows, unpack_weight
 
-_C: Any = _native._C
+_C = native._C
 
 
 def _triton_serves(query: Query) -> str | None:
     missing = [format for format in query.features if format in K_FORMATS or format == "f16"]
     if missing:
         return f"the triton kernels have no {missing[0]}; load the model with quantization='q8_0', 'q4_0' or 'none'"
-    return _triton.serves(query)
+    return triton_backend.serves(query)
 
 
-register("packed_linear", "native", native(cuda=False))
+register("packed_linear", "native", native.supports(cuda=False))
 register("packed_linear", "triton", _triton_serves)
 register("packed_linear", "reference", lambda query: None)
 
@@ -36,7 +38,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def packed_linear(
     x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """x @ W.T + bias with a packed W (`foveate.packed_weight` has the layout, `nn.PackedLinear` makes it).
+    """x @ W.T + bias with a packed W (`foveate.quantization.panels` has the layout, `nn.PackedLinear` makes it).
 
     x: [..., in], fp32, bf16 or fp16. data: int8 [bytes]. bias: fp32 [out] or None. Returns [..., out] in x's dtype, rounded once.
     Block formats: x is rounded to int8 for each block of 32, x ~ dx * q with dx = max|x| / 127, and products of a block are added
@@ -84,7 +86,7 @@ def _run(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor |
     rows = rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
     bias = None if bias is None else bias.contiguous()
     if backend == "triton":
-        from foveate._triton.packed_linear import packed_linear as triton_packed_linear
+        from foveate.backend.triton.packed_linear import packed_linear as triton_packed_linear
 
         triton_packed_linear(rows, data, format, bias, out.view(len(rows), out_features))
         return out
@@ -171,7 +173,7 @@ def _with_tangent(x: Tensor, data: Tensor, format: str, out_features: int, bias:
 class PackedLinear(torch.nn.Module):
     """y = x @ W.T + bias with a packed, frozen W. No gradient reaches W; x gets dy @ W.
 
-    format "f32", "bf16", "f16", "q8_0", "q4_0", "q4_1" (see `foveate.linear`), "q4_k", "q5_k" or "q6_k" (`foveate.k_blocks`).
+    format "f32", "bf16", "f16", "q8_0", "q4_0", "q4_1" (see `foveate.linear`), "q4_k", "q5_k" or "q6_k" (`foveate.quantization.k_blocks`).
     With block formats x is rounded to int8 for each block of 32 as well, one fp32 scale max|x| / 127 each; products are exact, sums
     are fp32. With "bf16" x is rounded to bf16.
     A row of y has the same bits whatever the other rows, their number and the number of threads are.
@@ -238,7 +240,7 @@ class PackedLinear(torch.nn.Module):
             return unpack_rows(self.data, self.format, self.in_features, self.out_features, ids)
         out = torch.empty((*ids.shape, self.in_features), device=self.data.device)
         if chosen == "triton":
-            from foveate._triton.packed_linear import weight_rows
+            from foveate.backend.triton.packed_linear import weight_rows
 
             weight_rows(
                 ids.reshape(-1).contiguous(), self.data, self.format, out.view(-1, self.in_features), self.out_features

@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate import _triton
-from foveate._backends import Query, native, runs_cuda_kernels
 from foveate._checks import check_integer
 from foveate._kv_cache_op import QUANTIZED
-from foveate._locked import locked
-from foveate._native import _C
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.native import _C, runs_cuda_kernels
+from foveate.backend.registry import Query
+from foveate.files.locked import locked
 from foveate.kv_cache import attention_with_kv_cache
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZED)
 
-_native_copies = native()
+_native_copies = native.supports()
 
 
 class CacheFull(RuntimeError):
@@ -335,8 +336,8 @@ class PagedKVCache:
         if runs_cuda_kernels(query.device) and _native_copies(query) is None:
             for pool in pools:
                 _C.copy_pages(pool, old, new)  # type: ignore[union-attr]
-        elif _triton.serves(query) is None:
-            from foveate._triton.page_copy import copy_pages
+        elif triton_backend.serves(query) is None:
+            from foveate.backend.triton.copy_pages import copy_pages
 
             for pool in pools:
                 copy_pages(pool, old, new)

@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _native, _ops, _reference_ops, _triton
+from foveate import _autograd, _ops
 from foveate._autograd import batch_first, differentiable
-from foveate._backends import native, register
 from foveate._checks import check_dtype_or_compute, check_flag, check_floating, check_same_dtype, chosen_backend
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.reference import rows as reference_rows
+from foveate.backend.registry import register
 
-_C: Any = _native._C  # None without a compiled module: `native` answers for that
+_C = native._C
 
-register("apply_rotary", "native", native())
-register("apply_rotary", "triton", _triton.serves)
+register("apply_rotary", "native", native.supports())
+register("apply_rotary", "triton", triton_backend.serves)
 register("apply_rotary", "reference", lambda query: None)
 
 
@@ -58,7 +61,7 @@ def apply_rotary(
                     f"{name} requires a gradient, which apply_rotary does not compute; pass {name}.detach()"
                 )
     if chosen == "reference" or how == "definition":
-        return _reference_ops.apply_rotary(q, k, cos, sin, interleaved)
+        return reference_rows.apply_rotary(q, k, cos, sin, interleaved)
     if how == "function":
         return _autograd.apply(_Rotary, q, k, cos, sin, interleaved, chosen)
     return _apply_rotary(q, k, cos, sin, interleaved, False, chosen)
@@ -68,13 +71,13 @@ def _last_contiguous(t: Tensor) -> Tensor:
     return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
-def _rotary_native(
+def _rotary_impl(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, backend: str = "native"
 ) -> tuple[Tensor, Tensor]:
     out = _rotary_fake(q, k, cos, sin, interleaved, inverse)
     cos, sin = _last_contiguous(cos), _last_contiguous(sin)
     if backend == "triton":
-        from foveate._triton.rotary import rotary
+        from foveate.backend.triton.rotary import rotary
 
         for x, turned in zip((q, k), out):
             rotary(_last_contiguous(x), cos, sin, turned, interleaved, inverse)
@@ -92,7 +95,7 @@ def _rotary_fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 _apply_rotary = _ops.define(
     "apply_rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse, "
     "str backend='native') -> (Tensor q_out, Tensor k_out)",
-    impl=_rotary_native,
+    impl=_rotary_impl,
     fake=_rotary_fake,
 )
 
@@ -121,7 +124,7 @@ def _turn_back(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """The op with inverse=True in plain torch."""
-    return _reference_ops.apply_rotary(q, k, cos, -sin, interleaved)
+    return reference_rows.apply_rotary(q, k, cos, -sin, interleaved)
 
 
 class _Rotary(torch.autograd.Function):

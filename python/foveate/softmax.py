@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _native, _ops, _reference_ops, _triton
+from foveate import _autograd, _ops
 from foveate._autograd import batch_first, differentiable
-from foveate._backends import native, register, runs_cuda_kernels
 from foveate._checks import (
     check_dtype_or_compute,
     check_flag,
@@ -22,12 +21,17 @@ from foveate._checks import (
     chosen_backend,
     compute_dtype,
 )
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.native import runs_cuda_kernels
+from foveate.backend.reference import rows as reference_rows
+from foveate.backend.registry import register
 
-_C: Any = _native._C  # None without a compiled module: `native` answers for that
+_C = native._C
 
 for _op in ("softmax", "log_softmax"):
-    register(_op, "native", native())
-    register(_op, "triton", _triton.serves)
+    register(_op, "native", native.supports())
+    register(_op, "triton", triton_backend.serves)
     register(_op, "reference", lambda query: None)
 
 
@@ -79,7 +83,7 @@ def softmax(
     chosen = chosen_backend("softmax", x.device.type, x.dtype, backend)
     how = _autograd.way(x, bias)
     if chosen == "reference" or learned or how == "definition":
-        return _reference_ops.softmax(x, dim, scale, mask, bias, causal)
+        return reference_rows.softmax(x, dim, scale, mask, bias, causal)
     if x.dim() == 0:
         return softmax(x[None], 0, scale=scale, mask=mask, bias=bias, backend=backend)[0]
     if mask is not None:
@@ -101,7 +105,7 @@ def log_softmax(x: Tensor, dim: int = -1, *, backend: str | None = None) -> Tens
     chosen = chosen_backend("log_softmax", x.device.type, x.dtype, backend)
     how = _autograd.way(x)
     if chosen == "reference" or how == "definition":
-        return _reference_ops.log_softmax(x, dim)
+        return reference_rows.log_softmax(x, dim)
     if x.dim() == 0:
         return log_softmax(x[None], 0, backend=backend)[0]
     x = x.movedim(dim, -1)
@@ -147,11 +151,11 @@ def _as_columns(x: Tensor, place: int) -> Tensor:
     return x.movedim(-1, place).reshape(math.prod(x.shape[:place]), x.shape[-1], math.prod(x.shape[place:-1]))
 
 
-def _softmax_native(
+def _softmax_impl(
     x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool, backend: str = "native"
 ) -> Tensor:
     if backend == "triton":
-        from foveate._triton.softmax import softmax
+        from foveate.backend.triton.softmax import softmax
 
         return softmax(x, bias, mask, scale, causal)
     out = _softmax_fake(x, bias, mask, scale, causal, backend)
@@ -167,9 +171,9 @@ def _softmax_native(
     return out
 
 
-def _log_softmax_native(x: Tensor, backend: str = "native") -> Tensor:
+def _log_softmax_impl(x: Tensor, backend: str = "native") -> Tensor:
     if backend == "triton":
-        from foveate._triton.softmax import log_softmax
+        from foveate.backend.triton.softmax import log_softmax
 
         return log_softmax(x)
     out = _log_softmax_fake(x, backend)
@@ -182,11 +186,11 @@ def _log_softmax_native(x: Tensor, backend: str = "native") -> Tensor:
     return out
 
 
-def _softmax_backward_native(
+def _softmax_backward_impl(
     dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool, backend: str = "native"
 ) -> Tensor:
     if backend == "triton":
-        from foveate._triton.softmax import softmax_backward
+        from foveate.backend.triton.softmax import softmax_backward
 
         return softmax_backward(dout, out, scale, log, wide)
     dx = _softmax_backward_fake(dout, out, scale, log, wide, backend)
@@ -223,16 +227,16 @@ def _softmax_backward_fake(
 
 _softmax = _ops.define(
     "softmax(Tensor x, Tensor? bias, Tensor? mask, Scalar scale, bool causal, str backend='native') -> Tensor",
-    impl=_softmax_native,
+    impl=_softmax_impl,
     fake=_softmax_fake,
 )
 _log_softmax = _ops.define(
-    "log_softmax(Tensor x, str backend='native') -> Tensor", impl=_log_softmax_native, fake=_log_softmax_fake
+    "log_softmax(Tensor x, str backend='native') -> Tensor", impl=_log_softmax_impl, fake=_log_softmax_fake
 )
 # `wide` gives the gradient in the compute dtype, for sums that follow.
 _softmax_backward = _ops.define(
     "softmax_backward(Tensor dout, Tensor out, Scalar scale, bool log, bool wide, str backend='native') -> Tensor",
-    impl=_softmax_backward_native,
+    impl=_softmax_backward_impl,
     fake=_softmax_backward_fake,
 )
 

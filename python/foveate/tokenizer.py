@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.chat_template import render
-from foveate.checked_files import is_there, library_errors
+from foveate.files.checked import is_there, library_errors
 
 NEED = 'is not installed: pip install "foveate[models]"'
 _HERE = "\u2402goes on here\u2402"  # marks the end of a message that is to be continued

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import foveate
-from foveate import _native
+from foveate.backend import native
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # <malloc.h>
 
@@ -38,7 +38,7 @@ def describe() -> Machine:
         commit=_commit(),
         date=datetime.date.today().isoformat(),
         cpu=_cpu_model(),
-        cpu_target=_native._C.cpu_target() if _native._C is not None else "none",
+        cpu_target=native._C.cpu_target() if native.missing_reason is None else "none",
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         foveate=foveate.__version__,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate import _native
+from foveate.backend import native
 
 _CACHE_FOLDER = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -38,9 +38,9 @@ def last_cache_bytes() -> int:
 
 def measure(quick: bool = False) -> Limits:
     """Best of several samples each: a limit is a maximum. `quick` takes smaller buffers and fewer samples."""
-    C = _native._C
+    C = native._C
     if C is None:
-        raise RuntimeError(f"the limits are measured by compiled loops: {_native.missing_reason}")
+        raise RuntimeError(f"the limits are measured by compiled loops: {native.missing_reason}")
     threads = torch.get_num_threads()
     sums = torch.zeros(threads)
     samples = 3 if quick else 15

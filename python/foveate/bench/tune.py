@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 import foveate
-from foveate import _triton
+from foveate.backend import triton as triton_backend
 
 Time = Callable[["Case", "list[torch.Tensor]"], float]  # milliseconds, inf where the kernel cannot be launched
 _GAIN = 0.98  # of the time by the rules: what a config must be below to get into the table
@@ -32,7 +32,7 @@ def cases() -> Iterator[Case]:
 
 def candidates(kind: str, D: int, arch: int) -> list[Any]:
     """Configs beside the one that the rules give."""
-    from foveate._triton.config import DESCRIPTORS, SPECIALIZED, Config
+    from foveate.backend.triton.config import DESCRIPTORS, SPECIALIZED, Config
 
     if kind in ("dq", "dkv"):
         blocks = [(128, 64), (64, 64), (64, 128), (128, 32), (32, 128), (32, 64)]
@@ -91,7 +91,7 @@ def tune(
     arch: int, device: str, *, time: Time, path: Path | None = None, log: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Measures every case and rewrites the table at `path`; entries of other chips stay. Returns the table."""
-    from foveate._triton import config
+    from foveate.backend.triton import config
 
     path = config.TABLE_PATH if path is None else path
     table = {
@@ -125,10 +125,10 @@ def main() -> None:
         raise RuntimeError(
             "tune measures kernels on a GPU, and torch sees none; run it on the machine whose GPU it is for"
         )
-    reason = _triton.missing_reason()
+    reason = triton_backend.missing_reason()
     if reason is not None:
         raise RuntimeError(f"tune measures the Triton kernels, which cannot run here: {reason}")
-    from foveate._triton import attention, config
+    from foveate.backend.triton import attention_launch, config
 
-    tune(attention.arch(torch.device("cuda", torch.cuda.current_device())), "cuda", time=milliseconds)
+    tune(attention_launch.arch(torch.device("cuda", torch.cuda.current_device())), "cuda", time=milliseconds)
     print(f"written to {config.TABLE_PATH}")

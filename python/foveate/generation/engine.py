@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate._locked import locked
 from foveate.cache_view import CacheView
+from foveate.files.locked import locked
 from foveate.generation.constrained import GrammarCompiler
 from foveate.generation.decode_graph import DecodeGraph
 from foveate.generation.outputs import RequestOutput

@@ -6,7 +6,7 @@ _LOW32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox-4x32-10 (Salmon et al. 2011) of one counter; `_reference.philox4x32` is the same for tensors."""
+    """Philox-4x32-10 (Salmon et al. 2011) of one counter; `reference.philox4x32` is the same for tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

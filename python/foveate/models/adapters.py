@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.checked_files import CheckpointError, check, is_there, library_errors, read_json
-from foveate.linear import dequantize
+from foveate.files.checked import CheckpointError, check, is_there, library_errors, read_json
 from foveate.models.checkpoint import Blocks, Checkpoint, Weights
 from foveate.models.file_schemas import ADAPTER
+from foveate.quantization.gguf_blocks import dequantize
 from foveate.tokenizer import NEED, Tokenizer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

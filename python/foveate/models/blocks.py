@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.checked_files import CheckpointError
+from foveate.files.checked import CheckpointError
 from foveate.norm import rms_norm
 from foveate.packed_linear import PackedLinear
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from foveate.checked_files import CheckpointError, is_there, library_errors, read_json, read_text
+from foveate.files.checked import CheckpointError, is_there, library_errors, read_json, read_text
 from foveate.models.added_tokens import add_named_tokens, special_tokens
 from foveate.models.file_schemas import ANY_CONFIG, GENERATION, INDEX, SPECIAL_TOKENS, TOKENIZER
 from foveate.models.older_tokenizers import read_older_tokenizer

@@ -6,7 +6,7 @@ Missing and null values are the readers' to judge; keys that are not here are no
 
 from __future__ import annotations
 
-from foveate.checked_files import Rule, either, flag, integer, list_of, mapping, number, rule, text
+from foveate.files.checked import Rule, either, flag, integer, list_of, mapping, number, rule, text
 
 _SIZE = integer(1, 2**20)
 _LAYERS = integer(1, 4096)

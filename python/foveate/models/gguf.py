@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.checked_files import CheckpointError, check
+from foveate.files.checked import CheckpointError, check
 from foveate.models.checkpoint import Blocks, Checkpoint, Weights
 from foveate.models.file_schemas import GGUF, GGUF_MODEL
 from foveate.models.gguf_file import GgufFile
 from foveate.models.gguf_tokenizer import CONTROL, read_tokenizer
-from foveate.models.gguf_types import BLOCKS, FLOATS, PACKED, REPACKED, expand, loaded_bytes
+from foveate.quantization.gguf_types import BLOCKS, FLOATS, PACKED, REPACKED, expand, loaded_bytes
 from foveate.tokenizer import Tokenizer
 
 # Special tokens after which it is the other's turn, in Llama 3, ChatML (Qwen, SmolLM2) and Gemma.

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.checked_files import CheckpointError, is_there, shown
-from foveate.models.gguf_types import BLOCKS
+from foveate.files.checked import CheckpointError, is_there, shown
+from foveate.quantization.gguf_types import BLOCKS
 
 # The numbers of ggml's types.
 TYPES = {

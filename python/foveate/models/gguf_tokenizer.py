@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from foveate.checked_files import CheckpointError, library_errors
+from foveate.files.checked import CheckpointError, library_errors
 from foveate.tokenizer import NEED
 
 _NORMAL, CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.cache_view import CacheView
-from foveate.checked_files import CheckpointError
+from foveate.files.checked import CheckpointError
 from foveate.models.blocks import activation, need, split_heads
 from foveate.models.packed import Packed, attend, check_positions
 from foveate.models.recompute import feed, recomputed

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.checked_files import CheckpointError, is_there
-from foveate.k_blocks import K_FORMATS
-from foveate.linear import dequantize
+from foveate.files.checked import CheckpointError, is_there
 from foveate.models import bert, gpt2, llama, t5
 from foveate.models.blocks import PackedEmbedding
 from foveate.models.checkpoint import Blocks, Checkpoint, Weights, open_checkpoint
 from foveate.models.reading import check_layers, read_config
 from foveate.packed_linear import PackedLinear
+from foveate.quantization.gguf_blocks import dequantize
+from foveate.quantization.k_blocks import K_FORMATS
 from foveate.tokenizer import NEED
 
 _MODELS: dict[str, type[nn.Module]] = dict.fromkeys(llama.MODEL_TYPES, llama.Llama) | {"gpt2": gpt2.GPT2, "t5": t5.T5}

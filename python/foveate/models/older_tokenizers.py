@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from foveate.checked_files import CheckpointError, is_there, library_errors, read_text
+from foveate.files.checked import CheckpointError, is_there, library_errors, read_text
 from foveate.models.gguf_tokenizer import pre_tokenizer
 from foveate.tokenizer import NEED
 

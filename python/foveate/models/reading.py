@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from foveate.checked_files import CheckpointError, check
+from foveate.files.checked import CheckpointError, check
 from foveate.models.file_schemas import CONFIG
 
 _LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|block|h)\.(\d{1,9})\..*")

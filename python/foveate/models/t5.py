@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate._relative_bias import RelativeBias
-from foveate.checked_files import CheckpointError
+from foveate.files.checked import CheckpointError
 from foveate.models.blocks import RMSNorm, activation, gated, need, split_heads
 from foveate.models.packed import Packed, attend
 from foveate.models.recompute import feed, recomputed

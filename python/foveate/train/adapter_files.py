@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.checked_files import CheckpointError, is_there, library_errors, read_json
+from foveate.files.checked import CheckpointError, is_there, library_errors, read_json
 from foveate.models import Checkpoint, load_model, open_checkpoint
 from foveate.models.adapters import CONFIG, PREFIX, WEIGHTS, check_adapter
 from foveate.models.file_schemas import ADAPTER

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from foveate.checked_files import CheckpointError, check, integer, is_there, library_errors, list_of, mapping
+from foveate.files.checked import CheckpointError, check, integer, is_there, library_errors, list_of, mapping
 from foveate.train.state_files import read_numbers, trained
 
 _NUMBERS = "numbers.json"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.checked_files import CheckpointError, is_there, library_errors, read_json
+from foveate.files.checked import CheckpointError, is_there, library_errors, read_json
 
 TENSORS, _NUMBERS = "state.safetensors", "state.json"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from foveate.checked_files import CheckpointError, read_json, shown
+from foveate.files.checked import CheckpointError, read_json, shown
 
 _COLUMNS, _HASHES = "columns.json", "sha256.json"
 _DTYPES = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)) + ("bool", "float32", "float64")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate import _attention_checks, _reference
+from foveate import _attention_checks
 from foveate._checks import check_integer
+from foveate.backend.reference import attention as reference
 
 Window = Sequence[int] | Tensor
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -119,5 +120,5 @@ def _signed(q: Tensor, k: Tensor, options: dict[str, Any], philox: Tensor, first
     scores = scores.masked_fill(hidden, float("-inf"))
     largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     weights = torch.exp(scores - largest)
-    keep = _reference.philox_keep(philox, options["dropout_p"], B, Hq, Sq, Sk, first_batch)
+    keep = reference.philox_keep(philox, options["dropout_p"], B, Hq, Sq, Sk, first_batch)
     return torch.where(keep, weights, -weights).to(q.dtype)

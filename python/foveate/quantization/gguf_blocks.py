@@ -4,7 +4,7 @@ Block formats, 32 neighbouring weights of a row each, little-endian (the GGUF fi
     q8_0  34 bytes: d, 32 int8 q                     w = d * q
     q4_0  18 bytes: d, 16 bytes of nibbles q         w = d * (q - 8)
     q4_1  20 bytes: d, m, 16 bytes of nibbles q      w = d * q + m
-Byte i of the nibbles holds element i (low) and element i + 16 (high). `foveate.k_blocks` has q4_k, q5_k and q6_k.
+Byte i of the nibbles holds element i (low) and element i + 16 (high). `foveate.quantization.k_blocks` has q4_k, q5_k and q6_k.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.k_blocks import K_FORMATS, SUPER_BLOCK, dequantize_k
+from foveate.quantization.k_blocks import K_FORMATS, SUPER_BLOCK, dequantize_k
 
 BLOCK = 32
 

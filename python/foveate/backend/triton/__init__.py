@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from foveate._backends import Query
+from foveate.backend.registry import Query
 
 Launch = TypeVar("Launch", bound=Callable[..., Any])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gradients import load_statistics, tile_gradients
+from .attention_statistics import load_statistics, tile_gradients
 from .scores import kept, key_ranges, sequence
 from .tiles import dot_rows, load
 

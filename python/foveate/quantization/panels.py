@@ -6,7 +6,7 @@
                  byte (p, feature, j) holds elements 4 p + j (low nibble) and 16 + 4 p + j (high) of the feature's block
     q8_0         [panels, in / 32] blocks of: q + 128 as uint8 [8, 32, 4], d fp16 [32]
 
-    q4_k, q5_k, q6_k   [panels, in / 256] super-blocks, see `foveate.k_blocks`
+    q4_k, q5_k, q6_k   [panels, in / 256] super-blocks, see `foveate.quantization.k_blocks`
 
 So 64 bytes are 16 features times 4 neighbours along `in`: one operand of the VNNI dot product, features in the lanes.
 """
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.k_blocks import K_FORMATS, SUPER_BLOCK, pack_k, unpack_k_rows
-from foveate.linear import BLOCK, FORMATS, check_format, dequantize
+from foveate.quantization.gguf_blocks import BLOCK, FORMATS, check_format, dequantize
+from foveate.quantization.k_blocks import K_FORMATS, SUPER_BLOCK, pack_k, unpack_k_rows
 
 PANEL = 32
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

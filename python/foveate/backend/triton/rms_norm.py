@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import on_device
-from .row_tools import block_of
+from .rows import block_of
 from .tiles import to
 
 _MAX_SHARES = 128  # of the rows, for dweight

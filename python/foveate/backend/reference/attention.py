@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._reference_ops import compute_dtype, rotate, safe_softmax
+from .rows import compute_dtype, rotate, safe_softmax
 
 _LOW32 = 0xFFFFFFFF
 # Round multipliers and Weyl key increments (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").

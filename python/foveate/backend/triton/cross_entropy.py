@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import on_device
-from .row_tools import block_of
+from .rows import block_of
 from .scores import tanh
 from .tiles import to
 

@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import attention, config, on_device
-from .cache_rows import Cache, Rotary, append_rows
-from .decode_kernels import decode_combine, decode_split
+from foveate.backend.triton import attention_launch, config
+
+from . import on_device
+from .decode import decode_combine, decode_split
+from .kv_append import Cache, Rotary, append_rows
 from .scores import Options
 from .tiles import parts
 
@@ -34,9 +36,9 @@ class DecodePlan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def decode_plan(
-    B: int, rows: int, Hkv: int, D: int, Dv: int, max_keys: int, processors: int, num_splits: int, batch_invariant: bool
+    B: int, rows: int, Hkv: int, D: int, Dv: int, max_keys: int, num_sms: int, num_splits: int, batch_invariant: bool
 ) -> DecodePlan:
-    """A pure function of the shapes, the number of multiprocessors and the options; max_keys is what the cache can hold.
+    """A pure function of the shapes, the number of SMs and the options; max_keys is what the cache can hold.
 
     Keys are split where there would be fewer than two programs for a multiprocessor, into parts of at least 256. With batch_invariant
     the splits are 2048 keys long, whatever the batch.
@@ -49,12 +51,12 @@ def decode_plan(
     if batch_invariant:
         return DecodePlan(block_m, block_n, max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS)), _INVARIANT_SPLIT_KEYS)
     programs = max(1, B * Hkv * -(-rows // block_m))
-    splits = 1 if 10 * programs >= 8 * processors else -(-2 * processors // programs)
+    splits = 1 if 10 * programs >= 8 * num_sms else -(-2 * num_sms // programs)
     return DecodePlan(block_m, block_n, max(1, min(splits, -(-max_keys // _MIN_SPLIT_KEYS), _MAX_SPLITS)), 0)
 
 
 @functools.lru_cache(maxsize=16)
-def processors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """Of a GPU; for the interpreter a number that makes small cases split."""
     if device.type == "cpu":
         return 16
@@ -108,7 +110,7 @@ def attention_with_kv_cache(
         return
     if causal:
         right = 0 if right < 0 else min(right, 0)
-    plan = decode_plan(B, Sq * share, Hkv, D, Dv, capacity, processors(q.device), num_splits, batch_invariant)
+    plan = decode_plan(B, Sq * share, Hkv, D, Dv, capacity, num_sms(q.device), num_splits, batch_invariant)
     part_out = part_lse = None
     if plan.num_splits > 1:
         part_out = torch.empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32, device=q.device)
@@ -129,7 +131,7 @@ def attention_with_kv_cache(
         page_size, pages, capacity, plan.num_splits, plan.keys_per_split, left, right, opts, SHARE=share, D=D, DV=Dv, D0=parts(D)[0],
         D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1], HALF=half, INTERLEAVED=interleaved, APPENDED=k is not None,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=8 if wide else 4,
-        num_stages=2 if wide or config.shared_memory(attention.arch(q.device)) < 200 << 10 else 3,
+        num_stages=2 if wide or config.shared_memory(attention_launch.arch(q.device)) < 200 << 10 else 3,
     )  # fmt: skip
     if part_out is not None:
         decode_combine[(B * Hq * Sq,)](

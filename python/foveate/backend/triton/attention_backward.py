@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gradients import load_statistics, query_ranges, tile_gradients
+from .attention_statistics import load_statistics, query_ranges, tile_gradients
 from .scores import kept, key_ranges, sequence
 from .tiles import add_product, dot_rows, load, store, zeros
 

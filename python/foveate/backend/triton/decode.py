@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cache_rows import decoded, slots, turned
+from .kv_append import decoded, slots, turned
 from .scores import LOG2E, clamped, natural_lse, scores, visible
 from .tiles import add_product, dot_rows, load_part, store, to
 

@@ -1,4 +1,4 @@
-"""The product with packed weights (`foveate.packed_weight` has their layout): int8 activations against blocks, or floats.
+"""The product with packed weights (`foveate.quantization.panels` has their layout): int8 activations against blocks, or floats.
 
 A program takes one panel, 32 output features, and a share of the input features. Few rows: the shares are programs of their own, so that
 one token fills the chip, and a second kernel adds them up. Many rows: one program takes share after share. Both add in one order, and
@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveate.linear import FORMATS
-from foveate.packed_weight import PANEL, block_bytes
+from foveate.quantization.gguf_blocks import FORMATS
+from foveate.quantization.panels import PANEL, block_bytes
 
 from . import on_device
-from .decode import processors
+from .decode_launch import num_sms
 from .tiles import ROUND, dot, to
 
 _F32, _BF16, _Q8_0, _Q4_0, _Q4_1 = (tl.constexpr(i) for i in range(5))
@@ -29,9 +29,9 @@ _MAX_SHARES = 16
 
 
 @functools.lru_cache(maxsize=4096)
-def shares(in_features: int, out_features: int, processors: int) -> int:
+def shares(in_features: int, out_features: int, num_sms: int) -> int:
     """Parts of the input features: eight programs for each multiprocessor, at least 128 features each. The rows have no say."""
-    wanted = -(-8 * processors // -(-out_features // PANEL))
+    wanted = -(-8 * num_sms // -(-out_features // PANEL))
     return max(1, min(wanted, in_features // 128, _MAX_SHARES))
 
 
@@ -208,7 +208,7 @@ def packed_linear(x: Tensor, data: Tensor, format: str, bias: Tensor | None, out
         q = torch.empty((rows, K), dtype=torch.int8, device=x.device)
         dx, sums = (torch.empty((rows, steps), dtype=torch.float32, device=x.device) for _ in range(2))
         quantize_rows[(rows, -(-steps // 16))](x, q, dx, sums, x.stride(0), steps, BLOCKS=16)
-    few, panels, splits = rows <= _FEW_ROWS, -(-OUT // PANEL), shares(K, OUT, processors(x.device))
+    few, panels, splits = rows <= _FEW_ROWS, -(-OUT // PANEL), shares(K, OUT, num_sms(x.device))
     parts = None
     if few and splits > 1:
         parts = torch.empty((splits, rows, OUT), dtype=torch.float32, device=x.device)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import on_device
-from .row_tools import block_of, leading, row_offset, walkable
+from .rows import block_of, leading, row_offset, walkable
 from .tiles import to
 
 

@@ -12,15 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveate import _reference
+from foveate.backend.reference import attention as reference
+from foveate.backend.triton import config
 
-from . import config, on_device
+from . import on_device
 from .attention_backward import attention_dkv, attention_dq
 from .attention_dbias import attention_dbias
 from .attention_forward import attention_forward
 from .attention_forward_hopper import attention_forward_hopper
+from .attention_statistics import Rows, attention_rows
 from .config import PLAIN, SPECIALIZED
-from .gradients import Rows, attention_rows
 from .scores import Options
 from .tiles import parts
 
@@ -50,7 +51,7 @@ def _distance_buckets(
 ) -> Tensor:
     """int64 [max_q + max_k]: the bucket of distance t - max_k, for every distance j - (i + L - Sq) that a call can meet."""
     distances = torch.arange(-max_k, max_q, device=device)
-    return _reference.relative_buckets(distances, buckets, bidirectional, max_distance)
+    return reference.relative_buckets(distances, buckets, bidirectional, max_distance)
 
 
 class ScoreMod(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.k_blocks import q3_to_q6
+from foveate.quantization.k_blocks import q3_to_q6
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Types that are block formats of packed layers.
