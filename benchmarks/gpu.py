@@ -251,7 +251,7 @@ def own_calls(work: Work) -> dict[str, Call]:
         }  # fmt: skip
     if work.op == "packed_linear":
         x, layer, full = work.inputs
-        packed = partial(foveate.packed_linear.packed_linear, x, layer.data, layer.format, layer.out_features)
+        packed = partial(foveate.ops.packed_linear.packed_linear, x, layer.data, layer.format, layer.out_features)
         return {"torch bf16": lambda: F.linear(x, full), "foveate triton": lambda: packed(backend="triton")}
     if work.op == "linear_cross_entropy":
         hidden, weight, labels = work.inputs

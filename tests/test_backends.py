@@ -119,8 +119,8 @@ def test_explain_refuses_what_the_call_refuses():
 def test_the_named_backend_runs(monkeypatch):
     """The reference is called for backend="reference" and not for "native"."""
     called = []
-    real = foveate._attention_op._reference_forward
-    monkeypatch.setattr(foveate._attention_op, "_reference_forward", lambda c: called.append(1) or real(c))
+    real = foveate.ops.attention.op._reference_forward
+    monkeypatch.setattr(foveate.ops.attention.op, "_reference_forward", lambda c: called.append(1) or real(c))
     q, k, v = qkv()
     foveate.attention(q, k, v, backend="reference")
     assert called == [1]

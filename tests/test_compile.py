@@ -64,9 +64,9 @@ def test_equals_eager(name, requires_grad):
     def f(*xs):
         return call(name, *xs)
 
-    runs = foveate._attention_op.runs()
+    runs = foveate.ops.attention.op.runs()
     check(f, torch.compile(f, fullgraph=True, backend="aot_eager"), leaves(requires_grad=requires_grad))
-    assert foveate._attention_op.runs() >= runs + 2
+    assert foveate.ops.attention.op.runs() >= runs + 2
 
 
 def test_dynamic_shapes_compile_once():

@@ -9,8 +9,8 @@ import torch
 
 import compare
 from cases import AttentionCase, make_inputs
-from foveate import _attention_op
 from foveate.backend.native import _C
+from foveate.ops.attention import op as attention_op
 from kv_cases import BF16, F16, F32, KvCase, make_kv_inputs
 
 pytestmark = pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="needs the emulator's build")
@@ -64,7 +64,7 @@ def test_the_deterministic_backward_needs_memory_that_grows_as_the_sequence(opti
         return empty(*size, **kwargs)
 
     empty = torch.empty
-    monkeypatch.setattr(_attention_op.torch, "empty", recorded)
+    monkeypatch.setattr(attention_op.torch, "empty", recorded)
     for length in (128, 256, 512):
         gradients(
             AttentionCase(b=1, sq=length, skv=length, hq=1, hkv=1, d=8, dtype=BF16, **options), seed, deterministic=True

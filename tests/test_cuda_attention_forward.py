@@ -10,8 +10,8 @@ import torch
 import compare
 import foveate
 from cases import AttentionCase, make_inputs
-from foveate._decode_plan import other_cuda_thresholds
 from foveate.backend.native import runs_cuda_kernels
+from foveate.ops.attention.plan import other_cuda_thresholds
 from kv_cases import BF16, F16, KvCase, KvInputs, exact, forward_floors, in_torch, make_kv_inputs
 
 

@@ -67,10 +67,10 @@ def test_targets_that_are_no_class(target):
 
 def test_counters_are_zero_again(monkeypatch, seed):
     """The counters of a call can be those of the next."""
-    from foveate import _kv_cache_op
+    from foveate.ops.attention import with_kv_cache_op as kv_cache_op
 
     kept = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(_kv_cache_op, "counters", lambda device, n: kept)
+    monkeypatch.setattr(kv_cache_op, "counters", lambda device, n: kept)
     inputs = make_kv_inputs(KvCase(longest=300, hq=8, sq=3, num_splits=3), seed)
     results = []
     for _ in range(2):

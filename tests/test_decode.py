@@ -9,7 +9,7 @@ import torch
 
 import compare
 import foveate
-from foveate._decode_plan import (
+from foveate.ops.attention.plan import (
     CudaThresholds,
     DecodePlan,
     cuda_decode_plan,

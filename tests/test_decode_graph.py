@@ -14,7 +14,7 @@ from foveate import SamplingParams, llm
 from foveate.cache_view import StaticCacheView
 from foveate.generation import Engine, decode_graph
 from foveate.generation.decode_graph import DecodeGraph
-from foveate.packed_linear import PackedLinear
+from foveate.ops.packed_linear import PackedLinear
 from foveate.quantization.panels import packed_bytes
 from generation_toys import one_thread  # noqa: F401
 

@@ -379,7 +379,7 @@ def test_packed_linear(kind):
 
 def test_a_bias_of_packed_linear_that_requires_a_gradient_is_refused():
     with pytest.raises(ValueError, match="bias requires a gradient"):
-        foveate.packed_linear.packed_linear(
+        foveate.ops.packed_linear.packed_linear(
             torch.randn(2, 4), PACKED.data, "f32", 3, torch.zeros(3, requires_grad=True)
         )
 

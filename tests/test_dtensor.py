@@ -85,5 +85,5 @@ def test_values_gradients_and_placements(tmp_path):
 
 
 def test_strategies_cover_the_ops_with_gradients():
-    for name in foveate._dtensor._RULES:
+    for name in foveate.ops.dtensor._RULES:
         assert hasattr(torch.ops.foveate, name)

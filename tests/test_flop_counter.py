@@ -74,6 +74,6 @@ def test_a_counter_that_was_active_before_the_first_call(monkeypatch):
 
     without = {op: formula for op, formula in flop_counter.flop_registry.items() if "foveate" not in str(op)}
     monkeypatch.setattr(flop_counter, "flop_registry", without)
-    monkeypatch.setattr(foveate._flops, "_registered", False)
+    monkeypatch.setattr(foveate.ops.flops, "_registered", False)
     x = torch.randn(1, 4, 2, 8)
     assert count(lambda: foveate.attention(x, x, x)) == 4 * 4 * 4 * 2 * 8

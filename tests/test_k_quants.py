@@ -9,7 +9,7 @@ import torch
 from foveate import LLM
 from foveate.models import load_model
 from foveate.nn import PackedLinear
-from foveate.packed_linear import quantize_activations
+from foveate.ops.packed_linear import quantize_activations
 from foveate.quantization import k_blocks
 from foveate.quantization.gguf_blocks import dequantize
 from foveate.quantization.gguf_types import BLOCKS

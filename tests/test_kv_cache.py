@@ -265,7 +265,7 @@ def test_autocast_casts_queries_and_new_keys(seed):
 
 
 def test_opcheck(seed):
-    from foveate import _kv_cache_op
+    from foveate.ops.attention import with_kv_cache_op as kv_cache_op
 
     for case in (KvCase(), KvCase(page_size=8, storage=I8, rotary=4, alibi="h", sinks=True, num_splits=2)):
         inputs = make_kv_inputs(case, seed)
@@ -276,7 +276,7 @@ def test_opcheck(seed):
             o("rotary_sin"), False, True, -1, -1, 0.2, 0.0, alibi, o("sinks"), o("k_scale"), o("v_scale"),
             case.num_splits, False, "",
         )  # fmt: skip
-        torch.library.opcheck(_kv_cache_op.op, arguments)
+        torch.library.opcheck(kv_cache_op.op, arguments)
 
 
 def test_compile_equals_eager(seed):

@@ -12,7 +12,7 @@ from torch.library import opcheck
 from compare import assert_as_good_as_torch
 from foveate.bench.tolerance import linear_floor
 from foveate.nn import PackedLinear
-from foveate.packed_linear import packed_linear, quantize_activations
+from foveate.ops.packed_linear import packed_linear, quantize_activations
 from foveate.quantization.gguf_blocks import FORMATS, dequantize, quantize
 from poison import guarded_outputs, nan_padded
 
@@ -226,7 +226,8 @@ def test_op_as_torch_sees_it():
         layer = make_layer(format, 64, 40)
         for backend in ("native", "reference"):
             opcheck(
-                torch.ops.foveate.packed_linear.default, (random(2, 3, 64), layer.data, format, 40, layer.bias, backend)
+                torch.ops.foveate.ops.packed_linear.default,
+                (random(2, 3, 64), layer.data, format, 40, layer.bias, backend),
             )
     x = random(4, 2, 64)
     assert torch.equal(torch.func.vmap(layer, in_dims=1)(x), layer(x).transpose(0, 1))

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import foveate
-from foveate import _loss_ops
 from foveate.backend.reference import rows as reference_rows
+from foveate.ops import cross_entropy_ops
 from op_compare import compare_op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -20,10 +20,10 @@ BACKENDS = ["native", "reference"]
 def chunks(request, monkeypatch):
     """Small chunks, so that few tokens cross their borders."""
     if request.param == "many chunks":
-        monkeypatch.setattr(_loss_ops, "_CHUNK_BYTES", 1)
-        monkeypatch.setattr(_loss_ops, "_MIN_CHUNK_TOKENS", 4)
+        monkeypatch.setattr(cross_entropy_ops, "_CHUNK_BYTES", 1)
+        monkeypatch.setattr(cross_entropy_ops, "_MIN_CHUNK_TOKENS", 4)
     target = torch.arange(10)
-    count = len(list(_loss_ops._chunks(target, 10, 4, -100)))
+    count = len(list(cross_entropy_ops._chunks(target, 10, 4, -100)))
     assert count == (3 if request.param == "many chunks" else 1)
 
 
@@ -177,7 +177,7 @@ def test_logits_are_not_stored():
     with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
         foveate.linear_cross_entropy(hidden, weight, target).backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
-    chunk = max(_loss_ops._CHUNK_BYTES, _loss_ops._MIN_CHUNK_TOKENS * vocab * 4)
+    chunk = max(cross_entropy_ops._CHUNK_BYTES, cross_entropy_ops._MIN_CHUNK_TOKENS * vocab * 4)
     assert chunk // 2 < largest <= chunk < tokens * vocab * 4 // 4
 
 

@@ -106,9 +106,9 @@ def test_mixed_mask_kinds():
 
 def test_weights_are_computed_in_foveate_only_when_asked():
     ours, _ = pair()
-    before = foveate._attention_op.runs()
+    before = foveate.ops.attention.op.runs()
     ours(*inputs({}), need_weights=False)
-    assert foveate._attention_op.runs() == before + 1
+    assert foveate.ops.attention.op.runs() == before + 1
 
 
 def test_dropout_only_in_training():
@@ -144,9 +144,9 @@ def test_inside_a_transformer_layer_and_compiled():
     ours = foveate.nn.MultiheadAttention(E, H)
     ours.load_state_dict(layer.self_attn.state_dict())
     layer.self_attn = ours
-    before = foveate._attention_op.runs()
+    before = foveate.ops.attention.op.runs()
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    assert foveate._attention_op.runs() == before + 1
+    assert foveate.ops.attention.op.runs() == before + 1
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import foveate
 from foveate.backend.reference import rows as reference_rows
-from foveate.norm import _dweight_parts
+from foveate.ops.rms_norm import _dweight_parts
 from op_compare import compare_op
 from poison import guarded_outputs, nan_padded
 

@@ -100,9 +100,9 @@ def test_equals_torch_in_fp64(name):
 
 def test_runs_on_foveate():
     q = torch.randn(2, 4, 9, 16)
-    before = foveate._attention_op.runs()
+    before = foveate.ops.attention.op.runs()
     foveate.sdpa(q, q, q)
-    assert foveate._attention_op.runs() == before + 1
+    assert foveate.ops.attention.op.runs() == before + 1
 
 
 def test_transposed_memory_layout():

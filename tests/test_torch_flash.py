@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn import attention
 
-from foveate import _attention_op
 from foveate.integrations import torch_flash
+from foveate.ops.attention import op as attention_op
 
 needs_registry = pytest.mark.skipif(
     not hasattr(attention, "register_flash_attention_impl"),
@@ -33,7 +33,7 @@ def test_activated(kind):
     gradients = torch.autograd.grad(expected.sin().sum(), (q, k, v))
     torch_flash.register()
     assert "foveate" in attention.list_flash_attention_impls()
-    before = _attention_op.runs()
+    before = attention_op.runs()
     attention.activate_flash_attention_impl("foveate")
     try:
         assert attention.current_flash_attention_impl() == "foveate"
@@ -42,12 +42,12 @@ def test_activated(kind):
         found = torch.autograd.grad(out.sin().sum(), (q, k, v))
     finally:
         attention.restore_flash_attention_impl()
-    assert _attention_op.runs() == before + 1
+    assert attention_op.runs() == before + 1
     near(out, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(found, gradients):
         near(a, b, rtol=1e-4, atol=1e-5)
     F.scaled_dot_product_attention(q, k, v, **options)
-    assert _attention_op.runs() == before + 1, "restored"
+    assert attention_op.runs() == before + 1, "restored"
 
 
 def test_a_torch_without_the_registry_is_named(monkeypatch):

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate import _cpu_matmul
+from foveate.ops import onednn_linear
 from foveate.train.trained_linear import TrainedLinear, speed_up_linear
 
 needs_onednn = pytest.mark.skipif(
-    _cpu_matmul._onednn() is None, reason="this torch has no oneDNN op for linear layers here"
+    onednn_linear._onednn() is None, reason="this torch has no oneDNN op for linear layers here"
 )
 
 
@@ -25,12 +25,16 @@ def error(found, exact, theirs):
 def test_forward_and_backward(shape, bias, monkeypatch):
     B, S, inner, out = shape
     calls = []
-    op = _cpu_matmul._onednn()
-    monkeypatch.setattr(_cpu_matmul, "_onednn", lambda: lambda *args: calls.append(1) or op(*args))
+    op = onednn_linear._onednn()
+    monkeypatch.setattr(onednn_linear, "_onednn", lambda: lambda *args: calls.append(1) or op(*args))
     x, weight, b = torch.randn(B, S, inner), torch.randn(out, inner), torch.randn(out) if bias else None
     dout = torch.randn(B, S, out)
     results = []
-    for function, dtype in ((_cpu_matmul.linear, torch.float32), (F.linear, torch.float64), (F.linear, torch.float32)):
+    for function, dtype in (
+        (onednn_linear.linear, torch.float32),
+        (F.linear, torch.float64),
+        (F.linear, torch.float32),
+    ):
         inputs = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in (x, weight, b)]
         y = function(*inputs)
         y.backward(dout.to(dtype))
@@ -43,21 +47,21 @@ def test_forward_and_backward(shape, bias, monkeypatch):
 @needs_onednn
 def test_only_the_gradients_that_are_needed(monkeypatch):
     calls = []
-    op = _cpu_matmul._onednn()
-    monkeypatch.setattr(_cpu_matmul, "_onednn", lambda: lambda *args: calls.append(1) or op(*args))
+    op = onednn_linear._onednn()
+    monkeypatch.setattr(onednn_linear, "_onednn", lambda: lambda *args: calls.append(1) or op(*args))
     x, weight = torch.randn(200, 128, requires_grad=True), torch.randn(128, 128)
-    _cpu_matmul.linear(x, weight).sum().backward()
+    onednn_linear.linear(x, weight).sum().backward()
     assert len(calls) == 2 and torch.allclose(x.grad, weight.sum(0).expand(200, -1), atol=1e-3)
 
 
 def test_small_products_and_other_dtypes_are_torchs_own():
     x, weight = torch.randn(4, 8), torch.randn(6, 8)
-    assert torch.equal(_cpu_matmul.linear(x, weight), F.linear(x, weight))
+    assert torch.equal(onednn_linear.linear(x, weight), F.linear(x, weight))
     x, weight = torch.randn(300, 128, dtype=torch.float64), torch.randn(128, 128, dtype=torch.float64)
-    assert torch.equal(_cpu_matmul.product(x, weight), F.linear(x, weight))
+    assert torch.equal(onednn_linear.product(x, weight), F.linear(x, weight))
     with torch.autocast("cpu", torch.bfloat16):
         x, weight = torch.randn(300, 128), torch.randn(128, 128)
-        assert torch.equal(_cpu_matmul.linear(x, weight), F.linear(x, weight))
+        assert torch.equal(onednn_linear.linear(x, weight), F.linear(x, weight))
 
 
 def test_a_model_keeps_its_names():

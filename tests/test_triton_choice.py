@@ -10,17 +10,17 @@ import torch
 pytest.importorskip("triton")
 
 import foveate.backend.triton as backend
-from foveate import _attention_op
 from foveate.backend import native, registry
 from foveate.backend.registry import Query
 from foveate.backend.triton import attention_launch, config, decode_launch
+from foveate.ops.attention import op as attention_op
 
 OPS = sorted({op for op, name in registry._supports if name == "triton"})
 
 
 def query(op: str, device: str) -> Query:
     if op.startswith("attention") and op != "attention_with_kv_cache":
-        return _attention_op.query(device, torch.bfloat16, 64, 64, (False,) * len(_attention_op._OPTION_NAMES))
+        return attention_op.query(device, torch.bfloat16, 64, 64, (False,) * len(attention_op._OPTION_NAMES))
     return Query(device, torch.bfloat16)
 
 

@@ -24,7 +24,7 @@ from aot import compiling
 from foveate.backend.triton import config
 from foveate.backend.triton.copy_pages import copy_pages
 from foveate.backend.triton.packed_linear import weight_rows
-from foveate.packed_linear import packed_linear
+from foveate.ops.packed_linear import packed_linear
 
 ARCHS = [80, 90, 100, "gfx942"]
 # Bytes that a block may have.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import foveate
-from foveate import _loss_ops
+from foveate.ops import cross_entropy_ops
 from op_compare import compare_op
 from test_linear_cross_entropy import REDUCTIONS, make, torch_loss
 
@@ -29,9 +29,9 @@ def _on_the_device(device):
 @pytest.fixture
 def many_chunks(monkeypatch):
     for name in ("_CHUNK_BYTES", "_GPU_CHUNK_BYTES"):
-        monkeypatch.setattr(_loss_ops, name, 1)
-    monkeypatch.setattr(_loss_ops, "_MIN_CHUNK_TOKENS", 8)
-    assert len(list(_loss_ops._chunks(torch.arange(21), 21, 4, -100, "triton"))) == 3
+        monkeypatch.setattr(cross_entropy_ops, name, 1)
+    monkeypatch.setattr(cross_entropy_ops, "_MIN_CHUNK_TOKENS", 8)
+    assert len(list(cross_entropy_ops._chunks(torch.arange(21), 21, 4, -100, "triton"))) == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

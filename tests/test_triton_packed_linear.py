@@ -9,7 +9,7 @@ import foveate
 from compare import assert_as_good_as_torch
 from foveate.bench.tolerance import linear_floor
 from foveate.nn import PackedLinear
-from foveate.packed_linear import packed_linear, quantize_activations
+from foveate.ops.packed_linear import packed_linear, quantize_activations
 from foveate.quantization.gguf_blocks import FORMATS, quantize
 from poison import guarded_outputs, nan_padded
 

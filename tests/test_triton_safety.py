@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import foveate
-from foveate import _kv_cache_op, _loss_ops
-from foveate._attention_op import Operands
+from foveate.ops import cross_entropy_ops
+from foveate.ops.attention import with_kv_cache_op as kv_cache_op
+from foveate.ops.attention.op import Operands
 from kv_cases import BF16, I8, KvCase, bits, make_kv_inputs
 
 if foveate.backends()["triton"] is not None:
@@ -103,7 +104,7 @@ def run_decode(inputs, fenced: Fenced) -> torch.Tensor:
     """The launch with both caches fenced, without the checks of the op."""
     o = dict(inputs.options)
     caches = [fenced(x) if x.is_floating_point() else x for x in (inputs.k_cache, inputs.v_cache)]
-    out, lse = _kv_cache_op._empty_outputs(inputs.q, inputs.v_cache)
+    out, lse = kv_cache_op._empty_outputs(inputs.q, inputs.v_cache)
     decode(
         inputs.q, *caches, o.get("k"), o.get("v"), o["kv_lens"], o["block_table"], o.get("rotary_cos"), o.get("rotary_sin"), False,
         True, -1, -1, 0.3, 0.0, None, None, o["k_scale"], o["v_scale"], 0, False, out, lse,
@@ -156,8 +157,8 @@ def test_targets(bad, monkeypatch):
     monkeypatch.setattr(cross_entropy, "_check_target", lambda *_: None)
     logits = Fenced()(torch.randn(3, 5))
     target, options = torch.tensor([0, bad, 4]), (-100, 0.1, 0.01, 3.0)
-    loss, stats = _loss_ops._forward(logits, target, *options, "triton")
-    grad = _loss_ops._backward(torch.ones(3), logits, target, stats, *options, "triton")
+    loss, stats = cross_entropy_ops._forward(logits, target, *options, "triton")
+    grad = cross_entropy_ops._backward(torch.ones(3), logits, target, stats, *options, "triton")
     assert loss.isnan().tolist() == [False, True, False]
     assert grad.isnan().all(1).tolist() == [False, True, False]
     assert grad[[0, 2]].isfinite().all()

@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
-from foveate import _attention_op
 from foveate.backend import registry
 from foveate.backend.registry import Query
+from foveate.ops.attention import op as attention_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = {"native": ("cpu", "cuda"), "triton": ("cuda",), "reference": ("cpu", "cuda")}
@@ -39,8 +39,8 @@ Columns = list[tuple[str, str]]
 
 
 def _attention_query(device: str, dtype: torch.dtype, option: str | None = None) -> Query:
-    used = tuple(name == option for name in _attention_op._OPTION_NAMES)
-    return _attention_op.query(device, dtype, 64, 64, used)
+    used = tuple(name == option for name in attention_op._OPTION_NAMES)
+    return attention_op.query(device, dtype, 64, 64, used)
 
 
 def _columns() -> Columns:
@@ -74,7 +74,7 @@ def matrix() -> str:
     rule = "|---" * (1 + 2 * len(columns)) + "|"
 
     lines = [f"| `attention` with | {header} |", rule]
-    for option in (None, *_attention_op._OPTION_NAMES):
+    for option in (None, *attention_op._OPTION_NAMES):
         title = _TITLES.get(option, f"`{option}`")
         query = partial(_attention_query, dtype=torch.float32, option=option)
         lines.append(_line(title, columns, "attention", query, notes))

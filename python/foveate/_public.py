@@ -1,23 +1,23 @@
 """What `import foveate` brings beside the model layer: the functions on tensors. `foveate.__all__` has these names too."""
 
 from foveate import drop_in, nn
-from foveate._explain import explain
-from foveate._loss_extras import CrossEntropyOutput
-from foveate._relative_bias import RelativeBias
-from foveate.attention import attention, merge_attention
-from foveate.attention_varlen import attention_varlen
 from foveate.backend.info import backends, info
 from foveate.backend.registry import UnsupportedError
 from foveate.cache_view import CacheView
 from foveate.files.checked import CheckpointError
-from foveate.glu import geglu, swiglu
-from foveate.kv_cache import attention_with_kv_cache
-from foveate.loss import cross_entropy, linear_cross_entropy
-from foveate.norm import rms_norm
+from foveate.ops.attention.dense import attention, merge_attention
+from foveate.ops.attention.explain import explain
+from foveate.ops.attention.relative_bias import RelativeBias
+from foveate.ops.attention.sdpa import sdpa
+from foveate.ops.attention.varlen import attention_varlen
+from foveate.ops.attention.with_kv_cache import attention_with_kv_cache
+from foveate.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from foveate.ops.cross_entropy_extras import CrossEntropyOutput
+from foveate.ops.glu import geglu, swiglu
+from foveate.ops.rms_norm import rms_norm
+from foveate.ops.rotary import apply_rotary
+from foveate.ops.softmax import log_softmax, softmax
 from foveate.paged_kv_cache import CacheFull, PagedKVCache
-from foveate.rotary import apply_rotary
-from foveate.sdpa import sdpa
-from foveate.softmax import log_softmax, softmax
 
 __all__ = [
     "CacheFull",

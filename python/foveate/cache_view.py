@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.kv_cache import attention_with_kv_cache
+from foveate.ops.attention.with_kv_cache import attention_with_kv_cache
 from foveate.paged_kv_cache import PagedKVCache
 
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from foveate import _attention_op
-from foveate.sdpa import _is_causal_bias
-from foveate.sdpa import sdpa as _foveate_sdpa
+from foveate.ops.attention import op as attention_op
+from foveate.ops.attention.sdpa import _is_causal_bias
+from foveate.ops.attention.sdpa import sdpa as _foveate_sdpa
 
 _torch_sdpa = F.scaled_dot_product_attention
 
@@ -70,7 +70,7 @@ class _State:
         cls.active = wanted
         if wanted:
             cls.fast_path = torch.backends.mha.get_fastpath_enabled()
-            cls.runs_before = _attention_op.runs()
+            cls.runs_before = attention_op.runs()
             torch.backends.mha.set_fastpath_enabled(False)
             _replace(_torch_sdpa, scaled_dot_product_attention)
         else:
@@ -126,4 +126,4 @@ class sdpa(ContextDecorator):
 
 def calls() -> int:
     """Attention forward passes of foveate since the drop-in last became active, those inside compiled graphs included."""
-    return _attention_op.runs() - _State.runs_before
+    return attention_op.runs() - _State.runs_before

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.backend.reference.rows import compute_dtype, safe_softmax
-from foveate.packed_linear import PackedLinear
-from foveate.sdpa import sdpa
+from foveate.ops.attention.sdpa import sdpa
+from foveate.ops.packed_linear import PackedLinear
 
 __all__ = ["MultiheadAttention", "PackedLinear"]
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate._checks import check_integer
-from foveate._kv_cache_op import QUANTIZED
 from foveate.backend import native
 from foveate.backend import triton as triton_backend
 from foveate.backend.native import _C, runs_cuda_kernels
 from foveate.backend.registry import Query
 from foveate.files.locked import locked
-from foveate.kv_cache import attention_with_kv_cache
+from foveate.ops.attention.with_kv_cache import attention_with_kv_cache
+from foveate.ops.attention.with_kv_cache_op import QUANTIZED
+from foveate.ops.checks import check_integer
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZED)
 

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from foveate import _attention_checks as checks
-from foveate import _attention_op
-from foveate.attention import attention, merge_attention
+from foveate.ops.attention import arguments as checks
+from foveate.ops.attention import op as attention_op
+from foveate.ops.attention.dense import attention, merge_attention
 from foveate.ring_layout import Block, block, by_sequence, check_layout, spans
 
 _NOT_SPREAD = {
@@ -99,7 +99,7 @@ def ring_attention(
     # elsewhere than on the CPU each new set of sequences would be compared, and remembered
     checksum = zlib.crc32(repr(ends).encode()) if q.device.type == "cpu" else 0
     facts = [*q.shape, *k.shape, v.shape[-1], *options[:4], layout == "zigzag", recording, checksum]
-    ring.compare(q.device, [_attention_op.DTYPES.index(q.dtype), *facts])
+    ring.compare(q.device, [attention_op.DTYPES.index(q.dtype), *facts])
     out, lse = _RingAttention.apply(q, k, v, ring)
     if sinks is not None:
         sinks = checks.check_sinks(sinks, q, Hq)[:, None]
@@ -193,7 +193,7 @@ class _Ring:
             if differing:
                 raise ValueError(
                     f"ranks 0 and {rank} of the group call ring_attention with different arguments: "
-                    f"{'; '.join(differing)}. All ranks need the same (dtype is the place in {_attention_op.DTYPES})"
+                    f"{'; '.join(differing)}. All ranks need the same (dtype is the place in {attention_op.DTYPES})"
                 )
         _compared.add(key)
 
@@ -304,12 +304,12 @@ def _block_gradients(
         *qkv, *(None,) * 9, q.shape[1], k.shape[1], False, *window, options.scale, options.softcap, True, 0, 0.0,
         True, options.backend or "",
     )  # fmt: skip
-    if _attention_op._chosen("attention_backward", *operands) == "reference":
+    if attention_op._chosen("attention_backward", *operands) == "reference":
         # It runs its own forward, over the block's keys alone, so it gets the gradients of that: out = sum of weight * part
-        part, part_lse = _attention_op.attention_forward(*operands)
+        part, part_lse = attention_op.attention_forward(*operands)
         weight = torch.where(lse.isneginf(), 0, torch.exp(part_lse - lse))
         rows = weight.mT[..., None]
         difference = (dout.to(lse.dtype) * (part.to(lse.dtype) - out.to(lse.dtype))).sum(-1).mT
         dlse = weight * (difference if dlse is None else difference + dlse)
         dout, out, lse = (rows * dout).to(dout.dtype), part, part_lse
-    return _attention_op.attention_backward(dout, dlse, out, lse, *operands, [True] * 3 + [False] * 3)[:3]
+    return attention_op.attention_backward(dout, dlse, out, lse, *operands, [True] * 3 + [False] * 3)[:3]

@@ -23,7 +23,7 @@ from foveate.bench.tolerance import (
     linear_floor,
     sum_floor,
 )
-from foveate.packed_linear import quantize_activations
+from foveate.ops.packed_linear import quantize_activations
 
 Call = Callable[[], Any]
 

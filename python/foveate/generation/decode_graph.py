@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate._kv_cache_op import not_capturable
 from foveate.cache_view import StaticCacheView
 from foveate.models.addresses import Addresses
+from foveate.ops.attention.with_kv_cache_op import not_capturable
 from foveate.paged_kv_cache import PagedKVCache
 
 _MIN_PAGES = 16  # the narrowest block table: 256 tokens in pages of 16

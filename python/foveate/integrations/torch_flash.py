@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from foveate import _attention_checks as checks
-from foveate._attention_op import Operands, attention_backward, attention_forward
+from foveate.ops.attention import arguments as checks
+from foveate.ops.attention.op import Operands, attention_backward, attention_forward
 
 NAME = "foveate"
 

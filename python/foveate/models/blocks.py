@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError
-from foveate.norm import rms_norm
-from foveate.packed_linear import PackedLinear
+from foveate.ops.packed_linear import PackedLinear
+from foveate.ops.rms_norm import rms_norm
 
 _FIRST_POSITIONS = 4096  # rows of a rotary table that is made at the first call
 

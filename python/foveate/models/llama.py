@@ -14,7 +14,7 @@ from foveate.files.checked import CheckpointError
 from foveate.models.blocks import RMSNorm, Rotary, activation, gated, need, split_heads
 from foveate.models.packed import Packed, attend, check_positions
 from foveate.models.recompute import feed, recomputed
-from foveate.rotary import apply_rotary
+from foveate.ops.rotary import apply_rotary
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 

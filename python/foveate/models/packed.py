@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.attention import attention
-from foveate.attention_varlen import attention_varlen
+from foveate.ops.attention.dense import attention
+from foveate.ops.attention.varlen import attention_varlen
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate._autograd import no_second_derivative
+from foveate.ops.autograd import no_second_derivative
 
 _ONCE = "what is computed again in the backward pass has no second derivative; call the model within foveate.models.recompute.kept()"
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate._relative_bias import RelativeBias
 from foveate.files.checked import CheckpointError
 from foveate.models.blocks import RMSNorm, activation, gated, need, split_heads
 from foveate.models.packed import Packed, attend
 from foveate.models.recompute import feed, recomputed
-from foveate.norm import rms_norm
+from foveate.ops.attention.relative_bias import RelativeBias
+from foveate.ops.rms_norm import rms_norm
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.loss import linear_cross_entropy
+from foveate.ops.cross_entropy import linear_cross_entropy
 from foveate.tokenizer import Tokenizer
 from foveate.train import chat
 from foveate.train.batch import IGNORED, Batch, join, layout

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from foveate.loss import cross_entropy
+from foveate.ops.cross_entropy import cross_entropy
 from foveate.tokenizer import Tokenizer
 from foveate.train.batch import IGNORED, Batch, join, layout
 from foveate.train.causal_lm import cut, head_loss

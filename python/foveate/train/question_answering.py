@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.loss import cross_entropy
+from foveate.ops.cross_entropy import cross_entropy
 from foveate.question_answering import QuestionAnswerer
 from foveate.tokenizer import Tokenizer
 from foveate.train.batch import Batch, join, layout

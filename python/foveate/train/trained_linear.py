@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from foveate._cpu_matmul import linear
+from foveate.ops.onednn_linear import linear
 
 
 class TrainedLinear(nn.Linear):

@@ -1,4 +1,4 @@
-"""foveate.attention and attention_varlen on the Triton kernels: what the ops of `_attention_op.py` call."""
+"""foveate.attention and attention_varlen on the Triton kernels: what the ops of `ops/attention/op.py` call."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ScoreMod(NamedTuple):
 
 
 def options(c: Any, mod: ScoreMod | None = None, *, table_gradient: bool = False) -> Options:
-    """c: `_attention_op.Operands`."""
+    """c: `ops.attention.op.Operands`."""
     B = c.cu_q.shape[0] - 1 if c.cu_q is not None else c.q.shape[0]
     Hq = c.q.shape[-2]
     shape = (B, Hq, c.max_q, c.max_k)
@@ -175,7 +175,7 @@ def _with_scratch(launch: Any, *args: Any, **options: Any) -> None:
 
 @on_device
 def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None) -> None:
-    """Fills out and lse for `_attention_op.Operands` whose last dimensions are contiguous."""
+    """Fills out and lse for `ops.attention.op.Operands` whose last dimensions are contiguous."""
     Hq, Hkv, D, Dv = c.q.shape[-2], c.k.shape[-2], c.q.shape[-1], c.v.shape[-1]
     B = c.q.shape[0] if c.cu_q is None else c.cu_q.shape[0] - 1
     if out.numel() == 0 or B == 0 or c.max_q == 0:

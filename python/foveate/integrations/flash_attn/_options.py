@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate import _attention_checks
-from foveate._checks import check_integer
 from foveate.backend.reference import attention as reference
+from foveate.ops.attention import arguments
+from foveate.ops.checks import check_integer
 
 Window = Sequence[int] | Tensor
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -64,7 +64,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Result:
         return (*foveate.attention(q, k, v, **options), q.new_empty(0))
     generator, again = _twins(q.device)
     result = foveate.attention(q, k, v, generator=generator, **options)
-    philox = _attention_checks.draw_philox(q.device, again)
+    philox = arguments.draw_philox(q.device, again)
     return (*result, _signed(q, k, options, philox))
 
 
@@ -79,7 +79,7 @@ def varlen(
         return (*foveate.attention_varlen(q, k, v, *lengths, **options), q.new_empty(0))
     generator, again = _twins(q.device)
     result = foveate.attention_varlen(q, k, v, *lengths, generator=generator, **options)
-    philox = _attention_checks.draw_philox(q.device, again)
+    philox = arguments.draw_philox(q.device, again)
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
     padded = q.new_zeros(len(starts_q) - 1, q.shape[1], max_q, max_k)
     for b, row in enumerate(padded):

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate import _autograd, _flops, _ops
-from foveate._autograd import differentiable
-from foveate._checks import chosen_backend
 from foveate.backend import native
 from foveate.backend import triton as triton_backend
 from foveate.backend.registry import Query, register
+from foveate.ops import autograd, flops, library
+from foveate.ops.autograd import differentiable
+from foveate.ops.checks import chosen_backend
 from foveate.quantization.gguf_blocks import BLOCK, block_size, quantize
 from foveate.quantization.k_blocks import K_FORMATS
 from foveate.quantization.panels import FLOATS, pack_blocks, pack_floats, packed_bytes, unpack_rows, unpack_weight
@@ -64,12 +64,12 @@ def packed_linear(
     for name, t in (("data", data), ("bias", bias)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} is on {t.device} and x on {x.device}; move one with .to(device)")
-    _flops.register()
+    flops.register()
     chosen = chosen_backend("packed_linear", x.device.type, x.dtype, backend, (format,))
-    how = _autograd.way(x)
+    how = autograd.way(x)
     if how == "definition":
         return _with_tangent(x, data, format, out_features, bias, chosen)
-    if bias is not None and _autograd.is_tracked(bias):
+    if bias is not None and autograd.is_tracked(bias):
         raise ValueError(
             "bias requires a gradient, which packed_linear does not compute; add it afterwards, or pass bias.detach()"
         )
@@ -119,7 +119,7 @@ def _fake(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor 
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-_packed_linear = _ops.define(
+_packed_linear = library.define(
     "packed_linear(Tensor x, Tensor data, str format, SymInt out_features, Tensor? bias, str backend) -> Tensor",
     impl=_run,
     fake=_fake,
@@ -134,7 +134,7 @@ def _vmap(
     return _packed_linear(x.movedim(in_dims[0], 0), data, format, out_features, bias, backend), 0
 
 
-_ops.vmap("packed_linear", _vmap)
+library.vmap("packed_linear", _vmap)
 
 
 class _PackedLinear(torch.autograd.Function):

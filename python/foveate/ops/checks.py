@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _dtensor
 from foveate.backend.registry import Query, UnsupportedError, choose
+from foveate.ops import dtensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -125,7 +125,7 @@ def check_strided(name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if type(t) not in _PLAIN:
-        _dtensor.notice(t)
+        dtensor.notice(t)
     if t.layout is torch.strided and not t.is_nested:
         return
     if t.is_nested:

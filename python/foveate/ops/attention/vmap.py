@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from foveate import _ops
-from foveate._attention_op import Operands, attention_backward, attention_forward
+from foveate.ops import library
+from foveate.ops.attention.op import Operands, attention_backward, attention_forward
 
 _BATCHED = ("q", "k", "v", "kv_lens")  # have a batch dimension of size B
 _BROADCAST = ("bias", "mask", "alibi")  # have one of size B or 1
@@ -72,5 +72,5 @@ def _backward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     return tuple(grads), (0,) * len(grads)
 
 
-_ops.vmap("attention_forward", _forward)
-_ops.vmap("attention_backward", _backward)
+library.vmap("attention_forward", _forward)
+library.vmap("attention_backward", _backward)

@@ -2,7 +2,7 @@
 
 `attention.py` and `attention_varlen.py` check what a call means and normalise it to these schemas: masks and biases have four
 dimensions, tables and sinks are in the accumulation dtype (fp32, for fp64 inputs fp64), lengths have one dimension, and a window or a
-softcap that is not used is -1 or 0. With cu_q, q is packed [total_q, Hq, D] and lse [Hq, total_q]. vmap: `_attention_vmap.py`.
+softcap that is not used is -1 or 0. With cu_q, q is packed [total_q, Hq, D] and lse [Hq, total_q]. vmap: `vmap.py`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _dtensor, _flops, _ops
-from foveate._decode_plan import CPU_HEAD_DIM, GPU_HEAD_DIM, cuda_few_queries, cuda_thresholds
 from foveate.backend import native
 from foveate.backend import triton as triton_backend
 from foveate.backend.native import _C, num_sms, runs_cuda_kernels
 from foveate.backend.reference import attention as reference
 from foveate.backend.registry import Query, choose, register
+from foveate.ops import autograd, dtensor, flops, library
+from foveate.ops.attention.plan import CPU_HEAD_DIM, GPU_HEAD_DIM, cuda_few_queries, cuda_thresholds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -159,11 +159,11 @@ def _few_query_attention(
     causal: bool, left: int, right: int, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """k and v as a cache that holds all keys, for the CUDA kernel that divides them among its blocks."""
-    from foveate import _kv_cache_op
+    from foveate.ops.attention import with_kv_cache_op as kv_cache_op
 
     if kv_lens is None:
         kv_lens = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
-    return _kv_cache_op.run(
+    return kv_cache_op.run(
         q, _rows(k), _rows(v), None, None, kv_lens, None, None, None, False, causal, left, right, scale, softcap,
         alibi, sinks, None, None, 0, False, "native",
     )  # fmt: skip
@@ -293,7 +293,7 @@ def _reference_forward(c: Operands) -> tuple[Tensor, Tensor]:
         "dropout_p": c.dropout_p,
         "philox": c.philox,
     }
-    if not torch.compiler.is_compiling() and not any(x is not None and _autograd.is_wrapped(x) for x in c[8:11]):
+    if not torch.compiler.is_compiling() and not any(x is not None and autograd.is_wrapped(x) for x in c[8:11]):
         _check_lengths(c)  # values that a compiler and vmap do not show
     if c.cu_q is not None and c.cu_k is not None:
         return reference.attention_varlen(c.q, c.k, c.v, c.cu_q, c.cu_k, **options)
@@ -344,8 +344,10 @@ def _reference_backward(dout: Tensor, dlse: Tensor | None, c: Operands, wanted: 
     return tuple(next(found).contiguous() if want else c.q.new_empty(0) for want in wanted)
 
 
-attention_forward = _ops.define(f"attention_forward({_SCHEMA}) -> (Tensor, Tensor)", impl=forward, fake=_fake_forward)
-attention_backward = _ops.define(
+attention_forward = library.define(
+    f"attention_forward({_SCHEMA}) -> (Tensor, Tensor)", impl=forward, fake=_fake_forward
+)
+attention_backward = library.define(
     f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_SCHEMA}, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     impl=backward,
@@ -376,7 +378,7 @@ class Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         args = (dout, dlse, out, lse, *tensors, *ctx.options, wanted)
-        found = _autograd.differentiable(attention_backward, _backward_definition, *args)
+        found = autograd.differentiable(attention_backward, _backward_definition, *args)
         grads: list[Tensor | None] = [None] * (_NUM_TENSORS + len(ctx.options))
         for i, want, grad in zip(_DIFFERENTIABLE, wanted, found):
             grads[i] = grad if want else None
@@ -392,7 +394,7 @@ def _backward_definition(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Te
         return definition(operands)[: len(grads)]
 
     places = [i for i, want in zip(_DIFFERENTIABLE, wanted) if want]
-    found = iter(_autograd.pull_back(results, operands, places, grads))
+    found = iter(autograd.pull_back(results, operands, places, grads))
     return tuple(next(found) if want else dout.new_empty(0) for want in wanted)
 
 
@@ -436,10 +438,10 @@ def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
     """out, lse of `Operands` by the shortest way that is right: dispatch and autograd cost as much as a decode step."""
     if _leads_straight_to_forward(operands[:_NUM_TENSORS]):
         return forward(*operands, need_lse=need_lse)
-    _flops.register()
+    flops.register()
     if type(operands[0]) not in _PLAIN_TYPES:
-        _dtensor.notice(operands[0])
-    how = _autograd.way(*operands[:_NUM_TENSORS])
+        dtensor.notice(operands[0])
+    how = autograd.way(*operands[:_NUM_TENSORS])
     if how == "definition":
         return definition(operands)
     # A graph without gradients has the op alone: torch.jit cannot save the autograd.Function, nor does a compiler gain from it.
@@ -448,7 +450,7 @@ def run(operands: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
     if (torch.compiler.is_compiling() or is_traced()) and how == "op":
         return attention_forward(*operands)
     if torch.compiler.is_compiling():
-        operands = _autograd.distinct(operands)
+        operands = autograd.distinct(operands)
     if torch.compiler.is_compiling() or _long_way or _transforms() is not None:  # type: ignore[misc]
         return Attention.apply(*operands)
     return _apply(*operands)

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _ops
-from foveate._autograd import each_slice
-from foveate._counters import counters
-from foveate._decode_plan import TILE_ROWS, cuda_decode_plan, cuda_thresholds, decode_plan
 from foveate.backend import native
 from foveate.backend import triton as triton_backend
 from foveate.backend.native import _C, num_sms, runs_cuda_kernels
 from foveate.backend.reference import attention as reference
 from foveate.backend.registry import Query, choose, register
+from foveate.ops import library
+from foveate.ops.attention.plan import TILE_ROWS, cuda_decode_plan, cuda_thresholds, decode_plan
+from foveate.ops.attention.split_counters import counters
+from foveate.ops.autograd import each_slice
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -212,7 +212,7 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object) -> tuple[T
     return _empty_outputs(q, v_cache)
 
 
-op = _ops.define(_SCHEMA, impl=run, fake=_fake)
+op = library.define(_SCHEMA, impl=run, fake=_fake)
 
 
 _WRITTEN = (1, 2, 17, 18)  # k_cache, v_cache, k_scale, v_scale
@@ -228,4 +228,4 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     return each_slice(op, info.batch_size, args, in_dims)
 
 
-_ops.vmap("attention_with_kv_cache", _vmap)
+library.vmap("attention_with_kv_cache", _vmap)

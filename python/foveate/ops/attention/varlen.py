@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _attention_checks as checks
-from foveate import _attention_op, _score_mod
-from foveate._checks import check_backend_name, check_flag
-from foveate._relative_bias import RelativeBias
+from foveate.ops.attention import arguments as checks
+from foveate.ops.attention import op as attention_op
+from foveate.ops.attention import score_mod as with_score_mod
+from foveate.ops.attention.relative_bias import RelativeBias
+from foveate.ops.checks import check_backend_name, check_flag
 
 
 def attention_varlen(
@@ -89,9 +90,9 @@ def attention_varlen(
         deterministic or torch.are_deterministic_algorithms_enabled(), check_backend_name(backend) or "",
     )  # fmt: skip
     if score_mod is not None or score_mod_bwd is not None or score_mod_aux:
-        out, lse = _score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)
+        out, lse = with_score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)
     elif learned:
-        out, lse = _attention_op.definition(operands)
+        out, lse = attention_op.definition(operands)
     else:
-        out, lse = _attention_op.run(operands, need_lse=return_lse)
+        out, lse = attention_op.run(operands, need_lse=return_lse)
     return (out, lse) if return_lse else out

@@ -1,4 +1,4 @@
-"""cross_entropy and linear_cross_entropy: public functions and gradients. Ops: `_loss_ops.py`."""
+"""cross_entropy and linear_cross_entropy: public functions and gradients. Ops: `cross_entropy_ops.py`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _flops, _loss_extras
-from foveate._autograd import differentiable, graph_is_freed, no_second_derivative, nobody_keeps_saved_tensors
-from foveate._checks import (
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.reference import rows as reference_rows
+from foveate.backend.registry import register
+from foveate.ops import autograd, cross_entropy_extras, flops
+from foveate.ops.autograd import differentiable, graph_is_freed, no_second_derivative, nobody_keeps_saved_tensors
+from foveate.ops.checks import (
     check_flag,
     check_floating,
     check_integer,
@@ -20,8 +24,8 @@ from foveate._checks import (
     chosen_backend,
     compute_dtype,
 )
-from foveate._loss_extras import Extras
-from foveate._loss_ops import (
+from foveate.ops.cross_entropy_extras import Extras
+from foveate.ops.cross_entropy_ops import (
     Options,
     cross_entropy_backward,
     cross_entropy_rows,
@@ -29,14 +33,10 @@ from foveate._loss_ops import (
     linear_cross_entropy_gradients,
     linear_cross_entropy_rows,
 )
-from foveate.backend import native
-from foveate.backend import triton as triton_backend
-from foveate.backend.reference import rows as reference_rows
-from foveate.backend.registry import register
 
 for _op in ("cross_entropy", "linear_cross_entropy"):
-    register(_op, "native", _loss_extras.kernels(native.supports()))
-    register(_op, "triton", _loss_extras.kernels(triton_backend.serves))
+    register(_op, "native", cross_entropy_extras.kernels(native.supports()))
+    register(_op, "triton", cross_entropy_extras.kernels(triton_backend.serves))
     register(_op, "reference", lambda query: None)
 
 
@@ -102,7 +102,7 @@ def cross_entropy(
     extras = _extras(weight, use_token_scaling, return_z_loss, return_token_accuracy, return_predicted_tokens, dtype)
     soft = check_flag("class_probabilities", class_probabilities)
     if soft:
-        _loss_extras.check_probabilities(target, logits, "logits", tuple(logits.shape), options.ignore_index)
+        cross_entropy_extras.check_probabilities(target, logits, "logits", tuple(logits.shape), options.ignore_index)
     else:
         _check_target(target, logits, "logits", logits.shape[:-1])
     if soft or extras is not None:
@@ -111,15 +111,15 @@ def cross_entropy(
                 "label_smoothing, z_loss and softcap must be Python numbers beside class probabilities, class weights and further results"
             )
         extras = extras or _NO_EXTRAS
-        _loss_extras.check("weight", extras, logits, logits.shape[-1], soft)
-        beyond = _loss_extras.features("cross_entropy", options, extras, soft)
+        cross_entropy_extras.check("weight", extras, logits, logits.shape[-1], soft)
+        beyond = cross_entropy_extras.features("cross_entropy", options, extras, soft)
         chosen = chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend, beyond)
-        if chosen == "reference" or _autograd.way(logits) == "definition":
-            return _loss_extras.from_definition(logits, target, reduction, options, extras)
+        if chosen == "reference" or autograd.way(logits) == "definition":
+            return cross_entropy_extras.from_definition(logits, target, reduction, options, extras)
         loss, stats = _rows(logits, target, options, chosen)
-        return _loss_extras.from_rows(loss, stats.sum(-1), logits, target, reduction, options, extras)
+        return cross_entropy_extras.from_rows(loss, stats.sum(-1), logits, target, reduction, options, extras)
     chosen = chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend)
-    how = _autograd.way(logits)
+    how = autograd.way(logits)
     if chosen == "reference" or learned or how == "definition":
         return reference_rows.cross_entropy(logits, target, *options, reduction)
     return _reduce(_rows(logits, target, options, chosen)[0], target, ignore_index, reduction)
@@ -127,7 +127,7 @@ def cross_entropy(
 
 def _rows(logits: Tensor, target: Tensor, options: Options, chosen: str) -> tuple[Tensor, Tensor]:
     """The losses, and the statistics of which the sum is lse."""
-    if _autograd.way(logits) == "function":
+    if autograd.way(logits) == "function":
         return _CrossEntropy.apply(logits, target, options, chosen)
     return cross_entropy_rows(logits, target, *options, chosen)
 
@@ -210,41 +210,41 @@ def linear_cross_entropy(
                 f"{name}={name}) has one but stores the logits"
             )
     options = _check_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
-    how = _autograd.way(hidden, weight, bias)
+    how = autograd.way(hidden, weight, bias)
     extras = _extras(ce_weight, use_token_scaling, return_z_loss, return_token_accuracy, return_predicted_tokens, dtype)
     soft = check_flag("class_probabilities", class_probabilities)
     if soft:
         shape = (*hidden.shape[:-1], weight.shape[0])
-        _loss_extras.check_probabilities(target, hidden, "hidden", shape, options.ignore_index)
+        cross_entropy_extras.check_probabilities(target, hidden, "hidden", shape, options.ignore_index)
     else:
         _check_target(target, hidden, "hidden", hidden.shape[:-1])
     if soft or extras is not None:
         extras = extras or _NO_EXTRAS
-        _loss_extras.check("ce_weight", extras, hidden, weight.shape[0], soft)
-        beyond = _loss_extras.features("linear_cross_entropy", options, extras, soft)
+        cross_entropy_extras.check("ce_weight", extras, hidden, weight.shape[0], soft)
+        beyond = cross_entropy_extras.features("linear_cross_entropy", options, extras, soft)
         chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend, beyond)
         if chosen == "reference" or how == "definition":
             logits = reference_rows.linear_logits(hidden, weight, bias, None if soft else target != ignore_index)
-            return _loss_extras.from_definition(logits, target, reduction, options, extras)
+            return cross_entropy_extras.from_definition(logits, target, reduction, options, extras)
         loss = linear_cross_entropy(
             hidden, weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
             softcap=softcap, reduction="none", backend=chosen,
         )  # fmt: skip
-        return _loss_extras.from_rows(loss, None, None, target, reduction, options, extras)
+        return cross_entropy_extras.from_rows(loss, None, None, target, reduction, options, extras)
     chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend)
     if chosen == "reference" or how == "definition":
         with torch.autocast(hidden.device.type, enabled=False):
             return reference_rows.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
-    _flops.register()
+    flops.register()
     rows, labels = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
-    needed = [t is not None and _autograd.is_tracked(t) for t in (hidden, weight, bias)]
+    needed = [t is not None and autograd.is_tracked(t) for t in (hidden, weight, bias)]
     if how == "op" or not any(needed):
         loss = linear_cross_entropy_rows(rows, weight, bias, labels, *options, chosen)
     elif reduction == "none":
-        loss = _autograd.apply(_LinearCrossEntropyRows, rows, weight, bias, labels, options, chosen)
+        loss = autograd.apply(_LinearCrossEntropyRows, rows, weight, bias, labels, options, chosen)
     else:
         args = (rows, weight, bias, labels, _link(rows, weight, bias), options, reduction, chosen, *needed)
-        return _autograd.apply(_LinearCrossEntropy, *args)[0]
+        return autograd.apply(_LinearCrossEntropy, *args)[0]
     return _reduce(loss.view(target.shape), target, ignore_index, reduction)
 
 
@@ -314,7 +314,7 @@ def _backward_definition(dloss: Tensor, logits: Tensor, target: Tensor, stats: T
     def rows(x: Tensor) -> Tensor:
         return reference_rows.cross_entropy(x, target, **named, reduction="none")
 
-    return _autograd.pull_back(rows, (logits,), (0,), (dloss,))[0]
+    return autograd.pull_back(rows, (logits,), (0,), (dloss,))[0]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -380,7 +380,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         link, *grads = ctx.saved_tensors
         # The gradient of the weight is large: no copy without need.
         in_place = (
-            ctx.overwrites and graph_is_freed() and not torch.is_grad_enabled() and not _autograd.is_batched(dloss)
+            ctx.overwrites and graph_is_freed() and not torch.is_grad_enabled() and not autograd.is_batched(dloss)
         )
         times = Tensor.mul_ if in_place else Tensor.mul
         scaled = no_second_derivative(_scale, _ONCE, times, ctx.dtype, dloss, link, *grads)
@@ -409,7 +409,7 @@ def _gradients_definition(
         return reference_rows.linear_cross_entropy(h, w, target, b, **named, reduction="none")
 
     wanted = [i for i, need in enumerate(needed) if need]
-    found = dict(zip(wanted, _autograd.pull_back(rows, (hidden, weight, bias), wanted, (dloss,))))
+    found = dict(zip(wanted, autograd.pull_back(rows, (hidden, weight, bias), wanted, (dloss,))))
     grads = (found[i] * factor if i in found else hidden.new_empty(0) for i in range(3))
     return rows(hidden, weight, bias), *(g.to(gradient_dtype(hidden)) for g in grads)
 

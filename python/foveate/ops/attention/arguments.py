@@ -7,9 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate import _autograd
-from foveate._attention_op import DTYPES
-from foveate._checks import (
+from foveate.ops import autograd
+from foveate.ops.attention.op import DTYPES
+from foveate.ops.attention.relative_bias import RelativeBias
+from foveate.ops.checks import (
     check_floating,
     check_generator,
     check_integer,
@@ -17,7 +18,6 @@ from foveate._checks import (
     check_number,
     check_strided,
 )
-from foveate._relative_bias import RelativeBias
 
 _UNLIMITED = 2**40  # a longer window than this is as good as none, and keeps index arithmetic far from overflow
 
@@ -195,7 +195,7 @@ def check_alibi(slopes: Tensor, q: Tensor, B: int, Hq: int) -> Tensor:
             f"got {slopes.dtype} of shape {_shape(slopes)}"
         )
     _check_device("alibi_slopes", slopes, q)
-    if _autograd.is_tracked(slopes):
+    if autograd.is_tracked(slopes):
         raise ValueError("alibi_slopes has no gradient; pass alibi_slopes.detach(), or learn a bias")
     slopes = slopes.to(torch.float32).contiguous()
     return slopes[None] if slopes.dim() == 1 else slopes

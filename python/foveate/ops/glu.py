@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _ops
-from foveate._autograd import batch_first, differentiable
-from foveate._checks import check_floating, check_same_dtype, chosen_backend, compute_dtype
 from foveate.backend import native
 from foveate.backend import triton as triton_backend
 from foveate.backend.reference import rows as reference_rows
 from foveate.backend.registry import Query, register
+from foveate.ops import autograd, library
+from foveate.ops.autograd import batch_first, differentiable
+from foveate.ops.checks import check_floating, check_same_dtype, chosen_backend, compute_dtype
 
 _C = native._C
 
@@ -76,11 +76,11 @@ def _check(gate: Tensor, up: Tensor) -> None:
 def _glu(op: str, gate: Tensor, up: Tensor, backend: str | None) -> Tensor:
     _check(gate, up)
     chosen = chosen_backend(op, gate.device.type, gate.dtype, backend)
-    how = _autograd.way(gate, up)
+    how = autograd.way(gate, up)
     if chosen == "reference" or how == "definition":
         return reference_rows.glu(gate, up, op)
     if how == "function":
-        return _autograd.apply(_Glu, gate, up, op == "geglu", chosen)
+        return autograd.apply(_Glu, gate, up, op == "geglu", chosen)
     return _glu_op(gate, up, op == "geglu", chosen)
 
 
@@ -121,10 +121,10 @@ def _backward_fake(dout: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-_glu_op = _ops.define(
+_glu_op = library.define(
     "glu(Tensor gate, Tensor up, bool gelu, str backend='native') -> Tensor", impl=_forward, fake=_fake
 )
-_glu_backward = _ops.define(
+_glu_backward = library.define(
     "glu_backward(Tensor dout, Tensor gate, Tensor up, bool gelu, str backend='native') -> (Tensor dgate, Tensor dup)",
     impl=_backward,
     fake=_backward_fake,
@@ -141,8 +141,8 @@ def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     return _glu_backward(*tensors, *args[3:]), (0, 0)
 
 
-_ops.vmap("glu", _vmap)
-_ops.vmap("glu_backward", _backward_vmap)
+library.vmap("glu", _vmap)
+library.vmap("glu_backward", _backward_vmap)
 
 
 def _backward_definition(dout: Tensor, gate: Tensor, up: Tensor, gelu: bool, backend: str) -> tuple[Tensor, ...]:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate import _attention_checks as checks
-from foveate._attention_op import query
-from foveate.attention import attention
-from foveate.attention_varlen import attention_varlen
 from foveate.backend.registry import ORDER, Query, why_not
+from foveate.ops.attention import arguments as checks
+from foveate.ops.attention.dense import attention
+from foveate.ops.attention.op import query
+from foveate.ops.attention.varlen import attention_varlen
 
 
 @dataclass(frozen=True)

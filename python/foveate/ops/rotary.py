@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _ops
-from foveate._autograd import batch_first, differentiable
-from foveate._checks import check_dtype_or_compute, check_flag, check_floating, check_same_dtype, chosen_backend
 from foveate.backend import native
 from foveate.backend import triton as triton_backend
 from foveate.backend.reference import rows as reference_rows
 from foveate.backend.registry import register
+from foveate.ops import autograd, library
+from foveate.ops.autograd import batch_first, differentiable
+from foveate.ops.checks import check_dtype_or_compute, check_flag, check_floating, check_same_dtype, chosen_backend
 
 _C = native._C
 
@@ -53,17 +53,17 @@ def apply_rotary(
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         raise ValueError(f"cos and sin differ: {tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}")
     chosen = chosen_backend("apply_rotary", q.device.type, q.dtype, backend)
-    how = _autograd.way(q, k, cos, sin)
+    how = autograd.way(q, k, cos, sin)
     if how == "function":
         for name, table in (("cos", cos), ("sin", sin)):
-            if _autograd.is_tracked(table):
+            if autograd.is_tracked(table):
                 raise ValueError(
                     f"{name} requires a gradient, which apply_rotary does not compute; pass {name}.detach()"
                 )
     if chosen == "reference" or how == "definition":
         return reference_rows.apply_rotary(q, k, cos, sin, interleaved)
     if how == "function":
-        return _autograd.apply(_Rotary, q, k, cos, sin, interleaved, chosen)
+        return autograd.apply(_Rotary, q, k, cos, sin, interleaved, chosen)
     return _apply_rotary(q, k, cos, sin, interleaved, False, chosen)
 
 
@@ -92,7 +92,7 @@ def _rotary_fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 # inverse turns back, which is the gradient.
-_apply_rotary = _ops.define(
+_apply_rotary = library.define(
     "apply_rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse, "
     "str backend='native') -> (Tensor q_out, Tensor k_out)",
     impl=_rotary_impl,
@@ -117,7 +117,7 @@ def _rotary_vmap(info: Any, in_dims: Any, q: Any, k: Any, cos: Any, sin: Any, *f
     return tuple(t.unflatten(0, (n, -1)) for t in out), (0, 0)
 
 
-_ops.vmap("apply_rotary", _rotary_vmap)
+library.vmap("apply_rotary", _rotary_vmap)
 
 
 def _turn_back(

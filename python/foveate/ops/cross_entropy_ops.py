@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate import _ops
-from foveate._autograd import batch_first, each_slice
-from foveate._checks import compute_dtype
-from foveate._cpu_matmul import product
 from foveate.backend import native
+from foveate.ops import library
+from foveate.ops.autograd import batch_first, each_slice
+from foveate.ops.checks import compute_dtype
+from foveate.ops.onednn_linear import product
 
 _C = native._C
 
@@ -101,12 +101,12 @@ def _backward_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-cross_entropy_rows = _ops.define(
+cross_entropy_rows = library.define(
     f"cross_entropy(Tensor logits, Tensor target, {_OPTIONS}, str backend='native') -> (Tensor loss, Tensor stats)",
     impl=_forward,
     fake=_forward_fake,
 )
-cross_entropy_backward = _ops.define(
+cross_entropy_backward = library.define(
     f"cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor stats, {_OPTIONS}, "
     "str backend='native') -> Tensor",
     impl=_backward,
@@ -124,8 +124,8 @@ def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     return cross_entropy_backward(*tensors, *args[4:]), 0
 
 
-_ops.vmap("cross_entropy", _forward_vmap)
-_ops.vmap("cross_entropy_backward", _backward_vmap)
+library.vmap("cross_entropy", _forward_vmap)
+library.vmap("cross_entropy_backward", _backward_vmap)
 
 
 # ---- linear_cross_entropy: hidden [T, K], weight [V, K], bias [V] or None, target [T] ----------------------------------------
@@ -281,7 +281,7 @@ def _gradients_fake(
     )
 
 
-linear_cross_entropy_rows = _ops.define(
+linear_cross_entropy_rows = library.define(
     f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {_OPTIONS}, "
     "str backend='native') -> Tensor",
     impl=_linear,
@@ -289,7 +289,7 @@ linear_cross_entropy_rows = _ops.define(
 )
 # The losses, and factor times the gradients of sum(dloss * loss), fp32 for float16; those not needed are empty. factor comes last, in
 # the compute dtype, so that 1 / tokens does not push float16 gradients of the logits below its range.
-linear_cross_entropy_gradients = _ops.define(
+linear_cross_entropy_gradients = library.define(
     "linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor dloss, Tensor factor, "
     f"bool need_hidden, bool need_weight, bool need_bias, {_OPTIONS}, str backend='native') "
     "-> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
@@ -312,5 +312,5 @@ def _gradients_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     return each_slice(linear_cross_entropy_gradients, info.batch_size, args, in_dims)
 
 
-_ops.vmap("linear_cross_entropy", _linear_vmap)
-_ops.vmap("linear_cross_entropy_gradients", _gradients_vmap)
+library.vmap("linear_cross_entropy", _linear_vmap)
+library.vmap("linear_cross_entropy_gradients", _gradients_vmap)

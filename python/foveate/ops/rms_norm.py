@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _ops
-from foveate._autograd import batch_first, differentiable
-from foveate._checks import (
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.native import num_sms, runs_cuda_kernels
+from foveate.backend.reference import rows as reference_rows
+from foveate.backend.registry import register
+from foveate.ops import autograd, library
+from foveate.ops.autograd import batch_first, differentiable
+from foveate.ops.checks import (
     check_dtype_or_compute,
     check_floating,
     check_number,
@@ -19,11 +24,6 @@ from foveate._checks import (
     chosen_backend,
     compute_dtype,
 )
-from foveate.backend import native
-from foveate.backend import triton as triton_backend
-from foveate.backend.native import num_sms, runs_cuda_kernels
-from foveate.backend.reference import rows as reference_rows
-from foveate.backend.registry import register
 
 _C = native._C
 
@@ -90,11 +90,11 @@ def rms_norm(
     if eps < 0:
         raise ValueError(f"eps={eps} must not be negative")
     chosen = chosen_backend("rms_norm", x.device.type, x.dtype, backend)
-    how = _autograd.way(x, weight)
+    how = autograd.way(x, weight)
     if chosen == "reference" or how == "definition":
         return reference_rows.rms_norm(x, weight, eps)
     if how == "function":
-        return _autograd.apply(_RmsNorm, x, weight, eps, chosen)[0]
+        return autograd.apply(_RmsNorm, x, weight, eps, chosen)[0]
     return _rms_norm(x, weight, eps, chosen)[0]
 
 
@@ -177,13 +177,13 @@ def _rms_norm_backward_fake(
     return x.new_empty(x.shape), dweight
 
 
-_rms_norm = _ops.define(
+_rms_norm = library.define(
     "rms_norm(Tensor x, Tensor? weight, float eps, str backend='native') -> (Tensor out, Tensor rstd)",
     impl=_rms_norm_impl,
     fake=_rms_norm_fake,
 )
 # dweight is empty unless needed, and in the compute dtype.
-_rms_norm_backward = _ops.define(
+_rms_norm_backward = library.define(
     "rms_norm_backward(Tensor dout, Tensor x, Tensor? weight, Tensor rstd, bool need_dweight, "
     "str backend='native') -> (Tensor dx, Tensor dweight)",
     impl=_rms_norm_backward_impl,
@@ -209,8 +209,8 @@ def _rms_norm_backward_vmap(
     return tuple(torch.stack(t) for t in zip(*pairs)), (0, 0)
 
 
-_ops.vmap("rms_norm", _rms_norm_vmap)
-_ops.vmap("rms_norm_backward", _rms_norm_backward_vmap)
+library.vmap("rms_norm", _rms_norm_vmap)
+library.vmap("rms_norm_backward", _rms_norm_backward_vmap)
 
 
 def _backward_definition(

@@ -1,17 +1,18 @@
-"""foveate.attention_with_kv_cache: what a call means is checked here, then the op of `_kv_cache_op.py` runs."""
+"""foveate.attention_with_kv_cache: what a call means is checked here, then the op of `with_kv_cache_op.py` runs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from foveate import _attention_checks as checks
-from foveate import _flops, _kv_cache_op
-from foveate._attention_op import DTYPES
-from foveate._autograd import is_tracked, is_wrapped
-from foveate._checks import check_backend_name, check_flag, check_integer, check_number, check_strided
-from foveate._kv_cache_op import QUANTIZED
 from foveate.backend.registry import UnsupportedError
+from foveate.ops import flops
+from foveate.ops.attention import arguments as checks
+from foveate.ops.attention import with_kv_cache_op as kv_cache_op
+from foveate.ops.attention.op import DTYPES
+from foveate.ops.attention.with_kv_cache_op import QUANTIZED
+from foveate.ops.autograd import is_tracked, is_wrapped
+from foveate.ops.checks import check_backend_name, check_flag, check_integer, check_number, check_strided
 
 
 def attention_with_kv_cache(
@@ -109,8 +110,8 @@ def attention_with_kv_cache(
         for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
             if scales is not None and scales.dim() == 3:
                 _check_writable(name, scales)
-    _flops.register()
-    out, lse = _kv_cache_op.op(
+    flops.register()
+    out, lse = kv_cache_op.op(
         q, k_cache, v_cache, k, v, kv_lens, block_table, rotary_cos, rotary_sin, rotary_interleaved, causal, left, right,
         scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits, batch_invariant, check_backend_name(backend) or "",
     )  # fmt: skip

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate._checks import check_dtype_or_compute, check_floating, check_same_device, compute_dtype
-from foveate._loss_ops import Options
 from foveate.backend.reference.rows import safe_softmax
 from foveate.backend.registry import Query, Supports
+from foveate.ops.checks import check_dtype_or_compute, check_floating, check_same_device, compute_dtype
+from foveate.ops.cross_entropy_ops import Options
 
 
 class CrossEntropyOutput(NamedTuple):

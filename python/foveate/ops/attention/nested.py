@@ -10,7 +10,7 @@ from torch import Tensor
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     """out, nested as q [B, j, Hq, D]; with return_lse (out, lse [Hq, total_q]). Reading the longest length waits for the device."""
-    from foveate.attention_varlen import attention_varlen
+    from foveate.ops.attention.varlen import attention_varlen
 
     for name in ("bias", "mask", "kv_lens"):
         if options.pop(name, None) is not None:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _attention_op, _autograd
-from foveate._attention_op import Operands
 from foveate.backend.registry import UnsupportedError, choose
+from foveate.ops import autograd
+from foveate.ops.attention import op as attention_op
+from foveate.ops.attention.op import Operands
 
-_NUM_TENSORS = _attention_op._NUM_TENSORS
-_DIFFERENTIABLE = _attention_op._DIFFERENTIABLE
+_NUM_TENSORS = attention_op._NUM_TENSORS
+_DIFFERENTIABLE = attention_op._DIFFERENTIABLE
 
 
 def run(operands: tuple[Any, ...], forward: Any, backward: Any, aux: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -24,12 +25,12 @@ def run(operands: tuple[Any, ...], forward: Any, backward: Any, aux: Sequence[Te
     c = Operands(*operands)
     if forward is None:
         raise ValueError("score_mod_bwd and score_mod_aux belong to score_mod, which is None; give it too")
-    used = tuple(name == "score_mod" for name in _attention_op._OPTION_NAMES)
-    call = _attention_op.query(c.q.device.type, c.q.dtype, c.q.shape[-1], c.v.shape[-1], used)
+    used = tuple(name == "score_mod" for name in attention_op._OPTION_NAMES)
+    call = attention_op.query(c.q.device.type, c.q.dtype, c.q.shape[-1], c.v.shape[-1], used)
     choose("attention", call, c.backend or None)  # raises where it is not triton
     if torch.compiler.is_compiling():
         raise UnsupportedError("score_mod runs outside of torch.compile; wrap the call in torch.compiler.disable")
-    how = _autograd.way(*operands[:_NUM_TENSORS])
+    how = autograd.way(*operands[:_NUM_TENSORS])
     if how == "definition" or torch._C._are_functorch_transforms_active() or isinstance(c.softcap, Tensor):
         raise UnsupportedError(
             "score_mod has its first gradient alone, by backward(): neither tangents nor torch.func's transforms go through it, and "
@@ -61,7 +62,7 @@ def _checked_aux(aux: Sequence[Tensor], q: Tensor) -> tuple[Tensor, ...]:
             raise TypeError(f"score_mod_aux[{n}] must be a torch.Tensor, got {type(x).__name__}")
         if x.device != q.device:
             raise ValueError(f"score_mod_aux[{n}] is on {x.device} and q on {q.device}; move it with .to(q.device)")
-        if _autograd.is_tracked(x):
+        if autograd.is_tracked(x):
             raise ValueError(f"score_mod_aux[{n}] has no gradient; pass it detached, or use bias or relative_bias")
     return tuple(aux)
 
@@ -69,8 +70,8 @@ def _checked_aux(aux: Sequence[Tensor], q: Tensor) -> tuple[Tensor, ...]:
 def _forward(c: Operands, mod: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     from foveate.backend.triton.attention_launch import ScoreMod, forward
 
-    out, lse = _attention_op._empty_out(c.q, c.v), _attention_op._empty_lse(c.q, c.cu_q)
-    forward(_attention_op._ready(c), out, lse, ScoreMod(*mod))
+    out, lse = attention_op._empty_out(c.q, c.v), attention_op._empty_lse(c.q, c.cu_q)
+    forward(attention_op._ready(c), out, lse, ScoreMod(*mod))
     return out, lse
 
 
@@ -95,9 +96,9 @@ class _ScoreModAttention(torch.autograd.Function):
             saved[_NUM_TENSORS : _NUM_TENSORS + 2],
             saved[_NUM_TENSORS + 2 :],
         )
-        c = _attention_op._ready(Operands(*tensors, *ctx.options))
+        c = attention_op._ready(Operands(*tensors, *ctx.options))
         wanted = [ctx.needs_input_grad[1 + i] for i in _DIFFERENTIABLE]
-        dout = torch.zeros_like(out) if dout is None else _attention_op._rows(dout)
+        dout = torch.zeros_like(out) if dout is None else attention_op._rows(dout)
         found = backward(
             dout,
             dlse,
@@ -105,7 +106,7 @@ class _ScoreModAttention(torch.autograd.Function):
             lse,
             c,
             wanted,
-            _attention_op._empty_grads(c, wanted),
+            attention_op._empty_grads(c, wanted),
             ScoreMod(ctx.functions[0], ctx.functions[1], aux),
         )
         grads: list[Tensor | None] = [None] * (1 + _NUM_TENSORS + len(ctx.options))

@@ -1,4 +1,4 @@
-"""foveate.attention and merge_attention: what a call means is checked here, then the op of `_attention_op.py` runs."""
+"""foveate.attention and merge_attention: what a call means is checked here, then the op of `op.py` runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _attention_checks as checks
-from foveate import _attention_op, _attention_vmap, _nested, _score_mod  # noqa: F401
-from foveate._checks import check_backend_name, check_flag
-from foveate._relative_bias import RelativeBias
 from foveate.backend.reference import attention as reference
+from foveate.ops.attention import arguments as checks
+from foveate.ops.attention import (
+    nested,
+    vmap,  # noqa: F401  # registers itself
+)
+from foveate.ops.attention import op as attention_op
+from foveate.ops.attention import score_mod as with_score_mod
+from foveate.ops.attention.relative_bias import RelativeBias
+from foveate.ops.checks import check_backend_name, check_flag
 
 
 def attention(
@@ -79,7 +84,7 @@ def attention(
     FlashAttention-2 (Dao 2023, arXiv 2307.08691) describes the algorithm.
     """
     if isinstance(q, Tensor) and q.is_nested:
-        return _nested.attention(
+        return nested.attention(
             q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, mask=mask,
             alibi_slopes=alibi_slopes, relative_bias=relative_bias, sinks=sinks, kv_lens=kv_lens, score_mod=score_mod,
             score_mod_bwd=score_mod_bwd, score_mod_aux=score_mod_aux, dropout_p=dropout_p, generator=generator,
@@ -123,11 +128,11 @@ def attention(
         deterministic or torch.are_deterministic_algorithms_enabled(), check_backend_name(backend) or "",
     )  # fmt: skip
     if score_mod is not None or score_mod_bwd is not None or score_mod_aux:
-        out, lse = _score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)
+        out, lse = with_score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)
     elif learned:
-        out, lse = _attention_op.definition(operands)
+        out, lse = attention_op.definition(operands)
     else:
-        out, lse = _attention_op.run(operands, need_lse=return_lse)
+        out, lse = attention_op.run(operands, need_lse=return_lse)
     return (out, lse) if return_lse else out
 
 

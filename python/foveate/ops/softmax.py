@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate import _autograd, _ops
-from foveate._autograd import batch_first, differentiable
-from foveate._checks import (
+from foveate.backend import native
+from foveate.backend import triton as triton_backend
+from foveate.backend.native import runs_cuda_kernels
+from foveate.backend.reference import rows as reference_rows
+from foveate.backend.registry import register
+from foveate.ops import autograd, library
+from foveate.ops.autograd import batch_first, differentiable
+from foveate.ops.checks import (
     check_dtype_or_compute,
     check_flag,
     check_floating,
@@ -21,11 +26,6 @@ from foveate._checks import (
     chosen_backend,
     compute_dtype,
 )
-from foveate.backend import native
-from foveate.backend import triton as triton_backend
-from foveate.backend.native import runs_cuda_kernels
-from foveate.backend.reference import rows as reference_rows
-from foveate.backend.registry import register
 
 _C = native._C
 
@@ -81,7 +81,7 @@ def softmax(
         check_dtype_or_compute("bias", bias, "x", x)
         _check_broadcast("bias", bias, x)
     chosen = chosen_backend("softmax", x.device.type, x.dtype, backend)
-    how = _autograd.way(x, bias)
+    how = autograd.way(x, bias)
     if chosen == "reference" or learned or how == "definition":
         return reference_rows.softmax(x, dim, scale, mask, bias, causal)
     if x.dim() == 0:
@@ -92,7 +92,7 @@ def softmax(
         bias = bias[(None,) * (x.dim() - bias.dim())].movedim(dim, -1)
     x = x.movedim(dim, -1)
     if how == "function":
-        out = _autograd.apply(_Softmax, x, bias, mask, scale, causal, chosen)
+        out = autograd.apply(_Softmax, x, bias, mask, scale, causal, chosen)
     else:
         out = _softmax(x, bias, mask, scale, causal, chosen)
     return out.movedim(-1, dim).contiguous()
@@ -103,7 +103,7 @@ def log_softmax(x: Tensor, dim: int = -1, *, backend: str | None = None) -> Tens
     check_floating("x", x)
     dim = _check_dim(x, dim)
     chosen = chosen_backend("log_softmax", x.device.type, x.dtype, backend)
-    how = _autograd.way(x)
+    how = autograd.way(x)
     if chosen == "reference" or how == "definition":
         return reference_rows.log_softmax(x, dim)
     if x.dim() == 0:
@@ -225,16 +225,16 @@ def _softmax_backward_fake(
     return torch.empty_like(out, dtype=dtype)
 
 
-_softmax = _ops.define(
+_softmax = library.define(
     "softmax(Tensor x, Tensor? bias, Tensor? mask, Scalar scale, bool causal, str backend='native') -> Tensor",
     impl=_softmax_impl,
     fake=_softmax_fake,
 )
-_log_softmax = _ops.define(
+_log_softmax = library.define(
     "log_softmax(Tensor x, str backend='native') -> Tensor", impl=_log_softmax_impl, fake=_log_softmax_fake
 )
 # `wide` gives the gradient in the compute dtype, for sums that follow.
-_softmax_backward = _ops.define(
+_softmax_backward = library.define(
     "softmax_backward(Tensor dout, Tensor out, Scalar scale, bool log, bool wide, str backend='native') -> Tensor",
     impl=_softmax_backward_impl,
     fake=_softmax_backward_fake,
@@ -258,9 +258,9 @@ def _softmax_backward_vmap(info: Any, in_dims: Any, dout: Any, out: Any, *option
     return _softmax_backward(dout, out, *options), 0
 
 
-_ops.vmap("softmax", _softmax_vmap)
-_ops.vmap("log_softmax", _log_softmax_vmap)
-_ops.vmap("softmax_backward", _softmax_backward_vmap)
+library.vmap("softmax", _softmax_vmap)
+library.vmap("log_softmax", _log_softmax_vmap)
+library.vmap("softmax_backward", _softmax_backward_vmap)
 
 
 def _backward_definition(dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool, backend: str) -> Tensor:
