@@ -61,7 +61,7 @@ def foveate_engine(
     from foveate.bench import roofline
     from foveate.models import load_model
     from foveate.native_decoder import NativeDecoder
-    from foveate.ops.packed_linear import PackedLinear
+    from foveate.nn import PackedLinear
 
     torch.set_num_threads(threads)
     module = load_model(model, quantization=quantization)

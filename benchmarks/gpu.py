@@ -161,7 +161,9 @@ def linear_works(bench: Bench) -> Iterator[Work]:
     for format, block in (("q8_0", 34), ("q4_0", 18)):
         size = 64 if bench.dry else 8192
         w = torch.randn(size, size) / size**0.5
-        layer = foveate.nn.PackedLinear.from_blocks(foveate.linear.quantize(w, format), format, size).to(bench.device)
+        layer = foveate.nn.PackedLinear.from_blocks(
+            foveate.quantization.gguf_blocks.quantize(w, format), format, size
+        ).to(bench.device)
         full = layer.dequantize().to(torch.bfloat16)
         for rows in (1, 16, 512):
             x = normal(bench, min(rows, 20) if bench.dry else rows, size)

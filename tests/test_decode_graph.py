@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import foveate
 import generation_toys as toys
 from foveate import SamplingParams, llm
-from foveate.cache_view import StaticCacheView
+from foveate.cache.view import StaticCacheView
 from foveate.generation import Engine, decode_graph
 from foveate.generation.decode_graph import DecodeGraph
-from foveate.ops.packed_linear import PackedLinear
+from foveate.nn import PackedLinear
 from foveate.quantization.panels import packed_bytes
 from generation_toys import one_thread  # noqa: F401
 

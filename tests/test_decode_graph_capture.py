@@ -10,7 +10,7 @@ import torch
 import foveate
 import generation_toys as toys
 from foveate import SamplingParams
-from foveate.cache_view import StaticCacheView
+from foveate.cache.view import StaticCacheView
 from foveate.generation import decode_graph
 from foveate.generation.decode_graph import DecodeGraph
 from generation_toys import one_thread  # noqa: F401

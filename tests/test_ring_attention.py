@@ -11,7 +11,7 @@ import torch.distributed as dist
 import compare
 import foveate
 from cases import AttentionCase, make_inputs
-from foveate import ring_layout
+from foveate.ring import layout as ring_layout
 from ranks import needs_gloo, run_ranks
 
 pytestmark = needs_gloo

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import foveate
 from foveate.models import load_model
 from foveate.models.blocks import PackedEmbedding
-from foveate.ops.packed_linear import PackedLinear
+from foveate.nn import PackedLinear
 from foveate.train import LoraConfig, add_lora, fit, load_adapter, merge_lora, save_adapter
 from foveate.train.lora import FrozenLinear, adapters
 from test_train_objectives import BERT, T5_CONFIG, squad, unigram, wordpiece

@@ -3,7 +3,8 @@
 from foveate import drop_in, nn
 from foveate.backend.info import backends, info
 from foveate.backend.registry import UnsupportedError
-from foveate.cache_view import CacheView
+from foveate.cache.paged import CacheFull, PagedKVCache
+from foveate.cache.view import CacheView
 from foveate.files.checked import CheckpointError
 from foveate.ops.attention.dense import attention, merge_attention
 from foveate.ops.attention.explain import explain
@@ -17,7 +18,6 @@ from foveate.ops.glu import geglu, swiglu
 from foveate.ops.rms_norm import rms_norm
 from foveate.ops.rotary import apply_rotary
 from foveate.ops.softmax import log_softmax, softmax
-from foveate.paged_kv_cache import CacheFull, PagedKVCache
 
 __all__ = [
     "CacheFull",

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from foveate.cache_view import CacheView
+from foveate.cache.paged import PagedKVCache
+from foveate.cache.view import CacheView
 from foveate.generation import memory
 from foveate.generation.beam_request import beam_request
 from foveate.generation.decode_graph import DecodeGraph
@@ -22,7 +23,6 @@ from foveate.generation.params import SamplingParams
 from foveate.generation.prompts import as_prompt, as_prompts, check_messages, conversations
 from foveate.models import Checkpoint, load_model, open_checkpoint
 from foveate.models.loading import checked_device, checked_dtype, model_class
-from foveate.paged_kv_cache import PagedKVCache
 
 Prompt: TypeAlias = "str | Sequence[int]"
 Messages: TypeAlias = "Sequence[Mapping[str, Any]]"

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from foveate.backend import native
-from foveate.cache_view import CacheView
+from foveate.cache.view import CacheView
 from foveate.models.addresses import Addresses
 from foveate.models.blocks import PackedEmbedding, RMSNorm
 from foveate.models.gpt2 import GPT2
 from foveate.models.llama import Llama
+from foveate.nn import PackedLinear
 from foveate.ops.attention.plan import BLOCKED_ROWS, CPU_HEAD_DIM, decode_plan
 from foveate.ops.attention.with_kv_cache_op import QUANTIZED
-from foveate.ops.packed_linear import PackedLinear
 from foveate.quantization.panels import FLOATS
 
 _C = native._C

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.cache_view import CacheView
+from foveate.cache.view import CacheView
 from foveate.generation.beam import BeamSearch
 from foveate.generation.detokenizer import detokenize
 from foveate.generation.engine import Engine

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.cache_view import StaticCacheView
+from foveate.cache.paged import PagedKVCache
+from foveate.cache.view import StaticCacheView
 from foveate.models.addresses import Addresses
 from foveate.ops.attention.with_kv_cache_op import not_capturable
-from foveate.paged_kv_cache import PagedKVCache
 
 _MIN_PAGES = 16  # the narrowest block table: 256 tokens in pages of 16
 _WARM_UPS = 2  # torch asks for a few runs before a capture, in which libraries allocate and choose their kernels

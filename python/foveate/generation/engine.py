@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.cache_view import CacheView
+from foveate.cache.paged import CacheFull, PagedKVCache
+from foveate.cache.view import CacheView
 from foveate.files.locked import locked
 from foveate.generation.constrained import GrammarCompiler
 from foveate.generation.decode_graph import DecodeGraph
@@ -21,7 +22,6 @@ from foveate.generation.request import Request, Sample
 from foveate.generation.sampler import no_choice, top_logprobs
 from foveate.generation.sampler import sample as sample_tokens
 from foveate.generation.scheduler import Group, Scheduler
-from foveate.paged_kv_cache import CacheFull, PagedKVCache
 
 
 @dataclass

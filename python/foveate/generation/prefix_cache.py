@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foveate.paged_kv_cache import PagedKVCache
+from foveate.cache.paged import PagedKVCache
 
 
 @dataclass(eq=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import bisect
 from typing import NamedTuple
 
+from foveate.cache.paged import CacheFull, PagedKVCache
 from foveate.generation.prefix_cache import Node, PrefixCache
 from foveate.generation.request import Sample
-from foveate.paged_kv_cache import CacheFull, PagedKVCache
 
 
 class Group(NamedTuple):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError
-from foveate.ops.packed_linear import PackedLinear
+from foveate.nn import PackedLinear
 from foveate.ops.rms_norm import rms_norm
 
 _FIRST_POSITIONS = 4096  # rows of a rotary table that is made at the first call

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.cache_view import CacheView
+from foveate.cache.view import CacheView
 from foveate.files.checked import CheckpointError
 from foveate.models.blocks import activation, need, split_heads
 from foveate.models.packed import Packed, attend, check_positions

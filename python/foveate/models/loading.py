@@ -19,7 +19,7 @@ from foveate.models import bert, gpt2, llama, t5
 from foveate.models.blocks import PackedEmbedding
 from foveate.models.checkpoint import Blocks, Checkpoint, Weights, open_checkpoint
 from foveate.models.reading import check_layers, read_config
-from foveate.ops.packed_linear import PackedLinear
+from foveate.nn import PackedLinear
 from foveate.quantization.gguf_blocks import dequantize
 from foveate.quantization.k_blocks import K_FORMATS
 from foveate.tokenizer import NEED

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.ring import ring_attention
-from foveate.ring_layout import sequence_multiple, sequence_positions, split_sequence
+from foveate.ring.attention import ring_attention
+from foveate.ring.layout import sequence_multiple, sequence_positions, split_sequence
 from foveate.train.batch import IGNORED, Batch
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models import open_checkpoint
-from foveate.ops.packed_linear import PackedLinear
+from foveate.nn import PackedLinear
 from foveate.train.config import TrainConfig
 from foveate.train.data_files import data_files
 

@@ -16,7 +16,7 @@ from foveate.models.blocks import PackedEmbedding
 from foveate.models.gpt2 import GPT2Layer
 from foveate.models.llama import LlamaLayer
 from foveate.models.t5 import T5Block
-from foveate.ops.packed_linear import PackedLinear
+from foveate.nn import PackedLinear
 
 _LAYERS = (BertLayer, GPT2Layer, LlamaLayer, T5Block)
 # Heads are small and often new, so they are trained whole; by the module's name, as peft's modules_to_save.

@@ -1,4 +1,4 @@
-"""foveate.nn.MultiheadAttention: torch.nn.MultiheadAttention's constructor, state dict and meaning on foveate's kernels. PackedLinear."""
+"""foveate.nn.MultiheadAttention: torch.nn.MultiheadAttention's constructor, state dict and meaning on foveate's kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from torch import Tensor
 
 from foveate.backend.reference.rows import compute_dtype, safe_softmax
 from foveate.ops.attention.sdpa import sdpa
-from foveate.ops.packed_linear import PackedLinear
-
-__all__ = ["MultiheadAttention", "PackedLinear"]
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from foveate.ops.attention import arguments as checks
 from foveate.ops.attention import op as attention_op
 from foveate.ops.attention.dense import attention, merge_attention
-from foveate.ring_layout import Block, block, by_sequence, check_layout, spans
+from foveate.ring.layout import Block, block, by_sequence, check_layout, spans
 
 _NOT_SPREAD = {
     "bias": "no rank has the scores' other columns",
@@ -60,7 +60,7 @@ def ring_attention(
     the same shapes, dtype and options, and calls in the same order, also in its backward pass. Returns this rank's out [B, Sq, Hq, Dv],
     or (out, lse [B, Hq, Sq]) with return_lse; lse is over all keys, without the sink, differentiable.
 
-    layout: which tokens a rank holds; `ring_layout.split_sequence` gives them. "zigzag" (2n chunks, rank r holds chunks r and
+    layout: which tokens a rank holds; `ring.split_sequence` gives them. "zigzag" (2n chunks, rank r holds chunks r and
     2n - 1 - r; Sq and Skv even) has the same work on each rank when causal; "contiguous" (chunk r of n) sends keys no further than a
     window reaches.
     causal, window, scale, softcap, sinks [Hq], backend: as in `attention`, positions counting in the whole sequence. The other options of

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.cache.paged import PagedKVCache
 from foveate.ops.attention.with_kv_cache import attention_with_kv_cache
-from foveate.paged_kv_cache import PagedKVCache
 
 
 class CacheView:
