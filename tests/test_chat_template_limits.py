@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from foveate import CheckpointError
-from foveate.chat_template import _worker, render
+from foveate.tokenizer.chat_template import _worker, render
 
 TOO_MUCH_TIME = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",

@@ -9,7 +9,7 @@ pytest.importorskip("gguf")
 
 from foveate.files.checked import CheckpointError
 from foveate.models import load_model, open_checkpoint
-from foveate.models.gguf_tokenizer import pre_tokenizer
+from foveate.tokenizer.gguf import pre_tokenizer
 from gguf_files import write_llama
 
 

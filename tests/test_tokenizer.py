@@ -24,8 +24,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from foveate.models import open_checkpoint
-from foveate.models.gguf_tokenizer import pre_tokenizer, read_tokenizer
 from foveate.tokenizer import Tokenizer
+from foveate.tokenizer.gguf import pre_tokenizer, read_tokenizer
 from model_cases import MULTILINGUAL, needs_minilm, needs_smollm2
 
 

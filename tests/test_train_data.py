@@ -11,9 +11,9 @@ import torch
 import generation_toys
 from foveate.models.packed import Packed
 from foveate.tokenizer import Tokenizer
+from foveate.tokenizer.characters import char_tokenizer
 from foveate.train import TrainConfig, chat
 from foveate.train.causal_lm import CausalLM, cut
-from foveate.train.char_tokenizer import char_tokenizer
 from foveate.train.data_files import CONTINUES, LONGEST_PIECE, PIECE, read_rows
 from foveate.train.objective import Piece
 from foveate.train.plan import DataPlan, best_fit

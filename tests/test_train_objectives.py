@@ -37,7 +37,7 @@ T5_CONFIG = {
 
 def wordpiece(folder):
     """[PAD] [UNK] [CLS] [SEP] [MASK], words, and pieces that continue a word."""
-    from foveate.models.older_tokenizers import read_older_tokenizer
+    from foveate.tokenizer.vocab_files import read_older_tokenizer
 
     pieces = [*sorted(set(WORDS)), *"abcdefghijklmnopqrstuvwxyz", "fox", "##es", "##ing", ".", "?", "who", "what"]
     lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(pieces)]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from foveate.files.checked import CheckpointError, is_there, library_errors, read_json, read_text
-from foveate.models.added_tokens import add_named_tokens, special_tokens
 from foveate.models.file_schemas import ANY_CONFIG, GENERATION, INDEX, SPECIAL_TOKENS, TOKENIZER
-from foveate.models.older_tokenizers import read_older_tokenizer
 from foveate.tokenizer import NEED, Tokenizer, read_backend
+from foveate.tokenizer.added_tokens import add_named_tokens, special_tokens
+from foveate.tokenizer.vocab_files import read_older_tokenizer
 
 
 @dataclass(frozen=True)

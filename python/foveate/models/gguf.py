@@ -15,9 +15,9 @@ from foveate.files.checked import CheckpointError, check
 from foveate.models.checkpoint import Blocks, Checkpoint, Weights
 from foveate.models.file_schemas import GGUF, GGUF_MODEL
 from foveate.models.gguf_file import GgufFile
-from foveate.models.gguf_tokenizer import CONTROL, read_tokenizer
 from foveate.quantization.gguf_types import BLOCKS, FLOATS, PACKED, REPACKED, expand, loaded_bytes
 from foveate.tokenizer import Tokenizer
+from foveate.tokenizer.gguf import CONTROL, read_tokenizer
 
 # Special tokens after which it is the other's turn, in Llama 3, ChatML (Qwen, SmolLM2) and Gemma.
 _TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")

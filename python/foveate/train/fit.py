@@ -14,10 +14,10 @@ from torch import nn
 
 from foveate.models import open_checkpoint
 from foveate.tokenizer import Tokenizer
+from foveate.tokenizer.characters import char_tokenizer
 from foveate.train import model_files
 from foveate.train.adapter_files import adapted, adapter_settings, merge_adapter
 from foveate.train.batch_size import ROWS, choose, sentence
-from foveate.train.char_tokenizer import char_tokenizer
 from foveate.train.checkpoints import Checkpoints
 from foveate.train.config import TrainConfig
 from foveate.train.data_files import read_rows, strings

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foveate.chat_template import render
 from foveate.files.checked import is_there, library_errors
+from foveate.tokenizer.chat_template import render
 
 NEED = 'is not installed: pip install "foveate[models]"'
 _HERE = "\u2402goes on here\u2402"  # marks the end of a message that is to be continued
@@ -144,7 +144,7 @@ class Tokenizer:
         **variables: Any,
     ) -> str:
         """The prompt for messages [{"role": ..., "content": ...}], by the checkpoint's Jinja template, rendered in a sandbox in a
-        process of its own, within 2 s of the processor and 256 MB (`foveate.chat_template`).
+        process of its own, within 2 s of the processor and 256 MB (`foveate.tokenizer.chat_template`).
 
         variables are passed to the template, e.g. tools=[...] or enable_thinking=False; tools and documents are None where they are not
         given. continue_final_message: the prompt ends within the last message, which the model is to go on with; needs

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from foveate.files.checked import CheckpointError, is_there, library_errors, read_text
-from foveate.models.gguf_tokenizer import pre_tokenizer
 from foveate.tokenizer import NEED
+from foveate.tokenizer.gguf import pre_tokenizer
 
 _WORDPIECE = ("BertTokenizer", "BertTokenizerFast")
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")

@@ -62,7 +62,7 @@ class _Worker:
             self._process, self._owner = None, os.getpid()
         if self._process is None or self._process.poll() is not None:
             self.stop()
-            program = Path(__file__).with_name("_template_worker.py")
+            program = Path(__file__).with_name("template_worker.py")
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 text=True, encoding="utf-8",
