@@ -60,7 +60,7 @@ def foveate_engine(
     from foveate.backend import native
     from foveate.bench import roofline
     from foveate.models import load_model
-    from foveate.native_decoder import NativeDecoder
+    from foveate.models.native_decoder import NativeDecoder
     from foveate.nn import PackedLinear
 
     torch.set_num_threads(threads)

@@ -127,7 +127,7 @@ def spread(of: Engine, prompts, params, seed=0) -> dict[str, list[list[int]]]:
 
 def native_model():
     """The model on NativeDecoder, or a skip."""
-    native_decoder = pytest.importorskip("foveate.native_decoder")
+    native_decoder = pytest.importorskip("foveate.models.native_decoder")
     made = copy.deepcopy(model())
     reason = native_decoder.NativeDecoder.unsupported(made)
     if reason is not None:

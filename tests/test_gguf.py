@@ -20,7 +20,7 @@ import smollm2
 from compare import assert_as_good_as_torch
 from foveate.bench.tolerance import model_floor
 from foveate.models import load_model, open_checkpoint
-from foveate.models.gguf_file import BLOCKS, TYPES, GgufFile
+from foveate.models.checkpoint.gguf_file import BLOCKS, TYPES, GgufFile
 from foveate.nn import PackedLinear
 from model_cases import assert_logits_close, needs_smollm2, one_thread, randomize, shared_data  # noqa: F401
 

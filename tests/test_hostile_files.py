@@ -193,7 +193,7 @@ def test_lone_surrogates_are_named(tmp_path):
 
 def test_the_schema_takes_what_the_models_of_the_tests_have():
     from foveate.files.checked import check
-    from foveate.models.file_schemas import CONFIG as SCHEMA
+    from foveate.models.checkpoint.schemas import CONFIG as SCHEMA
 
     check(CONFIG, SCHEMA, "x")
     assert json.dumps(CONFIG)

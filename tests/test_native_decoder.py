@@ -14,7 +14,7 @@ from compare import assert_as_good_as_torch
 from foveate.bench.tolerance import model_floor
 from foveate.models.gpt2 import GPT2, GPT2Config
 from foveate.models.llama import Llama, LlamaConfig
-from foveate.native_decoder import NativeDecoder
+from foveate.models.native_decoder import NativeDecoder
 from foveate.nn import PackedLinear
 
 SIZES: dict[str, Any] = {

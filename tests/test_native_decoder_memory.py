@@ -10,7 +10,7 @@ import torch
 
 import foveate
 from foveate.models.addresses import Addresses
-from foveate.native_decoder import NativeDecoder
+from foveate.models.native_decoder import NativeDecoder
 from test_native_decoder import make
 
 

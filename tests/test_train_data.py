@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import generation_toys
-from foveate.models.packed import Packed
+from foveate.models.sequences import PackedSequences
 from foveate.tokenizer import Tokenizer
 from foveate.tokenizer.characters import char_tokenizer
 from foveate.train import TrainConfig, chat
@@ -187,7 +187,7 @@ def test_packed_sequences_leak_nothing(tmp_path, settings):
     lengths = [5, 9, 3]
     tokens = torch.randint(3, 20, (1, sum(lengths)))
     embed = model.get_submodule("model.embed_tokens" if settings is LLAMA else "transformer.wte")
-    packed = Packed.of(lengths)
+    packed = PackedSequences.of(lengths)
     kept = []
     handle = embed.register_forward_hook(lambda module, args, out: kept.append(out) or out.retain_grad())
     hidden = model.hidden(tokens, packed=packed)

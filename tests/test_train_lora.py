@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import foveate
 from foveate.models import load_model
-from foveate.models.blocks import PackedEmbedding
+from foveate.models.layers import PackedEmbedding
 from foveate.nn import PackedLinear
 from foveate.train import LoraConfig, add_lora, fit, load_adapter, merge_lora, save_adapter
 from foveate.train.lora import FrozenLinear, adapters

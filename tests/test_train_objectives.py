@@ -12,7 +12,7 @@ import torch
 import foveate
 from foveate.models import load_model, open_checkpoint
 from foveate.models.bert import BertConfig, BertForMaskedLM
-from foveate.models.packed import Packed
+from foveate.models.sequences import PackedSequences
 from foveate.models.t5 import T5, T5Cache, T5Config
 from foveate.tokenizer import Tokenizer
 from foveate.train import TrainConfig
@@ -299,11 +299,11 @@ def test_packed_encoders_leak_nothing():
     lengths = [4, 7, 2]
     bert = BertForMaskedLM(BertConfig.from_hf(BERT | {"vocab_size": 40})).eval()
     tokens = torch.randint(5, 40, (1, 13))
-    whole = bert(tokens, packed=Packed.of(lengths))
+    whole = bert(tokens, packed=PackedSequences.of(lengths))
     for part, alone in zip(whole.split(lengths, 1), tokens.split(lengths, 1)):
         assert torch.allclose(part, bert(alone), atol=1e-5)
     with pytest.raises(ValueError, match="packed sequences have no padding"):
-        bert(tokens, packed=Packed.of(lengths), kv_lens=torch.tensor([13], dtype=torch.int32))
+        bert(tokens, packed=PackedSequences.of(lengths), kv_lens=torch.tensor([13], dtype=torch.int32))
 
 
 def test_packed_encoder_decoders_leak_nothing():
@@ -314,11 +314,11 @@ def test_packed_encoder_decoders_leak_nothing():
     kept = []
     handle = model.encoder.dropout.register_forward_hook(lambda m, args, out: kept.append(args[0]))
     model.shared.register_forward_hook(lambda m, args, out: out.retain_grad())
-    packed = Packed.of(sources)
+    packed = PackedSequences.of(sources)
     encoded = model.encode(tokens, packed=packed)
     embedded = kept[0]
     handle.remove()
-    out = model.decode(inputs, T5Cache(model, encoded, None, keep=False, packed=packed), Packed.of(targets))
+    out = model.decode(inputs, T5Cache(model, encoded, None, keep=False, packed=packed), PackedSequences.of(targets))
     out[0, 2:6].square().sum().backward()
     grad = embedded.grad[0]
     assert (

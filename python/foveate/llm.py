@@ -345,7 +345,7 @@ def _fastest(module: torch.nn.Module, device: torch.device) -> tuple[Any, str]:
     if device.type != "cpu":
         return module, f"torch modules with foveate's attention, on {device}"
     try:
-        from foveate.native_decoder import NativeDecoder
+        from foveate.models.native_decoder import NativeDecoder
     except ImportError:
         return module, "torch modules with foveate's attention, as this build has no native decoder"
     reason = NativeDecoder.unsupported(module)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from foveate.models import Checkpoint
+from foveate.models.checkpoint.reading import check_layers, read_config
 from foveate.models.loading import checked_dtype, model_class, packed_format
-from foveate.models.reading import check_layers, read_config
 
 _BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}  # for 32 weights
 

@@ -1,6 +1,7 @@
 """Models on foveate's kernels, and loading them from Hugging Face folders and GGUF files. `open_checkpoint`, `load_model`."""
 
-from foveate.models.checkpoint import Checkpoint, open_checkpoint
+from foveate.models.checkpoint.base import Checkpoint
+from foveate.models.checkpoint.open import open_checkpoint
 from foveate.models.loading import load_model
 
 __all__ = ["Checkpoint", "load_model", "open_checkpoint"]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError
-from foveate.models.blocks import activation, need, split_heads
-from foveate.models.packed import Packed, attend, check_positions
+from foveate.models.layers import activation, need, split_heads
 from foveate.models.recompute import feed
+from foveate.models.sequences import PackedSequences, attend, check_positions
 
 # Constants that old checkpoints store, and parts that a model with another head does not use.
 _IGNORED = re.compile(
@@ -78,7 +78,7 @@ class BertEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens: Tensor, token_type_ids: Tensor | None, packed: Packed | None) -> Tensor:
+    def forward(self, tokens: Tensor, token_type_ids: Tensor | None, packed: PackedSequences | None) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device) if packed is None else packed.positions
         types = torch.zeros_like(tokens) if token_type_ids is None else token_type_ids
         x = self.word_embeddings(tokens) + self.token_type_embeddings(types) + self.position_embeddings(positions)
@@ -93,7 +93,7 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, packed: Packed | None, **padding: Any) -> Tensor:
+    def forward(self, x: Tensor, packed: PackedSequences | None, **padding: Any) -> Tensor:
         q, k, v = (split_heads(projection(x), self.heads) for projection in (self.query, self.key, self.value))
         dropout_p = self.dropout_p if self.training else 0.0
         return attend(q, k, v, packed, dropout_p=dropout_p, **padding).flatten(2)
@@ -125,7 +125,7 @@ class BertLayer(nn.Module):
         self.output = BertOutput(config.intermediate_size, config)
         self.activation = activation(config.activation)
 
-    def forward(self, x: Tensor, packed: Packed | None, **padding: Any) -> Tensor:
+    def forward(self, x: Tensor, packed: PackedSequences | None, **padding: Any) -> Tensor:
         x = self.attention["output"](self.attention["self"](x, packed, **padding), x)
         return self.output(self.intermediate["dense"](x), x, self.activation)
 
@@ -155,7 +155,7 @@ class Bert(nn.Module):
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         kv_lens: Tensor | None = None,
-        packed: Packed | None = None,
+        packed: PackedSequences | None = None,
     ) -> Tensor:
         """tokens int64 [B, S] -> [B, S, hidden].
 
@@ -175,7 +175,7 @@ class Bert(nn.Module):
             x = layer(x, packed, **padding)
         return x
 
-    def pool(self, hidden: Tensor, packed: Packed | None = None) -> Tensor:
+    def pool(self, hidden: Tensor, packed: PackedSequences | None = None) -> Tensor:
         """tanh(dense(hidden at the first token)): [B, S, hidden] -> [B, hidden], B being the sequences if they are packed."""
         if self.pooler is None:
             raise ValueError("this checkpoint has no pooler; average the hidden states instead")
@@ -234,7 +234,7 @@ class BertForSequenceClassification(BertWithHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(
-        self, tokens: Tensor, *args: Tensor | None, packed: Packed | None = None, **options: Tensor | None
+        self, tokens: Tensor, *args: Tensor | None, packed: PackedSequences | None = None, **options: Tensor | None
     ) -> Tensor:
         """As Bert's; returns logits [B, num_labels], B being the sequences if they are packed."""
         hidden = self.bert(tokens, *args, packed=packed, **options)

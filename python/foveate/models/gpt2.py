@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from foveate.cache.view import CacheView
 from foveate.files.checked import CheckpointError
-from foveate.models.blocks import activation, need, split_heads
-from foveate.models.packed import Packed, attend, check_positions
+from foveate.models.layers import activation, need, split_heads
 from foveate.models.recompute import feed, recomputed
+from foveate.models.sequences import PackedSequences, attend, check_positions
 
 MODEL_TYPES = ("gpt2",)
 
@@ -74,7 +74,7 @@ class GPT2Attention(nn.Module):
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cache: CacheView | None, packed: Packed | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CacheView | None, packed: PackedSequences | None = None) -> Tensor:
         q, k, v = (split_heads(y, self.config.num_heads) for y in self.c_attn(x).chunk(3, -1))
         scale = self.config.scales[self.layer]
         if cache is None:
@@ -105,7 +105,7 @@ class GPT2Layer(nn.Module):
         self.mlp = GPT2MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: CacheView | None, packed: Packed | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CacheView | None, packed: PackedSequences | None = None) -> Tensor:
         y = self.ln_1(x)
         with recomputed(y, self.ln_1, x):
             x = x + self.dropout(self.attn(y, cache, packed))
@@ -143,7 +143,7 @@ class GPT2(nn.Module):
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def hidden(self, tokens: Tensor, cache: CacheView | None = None, packed: Packed | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: CacheView | None = None, packed: PackedSequences | None = None) -> Tensor:
         """tokens int64 [B, S] -> [B, S, hidden] after the final norm.
 
         Without a cache the S tokens attend causally to each other, differentiable. With one they continue each sequence at

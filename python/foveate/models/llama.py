@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from foveate.cache.view import CacheView
 from foveate.files.checked import CheckpointError
-from foveate.models.blocks import RMSNorm, Rotary, activation, gated, need, split_heads
-from foveate.models.packed import Packed, attend, check_positions
+from foveate.models.layers import RMSNorm, Rotary, activation, gated, need, split_heads
 from foveate.models.recompute import feed, recomputed
+from foveate.models.sequences import PackedSequences, attend, check_positions
 from foveate.ops.rotary import apply_rotary
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
@@ -133,7 +133,7 @@ class LlamaAttention(nn.Module):
         }
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None, packed: Packed | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None, packed: PackedSequences | None = None
     ) -> Tensor:
         """x [B, S, hidden]; cos, sin [max_positions, D / 2], or with `packed` those of each token."""
         q = split_heads(self.q_proj(x), self.config.num_heads)
@@ -189,7 +189,7 @@ class LlamaLayer(nn.Module):
             self.post_feedforward_layernorm = norm()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None, packed: Packed | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None, packed: PackedSequences | None = None
     ) -> Tensor:
         y = self.input_layernorm(x)
         with recomputed(y, self.input_layernorm, x):
@@ -231,7 +231,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = Rotary(config.head_dim, config.max_positions, config.rope_theta, config.rope_scaling)
 
-    def hidden(self, tokens: Tensor, cache: CacheView | None = None, packed: Packed | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: CacheView | None = None, packed: PackedSequences | None = None) -> Tensor:
         """tokens int64 [B, S] -> [B, S, hidden] after the final norm.
 
         Without a cache the S tokens attend causally to each other, differentiable. With one they continue each sequence at

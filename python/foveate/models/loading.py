@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError, is_there
 from foveate.models import bert, gpt2, llama, t5
-from foveate.models.blocks import PackedEmbedding
-from foveate.models.checkpoint import Blocks, Checkpoint, Weights, open_checkpoint
-from foveate.models.reading import check_layers, read_config
+from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
+from foveate.models.checkpoint.open import open_checkpoint
+from foveate.models.checkpoint.reading import check_layers, read_config
+from foveate.models.layers import PackedEmbedding
 from foveate.nn import PackedLinear
 from foveate.quantization.gguf_blocks import dequantize
 from foveate.quantization.k_blocks import K_FORMATS

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError
-from foveate.models.blocks import RMSNorm, activation, gated, need, split_heads
-from foveate.models.packed import Packed, attend
+from foveate.models.layers import RMSNorm, activation, gated, need, split_heads
 from foveate.models.recompute import feed, recomputed
+from foveate.models.sequences import PackedSequences, attend
 from foveate.ops.attention.relative_bias import RelativeBias
 from foveate.ops.rms_norm import rms_norm
 
@@ -90,7 +90,13 @@ class T5Attention(nn.Module):
         return split_heads(self.k(x), self.heads), split_heads(self.v(x), self.heads)
 
     def forward(
-        self, x: Tensor, k: Tensor, v: Tensor, packed: Packed | None, keys: Packed | None = None, **options: Any
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packed: PackedSequences | None,
+        keys: PackedSequences | None = None,
+        **options: Any,
     ) -> Tensor:
         """x [B, Sq, hidden], k and v [B, Skv, H, D]. B may be beams times that of k: the beams of a text then share its keys."""
         q = split_heads(self.q(x), self.heads)
@@ -155,7 +161,7 @@ class T5Block(nn.Module):
         index: int,
         mask: Tensor | None,
         cache: T5Cache | None,
-        packed: Packed | None,
+        packed: PackedSequences | None,
     ) -> Tensor:
         """x [B, S, hidden]; index: of this block among the decoder's, for the cache."""
         layer: Any = self.layer
@@ -195,7 +201,7 @@ class T5Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, cache: T5Cache | None = None, packed: Packed | None = None
+        self, x: Tensor, mask: Tensor | None, cache: T5Cache | None = None, packed: PackedSequences | None = None
     ) -> Tensor:
         """x [B, S, hidden]. mask [B, 1, 1, source length] over the encoder's tokens. The decoder has a cache, also in training."""
         first: Any = self.block[0]
@@ -215,7 +221,12 @@ class T5Cache:
     """
 
     def __init__(
-        self, model: T5, encoded: Tensor, attention_mask: Tensor | None, keep: bool = True, packed: Packed | None = None
+        self,
+        model: T5,
+        encoded: Tensor,
+        attention_mask: Tensor | None,
+        keep: bool = True,
+        packed: PackedSequences | None = None,
     ) -> None:
         blocks: Any = model.decoder.block
         self.cross = [block.layer[1].EncDecAttention.keys_values(encoded) for block in blocks]
@@ -273,14 +284,16 @@ class T5(nn.Module):
         if config.tied:
             self.lm_head.weight = self.shared.weight
 
-    def encode(self, tokens: Tensor, attention_mask: Tensor | None = None, packed: Packed | None = None) -> Tensor:
+    def encode(
+        self, tokens: Tensor, attention_mask: Tensor | None = None, packed: PackedSequences | None = None
+    ) -> Tensor:
         """tokens int64 [B, S] -> [B, S, hidden]. attention_mask [B, S]: not 0 where there is text, None for everywhere.
 
         packed: tokens [1, total] are several sources.
         """
         return self.encoder(self.shared(tokens), _mask(attention_mask), packed=packed)
 
-    def decode(self, tokens: Tensor, cache: T5Cache, packed: Packed | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, cache: T5Cache, packed: PackedSequences | None = None) -> Tensor:
         """The next tokens int64 [B * beams, S] of each target -> [B * beams, S, hidden], ready for `logits`.
 
         packed: tokens [1, total] are the targets of the cache's packed sources.

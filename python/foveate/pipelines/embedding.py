@@ -11,44 +11,44 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models import load_model, open_checkpoint
-from foveate.models.packed import Packed
+from foveate.models.sequences import PackedSequences
 from foveate.pipelines.encoder import TOKENS_PER_BATCH, as_texts, batches, run_packed
 from foveate.tokenizer import Tokenizer
 
 
-def _segments(hidden: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+def _segments(hidden: Tensor, packed: PackedSequences) -> tuple[Tensor, Tensor, Tensor]:
     """[total, hidden] in fp32, the text of each token, and the tokens of each text as a column."""
     lengths = packed.cu_seqlens.diff().long()
     text = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
     return hidden[0].float(), text, lengths[:, None].float()
 
 
-def _sum(hidden: Tensor, packed: Packed) -> Tensor:
+def _sum(hidden: Tensor, packed: PackedSequences) -> Tensor:
     x, text, lengths = _segments(hidden, packed)
     return x.new_zeros(len(lengths), x.shape[1]).index_add_(0, text, x)
 
 
-def _mean(hidden: Tensor, packed: Packed) -> Tensor:
+def _mean(hidden: Tensor, packed: PackedSequences) -> Tensor:
     return _sum(hidden, packed) / packed.cu_seqlens.diff()[:, None]
 
 
-def _mean_sqrt(hidden: Tensor, packed: Packed) -> Tensor:
+def _mean_sqrt(hidden: Tensor, packed: PackedSequences) -> Tensor:
     return _sum(hidden, packed) / packed.cu_seqlens.diff()[:, None].sqrt()
 
 
-def _weighted_mean(hidden: Tensor, packed: Packed) -> Tensor:
+def _weighted_mean(hidden: Tensor, packed: PackedSequences) -> Tensor:
     """Later tokens of a decoder have seen more: weights 1, 2, 3 ... (Muennighoff 2022, arXiv 2202.08904)."""
     x, text, lengths = _segments(hidden, packed)
     weights = (packed.positions + 1)[:, None].float()
     return x.new_zeros(len(lengths), x.shape[1]).index_add_(0, text, x * weights) / (lengths * (lengths + 1) / 2)
 
 
-def _max(hidden: Tensor, packed: Packed) -> Tensor:
+def _max(hidden: Tensor, packed: PackedSequences) -> Tensor:
     return torch.stack([rows.amax(0) for rows in hidden[0].float().split(packed.cu_seqlens.diff().tolist())])
 
 
 # By the names of sentence-transformers' pooling_mode_... keys.
-POOLINGS: dict[str, Callable[[Tensor, Packed], Tensor]] = {
+POOLINGS: dict[str, Callable[[Tensor, PackedSequences], Tensor]] = {
     "cls_token": lambda hidden, packed: hidden[0, packed.starts].float(),
     "lasttoken": lambda hidden, packed: hidden[0, packed.cu_seqlens[1:].long() - 1].float(),
     "max_tokens": _max,
@@ -151,7 +151,7 @@ class Embedder:
             return nn.functional.normalize(a, dim=-1) @ nn.functional.normalize(b, dim=-1).t()
         return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0)
 
-    def _hidden(self, ids: Tensor, types: Tensor, packed: Packed) -> Tensor:
+    def _hidden(self, ids: Tensor, types: Tensor, packed: PackedSequences) -> Tensor:
         return self.model.hidden(ids, packed=packed) if self._decoder else self.model(ids, types, packed=packed)
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:

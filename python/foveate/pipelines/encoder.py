@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models import load_model, open_checkpoint
-from foveate.models.packed import Packed
+from foveate.models.sequences import PackedSequences
 from foveate.tokenizer import Tokenizer
 
 TOKENS_PER_BATCH = 4096  # in one forward pass, unless a single text is longer
@@ -87,11 +87,11 @@ def batches(lengths: Sequence[int], tokens_per_batch: int = TOKENS_PER_BATCH) ->
 
 @torch.inference_mode()
 def run_packed(
-    model: nn.Module, encodings: Sequence[Any], forward: Callable[[Tensor, Tensor, Packed], Tensor]
-) -> tuple[Tensor, Packed]:
+    model: nn.Module, encodings: Sequence[Any], forward: Callable[[Tensor, Tensor, PackedSequences], Tensor]
+) -> tuple[Tensor, PackedSequences]:
     """forward(ids [1, total], token types [1, total], packed) of encodings one after the other, without padding."""
     device = next(model.parameters()).device
     ids = torch.tensor([i for e in encodings for i in e.ids], device=device)
     types = torch.tensor([i for e in encodings for i in e.type_ids], device=device)
-    packed = Packed.of([len(e.ids) for e in encodings]).to(device)
+    packed = PackedSequences.of([len(e.ids) for e in encodings]).to(device)
     return forward(ids[None], types[None], packed), packed

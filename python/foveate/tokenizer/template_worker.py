@@ -1,4 +1,4 @@
-"""The program of the process that renders chat templates: one JSON line in, one out (foveate.tokenizer.chat_template). Imports nothing of foveate.
+"""The program of the process that renders chat templates: one JSON line in, one out (`chat_template`). Imports nothing of foveate.
 
 A template comes with a checkpoint and can ask for any amount of time and memory in a few bytes, in more ways than a sandbox can list
 ('a' * 10**9, '%999999999d', nested loops, macros that call themselves). So each rendering has a budget that the system enforces.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError, is_there, library_errors, read_json
 from foveate.models import Checkpoint, load_model, open_checkpoint
-from foveate.models.adapters import CONFIG, PREFIX, WEIGHTS, check_adapter
-from foveate.models.file_schemas import ADAPTER
+from foveate.models.checkpoint.adapters import CONFIG, PREFIX, WEIGHTS, check_adapter
+from foveate.models.checkpoint.schemas import ADAPTER
 from foveate.tokenizer import Tokenizer
 from foveate.train.lora import (
     LoraConfig,

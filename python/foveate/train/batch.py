@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.models.packed import Packed
+from foveate.models.sequences import PackedSequences
 
 IGNORED = -100  # a label without a loss
 # Packed rows are filled up to a multiple of this: oneDNN compiles and keeps a kernel for each number of tokens that it meets.
@@ -28,7 +28,7 @@ class Batch:
     """
 
     tensors: dict[str, Tensor]
-    packed: dict[str, Packed]
+    packed: dict[str, PackedSequences]
     units: int
     tokens: int  # read by the model, without padding
     norm: float | None = None
@@ -62,8 +62,10 @@ def join(sequences: Sequence[np.ndarray], packing: bool, fill: int = 0) -> Tenso
     return out
 
 
-def layout(lengths: Sequence[int], packing: bool, side: str = "tokens") -> tuple[dict[str, Packed], dict[str, Tensor]]:
+def layout(
+    lengths: Sequence[int], packing: bool, side: str = "tokens"
+) -> tuple[dict[str, PackedSequences], dict[str, Tensor]]:
     """`packed` of a batch, or the tensor of its lengths."""
     if packing:
-        return {side: Packed.of([*lengths, filling(sum(lengths))])}, {}
+        return {side: PackedSequences.of([*lengths, filling(sum(lengths))])}, {}
     return {}, {f"{side}_lens": torch.tensor(lengths, dtype=torch.int32)}

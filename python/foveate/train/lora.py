@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.models.bert import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification, BertLayer
-from foveate.models.blocks import PackedEmbedding
 from foveate.models.gpt2 import GPT2Layer
+from foveate.models.layers import PackedEmbedding
 from foveate.models.llama import LlamaLayer
 from foveate.models.t5 import T5Block
 from foveate.nn import PackedLinear

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models import Checkpoint, load_model
-from foveate.models.checkpoint import Blocks, Weights
+from foveate.models.checkpoint.base import Blocks, Weights
+from foveate.models.checkpoint.reading import read_config
 from foveate.models.loading import checked_device, model_class, tie_weights
-from foveate.models.reading import read_config
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.new_weights import draw_weights

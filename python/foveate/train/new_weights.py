@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.models.blocks import RMSNorm
+from foveate.models.layers import RMSNorm
 from foveate.models.t5 import T5
 
 _STD = 0.02

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from foveate.backend import native
 from foveate.cache.view import CacheView
 from foveate.models.addresses import Addresses
-from foveate.models.blocks import PackedEmbedding, RMSNorm
 from foveate.models.gpt2 import GPT2
+from foveate.models.layers import PackedEmbedding, RMSNorm
 from foveate.models.llama import Llama
 from foveate.nn import PackedLinear
 from foveate.ops.attention.plan import BLOCKED_ROWS, CPU_HEAD_DIM, decode_plan

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from foveate.files.checked import CheckpointError, check
-from foveate.models.checkpoint import Blocks, Checkpoint, Weights
-from foveate.models.file_schemas import GGUF, GGUF_MODEL
-from foveate.models.gguf_file import GgufFile
+from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
+from foveate.models.checkpoint.gguf_file import GgufFile
+from foveate.models.checkpoint.schemas import GGUF, GGUF_MODEL
 from foveate.quantization.gguf_types import BLOCKS, FLOATS, PACKED, REPACKED, expand, loaded_bytes
 from foveate.tokenizer import Tokenizer
 from foveate.tokenizer.gguf import CONTROL, read_tokenizer

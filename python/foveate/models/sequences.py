@@ -15,7 +15,7 @@ from foveate.ops.attention.varlen import attention_varlen
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedSequences:
     """Where each sequence of a row of `total` tokens begins. Positions count within the sequence; nothing crosses its ends.
 
     cu_seqlens: int32 [sequences + 1], from 0 to total; positions: int64 [total]; longest: of all sequences.
@@ -26,15 +26,15 @@ class Packed:
     longest: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Packed:
+    def of(cls, lengths: Sequence[int]) -> PackedSequences:
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         positions = torch.cat([torch.arange(length) for length in lengths] or [torch.empty(0, dtype=torch.long)])
         return cls(ends, positions, max(lengths, default=0))
 
-    def to(self, device: torch.device) -> Packed:
-        return Packed(self.cu_seqlens.to(device), self.positions.to(device), self.longest)
+    def to(self, device: torch.device) -> PackedSequences:
+        return PackedSequences(self.cu_seqlens.to(device), self.positions.to(device), self.longest)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Packed | None = None, **options: Any) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: PackedSequences | None = None, **options: Any) -> Tensor:
         """`attention_varlen` of [1, total, H, D]. keys: the sequences of k and v if not these."""
         keys = keys or self
         lengths = (self.cu_seqlens, keys.cu_seqlens, self.longest, keys.longest)
@@ -47,13 +47,13 @@ class Packed:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, keys: Packed | None = None, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences | None, keys: PackedSequences | None = None, **options: Any
 ) -> Tensor:
     """`attention` of [B, S, H, D], or what `packed` makes of it. keys: the sequences of k and v if not those of q."""
     return attention(q, k, v, **options) if packed is None else packed.attend(q, k, v, keys, **options)
 
 
-def check_positions(tokens: Tensor, packed: Packed | None, max_positions: int, cure: str = "") -> None:
+def check_positions(tokens: Tensor, packed: PackedSequences | None, max_positions: int, cure: str = "") -> None:
     """ValueError for sequences longer than the model's positions."""
     longest = tokens.shape[-1] if packed is None else packed.longest
     if longest > max_positions:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from foveate.files.checked import CheckpointError, check
-from foveate.models.file_schemas import CONFIG
+from foveate.models.checkpoint.schemas import CONFIG
 
 _LAYER = re.compile(r"(?:^|.*\.)(?:layers|layer|block|h)\.(\d{1,9})\..*")
 

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from foveate.files.checked import CheckpointError, check, is_there, library_errors, read_json
-from foveate.models.checkpoint import Blocks, Checkpoint, Weights
-from foveate.models.file_schemas import ADAPTER
+from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
+from foveate.models.checkpoint.huggingface import HuggingFaceCheckpoint
+from foveate.models.checkpoint.schemas import ADAPTER
 from foveate.quantization.gguf_blocks import dequantize
 from foveate.tokenizer import NEED, Tokenizer
 
@@ -30,7 +31,7 @@ _BASES = ("model.", "bert.", "transformer.")  # with which some checkpoints writ
 
 
 @dataclass
-class AdaptedCheckpoint(Checkpoint):
+class AdaptedCheckpoint(HuggingFaceCheckpoint):
     """path is the adapter's folder. Tokenizer, chat template and generation settings are the adapter's where it has them."""
 
     base: Checkpoint = field(kw_only=True)
