@@ -145,7 +145,9 @@ def test_a_line_end_after_a_piped_prompt_does_not_count(path, capsys, monkeypatc
     import io
 
     seen = []
-    monkeypatch.setattr(foveate.llm.LLM, "generate", lambda self, prompts, params: seen.append(prompts) or [])
+    monkeypatch.setattr(
+        foveate.generation.llm.LLM, "generate", lambda self, prompts, params: seen.append(prompts) or []
+    )
     monkeypatch.setattr("foveate.commands.generate._print", lambda outputs: None)
     for text in ("the fox", "the fox\n", "the fox\n\n"):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))

@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import foveate
 import generation_toys as toys
-from foveate import SamplingParams, llm
+from foveate import SamplingParams
 from foveate.cache.view import StaticCacheView
-from foveate.generation import Engine, decode_graph
+from foveate.generation import Engine, decode_graph, llm
 from foveate.generation.decode_graph import DecodeGraph
 from foveate.nn import PackedLinear
 from foveate.quantization.panels import packed_bytes

@@ -133,8 +133,8 @@ def test_the_generation_config_is_the_default(tmp_path):
     default = llm.generate("the")[0].outputs[0].token_ids
     torch.manual_seed(0)
     assert default == llm.generate("the", llm.default_params)[0].outputs[0].token_ids and len(default) == 5
-    assert foveate.llm.default_params({"do_sample": False, "temperature": 0.5}).temperature == 0
-    assert foveate.llm.default_params({}) == SamplingParams()
+    assert foveate.generation.llm.default_params({"do_sample": False, "temperature": 0.5}).temperature == 0
+    assert foveate.generation.llm.default_params({}) == SamplingParams()
 
 
 def test_int8_cache_and_options_reach_the_cache(path):
@@ -224,7 +224,7 @@ def test_import_stays_light():
     import subprocess
     import sys
 
-    code = "import foveate, sys; assert not {'foveate.llm', 'tokenizers', 'safetensors', 'rich'} & set(sys.modules); foveate.LLM"
+    code = "import foveate, sys; assert not {'foveate.generation.llm', 'tokenizers', 'safetensors', 'rich'} & set(sys.modules); foveate.LLM"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="module 'foveate' has no attribute 'LLMs'"):
         foveate.LLMs  # noqa: B018

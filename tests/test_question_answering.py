@@ -12,7 +12,7 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from foveate.models import bert
-from foveate.question_answering import QuestionAnswerer
+from foveate.pipelines.question_answering import QuestionAnswerer
 from foveate.tokenizer import Tokenizer
 from model_cases import one_thread, randomize  # noqa: F401
 

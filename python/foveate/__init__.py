@@ -11,11 +11,19 @@ __version__ = "0.1.0"
 # The model layer is imported when it is first used: it needs more libraries than the kernels do.
 _LAZY = {
     **dict.fromkeys(
-        ["Embedder", "FillMask", "Reranker", "Text2Text", "TextClassifier", "TokenClassifier", "ZeroShotClassifier"],
+        [
+            "Embedder",
+            "FillMask",
+            "QuestionAnswerer",
+            "Reranker",
+            "Text2Text",
+            "TextClassifier",
+            "TokenClassifier",
+            "ZeroShotClassifier",
+        ],
         "foveate.pipelines",
     ),
-    "LLM": "foveate.llm",
-    "QuestionAnswerer": "foveate.question_answering",
+    "LLM": "foveate.generation.llm",
     "SamplingParams": "foveate.generation",
     "ring_attention": "foveate.ring",
 }

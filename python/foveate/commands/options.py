@@ -232,7 +232,7 @@ def load(args: argparse.Namespace) -> Any:
         torch.set_num_threads(args.threads)
     dtype = None if args.dtype is None else getattr(torch, _DTYPES[args.dtype])
     with loading(args.model):
-        from foveate.llm import LLM
+        from foveate.generation.llm import LLM
     return LLM(
         args.model, base=args.base, device=args.device, dtype=dtype, quantization=args.quantization, progress=sys.stderr.isatty(),
         kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len, num_pages=args.num_pages, max_batch=args.max_batch,

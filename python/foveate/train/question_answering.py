@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.ops.cross_entropy import cross_entropy
-from foveate.question_answering import QuestionAnswerer
+from foveate.pipelines.question_answering import QuestionAnswerer
 from foveate.tokenizer import Tokenizer
 from foveate.train.batch import Batch, join, layout
 from foveate.train.config import TrainConfig

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foveate.models import load_model, open_checkpoint
+from foveate.pipelines.encoder import load_encoder
 from foveate.tokenizer import Tokenizer
 
 
@@ -49,24 +49,12 @@ class QuestionAnswerer:
         quantization: str | None = None,
         progress: bool | None = None,
     ) -> None:
-        if isinstance(path_or_model, nn.Module):
-            self.model: Any = path_or_model
-        else:
-            checkpoint = open_checkpoint(path_or_model)
-            if checkpoint.config.get("model_type") != "bert":
-                raise ValueError(
-                    f"{path_or_model} is of architecture {checkpoint.config.get('model_type')!r}; question answering needs 'bert', "
-                    "fine-tuned for it"
-                )
-            self.model = load_model(
-                checkpoint, device=device, dtype=dtype, quantization=quantization, progress=progress,
-                head="question-answering",
-            )  # fmt: skip
-            tokenizer = tokenizer or checkpoint.tokenizer()
-        if tokenizer is None:
-            raise ValueError(f"there is no tokenizer: {path_or_model} has no tokenizer.json; pass tokenizer=")
-        self.tokenizer = tokenizer
-        frame = tokenizer.backend.encode("", "").ids
+        found = load_encoder(
+            path_or_model, tokenizer, task="question answering", head="question-answering", device=device, dtype=dtype,
+            quantization=quantization, progress=progress,
+        )  # fmt: skip
+        self.model, self.tokenizer = found.model, found.tokenizer
+        frame = self.tokenizer.backend.encode("", "").ids
         if len(frame) != 3 or frame[1] != frame[2]:
             raise ValueError(
                 f"the tokenizer frames a pair of texts with the ids {frame}; needed is [CLS] question [SEP] context [SEP]"
