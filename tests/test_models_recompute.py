@@ -11,7 +11,7 @@ from foveate.models.bert import BertConfig, BertForMaskedLM
 from foveate.models.gpt2 import GPT2, GPT2Config
 from foveate.models.llama import Llama, LlamaConfig
 from foveate.models.t5 import T5, T5Config
-from foveate.train.gradient_checkpointing import checkpoint_layers
+from foveate.train.modules.gradient_checkpointing import checkpoint_layers
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 96, "num_layers": 2, "num_heads": 2}
 HEADS = {"num_kv_heads": 2, "head_dim": 16, "max_positions": 64}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from foveate.train.batch_size import ROWS, choose
-from foveate.train.plan import DataPlan
+from foveate.train.data.plan import DataPlan
 from train_toys import one_thread as one_thread
 from train_toys import run, sentences, write_jsonl
 

@@ -267,7 +267,7 @@ def test_what_a_signal_leaves(tmp_path, capsys, monkeypatch, error, code, senten
     def fit(config):
         raise error
 
-    monkeypatch.setattr(sys.modules["foveate.train.fit"], "fit", fit)
+    monkeypatch.setattr(sys.modules["foveate.train.fitting"], "fit", fit)
     assert main(["train", *flags(tmp_path)]) == code and capsys.readouterr().err == sentence
 
 

@@ -12,13 +12,14 @@ import generation_toys
 from foveate.models.sequences import PackedSequences
 from foveate.tokenizer import Tokenizer
 from foveate.tokenizer.characters import char_tokenizer
-from foveate.train import TrainConfig, chat
-from foveate.train.causal_lm import CausalLM, cut
-from foveate.train.data_files import CONTINUES, LONGEST_PIECE, PIECE, read_rows
-from foveate.train.objective import Piece
-from foveate.train.plan import DataPlan, best_fit
-from foveate.train.store import TokenStore
-from foveate.train.tokenized import tokenized
+from foveate.train import TrainConfig
+from foveate.train.data import chat
+from foveate.train.data.examples import Piece
+from foveate.train.data.files import CONTINUES, LONGEST_PIECE, PIECE, read_rows
+from foveate.train.data.plan import DataPlan, best_fit
+from foveate.train.data.token_store import TokenStore
+from foveate.train.data.tokenized import tokenized
+from foveate.train.objectives.causal_lm import CausalLM, cut
 from train_toys import GPT2, LLAMA, options, run, sentences, write_jsonl
 from train_toys import one_thread as one_thread
 

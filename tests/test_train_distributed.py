@@ -14,11 +14,11 @@ import torch
 import test_train_objectives as objectives
 import train_toys
 from foveate.models.llama import Llama, LlamaConfig
-from foveate.train import TrainConfig, fit
-from foveate.train.batch import IGNORED, Batch
-from foveate.train.causal_lm import CausalLM
+from foveate.train import TrainConfig, fitting
+from foveate.train.data.batch import IGNORED, Batch
 from foveate.train.interrupt import Interrupted
 from foveate.train.loop import Loop, LossModule
+from foveate.train.objectives.causal_lm import CausalLM
 from foveate.train.strategy import Strategy
 from ranks import needs_fsdp, needs_gloo, run_ranks
 from train_toys import GPT2, LLAMA, sentences, write_jsonl
@@ -31,14 +31,14 @@ _EVEN = {"adam_eps": 1.0, "learning_rate": 1.0, "max_grad_norm": 0.05}
 
 
 def strategy_of(kind: str, context_parallel: int = 1) -> Strategy:
-    from foveate.train.distributed import DataParallel, FullyShard
+    from foveate.train.distributed.torchrun import DataParallel, FullyShard
 
     return {"ddp": DataParallel, "fsdp": FullyShard}[kind](torch.device("cpu"), context_parallel)
 
 
 def rank_fits(rank: int, runs: list[tuple[str, int, dict]]) -> None:
     for kind, context_parallel, options in runs:
-        fit(TrainConfig(**options), strategy=strategy_of(kind, context_parallel))
+        fitting(TrainConfig(**options), strategy=strategy_of(kind, context_parallel))
 
 
 def outcome(options: dict) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
@@ -84,7 +84,7 @@ def assert_same_run(ours: dict, one: dict, atol: float = 1e-6) -> None:
 @pytest.mark.parametrize("packing, size, accumulation", [(True, 2, 2), (True, 4, 1), (False, 2, 1)])
 def test_ddp_and_fsdp_equal_one_process(tmp_path, packing, size, accumulation):
     one = options(tmp_path, "one", packing=packing, batch_size=8)
-    fit(TrainConfig(**one))
+    fitting(TrainConfig(**one))
     rows = {"packing": packing, "batch_size": 8 // size // accumulation, "accumulation": accumulation}
     runs = [(kind, 1, options(tmp_path, kind, **rows)) for kind in ("ddp", "fsdp")]
     run_ranks(rank_fits, size, tmp_path / "ranks", runs)
@@ -102,7 +102,7 @@ def test_context_parallel_equals_one_process(tmp_path, size, runs):
         # GPT-2 with a row a sequence, the others packed
         changes = {"new_model": model | {length: 128}, "packing": model is not GPT2, "dropout": 0.0}
         one = options(tmp_path, f"one-{i}", batch_size=8, **changes)
-        fit(TrainConfig(**one))
+        fitting(TrainConfig(**one))
         # the rows of a step that one ring of processes reads, in one or two parts
         spread = options(
             tmp_path, f"spread-{i}", batch_size=rows, accumulation=8 * context_parallel // size // rows, **changes
@@ -114,7 +114,7 @@ def test_context_parallel_equals_one_process(tmp_path, size, runs):
 def test_every_objective_equals_one_process(tmp_path):
     """Weights without gradients (BERT's pooler), weights that several layers read (T5), frozen ones (LoRA), metrics of the task."""
     base = options(tmp_path, "base", batch_size=8, max_steps=1)
-    fit(TrainConfig(**base))
+    fitting(TrainConfig(**base))
     wordpiece, unigram = objectives.wordpiece(tmp_path), objectives.unigram(tmp_path)
     squad = [objectives.squad(tmp_path, 16)]
     common = {"masked-lm": {"new_model": objectives.BERT, "tokenizer": wordpiece},
@@ -127,7 +127,7 @@ def test_every_objective_equals_one_process(tmp_path):
     runs = []
     for i, changes in enumerate(cases):
         one = options(tmp_path, f"one-{i}", batch_size=8, max_steps=2, gradient_checkpointing=True, **changes)
-        fit(TrainConfig(**one))
+        fitting(TrainConfig(**one))
         for kind in ("ddp", "fsdp"):
             two = options(
                 tmp_path,
@@ -211,7 +211,7 @@ def test_gradients_in_fp64(tmp_path, size, runs):
 def test_checkpoints_go_to_other_numbers_of_processes(tmp_path):
     """Two steps on some number of processes, the other two on another: the same as all four on one."""
     one = options(tmp_path, "one", batch_size=8, eval_every=1)
-    fit(TrainConfig(**one))
+    fitting(TrainConfig(**one))
     changes = [(("fsdp", 2), (None, 1)), (("fsdp", 2), ("fsdp", 4)), (("fsdp", 4), ("ddp", 2)), ((None, 1), ("ddp", 2))]
     for half in (0, 1):
         for size in (1, 2, 4):
@@ -242,7 +242,7 @@ def stopped_fit(strategy: Strategy | None, run: dict, half: int) -> None:
             raise Stopped
 
     with pytest.raises(Stopped) if half == 0 else contextlib.nullcontext():
-        fit(TrainConfig(**run), strategy=strategy, after_evaluation=stop)
+        fitting(TrainConfig(**run), strategy=strategy, after_evaluation=stop)
 
 
 def rank_stopped_fits(rank: int, runs: list[tuple[str, int, dict]], half: int) -> None:
@@ -255,14 +255,14 @@ def rank_signalled(rank: int, folder: Path) -> int:
     step = Loop._step
     Loop._step = lambda self, i: (rank == 1 and i == 1 and signal.raise_signal(signal.SIGTERM)) or step(self, i)
     with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
-        fit(TrainConfig(**options(folder, "run", batch_size=4)), strategy=strategy_of("ddp"))
+        fitting(TrainConfig(**options(folder, "run", batch_size=4)), strategy=strategy_of("ddp"))
     Loop._step = step
-    return fit(TrainConfig(**options(folder, "run", batch_size=4, resume=True)), strategy=strategy_of("ddp")).steps
+    return fitting(TrainConfig(**options(folder, "run", batch_size=4, resume=True)), strategy=strategy_of("ddp")).steps
 
 
 def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
     one = options(tmp_path, "one", batch_size=8)
-    fit(TrainConfig(**one))
+    fitting(TrainConfig(**one))
     assert run_ranks(rank_signalled, 2, tmp_path / "ranks", tmp_path) == [4, 4]
     assert_same_run(options(tmp_path, "run"), one)
 
@@ -270,11 +270,11 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
 def rank_misfits(rank: int, folder: Path) -> list[str]:
     """Sentences of what cannot be done in two processes."""
     good = options(folder, "run", batch_size=4)
-    fit(TrainConfig(**good), strategy=strategy_of("fsdp"))
+    fitting(TrainConfig(**good), strategy=strategy_of("fsdp"))
     wider = good["new_model"] | {"intermediate_size": 64}
     calls = [
         lambda: strategy_of("ddp", 3),
-        lambda: fit(TrainConfig(**good | {"resume": True, "new_model": wider}), strategy=strategy_of("ddp")),
+        lambda: fitting(TrainConfig(**good | {"resume": True, "new_model": wider}), strategy=strategy_of("ddp")),
     ]
     sentences = []
     for call in calls:
@@ -299,9 +299,9 @@ def test_errors_without_other_processes(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="strategy='ddp' is for several processes, .*no RANK.*torchrun --nproc-per-node 2"
     ):
-        fit(TrainConfig(**options(tmp_path, "run", strategy="ddp")))
+        fitting(TrainConfig(**options(tmp_path, "run", strategy="ddp")))
     with pytest.raises(ValueError, match="context_parallel=2 .* needs objective='causal-lm' and a strategy"):
         TrainConfig(**options(tmp_path, "run", context_parallel=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started, and each would train alone; give a strategy"):
-        fit(TrainConfig(**options(tmp_path, "run")))
+        fitting(TrainConfig(**options(tmp_path, "run")))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from foveate.models import load_model
-from foveate.train import output_folder
-from foveate.train.checkpoints import Checkpoints
+from foveate.train.checkpoints import output_folder
+from foveate.train.checkpoints.folder import Checkpoints
 from foveate.train.strategy import Strategy
 from train_toys import LLAMA, losses, run, sentences, texts, write_jsonl
 from train_toys import one_thread as one_thread

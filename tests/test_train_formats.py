@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from foveate.train.formats import read_row
+from foveate.train.data.formats import read_row
 
 USER, REPLY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CHAT = {"messages": [USER, REPLY]}

@@ -18,10 +18,10 @@ with warnings.catch_warnings():
 
 from foveate.models import open_checkpoint
 from foveate.train import TrainConfig
+from foveate.train.data.plan import Sequence
+from foveate.train.data.token_store import TokenStore
 from foveate.train.loop import Data
-from foveate.train.objectives import make_objective
-from foveate.train.plan import Sequence
-from foveate.train.store import TokenStore
+from foveate.train.objectives.choose import make_objective
 from test_train_objectives import BERT, T5_CONFIG, squad, unigram, wordpiece
 from train_toys import GPT2, LLAMA, losses, options, run, sentences, write_jsonl
 from train_toys import one_thread as one_thread

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from foveate.train import loop as loops
-from foveate.train.hold_out import hold_out
-from foveate.train.objective import Parts, Pieces
+from foveate.train.data.examples import Parts, Pieces
+from foveate.train.data.hold_out import hold_out
 from test_train_objectives import BERT, wordpiece
 from train_toys import one_thread as one_thread
 from train_toys import run, sentences, texts, write_jsonl

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from foveate import CheckpointError
 from foveate.generation import memory
 from foveate.models import load_model
-from foveate.train.adapter_files import load_adapter, save_adapter
-from foveate.train.lora import LoraConfig, add_lora
-from foveate.train.store import TokenStore
+from foveate.train.checkpoints.adapter import load_adapter, save_adapter
+from foveate.train.data.token_store import TokenStore
+from foveate.train.modules.lora import LoraConfig, add_lora
 from foveate.train.strategy import Strategy
 from hostile import llama_folder, put
 
@@ -49,10 +49,10 @@ def test_a_pickle_in_a_state_is_not_opened(tmp_path):
 
 
 def sharded_state(folder):
-    from foveate.train import sharded_checkpoint
+    from foveate.train.checkpoints import sharded
 
     model, optimizer = small()
-    sharded_checkpoint.save(folder, model, optimizer, {"step": 3})
+    sharded.save(folder, model, optimizer, {"step": 3})
     return model, optimizer
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate.train.classification import truncated
-from foveate.train.labels import class_weights, find_classes
+from foveate.train.objectives.classification import truncated
+from foveate.train.objectives.labels import class_weights, find_classes
 from test_train_objectives import BERT, wordpiece
 from train_toys import losses, run, sentences, write_jsonl
 from train_toys import one_thread as one_thread
@@ -111,7 +111,7 @@ def test_class_weights_are_torchs(tmp_path, monkeypatch):
     parts = run(tmp_path / "p", **common, batch_size=3, accumulation=4)
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
     kept = []
-    from foveate.train.classification import Classification
+    from foveate.train.objectives.classification import Classification
 
     plain = Classification._logits
     monkeypatch.setattr(
@@ -139,7 +139,7 @@ def test_several_labels_a_row(tmp_path):
     assert theirs.config.problem_type == "multi_label_classification"
     tokens, labels = torch.tensor([[2, 8, 9, 10, 3]]), torch.tensor([[1.0, 0.0, 1.0]])
     out = theirs(tokens, labels=labels)
-    from foveate.train.classification import _yes_or_no
+    from foveate.train.objectives.classification import _yes_or_no
 
     assert torch.allclose(_yes_or_no(result.model(tokens), labels.long()), out.loss, atol=1e-5)
     mixed = write_jsonl(tmp_path / "m" / "m.jsonl", [data[0], {"text": "a", "label": "fox"}] * 3)

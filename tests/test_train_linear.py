@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from foveate.ops import onednn_linear
-from foveate.train.trained_linear import TrainedLinear, speed_up_linear
+from foveate.train.modules.linear import TrainedLinear, speed_up_linear
 
 needs_onednn = pytest.mark.skipif(
     onednn_linear._onednn() is None, reason="this torch has no oneDNN op for linear layers here"

@@ -16,12 +16,12 @@ from foveate.models.sequences import PackedSequences
 from foveate.models.t5 import T5, T5Cache, T5Config
 from foveate.tokenizer import Tokenizer
 from foveate.train import TrainConfig
-from foveate.train.labels import find_classes
-from foveate.train.masked_lm import MaskedLM
-from foveate.train.model_files import export_tokenizer
-from foveate.train.question_answering import QuestionAnswering
-from foveate.train.seq2seq import SpanCorruption
-from foveate.train.squad_metric import exact_match, f1, scores
+from foveate.train.checkpoints.model import export_tokenizer
+from foveate.train.objectives.labels import find_classes
+from foveate.train.objectives.masked_lm import MaskedLM
+from foveate.train.objectives.question_answering import QuestionAnswering
+from foveate.train.objectives.seq2seq import SpanCorruption
+from foveate.train.objectives.squad_metric import exact_match, f1, scores
 from train_toys import WORDS, losses, run, sentences, write_jsonl
 from train_toys import one_thread as one_thread
 
@@ -281,7 +281,7 @@ def test_questions_without_an_answer_are_scored(tmp_path, monkeypatch, unanswera
             asked.append(handle_impossible_answer)
             return [{"answer": "" if q == "none ?" and handle_impossible_answer else "fox"} for q in questions]
 
-    monkeypatch.setattr("foveate.train.question_answering.QuestionAnswerer", Perfect)
+    monkeypatch.setattr("foveate.train.objectives.question_answering.QuestionAnswerer", Perfect)
     rows = [{"question": "who ?", "context": "the fox", "answers": [{"text": "fox", "answer_start": 4}]}]
     rows += [{"question": "none ?", "context": "the fox", "answers": []}] * unanswerable
     settings = config(objective="question-answering", eval_data=[write_jsonl(tmp_path / "a.jsonl", rows)])

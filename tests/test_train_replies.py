@@ -8,9 +8,10 @@ import pytest
 
 from foveate.models import open_checkpoint
 from foveate.tokenizer import Tokenizer
-from foveate.train import TrainConfig, chat
-from foveate.train.causal_lm import CausalLM
-from foveate.train.chat_template import conversations, end_of_turn
+from foveate.train import TrainConfig
+from foveate.train.data import chat
+from foveate.train.data.chat_template import conversations, end_of_turn
+from foveate.train.objectives.causal_lm import CausalLM
 from train_toys import LLAMA, options, run, write_jsonl
 from train_toys import one_thread as one_thread
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from foveate.train import TrainConfig, fit
-from foveate.train.fit import TrainResult
+from foveate.train import TrainConfig, fitting
+from foveate.train.fitting import TrainResult
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
@@ -57,7 +57,7 @@ def options(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run(folder: Path, **changes: Any) -> TrainResult:
-    return fit(TrainConfig(**options(folder, **changes)))
+    return fitting(TrainConfig(**options(folder, **changes)))
 
 
 def weights(result: TrainResult) -> dict[str, torch.Tensor]:

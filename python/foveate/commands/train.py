@@ -116,7 +116,7 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
 
 def run(args: argparse.Namespace) -> None:
     config = config_from(args)
-    from foveate.train.fit import fit
+    from foveate.train.fitting import fit
 
     result = fit(config)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all

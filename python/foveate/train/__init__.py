@@ -6,10 +6,10 @@ from foveate import COMMAND_LINE
 from foveate.train.config import TrainConfig
 
 if TYPE_CHECKING or not COMMAND_LINE:  # which reads the options of training before it loads torch
-    from foveate.train.adapter_files import load_adapter, merge_adapter, save_adapter
-    from foveate.train.fit import TrainResult, fit
+    from foveate.train.checkpoints.adapter import load_adapter, merge_adapter, save_adapter
+    from foveate.train.fitting import TrainResult, fit
     from foveate.train.loop import NonFiniteLoss
-    from foveate.train.lora import LoraConfig, add_lora, merge_lora
+    from foveate.train.modules.lora import LoraConfig, add_lora, merge_lora
     from foveate.train.strategy import Strategy
 
 __all__ = [

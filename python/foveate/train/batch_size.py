@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from foveate.train.plan import best_fit
+from foveate.train.data.plan import best_fit
 
 ROWS = 8  # of a forward pass, where the data are many
 STEPS = 20  # of a pass over the data: with fewer, the warm-up and the schedule mean nothing

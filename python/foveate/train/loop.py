@@ -16,20 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foveate.train.batch import Batch
-from foveate.train.checkpoints import Checkpoints
+from foveate.train.checkpoints.fingerprint import frozen_checksum
+from foveate.train.checkpoints.folder import Checkpoints
+from foveate.train.checkpoints.output_folder import STATE
 from foveate.train.config import TrainConfig
-from foveate.train.fingerprint import frozen_checksum
+from foveate.train.data.batch import Batch
+from foveate.train.data.examples import Piece, Pieces
+from foveate.train.data.plan import DataPlan, Sequence
+from foveate.train.data.token_store import TokenStore
 from foveate.train.interrupt import Interrupted, StopRequest
-from foveate.train.objective import Objective, Piece, Pieces
+from foveate.train.modules.linear import speed_up_linear
+from foveate.train.objectives.base import Objective
 from foveate.train.optimizer import adamw
-from foveate.train.output_folder import STATE
-from foveate.train.plan import DataPlan, Sequence
 from foveate.train.report import Report, finite
 from foveate.train.schedule import rate_factor
-from foveate.train.store import TokenStore
 from foveate.train.strategy import Strategy
-from foveate.train.trained_linear import speed_up_linear
 
 # What a state remembers of its run's plan that one that goes on need not have in common with it.
 _EVALUATION, _WARMUP = "checksum of the evaluation data", "steps of the warm-up"

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from foveate.train.checkpoints.fingerprint import sources
+from foveate.train.checkpoints.output_folder import RECORD, Record
 from foveate.train.config import SAMPLERS, TrainConfig
 from foveate.train.curve import new_figure
-from foveate.train.fingerprint import sources
-from foveate.train.fit import fit
+from foveate.train.fitting import fit
 from foveate.train.loop import NonFiniteLoss
-from foveate.train.output_folder import RECORD, Record
 
 STUDY = "search.db"
 _NOT_SEARCHED = ("output_dir", "resume", "strategy", "context_parallel")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.train import state_files
-from foveate.train.batch import Batch
+from foveate.train.checkpoints import state
+from foveate.train.data.batch import Batch
 
 
 class Strategy:
@@ -71,12 +71,12 @@ class Strategy:
         self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]
     ) -> None:
         """What a run needs to go on, beside the exported weights: the trained parameters, the optimizer's state, the random state."""
-        state_files.save(folder, model, optimizer, numbers)
+        state.save(folder, model, optimizer, numbers)
 
     def load_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The inverse of save_state, whatever the number of processes that saved it; returns `numbers`."""
-        if (folder / state_files.TENSORS).exists():
-            return state_files.load(folder, model, optimizer)
-        from foveate.train import sharded_checkpoint
+        if (folder / state.TENSORS).exists():
+            return state.load(folder, model, optimizer)
+        from foveate.train.checkpoints import sharded
 
-        return sharded_checkpoint.load(folder, model, optimizer)
+        return sharded.load(folder, model, optimizer)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from foveate.tokenizer import Tokenizer
-from foveate.train.causal_lm import CausalLM
-from foveate.train.classification import Classification
 from foveate.train.config import TrainConfig
-from foveate.train.data_files import declared_labels, read_rows
-from foveate.train.labels import find_classes
-from foveate.train.masked_lm import MaskedLM
-from foveate.train.objective import Objective
-from foveate.train.question_answering import QuestionAnswering
-from foveate.train.seq2seq import Seq2Seq, SpanCorruption
+from foveate.train.data.files import declared_labels, read_rows
+from foveate.train.objectives.base import Objective
+from foveate.train.objectives.causal_lm import CausalLM
+from foveate.train.objectives.classification import Classification
+from foveate.train.objectives.labels import find_classes
+from foveate.train.objectives.masked_lm import MaskedLM
+from foveate.train.objectives.question_answering import QuestionAnswering
+from foveate.train.objectives.seq2seq import Seq2Seq, SpanCorruption
 
 _CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2")
 _KINDS: dict[str, tuple[str, ...]] = {

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from foveate.models.bert import BertLayer
 from foveate.models.gpt2 import GPT2Layer
 from foveate.models.llama import LlamaLayer
-from foveate.train import state_files
-from foveate.train.batch import Batch
-from foveate.train.context_parallel import spread
+from foveate.train.checkpoints import state
+from foveate.train.data.batch import Batch
+from foveate.train.distributed.context_parallel import spread
 from foveate.train.strategy import Strategy
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -106,9 +106,9 @@ class Distributed(Strategy):
     def save_state(
         self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]
     ) -> None:
-        from foveate.train import sharded_checkpoint  # which a torch without torch.distributed cannot import
+        from foveate.train.checkpoints import sharded  # which a torch without torch.distributed cannot import
 
-        sharded_checkpoint.save(folder, model, optimizer, numbers)
+        sharded.save(folder, model, optimizer, numbers)
 
 
 class DataParallel(Distributed):
@@ -177,7 +177,7 @@ class FullyShard(Distributed):
         super().save_state(folder, model, optimizer, numbers)
 
     def load_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        if (folder / state_files.TENSORS).exists():
+        if (folder / state.TENSORS).exists():
             raise ValueError(
                 f"{folder} was saved by a single process, whose state fsdp cannot split; go on with strategy='ddp', or start a new run "
                 "from the weights beside it"

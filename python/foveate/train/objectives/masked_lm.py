@@ -10,11 +10,12 @@ from torch import Tensor
 
 from foveate.ops.cross_entropy import cross_entropy
 from foveate.tokenizer import Tokenizer
-from foveate.train.batch import IGNORED, Batch, join, layout
-from foveate.train.causal_lm import cut, head_loss
 from foveate.train.config import TrainConfig
-from foveate.train.objective import Columns, Objective, Parts, Piece, Pieces, empty_notes, text_of
-from foveate.train.store import TokenStore
+from foveate.train.data.batch import IGNORED, Batch, join, layout
+from foveate.train.data.examples import Columns, Parts, Piece, Pieces, empty_notes, text_of
+from foveate.train.data.token_store import TokenStore
+from foveate.train.objectives.base import Objective
+from foveate.train.objectives.causal_lm import cut, head_loss
 
 
 class MaskedLM(Objective):

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from foveate.train import data_readers
-from foveate.train.class_labels import DATASET, class_labels
-from foveate.train.data_readers import CONTINUES, LONGEST_PIECE, PIECE, SUFFIXES, Row, kind_of
+from foveate.train.data import readers
+from foveate.train.data.class_labels import DATASET, class_labels
+from foveate.train.data.readers import CONTINUES, LONGEST_PIECE, PIECE, SUFFIXES, Row, kind_of
 
 __all__ = [
     "CONTINUES",
@@ -40,7 +40,7 @@ def read_rows(paths: Sequence[str]) -> Iterator[Row]:
     """
     for path in paths:
         for file in data_files(path):
-            yield from data_readers.rows_of(file)
+            yield from readers.rows_of(file)
 
 
 def strings(value: Any) -> Iterator[str]:

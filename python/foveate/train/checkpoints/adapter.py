@@ -16,7 +16,8 @@ from foveate.models import Checkpoint, load_model, open_checkpoint
 from foveate.models.checkpoint.adapters import CONFIG, PREFIX, WEIGHTS, check_adapter
 from foveate.models.checkpoint.schemas import ADAPTER
 from foveate.tokenizer import Tokenizer
-from foveate.train.lora import (
+from foveate.train.checkpoints.model import TrainedModel, WithoutClassifier, export_tokenizer, stored_dtype
+from foveate.train.modules.lora import (
     LoraConfig,
     adapters,
     add_lora,
@@ -26,7 +27,6 @@ from foveate.train.lora import (
     saved_modules,
     target_names,
 )
-from foveate.train.model_files import TrainedModel, WithoutClassifier, export_tokenizer, stored_dtype
 
 _PACKED = "foveate_adapter.json"  # what peft's config has no place for
 _TASKS = {

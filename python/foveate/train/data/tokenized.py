@@ -10,12 +10,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foveate.tokenizer import NEED, Tokenizer
-from foveate.train.data_files import data_files, left_out, read_rows
-from foveate.train.objective import Columns, Objective, at_row
-from foveate.train.store import TokenStore
+from foveate.train.data.examples import Columns, at_row
+from foveate.train.data.files import data_files, left_out, read_rows
+from foveate.train.data.token_store import TokenStore
+
+if TYPE_CHECKING:
+    from foveate.train.objectives.base import Objective
 
 _VERSION = 3  # of what is stored; raised when an objective's columns change their meaning
 _ROWS = 512  # encoded at once, by as many threads as there are cores

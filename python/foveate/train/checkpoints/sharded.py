@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError, check, integer, is_there, library_errors, list_of, mapping
-from foveate.train.state_files import read_numbers, trained
+from foveate.train.checkpoints.state import read_numbers, trained
 
 _NUMBERS = "numbers.json"
 _SIZES = list_of(integer(0, 2**50), 16)

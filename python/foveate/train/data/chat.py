@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from foveate.tokenizer import Tokenizer
-from foveate.train import objective
-from foveate.train.chat_template import Spans, conversations, render
-from foveate.train.data_files import CONTINUES
-from foveate.train.formats import read_row
+from foveate.train.data import examples
+from foveate.train.data.chat_template import Spans, conversations, render
+from foveate.train.data.files import CONTINUES
+from foveate.train.data.formats import read_row
 
 __all__ = ["Sample", "render", "samples", "tokens_of"]
 
@@ -37,9 +37,9 @@ def samples(row: dict[str, Any], field: str | None, tokenizer: Tokenizer) -> lis
             found = conversations(row["messages"], tokenizer, **tools)
             return [Sample(text, spans, True, ended) for text, spans, ended in found]
         if "completion" in row or ("prompt" in row and (field or "text") not in row):
-            prompt, completion = (objective.text_of(row, name, "") for name in ("prompt", "completion"))
+            prompt, completion = (examples.text_of(row, name, "") for name in ("prompt", "completion"))
             return [Sample(prompt + completion, [(len(prompt), len(prompt) + len(completion))], False, True)]
-    return [Sample(objective.text_of(row, field or "text"), None, False, CONTINUES not in row)]
+    return [Sample(examples.text_of(row, field or "text"), None, False, CONTINUES not in row)]
 
 
 def has_more(row: dict[str, Any], field: str) -> bool:

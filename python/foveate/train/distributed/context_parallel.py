@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.ring.attention import ring_attention
 from foveate.ring.layout import sequence_multiple, sequence_positions, split_sequence
-from foveate.train.batch import IGNORED, Batch
+from foveate.train.data.batch import IGNORED, Batch
 
 
 @dataclass(frozen=True)

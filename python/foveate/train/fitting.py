@@ -15,24 +15,25 @@ from torch import nn
 from foveate.models import open_checkpoint
 from foveate.tokenizer import Tokenizer
 from foveate.tokenizer.characters import char_tokenizer
-from foveate.train import model_files
-from foveate.train.adapter_files import adapted, adapter_settings, merge_adapter
 from foveate.train.batch_size import ROWS, choose, sentence
-from foveate.train.checkpoints import Checkpoints
+from foveate.train.checkpoints import model as model_files
+from foveate.train.checkpoints.adapter import adapted, adapter_settings, merge_adapter
+from foveate.train.checkpoints.folder import Checkpoints
+from foveate.train.checkpoints.model import TrainedModel
 from foveate.train.config import TrainConfig
-from foveate.train.data_files import read_rows, strings
-from foveate.train.gradient_checkpointing import checkpoint_layers
-from foveate.train.hold_out import hold_out
+from foveate.train.data.examples import Pieces
+from foveate.train.data.files import read_rows, strings
+from foveate.train.data.hold_out import hold_out
+from foveate.train.data.plan import DataPlan
+from foveate.train.data.token_store import TokenStore
+from foveate.train.data.tokenized import tokenized
 from foveate.train.loop import Data, Loop
-from foveate.train.lora import LoraConfig
-from foveate.train.model_files import TrainedModel
-from foveate.train.objective import Objective, Pieces
-from foveate.train.objectives import check_architecture, make_objective
-from foveate.train.plan import DataPlan
+from foveate.train.modules.gradient_checkpointing import checkpoint_layers
+from foveate.train.modules.lora import LoraConfig
+from foveate.train.objectives.base import Objective
+from foveate.train.objectives.choose import check_architecture, make_objective
 from foveate.train.report import Report
-from foveate.train.store import TokenStore
 from foveate.train.strategy import Strategy
-from foveate.train.tokenized import tokenized
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def fit(
     """
     config = TrainConfig(**options) if config is None else config.replace(**options)
     if strategy is None and config.strategy is not None:
-        from foveate.train.distributed import started
+        from foveate.train.distributed.torchrun import started
 
         with started(config.strategy, config.device, config.context_parallel) as strategy:
             return fit(config, strategy=strategy, after_evaluation=after_evaluation)

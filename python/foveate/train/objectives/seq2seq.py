@@ -11,21 +11,12 @@ from torch import Tensor
 
 from foveate.models.t5 import T5Cache
 from foveate.tokenizer import Tokenizer
-from foveate.train.batch import IGNORED, Batch, join, layout
-from foveate.train.causal_lm import cut, head_loss
 from foveate.train.config import TrainConfig
-from foveate.train.objective import (
-    Columns,
-    Objective,
-    Parts,
-    Piece,
-    Pieces,
-    empty_notes,
-    length_notes,
-    text_of,
-    too_long,
-)
-from foveate.train.store import TokenStore
+from foveate.train.data.batch import IGNORED, Batch, join, layout
+from foveate.train.data.examples import Columns, Parts, Piece, Pieces, empty_notes, length_notes, text_of, too_long
+from foveate.train.data.token_store import TokenStore
+from foveate.train.objectives.base import Objective
+from foveate.train.objectives.causal_lm import cut, head_loss
 
 _WHAT = "sources or targets"
 

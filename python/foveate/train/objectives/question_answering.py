@@ -12,12 +12,13 @@ from torch import Tensor
 from foveate.ops.cross_entropy import cross_entropy
 from foveate.pipelines.question_answering import QuestionAnswerer
 from foveate.tokenizer import Tokenizer
-from foveate.train.batch import Batch, join, layout
 from foveate.train.config import TrainConfig
-from foveate.train.data_files import read_rows
-from foveate.train.objective import Columns, Objective, Piece, Pieces, text_of
-from foveate.train.squad_metric import scores
-from foveate.train.store import TokenStore
+from foveate.train.data.batch import Batch, join, layout
+from foveate.train.data.examples import Columns, Piece, Pieces, text_of
+from foveate.train.data.files import read_rows
+from foveate.train.data.token_store import TokenStore
+from foveate.train.objectives.base import Objective
+from foveate.train.objectives.squad_metric import scores
 
 MAX_ANSWER_LEN = 30  # tokens of an answer in evaluation
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from foveate.train.output_folder import STATE, Record, expose, has_links, locked, taken_over
+from foveate.train.checkpoints.output_folder import STATE, Record, expose, has_links, locked, taken_over
 from foveate.train.strategy import Strategy
 
 

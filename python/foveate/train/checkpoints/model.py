@@ -17,8 +17,8 @@ from foveate.models.checkpoint.reading import read_config
 from foveate.models.loading import checked_device, model_class, tie_weights
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
-from foveate.train.new_weights import draw_weights
-from foveate.train.objective import Objective
+from foveate.train.modules.init_weights import draw_weights
+from foveate.train.objectives.base import Objective
 
 _CAUSAL = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2"}
 _DROPOUTS = {

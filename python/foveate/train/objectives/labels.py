@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.train.objective import at_row
+from foveate.train.data.examples import at_row
 
 
 @dataclass(frozen=True)

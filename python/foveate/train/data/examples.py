@@ -1,18 +1,13 @@
-"""Objective: what a task adds to the loop: how rows become tokens, tokens become batches, batches become a loss."""
+"""The sequences that data give to learn from, which of them are left out and why, and errors that name their row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor, nn
 
-from foveate.tokenizer import Tokenizer
-from foveate.train.batch import Batch
 from foveate.train.config import TrainConfig
-from foveate.train.data_files import CONTINUES
-from foveate.train.store import TokenStore
+from foveate.train.data.files import CONTINUES
 
 Columns = dict[str, list[np.ndarray]]
 
@@ -38,60 +33,6 @@ class Parts(NamedTuple):
     groups: np.ndarray  # int64; documents of one group, such as the replies of one chat, stay together
     classes: np.ndarray  # int64; each class is held out by the same share
     divisible: np.ndarray  # bool; whether some of its pieces may be held out without the others
-
-
-class Objective:
-    """A task's part in a run; a subclass says what is not said here. The loss is a mean over a batch's `units`: target tokens, windows,
-    examples."""
-
-    perplexity = False  # whether exp(loss) is one
-    head: str | None = None  # of load_model
-    max_length: int
-    config: TrainConfig
-    tokenizer: Tokenizer
-
-    def signature(self) -> dict[str, Any]:
-        """What `encode` depends on, beside the rows and the tokenizer; part of the cache's key."""
-        raise NotImplementedError
-
-    def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
-        """Ragged columns, an array for each document."""
-        raise NotImplementedError
-
-    def pieces(self, store: TokenStore) -> Pieces:
-        """ValueError for data that cannot be learnt from."""
-        raise NotImplementedError
-
-    def notes(self, store: TokenStore) -> list[str]:
-        """What `pieces` leaves out or cuts, a sentence each."""
-        return []
-
-    def parts(self, store: TokenStore) -> Parts:
-        count = len(store)
-        return Parts(np.arange(count), np.zeros(count, np.int64), np.zeros(count, bool))
-
-    def end_of_turn(self, store: TokenStore) -> int | None:
-        """A token that the data teach as an end of answers, None for no other than the tokenizer has."""
-        return None
-
-    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
-        raise NotImplementedError
-
-    def loss(self, model: Any, batch: Batch) -> Tensor:
-        """The sum over the batch's units."""
-        raise NotImplementedError
-
-    def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """ "loss" and other sums over the units of a batch of evaluation data, such as "accuracy"; numbers or vectors."""
-        return {"loss": self.loss(model, batch)}
-
-    def metrics(self, means: dict[str, Tensor]) -> dict[str, float]:
-        """What is reported of the means over all units of the evaluation data."""
-        return {name: float(value) for name, value in means.items()}
-
-    def task_metrics(self, model: nn.Module) -> dict[str, float]:
-        """What needs the whole evaluation data as it was read, such as F1; {} if nothing does."""
-        return {}
 
 
 def text_of(row: dict[str, Any], field: str, cure: str = ": set text_field, or name the field so") -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveate.models import open_checkpoint
 from foveate.nn import PackedLinear
 from foveate.train.config import TrainConfig
-from foveate.train.data_files import data_files
+from foveate.train.data.files import data_files
 
 _SAMPLES = 512  # values of each tensor: another training changes nearly all of them
 _BLOCK = 2**20

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from foveate.ops.cross_entropy import linear_cross_entropy
 from foveate.tokenizer import Tokenizer
-from foveate.train import chat
-from foveate.train.batch import IGNORED, Batch, join, layout
-from foveate.train.chat_template import end_of_turn
 from foveate.train.config import TrainConfig
-from foveate.train.objective import Columns, Objective, Parts, Piece, Pieces, length_notes, too_long
-from foveate.train.store import TokenStore
+from foveate.train.data import chat
+from foveate.train.data.batch import IGNORED, Batch, join, layout
+from foveate.train.data.chat_template import end_of_turn
+from foveate.train.data.examples import Columns, Parts, Piece, Pieces, length_notes, too_long
+from foveate.train.data.token_store import TokenStore
+from foveate.train.objectives.base import Objective
 
 _PASSED_OVER = 2  # in the column "first"
 _CHAT = 2  # in the column "whole"

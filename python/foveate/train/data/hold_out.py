@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from foveate.train.objective import Parts, Pieces
+from foveate.train.data.examples import Parts, Pieces
 
 
 def hold_out(pieces: Pieces, parts: Parts, share: float, seed: int) -> np.ndarray:

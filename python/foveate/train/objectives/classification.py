@@ -12,11 +12,12 @@ from torch import Tensor
 
 from foveate.ops.cross_entropy import cross_entropy
 from foveate.tokenizer import Tokenizer
-from foveate.train.batch import Batch, join, layout
 from foveate.train.config import TrainConfig
-from foveate.train.labels import Classes, class_weights, labels_of
-from foveate.train.objective import Columns, Objective, Parts, Piece, Pieces, length_notes, text_of, too_long
-from foveate.train.store import TokenStore
+from foveate.train.data.batch import Batch, join, layout
+from foveate.train.data.examples import Columns, Parts, Piece, Pieces, length_notes, text_of, too_long
+from foveate.train.data.token_store import TokenStore
+from foveate.train.objectives.base import Objective
+from foveate.train.objectives.labels import Classes, class_weights, labels_of
 
 
 class Classification(Objective):

@@ -1,0 +1,1 @@
+"""The data of training: files to rows, rows to tokens, tokens to batches."""
