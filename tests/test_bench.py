@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate import _C, cli
+from foveate import _C
 from foveate.bench import cases, check, machine, memory, report, roofline, run, timing, workloads
+from foveate.cli import main
+from foveate.cli.bench import BENCHES
 
 
 @pytest.mark.slow
@@ -50,7 +52,7 @@ def _every_bench_has_rows_beside_every_peer(rows: list[dict]) -> None:
         beside = {row["peer"] for row in rows if row["bench"] == bench and row["ratio"] is not None}
         assert beside == set(peers), bench
         assert {row["dtype"] for row in rows if row["bench"] == bench} == {"fp32", "bf16"}
-    assert set(workloads.PEERS) == set(cases.BENCHES) == set(cli.BENCHES)
+    assert set(workloads.PEERS) == set(cases.BENCHES) == set(BENCHES)
 
 
 def _numbers_are_there_and_agree(rows: list[dict]) -> None:
@@ -154,7 +156,7 @@ def test_wrong_kernel_stops_the_bench(monkeypatch, capsys) -> None:
     right = workloads.foveate.attention
     monkeypatch.setattr(workloads.foveate, "attention", lambda *args, **options: right(*args, **options) * 1.01)
     monkeypatch.setattr("foveate.bench.machine.keep_freed_memory", lambda: True)  # not in this process
-    assert cli.main(["bench", "attention", "--quick", "--dtype", "fp32", "--json"]) == 1
+    assert main(["bench", "attention", "--quick", "--dtype", "fp32", "--json"]) == 1
     assert "attention B1 S128 H2 D64 causal fp32: out is off by" in capsys.readouterr().err
 
 
@@ -246,25 +248,25 @@ def test_memory_bench_says_why_it_failed() -> None:
 
 def test_help_teaches(capsys) -> None:
     with pytest.raises(SystemExit) as exited:
-        cli.main(["bench", "--help"])
+        main(["bench", "--help"])
     text = capsys.readouterr().out
     assert exited.value.code == 0
-    assert all(f"  {bench}" in text for bench in cli.BENCHES) and "examples:" in text and "--against" in text
+    assert all(f"  {bench}" in text for bench in BENCHES) and "examples:" in text and "--against" in text
 
 
 def test_info_names_the_targets(capsys) -> None:
-    assert cli.main(["info", "--json"]) == 0
+    assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["cpu target"] == _C.cpu_target() and found["torch"] == torch.__version__
-    assert cli.main(["info"]) == 0
+    assert main(["info"]) == 0
     assert _C.cpu_target() in capsys.readouterr().out
 
 
 def test_wrong_requests_get_a_sentence(capsys) -> None:
-    assert cli.main(["bench", "attention", "--threads", "0"]) == 2
+    assert main(["bench", "attention", "--threads", "0"]) == 2
     assert "--threads 0 must be 1 or more" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exited:
-        cli.main(["bench", "atention"])
+        main(["bench", "atention"])
     assert exited.value.code == 2
     assert "'atention'" in capsys.readouterr().err
 
@@ -281,7 +283,7 @@ def test_foveate_alone(tmp_path) -> None:
 @pytest.mark.parametrize(("module", "arguments"), [("rich", []), ("matplotlib", ["--json", "--out", "nowhere"])])
 def test_missing_extra_is_named_before_anything_runs(module: str, arguments: list[str], monkeypatch, capsys) -> None:
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None if name == module else object())
-    assert cli.main(["bench", "attention", "--quick", *arguments]) == 1
+    assert main(["bench", "attention", "--quick", *arguments]) == 1
     assert f"needs {module}: pip install 'foveate[bench]'" in capsys.readouterr().err
     assert not Path("nowhere").exists()
 

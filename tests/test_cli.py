@@ -15,9 +15,8 @@ import pytest
 
 import foveate
 import generation_toys as toys
-from foveate.cli import main
-from foveate.commands import options
-from foveate.commands.parser import lay_out
+from foveate.cli import main, options
+from foveate.cli.parser import lay_out
 
 COMMANDS = ("", "generate", "chat", "answer", "classify", "train", "search", "info", "bench")
 FOVEATE = [sys.executable, "-m", "foveate"]
@@ -148,7 +147,7 @@ def test_a_line_end_after_a_piped_prompt_does_not_count(path, capsys, monkeypatc
     monkeypatch.setattr(
         foveate.generation.llm.LLM, "generate", lambda self, prompts, params: seen.append(prompts) or []
     )
-    monkeypatch.setattr("foveate.commands.generate._print", lambda outputs: None)
+    monkeypatch.setattr("foveate.cli.generate._print", lambda outputs: None)
     for text in ("the fox", "the fox\n", "the fox\n\n"):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         assert main(["generate", "--model", path, "--num-pages", "8"]) == 0

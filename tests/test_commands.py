@@ -104,7 +104,7 @@ def test_sampling_options_reach_the_parameters(path, llm, capsys):
     flags = """--temperature 0.7 --top-p 0.9 --top-k 30 --min-p 0.01 --seed 5 --repetition-penalty 1.2 --presence-penalty 0.1
         --frequency-penalty 0.2 --min-tokens 3 --max-tokens 9 --stop zz --stop-token-id 7 --bad-word fox --logit-bias 40=2
         --ignore-eos --include-stop-str-in-output --prompt-lookup 2"""
-    from foveate.commands import options
+    from foveate.cli import options
 
     seen = []
     original = options.sampling

@@ -12,9 +12,9 @@ import pytest
 import foveate
 import readme
 import support_matrix
-from foveate import cli
 from foveate.backend import registry
 from foveate.bench import machine, report, run
+from foveate.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,7 +50,7 @@ def test_commands_exist() -> None:
     used = set(re.findall(r"make (demo|test|bench)\b", README))
     assert used == {"demo", "test", "bench"} <= targets
     with pytest.raises(SystemExit) as exited:
-        cli.main(["bench", "--help"])
+        main(["bench", "--help"])
     assert exited.value.code == 0
 
 

@@ -10,10 +10,10 @@ import torch
 pytest.importorskip("triton")
 
 import foveate
-from foveate import cli
 from foveate.backend.triton import config
 from foveate.backend.triton.config import SPECIALIZED, Config
 from foveate.bench import tune
+from foveate.cli import main
 
 HALF = torch.bfloat16
 
@@ -118,7 +118,7 @@ def test_descriptors_are_for_sm_90():
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main(["bench", "tune"]) == 1
+    assert main(["bench", "tune"]) == 1
     assert "torch sees none" in capsys.readouterr().err
-    assert cli.main(["bench", "tune", "attention"]) == 2
+    assert main(["bench", "tune", "attention"]) == 2
     assert "tune stands alone" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-# ruff: noqa: F403, F405
+# ruff: noqa: F401, F403, F405
 """Flash-style attention, fused softmax and KV-cache kernels for CPU and GPU, for any torch."""
 
 import importlib
@@ -6,7 +6,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from foveate import _moved
+from foveate._version import __version__
 
 # The model layer is imported when it is first used: it needs more libraries than the kernels do.
 _LAZY = {
@@ -40,15 +41,16 @@ def _is_command() -> bool:
 
 
 COMMAND_LINE = _is_command()
+_moved.install()
 
 if TYPE_CHECKING or not COMMAND_LINE:
     from foveate._public import *
 
 
 def load_public() -> None:
-    """Puts the names of `_public` here, where that did not happen at the start; a submodule of the same name gives way."""
+    """Puts the names of `_public` here, where that did not happen at the start."""
     public = importlib.import_module("foveate._public")
-    globals().update({name: getattr(public, name) for name in public.__all__})
+    globals().update({name: getattr(public, name) for name in __all__ if hasattr(public, name)})
 
 
 def __getattr__(name: str) -> Any:

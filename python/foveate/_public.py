@@ -1,4 +1,5 @@
-"""What `import foveate` brings beside the model layer: the functions on tensors. `foveate.__all__` has these names too."""
+# ruff: noqa: F401
+"""What `import foveate` brings beside the model layer: the functions on tensors. All names here are of `foveate.__all__`."""
 
 from foveate import drop_in, nn
 from foveate.backend.info import backends, info
@@ -18,31 +19,3 @@ from foveate.ops.glu import geglu, swiglu
 from foveate.ops.rms_norm import rms_norm
 from foveate.ops.rotary import apply_rotary
 from foveate.ops.softmax import log_softmax, softmax
-
-__all__ = [
-    "CacheFull",
-    "CacheView",
-    "CheckpointError",
-    "CrossEntropyOutput",
-    "PagedKVCache",
-    "RelativeBias",
-    "UnsupportedError",
-    "apply_rotary",
-    "attention",
-    "attention_varlen",
-    "attention_with_kv_cache",
-    "backends",
-    "cross_entropy",
-    "drop_in",
-    "explain",
-    "geglu",
-    "info",
-    "linear_cross_entropy",
-    "log_softmax",
-    "merge_attention",
-    "nn",
-    "rms_norm",
-    "sdpa",
-    "softmax",
-    "swiglu",
-]

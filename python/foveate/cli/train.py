@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from foveate.commands.options import UsageError, print_json
+from foveate.cli.options import UsageError, print_json
 from foveate.train.config import TrainConfig
 
 _EXAMPLES = """\

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from foveate.commands import options
+from foveate.cli import options
 
 _EXAMPLES = """\
 The prompt comes from --prompt (several times for several prompts, which run in one batch) or from the standard input, without its last line

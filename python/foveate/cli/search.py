@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from foveate.commands.options import UsageError, print_json
-from foveate.commands.train import add_config_options, config_from
+from foveate.cli.options import UsageError, print_json
+from foveate.cli.train import add_config_options, config_from
 from foveate.train.config import SAMPLERS
 
 if TYPE_CHECKING:

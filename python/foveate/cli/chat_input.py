@@ -7,7 +7,7 @@ import select
 import sys
 from collections.abc import Iterator
 
-from foveate.commands.options import input_lines
+from foveate.cli.options import input_lines
 
 _PAUSE = 0.03  # seconds without input after which a paste is over
 

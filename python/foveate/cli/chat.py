@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any
 
-from foveate.commands import chat_input, options
+from foveate.cli import chat_input, options
 
 _EXAMPLES = """\
 In a terminal, write a line and read the reply; a text that is pasted is one message, however many lines it has. Ctrl-C ends a reply, or

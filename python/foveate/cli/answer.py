@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.commands.options import UsageError, add_encoder_option, encoder, print_json, read_text, text
+from foveate.cli.options import UsageError, add_encoder_option, encoder, print_json, read_text, text
 
 _EXAMPLES = """\
 The text comes from --context, from --context-file, or from the standard input. The model is one for extractive question answering, such

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.commands.options import UsageError, add_encoder_option, encoder, print_json, read_text, text
+from foveate.cli.options import UsageError, add_encoder_option, encoder, print_json, read_text, text
 
 _EXAMPLES = """\
 The texts come from --text, from the lines of --file, or from those of the standard input. The model is a BERT that was fine-tuned to sort

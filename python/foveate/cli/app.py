@@ -1,0 +1,66 @@
+"""The command `foveate`: text from models, answers, what is installed here, and how fast it is."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+import foveate
+from foveate.cli import answer, bench, chat, classify, generate, info, options, search, train
+from foveate.cli.options import UsageError
+from foveate.cli.parser import CommandParser
+
+COMMANDS = (generate, chat, answer, classify, train, search, info, bench)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 1 after an error that a sentence explains, 2 for wrong arguments, 130 after Ctrl-C (143: SIGTERM)."""
+    _open_streams()
+    args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        if foveate.COMMAND_LINE:
+            with options.loading("foveate"):
+                foveate.load_public()
+        args.run(args)
+        sys.stdout.flush()  # a full disk is an error now, not at the exit
+    except UsageError as error:
+        print(f"foveate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"foveate: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "signal", 2)
+    except BrokenPipeError:  # the reader, such as head, has seen enough; nothing may be flushed to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        print("foveate: there is not enough memory for this", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        print(f"foveate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _open_streams() -> None:
+    """A stream that the caller has closed is nowhere. What an output cannot spell is written by its number, such as \\U0001f600."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="foveate",
+        description="Language models on foveate's attention, softmax and KV-cache kernels. Each command explains itself with --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"foveate {foveate.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
