@@ -38,7 +38,7 @@ def backend(request: pytest.FixtureRequest) -> str:
         pytest.skip(f"{request.param}: {reason}")
     case = request.node.callspec.params.get("case")
     on_gpu = request.param == "triton" or (
-        request.param == "native" and foveate.backend.registry.runs_cuda_kernels(request.getfixturevalue("device"))
+        request.param == "native" and foveate.backend.native.runs_cuda_kernels(request.getfixturevalue("device"))
     )
     if on_gpu and (request.function.__name__ == "test_gradcheck" or getattr(case, "dtype", None) == torch.float64):
         pytest.skip(f"{request.param}: its kernels for GPUs take no fp64")
