@@ -1,8 +1,8 @@
 """Registers, spills and stack frames of every CUDA kernel, for sm_80 and sm_90a, held against a committed list.
 
-    python .ci/cuda_resources.py              # compiles csrc/cuda/*.cu; a kernel that spills or has a stack frame must be listed
+    python .ci/cuda_resources.py              # compiles csrc/cuda/*/*.cu; a kernel that spills or has a stack frame must be listed
     python .ci/cuda_resources.py --table      # prints all kernels
-    python .ci/cuda_resources.py softmax.cu   # one file
+    python .ci/cuda_resources.py rows/softmax.cu   # one file
 
 The list is .ci/cuda_spills.txt: lines of "arch kernel bytes-of-stack bytes-spilled # reason", each an upper limit. A kernel is named
 without its namespace, with its template arguments. A line that no kernel needs any more is a failure too.
@@ -23,7 +23,14 @@ ROOT = Path(__file__).parent.parent
 LIST = ROOT / ".ci" / "cuda_spills.txt"
 ARCHS = ("sm_80", "sm_90a")
 # As CMakeLists.txt compiles them.
-FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}", "-DFOVEATE_WITH_CUDA"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-DNDEBUG",
+    f"-I{ROOT / 'csrc'}",
+    f"-I{ROOT / 'csrc/cuda/device/nvidia'}",
+    "-DFOVEATE_WITH_CUDA",
+]
 
 
 class Kernel(NamedTuple):
@@ -95,11 +102,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print every kernel")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("files", nargs="*", help="names in csrc/cuda; all if none is given")
+    parser.add_argument("files", nargs="*", help="paths below csrc/cuda; all if none is given")
     args = parser.parse_args()
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    folder = ROOT / "csrc" / "cuda"
+    sources = sorted(folder.rglob("*.cu"))
     if args.files:
-        sources = [s for s in sources if s.name in args.files]
+        sources = [s for s in sources if str(s.relative_to(folder)) in args.files]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(compile_kernels, source, arch) for source in sources for arch in ARCHS]
         kernels = sorted(k for job in jobs for k in job.result())

@@ -48,5 +48,6 @@ def for_gpu(program: str, folder: Path, archs: tuple[str, ...]) -> Path:
     # and PTX for newer GPUs, which sm_90a has none of
     codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs if not a.endswith("a")]
     path = folder / program
-    _run("nvcc", *codes, "-std=c++20", "-O2", f"-I{ROOT / 'csrc'}", SOURCES / f"{program}.cu", "-o", path)
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda' / 'device' / 'nvidia'}"]
+    _run("nvcc", *codes, "-std=c++20", "-O2", *includes, SOURCES / f"{program}.cu", "-o", path)
     return path

@@ -1,4 +1,4 @@
-"""The pure functions of csrc/cuda/flash_config.h and decode_layout.h: tiles, instances, packed heads, the order of blocks."""
+"""The pure functions of cuda/attention/config.h and cuda/kv_cache/decode_layout.h: tiles, instances, packed heads, the order of blocks."""
 
 from __future__ import annotations
 

@@ -18,15 +18,19 @@ pytestmark = pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="need
 
 # Places that cost more than the least, and how many times it: at most.
 # Fragments of mma leave a lane 2 neighbours of 8 columns, half of a sector for the quad.
-GRADIENTS = {("atomic_add", "attention_backward_keys.cu"): 2, ("st_global", "attention_backward.cuh"): 2}
+GRADIENTS = {("atomic_add", "cuda/attention/backward_keys.cu"): 2, ("st_global", "cuda/attention/backward.cuh"): 2}
 # A lane holds 8 numbers, 32 bytes in fp32, which it moves 16 at a time.
-EIGHT_FP32 = {("ld_global_nc", "row.cuh"): 2, ("ld_global", "row.cuh"): 2, ("st_global", "row.cuh"): 2}
+EIGHT_FP32 = {
+    ("ld_global_nc", "cuda/rows/row.cuh"): 2,
+    ("ld_global", "cuda/rows/row.cuh"): 2,
+    ("st_global", "cuda/rows/row.cuh"): 2,
+}
 # Of each result once: its columns lie 4 by 4 in the lanes; the log-sum-exps of a row, one for each split.
-MERGE = {("st_global", "decode.cu"): 4, ("ld_global", "decode.cu"): 3}
+MERGE = {("st_global", "cuda/kv_cache/decode.cu"): 4, ("ld_global", "cuda/kv_cache/decode.cu"): 3}
 # The pages of 16 keys are few numbers, which may lie on both sides of a sector's end.
-PAGES = {("ld_global_nc", "kv_cache.cuh"): 2}
+PAGES = {("ld_global_nc", "cuda/kv_cache/kv_cache.cuh"): 2}
 # int8 and fp8: a lane widens 16 numbers to 2 stores of 16 bytes; the scales of a head lie Hkv apart.
-WIDENED = {**MERGE, ("st_shared", "decode_tile.cuh"): 2}
+WIDENED = {**MERGE, ("st_shared", "cuda/kv_cache/decode_tile.cuh"): 2}
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 #if defined(FOVEATE_WITH_CUDA) && !defined(FOVEATE_CUDA_EMULATED)
 #define FOVEATE_WITH_CUDA_RUNTIME
-#include "cuda/runtime.h"
+#include "cuda/host/runtime.h"
 #endif
 
 namespace py = pybind11;

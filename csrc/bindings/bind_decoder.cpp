@@ -2,7 +2,7 @@
 
 #include "bindings/bind.h"
 #include "bindings/tensor_from_python.h"
-#include "ops/decoder.h"
+#include "decoder/decoder.h"
 
 namespace py = pybind11;
 

@@ -1,8 +1,8 @@
 #include <pybind11/stl.h>
 
+#include "bench/roofline.h"
 #include "bindings/bind.h"
 #include "bindings/tensor_from_python.h"
-#include "ops/roofline.h"
 
 namespace py = pybind11;
 

@@ -4,7 +4,7 @@
 
 #include "bindings/bind.h"
 #include "bindings/tensor_from_python.h"
-#include "cpu/target.h"
+#include "cpu/dispatch/target.h"
 
 namespace py = pybind11;
 

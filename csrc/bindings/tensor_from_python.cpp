@@ -3,7 +3,7 @@
 #include <string>
 
 #include "core/check.h"
-#include "ops/place.h"
+#include "ops/device.h"
 
 namespace py = pybind11;
 

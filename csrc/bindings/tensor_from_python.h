@@ -5,8 +5,8 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/dlpack.h"
-#include "bindings/reachable.h"
 #include "core/tensor.h"
+#include "reachable.h"  // of the emulator in a test build, else of cuda/device/nvidia/
 
 namespace foveate {
 

@@ -1,5 +1,5 @@
 // Element types as they lie in memory. Forced inline: kernels of every instruction set use these, and must not share a compiled copy.
-// The conversions to float live with the vector code (cpu/vec.h), per instruction set.
+// The conversions to float live with the vector code (cpu/simd/vec.h), per instruction set.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What the contract layer (ops/) knows of a tensor: pointer, type, device, sizes, strides in elements.
+// What the op layer (ops/) knows of a tensor: pointer, type, device, sizes, strides in elements.
 #pragma once
 
 #include <array>

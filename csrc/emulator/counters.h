@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "emulator/race.h"
+#include "emulator/checks/race.h"
 
 namespace foveate::emulator {
 

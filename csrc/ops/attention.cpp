@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "core/math.h"
-#include "cpu/kernels.h"
-#include "cpu/target.h"
+#include "cpu/dispatch/kernels.h"
+#include "cpu/dispatch/target.h"
+#include "ops/device.h"
 #include "ops/kv_cache.h"
-#include "ops/place.h"
 
 namespace foveate {
 namespace {
@@ -55,10 +55,10 @@ ScoreOperand score_operand(const TensorView& t, const char* what, const Attentio
 class Lengths {
  public:
   template <class Valid>
-  const int32_t* read(const TensorView& t, const char* what, int64_t size, const Place& place, const Valid& valid) {
+  const int32_t* read(const TensorView& t, const char* what, int64_t size, const CallDevice& device, const Valid& valid) {
     check_rank(t, what, 1), check_size(t, what, 0, size), check_contiguous(t, what);
-    if (!place.readable) check_dtype(t, what, DType::kInt32);
-    if (!place.readable) return t.as<int32_t>();
+    if (!device.readable) check_dtype(t, what, DType::kInt32);
+    if (!device.readable) return t.as<int32_t>();
     check(t.dtype == DType::kInt32 || t.dtype == DType::kInt64, what, " is ", name(t.dtype), ", expected int32 or int64");
     for (int64_t i = 0; i < size; ++i) {
       const int64_t value = t.dtype == DType::kInt32 ? t.as<int32_t>()[i] : t.as<int64_t>()[i];
@@ -73,11 +73,11 @@ class Lengths {
 };
 
 const int32_t* read_cu_seqlens(Lengths& lengths, const TensorView& t, const char* what, int64_t batch, int64_t total, int64_t longest,
-                               const Place& place) {
+                               const CallDevice& device) {
   int64_t previous = 0;
   check(total <= std::numeric_limits<int32_t>::max(), what, ": ", total,
         " tokens in all are more than a packed batch may have, 2147483647");
-  return lengths.read(t, what, batch + 1, place, [&](int64_t i, int64_t value) {
+  return lengths.read(t, what, batch + 1, device, [&](int64_t i, int64_t value) {
     const bool ok = (i > 0 || value == 0) && value >= previous && (i < batch || value == total);
     check(ok, what, " must start at 0, never decrease and end at ", total, "; entry ", i, " is ", value);
     check(i == 0 || value - previous <= longest, what, " has a sequence of length ", value - previous, " at ", i - 1,
@@ -96,7 +96,7 @@ int64_t longest_of(const int32_t* cu, int64_t batch) {
 // AttentionParams and what it points to beside the tensors.
 struct AttentionCall {
   Lengths kv_lens, cu_q, cu_k;
-  Place place;
+  CallDevice device;
   AttentionParams params;
 
   AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
@@ -106,8 +106,8 @@ struct AttentionCall {
 AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
                              const AttentionOptions& o) {
   AttentionParams& p = params;
-  place = place_of({&q, &k, &v, &out, &lse, &o.bias, &o.mask, &o.alibi, &o.rel_table, &o.rel_buckets, &o.sinks, &o.kv_lens, &o.cu_q,
-                    &o.cu_k, &o.philox});
+  device = device_of({&q, &k, &v, &out, &lse, &o.bias, &o.mask, &o.alibi, &o.rel_table, &o.rel_buckets, &o.sinks, &o.kv_lens, &o.cu_q,
+                      &o.cu_k, &o.philox});
   const bool varlen = o.cu_q.defined();
   const int ndim = varlen ? 3 : 4;
   for (const auto& [t, what] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}})
@@ -117,7 +117,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   p.heads_q = q.shape[ndim - 2], p.heads_kv = k.shape[ndim - 2], p.head_dim = q.shape[ndim - 1], p.head_dim_v = v.shape[ndim - 1];
   check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, k has ", p.heads_kv,
         ", which does not divide them");
-  const int64_t most = place.cuda ? kMaxCudaHeadDim : kMaxHeadDim;
+  const int64_t most = device.cuda ? kMaxCudaHeadDim : kMaxHeadDim;
   check(p.head_dim <= most && p.head_dim_v <= most, "head dims ", p.head_dim, " and ", p.head_dim_v, " exceed the limit of ", most);
   check_size(k, "k", ndim - 1, p.head_dim);
   for (int i = 0; i + 1 < ndim; ++i) check_size(v, "v", i, k.shape[i]);
@@ -130,9 +130,9 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     check(p.seq_q >= 0 && p.seq_kv >= 0 && p.seq_q <= kMost && p.seq_kv <= kMost, "max_seqlen_q = ", p.seq_q,
           " and max_seqlen_k = ", p.seq_kv, " must be within 0..", kMost);
-    p.cu_q = read_cu_seqlens(cu_q, o.cu_q, "cu_seqlens_q", p.batch, q.shape[0], p.seq_q, place);
-    p.cu_k = read_cu_seqlens(cu_k, o.cu_k, "cu_seqlens_k", p.batch, k.shape[0], p.seq_kv, place);
-    if (!o.rel_table.defined() && place.readable) {  // whose table of buckets has max_seqlen's size
+    p.cu_q = read_cu_seqlens(cu_q, o.cu_q, "cu_seqlens_q", p.batch, q.shape[0], p.seq_q, device);
+    p.cu_k = read_cu_seqlens(cu_k, o.cu_k, "cu_seqlens_k", p.batch, k.shape[0], p.seq_kv, device);
+    if (!o.rel_table.defined() && device.readable) {  // whose table of buckets has max_seqlen's size
       p.seq_q = longest_of(p.cu_q, p.batch), p.seq_kv = longest_of(p.cu_k, p.batch);
     }
     check(!o.bias.defined() && !o.mask.defined() && !o.kv_lens.defined(), "bias, mask and kv_lens have no meaning in a packed batch");
@@ -164,7 +164,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
     p.rel_num_buckets = static_cast<int>(o.rel_table.shape[0]);
     const int64_t distances = p.seq_q + p.seq_kv > 0 ? p.seq_q + p.seq_kv - 1 : 0;
     check_vector(o.rel_buckets, "relative buckets", distances, DType::kInt32);
-    for (int64_t i = 0; i < distances && place.readable; ++i) {
+    for (int64_t i = 0; i < distances && device.readable; ++i) {
       const int32_t bucket = o.rel_buckets.as<int32_t>()[i];
       check(bucket >= 0 && bucket < p.rel_num_buckets, "relative bucket ", bucket, " is outside the table of ", p.rel_num_buckets);
     }
@@ -172,7 +172,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   }
   if (o.sinks.defined()) check_vector(o.sinks, "sinks", p.heads_q, acc), p.sinks = o.sinks.data;
   if (o.kv_lens.defined())
-    p.kv_lens = kv_lens.read(o.kv_lens, "kv_lens", p.batch, place, [&](int64_t b, int64_t value) {
+    p.kv_lens = kv_lens.read(o.kv_lens, "kv_lens", p.batch, device, [&](int64_t b, int64_t value) {
       check(value >= 0 && value <= p.seq_kv, "kv_lens[", b, "] = ", value, " is outside 0..", p.seq_kv, ", the number of keys in k");
     });
   check(o.dropout_p >= 0 && o.dropout_p < 1, "dropout_p = ", o.dropout_p, " is outside [0, 1)");
@@ -181,7 +181,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
     check_vector(o.philox, "philox", 2, DType::kInt64);
     p.dropout_p = o.dropout_p;
     p.philox = o.philox.as<const int64_t>();
-    if (place.readable) p.philox_seed = static_cast<uint64_t>(p.philox[0]), p.philox_offset = static_cast<uint32_t>(p.philox[1]);
+    if (device.readable) p.philox_seed = static_cast<uint64_t>(p.philox[0]), p.philox_offset = static_cast<uint32_t>(p.philox[1]);
   }
   check(std::isfinite(o.scale) && std::isfinite(o.softcap) && o.softcap >= 0, "scale = ", o.scale, " and softcap = ", o.softcap,
         " must be finite, softcap not negative");
@@ -236,7 +236,7 @@ void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out,
   const AttentionCall call(q, k, v, out, lse, options);
   const AttentionParams& p = call.params;
   if (out.numel() == 0 && (!lse.defined() || lse.numel() == 0)) return;
-  if (call.place.cuda) return cuda::kernels().attention_forward(p, current_stream(call.place));
+  if (call.device.cuda) return cuda::kernels().attention_forward(p, current_stream(call.device));
   // Starting the threads costs microseconds: less than that of work stays on this one.
   const int64_t products = p.batch * p.heads_q * p.seq_q * p.seq_kv * (p.head_dim + p.head_dim_v);
   const int team = products < (int64_t{1} << 17) ? 1 : static_cast<int>(threads);
@@ -282,10 +282,10 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
   }
   if (dsinks.defined())
     check(p.sinks != nullptr, "dsinks without sinks"), check_vector(dsinks, "dsinks", p.heads_q, acc), g.dsinks = dsinks.data;
-  place_of({&q, &dout, &dlse, &dq, &dk, &dv, &dbias, &drel_table, &dsinks});
-  if (call.place.cuda) {
+  device_of({&q, &dout, &dlse, &dq, &dk, &dv, &dbias, &drel_table, &dsinks});
+  if (call.device.cuda) {
     const int64_t bytes = cuda::kernels().attention_backward_workspace(p, g);
-    return cuda::kernels().attention_backward(p, g, bytes > 0 ? allocate(bytes) : nullptr, current_stream(call.place));
+    return cuda::kernels().attention_backward(p, g, bytes > 0 ? allocate(bytes) : nullptr, current_stream(call.device));
   }
   if (p.batch == 0 || p.heads_kv == 0) {  // q, k and v are empty; what is broadcast over them has gradient 0
     const size_t size = size_of(acc);

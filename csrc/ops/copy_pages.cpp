@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "ops/place.h"
+#include "ops/device.h"
 
 namespace foveate {
 namespace {
@@ -31,13 +31,13 @@ void copy_pages(TensorView pool, const std::vector<int64_t>& from, const std::ve
   CopyPagesParams p{};
   p.pool = pool.data, p.layers = pool.shape[0], p.pages = pool.shape[1];
   p.page_bytes = pool.numel() / (p.layers * p.pages) * size_of(pool.dtype);
-  const Place place = place_of({&pool});
+  const CallDevice device = device_of({&pool});
   for (size_t first = 0; first < from.size(); first += kMaxPageCopies) {
     p.copies = static_cast<int>(std::min<size_t>(kMaxPageCopies, from.size() - first));
     std::copy_n(from.begin() + static_cast<int64_t>(first), p.copies, p.from);
     std::copy_n(to.begin() + static_cast<int64_t>(first), p.copies, p.to);
-    if (place.cuda)
-      cuda::kernels().copy_pages(p, current_stream(place));
+    if (device.cuda)
+      cuda::kernels().copy_pages(p, current_stream(device));
     else
       copy_on_cpu(p);
   }

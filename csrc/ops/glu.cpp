@@ -1,8 +1,8 @@
 #include "ops/glu.h"
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
-#include "ops/place.h"
+#include "cpu/dispatch/kernels.h"
+#include "cpu/dispatch/target.h"
+#include "ops/device.h"
 
 namespace foveate {
 namespace {
@@ -23,14 +23,14 @@ void check_rows(const TensorView& t, const char* what, const TensorView& x) {
   check_contiguous(t, what), check_dtype(t, what, x.dtype);
 }
 
-void check_on_cpu(const Place& place) { check(!place.cuda, "glu has no CUDA kernel; its tensors must be on the CPU"); }
+void check_on_cpu(const CallDevice& device) { check(!device.cuda, "glu has no CUDA kernel; its tensors must be on the CPU"); }
 
 }  // namespace
 
 void glu_forward(TensorView gate, TensorView up, TensorView out, bool gelu, Threads threads) {
   GluParams p = params(gate, up, gelu);
   check_rows(out, "out", gate);
-  check_on_cpu(place_of({&gate, &up, &out}));
+  check_on_cpu(device_of({&gate, &up, &out}));
   if (gate.numel() == 0) return;
   p.out = out.data;
   cpu::kernels().glu_forward(p, threads);
@@ -39,7 +39,7 @@ void glu_forward(TensorView gate, TensorView up, TensorView out, bool gelu, Thre
 void glu_backward(TensorView dout, TensorView gate, TensorView up, TensorView dgate, TensorView dup, bool gelu, Threads threads) {
   GluParams p = params(gate, up, gelu);
   check_rows(dout, "dout", gate), check_rows(dgate, "dgate", gate), check_rows(dup, "dup", gate);
-  check_on_cpu(place_of({&dout, &gate, &up, &dgate, &dup}));
+  check_on_cpu(device_of({&dout, &gate, &up, &dgate, &dup}));
   if (gate.numel() == 0) return;
   p.dout = dout.data, p.dgate = dgate.data, p.dup = dup.data;
   cpu::kernels().glu_backward(p, threads);

@@ -1,22 +1,10 @@
-// swiglu and geglu: out = gate * sigmoid(h(gate)) * up, with h(g) = g for SiLU and 2 * sqrt(2 / pi) * (g + 0.044715 * g^3) for GELU in its
-// tanh form, which is the same function.
+// swiglu and geglu: views -> checks -> GluParams -> kernels.
 #pragma once
 
+#include "contract/glu.h"
 #include "core/tensor.h"
 
 namespace foveate {
-
-struct GluParams {
-  const void* gate;  // [rows, cols], row stride gate_stride
-  const void* up;    // [rows, cols], row stride up_stride
-  const void* dout;  // [rows, cols], contiguous; backward only
-  void* out;         // [rows, cols], contiguous; forward only
-  void* dgate;       // [rows, cols], contiguous; backward only
-  void* dup;         // the same
-  int64_t rows, cols, gate_stride, up_stride;
-  bool gelu;
-  DType dtype;
-};
 
 void glu_forward(TensorView gate, TensorView up, TensorView out, bool gelu, Threads threads);
 void glu_backward(TensorView dout, TensorView gate, TensorView up, TensorView dgate, TensorView dup, bool gelu, Threads threads);

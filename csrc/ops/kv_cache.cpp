@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "core/math.h"
-#include "cpu/kernels.h"
-#include "cpu/target.h"
-#include "ops/place.h"
+#include "cpu/dispatch/kernels.h"
+#include "cpu/dispatch/target.h"
+#include "ops/device.h"
 
 namespace foveate {
 namespace {
@@ -225,10 +225,11 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
           check_dtype(q_turned, "q_turned", p.dtype);
   }
   p.capacity = capacity, p.pages = k_cache.shape[0];
-  const Place place = place_of({&q, &k_cache, &v_cache, &k, &v, &kv_lens, &out, &lse, &partial_out, &partial_lse, &q_turned, &o.counters,
-                                &o.block_table, &o.rotary_cos, &o.rotary_sin, &o.k_scale, &o.v_scale, &o.alibi, &o.sinks});
+  const CallDevice device =
+      device_of({&q, &k_cache, &v_cache, &k, &v, &kv_lens, &out, &lse, &partial_out, &partial_lse, &q_turned, &o.counters, &o.block_table,
+                 &o.rotary_cos, &o.rotary_sin, &o.k_scale, &o.v_scale, &o.alibi, &o.sinks});
   std::vector<int32_t> lens;
-  if (place.readable) {
+  if (device.readable) {
     lens = read_lens(kv_lens, p.batch, capacity);
     p.kv_lens = kv_lens.dtype == DType::kInt32 && (p.batch <= 1 || kv_lens.stride[0] == 1) ? kv_lens.as<const int32_t>() : lens.data();
     check_cache_values(p);
@@ -237,8 +238,8 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
     p.kv_lens = kv_lens.as<const int32_t>();
   }
   if (p.batch == 0 || p.heads_kv == 0) return;
-  if (place.cuda)
-    append_and_attend_on_gpu(p, o.blocked, q_turned.data, current_stream(place));
+  if (device.cuda)
+    append_and_attend_on_gpu(p, o.blocked, q_turned.data, current_stream(device));
   else
     append_and_attend(p, o.blocked, q_turned.data, threads);
 }

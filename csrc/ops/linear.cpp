@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
+#include "cpu/dispatch/kernels.h"
+#include "cpu/dispatch/target.h"
 
 namespace foveate {
 namespace {

@@ -1,103 +1,12 @@
-// Products of few or many rows with packed weights, and what surrounds them in a decoder layer: the norm in front, bias, activation, gate and
-// residual behind. python/foveate/packed_linear.py defines the meaning of a product, packed_weight.py makes the packed layout:
-//
-//   panels of 32 output features, the last one padded with zeros; a feature is a lane of a vector
-//   f32         [panels, in, 32] floats
-//   f16         [panels, in, 32] halves
-//   bf16        [panels, in / 2 rounded up, 32] pairs of neighbours along `in`
-//   q4_0, q4_1  [panels, in / 32] of: nibbles [4, 32, 4] bytes, d fp16 [32], q4_1 also m fp16 [32]
-//               byte (p, feature, j) holds elements 4 p + j (low nibble) and 16 + 4 p + j (high) of the feature's block of 32
-//   q8_0        [panels, in / 32] of: q + 128 as uint8 [8, 32, 4], d fp16 [32]
-//   q4_k, q5_k, q6_k  [panels, in / 256] of: 8 blocks of nibbles, upper bits and integer scales, and their fp16 scales: k_blocks.py
+// Products with packed weights: views -> checks -> LinearParams -> kernels.
 #pragma once
 
 #include <string>
 
-#include "core/math.h"
+#include "contract/linear.h"
 #include "core/tensor.h"
 
 namespace foveate {
-
-enum class WeightFormat : uint8_t { kF32, kBf16, kF16, kQ8_0, kQ4_0, kQ4_1, kQ4K, kQ5K, kQ6K };
-
-constexpr int64_t kWeightPanel = 32, kWeightBlock = 32, kSuperBlock = 256;
-
-struct PackedWeight {
-  const void* data = nullptr;
-  const float* bias = nullptr;  // [out]; may be null
-  int64_t in = 0, out = 0;
-  WeightFormat format = WeightFormat::kF32;
-};
-
-// Formats of 32-element blocks round the rows that they meet to int8.
-[[gnu::always_inline]] constexpr bool is_blocks(WeightFormat f) { return f > WeightFormat::kF16; }
-// K-quants: super-blocks of 256 elements, which share the fp16 scales of their integer scales.
-[[gnu::always_inline]] constexpr bool is_k_quant(WeightFormat f) { return f >= WeightFormat::kQ4K; }
-
-// Bytes of one panel of `in` elements.
-[[gnu::always_inline]] constexpr int64_t panel_bytes(WeightFormat f, int64_t in) {
-  switch (f) {
-    case WeightFormat::kF32: return kWeightPanel * 4 * in;
-    case WeightFormat::kBf16: return kWeightPanel * 4 * ceil_div<int64_t>(in, 2);
-    case WeightFormat::kF16: return kWeightPanel * 2 * in;
-    case WeightFormat::kQ8_0: return kWeightPanel * 34 * (in / kWeightBlock);
-    case WeightFormat::kQ4_0: return kWeightPanel * 18 * (in / kWeightBlock);
-    case WeightFormat::kQ4_1: return kWeightPanel * 20 * (in / kWeightBlock);
-    case WeightFormat::kQ4K: return kWeightPanel * 148 * (in / kSuperBlock);
-    case WeightFormat::kQ5K: return kWeightPanel * 180 * (in / kSuperBlock);
-    case WeightFormat::kQ6K: return kWeightPanel * 210 * (in / kSuperBlock);
-  }
-  return 0;
-}
-
-// At least what a row takes once it is prepared for a product, whatever the format and the instruction set.
-[[gnu::always_inline]] constexpr int64_t linear_row_bytes(int64_t in) { return round_up<int64_t>(in * 4 + in / kWeightBlock * 16 + 8, 64); }
-// The scratch of the kernel linear_share: prepared rows, and floats of one row for each thread.
-[[gnu::always_inline]] constexpr int64_t linear_scratch_bytes(int64_t rows, int64_t in, int threads) {
-  return rows * linear_row_bytes(in) + threads * round_up<int64_t>(in * 4, 64);
-}
-
-enum class NormKind : uint8_t { kNone, kRms, kLayer };
-struct Norm {
-  NormKind kind = NormKind::kNone;
-  const float *weight = nullptr, *bias = nullptr;  // [cols]; may be null
-  float eps = 0;
-};
-
-enum class Activation : uint8_t { kNone, kSilu, kGeluTanh, kRelu };
-
-struct LinearParams {
-  const void* x = nullptr;  // [rows, in], row stride x_stride
-  int64_t rows = 0, x_stride = 0;
-  Norm norm = {};  // of each row of x, before the product
-  // Up to three weights that share x, of the same `in` and all of blocks or all of one float format.
-  int count = 1;
-  PackedWeight weight[3] = {};
-  void* out[3] = {};  // [rows, out], row strides out_stride
-  int64_t out_stride[3] = {};
-  Activation activation = Activation::kNone;
-  bool gated = false;  // out[0] = activation(x weight[0]) * (x weight[1]), out[1] is not used
-  bool accumulate = false;  // out += instead of out =, fp32 only
-  DType dtype = DType::kFloat32, out_dtype = DType::kFloat32;
-};
-
-// out = norm(x), or out += norm(x), fp32.
-struct NormRowsParams {
-  const float* x = nullptr;  // [rows, cols], contiguous
-  float* out = nullptr;  // [rows, cols], contiguous
-  int64_t rows = 0, cols = 0;
-  Norm norm = {};
-  bool accumulate = false;
-};
-
-// Rows `ids` of a weight as floats times `scale`: an embedding.
-struct PackedRowsParams {
-  PackedWeight weight = {};
-  const int64_t* ids = nullptr;  // [rows]
-  float* out = nullptr;  // [rows, in], contiguous
-  int64_t rows = 0;
-  float scale = 1;
-};
 
 // The bytes of `data` as a weight; checks its size. bias may be undefined.
 PackedWeight packed_weight(TensorView data, TensorView bias, const std::string& format, int64_t in, int64_t out);

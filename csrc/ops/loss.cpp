@@ -1,8 +1,8 @@
 #include "ops/loss.h"
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
-#include "ops/place.h"
+#include "cpu/dispatch/kernels.h"
+#include "cpu/dispatch/target.h"
+#include "ops/device.h"
 
 namespace foveate {
 namespace {
@@ -40,14 +40,14 @@ void cross_entropy_forward(TensorView logits, TensorView target, TensorView loss
   check_rows(logits, target, stats);
   check_rank(loss, "loss", 1), check_size(loss, "loss", 0, logits.shape[0]);
   check_dtype(loss, "loss", accumulator_of(logits.dtype)), check_contiguous(loss, "loss");
-  const Place place = place_of({&logits, &target, &loss, &stats});
-  if (place.readable) check_target(target, logits.shape[1], options.ignore_index);
+  const CallDevice device = device_of({&logits, &target, &loss, &stats});
+  if (device.readable) check_target(target, logits.shape[1], options.ignore_index);
   if (logits.shape[0] == 0) return;
   check(logits.shape[1] > 0, "logits has no classes: its last dimension is 0");
   CrossEntropyParams p = params(logits, target, stats, options);
   p.loss = loss.data;
-  if (place.cuda)
-    cuda::kernels().cross_entropy_forward(p, current_stream(place));
+  if (device.cuda)
+    cuda::kernels().cross_entropy_forward(p, current_stream(device));
   else
     cpu::kernels().cross_entropy_forward(p, threads);
 }
@@ -58,14 +58,14 @@ void cross_entropy_backward(TensorView dloss, TensorView logits, TensorView targ
   check_rank(dloss, "dloss", 1), check_size(dloss, "dloss", 0, logits.shape[0]), check_dtype(dloss, "dloss", accumulator_of(logits.dtype));
   check_rank(dlogits, "dlogits", 2), check_size(dlogits, "dlogits", 0, logits.shape[0]), check_size(dlogits, "dlogits", 1, logits.shape[1]);
   check_dtype(dlogits, "dlogits", logits.dtype), check_contiguous(dlogits, "dlogits");
-  const Place place = place_of({&dloss, &logits, &target, &stats, &dlogits});
-  if (place.readable) check_target(target, logits.shape[1], options.ignore_index);
+  const CallDevice device = device_of({&dloss, &logits, &target, &stats, &dlogits});
+  if (device.readable) check_target(target, logits.shape[1], options.ignore_index);
   if (logits.numel() == 0) return;
   CrossEntropyParams p = params(logits, target, stats, options);
   p.dloss = dloss.data, p.dloss_stride = dloss.stride[0];
   p.dlogits = dlogits.data;
-  if (place.cuda)
-    cuda::kernels().cross_entropy_backward(p, current_stream(place));
+  if (device.cuda)
+    cuda::kernels().cross_entropy_backward(p, current_stream(device));
   else
     cpu::kernels().cross_entropy_backward(p, threads);
 }

@@ -1,8 +1,8 @@
 #include "ops/norm.h"
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
-#include "ops/place.h"
+#include "cpu/dispatch/kernels.h"
+#include "cpu/dispatch/target.h"
+#include "ops/device.h"
 
 namespace foveate {
 namespace {
@@ -43,8 +43,8 @@ void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorVie
                         .eps = eps,
                         .dtype = x.dtype,
                         .weight_dtype = weight.defined() ? weight.dtype : x.dtype};
-  if (const Place place = place_of({&x, &weight, &out, &rstd}); place.cuda)
-    cuda::kernels().rms_norm_forward(p, current_stream(place));
+  if (const CallDevice device = device_of({&x, &weight, &out, &rstd}); device.cuda)
+    cuda::kernels().rms_norm_forward(p, current_stream(device));
   else
     cpu::kernels().rms_norm_forward(p, threads);
 }
@@ -73,8 +73,8 @@ void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorV
                                 .parts = parts,
                                 .dtype = x.dtype,
                                 .weight_dtype = weight.defined() ? weight.dtype : x.dtype};
-  if (const Place place = place_of({&dout, &x, &weight, &rstd, &dx, &dweight_parts}); place.cuda)
-    cuda::kernels().rms_norm_backward(p, current_stream(place));
+  if (const CallDevice device = device_of({&dout, &x, &weight, &rstd, &dx, &dweight_parts}); device.cuda)
+    cuda::kernels().rms_norm_backward(p, current_stream(device));
   else
     cpu::kernels().rms_norm_backward(p, threads);
 }

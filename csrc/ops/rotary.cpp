@@ -1,8 +1,8 @@
 #include "ops/rotary.h"
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
-#include "ops/place.h"
+#include "cpu/dispatch/kernels.h"
+#include "cpu/dispatch/target.h"
+#include "ops/device.h"
 
 namespace foveate {
 namespace {
@@ -39,8 +39,8 @@ void rotary(TensorView x, TensorView cos, TensorView sin, TensorView out, bool i
   p.batch = x.shape[0], p.seq = x.shape[1], p.heads = x.shape[2], p.dim = x.shape[3], p.pairs = pairs;
   p.interleaved = interleaved, p.inverse = inverse;
   p.dtype = x.dtype, p.table_dtype = cos.dtype;
-  if (const Place place = place_of({&x, &cos, &sin, &out}); place.cuda)
-    cuda::kernels().rotary(p, current_stream(place));
+  if (const CallDevice device = device_of({&x, &cos, &sin, &out}); device.cuda)
+    cuda::kernels().rotary(p, current_stream(device));
   else
     cpu::kernels().rotary(p, threads);
 }

@@ -1,8 +1,8 @@
 #include "ops/softmax.h"
 
-#include "cpu/kernels.h"
-#include "cpu/target.h"
-#include "ops/place.h"
+#include "cpu/dispatch/kernels.h"
+#include "cpu/dispatch/target.h"
+#include "ops/device.h"
 
 namespace foveate {
 namespace {
@@ -72,8 +72,8 @@ void softmax_forward(TensorView x, TensorView bias, TensorView mask, TensorView 
   p.scale = scale, p.log = log;
   p.dtype = x.dtype, p.bias_dtype = bias.dtype;
   merge_dimensions(p);
-  if (const Place place = place_of({&x, &bias, &mask, &out}); place.cuda)
-    cuda::kernels().softmax_forward(p, current_stream(place));
+  if (const CallDevice device = device_of({&x, &bias, &mask, &out}); device.cuda)
+    cuda::kernels().softmax_forward(p, current_stream(device));
   else
     cpu::kernels().softmax_forward(p, threads);
 }
@@ -94,8 +94,8 @@ void softmax_backward(TensorView dout, TensorView out, TensorView dx, double sca
                                 .log = log,
                                 .dx_wide = dx.dtype != out.dtype,
                                 .dtype = out.dtype};
-  if (const Place place = place_of({&dout, &out, &dx}); place.cuda)
-    cuda::kernels().softmax_backward(p, current_stream(place));
+  if (const CallDevice device = device_of({&dout, &out, &dx}); device.cuda)
+    cuda::kernels().softmax_backward(p, current_stream(device));
   else
     cpu::kernels().softmax_backward(p, threads);
 }

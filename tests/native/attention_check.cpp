@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/target.h"
+#include "cpu/dispatch/target.h"
 #include "ops/attention.h"
 
 using namespace foveate;

@@ -1,8 +1,8 @@
-// Prints what csrc/cuda/flash_config.h decides, for tests/test_cuda_config.py: one line of numbers after the name of each decision.
+// Prints what csrc/cuda/attention/config.h decides, for tests/test_cuda_config.py: one line of numbers after the name of each decision.
 #include <cstdio>
 
-#include "cuda/decode_layout.h"
-#include "cuda/flash_config.h"
+#include "cuda/kv_cache/decode_layout.h"
+#include "cuda/attention/config.h"
 
 using namespace foveate::cuda;
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "ops/linear.h"
+#include "contract/linear.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
 void linear(const LinearParams&, int threads);

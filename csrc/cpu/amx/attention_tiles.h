@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/amx/tiles.h"
-#include "cpu/gemm.h"
+#include "cpu/simd/gemm.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cpu/amx/tiles.h"
-#include "cpu/linear_tile.inl.h"
+#include "cpu/linear/tile.inl.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
 

@@ -7,7 +7,7 @@
 // when the system saves it. Test builds put a simulation in the place of the instructions (tiles_shim.h): kernels are the same source.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/simd/vec.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
 

@@ -1,5 +1,6 @@
 // The device layer: everything that a kernel does beyond plain C++. Kernels call these functions and contain no `asm` and no `#ifdef`, so
-// one source is compiled by nvcc (device/real.cuh, the only place with PTX) and by g++ (csrc/emulator/), which runs it on the CPU.
+// one source is compiled by nvcc and by g++. The include path says what implements the functions: device_types.cuh, device_impl.cuh and their
+// siblings stand in cuda/device/nvidia/, the only place with PTX, and in a folder of the emulator, which runs kernels on the CPU.
 //
 // Warp functions are for all 32 threads of a warp, each with its own values: no masks, no divergence. A block has a multiple of 32 threads.
 // Shared memory is dynamic and addressed by 32-bit offsets from smem_base(); there are no `__shared__` variables and no pointers to it.
@@ -12,11 +13,7 @@
 #include <type_traits>
 
 #include "core/dtype.h"
-#ifdef __CUDACC__
-#include "cuda/device/real_types.cuh"
-#else
-#include "emulator/device_types.h"
-#endif
+#include "device_types.cuh"
 
 namespace foveate::cuda::dev {
 
@@ -160,8 +157,4 @@ __device__ void spin_pause(Site site = Site::here());
 }  // namespace foveate::cuda::dev
 
 #include "cuda/device/convert.cuh"
-#ifdef __CUDACC__
-#include "cuda/device/real.cuh"
-#else
-#include "emulator/device.h"
-#endif
+#include "device_impl.cuh"

@@ -1,4 +1,4 @@
-"""NativeDecoder: a causal language model on the CPU with all its layers in one native call per step (csrc/ops/decoder.cpp)."""
+"""NativeDecoder: a causal language model on the CPU with all its layers in one native call per step (csrc/decoder/decoder.cpp)."""
 
 from __future__ import annotations
 

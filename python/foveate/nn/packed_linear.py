@@ -20,7 +20,7 @@ class PackedLinear(torch.nn.Module):
     are fp32. With "bf16" x is rounded to bf16.
     A row of y has the same bits whatever the other rows, their number and the number of threads are.
 
-    data: int8, the packed bytes (csrc/ops/linear.h has the layout), a buffer. bias: fp32 [out] or None, a buffer.
+    data: int8, the packed bytes (csrc/contract/linear.h has the layout), a buffer. bias: fp32 [out] or None, a buffer.
     """
 
     data: Tensor

@@ -1,4 +1,4 @@
-"""packed_linear: y = x @ W.T + bias with a packed W, the op of `foveate.nn.PackedLinear`. Kernel: csrc/cpu/kernels/linear.cpp."""
+"""packed_linear: y = x @ W.T + bias with a packed W, the op of `foveate.nn.PackedLinear`. Kernel: csrc/cpu/linear/linear.cpp."""
 
 from __future__ import annotations
 

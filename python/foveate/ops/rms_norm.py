@@ -1,4 +1,4 @@
-"""rms_norm: public function, op schemas, fakes and gradient. Kernels: csrc/cpu/kernels/rms_norm.cpp, csrc/cuda/rms_norm.cu."""
+"""rms_norm: public function, op schemas, fakes and gradient. Kernels: csrc/cpu/rows/rms_norm.cpp, csrc/cuda/rows/rms_norm.cu."""
 
 from __future__ import annotations
 

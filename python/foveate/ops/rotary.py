@@ -1,4 +1,4 @@
-"""apply_rotary: public function, op schema, fake and gradient. Kernel: csrc/cpu/kernels/rotary.cpp."""
+"""apply_rotary: public function, op schema, fake and gradient. Kernel: csrc/cpu/rows/rotary.cpp."""
 
 from __future__ import annotations
 

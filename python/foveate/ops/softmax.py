@@ -1,4 +1,4 @@
-"""softmax and log_softmax: public functions, op schemas, fakes and gradients. Kernels: csrc/cpu/kernels/softmax.cpp."""
+"""softmax and log_softmax: public functions, op schemas, fakes and gradients. Kernels: csrc/cpu/rows/softmax.cpp."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-// Each function of device/hopper.cuh on its own, on the emulator or on an sm_90a GPU. Cases, input and output as in conformance.cu.
+// Each function of sm90/hopper.cuh on its own, on the emulator or on an sm_90a GPU. Cases, input and output as in conformance.cu.
 #include "conformance_main.h"
-#include "cuda/device/hopper.cuh"
+#include "cuda/device/sm90/hopper.cuh"
 
 using namespace foveate;
 using namespace foveate::cuda;

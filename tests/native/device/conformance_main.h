@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/launch.h"
+#include "cuda/host/launch.h"
 
 struct Params {
   const uint32_t* in;

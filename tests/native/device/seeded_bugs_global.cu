@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "cuda/device/device.cuh"
-#include "cuda/launch.h"
-#include "emulator/global_memory.h"
+#include "cuda/host/launch.h"
+#include "emulator/checks/global_memory.h"
 #include "seeded_bugs_main.h"
 
 using namespace foveate;

@@ -3,9 +3,9 @@
 #include <cmath>
 #include <vector>
 
-#include "cuda/device/hopper.cuh"
-#include "cuda/launch.h"
-#include "emulator/global_memory.h"
+#include "cuda/device/sm90/hopper.cuh"
+#include "cuda/host/launch.h"
+#include "emulator/checks/global_memory.h"
 #include "seeded_bugs_main.h"
 
 using namespace foveate;

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Of the blocked kernels; the decode kernels take more. csrc/ops/attention.h has the same numbers.
+# Of the blocked kernels; the decode kernels take more. csrc/contract/attention.h has the same numbers.
 CPU_HEAD_DIM = 576
 GPU_HEAD_DIM = 256
 
@@ -19,7 +19,7 @@ _INVARIANT_SPLIT_KEYS = 2048
 _TASKS_PER_THREAD = 4
 BLOCKED_ROWS = 48
 
-# Of the CUDA kernel (csrc/cuda/decode.cu): a block takes 16 query rows and at most 256 columns of V.
+# Of the CUDA kernel (csrc/cuda/kv_cache/decode.cu): a block takes 16 query rows and at most 256 columns of V.
 TILE_ROWS = 16
 _SLICE_COLUMNS = 256
 

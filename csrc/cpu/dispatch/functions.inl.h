@@ -1,0 +1,24 @@
+// The functions of cpu/*/*.cpp, declared in whichever namespace includes this file.
+void attention_forward(const AttentionParams&, int threads);
+void attention_backward(const AttentionParams&, const AttentionGrads&, int threads);
+void kv_append(const KvCacheParams&, int threads);
+void decode(const KvCacheParams&, int threads);
+void rotate_queries(const KvCacheParams&, void* out, int threads);
+void linear(const LinearParams&, int threads);
+void linear_share(const LinearParams&, const Team&, char* scratch);
+void packed_rows(const PackedRowsParams&, int threads);
+void norm_rows(const NormRowsParams&, int threads);
+void glu_forward(const GluParams&, int threads);
+void glu_backward(const GluParams&, int threads);
+void rms_norm_forward(const RmsNormParams&, int threads);
+void rms_norm_backward(const RmsNormBackwardParams&, int threads);
+void softmax_forward(const SoftmaxParams&, int threads);
+void softmax_backward(const SoftmaxBackwardParams&, int threads);
+void softmax_columns_forward(const SoftmaxColumnsParams&, int threads);
+void softmax_columns_backward(const SoftmaxColumnsBackwardParams&, int threads);
+void cross_entropy_forward(const CrossEntropyParams&, int threads);
+void cross_entropy_backward(const CrossEntropyParams&, int threads);
+void rotary(const RotaryParams&, int threads);
+int64_t multiply_add(const MultiplyAddParams&, int threads);
+void read_memory(const ReadParams&, int threads);
+void copy_memory(const CopyParams&, int threads);

@@ -1,0 +1,120 @@
+// The product of a few rows with one panel of a K-quant (layout: python/foveate/k_blocks.py), included by tile.inl.h. Rows are rounded
+// as for the other block formats. A super-block is 8 blocks of 32 input features and the fp16 scales of their integer scales:
+//
+//   q4_k, q5_k   sum_b dx_b (d sc_b dot_b - dmin mn_b sum(x_b))
+//   q6_k         sum_b d dx_b (sc_b0 dot_b0 + sc_b1 dot_b1), dot_b0 of the first 16 features of a block, dot_b1 of the others
+#pragma once
+
+namespace foveate::cpu::FOVEATE_ISA {
+
+constexpr int64_t kNibbleBytes = kWeightPanel * 16;  // of a block: [4, 32, 4]
+
+constexpr int64_t k_block_bytes(WeightFormat f) {
+  return kWeightPanel * (f == WeightFormat::kQ4K ? 18 : f == WeightFormat::kQ5K ? 22 : 26);
+}
+
+template <WeightFormat kFormat, int kRows>
+FOVEATE_INLINE void k_tile(const uint8_t* panel, const PreparedRows& a, int64_t row, float* c) {
+  using enum WeightFormat;
+  constexpr int n = kLanes<float>;
+  constexpr bool kHalves = kFormat == kQ6K;  // a scale for each half of a block, and no minimum
+  constexpr int64_t kBlockBytes = k_block_bytes(kFormat), kHeaders = 8 * kBlockBytes, kBytes = panel_bytes(kFormat, kSuperBlock);
+  constexpr int64_t kScales = kBlockBytes - 2 * kWeightPanel;  // sc and mn, or sc of the two halves
+  const int64_t units = a.blocks * 8 * kQuadUnits, stride = a.row_bytes / 4;
+  const auto bytes_to_floats = [](const uint8_t* p) __attribute__((always_inline)) {
+    if constexpr (kHalves)
+      return __builtin_convertvector(load_raw<vec<int8_t, n>>(p), VecF);
+    else
+      return __builtin_convertvector(load_raw<vec<uint8_t, n>>(p), VecF);
+  };
+  for (int64_t col = 0; col < kWeightPanel; col += kLinearStep) {
+    VecF acc[kRows][kLinearVecs] = {};
+    const int32_t* x = PreparedRows::at<int32_t>(a, row);
+    for (int64_t b = 0; b < a.blocks; ++b, x += 8 * kQuadUnits) {
+      const uint8_t* super = panel + b / 8 * kBytes;
+      const uint8_t* w = super + b % 8 * kBlockBytes;
+#pragma GCC unroll 20
+      for (int64_t line = 0; line < kBlockBytes; line += 64)
+        if (col == 0) prefetch(w + kLinearAhead + line);
+      const int32_t* scales = PreparedRows::at<int32_t>(a, row) + units + b;
+
+      // Sums of products, int32 [kRows, kLinearStep], of the whole block or of each half.
+      VecI dot[kHalves ? 2 : 1][kRows][kLinearVecs];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        [[maybe_unused]] const int32_t sum = scales[r * stride + 2 * a.blocks], first = scales[r * stride + 3 * a.blocks];
+#pragma GCC unroll 2
+        for (int v = 0; v < kLinearVecs; ++v) {
+          dot[0][r][v] = kHalves ? splat_int(first * -32) : VecI{};
+          if constexpr (kHalves) dot[1][r][v] = splat_int((sum - first) * -32);
+        }
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < kLinearVecs; ++v) {
+        const uint8_t* upper = w + kNibbleBytes + col * 4 + v * kVecBytes;
+        [[maybe_unused]] VecI bits[2];
+        if constexpr (kFormat == kQ5K) bits[0] = load_raw<VecI>(upper);
+        if constexpr (kHalves) bits[0] = load_raw<VecI>(upper), bits[1] = load_raw<VecI>(upper + kWeightPanel * 4);
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) {
+          const VecI q = load_raw<VecI>(w + p * kWeightPanel * 4 + col * 4 + v * kVecBytes);
+          VecI low = q & 0x0f0f0f0f, high = (q >> 4) & 0x0f0f0f0f;
+          if constexpr (kFormat == kQ5K) low |= ((bits[0] >> p) & 0x01010101) << 4, high |= (bits[0] >> p) & 0x10101010;
+          if constexpr (kHalves) low |= ((bits[0] >> 2 * p) & 0x03030303) << 4, high |= ((bits[1] >> 2 * p) & 0x03030303) << 4;
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+            dot[0][r][v] = dot4(dot[0][r][v], low, x + r * stride + p * kQuadUnits);
+            VecI& second = dot[kHalves ? 1 : 0][r][v];
+            second = dot4(second, high, x + r * stride + (p + 4) * kQuadUnits);
+          }
+        }
+      }
+
+      // Their scales, fp32.
+#pragma GCC unroll 2
+      for (int v = 0; v < kLinearVecs; ++v) {
+        const int64_t at = col + v * n;
+        const f16* header = reinterpret_cast<const f16*>(super + kHeaders) + at;
+        const VecF d = load<float>(header), first = bytes_to_floats(w + kScales + at),
+                   second = bytes_to_floats(w + kScales + kWeightPanel + at);
+        [[maybe_unused]] VecF minimum;
+        if constexpr (!kHalves) minimum = load<float>(header + kWeightPanel) * second;
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const float* s = reinterpret_cast<const float*>(scales + r * stride);
+          const VecF whole = __builtin_convertvector(dot[0][r][v], VecF);
+          if constexpr (kHalves) {
+            acc[r][v] += (d * s[0]) * (whole * first + __builtin_convertvector(dot[1][r][v], VecF) * second);
+          } else {
+            acc[r][v] += (d * first) * (whole * s[0]);
+            acc[r][v] -= minimum * s[a.blocks];
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kLinearVecs; ++v) store_raw(c + r * kWeightPanel + col + v * n, acc[r][v]);
+  }
+}
+
+// Element k of feature `lane` of a panel.
+inline float k_value(WeightFormat f, const uint8_t* panel, int64_t k, int64_t lane) {
+  const uint8_t* super = panel + k / kSuperBlock * panel_bytes(f, kSuperBlock);
+  const uint8_t* w = super + k % kSuperBlock / kWeightBlock * k_block_bytes(f);
+  const int64_t e = k % kWeightBlock, half = e / 16, p = e % 16 / 4, j = e % 4;
+  const f16* header = reinterpret_cast<const f16*>(super + 8 * k_block_bytes(f)) + lane;
+  const float d = to_float(load_raw<f16>(header));
+  const uint8_t* scales = w + k_block_bytes(f) - 2 * kWeightPanel + lane;
+  int q = w[(p * kWeightPanel + lane) * 4 + j] >> 4 * half & 15;
+  if (f == WeightFormat::kQ6K) {
+    q |= (w[kNibbleBytes + (half * kWeightPanel + lane) * 4 + j] >> 2 * p & 3) << 4;
+    return d * static_cast<float>(static_cast<int8_t>(scales[half * kWeightPanel])) * static_cast<float>(q - 32);
+  }
+  if (f == WeightFormat::kQ5K) q |= (w[kNibbleBytes + lane * 4 + j] >> (p + 4 * half) & 1) << 4;
+  const float minimum = to_float(load_raw<f16>(header + kWeightPanel)) * static_cast<float>(scales[kWeightPanel]);
+  return d * static_cast<float>(scales[0]) * static_cast<float>(q) - minimum;
+}
+
+}  // namespace foveate::cpu::FOVEATE_ISA

@@ -1,9 +1,0 @@
-#include "cuda/attention_forward.cuh"
-
-namespace foveate::cuda {
-
-void attention_forward_f32(const ForwardParams& f, Stream stream) {
-  launch_forward<float, ForwardKind::kGeneral, kGeneralForwardDims>(f, stream);
-}
-
-}  // namespace foveate::cuda

@@ -1,0 +1,289 @@
+#include "decoder/decoder.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <utility>
+
+#include "cpu/dispatch/kernels.h"
+#include "cpu/dispatch/target.h"
+#include "ops/device.h"
+
+namespace foveate {
+
+// Of one step; qkv and attended have the cache's dtype, or fp32 where that is quantised.
+struct Decoder::Buffers {
+  int64_t tokens = 0;
+  DType dtype = DType::kFloat32;
+  float* x = nullptr;     // [tokens, hidden]
+  char *qkv = nullptr, *attended = nullptr, *turned = nullptr;  // [tokens, (Hq + 2 Hkv) D], [tokens, Hq D] twice
+  float *inner = nullptr, *temp = nullptr;                      // [tokens, inner], [tokens, hidden]
+  char* scratch = nullptr;                                      // of a team, linear_scratch_bytes
+  float *partial_out = nullptr, *partial_lse = nullptr;         // as in KvCacheParams
+};
+
+namespace {
+
+constexpr int64_t kTogether = 8;  // tokens that one parallel region carries through all layers
+
+void check_layer_weight(const PackedWeight& w, const char* what, int64_t in, int64_t out) {
+  check(w.data && w.in == in && w.out == out, what, " is [", w.out, ", ", w.in, "], expected [", out, ", ", in, "]");
+}
+
+void check_together(const PackedWeight& a, const PackedWeight& b, const char* what) {
+  check(is_blocks(a.format) == is_blocks(b.format) && (is_blocks(a.format) || a.format == b.format), what,
+        " have formats that round their input differently; they must all be blocks, or of one float format");
+}
+
+// Pages of one layer: [pages, page_size, Hkv, D].
+CacheOperand pages_of(const TensorView& pages, const TensorView& scale, int64_t layer) {
+  CacheOperand c;
+  c.rows = {static_cast<char*>(pages.data) + layer * pages.stride[0] * size_of(pages.dtype), pages.stride[1], pages.stride[2],
+            pages.stride[3]};
+  if (scale.defined()) {
+    c.scale = scale.as<float>() + layer * scale.stride[0], c.scale_per_token = true;
+    c.scale_batch = scale.stride[1], c.scale_seq = scale.stride[2], c.scale_head = scale.stride[3];
+  }
+  return c;
+}
+
+void check_pages(const TensorView& pages, const char* what, const TensorView& scale, const char* scale_what, int64_t layers,
+                 const DecoderSizes& s) {
+  check_rank(pages, what, 5), check_last_contiguous(pages, what);
+  check_size(pages, what, 0, layers), check_size(pages, what, 3, s.heads_kv), check_size(pages, what, 4, s.head_dim);
+  const bool quantized = pages.dtype == DType::kInt8 || pages.dtype == DType::kFloat8E4M3;
+  check(quantized == scale.defined(), what, " is ", name(pages.dtype), quantized ? ": it needs " : ": it takes no ", scale_what);
+  if (!quantized) return;
+  check_rank(scale, scale_what, 4), check_dtype(scale, scale_what, DType::kFloat32);
+  for (int dim = 0; dim < 4; ++dim) check_size(scale, scale_what, dim, pages.shape[dim]);
+}
+
+// KV heads [head, head + heads) of sequence b, with their query heads, as a call of its own.
+KvCacheParams heads_of(KvCacheParams p, int64_t b, int64_t head, int64_t heads) {
+  const int64_t group = p.heads_q / p.heads_kv;
+  const auto move = [&](Rows& rows, int64_t batch, int64_t first, DType dtype) {
+    rows.data = static_cast<char*>(rows.data) + (batch * rows.batch + first * rows.head) * size_of(dtype);
+  };
+  move(p.q, b, head * group, p.dtype), move(p.out, b, head * group, p.dtype);
+  move(p.new_k, b, head, p.dtype), move(p.new_v, b, head, p.dtype);
+  for (CacheOperand* c : {&p.k, &p.v}) {
+    move(c->rows, 0, head, p.kv_dtype);
+    if (c->scale) c->scale += head * c->scale_head;
+  }
+  p.block_table += b * p.block_table_stride, p.kv_lens += b;
+  p.batch = 1, p.heads_q = heads * group, p.heads_kv = heads, p.heads_per_task = std::min(p.heads_per_task, heads);
+  return p;
+}
+
+void norm_all(NormRowsParams p, int threads, const cpu::Team* team) {
+  if (!team) return cpu::kernels().norm_rows(p, threads);
+  const int64_t begin = team->begin(p.rows), end = team->end(p.rows);
+  p.x += begin * p.cols, p.out += begin * p.cols, p.rows = end - begin;
+  cpu::kernels().norm_rows(p, 1);
+  team->wait();
+}
+
+}  // namespace
+
+Decoder::Decoder(const DecoderSizes& sizes, const Norm& final_norm, TensorView rotary_cos, TensorView rotary_sin)
+    : sizes_(sizes), final_norm_(final_norm), rotary_cos_(rotary_cos), rotary_sin_(rotary_sin) {
+  constexpr int64_t kMost = int64_t{1} << 24;  // products of three of them fit 64 bits, with room for bytes
+  for (const auto& [size, what] : {std::pair{sizes.hidden, "hidden"},
+                                   {sizes.inner, "inner"},
+                                   {sizes.heads_q, "heads_q"},
+                                   {sizes.heads_kv, "heads_kv"},
+                                   {sizes.head_dim, "head_dim"}})
+    check(size >= 1 && size <= kMost, what, " = ", size, " is outside 1..", kMost);
+  check(sizes.heads_q % sizes.heads_kv == 0, sizes.heads_q, " query heads are not a multiple of ", sizes.heads_kv, " KV heads");
+  check(rotary_cos.defined() == rotary_sin.defined(), "rotary_cos and rotary_sin must be given together");
+  if (!rotary_cos.defined()) return;
+  for (const TensorView* t : {&rotary_cos, &rotary_sin}) {
+    check_rank(*t, "a rotary table", 2), check_contiguous(*t, "a rotary table"), check_dtype(*t, "a rotary table", DType::kFloat32);
+    check_size(*t, "a rotary table", 0, rotary_cos.shape[0]), check_size(*t, "a rotary table", 1, rotary_cos.shape[1]);
+  }
+  check(2 * rotary_cos.shape[1] <= sizes.head_dim, "rotary_cos turns ", 2 * rotary_cos.shape[1], " elements, the head dim is ",
+        sizes.head_dim);
+}
+
+void Decoder::add_layer(const DecoderLayer& l) {
+  const int64_t hidden = sizes_.hidden, q = sizes_.heads_q * sizes_.head_dim, kv = sizes_.heads_kv * sizes_.head_dim;
+  if (l.k.data) {
+    check_layer_weight(l.q, "q", hidden, q), check_layer_weight(l.k, "k", hidden, kv), check_layer_weight(l.v, "v", hidden, kv);
+    check_together(l.q, l.k, "q and k"), check_together(l.q, l.v, "q and v");
+  } else {
+    check_layer_weight(l.q, "qkv", hidden, q + 2 * kv);
+    check(!l.q_norm && !l.k_norm, "norms of q and k need separate weights");
+  }
+  check_layer_weight(l.o, "o", q, hidden), check_layer_weight(l.up, "up", hidden, sizes_.inner);
+  check_layer_weight(l.down, "down", sizes_.inner, hidden);
+  if (l.gate.data) check_layer_weight(l.gate, "gate", hidden, sizes_.inner), check_together(l.gate, l.up, "gate and up");
+  layers_.push_back(l);
+}
+
+void Decoder::attend(const DecoderLayer& l, KvCacheParams p, const Buffers& m, bool blocked, int threads, const cpu::Team* team) const {
+  const int64_t D = sizes_.head_dim, q = p.heads_q * D, kv = p.heads_kv * D, size = size_of(m.dtype);
+  // Separate weights fill separate buffers, a joint weight rows of q, k and v.
+  const auto part = [&](int64_t column, int64_t width) -> Rows {
+    const int64_t row = l.k.data ? width : q + 2 * kv;
+    return {m.qkv + (l.k.data ? m.tokens * column : column) * size, p.seq_q * row, row, D};
+  };
+  p.q = part(0, q), p.new_k = part(q, kv), p.new_v = part(q + kv, kv);
+  p.out = {m.attended, p.seq_q * q, q, D};
+  p.scale = l.scale, p.window_left = l.window_left;
+  // RMS norm of `heads` neighbouring heads of `tokens` tokens, in place.
+  const auto norm_heads = [&](const Rows& rows, const float* weight, int64_t tokens, int64_t heads) {
+    if (!weight) return;
+    for (int64_t t = 0; t < (team ? tokens : 1); ++t) {
+      char* x = static_cast<char*>(rows.data) + t * rows.seq * size;
+      cpu::kernels().rms_norm_forward({.x = x,
+                                       .weight = weight,
+                                       .out = x,
+                                       .rstd = nullptr,
+                                       .rows = team ? heads : tokens * heads,
+                                       .cols = D,
+                                       .x_stride = D,
+                                       .eps = l.head_norm_eps,
+                                       .dtype = m.dtype,
+                                       .weight_dtype = DType::kFloat32},
+                                      threads);
+    }
+  };
+  if (!team) {
+    norm_heads(p.q, l.q_norm, m.tokens, p.heads_q), norm_heads(p.new_k, l.k_norm, m.tokens, p.heads_kv);
+    return append_and_attend(p, blocked, m.turned, threads);
+  }
+  // A thread's share: KV heads of sequences, in order. It appends them itself, so nobody waits between the two.
+  const int64_t items = p.batch * p.heads_kv;
+  for (int64_t item = team->begin(items), end = team->end(items); item < end;) {
+    const int64_t b = item / p.heads_kv, head = item % p.heads_kv, heads = std::min(p.heads_kv - head, end - item);
+    const KvCacheParams own = heads_of(p, b, head, heads);
+    norm_heads(own.q, l.q_norm, p.seq_q, own.heads_q), norm_heads(own.new_k, l.k_norm, p.seq_q, heads);
+    append_and_attend(own, false, nullptr, 1);
+    item += heads;
+  }
+  team->wait();
+}
+
+void Decoder::run_layer(const DecoderLayer& l, const KvCacheParams& cache, const Buffers& m, bool blocked, int threads,
+                        const cpu::Team* team) const {
+  const auto& kernels = cpu::kernels();
+  const int64_t hidden = sizes_.hidden, q = sizes_.heads_q * sizes_.head_dim, kv = sizes_.heads_kv * sizes_.head_dim;
+  const auto linear = [&](const LinearParams& p) {
+    if (!team) return kernels.linear(p, threads);
+    kernels.linear_share(p, *team, m.scratch);
+    team->wait();
+  };
+
+  LinearParams in{.x = m.x, .rows = m.tokens, .x_stride = hidden, .norm = l.attention_norm, .out_dtype = m.dtype};
+  in.count = l.k.data ? 3 : 1;
+  in.weight[0] = l.q, in.weight[1] = l.k, in.weight[2] = l.v;
+  const int64_t size = size_of(m.dtype);
+  in.out[0] = m.qkv, in.out[1] = m.qkv + m.tokens * q * size, in.out[2] = m.qkv + m.tokens * (q + kv) * size;
+  in.out_stride[0] = l.q.out, in.out_stride[1] = in.out_stride[2] = kv;
+  linear(in);
+
+  attend(l, cache, m, blocked, threads, team);
+
+  // x += y W, or x += norm(y W)
+  const auto back = [&](const void* y, DType dtype, const PackedWeight& w, const Norm& norm) {
+    const bool normed = norm.kind != NormKind::kNone;
+    LinearParams p{.x = y, .rows = m.tokens, .x_stride = w.in, .accumulate = !normed, .dtype = dtype};
+    p.weight[0] = w, p.out[0] = normed ? m.temp : m.x, p.out_stride[0] = hidden;
+    linear(p);
+    if (normed) norm_all({.x = m.temp, .out = m.x, .rows = m.tokens, .cols = hidden, .norm = norm, .accumulate = true}, threads, team);
+  };
+  back(m.attended, m.dtype, l.o, l.attention_out_norm);
+
+  LinearParams up{.x = m.x, .rows = m.tokens, .x_stride = hidden, .norm = l.mlp_norm, .activation = sizes_.activation};
+  up.gated = l.gate.data != nullptr, up.count = up.gated ? 2 : 1;
+  up.weight[0] = up.gated ? l.gate : l.up, up.weight[1] = l.up;
+  up.out[0] = m.inner, up.out_stride[0] = sizes_.inner;
+  linear(up);
+  back(m.inner, DType::kFloat32, l.down, l.mlp_out_norm);
+}
+
+void Decoder::step(TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages, TensorView k_scale,
+                   TensorView v_scale, const Division& division, bool blocked, Threads threads) const {
+  const int64_t layers = static_cast<int64_t>(layers_.size());
+  check_rank(x, "x", 3), check_contiguous(x, "x"), check_dtype(x, "x", DType::kFloat32), check_size(x, "x", 2, sizes_.hidden);
+  check_pages(k_pages, "k_pages", k_scale, "k_scale", layers, sizes_);
+  check_pages(v_pages, "v_pages", v_scale, "v_scale", layers, sizes_);
+  check_dtype(v_pages, "v_pages", k_pages.dtype);
+  for (int dim = 1; dim < 3; ++dim) check_size(v_pages, "v_pages", dim, k_pages.shape[dim]);
+
+  device_of({&x, &lens, &block_table, &k_pages, &v_pages, &k_scale, &v_scale});
+  check(x.device == DeviceType::kCPU, "x and the pages must be on the CPU");
+
+  KvCacheParams p;
+  p.batch = x.shape[0], p.seq_q = p.seq_new = x.shape[1];
+  p.heads_q = sizes_.heads_q, p.heads_kv = sizes_.heads_kv, p.head_dim = p.head_dim_v = sizes_.head_dim;
+  p.softcap = sizes_.softcap, p.kv_dtype = k_pages.dtype, p.dtype = k_scale.defined() ? DType::kFloat32 : k_pages.dtype;
+  check(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, "the cache is ", name(p.dtype),
+        ", expected float32, bfloat16, float16, int8 or float8_e4m3fn");
+  check_rank(block_table, "block_table", 2), check_size(block_table, "block_table", 0, p.batch);
+  check_dtype(block_table, "block_table", DType::kInt32), check_last_contiguous(block_table, "block_table");
+  p.block_table = block_table.as<const int32_t>(), p.block_table_stride = block_table.stride[0], p.page_size = k_pages.shape[2];
+  check(p.page_size >= 1, "the pages of k_pages hold no keys: page_size is ", p.page_size);
+  check_rank(lens, "lens", 1), check_size(lens, "lens", 0, p.batch), check_dtype(lens, "lens", DType::kInt32);
+  std::vector<int32_t> kv_lens(p.batch);
+  for (int64_t b = 0; b < p.batch; ++b) kv_lens[b] = lens.as<const int32_t>()[b * lens.stride[0]];
+  p.kv_lens = kv_lens.data();
+  const int64_t capacity = block_table.shape[1] * p.page_size;
+  p.capacity = capacity, p.pages = k_pages.shape[1];
+  set_division(p, division, capacity);
+  check(p.num_splits <= capacity + 65536, p.num_splits, " splits are more than the cache's ", capacity, " keys");
+  check(!blocked || p.dtype == p.kv_dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
+  if (rotary_cos_.defined())
+    p.rotary_cos = rotary_cos_.data, p.rotary_sin = rotary_sin_.data, p.rotary_pairs = rotary_cos_.shape[1],
+    p.rotary_positions = rotary_cos_.shape[0];
+  // A layer without a window reads all pages, so all must be there.
+  p.window_left = layers_.empty() ? -1 : layers_[0].window_left;
+  for (const DecoderLayer& l : layers_)
+    p.window_left = l.window_left < 0 || p.window_left < 0 ? -1 : std::max(p.window_left, l.window_left);
+  p.new_k.data = x.data;  // there will be new keys
+  check_cache_values(p);
+
+  Buffers m{.tokens = p.batch * p.seq_q, .dtype = p.dtype, .x = x.as<float>()};
+  if (m.tokens == 0) return;
+  const int64_t q = sizes_.heads_q * sizes_.head_dim, kv = sizes_.heads_kv * sizes_.head_dim, size = size_of(m.dtype);
+  const bool split = p.num_splits > 1, temp = !layers_.empty() && layers_[0].attention_out_norm.kind != NormKind::kNone;
+  // Where attention has little to divide; long contexts are divided by keys, many tokens have work enough for a region a phase.
+  const bool together = m.tokens <= kTogether && !split && !blocked;
+  int64_t bytes = 0;
+  const auto add = [&](int64_t n) { return std::exchange(bytes, bytes + round_up<int64_t>(n, 64)); };
+  const int64_t qkv = add(m.tokens * (q + 2 * kv) * size), attended = add(m.tokens * q * size);
+  const int64_t turned = add(blocked ? m.tokens * q * size : 0), inner = add(m.tokens * sizes_.inner * 4);
+  const int64_t temp_at = add(temp ? m.tokens * sizes_.hidden * 4 : 0);
+  const int64_t partial_out = add(split ? p.num_splits * m.tokens * q * 4 : 0);
+  const int64_t widest = std::max({sizes_.hidden, sizes_.inner, q});
+  const int64_t scratch = add(together ? linear_scratch_bytes(m.tokens, widest, threads) : 0);
+  const int64_t partial_lse = add(split ? p.num_splits * m.tokens * p.heads_q * 4 : 0);
+  const auto free = [](char* memory) { ::operator delete(memory, std::align_val_t{64}); };
+  const std::unique_ptr<char, decltype(free)> memory(static_cast<char*>(::operator new(bytes, std::align_val_t{64})), free);
+  const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(memory.get() + at); };
+  m.qkv = memory.get() + qkv, m.attended = memory.get() + attended, m.turned = memory.get() + turned;
+  m.scratch = memory.get() + scratch;
+  m.inner = floats(inner), m.temp = floats(temp_at);
+  p.partial_out = floats(partial_out), p.partial_lse = floats(partial_lse);
+
+  const auto run = [&](const cpu::Team* team) {
+    KvCacheParams cache = p;
+    for (int64_t i = 0; i < layers; ++i) {
+      cache.k = pages_of(k_pages, k_scale, i), cache.v = pages_of(v_pages, v_scale, i);
+      run_layer(layers_[i], cache, m, blocked, team ? 1 : static_cast<int>(threads), team);
+    }
+    norm_all({.x = m.x, .out = m.x, .rows = m.tokens, .cols = sizes_.hidden, .norm = final_norm_}, threads, team);
+  };
+  if (!together) return run(nullptr);
+  cpu::Barrier barrier;
+  const int count = threads;
+#pragma omp parallel num_threads(count)
+  {
+    const cpu::Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+    run(&team);
+  }
+}
+
+}  // namespace foveate
