@@ -91,7 +91,7 @@ lint: $(venv_stamp)  ## ruff, clang-format, mypy, text files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(cpp_files)
-	$(PY) .ci/check_text.py $$(git ls-files)
+	$(PY) tools/check_text.py $$(git ls-files)
 	$(BIN)/mypy
 
 format: $(venv_stamp)  ## rewrites Python and C++ in the house style
@@ -100,7 +100,7 @@ format: $(venv_stamp)  ## rewrites Python and C++ in the house style
 	$(BIN)/clang-format -i $(cpp_files)
 
 stubs: $(build_stamp)  ## regenerates python/foveate/_C.pyi from the compiled module
-	$(PY) .ci/stubs.py --write
+	$(PY) tools/stubs.py --write
 
 docs: $(docs_stamp)  ## the documentation site in build/site; fails on broken links and unknown names
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -26,15 +26,6 @@ TEXT = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For modules that import it: threads cost tiny models more than they give, and much more where tests run side by side."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def tokenizer() -> Tokenizer:
     """Byte-level BPE of about 330 tokens, <eos> = 0, <user> = 1 special."""

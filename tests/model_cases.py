@@ -57,12 +57,3 @@ def shared_data(name: str) -> Path:
     if not file.exists():
         pytest.skip(f"{file} is not there; FOVEATE_SHARED names the folder that holds data/{name}")
     return file
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Small tensors: threads cost more than they bring, above all when tests run side by side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

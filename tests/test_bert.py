@@ -17,7 +17,9 @@ with warnings.catch_warnings():
 from compare import assert_as_good_as_torch
 from foveate.bench.tolerance import model_floor
 from foveate.models import bert, load_model, open_checkpoint
-from model_cases import MULTILINGUAL, assert_logits_close, needs_minilm, one_thread, randomize  # noqa: F401
+from model_cases import MULTILINGUAL, assert_logits_close, needs_minilm, randomize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB, B, S = 83, 3, 11
 SIZES: dict[str, Any] = {

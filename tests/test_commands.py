@@ -19,7 +19,8 @@ import torch
 import foveate
 import generation_toys as toys
 from foveate.cli import main
-from generation_toys import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ["--num-pages", "40"]
 

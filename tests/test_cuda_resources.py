@@ -1,13 +1,11 @@
-""".ci/cuda_resources.py reads what ptxas prints, and finds kernels that spill."""
+"""tools/cuda_resources.py reads what ptxas prints, and finds kernels that spill."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 
-import pytest
+import cuda_resources
 
 LOG = """
 ptxas info    : 0 bytes gmem
@@ -22,32 +20,23 @@ ptxas info    : Used 64 registers, used 1 barriers, 520 bytes cmem[0]
 """
 
 
-@pytest.fixture(scope="module")
-def resources() -> ModuleType:
-    path = Path(__file__).parent.parent / ".ci" / "cuda_resources.py"
-    spec = importlib.util.spec_from_file_location("cuda_resources", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_reads_the_compiler(resources: ModuleType) -> None:
-    assert resources.parse(LOG, "sm_80") == [
+def test_reads_the_compiler() -> None:
+    assert cuda_resources.parse(LOG, "sm_80") == [
         ("sm_80", "kernel<bf16,true>", 128, 80, 152),
         ("sm_80", "kernel<f16,false>", 64, 0, 0),
     ]
-    assert resources.parse(LOG, "sm_90a") == []
+    assert cuda_resources.parse(LOG, "sm_90a") == []
 
 
-def test_finds_what_is_not_listed(resources: ModuleType, tmp_path: Path) -> None:
-    kernels = resources.parse(LOG, "sm_80")
-    assert resources.faults(kernels, {}) == [
+def test_finds_what_is_not_listed(tmp_path: Path) -> None:
+    kernels = cuda_resources.parse(LOG, "sm_80")
+    assert cuda_resources.faults(kernels, {}) == [
         "sm_80 kernel<bf16,true>: 80 bytes of stack and 152 spilled, with 128 registers; allowed are 0 and 0"
     ]
     (tmp_path / "list").write_text("# comment\nsm_80 kernel<bf16,true> 80 152 # the tail of a row\n")
-    assert resources.faults(kernels, resources.allowed(tmp_path / "list")) == []
+    assert cuda_resources.faults(kernels, cuda_resources.allowed(tmp_path / "list")) == []
     (tmp_path / "list").write_text("sm_80 kernel<bf16,true> 80 151\n")
-    assert len(resources.faults(kernels, resources.allowed(tmp_path / "list"))) == 1
+    assert len(cuda_resources.faults(kernels, cuda_resources.allowed(tmp_path / "list"))) == 1
 
 
 # A library does not end the process or print, and a launch that waits or allocates cannot be captured in a graph.

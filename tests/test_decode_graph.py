@@ -16,7 +16,8 @@ from foveate.generation import Engine, decode_graph, llm
 from foveate.generation.decode_graph import DecodeGraph
 from foveate.nn import PackedLinear
 from foveate.quantization.panels import packed_bytes
-from generation_toys import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODELS = {"llama": toys.model, "gpt2": toys.gpt2}
 

@@ -13,7 +13,8 @@ from foveate import SamplingParams
 from foveate.cache.view import StaticCacheView
 from foveate.generation import decode_graph
 from foveate.generation.decode_graph import DecodeGraph
-from generation_toys import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODELS = {"llama": toys.model, "gpt2": toys.gpt2}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")

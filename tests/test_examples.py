@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import generation_toys as toys
-from generation_toys import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from foveate.generation.beam import BeamSearch
-from generation_toys import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 transformers = pytest.importorskip("transformers")
 

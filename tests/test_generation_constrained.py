@@ -11,7 +11,8 @@ import generation_toys as toys
 from foveate.generation import SamplingParams
 from foveate.generation.constrained import ascii_digits
 from foveate.generation.detokenizer import special_ids
-from generation_toys import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 pytest.importorskip("llguidance")
 

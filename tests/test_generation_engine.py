@@ -10,7 +10,8 @@ import torch
 import foveate
 import generation_toys as toys
 from foveate.generation import Engine, SamplingParams
-from generation_toys import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 

@@ -15,8 +15,10 @@ import torch
 from foveate import LLM, QuestionAnswerer, SamplingParams
 from foveate.generation import Engine
 from foveate.generation.sampler import Row, sample
-from generation_toys import cache, engine, model, one_thread, tokenizer  # noqa: F401
+from generation_toys import cache, engine, model, tokenizer
 from hostile import llama_folder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GOOD = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 

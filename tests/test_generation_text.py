@@ -16,7 +16,8 @@ from foveate.generation.prefix_cache import PrefixCache
 from foveate.generation.prompt_lookup import PromptLookup
 from foveate.generation.stops import StopStrings
 from foveate.tokenizer import Tokenizer
-from generation_toys import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30)
 

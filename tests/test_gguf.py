@@ -22,7 +22,9 @@ from foveate.bench.tolerance import model_floor
 from foveate.models import load_model, open_checkpoint
 from foveate.models.checkpoint.gguf_file import BLOCKS, TYPES, GgufFile
 from foveate.nn import PackedLinear
-from model_cases import assert_logits_close, needs_smollm2, one_thread, randomize, shared_data  # noqa: F401
+from model_cases import assert_logits_close, needs_smollm2, randomize, shared_data
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB, LAYERS = 64, 2
 SIZES: dict[str, Any] = {

@@ -13,7 +13,8 @@ import generation_toys as toys
 from foveate import SamplingParams
 from foveate.generation import memory
 from foveate.models import open_checkpoint
-from generation_toys import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -19,7 +19,9 @@ with warnings.catch_warnings():
 import foveate
 from foveate.models import load_model, loading, open_checkpoint
 from foveate.nn import PackedLinear
-from model_cases import assert_logits_close, one_thread, randomize  # noqa: F401
+from model_cases import assert_logits_close, randomize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,

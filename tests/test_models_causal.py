@@ -17,7 +17,9 @@ import foveate
 from compare import assert_as_good_as_torch
 from foveate.bench.tolerance import model_floor
 from foveate.models import load_model
-from model_cases import assert_logits_close, new_cache, one_thread, randomize  # noqa: F401
+from model_cases import assert_logits_close, new_cache, randomize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB, S = 97, 21
 SIZES: dict[str, Any] = {

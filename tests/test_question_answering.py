@@ -14,7 +14,9 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from foveate.models import bert
 from foveate.pipelines.question_answering import QuestionAnswerer
 from foveate.tokenizer import Tokenizer
-from model_cases import one_thread, randomize  # noqa: F401
+from model_cases import randomize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?é中"
 WORDS = ["the", "cat", "sat", "on", "mat", "and", "then", "ran"]

@@ -20,7 +20,9 @@ from compare import assert_as_good_as_torch
 from foveate.bench.tolerance import model_floor
 from foveate.models import load_model
 from foveate.models.t5 import T5Cache
-from model_cases import assert_logits_close, one_thread, randomize  # noqa: F401
+from model_cases import assert_logits_close, randomize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB, B, S, ST = 71, 3, 13, 9
 SIZES: dict[str, Any] = {

@@ -19,7 +19,9 @@ with warnings.catch_warnings():
 from foveate.nn import PackedLinear
 from foveate.pipelines.text2text import Text2Text, Text2TextParams
 from foveate.tokenizer import Tokenizer
-from model_cases import assert_logits_close, one_thread, randomize  # noqa: F401
+from model_cases import assert_logits_close, randomize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB, PAD, EOS, START = 24, 0, 1, 2
 

@@ -12,8 +12,9 @@ import torch
 import foveate
 from foveate.cli import main
 from test_train_objectives import BERT, wordpiece
-from train_toys import one_thread as one_thread
 from train_toys import run, sentences, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = ["the quick brown fox", "old stones", "rain falls on a lazy dog and runs far away", "fox"]
 

@@ -7,8 +7,9 @@ import pytest
 
 from foveate.train.batch_size import ROWS, choose
 from foveate.train.data.plan import DataPlan
-from train_toys import one_thread as one_thread
 from train_toys import run, sentences, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def steps(lengths, max_length, *, packing=True, spread=1):

@@ -15,7 +15,8 @@ from foveate.train.interrupt import Interrupted
 from foveate.train.search import Range, parse_range
 from test_train_objectives import BERT, wordpiece
 from train_toys import LLAMA, run, sentences, texts, write_jsonl
-from train_toys import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def flags(folder, **changes):

@@ -21,7 +21,8 @@ from foveate.train.data.token_store import TokenStore
 from foveate.train.data.tokenized import tokenized
 from foveate.train.objectives.causal_lm import CausalLM, cut
 from train_toys import GPT2, LLAMA, options, run, sentences, write_jsonl
-from train_toys import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = [{"text": text, "number": i} for i, text in enumerate(sentences(20))]
 

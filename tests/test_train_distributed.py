@@ -22,9 +22,8 @@ from foveate.train.objectives.causal_lm import CausalLM
 from foveate.train.strategy import Strategy
 from ranks import needs_fsdp, needs_gloo, run_ranks
 from train_toys import GPT2, LLAMA, sentences, write_jsonl
-from train_toys import one_thread as one_thread
 
-pytestmark = [needs_gloo, needs_fsdp]
+pytestmark = [needs_gloo, needs_fsdp, pytest.mark.usefixtures("one_thread")]
 
 # Adam divides a gradient by its own size, which would magnify rounding where gradients are almost 0; with this eps it does not.
 _EVEN = {"adam_eps": 1.0, "learning_rate": 1.0, "max_grad_norm": 0.05}

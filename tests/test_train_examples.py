@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from model_cases import needs_minilm
-from train_toys import one_thread as one_thread
 from train_toys import sentences
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAY = "\n\n".join(
     f"{name}:\n{text}." for name, text in zip(["ROMEO", "JULIET", "First Citizen"] * 40, sentences(120, longest=16))

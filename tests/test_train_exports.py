@@ -13,7 +13,8 @@ from foveate.models import load_model
 from test_train_lora import TOKENS, tune
 from test_train_lora import base as base
 from train_toys import losses, run, sentences, texts, write_jsonl
-from train_toys import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FULL = {"lora_rank": 0, "max_steps": 1}
 

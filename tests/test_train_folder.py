@@ -14,7 +14,8 @@ from foveate.train.checkpoints import output_folder
 from foveate.train.checkpoints.folder import Checkpoints
 from foveate.train.strategy import Strategy
 from train_toys import LLAMA, losses, run, sentences, texts, write_jsonl
-from train_toys import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -24,7 +24,8 @@ from foveate.train.loop import Data
 from foveate.train.objectives.choose import make_objective
 from test_train_objectives import BERT, T5_CONFIG, squad, unigram, wordpiece
 from train_toys import GPT2, LLAMA, losses, options, run, sentences, write_jsonl
-from train_toys import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # AdamW's first update is rate * g / (|g| + eps): with both large it is g itself.
 GRADIENT = {

@@ -11,8 +11,9 @@ from foveate.train import loop as loops
 from foveate.train.data.examples import Parts, Pieces
 from foveate.train.data.hold_out import hold_out
 from test_train_objectives import BERT, wordpiece
-from train_toys import one_thread as one_thread
 from train_toys import run, sentences, texts, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def documents(lengths: list[int], longest: int = 64) -> Pieces:

@@ -15,7 +15,8 @@ from foveate.train.objectives.classification import truncated
 from foveate.train.objectives.labels import class_weights, find_classes
 from test_train_objectives import BERT, wordpiece
 from train_toys import losses, run, sentences, write_jsonl
-from train_toys import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSIFY = {"objective": "sequence-classification", "new_model": BERT, "max_steps": 2}
 

@@ -15,7 +15,8 @@ from foveate.train.data.plan import best_fit
 from foveate.train.optimizer import adamw, parameter_groups
 from foveate.train.schedule import rate_factor
 from train_toys import GPT2, LLAMA, largest_difference, losses, options, run, sentences, texts, write_jsonl
-from train_toys import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prompts(folder, count=48):

@@ -18,9 +18,11 @@ from foveate.train import LoraConfig, add_lora, fitting, load_adapter, merge_lor
 from foveate.train.modules.lora import FrozenLinear, adapters
 from test_train_objectives import BERT, T5_CONFIG, squad, unigram, wordpiece
 from train_toys import GPT2, LLAMA, largest_difference, losses, options, run, sentences, texts, weights, write_jsonl
-from train_toys import one_thread as one_thread
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # in peft
+]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from foveate.train.objectives.question_answering import QuestionAnswering
 from foveate.train.objectives.seq2seq import SpanCorruption
 from foveate.train.objectives.squad_metric import exact_match, f1, scores
 from train_toys import WORDS, losses, run, sentences, write_jsonl
-from train_toys import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BERT = {
     "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,

@@ -13,7 +13,8 @@ from foveate.train.data import chat
 from foveate.train.data.chat_template import conversations, end_of_turn
 from foveate.train.objectives.causal_lm import CausalLM
 from train_toys import LLAMA, options, run, write_jsonl
-from train_toys import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 tokenizers = pytest.importorskip("tokenizers")
 CHATML = (

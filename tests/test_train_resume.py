@@ -19,7 +19,8 @@ from foveate.train.interrupt import Interrupted
 from foveate.train.loop import Loop
 from foveate.train.strategy import Strategy
 from train_toys import GPT2, LLAMA, largest_difference, losses, options, run, texts
-from train_toys import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 16
 # Dropout, several passes over the data, accumulation, and a schedule in its middle: all that could be lost.

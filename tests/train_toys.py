@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from foveate.train import TrainConfig, fitting
@@ -19,15 +18,6 @@ LLAMA: dict[str, Any] = {
 }  # fmt: skip
 GPT2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 WORDS = "the quick brown fox jumps over a lazy dog and runs far away from here to there while rain falls on old stones".split()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost tiny models more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def sentences(count: int, seed: int = 0, longest: int = 9) -> list[str]:

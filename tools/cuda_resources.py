@@ -1,10 +1,10 @@
 """Registers, spills and stack frames of every CUDA kernel, for sm_80 and sm_90a, held against a committed list.
 
-    python .ci/cuda_resources.py              # compiles csrc/cuda/*/*.cu; a kernel that spills or has a stack frame must be listed
-    python .ci/cuda_resources.py --table      # prints all kernels
-    python .ci/cuda_resources.py rows/softmax.cu   # one file
+    python tools/cuda_resources.py              # compiles csrc/cuda/*/*.cu; a kernel that spills or has a stack frame must be listed
+    python tools/cuda_resources.py --table      # prints all kernels
+    python tools/cuda_resources.py rows/softmax.cu   # one file
 
-The list is .ci/cuda_spills.txt: lines of "arch kernel bytes-of-stack bytes-spilled # reason", each an upper limit. A kernel is named
+The list is tools/cuda_spills.txt: lines of "arch kernel bytes-of-stack bytes-spilled # reason", each an upper limit. A kernel is named
 without its namespace, with its template arguments. A line that no kernel needs any more is a failure too.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-LIST = ROOT / ".ci" / "cuda_spills.txt"
+LIST = ROOT / "tools" / "cuda_spills.txt"
 ARCHS = ("sm_80", "sm_90a")
 # As CMakeLists.txt compiles them.
 FLAGS = [
