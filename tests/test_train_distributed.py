@@ -14,7 +14,7 @@ import torch
 import test_train_objectives as objectives
 import train_toys
 from foveate.models.llama import Llama, LlamaConfig
-from foveate.train import TrainConfig, fitting
+from foveate.train import TrainConfig, fit
 from foveate.train.data.batch import IGNORED, Batch
 from foveate.train.interrupt import Interrupted
 from foveate.train.loop import Loop, LossModule
@@ -37,7 +37,7 @@ def strategy_of(kind: str, context_parallel: int = 1) -> Strategy:
 
 def rank_fits(rank: int, runs: list[tuple[str, int, dict]]) -> None:
     for kind, context_parallel, options in runs:
-        fitting(TrainConfig(**options), strategy=strategy_of(kind, context_parallel))
+        fit(TrainConfig(**options), strategy=strategy_of(kind, context_parallel))
 
 
 def outcome(options: dict) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
@@ -83,7 +83,7 @@ def assert_same_run(ours: dict, one: dict, atol: float = 1e-6) -> None:
 @pytest.mark.parametrize("packing, size, accumulation", [(True, 2, 2), (True, 4, 1), (False, 2, 1)])
 def test_ddp_and_fsdp_equal_one_process(tmp_path, packing, size, accumulation):
     one = options(tmp_path, "one", packing=packing, batch_size=8)
-    fitting(TrainConfig(**one))
+    fit(TrainConfig(**one))
     rows = {"packing": packing, "batch_size": 8 // size // accumulation, "accumulation": accumulation}
     runs = [(kind, 1, options(tmp_path, kind, **rows)) for kind in ("ddp", "fsdp")]
     run_ranks(rank_fits, size, tmp_path / "ranks", runs)
@@ -101,7 +101,7 @@ def test_context_parallel_equals_one_process(tmp_path, size, runs):
         # GPT-2 with a row a sequence, the others packed
         changes = {"new_model": model | {length: 128}, "packing": model is not GPT2, "dropout": 0.0}
         one = options(tmp_path, f"one-{i}", batch_size=8, **changes)
-        fitting(TrainConfig(**one))
+        fit(TrainConfig(**one))
         # the rows of a step that one ring of processes reads, in one or two parts
         spread = options(
             tmp_path, f"spread-{i}", batch_size=rows, accumulation=8 * context_parallel // size // rows, **changes
@@ -113,7 +113,7 @@ def test_context_parallel_equals_one_process(tmp_path, size, runs):
 def test_every_objective_equals_one_process(tmp_path):
     """Weights without gradients (BERT's pooler), weights that several layers read (T5), frozen ones (LoRA), metrics of the task."""
     base = options(tmp_path, "base", batch_size=8, max_steps=1)
-    fitting(TrainConfig(**base))
+    fit(TrainConfig(**base))
     wordpiece, unigram = objectives.wordpiece(tmp_path), objectives.unigram(tmp_path)
     squad = [objectives.squad(tmp_path, 16)]
     common = {"masked-lm": {"new_model": objectives.BERT, "tokenizer": wordpiece},
@@ -126,7 +126,7 @@ def test_every_objective_equals_one_process(tmp_path):
     runs = []
     for i, changes in enumerate(cases):
         one = options(tmp_path, f"one-{i}", batch_size=8, max_steps=2, gradient_checkpointing=True, **changes)
-        fitting(TrainConfig(**one))
+        fit(TrainConfig(**one))
         for kind in ("ddp", "fsdp"):
             two = options(
                 tmp_path,
@@ -210,7 +210,7 @@ def test_gradients_in_fp64(tmp_path, size, runs):
 def test_checkpoints_go_to_other_numbers_of_processes(tmp_path):
     """Two steps on some number of processes, the other two on another: the same as all four on one."""
     one = options(tmp_path, "one", batch_size=8, eval_every=1)
-    fitting(TrainConfig(**one))
+    fit(TrainConfig(**one))
     changes = [(("fsdp", 2), (None, 1)), (("fsdp", 2), ("fsdp", 4)), (("fsdp", 4), ("ddp", 2)), ((None, 1), ("ddp", 2))]
     for half in (0, 1):
         for size in (1, 2, 4):
@@ -241,7 +241,7 @@ def stopped_fit(strategy: Strategy | None, run: dict, half: int) -> None:
             raise Stopped
 
     with pytest.raises(Stopped) if half == 0 else contextlib.nullcontext():
-        fitting(TrainConfig(**run), strategy=strategy, after_evaluation=stop)
+        fit(TrainConfig(**run), strategy=strategy, after_evaluation=stop)
 
 
 def rank_stopped_fits(rank: int, runs: list[tuple[str, int, dict]], half: int) -> None:
@@ -254,14 +254,14 @@ def rank_signalled(rank: int, folder: Path) -> int:
     step = Loop._step
     Loop._step = lambda self, i: (rank == 1 and i == 1 and signal.raise_signal(signal.SIGTERM)) or step(self, i)
     with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
-        fitting(TrainConfig(**options(folder, "run", batch_size=4)), strategy=strategy_of("ddp"))
+        fit(TrainConfig(**options(folder, "run", batch_size=4)), strategy=strategy_of("ddp"))
     Loop._step = step
-    return fitting(TrainConfig(**options(folder, "run", batch_size=4, resume=True)), strategy=strategy_of("ddp")).steps
+    return fit(TrainConfig(**options(folder, "run", batch_size=4, resume=True)), strategy=strategy_of("ddp")).steps
 
 
 def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
     one = options(tmp_path, "one", batch_size=8)
-    fitting(TrainConfig(**one))
+    fit(TrainConfig(**one))
     assert run_ranks(rank_signalled, 2, tmp_path / "ranks", tmp_path) == [4, 4]
     assert_same_run(options(tmp_path, "run"), one)
 
@@ -269,11 +269,11 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
 def rank_misfits(rank: int, folder: Path) -> list[str]:
     """Sentences of what cannot be done in two processes."""
     good = options(folder, "run", batch_size=4)
-    fitting(TrainConfig(**good), strategy=strategy_of("fsdp"))
+    fit(TrainConfig(**good), strategy=strategy_of("fsdp"))
     wider = good["new_model"] | {"intermediate_size": 64}
     calls = [
         lambda: strategy_of("ddp", 3),
-        lambda: fitting(TrainConfig(**good | {"resume": True, "new_model": wider}), strategy=strategy_of("ddp")),
+        lambda: fit(TrainConfig(**good | {"resume": True, "new_model": wider}), strategy=strategy_of("ddp")),
     ]
     sentences = []
     for call in calls:
@@ -298,9 +298,9 @@ def test_errors_without_other_processes(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="strategy='ddp' is for several processes, .*no RANK.*torchrun --nproc-per-node 2"
     ):
-        fitting(TrainConfig(**options(tmp_path, "run", strategy="ddp")))
+        fit(TrainConfig(**options(tmp_path, "run", strategy="ddp")))
     with pytest.raises(ValueError, match="context_parallel=2 .* needs objective='causal-lm' and a strategy"):
         TrainConfig(**options(tmp_path, "run", context_parallel=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started, and each would train alone; give a strategy"):
-        fitting(TrainConfig(**options(tmp_path, "run")))
+        fit(TrainConfig(**options(tmp_path, "run")))

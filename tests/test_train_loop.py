@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foveate.models import load_model
-from foveate.train import NonFiniteLoss, TrainConfig, fitting
+from foveate.train import NonFiniteLoss, TrainConfig, fit
 from foveate.train.data.plan import best_fit
 from foveate.train.optimizer import adamw, parameter_groups
 from foveate.train.schedule import rate_factor
@@ -205,5 +205,5 @@ def test_an_output_folder_with_a_run_is_not_overwritten(tmp_path):
 
 def test_options_and_a_config_go_together(tmp_path):
     config = TrainConfig(**options(tmp_path, max_steps=1))
-    assert fitting(config, max_steps=2).steps == 2
+    assert fit(config, max_steps=2).steps == 2
     assert texts(tmp_path) in config.train_data

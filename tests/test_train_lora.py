@@ -14,7 +14,7 @@ import foveate
 from foveate.models import load_model
 from foveate.models.layers import PackedEmbedding
 from foveate.nn import PackedLinear
-from foveate.train import LoraConfig, add_lora, fitting, load_adapter, merge_lora, save_adapter
+from foveate.train import LoraConfig, add_lora, fit, load_adapter, merge_lora, save_adapter
 from foveate.train.modules.lora import FrozenLinear, adapters
 from test_train_objectives import BERT, T5_CONFIG, squad, unigram, wordpiece
 from train_toys import GPT2, LLAMA, largest_difference, losses, options, run, sentences, texts, weights, write_jsonl
@@ -186,7 +186,7 @@ def test_qlora_learns_and_goes_on(tmp_path, base):
     whole = tune(tmp_path / "a", base, **settings)
     assert sum(losses(whole)[-6:]) < sum(losses(whole)[:6])
     with pytest.raises(KeyboardInterrupt):
-        fitting(
+        fit(
             **options(tmp_path / "b", **BASE | settings, model=base, eval_data=[texts(tmp_path)], eval_every=10),
             after_evaluation=stop,
         )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_toys
-from foveate.train import TrainConfig, fitting
+from foveate.train import TrainConfig, fit
 from ranks import needs_fsdp, needs_gloo, run_ranks
 from train_toys import GPT2
 
@@ -33,7 +33,7 @@ def options(folder: Path, name: str) -> dict:
 def rank_fit(rank: int, options: dict) -> None:
     from foveate.train.distributed.torchrun import FullyShard
 
-    fitting(TrainConfig(**options), strategy=FullyShard(torch.device("cpu")))
+    fit(TrainConfig(**options), strategy=FullyShard(torch.device("cpu")))
 
 
 def lines(folder: Path) -> list[str]:

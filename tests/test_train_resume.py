@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from foveate.models import load_model
-from foveate.train import fitting
+from foveate.train import fit
 from foveate.train.checkpoints.folder import Checkpoints
 from foveate.train.interrupt import Interrupted
 from foveate.train.loop import Loop
@@ -155,7 +155,7 @@ def test_a_signal_is_not_lost_in_what_the_caller_raises(tmp_path, monkeypatch):
     step = Loop._step
     monkeypatch.setattr(Loop, "_step", lambda self, i: signal.raise_signal(signal.SIGINT) or step(self, i))
     with pytest.raises(Interrupted, match="stopped by a signal; before that: RuntimeError.*pruned"):
-        fitting(**options(tmp_path, eval_fraction=0.2, eval_every=1, max_steps=3), after_evaluation=prune)
+        fit(**options(tmp_path, eval_fraction=0.2, eval_every=1, max_steps=3), after_evaluation=prune)
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from foveate.train import TrainConfig, fitting
+from foveate.train import TrainConfig, fit
 from foveate.train.fitting import TrainResult
 
 LLAMA: dict[str, Any] = {
@@ -47,7 +47,7 @@ def options(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run(folder: Path, **changes: Any) -> TrainResult:
-    return fitting(TrainConfig(**options(folder, **changes)))
+    return fit(TrainConfig(**options(folder, **changes)))
 
 
 def weights(result: TrainResult) -> dict[str, torch.Tensor]:
