@@ -18,7 +18,7 @@ import generation_toys as toys
 from foveate.cli import main, options
 from foveate.cli.parser import lay_out
 
-COMMANDS = ("", "generate", "chat", "answer", "classify", "train", "search", "info", "bench")
+COMMANDS = ("", "generate", "chat", "answer", "classify", "train", "search", "serve", "info", "bench")
 FOVEATE = [sys.executable, "-m", "foveate"]
 
 
@@ -78,7 +78,7 @@ def test_help_and_wrong_flags_do_not_load_torch():
         ),
         (["chat", "--qqq"], ["--qqq is not an option", "no option is similar"]),
         (["chta"], ["foveate: 'chta' is not a command", "did you mean chat?"]),
-        (["serve-me"], ["'serve-me' is not a command", "there are generate, chat, "]),
+        (["nonsense"], ["'nonsense' is not a command", "there are generate, chat, "]),
         (["train"], ["required: --output-dir, --train-data", "foveate train --help explains all"]),
         (["bench", "nothing"], ["invalid choice: 'nothing'", "foveate bench --help explains all"]),
     ],

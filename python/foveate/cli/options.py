@@ -99,13 +99,16 @@ def encoder(kind: Any, args: argparse.Namespace) -> Any:
         return kind(open_checkpoint(args.model, args.base))
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """several: --model may be given more than once, as NAME=PATH."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", required=True, metavar="PATH",
-        help="a Hugging Face folder, a .gguf file, the name of an installed package that holds one, or a folder with a LoRA adapter",
+        "--model", required=True, metavar="PATH", action="append" if several else "store",
+        help="a Hugging Face folder, a .gguf file, the name of an installed package that holds one, or a folder with a LoRA adapter"
+        + ("; NAME=PATH names it for requests; may be given several times" if several else ""),
     )  # fmt: skip
-    _add_base(group)
+    if not several:
+        _add_base(group)
     group.add_argument("--device", metavar="NAME", help="cpu (the default), cuda, ...")
     group.add_argument("--dtype", choices=sorted(_DTYPES), help="of the weights; the checkpoint's by default")
     group.add_argument(
@@ -224,20 +227,26 @@ def params(llm: Any, given: dict[str, Any]) -> Any:
 
 def load(args: argparse.Namespace) -> Any:
     """The LLM."""
+    found = llm_options(args)
+    with loading(args.model):
+        from foveate.generation.llm import LLM
+    return LLM(args.model, base=args.base, **found)
+
+
+def llm_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the model options say to LLM, but for the model itself; sets torch's threads."""
     import torch
 
     if args.threads is not None:
         if args.threads < 1:
             raise UsageError(f"--threads {args.threads} must be 1 or more")
         torch.set_num_threads(args.threads)
-    dtype = None if args.dtype is None else getattr(torch, _DTYPES[args.dtype])
-    with loading(args.model):
-        from foveate.generation.llm import LLM
-    return LLM(
-        args.model, base=args.base, device=args.device, dtype=dtype, quantization=args.quantization, progress=sys.stderr.isatty(),
-        kv_cache_dtype=args.kv_cache_dtype, max_model_len=args.max_model_len, num_pages=args.num_pages, max_batch=args.max_batch,
-        max_prefill_tokens=args.max_prefill_tokens, enable_prefix_caching=not args.no_prefix_caching,
-    )  # fmt: skip
+    return {
+        "device": args.device, "dtype": None if args.dtype is None else getattr(torch, _DTYPES[args.dtype]),
+        "quantization": args.quantization, "progress": sys.stderr.isatty(), "kv_cache_dtype": args.kv_cache_dtype,
+        "max_model_len": args.max_model_len, "num_pages": args.num_pages, "max_batch": args.max_batch,
+        "max_prefill_tokens": args.max_prefill_tokens, "enable_prefix_caching": not args.no_prefix_caching,
+    }  # fmt: skip
 
 
 def rates(llm: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.files.locked import locked
 from foveate.generation.detokenizer import special_ids
 from foveate.generation.params import SamplingParams
 
@@ -27,7 +29,9 @@ class GrammarCompiler:
             None  # llguidance's form of the tokenizer: takes a second, so it waits for the first grammar
         )
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()  # the latest last
+        self.lock = threading.RLock()
 
+    @locked
     def compile(self, params: SamplingParams) -> Grammar | None:
         """None for parameters without a grammar. ValueError for a schema or expression that llguidance refuses, with its reason."""
         if params.json_schema is None and params.regex is None:

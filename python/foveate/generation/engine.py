@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.cache.paged import CacheFull, PagedKVCache
 from foveate.cache.view import CacheView
 from foveate.files.locked import locked
-from foveate.generation.constrained import GrammarCompiler
+from foveate.generation.constrained import Grammar, GrammarCompiler
 from foveate.generation.decode_graph import DecodeGraph
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
@@ -118,8 +118,12 @@ class Engine:
         *,
         prompt: str | None = None,
         stream: bool = False,
+        grammar: Grammar | None = None,
     ) -> None:
-        """Takes a request in; ValueError, in a sentence, for one that cannot run. stream: an output after each of its tokens."""
+        """Takes a request in; ValueError, in a sentence, for one that cannot run. stream: an output after each of its tokens.
+
+        grammar: what `compile` gave for these params, so that the lock is not held for as long as a grammar takes.
+        """
         if request_id in self._requests:
             raise ValueError(f"a request {request_id!r} is running already; choose another id")
         if params.num_beams > 1:
@@ -129,12 +133,16 @@ class Engine:
         max_length = self.check(tokens, params)
         request = Request(
             request_id, prompt, tokens, params, arrival=self._arrivals, max_length=max_length, eos_ids=self.eos_ids,
-            tokenizer=self.tokenizer, grammar=self._grammars.compile(params), stream=stream,
+            tokenizer=self.tokenizer, grammar=grammar or self._grammars.compile(params), stream=stream,
         )  # fmt: skip
         self._arrivals += 1
         self._requests[request_id] = request
         for sample in request.samples:
             self.scheduler.add(sample)
+
+    def compile(self, params: SamplingParams) -> Grammar | None:
+        """The grammar of the parameters, None without one; while the engine steps, too. ValueError for one that cannot be followed."""
+        return self._grammars.compile(params)
 
     def check(self, tokens: Sequence[int], params: SamplingParams) -> int:
         """The number of tokens, those of the prompt included, at which the request ends at the latest; ValueError if it cannot run."""

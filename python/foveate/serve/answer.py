@@ -1,0 +1,143 @@
+"""An answer on its way: it holds the call's places, watches for the client's leaving, and writes JSON or server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from starlette.responses import Response
+
+from foveate.generation.outputs import RequestOutput
+from foveate.serve.errors import ApiError, dumps, error_response, json_response, of_model
+from foveate.serve.jobs import Call
+from foveate.serve.served import ServedModel
+from foveate.serve.state import ServerState
+
+_EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
+]  # fmt: skip
+_KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
+
+
+class Writer(Protocol):
+    """Says the call's outputs in the words of an endpoint."""
+
+    def chunks(self) -> Iterator[dict[str, Any]]:
+        """What is new since the last time."""
+
+    def last_chunks(self) -> Iterator[dict[str, Any]]:
+        """After everything else, such as the usage."""
+
+    def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]: ...
+
+
+class Answer(Response):
+    """What a route returns. Its places in the queue are taken and given back here, whatever happens."""
+
+    def __init__(self, state: ServerState, served: ServedModel, call: Call, writer: Writer, *, stream: bool) -> None:
+        self.state, self.served, self.call, self.writer, self.stream = state, served, call, writer, stream
+        self.background = None  # all of a Response that FastAPI looks at
+        self._started = False
+        self._sending: float | None = None  # since when the client takes no bytes
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        record = scope["foveate"]
+        try:
+            with self.state.admission(self.served).place(self.call):
+                await self._run(receive, send)
+        except ApiError as error:
+            record["error"] = error.code or error.message
+            self.state.metrics.turned_away(of_model(error, self.served.name))
+            if not self._started:
+                await error_response(error)(scope, receive, send)
+            elif error.status != 499:  # within a stream: an event that clients raise
+                await self._send(send, dumps_event(error.body) + dumps_event("[DONE]"), more=False)
+        finally:
+            self._describe(record)
+
+    async def _run(self, receive: Any, send: Any) -> None:
+        worker = self.served.worker
+        assert worker is not None
+        worker.submit(self.call.jobs)
+        gone = asyncio.ensure_future(_until_gone(receive))
+        work = asyncio.ensure_future(self._stream(send) if self.stream else self._whole(send))
+        try:
+            await self._watch(gone, work)
+        finally:
+            for task in (gone, work):
+                task.cancel()
+            await asyncio.gather(gone, work, return_exceptions=True)
+            left = [job for job in self.call.jobs if not job.finished]
+            if left:
+                worker.abort(left)
+                self.state.metrics.aborted(self.served, len(left))
+
+    async def _watch(self, gone: asyncio.Future[None], work: asyncio.Future[None]) -> None:
+        settings = self.state.settings
+        deadline = time.monotonic() + settings.request_timeout
+        while True:
+            patience = min(deadline - time.monotonic(), settings.send_timeout / 2)
+            done, _ = await asyncio.wait({gone, work}, timeout=max(0.0, patience), return_when=asyncio.FIRST_COMPLETED)
+            if work in done:
+                work.result()
+                return
+            if gone in done:
+                raise ApiError(499, "the client left", code="disconnected")
+            now = time.monotonic()
+            if self._sending is not None and now - self._sending > settings.send_timeout:
+                raise ApiError(499, "the client takes no bytes", code="slow_client")
+            if now >= deadline:
+                raise ApiError(
+                    408,
+                    f"the answer took longer than {settings.request_timeout:g} s; ask for fewer tokens",
+                    code="request_timeout",
+                )
+
+    async def _whole(self, send: Any) -> None:
+        outputs = await self.call.result()
+        response = json_response(self.writer.whole(outputs))
+        self._started = True
+        await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
+        await self._send(send, bytes(response.body), more=False)
+
+    async def _stream(self, send: Any) -> None:
+        async for changed in self.call.changes(self.state.settings.keep_alive):
+            events = b"".join(map(dumps_event, self.writer.chunks())) if changed else _KEEP_ALIVE
+            if not self._started:  # only now: what the engine refuses is still an error with its own status
+                self._started = True
+                await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
+            if events:
+                await self._send(send, events, more=True)
+        events = b"".join(map(dumps_event, self.writer.last_chunks()))
+        await self._send(send, events + dumps_event("[DONE]"), more=False)
+
+    async def _send(self, send: Any, body: bytes, *, more: bool) -> None:
+        self._sending = time.monotonic()
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._sending = None
+
+    def _describe(self, record: dict[str, Any]) -> None:
+        jobs = self.call.jobs
+        record["model"] = self.served.name
+        record["prompt_tokens"] = self.call.prompt_tokens
+        record["completion_tokens"] = sum(job.generated for job in jobs)
+        reasons = [
+            s.finish_reason for job in jobs if job.output is not None for s in job.output.outputs if s.finish_reason
+        ]
+        record["finish_reasons"] = reasons[:8]
+        first = jobs[0]
+        if first.started is not None:
+            record["queue_seconds"] = round(first.started - first.submitted, 6)
+        if first.output is not None and first.output.metrics.first_token_time is not None:
+            record["first_token_seconds"] = round(first.output.metrics.first_token_time - first.submitted, 6)
+
+
+def dumps_event(value: Any) -> bytes:
+    return b"data: " + (value.encode() if isinstance(value, str) else dumps(value)) + b"\n\n"
+
+
+async def _until_gone(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

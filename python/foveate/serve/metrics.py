@@ -1,0 +1,200 @@
+"""What /metrics says: vLLM's names where the meaning is the same, so that its dashboards work, and foveate's beside them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from foveate.serve.errors import ApiError
+from foveate.serve.jobs import Job
+from foveate.serve.served import ServedModel
+from foveate.serve.worker import facts
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+REJECTIONS = ("queue_full", "loading", "draining")
+# vLLM's bounds with finer ones below: a small model on a CPU takes some milliseconds for a token.
+_SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
+)  # fmt: skip
+_COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+class Metrics:
+    """One registry for each server. All series exist, at 0, as soon as their model is known."""
+
+    def __init__(self, models: Iterable[ServedModel]) -> None:
+        self.registry = CollectorRegistry()
+        self._models = list(models)
+        model = ["model_name"]
+
+        def counter(name: str, text: str, labels: list[str] = model) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        def seconds(name: str, text: str) -> Histogram:
+            return Histogram(name, text, model, buckets=_SECONDS, registry=self.registry)
+
+        def counts(name: str, text: str) -> Histogram:
+            return Histogram(name, text, model, buckets=_COUNTS, registry=self.registry)
+
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that have begun.")
+        self.generation_tokens = counter("vllm:generation_tokens", "Generated tokens.")
+        self.cached_tokens = counter("vllm:prefix_cache_hits", "Prompt tokens that the prefix cache had.")
+        self.queried_tokens = counter(
+            "vllm:prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache."
+        )
+        self.success = counter(
+            "vllm:request_success", "Prompts that have ended, by reason.", [*model, "finished_reason"]
+        )
+        self.rejections = counter("vllm:admission_rejections", "Requests that were turned away.", [*model, "reason"])
+        self.first_token = seconds("vllm:time_to_first_token_seconds", "From submission to the first token.")
+        self.between_tokens = seconds("vllm:inter_token_latency_seconds", "Between tokens of a request.")
+        self.per_token = seconds(
+            "vllm:request_time_per_output_token_seconds", "Mean over a request, after its first token."
+        )
+        self.end_to_end = seconds("vllm:e2e_request_latency_seconds", "From submission to the end.")
+        self.queue_time = seconds("vllm:request_queue_time_seconds", "From submission to the first step.")
+        self.request_prompt = counts("vllm:request_prompt_tokens", "Prompt tokens of a request.")
+        self.request_generation = counts("vllm:request_generation_tokens", "Generated tokens of a request.")
+        self.step_seconds = seconds("foveate:engine_step_seconds", "The step that brought an output.")
+        self.responses = counter("foveate:http_responses", "Responses by status and route.", ["route", "status"])
+        self.canary_runs = counter(
+            "foveate:canary_runs", "Golden prompts that were run, by result.", [*model, "result"]
+        )
+        for served in self._models:
+            self._make_all(served.name)
+        self.registry.register(_Gauges(self._models))
+
+    def _make_all(self, name: str) -> None:
+        plain = [self.prompt_tokens, self.generation_tokens, self.cached_tokens, self.queried_tokens]
+        timed = [
+            self.first_token, self.between_tokens, self.per_token, self.end_to_end, self.queue_time, self.request_prompt,
+            self.request_generation, self.step_seconds,
+        ]  # fmt: skip
+        for metric in [*plain, *timed]:
+            metric.labels(name)
+        for reason in FINISH_REASONS:
+            self.success.labels(name, reason)
+        for reason in REJECTIONS:
+            self.rejections.labels(name, reason)
+        for result in ("same", "drift", "failed"):
+            self.canary_runs.labels(name, result)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def on_outputs(self, served: ServedModel, jobs: list[Job]) -> None:
+        """In the event loop, after each step."""
+        name, now = served.name, time.perf_counter()
+        if served.worker is not None:
+            self.step_seconds.labels(name).observe(served.worker.last_step_seconds)
+        for job in jobs:
+            if job.output is not None:
+                self._count(name, job, now)
+            if job.error is not None:
+                self.success.labels(name, "error").inc()
+
+    def _count(self, name: str, job: Job, now: float) -> None:
+        assert job.output is not None
+        new = job.generated - job.counted
+        if new > 0:
+            if job.counted_at is None:
+                self._began(name, job, now)
+            else:
+                gap = (now - job.counted_at) / new
+                for _ in range(new):
+                    self.between_tokens.labels(name).observe(gap)
+            self.generation_tokens.labels(name).inc(new)
+            job.counted, job.counted_at = job.generated, now
+        if job.output.finished:
+            self._ended(name, job, now)
+
+    def _began(self, name: str, job: Job, now: float) -> None:
+        assert job.output is not None
+        self.first_token.labels(name).observe(now - job.submitted)
+        self.queue_time.labels(name).observe(max(0.0, (job.started or now) - job.submitted))
+        self.prompt_tokens.labels(name).inc(len(job.tokens))
+        self.request_prompt.labels(name).observe(len(job.tokens))
+        if job.params.prompt_logprobs is None:
+            self.queried_tokens.labels(name).inc(len(job.tokens))
+            self.cached_tokens.labels(name).inc(job.output.metrics.cached_tokens)
+
+    def _ended(self, name: str, job: Job, now: float) -> None:
+        assert job.output is not None
+        reasons = {sample.finish_reason for sample in job.output.outputs}
+        self.success.labels(name, next((r for r in ("abort", "length") if r in reasons), "stop")).inc()
+        self.end_to_end.labels(name).observe(now - job.submitted)
+        self.request_generation.labels(name).observe(job.generated)
+        metrics = job.output.metrics
+        if job.generated > 1 and metrics.first_token_time is not None and metrics.finished_time is not None:
+            self.per_token.labels(name).observe(
+                (metrics.finished_time - metrics.first_token_time) / (job.generated - 1)
+            )
+
+    def turned_away(self, error: ApiError) -> None:
+        if error.code in REJECTIONS and error.model:
+            self.rejections.labels(error.model, error.code).inc()
+
+    def aborted(self, served: ServedModel, count: int) -> None:
+        self.success.labels(served.name, "abort").inc(count)
+
+
+class _Gauges(Collector):
+    """Read from the engines when somebody asks."""
+
+    def __init__(self, models: list[ServedModel]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        rows: dict[str, tuple[str, list[tuple[str, float]]]] = {
+            "vllm:num_requests_running": ("Samples that run.", []),
+            "vllm:num_requests_waiting": ("Samples that wait.", []),
+            "vllm:kv_cache_usage_perc": ("Pages of the cache that sequences hold, from 0 to 1.", []),
+            "vllm:num_preemptions": ("Samples that gave their pages back, since the start.", []),
+            "foveate:cached_pages": ("Pages that only the prefix cache holds.", []),
+            "foveate:model_ready": ("1 when the model is loaded.", []),
+            "foveate:model_load_seconds": ("How long loading took.", []),
+            "foveate:engine_stalled_seconds": ("Age of the last step, 0 when there is nothing to do.", []),
+            "foveate:engine_failed_steps": ("Steps that raised, since the start.", []),
+        }
+        for served in self._models:
+            for name, value in _gauges(served).items():
+                rows[name][1].append((served.name, value))
+        for name, (text, values) in rows.items():
+            family = GaugeMetricFamily(name, text, labels=["model_name"])
+            for model, value in values:
+                family.add_metric([model], value)
+            yield family
+        memory = GaugeMetricFamily("process_resident_memory_bytes", "Of this process.")
+        memory.add_metric([], resident_bytes())
+        yield memory
+
+
+def _gauges(served: ServedModel) -> dict[str, float]:
+    found: dict[str, float] = {
+        "foveate:model_ready": float(served.state == "ready"),
+        "foveate:model_load_seconds": served.load_seconds,
+    }
+    worker = served.worker
+    now: dict[str, Any] = {} if worker is None else facts(worker.engine)
+    used = now.get("pages", 0) - now.get("free_pages", 0) - now.get("evictable_pages", 0)
+    return found | {
+        "vllm:num_requests_running": now.get("running", 0),
+        "vllm:num_requests_waiting": now.get("waiting", 0),
+        "vllm:kv_cache_usage_perc": max(0, used) / now["pages"] if now else 0.0,
+        "vllm:num_preemptions": 0 if worker is None else worker.engine.stats.preemptions,
+        "foveate:cached_pages": now.get("evictable_pages", 0),
+        "foveate:engine_stalled_seconds": 0.0 if worker is None else worker.stalled_for,
+        "foveate:engine_failed_steps": 0 if worker is None else worker.failed_steps,
+    }
+
+
+def resident_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

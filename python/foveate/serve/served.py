@@ -1,0 +1,100 @@
+"""A model under its name: loading in a thread, then running in an engine of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import foveate
+from foveate.serve.errors import ApiError, bad_request, of_model
+from foveate.serve.jobs import Job
+from foveate.serve.worker import EngineWorker
+
+log = logging.getLogger("foveate.serve")
+
+
+class ServedModel:
+    """name: what requests call it. load: makes the LLM, or a pipeline that has `encode` (Embedder) or `rerank`; runs in a thread.
+
+    state: "waiting", "loading", "ready" or "failed"; error: why it failed.
+    """
+
+    def __init__(self, name: str, load: Callable[[], Any]) -> None:
+        self.name, self._load = name, load
+        self.state = "waiting"
+        self.error: str | None = None
+        self.llm: Any = None
+        self.pipeline: Any = None
+        self.worker: EngineWorker | None = None
+        self.created = int(time.time())
+        self.load_seconds = 0.0
+
+    def load(self, loop: asyncio.AbstractEventLoop, on_outputs: Callable[[ServedModel, list[Job]], None]) -> None:
+        """In a thread. Does not raise: `state` says how it went."""
+        self.state, began = "loading", time.monotonic()
+        try:
+            made = self._load()
+            if hasattr(made, "engine"):
+                self.llm = made
+                self.worker = EngineWorker(made.engine, loop, lambda jobs: on_outputs(self, jobs))
+                self.worker.start()
+            else:
+                self.pipeline = made
+        except Exception as error:
+            self.error = str(error)
+            self.state = "failed"
+            log.error("model %s cannot be loaded: %s", self.name, error)
+            return
+        self.load_seconds = time.monotonic() - began
+        self.state = "ready"
+        log.info("model %s is ready after %.1f s", self.name, self.load_seconds)
+
+    def causal(self) -> tuple[Any, EngineWorker]:
+        """The LLM and its worker. ApiError when it is not ready, or another kind of model."""
+        self.check_ready()
+        if self.worker is None:
+            raise bad_request(f"{self.name} does not continue text; it is a {type(self.pipeline).__name__}", "model")
+        return self.llm, self.worker
+
+    def check_ready(self) -> None:
+        if self.state == "failed":
+            reason = f"the model {self.name} could not be loaded; the server's log has the reason"
+            raise of_model(ApiError(503, reason, code="failed"), self.name)
+        if self.state != "ready":
+            reason = f"the model {self.name} is not loaded yet; /ready says when it is"
+            raise of_model(ApiError(503, reason, code="loading", retry_after=5), self.name)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the version, the model and what runs it."""
+        about = (foveate.__version__, self.name, getattr(self.llm, "runs_on", ""), str(getattr(self.llm, "config", "")))
+        return "fv_" + hashlib.sha256(repr(about).encode()).hexdigest()[:12]
+
+    def stop(self) -> None:
+        if self.worker is not None:
+            self.worker.stop()
+
+
+def loader(path: str | Path, options: dict[str, Any]) -> Callable[[], Any]:
+    """What `ServedModel` calls: an LLM for a causal model; for an encoder a Reranker if it has one output, else an Embedder."""
+
+    def load() -> Any:
+        from foveate.models import open_checkpoint
+
+        checkpoint = open_checkpoint(path)
+        if checkpoint.config.get("model_type") != "bert":
+            return foveate.LLM(checkpoint, **options)
+        shared = {
+            name: value for name, value in options.items() if name in ("device", "dtype", "quantization", "progress")
+        }
+        architectures = checkpoint.config.get("architectures") or []
+        if any("SequenceClassification" in str(name) for name in architectures):
+            return foveate.Reranker(path, **shared)
+        return foveate.Embedder(path, **shared)
+
+    return load

@@ -1,0 +1,79 @@
+"""What `foveate serve` is told: models, limits, keys."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """models: paths by the names that requests use; the first is also what `default` means. options: of `foveate.LLM`, for each.
+
+    max_queue: samples that may wait beside those that run; max_queue_tokens: prompt tokens that may wait. Beyond: 429.
+    max_body_bytes: of a request; body_timeout: seconds that it may take to arrive. request_timeout: seconds for a whole answer.
+    send_timeout: seconds that a client may take no bytes. keep_alive: seconds of silence in a stream before a comment.
+    drain_timeout: seconds that running requests get after SIGTERM. stall_timeout: age of a step from which /ready fails;
+    hang_timeout: from which /health does. max_logprobs: alternatives per token that may be asked for.
+    log_texts: prompts and replies in the log. canary: a file of golden prompts, run every canary_every seconds.
+    """
+
+    models: dict[str, str | Path]
+    options: dict[str, Any] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    insecure: bool = False
+    max_queue: int = 256
+    max_queue_tokens: int = 262_144
+    max_body_bytes: int = 4 * 2**20
+    body_timeout: float = 30.0
+    request_timeout: float = 600.0
+    send_timeout: float = 60.0
+    keep_alive: float = 15.0
+    drain_timeout: float = 60.0
+    stall_timeout: float = 30.0
+    hang_timeout: float = 300.0
+    max_logprobs: int = 20
+    log_requests: bool = True
+    log_texts: bool = False
+    canary: Path | None = None
+    canary_every: float = 300.0
+    certificate: Path | None = None
+    certificate_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("there is no model to serve; give --model PATH or --model NAME=PATH")
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("max_queue", "max_logprobs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if any(len(key) < 8 for key in self.api_keys):
+            raise ValueError("an API key has fewer than 8 characters, which is soon guessed; use a longer one")
+        if not (self.api_keys or self.insecure or is_loopback(self.host)):
+            raise ValueError(
+                f"--host {self.host} is open to other machines, and there is no key: anybody could use the model. Give --api-key-file, "
+                "or --insecure if something in front of the server decides who comes in"
+            )
+        if (self.certificate is None) != (self.certificate_key is None):
+            raise ValueError("TLS needs both --tls-certificate and --tls-key")
+
+
+_POSITIVE = (
+    "max_queue_tokens", "max_body_bytes", "body_timeout", "request_timeout", "send_timeout", "keep_alive", "drain_timeout",
+    "stall_timeout", "hang_timeout", "canary_every",
+)  # fmt: skip
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

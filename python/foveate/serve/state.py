@@ -1,0 +1,153 @@
+"""The server's state: models, admission, metrics, and whether it is draining."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from foveate.serve.admission import Admission
+from foveate.serve.errors import ApiError, bad_request, of_model, refused
+from foveate.serve.jobs import Job
+from foveate.serve.keys import Keys
+from foveate.serve.metrics import Metrics
+from foveate.serve.served import ServedModel, loader
+from foveate.serve.settings import ServeSettings
+
+log = logging.getLogger("foveate.serve")
+
+
+class ServerState:
+    """loaders: what makes each model, for tests; by default `loader` of each path in the settings."""
+
+    def __init__(self, settings: ServeSettings, loaders: dict[str, Callable[[], Any]] | None = None) -> None:
+        self.settings = settings
+        made = loaders or {name: loader(path, settings.options) for name, path in settings.models.items()}
+        self.models = {name: ServedModel(name, load) for name, load in made.items()}
+        self.keys = Keys(settings.api_keys)
+        self.metrics = Metrics(self.models.values())
+        self._admissions: dict[str, Admission] = {}
+        # Tokenizing, templates, grammars and encoders; the event loop does none of it for long texts.
+        self.pool = ThreadPoolExecutor(4, thread_name_prefix="foveate-prepare")
+        self._encoder_pool = ThreadPoolExecutor(1, thread_name_prefix="foveate-encoder")
+        self._encoding = 0
+        self.started = time.time()
+        self.draining = False
+        self.in_flight = 0  # requests to the API, from their first byte to their last
+        self.canary: Any = None
+        self.on_failed_load: Callable[[], None] = lambda: None
+
+    def start(self) -> None:
+        """In the event loop: the models load one after the other in a thread, while the server answers."""
+        loop = asyncio.get_running_loop()
+
+        def load_all() -> None:
+            for served in self.models.values():
+                served.load(loop, self._on_outputs)
+                if served.state == "failed":
+                    self.on_failed_load()
+
+        threading.Thread(target=load_all, name="foveate-load", daemon=True).start()
+
+    def _on_outputs(self, served: ServedModel, jobs: list[Job]) -> None:
+        admission = self.admission(served)
+        for job in jobs:
+            if job.call is not None and job.generated:
+                admission.began(job.call)
+        self.metrics.on_outputs(served, jobs)
+
+    def admission(self, served: ServedModel) -> Admission:
+        found = self._admissions.get(served.name)
+        if found is None:
+            places = 1 if served.worker is None else served.worker.engine.scheduler.max_batch
+            found = Admission(places, self.settings.max_queue, self.settings.max_queue_tokens)
+            self._admissions[served.name] = found
+        return found
+
+    def model(self, name: str | None) -> ServedModel:
+        """By its name; None and "default" are the first. ApiError for another name, with those that there are."""
+        if name is None or (name == "default" and name not in self.models):
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            raise ApiError(
+                404,
+                f"there is no model {name[:100]!r} here; there are {', '.join(self.models)}",
+                param="model",
+                code="model_not_found",
+            )
+        return self.models[name]
+
+    def open_model(self, name: str | None) -> ServedModel:
+        """`model`, for a request that makes work. ApiError 503 while the server drains or the model loads."""
+        served = self.model(name)
+        if self.draining:
+            reason = "the server is shutting down and takes no new requests"
+            raise of_model(ApiError(503, reason, code="draining", retry_after=1), served.name)
+        served.check_ready()
+        return served
+
+    def readiness(self) -> tuple[bool, dict[str, Any]]:
+        """Whether requests will be answered now, and what is waited for."""
+        waiting: list[str] = []
+        models = {}
+        for served in self.models.values():
+            worker = served.worker
+            models[served.name] = served.state
+            if served.state == "failed":
+                waiting.append(f"the model {served.name} could not be loaded; the server's log has the reason")
+            elif served.state != "ready":
+                waiting.append(
+                    f"the model {served.name} is {'being loaded' if served.state == 'loading' else 'waiting to be loaded'}"
+                )
+            elif worker is not None and not worker.alive:
+                waiting.append(f"the engine of {served.name} has ended")
+            elif worker is not None and worker.stalled_for > self.settings.stall_timeout:
+                waiting.append(
+                    f"the engine of {served.name} has work and has made no step for {worker.stalled_for:.1f} s, of at most "
+                    f"{self.settings.stall_timeout:g}"
+                )
+        if self.draining:
+            waiting.append(f"the server is shutting down; {self.in_flight} requests still run")
+        status = "ready" if not waiting else "draining" if self.draining else "waiting"
+        return not waiting, {"status": status, "waiting_for": waiting, "models": models}
+
+    def hanging(self) -> list[str]:
+        """Models whose engine makes no steps for so long that the process had better be started again."""
+        return [
+            served.name
+            for served in self.models.values()
+            if served.worker is not None
+            and (not served.worker.alive or served.worker.stalled_for > self.settings.hang_timeout)
+        ]
+
+    async def prepare(self, work: Callable[..., Any], *args: Any, heavy: bool = True, pool: Any = None) -> Any:
+        """work(*args) in a thread, or here when it is known to be short. ValueError and TypeError become a 400."""
+        try:
+            if not heavy:
+                return work(*args)
+            return await asyncio.get_running_loop().run_in_executor(pool or self.pool, work, *args)
+        except (ValueError, TypeError) as error:
+            raise refused(error) from None
+        except ImportError as error:
+            raise bad_request(str(error)) from None
+
+    async def encode(self, served: ServedModel, work: Callable[..., Any], *args: Any) -> Any:
+        """`prepare` for an encoder: one text batch at a time, and at most max_queue wait. ApiError 429 beyond."""
+        if self._encoding > self.settings.max_queue:
+            reason = f"the server is full: {self._encoding} requests to encoders run or wait; try again in 2 s"
+            raise of_model(ApiError(429, reason, code="queue_full", retry_after=2), served.name)
+        self._encoding += 1
+        try:
+            return await self.prepare(work, *args, pool=self._encoder_pool)
+        finally:
+            self._encoding -= 1
+
+    def stop(self) -> None:
+        for served in self.models.values():
+            served.stop()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self._encoder_pool.shutdown(wait=False, cancel_futures=True)

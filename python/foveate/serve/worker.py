@@ -1,0 +1,174 @@
+"""The thread in which an engine steps. The event loop hands it jobs and takes outputs; neither waits for the other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from foveate.generation.engine import Engine
+from foveate.generation.outputs import RequestOutput
+from foveate.serve.errors import ApiError, refused
+from foveate.serve.jobs import Job
+from foveate.serve.recovery import recover
+
+log = logging.getLogger("foveate.serve")
+
+
+class EngineWorker:
+    """Steps `engine` while it has work. What is submitted or aborted takes effect before the next step, whatever runs.
+
+    on_outputs: called in the event loop after each step, with the jobs that changed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+        on_outputs: Callable[[list[Job]], None] = lambda jobs: None,
+    ) -> None:
+        self.engine, self._loop, self._on_outputs = engine, loop, on_outputs
+        self._condition = threading.Condition()
+        self._inbox: list[tuple[str, Job]] = []
+        self._jobs: dict[str, Job] = {}  # in the engine; the thread's own
+        self._stopping = False
+        self._since: float | None = None  # since when there has been work without a finished step
+        self.last_step_seconds = 0.0
+        self.failed_steps = 0
+        self._thread = threading.Thread(target=self._run, name="foveate-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        self._post([("add", job) for job in jobs])
+
+    def abort(self, jobs: Iterable[Job]) -> None:
+        """The jobs leave the engine before its next step; their pages are free then. Those that have finished are left alone."""
+        self._post([("abort", job) for job in jobs if not job.finished])
+
+    def stop(self, patience: float = 5.0) -> None:
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.ident is not None:
+            self._thread.join(patience)
+
+    @property
+    def stalled_for(self) -> float:
+        """Seconds since the last step ended, 0 while there is nothing to do."""
+        since = self._since
+        return 0.0 if since is None else max(0.0, time.monotonic() - since)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _post(self, commands: list[tuple[str, Job]]) -> None:
+        with self._condition:
+            if commands and self._since is None:
+                self._since = time.monotonic()
+            self._inbox += commands
+            self._condition.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not (self._inbox or self._stopping or self.engine.has_work):
+                    self._since = None
+                    self._condition.wait()
+                if self._stopping:
+                    return
+                commands, self._inbox = self._inbox, []
+                self._since = time.monotonic()
+            refusals = [job for kind, job in commands if not self._obey(kind, job)]
+            if refusals:
+                self._deliver(refusals)
+            if self.engine.has_work:
+                self._step()
+
+    def _obey(self, kind: str, job: Job) -> bool:
+        """False for a job that the engine refuses."""
+        if kind == "abort":
+            if self._jobs.pop(job.id, None) is not None:
+                self.engine.abort(job.id)
+            return True
+        try:
+            self.engine.add(job.id, job.tokens, job.params, stream=True, grammar=job.grammar)
+        except (ValueError, TypeError) as error:
+            job.error = refused(error)
+            return False
+        except Exception:
+            log.exception("a request could not be added", extra={"job": job.id})
+            job.error = _failed(job)
+            return False
+        self._jobs[job.id] = job
+        return True
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        lost: list[str] = []
+        try:
+            outputs = self.engine.step()
+        except Exception:
+            self.failed_steps += 1
+            log.exception("a step of the engine failed; each request that ran is tried alone")
+            outputs, lost = recover(self.engine)
+        self.last_step_seconds = time.perf_counter() - began
+        for sample in self.engine.scheduler.running:
+            self._mark_started(sample.request.id, began)
+        changed = [job for output in outputs if (job := self._read(output, began)) is not None]
+        for request_id in lost:
+            job = self._jobs.pop(request_id, None)
+            if job is not None:
+                job.error = _failed(job)
+                changed.append(job)
+        self._deliver(changed)
+
+    def _mark_started(self, request_id: str, began: float) -> None:
+        job = self._jobs.get(request_id)
+        if job is not None and job.started is None:
+            job.started = began
+
+    def _read(self, output: RequestOutput, began: float) -> Job | None:
+        self._mark_started(output.request_id, began)
+        job = self._jobs.get(output.request_id)
+        if job is None:
+            return None
+        job.output = output
+        if output.finished:
+            del self._jobs[output.request_id]
+        return job
+
+    def _deliver(self, jobs: list[Job]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._wake, jobs)
+        except RuntimeError:  # the loop has closed: nobody waits any more
+            self._stopping = True
+
+    def _wake(self, jobs: list[Job]) -> None:
+        self._on_outputs(jobs)
+        for job in jobs:
+            job.wake()
+
+
+def _failed(job: Job) -> ApiError:
+    return ApiError(
+        500, f"the engine failed on this request ({job.id}); the server's log has the reason", code="engine_error"
+    )
+
+
+def facts(engine: Engine) -> dict[str, Any]:
+    """What is running, read without a lock: numbers that are one step old at the most."""
+    scheduler = engine.scheduler
+    held = 0 if scheduler.prefix is None else scheduler.prefix.evictable()
+    return {
+        "running": len(scheduler.running),
+        "waiting": len(scheduler.waiting),
+        "pages": engine.num_pages,
+        "free_pages": engine.cache.free_pages,
+        "evictable_pages": held,
+    }

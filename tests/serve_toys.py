@@ -1,0 +1,136 @@
+"""A server in a thread, with the toy model of generation_toys behind it, and clients for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+import foveate
+import generation_toys as toys
+from foveate.serve import ServerState, ServeSettings
+from foveate.serve.server import Server, make_server
+
+LLM_OPTIONS = {"num_pages": 64, "page_size": 4, "progress": False}
+
+
+@dataclass
+class Running:
+    """url: without a slash at its end. state: of the server, which the tests look into."""
+
+    url: str
+    state: ServerState
+    client: httpx2.Client
+    server: Server
+
+    @property
+    def engine(self) -> Any:
+        return next(iter(self.state.models.values())).worker.engine
+
+    @property
+    def worker(self) -> Any:
+        return next(iter(self.state.models.values())).worker
+
+    def post(self, path: str, **body: Any) -> Any:
+        return self.client.post(self.url + path, json=body)
+
+    def get(self, path: str) -> Any:
+        return self.client.get(self.url + path)
+
+    def text(self, **body: Any) -> str:
+        found = self.post("/v1/completions", **body)
+        assert found.status_code == 200, found.text
+        return found.json()["choices"][0]["text"]
+
+    def error(self, status: int, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+        """The error object of a request that must fail with this status."""
+        found = self.post(path, **body)
+        assert found.status_code == status, found.text
+        assert set(found.json()) == {"error"}
+        error = found.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"} and error["message"]
+        return error
+
+    def events(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The JSON of all events of a stream, which must end with [DONE]."""
+        with self.client.stream("POST", self.url + path, json={**body, "stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            found = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+        assert found[-1] == "[DONE]"
+        return [json.loads(event) for event in found[:-1]]
+
+    def metric(self, name: str, **labels: str) -> float:
+        from prometheus_client.parser import text_string_to_metric_families
+
+        for family in text_string_to_metric_families(self.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    return sample.value
+        raise KeyError(f"{name} {labels}")
+
+    def wait(self, condition: Any, seconds: float = 10.0) -> None:
+        """Until the condition holds; fails after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "the condition did not come true"
+            time.sleep(0.005)
+
+    def idle(self) -> bool:
+        """Nothing runs, and no page is lost."""
+        engine = self.engine
+        if engine.has_work or len(engine.cache):
+            return False
+        toys.check_pages(engine)
+        return True
+
+
+def make_llm(folder: Path, **options: Any) -> foveate.LLM:
+    return foveate.LLM(folder, **(LLM_OPTIONS | options))
+
+
+@contextlib.contextmanager
+def serving(loaders: dict[str, Any], *, ready: bool = True, **settings: Any) -> Iterator[Running]:
+    """A server on a free port of this machine, ended at the end."""
+    state = ServerState(ServeSettings(models={name: name for name in loaders}, port=0, **settings), loaders)
+    server = make_server(state)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started:
+        assert time.monotonic() < deadline and thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    key = settings.get("api_keys", ("",))[0]
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        with httpx2.Client(timeout=30, headers=headers, trust_env=False) as client:
+            running = Running(f"http://127.0.0.1:{port}", state, client, server)
+            if ready:
+                running.wait(lambda: running.get("/ready").status_code == 200, 20)
+            yield running
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive(), "the server did not end"
+        state.stop()
+
+
+def raw(url: str, data: bytes, wait: float = 5.0) -> bytes:
+    """What the server answers to these bytes, until it closes or `wait` seconds are silent."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=wait) as connection:
+        connection.sendall(data)
+        parts = []
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            while part := connection.recv(65536):
+                parts.append(part)
+        return b"".join(parts)
