@@ -103,7 +103,7 @@ stubs: $(build_stamp)  ## regenerates python/foveate/_C.pyi from the compiled mo
 	$(PY) tools/stubs.py --write
 
 docs: $(docs_stamp)  ## the documentation site in build/site; fails on broken links and unknown names
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(build_stamp)  ## every bench into benchmarks/results (CSV, picture, summary); ARGS="attention --against sdpa" for one, printed only
 	$(BIN)/foveate bench $(or $(ARGS),all --out benchmarks/results)
