@@ -196,6 +196,13 @@ def test_names_exist(page) -> None:
         assert unknown_names(read(page)) == []
 
 
+def test_every_public_name_has_its_place_in_the_reference() -> None:
+    pages = "\n".join(read(page) for page in PAGES if page.startswith("docs/api/"))
+    documented = re.findall(r"^::: foveate\.(\w+)$", pages, re.MULTILINE)
+    assert sorted(set(foveate.__all__) - set(documented)) == []
+    assert len(documented) == len(set(documented))
+
+
 def test_a_wrong_name_is_seen() -> None:
     text = "`foveate.attention`, foveate.atention, `foveate.train.fit`, `foveate.train.fitt`, python/foveate.py"
     assert unknown_names(text) == ["foveate.atention", "foveate.train.fitt"]
