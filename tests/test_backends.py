@@ -10,6 +10,8 @@ import torch
 
 import foveate
 from foveate.backend import native, registry
+from foveate.ops.attention import definition
+from foveate.ops.attention.operands import Used
 
 
 def qkv(dtype=torch.float32):
@@ -116,11 +118,45 @@ def test_explain_refuses_what_the_call_refuses():
         foveate.explain(q[:, :, :3], k, v)
 
 
+def test_every_option_is_seen_by_the_choice():
+    """Each alone; the last of them as the first: a list cut short once hid one from the backends without a word."""
+    q, k, v = qkv()
+    B, Sq, Hq, _ = q.shape
+    Skv = k.shape[1]
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    ends = [torch.arange(B + 1, dtype=torch.int32) * n for n in (Sq, Skv)]
+    packed = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "max_seqlen_q": Sq, "max_seqlen_k": Skv}
+    calls = {
+        "bias": {"bias": torch.zeros(Sq, Skv)},
+        "mask": {"mask": torch.ones(Sq, Skv, dtype=torch.bool)},
+        "alibi_slopes": {"alibi_slopes": torch.ones(Hq)},
+        "relative_bias": {"relative_bias": foveate.RelativeBias(torch.zeros(8, Hq))},
+        "sinks": {"sinks": torch.zeros(Hq)},
+        "kv_lens": {"kv_lens": torch.full((B,), Skv)},
+        "varlen": packed,
+        "causal": {"causal": True},
+        "window": {"window": (3, None)},
+        "softcap": {"softcap": 2.0},
+        "dropout_p": {"dropout_p": 0.1},
+        "score_mod": {"score_mod": object()},
+    }
+    assert tuple(calls) == Used._fields
+    for name, options in calls.items():
+        tensors = flat if name == "varlen" else (q, k, v)
+        assert foveate.explain(*tensors, **options).query.features[2:] == (name,)
+
+
+def test_asking_about_dropout_draws_no_numbers():
+    before = torch.random.get_rng_state()
+    foveate.explain(*qkv(), dropout_p=0.5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_the_named_backend_runs(monkeypatch):
     """The reference is called for backend="reference" and not for "native"."""
     called = []
-    real = foveate.ops.attention.op._reference_forward
-    monkeypatch.setattr(foveate.ops.attention.op, "_reference_forward", lambda c: called.append(1) or real(c))
+    real = definition.forward
+    monkeypatch.setattr(definition, "forward", lambda c: called.append(1) or real(c))
     q, k, v = qkv()
     foveate.attention(q, k, v, backend="reference")
     assert called == [1]

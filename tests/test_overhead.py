@@ -7,7 +7,7 @@ import torch
 
 import foveate
 from foveate.backend import native
-from foveate.ops.attention import op as attention_op
+from foveate.ops.attention import autograd, op
 
 
 def plain_call(**options):
@@ -19,7 +19,7 @@ def plain_call(**options):
 def long_ways(monkeypatch):
     """How often the autograd.Function was taken."""
     taken = []
-    for owner, name in ((attention_op.Attention, "apply"), (attention_op, "_apply")):
+    for owner, name in ((autograd.Attention, "apply"), (autograd, "_apply")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, real=real: taken.append(1) or real(*args))
     return taken
@@ -41,8 +41,8 @@ def test_a_call_without_gradient_skips_autograd_and_dispatch(long_ways):
 @pytest.mark.skipif(native.missing_reason is not None, reason="no compiled module")
 def test_lse_is_not_allocated_unless_asked_for(monkeypatch):
     allocated = []
-    real = attention_op._empty_lse
-    monkeypatch.setattr(attention_op, "_empty_lse", lambda *args: allocated.append(1) or real(*args))
+    real = op.empty_lse
+    monkeypatch.setattr(op, "empty_lse", lambda *args: allocated.append(1) or real(*args))
     plain_call(backend="native")
     assert allocated == []
     plain_call(backend="native", return_lse=True)

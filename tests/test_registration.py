@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import foveate
 from foveate.backend import native
-from foveate.ops.attention import op as attention_op
+from foveate.ops.attention.operands import Operands
 
 forward_op = torch.ops.foveate.attention_forward.default
 backward_op = torch.ops.foveate.attention_backward.default
@@ -22,7 +22,7 @@ def qkv(B=2, Sq=5, Skv=7, Hq=4, Hkv=2, D=8, Dv=6, dtype=torch.float32, requires_
 
 def dense_operands(backend):
     q, k, v = qkv()
-    return attention_op.Operands(
+    return Operands(
         q=q, k=k, v=v, bias=torch.randn(1, 4, 5, 7), mask=torch.rand(2, 1, 1, 7) > 0.3, alibi=torch.rand(1, 4),
         rel_table=torch.randn(8, 4), sinks=torch.randn(4), kv_lens=torch.tensor([7, 4], dtype=torch.int32), cu_q=None,
         cu_k=None, philox=torch.tensor([3, 4]), max_q=5, max_k=7, causal=True, window_left=4, window_right=-1, scale=0.3,

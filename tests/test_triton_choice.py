@@ -13,14 +13,14 @@ import foveate.backend.triton as backend
 from foveate.backend import native, registry
 from foveate.backend.registry import Query
 from foveate.backend.triton import attention_launch, config, decode_launch
-from foveate.ops.attention import op as attention_op
+from foveate.ops.attention import operands
 
 OPS = sorted({op for op, name in registry._supports if name == "triton"})
 
 
 def query(op: str, device: str) -> Query:
     if op.startswith("attention") and op != "attention_with_kv_cache":
-        return attention_op.query(device, torch.bfloat16, 64, 64, (False,) * len(attention_op._OPTION_NAMES))
+        return operands.query(device, torch.bfloat16, 64, 64, operands.Used())
     return Query(device, torch.bfloat16)
 
 

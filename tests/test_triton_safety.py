@@ -11,7 +11,7 @@ import torch
 import foveate
 from foveate.ops import cross_entropy_ops
 from foveate.ops.attention import with_kv_cache_op as kv_cache_op
-from foveate.ops.attention.op import Operands
+from foveate.ops.attention.operands import Operands
 from kv_cases import BF16, I8, KvCase, bits, make_kv_inputs
 
 if foveate.backends()["triton"] is not None:

@@ -12,7 +12,7 @@ import torch
 
 from foveate.backend import registry
 from foveate.backend.registry import Query
-from foveate.ops.attention import op as attention_op
+from foveate.ops.attention.operands import Used, query
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = {"native": ("cpu", "cuda"), "triton": ("cuda",), "reference": ("cpu", "cuda")}
@@ -39,8 +39,7 @@ Columns = list[tuple[str, str]]
 
 
 def _attention_query(device: str, dtype: torch.dtype, option: str | None = None) -> Query:
-    used = tuple(name == option for name in attention_op._OPTION_NAMES)
-    return attention_op.query(device, dtype, 64, 64, used)
+    return query(device, dtype, 64, 64, Used() if option is None else Used(**{option: True}))
 
 
 def _columns() -> Columns:
@@ -81,7 +80,7 @@ def matrix() -> str:
     rule = "|---" * (1 + 2 * len(columns)) + "|"
 
     lines = [f"| `attention` with | {header} |", rule]
-    for option in (None, *attention_op._OPTION_NAMES):
+    for option in (None, *Used._fields):
         title = _TITLES.get(option, f"`{option}`")
         query = partial(_attention_query, dtype=torch.float32, option=option)
         lines.append(_line(title, columns, "attention", query, notes))

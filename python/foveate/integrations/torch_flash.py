@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.library import Library
 
 from foveate.ops.attention import arguments as checks
-from foveate.ops.attention.op import Operands, attention_backward, attention_forward
+from foveate.ops.attention.op import attention_backward, attention_forward
+from foveate.ops.attention.operands import Gradients, Operands
 
 NAME = "foveate"
 
@@ -91,18 +92,18 @@ def _operands(
         bias, keep = (None, mask) if mask.dtype is torch.bool else (mask, None)
     max_q, max_k = (q.shape[1], k.shape[1]) if longest is None else longest
     return Operands(
-        q=q, k=k, v=v, bias=bias, mask=keep, alibi=alibi, rel_table=None, sinks=None, kv_lens=kv_lens, cu_q=cu[0], cu_k=cu[1],
-        philox=philox, max_q=max_q, max_k=max_k, causal=causal, window_left=window[0], window_right=window[1],
-        scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=0.0, rel_bidirectional=True, rel_max_distance=0,
-        dropout_p=dropout_p, deterministic=torch.are_deterministic_algorithms_enabled(), backend="",
+        q=q, k=k, v=v, bias=bias, mask=keep, alibi=alibi, kv_lens=kv_lens, cu_q=cu[0], cu_k=cu[1], philox=philox,
+        max_q=max_q, max_k=max_k, causal=causal, window_left=window[0], window_right=window[1],
+        scale=q.shape[-1] ** -0.5 if scale is None else scale, dropout_p=dropout_p,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 
-_WANTED = [True, True, True, False, False, False]  # q, k, v, and none of bias, table and sinks
+_OF_QKV = list(Gradients(q=True, k=True, v=True, bias=False, rel_table=False, sinks=False))
 
 
 def _gradients(dout: Tensor, out: Tensor, lse: Tensor, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_backward(dout, None, out, lse, *operands, _WANTED)[:3]
+    return attention_backward(dout, None, out, lse, *operands, _OF_QKV)[:3]
 
 
 def _heads_last(*tensors: Tensor) -> list[Tensor]:

@@ -21,8 +21,10 @@ from torch.autograd.function import once_differentiable
 from foveate.ops.attention import arguments as checks
 from foveate.ops.attention import op as attention_op
 from foveate.ops.attention.dense import attention, merge_attention
+from foveate.ops.attention.operands import DTYPES, Gradients, Operands
 from foveate.ring.layout import Block, block, by_sequence, check_layout, spans
 
+_OF_QKV = list(Gradients(q=True, k=True, v=True, bias=False, rel_table=False, sinks=False))
 _NOT_SPREAD = {
     "bias": "no rank has the scores' other columns",
     "mask": "no rank has the scores' other columns",
@@ -99,7 +101,7 @@ def ring_attention(
     # elsewhere than on the CPU each new set of sequences would be compared, and remembered
     checksum = zlib.crc32(repr(ends).encode()) if q.device.type == "cpu" else 0
     facts = [*q.shape, *k.shape, v.shape[-1], *options[:4], layout == "zigzag", recording, checksum]
-    ring.compare(q.device, [attention_op.DTYPES.index(q.dtype), *facts])
+    ring.compare(q.device, [DTYPES.index(q.dtype), *facts])
     out, lse = _RingAttention.apply(q, k, v, ring)
     if sinks is not None:
         sinks = checks.check_sinks(sinks, q, Hq)[:, None]
@@ -193,7 +195,7 @@ class _Ring:
             if differing:
                 raise ValueError(
                     f"ranks 0 and {rank} of the group call ring_attention with different arguments: "
-                    f"{'; '.join(differing)}. All ranks need the same (dtype is the place in {attention_op.DTYPES})"
+                    f"{'; '.join(differing)}. All ranks need the same (dtype is the place in {DTYPES})"
                 )
         _compared.add(key)
 
@@ -300,11 +302,12 @@ def _block_gradients(
     """dq, dk, dv of one block, where out and lse are over all keys: exp(s - lse) are then the block's columns of the whole softmax,
     and the kernels ask for nothing else."""
     q, k, _ = qkv
-    operands = (
-        *qkv, *(None,) * 9, q.shape[1], k.shape[1], False, *window, options.scale, options.softcap, True, 0, 0.0,
-        True, options.backend or "",
+    left, right = window
+    operands = Operands(
+        *qkv, max_q=q.shape[1], max_k=k.shape[1], window_left=left, window_right=right, scale=options.scale,
+        softcap=options.softcap, deterministic=True, backend=options.backend or "",
     )  # fmt: skip
-    if attention_op._chosen("attention_backward", *operands) == "reference":
+    if attention_op.chosen("attention_backward", operands) == "reference":
         # It runs its own forward, over the block's keys alone, so it gets the gradients of that: out = sum of weight * part
         part, part_lse = attention_op.attention_forward(*operands)
         weight = torch.where(lse.isneginf(), 0, torch.exp(part_lse - lse))
@@ -312,4 +315,4 @@ def _block_gradients(
         difference = (dout.to(lse.dtype) * (part.to(lse.dtype) - out.to(lse.dtype))).sum(-1).mT
         dlse = weight * (difference if dlse is None else difference + dlse)
         dout, out, lse = (rows * dout).to(dout.dtype), part, part_lse
-    return attention_op.attention_backward(dout, dlse, out, lse, *operands, [True] * 3 + [False] * 3)[:3]
+    return attention_op.attention_backward(dout, dlse, out, lse, *operands, _OF_QKV)[:3]

@@ -4,13 +4,18 @@ sentence. Values that need data (kv_lens, cu_seqlens) are checked below the op, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from foveate.ops import autograd
-from foveate.ops.attention.op import DTYPES
+from foveate.ops.attention.operands import DTYPES
 from foveate.ops.attention.relative_bias import RelativeBias
 from foveate.ops.checks import (
+    check_backend_name,
+    check_flag,
     check_floating,
     check_generator,
     check_integer,
@@ -19,7 +24,84 @@ from foveate.ops.checks import (
     check_strided,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class SharedOptions(TypedDict, total=False):
+        """The options that `attention`, `attention_varlen` and `ring_attention` share, for the overloads of return_lse."""
+
+        causal: bool
+        window: tuple[int | None, int | None] | None
+        scale: float | Tensor | None
+        softcap: float | Tensor | None
+        alibi_slopes: Tensor | None
+        relative_bias: RelativeBias | None
+        sinks: Tensor | None
+        score_mod: Any
+        score_mod_bwd: Any
+        score_mod_aux: Sequence[Tensor]
+        dropout_p: float
+        generator: torch.Generator | None
+        deterministic: bool
+        backend: str | None
+
+    class DenseOptions(SharedOptions, total=False):
+        bias: Tensor | None
+        mask: Tensor | None
+        kv_lens: Tensor | None
+
+
 _UNLIMITED = 2**40  # a longer window than this is as good as none, and keeps index arithmetic far from overflow
+
+
+class Normalised(NamedTuple):
+    """What dense and varlen calls make of the options that they share."""
+
+    q: Tensor  # times a learned scale
+    alibi: Tensor | None
+    rel_table: Tensor | None
+    sinks: Tensor | None
+    philox: Tensor | None
+    causal: bool
+    # window_left, window_right, scale, softcap, rel_bidirectional, rel_max_distance, dropout_p, deterministic, backend of `Operands`
+    numbers: tuple[Any, ...]
+
+
+def normalised(
+    q: Tensor, B: int, Hq: int, causal: bool, window: Any, scale: Any, softcap: Any, alibi_slopes: Any, relative_bias: Any,
+    sinks: Any, dropout_p: float, generator: torch.Generator | None, deterministic: bool, backend: str | None,
+    draw: bool = True,
+) -> Normalised:  # fmt: skip
+    """draw: take the seeds of dropout from the generator, which a question about a call must leave alone."""
+    if type(causal) is not bool or type(deterministic) is not bool:
+        causal, deterministic = check_flag("causal", causal), check_flag("deterministic", deterministic)
+    D = q.shape[-1]
+    if isinstance(scale, Tensor):
+        q, scale = scaled(q, scale, Hq), 1.0
+    else:
+        scale = D**-0.5 if scale is None else check_scale(scale)
+    if isinstance(softcap, Tensor):
+        softcap = check_learned_softcap(softcap, q, backend)
+    else:
+        softcap = 0.0 if softcap is None else check_softcap(softcap)
+    left, right = (-1, -1) if window is None else check_window(window)
+    alibi = table = philox = None
+    bidirectional, max_distance = True, 0
+    if alibi_slopes is not None:
+        alibi = check_alibi(alibi_slopes, q, B, Hq)
+    if relative_bias is not None:
+        table = check_table(relative_bias, q, Hq)
+        bidirectional, max_distance = relative_bias.bidirectional, relative_bias.max_distance
+    if sinks is not None:
+        sinks = check_sinks(sinks, q, Hq)
+    if type(dropout_p) is not float or dropout_p != 0:
+        dropout_p = check_dropout(dropout_p)
+        philox = draw_philox(q.device, generator) if dropout_p > 0 and draw else None
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    numbers = (
+        left, right, scale, softcap, bidirectional, max_distance, dropout_p, deterministic, check_backend_name(backend) or "",
+    )  # fmt: skip
+    return Normalised(q, alibi, table, sinks, philox, causal, numbers)
 
 
 def check_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:

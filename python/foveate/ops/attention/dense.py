@@ -1,9 +1,9 @@
-"""foveate.attention and merge_attention: what a call means is checked here, then the op of `op.py` runs."""
+"""foveate.attention and merge_attention: what a call means is checked here, then `autograd.call` runs it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,12 +14,28 @@ from foveate.ops.attention import (
     nested,
     vmap,  # noqa: F401  # registers itself
 )
-from foveate.ops.attention import op as attention_op
-from foveate.ops.attention import score_mod as with_score_mod
+from foveate.ops.attention.autograd import call
 from foveate.ops.attention.relative_bias import RelativeBias
-from foveate.ops.checks import check_backend_name, check_flag
+from foveate.ops.checks import check_flag
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from foveate.ops.attention.arguments import DenseOptions
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[DenseOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[DenseOptions]
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[DenseOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -90,50 +106,35 @@ def attention(
             score_mod_bwd=score_mod_bwd, score_mod_aux=score_mod_aux, dropout_p=dropout_p, generator=generator,
             deterministic=deterministic, return_lse=return_lse, backend=backend,
         )  # fmt: skip
-    B, Sq, Skv, Hq, D = checks.check_dense(q, k, v)
-    q, k, v = checks.same_kind(q, k, v)
-    if type(causal) is not bool or type(deterministic) is not bool or type(return_lse) is not bool:
-        causal, deterministic = check_flag("causal", causal), check_flag("deterministic", deterministic)
+    values, learned = dense_operands(
+        q, k, v, causal, window, scale, softcap, bias, mask, alibi_slopes, relative_bias, sinks, kv_lens, dropout_p, generator,
+        deterministic, backend,
+    )  # fmt: skip
+    if type(return_lse) is not bool:
         return_lse = check_flag("return_lse", return_lse)
-    if isinstance(scale, Tensor):
-        q, scale = checks.scaled(q, scale, Hq), 1.0
-    else:
-        scale = D**-0.5 if scale is None else checks.check_scale(scale)
-    learned = isinstance(softcap, Tensor)
-    if isinstance(softcap, Tensor):
-        softcap = checks.check_learned_softcap(softcap, q, backend)
-    else:
-        softcap = 0.0 if softcap is None else checks.check_softcap(softcap)
-    left, right = (-1, -1) if window is None else checks.check_window(window)
-    table, bidirectional, max_distance, philox = None, True, 0, None
+    return call(values, learned, (score_mod, score_mod_bwd, score_mod_aux), return_lse)
+
+
+def dense_operands(
+    q: Tensor, k: Tensor, v: Tensor, causal: Any, window: Any, scale: Any, softcap: Any, bias: Any, mask: Any, alibi_slopes: Any,
+    relative_bias: Any, sinks: Any, kv_lens: Any, dropout_p: Any, generator: Any, deterministic: Any, backend: Any,
+    draw: bool = True,
+) -> tuple[tuple[Any, ...], bool]:  # fmt: skip
+    """`Operands` as a plain tuple, and whether softcap is learned."""
+    B, Sq, Skv, Hq, _ = checks.check_dense(q, k, v)
+    q, k, v = checks.same_kind(q, k, v)
+    q, alibi, table, sinks, philox, causal, numbers = checks.normalised(
+        q, B, Hq, causal, window, scale, softcap, alibi_slopes, relative_bias, sinks, dropout_p, generator, deterministic, backend,
+        draw,
+    )  # fmt: skip
     if bias is not None:
         bias = checks.check_scores_operand("bias", bias, q, (B, Hq, Sq, Skv))
     if mask is not None:
         mask = checks.check_scores_operand("mask", mask, q, (B, Hq, Sq, Skv))
-    if alibi_slopes is not None:
-        alibi_slopes = checks.check_alibi(alibi_slopes, q, B, Hq)
-    if relative_bias is not None:
-        table = checks.check_table(relative_bias, q, Hq)
-        bidirectional, max_distance = relative_bias.bidirectional, relative_bias.max_distance
-    if sinks is not None:
-        sinks = checks.check_sinks(sinks, q, Hq)
     if kv_lens is not None:
         kv_lens = checks.check_lengths("kv_lens", kv_lens, q, B)
-    if type(dropout_p) is not float or dropout_p != 0:
-        dropout_p = checks.check_dropout(dropout_p)
-        philox = checks.draw_philox(q.device, generator) if dropout_p > 0 else None
-    operands = (
-        q, k, v, bias, mask, alibi_slopes, table, sinks, kv_lens, None, None, philox, Sq, Skv, causal, left, right,
-        scale, softcap, bidirectional, max_distance, dropout_p,
-        deterministic or torch.are_deterministic_algorithms_enabled(), check_backend_name(backend) or "",
-    )  # fmt: skip
-    if score_mod is not None or score_mod_bwd is not None or score_mod_aux:
-        out, lse = with_score_mod.run(operands, score_mod, score_mod_bwd, score_mod_aux)
-    elif learned:
-        out, lse = attention_op.definition(operands)
-    else:
-        out, lse = attention_op.run(operands, need_lse=return_lse)
-    return (out, lse) if return_lse else out
+    tensors = (q, k, v, bias, mask, alibi, table, sinks, kv_lens, None, None, philox)
+    return (*tensors, Sq, Skv, causal, *numbers), isinstance(softcap, Tensor)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from foveate.backend.registry import ORDER, Query, why_not
-from foveate.ops.attention import arguments as checks
-from foveate.ops.attention.dense import attention
-from foveate.ops.attention.op import query
-from foveate.ops.attention.varlen import attention_varlen
+from foveate.ops.attention.dense import attention, dense_operands
+from foveate.ops.attention.operands import Operands, query_of
+from foveate.ops.attention.varlen import attention_varlen, packed_operands
 
 
 @dataclass(frozen=True)
@@ -46,30 +45,16 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
     and option names. `print(foveate.explain(q, k, v, causal=True))` shows a table.
     """
     packed = "cu_seqlens_q" in options
-    bound = inspect.signature(attention_varlen if packed else attention).bind(q, k, v, **options)
+    function: Any = attention_varlen if packed else attention
+    operands: Any = packed_operands if packed else dense_operands
+    bound = inspect.signature(function).bind(q, k, v, **options)
     bound.apply_defaults()
     o = bound.arguments
-    if packed:
-        checks.check_packed(q, k, v)
-    else:
-        checks.check_dense(q, k, v)
-    q, k, v = checks.same_kind(q, k, v)
-    checks.check_dropout(o["dropout_p"])
-    used = (
-        o.get("bias") is not None,
-        o.get("mask") is not None,
-        o["alibi_slopes"] is not None,
-        o["relative_bias"] is not None,
-        o["sinks"] is not None,
-        o.get("kv_lens") is not None,
-        packed,
-        bool(o["causal"]),
-        o["window"] is not None and max(checks.check_window(o["window"])) >= 0,
-        o["softcap"] is not None and checks.check_softcap(o["softcap"]) > 0,
-        o["dropout_p"] > 0,
-        o["score_mod"] is not None,
-    )
-    call = query(q.device.type, q.dtype, q.shape[-1], v.shape[-1], used)
+    if isinstance(o["softcap"], Tensor):
+        raise ValueError("a learned softcap is computed in plain torch, by no backend")
+    names = list(inspect.signature(operands).parameters)[:-1]  # all but draw
+    values, _ = operands(*(o[name] for name in names), False)
+    call = query_of(Operands(*values)._replace(backend=""), score_mod=o["score_mod"] is not None)
     backward = call
     if o["score_mod"] is not None and o["score_mod_bwd"] is None:
         backward = call._replace(features=(*call.features, "no score_mod_bwd"))

@@ -13,24 +13,18 @@ from torch import Tensor
 
 from foveate.backend.registry import UnsupportedError, choose
 from foveate.ops import autograd
-from foveate.ops.attention import op as attention_op
-from foveate.ops.attention.op import Operands
-
-_NUM_TENSORS = attention_op._NUM_TENSORS
-_DIFFERENTIABLE = attention_op._DIFFERENTIABLE
+from foveate.ops.attention.op import checked_rows, empty_grads, empty_lse, empty_out, with_rows_of
+from foveate.ops.attention.operands import NUM_TENSORS, Operands, per_operand, query_of, tensors_of, wanted_of
 
 
-def run(operands: tuple[Any, ...], forward: Any, backward: Any, aux: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """out, lse of `Operands` with score_mod=forward, score_mod_bwd=backward and score_mod_aux=aux. Always by the triton backend."""
-    c = Operands(*operands)
+def run(c: Operands, forward: Any, backward: Any, aux: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """out, lse with score_mod=forward, score_mod_bwd=backward and score_mod_aux=aux. Always by the triton backend."""
     if forward is None:
         raise ValueError("score_mod_bwd and score_mod_aux belong to score_mod, which is None; give it too")
-    used = tuple(name == "score_mod" for name in attention_op._OPTION_NAMES)
-    call = attention_op.query(c.q.device.type, c.q.dtype, c.q.shape[-1], c.v.shape[-1], used)
-    choose("attention", call, c.backend or None)  # raises where it is not triton
+    choose("attention", query_of(c, score_mod=True), c.backend or None)  # raises where it is not triton
     if torch.compiler.is_compiling():
         raise UnsupportedError("score_mod runs outside of torch.compile; wrap the call in torch.compiler.disable")
-    how = autograd.way(*operands[:_NUM_TENSORS])
+    how = autograd.way(*tensors_of(c))
     if how == "definition" or torch._C._are_functorch_transforms_active() or isinstance(c.softcap, Tensor):
         raise UnsupportedError(
             "score_mod has its first gradient alone, by backward(): neither tangents nor torch.func's transforms go through it, and "
@@ -46,7 +40,7 @@ def run(operands: tuple[Any, ...], forward: Any, backward: Any, aux: Sequence[Te
             "q, k, v or another input requires a gradient, but score_mod came without its derivative; give score_mod_bwd, or call "
             "under torch.no_grad()"
         )
-    return _ScoreModAttention.apply(mod, *operands)
+    return _ScoreModAttention.apply(mod, *c)
 
 
 def _check_function(name: str, function: Any) -> None:
@@ -70,8 +64,8 @@ def _checked_aux(aux: Sequence[Tensor], q: Tensor) -> tuple[Tensor, ...]:
 def _forward(c: Operands, mod: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     from foveate.backend.triton.attention_launch import ScoreMod, forward
 
-    out, lse = attention_op._empty_out(c.q, c.v), attention_op._empty_lse(c.q, c.cu_q)
-    forward(attention_op._ready(c), out, lse, ScoreMod(*mod))
+    out, lse = empty_out(c.q, c.v), empty_lse(c.q, c.cu_q)
+    forward(checked_rows(c), out, lse, ScoreMod(*mod))
     return out, lse
 
 
@@ -80,8 +74,8 @@ class _ScoreModAttention(torch.autograd.Function):
     def forward(ctx: Any, mod: tuple[Any, ...], *operands: Any) -> tuple[Tensor, Tensor]:
         *ctx.functions, aux = mod
         out, lse = _forward(Operands(*operands), mod)
-        ctx.save_for_backward(*operands[:_NUM_TENSORS], out, lse, *aux)
-        ctx.options = operands[_NUM_TENSORS:]
+        ctx.save_for_backward(*operands[:NUM_TENSORS], out, lse, *aux)
+        ctx.options = operands[NUM_TENSORS:]
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -92,13 +86,13 @@ class _ScoreModAttention(torch.autograd.Function):
 
         saved = ctx.saved_tensors
         tensors, (out, lse), aux = (
-            saved[:_NUM_TENSORS],
-            saved[_NUM_TENSORS : _NUM_TENSORS + 2],
-            saved[_NUM_TENSORS + 2 :],
+            saved[:NUM_TENSORS],
+            saved[NUM_TENSORS : NUM_TENSORS + 2],
+            saved[NUM_TENSORS + 2 :],
         )
-        c = attention_op._ready(Operands(*tensors, *ctx.options))
-        wanted = [ctx.needs_input_grad[1 + i] for i in _DIFFERENTIABLE]
-        dout = torch.zeros_like(out) if dout is None else attention_op._rows(dout)
+        c = checked_rows(Operands(*tensors, *ctx.options))
+        wanted = wanted_of(ctx.needs_input_grad[1:])
+        dout = torch.zeros_like(out) if dout is None else with_rows_of(dout)
         found = backward(
             dout,
             dlse,
@@ -106,10 +100,7 @@ class _ScoreModAttention(torch.autograd.Function):
             lse,
             c,
             wanted,
-            attention_op._empty_grads(c, wanted),
+            empty_grads(c, wanted),
             ScoreMod(ctx.functions[0], ctx.functions[1], aux),
         )
-        grads: list[Tensor | None] = [None] * (1 + _NUM_TENSORS + len(ctx.options))
-        for i, want, grad in zip(_DIFFERENTIABLE, wanted, found):
-            grads[1 + i] = grad if want else None
-        return tuple(grads)
+        return None, *per_operand(found, wanted)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from foveate.ops import library
-from foveate.ops.attention.op import Operands, attention_backward, attention_forward
+from foveate.ops.attention.op import attention_backward, attention_forward
+from foveate.ops.attention.operands import Gradients, Operands
 
 _BATCHED = ("q", "k", "v", "kv_lens")  # have a batch dimension of size B
 _BROADCAST = ("bias", "mask", "alibi")  # have one of size B or 1
@@ -58,17 +59,18 @@ def _backward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     V, (dout, dlse, out, lse, *operands, wanted) = info.batch_size, args
     c, dims = Operands(*operands), cast(Any, Operands(*in_dims[4:-1]))
     # The op sums the gradients of the table and of sinks over all batch rows; a mapped call has one for each slice.
-    folded = None if wanted[4] or wanted[5] else _folded(c, dims, V, wanted_bias=wanted[3])
+    want = Gradients(*wanted)
+    folded = None if want.rel_table or want.sinks else _folded(c, dims, V, wanted_bias=want.bias)
     if folded is None:
         return _loop(attention_backward, V, args, (*in_dims[:-1], None))
     B = folded.q.shape[0] // V
     rows = (_fold(x, dim, V, B) for x, dim in zip((dout, dlse, out, lse), in_dims))
-    grads = list(attention_backward(*rows, *folded, wanted))
-    grads = [x.unflatten(0, (V, -1)) if want else x.expand(V, 0) for x, want in zip(grads, wanted)]
-    if wanted[3] and c.bias is not None:
-        own = c.bias.shape[0] if dims.bias is None else c.bias.movedim(dims.bias, 0).shape[1]
-        if own == 1:
-            grads[3] = grads[3].sum(1, keepdim=True)
+    found = zip(attention_backward(*rows, *folded, wanted), wanted)
+    grads = Gradients(*(x.unflatten(0, (V, -1)) if asked else x.expand(V, 0) for x, asked in found))
+    if want.bias and c.bias is not None:
+        batch = c.bias.shape[0] if dims.bias is None else c.bias.movedim(dims.bias, 0).shape[1]
+        if batch == 1:
+            grads = grads._replace(bias=grads.bias.sum(1, keepdim=True))
     return tuple(grads), (0,) * len(grads)
 
 

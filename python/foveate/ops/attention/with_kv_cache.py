@@ -9,7 +9,7 @@ from foveate.backend.registry import UnsupportedError
 from foveate.ops import flops
 from foveate.ops.attention import arguments as checks
 from foveate.ops.attention import with_kv_cache_op as kv_cache_op
-from foveate.ops.attention.op import DTYPES
+from foveate.ops.attention.operands import DTYPES
 from foveate.ops.attention.with_kv_cache_op import QUANTIZED
 from foveate.ops.autograd import is_tracked, is_wrapped
 from foveate.ops.checks import check_backend_name, check_flag, check_integer, check_number, check_strided

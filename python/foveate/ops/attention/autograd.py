@@ -1,0 +1,131 @@
+"""The way from a call to the attention ops: straight to the kernel where nothing stands between, else through autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.ops import autograd, dtensor, flops
+from foveate.ops.attention import score_mod
+from foveate.ops.attention.definition import definition
+from foveate.ops.attention.op import attention_backward, attention_forward, forward
+from foveate.ops.attention.operands import DIFFERENTIABLE, NUM_TENSORS, Operands, make, per_operand, wanted_of
+
+
+class Attention(torch.autograd.Function):
+    """out, lse of `Operands`, differentiable in q, k, v, bias, rel_table and sinks through both outputs."""
+
+    generate_vmap_rule = True  # the ops below have their own vmap rules
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return attention_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:NUM_TENSORS], *output)
+        ctx.options = inputs[NUM_TENSORS:]
+        # Zeros for an output that the loss does not use are left out, but for vmap: torch 2.6 does not map what is not there.
+        ctx.set_materialize_grads(_vmapped())
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        wanted = wanted_of(ctx.needs_input_grad)
+        if dout is None:
+            dout = torch.zeros_like(out)
+        args = (dout, dlse, out, lse, *tensors, *ctx.options, wanted)
+        grads = autograd.differentiable(attention_backward, _backward_definition, *args)
+        return tuple(per_operand(grads, wanted))
+
+
+def _backward_definition(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """attention_backward in plain torch, O(Sq * Skv) memory: for second derivatives."""
+    *operands, wanted = args
+    grads = (dout,) if dlse is None else (dout, dlse)
+
+    def results(*operands: Any) -> tuple[Tensor, ...]:
+        return definition(make(operands))[: len(grads)]
+
+    places = [i for i, want in zip(DIFFERENTIABLE, wanted, strict=True) if want]
+    pulled = iter(autograd.pull_back(results, operands, places, grads))
+    return tuple(next(pulled) if want else dout.new_empty(0) for want in wanted)
+
+
+# Function.apply inspects the signature of forward on every call (20 us) for functorch's sake; below it is the part that autograd needs.
+_apply = super(torch.autograd.Function, Attention).apply
+
+# What may stand between a call and the CPU or CUDA kernel. A torch without one of these takes the long way.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_transforms = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+_tracing = getattr(torch._C, "_get_tracing_state", None)
+_long_way = _dispatch_modes is None or _transforms is None or _tracing is None
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _leads_straight_to_forward(tensors: tuple[Any, ...]) -> bool:
+    """True if dispatcher and autograd would add nothing: real tensors, no gradient, no mode, transform, tracer or profiler."""
+    if torch.compiler.is_compiling() or _long_way:
+        return False
+    if _dispatch_modes() or _transforms() is not None or _tracing() is not None:  # type: ignore[misc]
+        return False
+    if torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
+        return False
+    q = tensors[0]
+    if not (q.is_cpu or q.is_cuda):
+        return False
+    recording = torch.is_grad_enabled()
+    for x in tensors:  # not all(...): a generator costs as much again
+        if x is not None and (type(x) not in _PLAIN_TYPES or (recording and x.requires_grad) or x.is_neg()):
+            return False
+    return True
+
+
+def call(values: tuple[Any, ...], learned: bool, mod: tuple[Any, Any, Sequence[Tensor]], return_lse: bool) -> Any:
+    """out, or (out, lse), of `Operands` as a plain tuple. learned: softcap is a tensor. mod: score_mod, its derivative, its tensors."""
+    if mod[0] is not None or mod[1] is not None or mod[2]:
+        out, lse = score_mod.run(Operands(*values), *mod)
+    elif learned:
+        out, lse = definition(Operands(*values))
+    else:
+        out, lse = run(values, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def run(values: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
+    """out, lse of `Operands` by the shortest way that is right: dispatch and autograd cost as much as a decode step."""
+    tensors = values[:NUM_TENSORS]
+    if _leads_straight_to_forward(tensors):
+        return forward(make(values), need_lse)
+    c = Operands(*values)
+    flops.register()
+    if type(c.q) not in _PLAIN_TYPES:
+        dtensor.notice(c.q)
+    way = autograd.way(*tensors)
+    if way == "definition":
+        return definition(c)
+    # A graph without gradients has the op alone: torch.jit cannot save the autograd.Function, nor does a compiler gain from it.
+    if is_traced():  # where sizes are tensors, and so is the default D**-0.5
+        c = c._replace(scale=float(c.scale))
+    if (torch.compiler.is_compiling() or is_traced()) and way == "op":
+        return attention_forward(*c)
+    args = autograd.distinct(c) if torch.compiler.is_compiling() else c
+    if torch.compiler.is_compiling() or _long_way or _transforms() is not None:  # type: ignore[misc]
+        return Attention.apply(*args)
+    return _apply(*args)
+
+
+def is_traced() -> bool:
+    """Inside torch.jit.trace."""
+    return _tracing is not None and _tracing() is not None
+
+
+def _vmapped() -> bool:
+    """True right below torch.vmap."""
+    if torch.compiler.is_compiling() or _transforms is None:
+        return False
+    level = _transforms()
+    return level is not None and level.key() == torch._C._functorch.TransformType.Vmap

@@ -1,0 +1,134 @@
+"""The arguments of the attention ops, listed once: schema, options in use, gradients and binding follow from `Operands`.
+
+`dense.py` and `varlen.py` check what a call means and normalise it to these: masks and biases have four dimensions, tables and sinks
+are in the accumulation dtype (fp32, for fp64 inputs fp64), lengths have one dimension, and a window or a softcap that is not used is
+-1 or 0. With cu_q, q is packed [total_q, Hq, D] and lse [Hq, total_q].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate.backend.registry import Query
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SymInt = int  # a size, which stays symbolic in a compiled graph
+Scalar = float  # may be computed from a size, and stays symbolic too
+
+
+class Operands(NamedTuple):
+    """What is not given is not used; max_q and max_k, the longest lengths, always are given.
+
+    csrc/bindings/bind_attention.cpp reads the fields by their order, which a test compares.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None  # [B or 1, Hq or 1, Sq or 1, Skv or 1]
+    mask: Tensor | None = None  # the same, bool
+    alibi: Tensor | None = None  # fp32 [B or 1, Hq]
+    rel_table: Tensor | None = None  # [buckets, Hq]
+    sinks: Tensor | None = None  # [Hq]
+    kv_lens: Tensor | None = None  # int32 or int64 [B]
+    cu_q: Tensor | None = None  # int32 or int64 [B + 1]
+    cu_k: Tensor | None = None
+    philox: Tensor | None = None  # int64 [2]
+    max_q: SymInt = 0
+    max_k: SymInt = 0
+    causal: bool = False
+    window_left: SymInt = -1
+    window_right: SymInt = -1
+    scale: Scalar = 1.0
+    softcap: float = 0.0
+    rel_bidirectional: bool = True
+    rel_max_distance: int = 0
+    dropout_p: float = 0.0
+    deterministic: bool = False  # of the backward: equal calls give bitwise identical gradients
+    backend: str = ""  # "" for the best
+
+
+def make(values: tuple[Any, ...]) -> Operands:
+    """Operands of one tuple in their order: `Operands(*values)` takes ten times as long, on the path of every call."""
+    return tuple.__new__(Operands, values)
+
+
+_SCHEMA_TYPES = {"Tensor | None": "Tensor?"}
+_ANNOTATIONS = {name: str(getattr(hint, "__forward_arg__", hint)) for name, hint in Operands.__annotations__.items()}
+SCHEMA = ", ".join(f"{_SCHEMA_TYPES.get(hint, hint)} {name}" for name, hint in _ANNOTATIONS.items())
+NUM_TENSORS = sum(hint.startswith("Tensor") for hint in _ANNOTATIONS.values())  # the first ones
+
+
+def tensors_of(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The tensors among `Operands`, or a plain tuple of them."""
+    return tuple(values[:NUM_TENSORS])
+
+
+class Gradients(NamedTuple):
+    """Of each operand that has a gradient; the order of the backward op's results, and of its argument `wanted`."""
+
+    q: Any
+    k: Any
+    v: Any
+    bias: Any
+    rel_table: Any
+    sinks: Any
+
+
+DIFFERENTIABLE = tuple(Operands._fields.index(name) for name in Gradients._fields)
+
+
+def wanted_of(needs_input_grad: Sequence[bool]) -> list[bool]:
+    """Which of `Gradients` a backward pass needs, of what autograd says of each operand. A list, as the schema's bool[]."""
+    return [needs_input_grad[i] for i in DIFFERENTIABLE]
+
+
+def per_operand(gradients: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    """For autograd: the gradient of each operand, None for those without one."""
+    found: list[Any] = [None] * len(Operands._fields)
+    for i, want, gradient in zip(DIFFERENTIABLE, wanted, gradients, strict=True):
+        found[i] = gradient if want else None
+    return found
+
+
+class Used(NamedTuple):
+    """Which options a call uses, under the names that users give them: what the choice of a backend may depend on."""
+
+    bias: bool = False
+    mask: bool = False
+    alibi_slopes: bool = False
+    relative_bias: bool = False
+    sinks: bool = False
+    kv_lens: bool = False
+    varlen: bool = False
+    causal: bool = False
+    window: bool = False
+    softcap: bool = False
+    dropout_p: bool = False
+    score_mod: bool = False
+
+
+def used(c: Operands, score_mod: bool = False) -> Used:
+    values = (
+        c.bias is not None, c.mask is not None, c.alibi is not None, c.rel_table is not None, c.sinks is not None,
+        c.kv_lens is not None, c.cu_q is not None, c.causal, c.window_left >= 0 or c.window_right >= 0, c.softcap > 0,
+        c.dropout_p > 0, score_mod,
+    )  # fmt: skip
+    return tuple.__new__(Used, values)
+
+
+@functools.lru_cache(maxsize=4096)
+def query(device: str, dtype: torch.dtype, D: int, Dv: int, options: Used) -> Query:
+    """What the choice of the backend depends on."""
+    return Query(device, dtype, (D, Dv, *(name for name, use in zip(Used._fields, options, strict=True) if use)))
+
+
+def query_of(c: Operands, score_mod: bool = False) -> Query:
+    q = c.q
+    device = "cpu" if q.is_cpu else q.device.type
+    return query(device, q.dtype, q.shape[-1], c.v.shape[-1], used(c, score_mod))
