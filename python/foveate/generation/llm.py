@@ -22,7 +22,8 @@ from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
 from foveate.generation.prompts import as_prompt, as_prompts, check_messages, conversations
 from foveate.models import Checkpoint, load_model, open_checkpoint
-from foveate.models.loading import checked_device, checked_dtype, model_class
+from foveate.models.loading import checked_device, checked_dtype
+from foveate.models.registry import architecture_of
 
 Prompt: TypeAlias = "str | Sequence[int]"
 Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
@@ -327,10 +328,12 @@ def default_params(generation_config: dict[str, Any]) -> SamplingParams:
 
 
 def _check_causal(checkpoint: Checkpoint) -> None:
-    if not hasattr(model_class(checkpoint.config), "hidden"):
-        kind = checkpoint.config["model_type"]
-        other = {"bert": "foveate.QuestionAnswerer", "t5": "foveate.Text2Text"}.get(kind, "foveate.models.load_model")
-        raise ValueError(f"{checkpoint.path} is a {kind} model, which does not continue text; it is one for {other}")
+    architecture = architecture_of(checkpoint.config)
+    if not architecture.continues_text:
+        raise ValueError(
+            f"{checkpoint.path} is a {checkpoint.config['model_type']} model, which does not continue text; it is one for "
+            f"{architecture.suited}"
+        )
 
 
 def _eos_ids(tokenizer: Any, *configs: dict[str, Any]) -> set[int]:

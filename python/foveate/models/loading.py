@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError, is_there
-from foveate.models import bert, gpt2, llama, t5
+from foveate.models import bert, llama
 from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
 from foveate.models.checkpoint.open import open_checkpoint
 from foveate.models.checkpoint.reading import check_layers, read_config
 from foveate.models.layers import PackedEmbedding
+from foveate.models.registry import Architecture, architecture_of
 from foveate.nn import PackedLinear
 from foveate.quantization.gguf_blocks import dequantize
 from foveate.quantization.k_blocks import K_FORMATS
 from foveate.tokenizer import NEED
 
-_MODELS: dict[str, type[nn.Module]] = dict.fromkeys(llama.MODEL_TYPES, llama.Llama) | {"gpt2": gpt2.GPT2, "t5": t5.T5}
 _QUANTIZATIONS = (None, "none", "q8_0", "q4_0")
 _HEADS = ("lm_head", "cls.predictions.decoder")  # of causal models and T5, of BERT
 _TENSORFLOW_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")  # as Google's BERT checkpoints name them
@@ -35,30 +35,29 @@ _LARGE = 256 * 2**20  # bytes from which loading takes a second or more
 
 def model_class(config: dict[str, Any], head: str | None = None, new_head: bool = False) -> type[nn.Module]:
     """The class for a config.json's `model_type`; head, new_head: see `load_model`."""
-    kind = config.get("model_type")
-    if kind == "bert":
-        return _bert_class(config, head, new_head)
-    if kind in _MODELS:
-        if head is not None:
-            raise ValueError(f"head={head!r} is for BERT; {kind} has one head only")
-        return _MODELS[kind]
-    known = ", ".join(sorted([*_MODELS, "bert"]))
-    raise CheckpointError(f"the architecture {kind!r} (model_type in the config) is not supported; known are {known}")
+    architecture = architecture_of(config)
+    if architecture.heads:
+        return _class_with_head(architecture, config, head, new_head)
+    if head is not None:
+        raise ValueError(f"head={head!r} is for BERT; {config['model_type']} has one head only")
+    return architecture.model
 
 
-def _bert_class(config: dict[str, Any], head: str | None, new_head: bool = False) -> type[nn.Module]:
+def _class_with_head(
+    architecture: Architecture, config: dict[str, Any], head: str | None, new_head: bool
+) -> type[nn.Module]:
     named = [name for name in config.get("architectures") or () if isinstance(name, str)]
-    stored = bert.ARCHITECTURES.get(named[0]) if named else None
+    stored = architecture.named_heads.get(named[0]) if named else None
     if head is None:
         if named and stored is None:
             raise CheckpointError(
-                f"the head of {named[0]} is not supported; known are {', '.join(bert.ARCHITECTURES)}: load the encoder alone by "
+                f"the head of {named[0]} is not supported; known are {', '.join(architecture.named_heads)}: load the encoder alone by "
                 "head='encoder'"
             )
-        return stored or bert.Bert
-    if head not in bert.HEADS:
-        raise ValueError(f"head={head!r} is not one of {', '.join(bert.HEADS)}")
-    kind = bert.HEADS[head]
+        return stored or architecture.model
+    if head not in architecture.heads:
+        raise ValueError(f"head={head!r} is not one of {', '.join(architecture.heads)}")
+    kind = architecture.heads[head]
     if not new_head and _has_another_classifier(config, kind):
         raise ValueError(
             f"the checkpoint is a {named[0]}, whose head is not {head!r}; new_head=True draws a new head to be fine-tuned"

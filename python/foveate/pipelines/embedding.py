@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models import load_model, open_checkpoint
+from foveate.models.registry import model_types
 from foveate.models.sequences import PackedSequences
 from foveate.pipelines.encoder import TOKENS_PER_BATCH, as_texts, batches, run_packed
 from foveate.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ class Embedder:
             self.model: Any = path_or_model
         else:
             checkpoint = open_checkpoint(path_or_model)
-            head = "encoder" if checkpoint.config.get("model_type") == "bert" else None
+            head = "encoder" if checkpoint.config.get("model_type") in model_types(heads=True) else None
             self.model = load_model(checkpoint, head=head, **options)
             tokenizer = tokenizer or checkpoint.tokenizer()
             folder = read_sentence_transformers(checkpoint.path)

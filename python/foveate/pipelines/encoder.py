@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models import load_model, open_checkpoint
+from foveate.models.registry import model_types
 from foveate.models.sequences import PackedSequences
 from foveate.tokenizer import Tokenizer
 
@@ -49,9 +50,11 @@ def load_encoder(
     else:
         checkpoint = open_checkpoint(path_or_model)
         config, folder = checkpoint.config, checkpoint.path
-        if config.get("model_type") != "bert":
+        encoders = model_types(heads=True)
+        if config.get("model_type") not in encoders:
             raise ValueError(
-                f"{path_or_model} is of architecture {config.get('model_type')!r}; {task} needs 'bert', fine-tuned for it"
+                f"{path_or_model} is of architecture {config.get('model_type')!r}; {task} needs "
+                f"{' or '.join(map(repr, encoders))}, fine-tuned for it"
             )
         model = load_model(checkpoint, head=head, **options)
         tokenizer = tokenizer or checkpoint.tokenizer()

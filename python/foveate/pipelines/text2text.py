@@ -18,6 +18,7 @@ from foveate.generation.params import SamplingParams
 from foveate.generation.sampler import Row, sample
 from foveate.generation.stops import StopStrings
 from foveate.models import load_model, open_checkpoint
+from foveate.models.registry import model_types
 from foveate.models.t5 import T5, T5Cache
 from foveate.pipelines.encoder import as_texts
 from foveate.tokenizer import Tokenizer
@@ -127,7 +128,7 @@ class Text2Text:
             model = path_or_model
         else:
             checkpoint = open_checkpoint(path_or_model)
-            if checkpoint.config.get("model_type") != "t5":
+            if checkpoint.config.get("model_type") not in model_types(encoder_decoder=True):
                 raise ValueError(
                     f"{path_or_model} is of architecture {checkpoint.config.get('model_type')!r}; text to text needs 't5', an "
                     "encoder-decoder; causal models generate with foveate.LLM"

@@ -15,17 +15,11 @@ from foveate.models import Checkpoint, load_model
 from foveate.models.checkpoint.base import Blocks, Weights
 from foveate.models.checkpoint.reading import read_config
 from foveate.models.loading import checked_device, model_class, tie_weights
+from foveate.models.registry import architecture_of
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.modules.init_weights import draw_weights
 from foveate.train.objectives.base import Objective
-
-_CAUSAL = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2"}
-_DROPOUTS = {
-    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
-    "gpt2": ("embd_pdrop", "resid_pdrop", "attn_pdrop"),
-    "t5": ("dropout_rate",),
-}
 
 
 @dataclass
@@ -62,24 +56,14 @@ class TrainedModel:
     def export_settings(self, folder: Path, dtype: torch.dtype, *, tied: bool) -> None:
         """tied: whether the head is the embedding, for models that have a say in it."""
         config = {key: value for key, value in self.config.items() if key != "torch_dtype"}
-        config |= {"architectures": [_architecture(self.model, config)], "dtype": str(dtype).removeprefix("torch.")}
+        name = architecture_of(config).transformers_name(self.model, config["model_type"])
+        config |= {"architectures": [name], "dtype": str(dtype).removeprefix("torch.")}
         if hasattr(self.model.config, "tied"):
             config["tie_word_embeddings"] = tied
         if hasattr(self.model.config, "scaled") and "scale_decoder_outputs" not in config:
             config["scale_decoder_outputs"] = self.model.config.scaled
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         export_tokenizer(self.tokenizer, folder, self.checkpoint, config.get("model_type"))
-
-
-def _architecture(model: nn.Module, config: dict[str, Any]) -> str:
-    kind = config["model_type"]
-    if kind in _CAUSAL:
-        return f"{_CAUSAL[kind]}ForCausalLM"
-    names = {"gpt2": "GPT2LMHeadModel", "t5": "T5ForConditionalGeneration"}
-    if kind in names:
-        return names[kind]
-    name = type(model).__name__
-    return "BertModel" if name == "Bert" else name
 
 
 # Of tokenizer_config.json: what tokenizer.json says itself, or names files or code that the export does not have.
@@ -200,8 +184,7 @@ def _settings(config: TrainConfig, found: dict[str, Any], objective: Objective) 
         settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
         settings["label2id"] = {label: i for i, label in enumerate(labels)}
     if config.dropout is not None:
-        names = _DROPOUTS.get(settings.get("model_type", ""), ("attention_dropout",))
-        settings |= dict.fromkeys(names, config.dropout)
+        settings |= dict.fromkeys(architecture_of(settings).dropouts, config.dropout)
     return settings
 
 

@@ -13,9 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from foveate.models.bert import BertLayer
-from foveate.models.gpt2 import GPT2Layer
-from foveate.models.llama import LlamaLayer
+from foveate.models.registry import ARCHITECTURES
 from foveate.train.checkpoints import state
 from foveate.train.data.batch import Batch
 from foveate.train.distributed.context_parallel import spread
@@ -129,9 +127,8 @@ class DataParallel(Distributed):
         self._reduced = True
 
 
-# Layers whose weights are read by their own forward alone. T5's are not: its first table serves all blocks, and the decoder's keys of
-# the source are computed before the blocks; so its weights are gathered all at once.
-_LAYERS = (LlamaLayer, GPT2Layer, BertLayer)
+# Where layers read others' weights, as T5's, all weights are gathered at once.
+_LAYERS = tuple(architecture.layer for architecture in ARCHITECTURES if architecture.layers_stand_alone)
 
 
 class FullyShard(Distributed):

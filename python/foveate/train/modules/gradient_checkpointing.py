@@ -8,16 +8,13 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from foveate.models.bert import BertLayer
-from foveate.models.gpt2 import GPT2Layer
-from foveate.models.llama import LlamaLayer
 from foveate.models.recompute import kept
-from foveate.models.t5 import T5Block
+from foveate.models.registry import LAYERS
 
 
 def checkpoint_layers(model: nn.Module) -> None:
     """Gradients are the same bit for bit, dropout included; one more forward pass is the price."""
     for module in model.modules():
-        if isinstance(module, (BertLayer, GPT2Layer, LlamaLayer, T5Block)):
+        if isinstance(module, LAYERS):
             layer: Any = module  # an instance's forward hides that of the class, and names in the state dict stay
             layer.forward = functools.partial(checkpoint, kept()(layer.forward), use_reentrant=False)

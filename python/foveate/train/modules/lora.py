@@ -11,14 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.models.bert import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification, BertLayer
-from foveate.models.gpt2 import GPT2Layer
+from foveate.models.bert import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification
 from foveate.models.layers import PackedEmbedding
-from foveate.models.llama import LlamaLayer
-from foveate.models.t5 import T5Block
+from foveate.models.registry import LAYERS
 from foveate.nn import PackedLinear
 
-_LAYERS = (BertLayer, GPT2Layer, LlamaLayer, T5Block)
 # Heads are small and often new, so they are trained whole; by the module's name, as peft's modules_to_save.
 _HEADS: dict[type[nn.Module], tuple[str, ...]] = {
     BertForQuestionAnswering: ("qa_outputs",),
@@ -154,7 +151,7 @@ def target_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]
         name for name, m in model.named_modules() if isinstance(m, (nn.Linear, PackedLinear)) and "lm_head" not in name
     ]
     if targets is None:
-        layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, _LAYERS))
+        layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LAYERS))
         return [name for name in linear if name.startswith(layers)]
     absent = [t for t in targets if not any(fits(name, t) for name in linear)]
     if absent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from foveate.models.registry import architecture_of, find, model_types
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.data.files import declared_labels, read_rows
@@ -15,23 +16,15 @@ from foveate.train.objectives.masked_lm import MaskedLM
 from foveate.train.objectives.question_answering import QuestionAnswering
 from foveate.train.objectives.seq2seq import Seq2Seq, SpanCorruption
 
-_CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2")
-_KINDS: dict[str, tuple[str, ...]] = {
-    "causal-lm": _CAUSAL,
-    "masked-lm": ("bert",),
-    "question-answering": ("bert",),
-    "sequence-classification": ("bert",),
-    "seq2seq": ("t5",),
-    "span-corruption": ("t5",),
-}
 DEFAULT_LENGTH = 1024
 
 
 def check_architecture(objective: str, settings: dict[str, Any]) -> None:
     """ValueError for a checkpoint of another architecture than the objective's."""
-    kind, kinds = settings.get("model_type"), _KINDS[objective]
+    kind, kinds = settings.get("model_type"), model_types(objectives=objective)
     if kind not in kinds:
-        suited = [name for name, kinds in _KINDS.items() if kind in kinds]
+        architecture = find(kind)
+        suited = () if architecture is None else architecture.objectives
         cure = f"; {kind} models learn {' or '.join(suited)}" if suited else ""
         raise ValueError(
             f"the objective {objective} is for {', '.join(kinds)}, and this model is of architecture {kind!r}{cure}"
@@ -42,7 +35,7 @@ def sequence_length(config: TrainConfig, settings: dict[str, Any]) -> int:
     """max_length, held against the model's context, of which T5 has none."""
     names = ("max_position_embeddings", "n_positions", "n_ctx")
     positions = next((settings[name] for name in names if settings.get(name)), None)
-    if settings["model_type"] == "t5":
+    if not architecture_of(settings).limited_positions:
         positions = None
     longest = config.max_length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH // 2)
     if positions is not None and longest > positions:

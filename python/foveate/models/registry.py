@@ -1,0 +1,122 @@
+"""The architectures, each once: what loading, generation, pipelines and training have to know of a family of models.
+
+A new one is a module of its own beside this file, with `from_hf` in its config class, and an entry in `ARCHITECTURES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from foveate.files.checked import CheckpointError
+from foveate.models import bert, gpt2, llama, t5
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """exported_as: model_type of a config.json -> the class that transformers has for it, which exports name.
+
+    layer: the module that is recomputed by gradient checkpointing and whose linear layers LoRA adapts. objectives: of training.
+    dropouts: keys of config.json. suited: what of foveate uses such a model, for errors. heads: by the names that `load_model` takes,
+    and named_heads by those of a config's `architectures`; {} for a family with one head only.
+    """
+
+    exported_as: Mapping[str, str]
+    model: type[nn.Module]
+    layer: type[nn.Module]
+    objectives: tuple[str, ...]
+    suited: str
+    dropouts: tuple[str, ...] = ("attention_dropout",)
+    continues_text: bool = True
+    encoder_decoder: bool = False
+    limited_positions: bool = True
+    # Whether a layer's weights are read by its own forward alone, so that FSDP gathers them layer by layer.
+    layers_stand_alone: bool = True
+    tied_by_default: bool = False
+    heads: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    named_heads: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+
+    def transformers_name(self, model: nn.Module, model_type: str) -> str:
+        """What `architectures` of the config.json of an exported model says."""
+        name = type(model).__name__
+        return name if name in self.named_heads else self.exported_as[model_type]
+
+
+ARCHITECTURES = (
+    Architecture(
+        {kind: f"{kind.capitalize()}ForCausalLM" for kind in llama.MODEL_TYPES},
+        llama.Llama,
+        llama.LlamaLayer,
+        ("causal-lm",),
+        "foveate.LLM",
+    ),
+    Architecture(
+        {"gpt2": "GPT2LMHeadModel"},
+        gpt2.GPT2,
+        gpt2.GPT2Layer,
+        ("causal-lm",),
+        "foveate.LLM",
+        dropouts=("embd_pdrop", "resid_pdrop", "attn_pdrop"),
+        tied_by_default=True,
+    ),
+    Architecture(
+        {"bert": "BertModel"},
+        bert.Bert,
+        bert.BertLayer,
+        ("masked-lm", "question-answering", "sequence-classification"),
+        "foveate.QuestionAnswerer",
+        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        continues_text=False,
+        heads=bert.HEADS,
+        named_heads=bert.ARCHITECTURES,
+    ),
+    Architecture(
+        {"t5": "T5ForConditionalGeneration"},
+        t5.T5,
+        t5.T5Block,
+        ("seq2seq", "span-corruption"),
+        "foveate.Text2Text",
+        dropouts=("dropout_rate",),
+        continues_text=False,
+        encoder_decoder=True,
+        limited_positions=False,
+        # Its first table serves all blocks, and the decoder's keys of the source are computed before the blocks.
+        layers_stand_alone=False,
+    ),
+)
+LAYERS = tuple(architecture.layer for architecture in ARCHITECTURES)
+
+
+def find(model_type: Any) -> Architecture | None:
+    """None for an unknown one."""
+    return next((a for a in ARCHITECTURES if isinstance(model_type, str) and model_type in a.exported_as), None)
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """Of a config.json. CheckpointError for an unknown one, with those that are known."""
+    found = find(config.get("model_type"))
+    if found is None:
+        raise CheckpointError(
+            f"the architecture {config.get('model_type')!r} (model_type in the config) is not supported; known are "
+            f"{', '.join(sorted(model_types()))}"
+        )
+    return found
+
+
+def model_types(**wanted: Any) -> list[str]:
+    """Of the architectures whose fields have these values, or that list them; all without."""
+    chosen = [a for a in ARCHITECTURES if all(_has(getattr(a, name), value) for name, value in wanted.items())]
+    return [kind for a in chosen for kind in a.exported_as]
+
+
+def _has(value: Any, wanted: Any) -> bool:
+    return (
+        wanted in value
+        if isinstance(value, tuple)
+        else bool(value) == wanted
+        if isinstance(wanted, bool)
+        else value == wanted
+    )
