@@ -147,8 +147,8 @@ def test_every_option_is_seen_by_the_choice():
 
 
 def test_asking_about_dropout_draws_no_numbers():
-    before = torch.random.get_rng_state()
-    foveate.explain(*qkv(), dropout_p=0.5)
+    tensors, before = qkv(), torch.random.get_rng_state()
+    foveate.explain(*tensors, dropout_p=0.5)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from foveate.models import Checkpoint, load_model
 from foveate.models.checkpoint.base import Blocks, Weights
+from foveate.models.checkpoint.huggingface import HuggingFaceCheckpoint
 from foveate.models.checkpoint.reading import read_config
 from foveate.models.loading import checked_device, model_class, tie_weights
 from foveate.models.registry import architecture_of
@@ -124,7 +125,7 @@ def load(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, obje
     return TrainedModel(model, settings, tokenizer, config.model, checkpoint, stored_dtype(checkpoint))
 
 
-class WithoutClassifier(Checkpoint):
+class WithoutClassifier(HuggingFaceCheckpoint):
     """One whose classifier, if it has any, is of other classes."""
 
     def weights(self) -> Weights:
