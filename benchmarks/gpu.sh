@@ -93,23 +93,22 @@ fi
 # -W default: another version of a library may warn of what the pinned one does not. pytest-benchmark cannot share a run with xdist.
 pytest=("$python" -m pytest -q --maxfail=40 -W default -p no:benchmark -p no:cacheprovider "${workers[@]}")
 
+marked() { grep -rlE --include='test_*.py' "pytest\.mark\.($1)\b" tests; }  # pytest reads only the files that have the marker
+
 # ---- what a kernel needs from the device, then the numbers: gpu.py checks each result before it is timed ----
 
-step device 50 tests_device.txt "${pytest[@]}" tests/test_device_layer.py tests/test_cuda_gpu.py tests/test_triton_choice.py
+step device 50 tests_device.txt "${pytest[@]}" -m device $(marked device)
 step bench 140 bench.txt "$python" benchmarks/gpu.py "$results/gpu.csv" --peers without --seconds 110 "${dry[@]}"
 
 # ---- tests: for Triton most of the time goes into compiling, a kernel for each set of options ----
 
-attention=(tests/test_attention_{forward,varlen,backward}.py)
-ops=(tests/test_{decode,kv_cache,softmax,cross_entropy,rms_norm,rotary}.py)
-triton=(tests/test_triton_{rows,decode,safety,linear_cross_entropy,packed_linear,score_mod,hopper,tune,determinism}.py)
-native_k="native" triton_k="triton and (in_bf16 or test_triton) and not test_random"
+native_k="" triton_k="not test_random"
 if [ -n "$rehearse" ]; then
-  attention=(tests/test_attention_backward.py) ops=(tests/test_rms_norm.py) triton=(tests/test_triton_rows.py)
-  native_k="native and (9x41 or rms_norm)" triton_k="(triton and in_bf16 and 9x41) or (test_triton_rows and strided)"
+  native_k="(test_attention_backward and 9x41) or test_rms_norm"
+  triton_k="(test_attention_backward and in_bf16 and 9x41) or (test_triton_rows and strided)"
 fi
-step native 90 tests_native.txt "${pytest[@]}" -k "$native_k" "${attention[@]}" "${ops[@]}"
-step triton 110 tests_triton.txt "${pytest[@]}" -k "$triton_k" "${attention[@]}" "${triton[@]}"
+step native 90 tests_native.txt "${pytest[@]}" -m "cuda and native" -k "$native_k" $(marked cuda)
+step triton 110 tests_triton.txt "${pytest[@]}" -m "gpu and triton" -k "$triton_k" $(marked gpu)
 
 # ---- compute-sanitizer: some machines refuse it, which is no failure of the kernels ----
 
@@ -117,10 +116,10 @@ sanitize() {  # every allocation by itself, so that memcheck sees a read beyond 
   local tool
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck initcheck; do
-    compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m pytest -q -x -W default -p no:benchmark tests/test_cuda_gpu.py -k sanitized || return
+    compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m pytest -q -x -W default -p no:benchmark $(marked device) -k sanitized || return
   done
 }
-export -f sanitize
+export -f marked sanitize
 if [[ ,$only, != *,sanitizer,* ]]; then
   :
 elif [ -n "$rehearse" ] || ! command -v compute-sanitizer >/dev/null; then

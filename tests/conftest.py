@@ -23,6 +23,14 @@ def pytest_configure(config: pytest.Config) -> None:
         )  # the maximum of a row of NaN
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that is run on each backend has the backend's name as a marker."""
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if backend in ("native", "triton", "reference"):
+            item.add_marker(backend)
+
+
 @pytest.fixture
 def device() -> str:
     """cpu, or what FOVEATE_TEST_DEVICE names: with a GPU the same files run under FOVEATE_TEST_DEVICE=cuda."""

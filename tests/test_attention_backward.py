@@ -21,6 +21,8 @@ from cases import (
 )
 from foveate.backend.native import runs_cuda_kernels
 
+pytestmark = [pytest.mark.kernels, pytest.mark.cuda, pytest.mark.interpreted]
+
 
 def run(inputs, grads, backend, **options) -> dict[str, torch.Tensor]:
     """The gradients only."""
@@ -33,11 +35,18 @@ def check_backward(case: AttentionCase, seed: int, backend: str, device: str = "
     compare.assert_case_as_good_as_torch(case, seed, backend, device, check, backward=True, **options)
 
 
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.id)
+def slow_if_long(case: AttentionCase):
+    """In Triton's interpreter: the backward is some ten times the forward."""
+    return pytest.param(case, marks=pytest.mark.interpreter_slow if case.sq > 250 or case.skv > 400 else ())
+
+
+@pytest.mark.parametrize("case", [slow_if_long(case) for case in ATTENTION_CASES], ids=lambda case: case.id)
 def test_against_exact(case, backend, device, seed):
     check_backward(case, seed, backend, device)
 
 
+@pytest.mark.gpu
+@pytest.mark.interpreter_slow
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.id)
 def test_in_bf16(case, backend, device, seed):
     check_backward(case, seed, backend, device)
@@ -137,6 +146,7 @@ def test_rows_masked_by_a_large_number(value, device, seed):
         assert error < (1e-5 if abs(value) > 1e8 else 2e-3), name  # at 1e4 the scores themselves round at 5e-4
 
 
+@pytest.mark.interpreter_slow
 @pytest.mark.parametrize("index", range(40))
 def test_random(index, backend, device, seed):
     # Other cases than the forward's, from another seed.

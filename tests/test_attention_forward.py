@@ -12,6 +12,8 @@ import foveate
 import poison
 from cases import ATTENTION_CASES, BF16_CASES, EMPTY, AttentionCase, make_inputs, random_cases
 
+pytestmark = [pytest.mark.amx, pytest.mark.kernels, pytest.mark.cuda, pytest.mark.interpreted]
+
 
 def check_forward(case: AttentionCase, seed: int, backend: str, device: str = "cpu") -> None:
     check = "test_attention_forward.check_forward"
@@ -23,12 +25,16 @@ def test_against_exact(case, backend, device, seed):
     check_forward(case, seed, backend, device)
 
 
+@pytest.mark.gpu
+@pytest.mark.interpreter_slow
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.id)
 def test_in_bf16(case, backend, device, seed):
     check_forward(case, seed, backend, device)
 
 
-@pytest.mark.parametrize("index", range(40))
+@pytest.mark.parametrize(
+    "index", [*range(22), *(pytest.param(i, marks=pytest.mark.interpreter_slow) for i in range(22, 40))]
+)
 def test_random(index, backend, device, seed):
     case = random_cases(index + 1, seed)[index]
     check_forward(case, seed + index, backend, device)
@@ -109,6 +115,7 @@ def test_strides(tensor, backend, device, seed):
         assert torch.equal(*outs), f"{tensor} {name}: the result depends on the strides"
 
 
+@pytest.mark.interpreter_slow
 def test_offsets_beyond_32_bits(backend, device, seed):
     """Keys 2**30 elements apart: four of them span more than 2**31. Only the pages in use are ever committed."""
     step = 2**30

@@ -11,12 +11,15 @@ import compare
 import foveate
 from cases import AttentionCase, make_inputs
 
+pytestmark = [pytest.mark.sanitize, pytest.mark.interpreted]
+
 BROAD = AttentionCase(
     b=4, sq=45, skv=70, hq=4, hkv=2, causal=True, softcap=4.0, bias="b11k", mask="b1qk", alibi="bh", sinks=True,
     kv_lens=True
 )  # fmt: skip
 
 
+@pytest.mark.interpreter_slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batch_permutation_is_bitwise_neutral(dtype, backend, device, seed):
     inputs = make_inputs(dataclasses.replace(BROAD, dtype=dtype), seed, device)
@@ -49,6 +52,7 @@ def test_kv_lens_is_slicing(backend, device, seed):
         compare.assert_within(lse[one], sliced_lse, compare.FORWARD_FACTOR, errors["lse"], f"sequence {b}: lse")
 
 
+@pytest.mark.interpreter_slow
 @pytest.mark.parametrize("split", [0, 1, 33, 70])
 def test_merge_is_attention_over_the_union(split, backend, device, seed):
     """Two parts of the keys, merged, against all of them; forward, and gradients through both outputs of the merge."""
@@ -150,6 +154,7 @@ def test_dropout_zero_is_no_dropout(backend, device, seed):
     assert torch.equal(plain, foveate.attention(inputs.q, inputs.k, inputs.v, dropout_p=0.0, backend=backend))
 
 
+@pytest.mark.interpreter_slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_is_bitwise(dtype, backend, device, seed):
     case = AttentionCase(
@@ -204,6 +209,7 @@ def test_causal_with_more_queries_than_keys(backend, device, seed):
     torch.testing.assert_close(out[:, 4], inputs.v[:, 0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.interpreter_slow
 def test_bias_of_minus_infinity_is_a_mask(backend, device, seed):
     inputs = make_inputs(AttentionCase(sq=40, skv=70, mask="b1qk"), seed, device)
     bias = torch.zeros(inputs.mask.shape, device=device).masked_fill(~inputs.mask, float("-inf"))
@@ -213,6 +219,7 @@ def test_bias_of_minus_infinity_is_a_mask(backend, device, seed):
     assert torch.equal(masked == 0, biased == 0)
 
 
+@pytest.mark.interpreter_slow
 def test_relative_bias_is_a_bias(backend, device, seed):
     """The fused lookup against the same values given as a dense bias, in the result and in the table's gradient."""
     from foveate.backend.reference import attention as reference
@@ -231,6 +238,7 @@ def test_relative_bias_is_a_bias(backend, device, seed):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.interpreter_slow
 def test_nan_in_the_inputs_stays_visible(backend, device, seed):
     """A NaN that the call does read is not hidden: that row of the output is NaN, and only rows that see it."""
     inputs = make_inputs(AttentionCase(b=1, sq=40, skv=40, hq=2, hkv=2), seed, device)

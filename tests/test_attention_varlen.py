@@ -11,6 +11,8 @@ import compare
 import foveate
 from cases import VARLEN_CASES, AttentionCase, VarlenCase
 
+pytestmark = [pytest.mark.amx, pytest.mark.kernels, pytest.mark.cuda, pytest.mark.interpreted]
+
 
 def check_varlen(case: VarlenCase, seed: int, backend: str, device: str = "cpu") -> None:
     for backward in (False, True):
@@ -23,6 +25,7 @@ def test_against_exact(case, backend, device, seed):
     check_varlen(case, seed, backend, device)
 
 
+@pytest.mark.interpreter_slow
 @pytest.mark.parametrize("case", [c for c in VARLEN_CASES if not c.case.dropout], ids=lambda case: case.id)
 def test_is_a_loop_over_sequences(case, backend, device, seed):
     """The same sequences one by one through foveate.attention; dropout is left out, where the batch index counts."""

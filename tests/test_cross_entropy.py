@@ -14,6 +14,8 @@ from foveate.backend.registry import Query, why_not
 from op_compare import compare_op
 from poison import guarded_outputs, nan_padded
 
+pytestmark = [pytest.mark.kernels, pytest.mark.cuda]
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 COLUMNS = [1, 7, 63, 65, 128, 1000, 50257]
 REDUCTIONS = ["mean", "sum", "none"]

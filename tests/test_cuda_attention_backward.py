@@ -13,7 +13,10 @@ from foveate.backend.native import _C
 from foveate.ops.attention import op as attention_op
 from kv_cases import BF16, F16, F32, KvCase, make_kv_inputs
 
-pytestmark = pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="needs the emulator's build")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="needs the emulator's build"),
+]
 
 
 def gradients(case: AttentionCase, seed: int, **options) -> dict[str, torch.Tensor]:

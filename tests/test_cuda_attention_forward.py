@@ -14,6 +14,8 @@ from foveate.backend.native import runs_cuda_kernels
 from foveate.ops.attention.plan import other_cuda_thresholds
 from kv_cases import BF16, F16, KvCase, KvInputs, exact, forward_floors, in_torch, make_kv_inputs
 
+pytestmark = pytest.mark.emulated
+
 
 @pytest.fixture(autouse=True)
 def needs_cuda_kernels(device):

@@ -14,7 +14,10 @@ import foveate
 from foveate.backend.native import _C
 from kv_cases import BF16, F8, F16, F32, I8, KvCase, make_kv_inputs
 
-pytestmark = pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="needs the emulator's build")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="needs the emulator's build"),
+]
 
 # Places that cost more than the least, and how many times it: at most.
 # Fragments of mma leave a lane 2 neighbours of 8 columns, half of a sector for the quad.

@@ -13,7 +13,10 @@ import foveate
 from foveate.backend.native import _C
 from kv_cases import BF16, F8, F16, F32, I8, KvCase, bits, make_kv_inputs
 
-pytestmark = pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="needs the emulator's build")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="needs the emulator's build"),
+]
 
 SCHEDULES = [("random", seed) for seed in range(3)] + [("priority", seed) for seed in range(3)]
 

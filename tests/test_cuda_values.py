@@ -10,7 +10,10 @@ import foveate
 from foveate.backend.native import _C
 from kv_cases import BF16, F8, KvCase, bits, exact, make_kv_inputs
 
-pytestmark = pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="needs the emulator's build")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(_C is None or not _C.cuda_emulated, reason="needs the emulator's build"),
+]
 
 
 @pytest.fixture(autouse=True)

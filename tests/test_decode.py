@@ -20,6 +20,8 @@ from foveate.ops.attention.plan import (
 )
 from kv_cases import BF16, F8, F32, KvCase, KvInputs, exact, forward_floors, in_torch, make_kv_inputs
 
+pytestmark = [pytest.mark.kernels, pytest.mark.cuda]
+
 
 @contextlib.contextmanager
 def threads(n: int):
@@ -85,6 +87,7 @@ def cuda_plan(
     return cuda_decode_plan(B, Sq, Hq, Hkv, D, Dv, keys, num_sms, num_splits, batch_invariant, quantized)
 
 
+@pytest.mark.emulated
 def test_cuda_plan_fills_the_gpu_once():
     for b in (1, 3, 16, 33, 64):
         blocks = b * 8 * cuda_plan(B=b).num_splits
@@ -99,6 +102,7 @@ def test_cuda_plan_fills_the_gpu_once():
     )  # 8 tiles of rows, 2 slices of columns
 
 
+@pytest.mark.emulated
 def test_cuda_plan_with_batch_invariance_splits_by_the_cache_alone():
     assert {cuda_plan(B=b, num_sms=n, batch_invariant=True)[:2] for b in (1, 3, 32) for n in (1, 108, 132)} == {
         (4, 2048)
@@ -106,6 +110,7 @@ def test_cuda_plan_with_batch_invariance_splits_by_the_cache_alone():
     assert not cuda_plan(Sq=512, batch_invariant=True).blocked
 
 
+@pytest.mark.emulated
 def test_cuda_plan_gives_many_queries_to_the_blocked_kernel():
     assert cuda_plan(Sq=64).blocked and not cuda_plan(Sq=8).blocked
     assert cuda_plan(Sq=16, B=8).blocked and not cuda_plan(Sq=16).blocked  # too few heads to fill the GPU
@@ -113,6 +118,7 @@ def test_cuda_plan_gives_many_queries_to_the_blocked_kernel():
     assert not cuda_plan(Sq=64, D=576, Dv=512).blocked and not cuda_plan(Hq=128, Hkv=1, B=8).blocked
 
 
+@pytest.mark.emulated
 def test_cuda_thresholds_move_the_choice():
     shape = (1, 16, 32, 8, 128, 128, 8192, 132, 0, False, False)
     limits = CudaThresholds()
@@ -126,6 +132,7 @@ def test_cuda_thresholds_move_the_choice():
     assert cuda_decode_plan(*one_query, limits._replace(max_splits=7)).num_splits == 7
 
 
+@pytest.mark.emulated
 def test_cuda_attention_of_few_queries_goes_to_decode_where_splits_help():
     def few(B=1, Sq=1, Hq=32, Hkv=8, Skv=8192, num_sms=132):
         return cuda_few_queries(B, Sq, Hq, Hkv, Skv, num_sms)

@@ -18,6 +18,8 @@ import torch
 
 from device_programs import SOURCES, emulated, for_gpu
 
+pytestmark = pytest.mark.device
+
 
 def load_make_golden() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_golden", SOURCES / "make_golden.py")

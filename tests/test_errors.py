@@ -9,6 +9,8 @@ import torch
 
 import foveate
 
+pytestmark = pytest.mark.sanitize
+
 BAD = (ValueError, TypeError)
 
 

@@ -14,6 +14,8 @@ import torch
 
 import foveate
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.triton]
+
 BENCH = Path(__file__).parents[1] / "benchmarks"
 
 

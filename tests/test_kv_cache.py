@@ -13,6 +13,8 @@ import poison
 from foveate.backend.reference import attention as reference
 from kv_cases import BF16, F8, F16, F32, I8, KvCase, bits, exact, forward_floors, in_torch, make_kv_inputs
 
+pytestmark = [pytest.mark.kernels, pytest.mark.cuda]
+
 BACKENDS = ["native", "reference"]
 
 OPTIONS = [

@@ -16,6 +16,8 @@ from foveate.ops.packed_linear import packed_linear, quantize_activations
 from foveate.quantization.gguf_blocks import FORMATS, dequantize, quantize
 from poison import guarded_outputs, nan_padded
 
+pytestmark = [pytest.mark.amx, pytest.mark.kernels, pytest.mark.linear_kernels]
+
 gguf = pytest.importorskip("gguf")
 
 

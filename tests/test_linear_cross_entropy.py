@@ -11,6 +11,8 @@ from foveate.backend.reference import rows as reference_rows
 from foveate.ops import cross_entropy_ops
 from op_compare import compare_op
 
+pytestmark = pytest.mark.sanitize
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 REDUCTIONS = ["mean", "sum", "none"]
 BACKENDS = ["native", "reference"]

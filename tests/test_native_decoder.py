@@ -17,6 +17,8 @@ from foveate.models.llama import Llama, LlamaConfig
 from foveate.models.native_decoder import NativeDecoder
 from foveate.nn import PackedLinear
 
+pytestmark = [pytest.mark.kernels, pytest.mark.linear_kernels]
+
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
     "head_dim": 16, "max_positions": 128, "windows": (None,) * 3,

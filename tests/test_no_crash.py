@@ -18,6 +18,8 @@ if native.missing_reason is not None:
 
 import native_fuzz
 
+pytestmark = pytest.mark.sanitize
+
 CASES = int(os.environ.get("FOVEATE_FUZZ_CASES", "500"))
 IN_ONE_PROCESS = 1000
 SECONDS = 300

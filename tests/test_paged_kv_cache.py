@@ -10,6 +10,8 @@ import torch
 
 import foveate
 
+pytestmark = [pytest.mark.sanitize, pytest.mark.cuda]
+
 HKV, D, DV, LAYERS = 2, 16, 8, 2
 
 

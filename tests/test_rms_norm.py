@@ -12,6 +12,8 @@ from foveate.ops.rms_norm import _dweight_parts
 from op_compare import compare_op
 from poison import guarded_outputs, nan_padded
 
+pytestmark = [pytest.mark.kernels, pytest.mark.cuda]
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -10,6 +10,8 @@ from foveate.backend.reference import rows as reference_rows
 from op_compare import compare_op
 from poison import guarded_outputs, nan_padded
 
+pytestmark = [pytest.mark.kernels, pytest.mark.cuda]
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

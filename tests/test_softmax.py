@@ -10,6 +10,8 @@ from foveate.backend.reference import rows as reference_rows
 from op_compare import compare_op
 from poison import guarded_outputs, nan_padded
 
+pytestmark = [pytest.mark.kernels, pytest.mark.cuda]
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # One lane, below and above vectors and groups of vectors of every instruction set, beyond the rows whose exp is kept.
 COLUMNS = [1, 7, 63, 65, 128, 1000, 50257]

@@ -15,6 +15,8 @@ from foveate.backend.registry import Query
 from foveate.backend.triton import attention_launch, config, decode_launch
 from foveate.ops.attention import operands
 
+pytestmark = pytest.mark.device
+
 OPS = sorted({op for op, name in registry._supports if name == "triton"})
 
 

@@ -16,6 +16,8 @@ from foveate.backend.triton import copy_pages as copy_pages_module
 from foveate.backend.triton.copy_pages import copy_pages
 from foveate.backend.triton.decode_launch import decode_plan
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.triton, pytest.mark.gpu]
+
 
 @pytest.fixture(autouse=True)
 def _on_the_device(device):

@@ -10,6 +10,8 @@ import compare
 import foveate
 from cases import AttentionCase, VarlenCase
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.triton, pytest.mark.gpu]
+
 if foveate.backends()["triton"] is not None:
     pytest.skip(f"triton: {foveate.backends()['triton']}", allow_module_level=True)
 

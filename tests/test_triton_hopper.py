@@ -15,6 +15,8 @@ if foveate.backends()["triton"] is not None:
 from foveate.backend.triton import attention_launch as launches
 from foveate.backend.triton import config
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.triton, pytest.mark.gpu]
+
 HALF = torch.bfloat16
 CASES = [
     AttentionCase(b=1, sq=70, skv=64, d=64, dtype=HALF),

@@ -13,6 +13,8 @@ from foveate.ops import cross_entropy_ops
 from op_compare import compare_op
 from test_linear_cross_entropy import REDUCTIONS, make, torch_loss
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.triton, pytest.mark.gpu]
+
 if foveate.backends()["triton"] is not None:
     pytest.skip(f"triton: {foveate.backends()['triton']}", allow_module_level=True)
 

@@ -18,6 +18,8 @@ if foveate.backends()["triton"] is not None:
 
 from foveate.backend.triton.packed_linear import quantize_rows, shares, weight_rows
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.triton, pytest.mark.gpu]
+
 
 @pytest.fixture(autouse=True)
 def _many_shares(monkeypatch):

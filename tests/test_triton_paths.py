@@ -14,6 +14,8 @@ if foveate.backends()["triton"] is not None:
 
 from foveate.backend.triton import attention_launch as launches
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.triton]
+
 
 @pytest.fixture
 def groups(monkeypatch):

@@ -14,6 +14,8 @@ import foveate
 from foveate.backend.reference import rows as reference_rows
 from op_compare import compare_op
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.triton, pytest.mark.gpu]
+
 if foveate.backends()["triton"] is not None:
     pytest.skip(f"triton: {foveate.backends()['triton']}", allow_module_level=True)
 

@@ -20,6 +20,8 @@ if foveate.backends()["triton"] is not None:
 from foveate.backend.triton import attention_launch as launches
 from foveate.backend.triton.decode_launch import attention_with_kv_cache as decode
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.triton, pytest.mark.gpu]
+
 FAR = 2**20  # small enough that a stray read of the interpreter lands in memory of the buffers below or close by
 ROWS = 40  # of NaN before and after each tensor
 

@@ -12,6 +12,8 @@ import compare
 import foveate
 from cases import AttentionCase, make_inputs
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.triton, pytest.mark.gpu]
+
 triton = pytest.importorskip("triton")
 tl = triton.language
 

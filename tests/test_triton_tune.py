@@ -15,6 +15,8 @@ from foveate.backend.triton.config import SPECIALIZED, Config
 from foveate.bench import tune
 from foveate.cli import main
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.triton, pytest.mark.gpu]
+
 HALF = torch.bfloat16
 
 
