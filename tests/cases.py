@@ -1,4 +1,4 @@
-"""Attention cases, shared by tests and benchmarks: a frozen description, and the tensors made from it by a seed."""
+"""Attention cases, for the tests: a frozen description, and the tensors made from it by a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""swiglu and geglu: public functions, op schemas, fakes and gradients. Kernels: csrc/cpu/rows/glu.cpp, _triton/glu.py."""
+"""swiglu and geglu: public functions, op schemas, fakes and gradients. Kernels: csrc/cpu/rows/glu.cpp, backend/triton/glu.py."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def attention_with_kv_cache(
 
     num_splits: parts into which the keys of a sequence are divided for parallel work, 0 for a choice by the shapes and the number
     of threads. batch_invariant: a row's result has the same bits whatever its batch and the number of threads are.
-    lse: natural log of the sum of exp(s), without the sink, fp32. backend: "native", "reference", or None for the first that can.
+    lse: natural log of the sum of exp(s), without the sink, fp32. backend: "native", "triton", "reference", or None for the first that can.
 
     Raises ValueError or TypeError before anything is written. Flash decoding: Dao et al. 2023; paged caches: Kwon et al. 2023
     (arXiv 2309.06180).

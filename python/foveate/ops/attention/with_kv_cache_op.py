@@ -1,6 +1,6 @@
 """torch.ops.foveate.attention_with_kv_cache: schema, the backends below it, the division of the work, fake kernel.
 
-`kv_cache.py` checks what a call means. A scale tensor has no dimension or [Hkv] (read), or the cache's shape without the last
+`with_kv_cache.py` checks what a call means. A scale tensor has no dimension or [Hkv] (read), or the cache's shape without the last
 dimension (one for each token and head, written at append).
 """
 
