@@ -8,6 +8,7 @@
 
 #include "core/check.h"
 #include "emulator/execution/block.h"
+#include "emulator/ptx/launch.h"
 
 namespace foveate::emulator {
 
@@ -58,6 +59,8 @@ void append(const std::string& path, const std::string& line) {
 }  // namespace
 
 void run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t smem_bytes) {
+  if (const std::string folder = ptx::folder_from_environment(); !folder.empty())
+    return ptx::run_grid(folder, kernel, grid, block, smem_bytes);
   const Options options = options_from_environment();
   check(block.y == 1 && block.z == 1 && block.x > 0 && block.x % kWarpSize == 0 && block.x <= kMaxWarps * kWarpSize, "a block of ", block.x,
         " x ", block.y, " x ", block.z,
