@@ -73,12 +73,12 @@ def compiling(chip: int | str, cache: Path) -> Iterator[list[Compiled]]:
         triton.knobs.cache.dir = str(cache)
         driver.set_active(_Driver(chip))
         JITFunction.run, backend.interpreted, attention_launch.arch = compile_only, lambda: True, lambda device: arch
-        registry.choose.cache_clear()
+        registry.forget_choices()
         try:
             yield found
         finally:
             JITFunction.run, backend.interpreted, attention_launch.arch = run, interpreted, arch_of
-            registry.choose.cache_clear()
+            registry.forget_choices()
             driver._active = active
 
 

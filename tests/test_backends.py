@@ -27,7 +27,7 @@ def op():
     yield name
     for backend in ("native", "reference"):
         del registry._supports[name, backend]
-    registry.choose.cache_clear()
+    registry.forget_choices()
 
 
 def test_the_first_that_can_is_chosen(op):

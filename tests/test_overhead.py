@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.backend import native
+from foveate.backend import native, registry
 from foveate.ops.attention import autograd, op
 
 
@@ -49,12 +49,19 @@ def test_lse_is_not_allocated_unless_asked_for(monkeypatch):
     assert allocated == [1]
 
 
-def test_the_choice_is_cached():
+def test_the_choice_is_cached(monkeypatch):
     plain_call()
-    before = foveate.backend.registry.choose.cache_info()
+    asked = []
+    registry.forget_choices()
+    monkeypatch.setattr(registry, "why_not", lambda *call, real=registry.why_not: asked.append(call) or real(*call))
     plain_call()
-    after = foveate.backend.registry.choose.cache_info()
-    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+    assert asked
+    asked.clear()
+    plain_call()
+    assert not asked
+    registry.forget_choices()
+    plain_call()
+    assert asked
 
 
 def test_python_allocates_nothing_but_the_output(monkeypatch):

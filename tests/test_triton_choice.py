@@ -32,10 +32,12 @@ def compiled_cuda_kernels(monkeypatch):
     kernels = SimpleNamespace(has_cuda_kernels=lambda: True, cuda_emulated=False)
     monkeypatch.setattr(native, "_C", kernels)
     monkeypatch.setattr(backend, "interpreted", lambda: False)
-    for function in (registry.choose, attention_launch.arch, decode_launch.num_sms):
+    registry.forget_choices()
+    for function in (attention_launch.arch, decode_launch.num_sms):
         function.cache_clear()
     yield
-    for function in (registry.choose, attention_launch.arch, decode_launch.num_sms):
+    registry.forget_choices()
+    for function in (attention_launch.arch, decode_launch.num_sms):
         function.cache_clear()
 
 
@@ -58,7 +60,7 @@ def amd(monkeypatch, name: str) -> None:
 def test_amd_gets_triton(op, monkeypatch):
     nvidia(monkeypatch, (9, 0))
     with_cuda_kernels = registry.choose(op, query(op, "cuda"), None) == "native"
-    registry.choose.cache_clear()
+    registry.forget_choices()
     amd(monkeypatch, "gfx942:sramecc+:xnack-")
     assert registry.choose(op, query(op, "cuda"), None) == "triton"
     with pytest.raises(registry.UnsupportedError, match="ROCm" if with_cuda_kernels else "cannot serve"):

@@ -46,6 +46,21 @@ def why_not(op: str, backend: str, query: Query) -> str | None:
     return supports(query)
 
 
+_forget: list[Callable[[], None]] = []
+
+
+def forget_with_choices(clear: Callable[[], None]) -> None:
+    """clear: empties a cache of answers of `choose`, for `forget_choices`."""
+    _forget.append(clear)
+
+
+def forget_choices() -> None:
+    """After a change of what backends answer, as tests make."""
+    choose.cache_clear()
+    for clear in _forget:
+        clear()
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(op: str, query: Query, backend: str | None) -> str:
     """The name of the backend that serves the call."""

@@ -5,7 +5,7 @@ sentence. Values that need data (kv_lens, cu_seqlens) are checked below the op, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,25 +54,12 @@ if TYPE_CHECKING:
 _UNLIMITED = 2**40  # a longer window than this is as good as none, and keeps index arithmetic far from overflow
 
 
-class Normalised(NamedTuple):
-    """What dense and varlen calls make of the options that they share."""
-
-    q: Tensor  # times a learned scale
-    alibi: Tensor | None
-    rel_table: Tensor | None
-    sinks: Tensor | None
-    philox: Tensor | None
-    causal: bool
-    # window_left, window_right, scale, softcap, rel_bidirectional, rel_max_distance, dropout_p, deterministic, backend of `Operands`
-    numbers: tuple[Any, ...]
-
-
 def normalised(
-    q: Tensor, B: int, Hq: int, causal: bool, window: Any, scale: Any, softcap: Any, alibi_slopes: Any, relative_bias: Any,
-    sinks: Any, dropout_p: float, generator: torch.Generator | None, deterministic: bool, backend: str | None,
-    draw: bool = True,
-) -> Normalised:  # fmt: skip
-    """draw: take the seeds of dropout from the generator, which a question about a call must leave alone."""
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, kv_lens: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, B: int, Hq: int,
+    causal: bool, window: Any, scale: Any, softcap: Any, alibi_slopes: Any, relative_bias: Any, sinks: Any, dropout_p: float,
+    generator: torch.Generator | None, deterministic: bool, backend: str | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """`Operands` as a plain tuple, of operands that have been checked and the options that dense and packed calls share."""
     if type(causal) is not bool or type(deterministic) is not bool:
         causal, deterministic = check_flag("causal", causal), check_flag("deterministic", deterministic)
     D = q.shape[-1]
@@ -96,12 +83,12 @@ def normalised(
         sinks = check_sinks(sinks, q, Hq)
     if type(dropout_p) is not float or dropout_p != 0:
         dropout_p = check_dropout(dropout_p)
-        philox = draw_philox(q.device, generator) if dropout_p > 0 and draw else None
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    numbers = (
-        left, right, scale, softcap, bidirectional, max_distance, dropout_p, deterministic, check_backend_name(backend) or "",
+        philox = draw_philox(q.device, generator) if dropout_p > 0 else None
+    return (
+        q, k, v, bias, mask, alibi, table, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal, left, right, scale, softcap,
+        bidirectional, max_distance, dropout_p, deterministic or torch.are_deterministic_algorithms_enabled(),
+        check_backend_name(backend) or "",
     )  # fmt: skip
-    return Normalised(q, alibi, table, sinks, philox, causal, numbers)
 
 
 def check_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:

@@ -84,15 +84,12 @@ def _leads_straight_to_forward(tensors: tuple[Any, ...]) -> bool:
     return True
 
 
-def call(values: tuple[Any, ...], learned: bool, mod: tuple[Any, Any, Sequence[Tensor]], return_lse: bool) -> Any:
-    """out, or (out, lse), of `Operands` as a plain tuple. learned: softcap is a tensor. mod: score_mod, its derivative, its tensors."""
-    if mod[0] is not None or mod[1] is not None or mod[2]:
-        out, lse = score_mod.run(Operands(*values), *mod)
-    elif learned:
-        out, lse = definition(Operands(*values))
-    else:
-        out, lse = run(values, return_lse)
-    return (out, lse) if return_lse else out
+def run_unusual(values: tuple[Any, ...], mod: Any, mod_bwd: Any, aux: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """out, lse of `Operands` as a plain tuple, with a score_mod or a learned softcap."""
+    c = Operands(*values)
+    if mod is not None or mod_bwd is not None or aux:
+        return score_mod.run(c, mod, mod_bwd, aux)
+    return definition(c)
 
 
 def run(values: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""foveate.attention and merge_attention: what a call means is checked here, then `autograd.call` runs it."""
+"""foveate.attention and merge_attention: what a call means is checked here, then `autograd.run` runs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from foveate.ops.attention import (
     nested,
     vmap,  # noqa: F401  # registers itself
 )
-from foveate.ops.attention.autograd import call
+from foveate.ops.attention.autograd import run, run_unusual
 from foveate.ops.attention.relative_bias import RelativeBias
 from foveate.ops.checks import check_flag
 
@@ -106,35 +106,25 @@ def attention(
             score_mod_bwd=score_mod_bwd, score_mod_aux=score_mod_aux, dropout_p=dropout_p, generator=generator,
             deterministic=deterministic, return_lse=return_lse, backend=backend,
         )  # fmt: skip
-    values, learned = dense_operands(
-        q, k, v, causal, window, scale, softcap, bias, mask, alibi_slopes, relative_bias, sinks, kv_lens, dropout_p, generator,
-        deterministic, backend,
-    )  # fmt: skip
-    if type(return_lse) is not bool:
-        return_lse = check_flag("return_lse", return_lse)
-    return call(values, learned, (score_mod, score_mod_bwd, score_mod_aux), return_lse)
-
-
-def dense_operands(
-    q: Tensor, k: Tensor, v: Tensor, causal: Any, window: Any, scale: Any, softcap: Any, bias: Any, mask: Any, alibi_slopes: Any,
-    relative_bias: Any, sinks: Any, kv_lens: Any, dropout_p: Any, generator: Any, deterministic: Any, backend: Any,
-    draw: bool = True,
-) -> tuple[tuple[Any, ...], bool]:  # fmt: skip
-    """`Operands` as a plain tuple, and whether softcap is learned."""
     B, Sq, Skv, Hq, _ = checks.check_dense(q, k, v)
     q, k, v = checks.same_kind(q, k, v)
-    q, alibi, table, sinks, philox, causal, numbers = checks.normalised(
-        q, B, Hq, causal, window, scale, softcap, alibi_slopes, relative_bias, sinks, dropout_p, generator, deterministic, backend,
-        draw,
-    )  # fmt: skip
     if bias is not None:
         bias = checks.check_scores_operand("bias", bias, q, (B, Hq, Sq, Skv))
     if mask is not None:
         mask = checks.check_scores_operand("mask", mask, q, (B, Hq, Sq, Skv))
     if kv_lens is not None:
         kv_lens = checks.check_lengths("kv_lens", kv_lens, q, B)
-    tensors = (q, k, v, bias, mask, alibi, table, sinks, kv_lens, None, None, philox)
-    return (*tensors, Sq, Skv, causal, *numbers), isinstance(softcap, Tensor)
+    if type(return_lse) is not bool:
+        return_lse = check_flag("return_lse", return_lse)
+    operands = checks.normalised(
+        q, k, v, bias, mask, kv_lens, None, None, Sq, Skv, B, Hq, causal, window, scale, softcap, alibi_slopes, relative_bias, sinks,
+        dropout_p, generator, deterministic, backend,
+    )  # fmt: skip
+    if score_mod is not None or score_mod_bwd is not None or score_mod_aux or isinstance(softcap, Tensor):
+        out, lse = run_unusual(operands, score_mod, score_mod_bwd, score_mod_aux)
+    else:
+        out, lse = run(operands, return_lse)
+    return (out, lse) if return_lse else out
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from foveate.backend.registry import ORDER, Query, why_not
-from foveate.ops.attention.dense import attention, dense_operands
-from foveate.ops.attention.operands import Operands, query_of
-from foveate.ops.attention.varlen import attention_varlen, packed_operands
+from foveate.ops.attention import arguments as checks
+from foveate.ops.attention.dense import attention
+from foveate.ops.attention.operands import Used, query
+from foveate.ops.attention.varlen import attention_varlen
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,23 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
     and option names. `print(foveate.explain(q, k, v, causal=True))` shows a table.
     """
     packed = "cu_seqlens_q" in options
-    function: Any = attention_varlen if packed else attention
-    operands: Any = packed_operands if packed else dense_operands
-    bound = inspect.signature(function).bind(q, k, v, **options)
+    bound = inspect.signature(attention_varlen if packed else attention).bind(q, k, v, **options)
     bound.apply_defaults()
     o = bound.arguments
-    if isinstance(o["softcap"], Tensor):
-        raise ValueError("a learned softcap is computed in plain torch, by no backend")
-    names = list(inspect.signature(operands).parameters)[:-1]  # all but draw
-    values, _ = operands(*(o[name] for name in names), False)
-    call = query_of(Operands(*values)._replace(backend=""), score_mod=o["score_mod"] is not None)
+    if packed:
+        checks.check_packed(q, k, v)
+    else:
+        checks.check_dense(q, k, v)
+    q, k, v = checks.same_kind(q, k, v)
+    answers = {
+        "varlen": packed,
+        "causal": bool(o["causal"]),
+        "window": o["window"] is not None and max(checks.check_window(o["window"])) >= 0,
+        "softcap": o["softcap"] is not None and checks.check_softcap(o["softcap"]) > 0,
+        "dropout_p": checks.check_dropout(o["dropout_p"]) > 0,
+    }
+    used = Used(*(answers.get(name, o.get(name) is not None) for name in Used._fields))
+    call = query(q.device.type, q.dtype, q.shape[-1], v.shape[-1], used)
     backward = call
     if o["score_mod"] is not None and o["score_mod_bwd"] is None:
         backward = call._replace(features=(*call.features, "no score_mod_bwd"))

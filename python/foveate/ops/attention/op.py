@@ -14,26 +14,23 @@ from torch import Tensor
 
 from foveate.backend.native import _C, num_sms, runs_cuda_kernels
 from foveate.backend.reference import attention as reference
-from foveate.backend.registry import choose
 from foveate.ops import library
 from foveate.ops.attention import (
     definition,
     supports,  # noqa: F401  # registers itself
 )
-from foveate.ops.attention.operands import DIFFERENTIABLE, SCHEMA, Gradients, Operands, make, query_of
+from foveate.ops.attention.operands import DIFFERENTIABLE, SCHEMA, Gradients, Operands, chosen, make
 from foveate.ops.attention.plan import cuda_few_queries, cuda_thresholds
 
+# csrc/bindings/bind_attention.cpp takes the operands in their order, with the table's buckets after the table: values[3:7] are
+# bias to rel_table, values[7:19] sinks to softcap.
+_EMULATED = runs_cuda_kernels("cpu")
 _runs = 0
 
 
 def runs() -> int:
     """Forward passes on real tensors since the import, those of compiled graphs included."""
     return _runs
-
-
-def chosen(op: str, c: Operands) -> str:
-    """The backend that serves "attention" or "attention_backward"."""
-    return choose(op, query_of(c), c.backend or None)
 
 
 def forward(c: Operands, need_lse: bool = True) -> tuple[Any, ...]:
@@ -54,16 +51,17 @@ def forward(c: Operands, need_lse: bool = True) -> tuple[Any, ...]:
 
         triton_forward(checked_rows(c), out, lse)
         return out, lse
-    c = with_rows(c)
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        c = with_rows(c)
     if c.rel_table is not None:
         buckets = _buckets_of(c)
-    if runs_cuda_kernels(q.device.type):
+    if _EMULATED or not q.is_cpu:
         c = _with_int32_lengths(c)
         if _divides_keys(c):
             return _few_query_attention(c)
-    _C.attention_forward(
-        c.q, c.k, c.v, out, lse, c.bias, c.mask, c.alibi, c.rel_table, buckets, c.sinks, c.kv_lens, c.cu_q, c.cu_k, c.philox,
-        c.max_q, c.max_k, c.causal, c.window_left, c.window_right, c.scale, c.softcap, c.dropout_p, torch.get_num_threads(),
+    values: tuple[Any, ...] = c
+    _C.attention_forward(  # type: ignore[call-arg]  # mypy takes a starred tuple for one of any length
+        *values[:3], out, lse, *values[3:7], buckets, *values[7:19], c.dropout_p, torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
@@ -111,11 +109,10 @@ def backward(
     if runs_cuda_kernels(c.q.device.type):
         c = _with_int32_lengths(c)
     workspace = functools.partial(torch.empty, dtype=torch.int8, device=c.q.device)
-    c = with_rows(c)
-    _C.attention_backward(
-        with_rows_of(dout), None if dlse is None else _like_new(dlse), c.q, c.k, c.v, out, _like_new(lse), *filled, workspace,
-        c.deterministic, c.bias, c.mask, c.alibi, c.rel_table, buckets, c.sinks, c.kv_lens, c.cu_q, c.cu_k, c.philox, c.max_q, c.max_k,
-        c.causal, c.window_left, c.window_right, c.scale, c.softcap, c.dropout_p, torch.get_num_threads(),
+    values: tuple[Any, ...] = with_rows(c)
+    _C.attention_backward(  # type: ignore[call-arg]
+        with_rows_of(dout), None if dlse is None else _like_new(dlse), *values[:3], out, _like_new(lse), *filled, workspace,
+        c.deterministic, *values[3:7], buckets, *values[7:19], c.dropout_p, torch.get_num_threads(),
     )  # fmt: skip
     if filled.bias is not None and c.bias is not None:
         grads = grads._replace(bias=filled.bias.to(c.bias.dtype))

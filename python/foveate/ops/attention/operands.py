@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.backend.registry import Query
+from foveate.backend.registry import Query, choose, forget_with_choices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SymInt = int  # a size, which stays symbolic in a compiled graph
@@ -130,5 +130,20 @@ def query(device: str, dtype: torch.dtype, D: int, Dv: int, options: Used) -> Qu
 
 def query_of(c: Operands, score_mod: bool = False) -> Query:
     q = c.q
+    return query(q.device.type, q.dtype, q.shape[-1], c.v.shape[-1], used(c, score_mod))
+
+
+def chosen(op: str, c: Operands) -> str:
+    """The backend that serves "attention" or "attention_backward"."""
+    q = c.q
     device = "cpu" if q.is_cpu else q.device.type
-    return query(device, q.dtype, q.shape[-1], c.v.shape[-1], used(c, score_mod))
+    return _choice(op, device, q.dtype, q.shape[-1], c.v.shape[-1], used(c), c.backend or None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choice(op: str, device: str, dtype: torch.dtype, D: int, Dv: int, options: Used, backend: str | None) -> str:
+    """`choose`, without a Query to build and hash on the path of every call."""
+    return choose(op, query(device, dtype, D, Dv, options), backend)
+
+
+forget_with_choices(_choice.cache_clear)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.ops.attention import arguments as checks
-from foveate.ops.attention.autograd import call
+from foveate.ops.attention.autograd import run, run_unusual
 from foveate.ops.attention.relative_bias import RelativeBias
 from foveate.ops.checks import check_flag
 
@@ -93,34 +93,23 @@ def attention_varlen(
     the dropout mask of sequence b is that of batch row b. A bias or a mask over packed rows would be as large as the scores:
     pad the sequences and use `attention` with kv_lens for those.
     """
-    values, learned = packed_operands(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, scale, softcap, alibi_slopes,
-        relative_bias, sinks, dropout_p, generator, deterministic, backend,
-    )  # fmt: skip
-    if type(return_lse) is not bool:
-        return_lse = check_flag("return_lse", return_lse)
-    return call(values, learned, (score_mod, score_mod_bwd, score_mod_aux), return_lse)
-
-
-def packed_operands(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: Any,
-    window: Any, scale: Any, softcap: Any, alibi_slopes: Any, relative_bias: Any, sinks: Any, dropout_p: Any, generator: Any,
-    deterministic: Any, backend: Any, draw: bool = True,
-) -> tuple[tuple[Any, ...], bool]:  # fmt: skip
-    """`Operands` as a plain tuple, and whether softcap is learned."""
     Hq, _ = checks.check_packed(q, k, v)
     q, k, v = checks.same_kind(q, k, v)
     cu_q = checks.check_lengths("cu_seqlens_q", cu_seqlens_q, q, None)
     cu_k = checks.check_lengths("cu_seqlens_k", cu_seqlens_k, q, None)
-    if cu_q.shape[0] != cu_k.shape[0] or cu_q.shape[0] == 0:
-        raise ValueError(
-            f"cu_seqlens_q has {cu_q.shape[0]} entries and cu_seqlens_k {cu_k.shape[0]}; both need B + 1 of them"
-        )
+    B = cu_q.shape[0] - 1
+    if cu_k.shape[0] != B + 1 or B < 0:
+        raise ValueError(f"cu_seqlens_q has {B + 1} entries and cu_seqlens_k {cu_k.shape[0]}; both need B + 1 of them")
     max_q = checks.check_longest("max_seqlen_q", max_seqlen_q)
     max_k = checks.check_longest("max_seqlen_k", max_seqlen_k)
-    q, alibi, table, sinks, philox, causal, numbers = checks.normalised(
-        q, cu_q.shape[0] - 1, Hq, causal, window, scale, softcap, alibi_slopes, relative_bias, sinks, dropout_p, generator,
-        deterministic, backend, draw,
+    if type(return_lse) is not bool:
+        return_lse = check_flag("return_lse", return_lse)
+    operands = checks.normalised(
+        q, k, v, None, None, None, cu_q, cu_k, max_q, max_k, B, Hq, causal, window, scale, softcap, alibi_slopes, relative_bias, sinks,
+        dropout_p, generator, deterministic, backend,
     )  # fmt: skip
-    tensors = (q, k, v, None, None, alibi, table, sinks, None, cu_q, cu_k, philox)
-    return (*tensors, max_q, max_k, causal, *numbers), isinstance(softcap, Tensor)
+    if score_mod is not None or score_mod_bwd is not None or score_mod_aux or isinstance(softcap, Tensor):
+        out, lse = run_unusual(operands, score_mod, score_mod_bwd, score_mod_aux)
+    else:
+        out, lse = run(operands, return_lse)
+    return (out, lse) if return_lse else out
