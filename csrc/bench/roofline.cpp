@@ -8,13 +8,11 @@ namespace {
 
 constexpr int64_t kMostSteps = int64_t{1} << 30;  // seconds
 
-void check_floats(const TensorView& x, const char* what) {
-  check_rank(x, what, 1), check_contiguous(x, what), check_dtype(x, what, DType::kFloat32);
-}
+void check_floats(const TensorView& x, const char* what) { expect(x, what).rank(1).contiguous().dtype(DType::kFloat32); }
 
 void check_sums(const TensorView& sums, int threads) {
   check_floats(sums, "sums");
-  check_size(sums, "sums", 0, threads);
+  expect(sums, "sums").size(0, threads);
 }
 
 DType chain_dtype(const std::string& wanted) {
@@ -39,7 +37,7 @@ void read_memory(TensorView x, TensorView sums, Threads threads) {
 
 void copy_memory(TensorView x, TensorView out, Threads threads) {
   check_floats(x, "x"), check_floats(out, "out");
-  check_size(out, "out", 0, x.shape[0]);
+  expect(out, "out").size(0, x.shape[0]);
   cpu::kernels().copy_memory({.x = x.as<float>(), .out = out.as<float>(), .n = x.numel()}, threads);
 }
 

@@ -19,7 +19,7 @@ Activation activation_of(const std::string& text) {
 
 const float* floats_of(const TensorView& t, const char* what, int64_t size) {
   if (!t.defined()) return nullptr;
-  check_rank(t, what, 1), check_size(t, what, 0, size), check_dtype(t, what, DType::kFloat32), check_contiguous(t, what);
+  expect(t, what).rank(1).size(0, size).dtype(DType::kFloat32).contiguous();
   check(t.device == DeviceType::kCPU, what, " must be on the CPU");
   return t.as<const float>();
 }

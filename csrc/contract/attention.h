@@ -28,35 +28,37 @@ struct ScoreOperand {
   bool defined() const { return data != nullptr; }
 };
 
-// "acc" is float, and double where dtype is float64.
-struct AttentionParams {
+// What every attention kernel is asked: forward, backward and decode. "acc" is float, and double where dtype is float64.
+struct AttentionProblem {
   Rows q, k, v, out;  // q [B, Sq, Hq, D], k [B, Skv, Hkv, D], v [B, Skv, Hkv, Dv], out [B, Sq, Hq, Dv]
-  Rows lse;  // acc; natural log, without the sink: [B, Hq, Sq], varlen [Hq, total_q]; seq stride 1
+  Rows lse;  // acc; natural log, without the sink: [B, Hq, Sq], varlen [Hq, total_q]; seq stride 1; data may be null
   ScoreOperand bias;  // added
   ScoreOperand mask;  // bool, true = keep
   const float* alibi = nullptr;  // slopes, [B, Hq] by the strides below
   int64_t alibi_batch = 0, alibi_head = 0;
-  const void* rel_table = nullptr;  // acc [rel_num_buckets, Hq]
-  const int32_t* rel_buckets = nullptr;  // [seq_q + seq_kv - 1]: bucket of distance (index - (seq_kv - 1))
-  int rel_num_buckets = 0;
   const void* sinks = nullptr;  // acc [Hq]
-  const int32_t* kv_lens = nullptr;  // [B]; a sequence has kv_lens[b] + new_keys keys
+  const int32_t* kv_lens = nullptr;  // [B]; sequence b has kv_lens[b] + new_keys keys; null: seq_kv
   int64_t new_keys = 0;
-  const int32_t *cu_q = nullptr, *cu_k = nullptr;  // [B + 1], varlen only
-  int64_t total_q = 0, total_k = 0;  // rows of the packed tensors, varlen only
   const int32_t* block_table = nullptr;  // [B, max_pages] of a paged k/v [pages, page_size, Hkv, D]: Rows.batch is the page stride
   int64_t block_table_stride = 0, page_size = 0, pages = 0;
-  const float *k_scale = nullptr, *v_scale = nullptr;  // of int8/fp8 storage, addressed by the strides below; null: 1
-  int64_t scale_batch = 0, scale_seq = 0, scale_head = 0;  // batch or page, token, KV head
-  int64_t batch = 0, seq_q = 0, seq_kv = 0, heads_q = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;  // seq_*: the longest, in varlen
+  int64_t batch = 0, heads_q = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;
+  int64_t seq_q = 0, seq_kv = 0;  // the longest in varlen; seq_kv of a cache: the keys that a sequence may have
   double scale = 1, softcap = 0;  // softcap 0: none
   bool causal = false;
   int64_t window_left = -1, window_right = -1;  // -1: unlimited
+  DType dtype = DType::kFloat32;
+};
+
+struct AttentionParams : AttentionProblem {
+  const void* rel_table = nullptr;  // acc [rel_num_buckets, Hq]
+  const int32_t* rel_buckets = nullptr;  // [seq_q + seq_kv - 1]: bucket of distance (index - (seq_kv - 1))
+  int rel_num_buckets = 0;
+  const int32_t *cu_q = nullptr, *cu_k = nullptr;  // [B + 1], varlen only
+  int64_t total_q = 0, total_k = 0;  // rows of the packed tensors, varlen only
   double dropout_p = 0;
   uint64_t philox_seed = 0;
   uint32_t philox_offset = 0;
   const int64_t* philox = nullptr;  // [2], seed and offset in the memory of the GPU, where it cannot be read here
-  DType dtype = DType::kFloat32, kv_dtype = DType::kFloat32;
 };
 
 struct AttentionGrads {
@@ -66,7 +68,7 @@ struct AttentionGrads {
   void* dbias = nullptr;  // acc, contiguous over the broadcast shape of bias: dbias_stride is 0 where bias broadcasts
   int64_t dbias_stride[4] = {}, dbias_numel = 0;
   void *drel_table = nullptr, *dsinks = nullptr;  // acc [rel_num_buckets, Hq], acc [Hq]
-  bool deterministic = true;  // equal calls give equal bits
+  bool deterministic = true;  // equal calls give bitwise equal gradients
 };
 
 }  // namespace foveate

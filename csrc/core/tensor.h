@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 
 #include "core/check.h"
 #include "core/dtype.h"
@@ -37,30 +38,59 @@ struct TensorView {
   int64_t broadcast_stride(int dim) const { return shape[dim] == 1 ? 0 : stride[dim]; }
 };
 
-inline void check_rank(const TensorView& t, const char* what, int ndim) {
-  check(t.ndim == ndim, what, " has ", t.ndim, " dimensions, expected ", ndim);
-}
-inline void check_size(const TensorView& t, const char* what, int dim, int64_t size) {
-  check(t.shape[dim] == size, what, " has size ", t.shape[dim], " in dimension ", dim, ", expected ", size);
-}
-inline void check_dtype(const TensorView& t, const char* what, DType dtype) {
-  check(t.dtype == dtype, what, " is ", name(t.dtype), ", expected ", name(dtype));
-}
-inline void check_float(const TensorView& t, const char* what) {
-  check(t.dtype == DType::kFloat32 || t.dtype == DType::kFloat64 || t.dtype == DType::kFloat16 || t.dtype == DType::kBFloat16, what, " is ",
-        name(t.dtype), "; the kernels take float32, bfloat16, float16 and (on the CPU) float64");
-}
-inline void check_last_contiguous(const TensorView& t, const char* what) {
-  check(t.ndim == 0 || t.shape[t.ndim - 1] <= 1 || t.stride[t.ndim - 1] == 1 || t.numel() == 0, what,
-        ": the last dimension must be contiguous, its stride is ", t.ndim ? t.stride[t.ndim - 1] : 0);
-}
-inline void check_contiguous(const TensorView& t, const char* what) {
-  int64_t expected = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    check(t.shape[i] <= 1 || t.stride[i] == expected || t.numel() == 0, what, " must be contiguous, but dimension ", i, " has stride ",
-          t.stride[i]);
-    expected *= t.shape[i];
+// Checks of one tensor, in the order in which they are written:
+//   expect(lse, "lse").rank(3).dtype(acc).last_contiguous();
+class Expect {
+ public:
+  Expect(const TensorView& t, const char* what) : t_(t), what_(what) {}
+
+  const Expect& rank(int ndim) const {
+    check(t_.ndim == ndim, what_, " has ", t_.ndim, " dimensions, expected ", ndim);
+    return *this;
   }
-}
+  const Expect& size(int dim, int64_t size) const {
+    check(t_.shape[dim] == size, what_, " has size ", t_.shape[dim], " in dimension ", dim, ", expected ", size);
+    return *this;
+  }
+  const Expect& shape(std::initializer_list<int64_t> sizes) const {
+    rank(static_cast<int>(sizes.size()));
+    int dim = 0;
+    for (const int64_t n : sizes) size(dim++, n);
+    return *this;
+  }
+  const Expect& shape_of(const TensorView& other) const {
+    rank(other.ndim);
+    for (int dim = 0; dim < other.ndim; ++dim) size(dim, other.shape[dim]);
+    return *this;
+  }
+  const Expect& dtype(DType dtype) const {
+    check(t_.dtype == dtype, what_, " is ", name(t_.dtype), ", expected ", name(dtype));
+    return *this;
+  }
+  const Expect& floating() const {
+    check(t_.dtype == DType::kFloat32 || t_.dtype == DType::kFloat64 || t_.dtype == DType::kFloat16 || t_.dtype == DType::kBFloat16, what_,
+          " is ", name(t_.dtype), "; the kernels take float32, bfloat16, float16 and (on the CPU) float64");
+    return *this;
+  }
+  const Expect& last_contiguous() const {
+    check(t_.ndim == 0 || t_.shape[t_.ndim - 1] <= 1 || t_.stride[t_.ndim - 1] == 1 || t_.numel() == 0, what_,
+          ": the last dimension must be contiguous, its stride is ", t_.ndim ? t_.stride[t_.ndim - 1] : 0);
+    return *this;
+  }
+  const Expect& contiguous() const {
+    int64_t expected = 1;
+    for (int i = t_.ndim - 1; i >= 0; --i) {
+      check(t_.shape[i] <= 1 || t_.stride[i] == expected || t_.numel() == 0, what_, " must be contiguous, but dimension ", i,
+            " has stride ", t_.stride[i]);
+      expected *= t_.shape[i];
+    }
+    return *this;
+  }
+
+ private:
+  const TensorView& t_;
+  const char* what_;
+};
+inline Expect expect(const TensorView& t, const char* what) { return {t, what}; }
 
 }  // namespace foveate

@@ -38,26 +38,23 @@ void check_together(const PackedWeight& a, const PackedWeight& b, const char* wh
 }
 
 // Pages of one layer: [pages, page_size, Hkv, D].
-CacheOperand pages_of(const TensorView& pages, const TensorView& scale, int64_t layer) {
-  CacheOperand c;
-  c.rows = {static_cast<char*>(pages.data) + layer * pages.stride[0] * size_of(pages.dtype), pages.stride[1], pages.stride[2],
-            pages.stride[3]};
-  if (scale.defined()) {
-    c.scale = scale.as<float>() + layer * scale.stride[0], c.scale_per_token = true;
-    c.scale_batch = scale.stride[1], c.scale_seq = scale.stride[2], c.scale_head = scale.stride[3];
-  }
-  return c;
+Rows pages_of(const TensorView& pages, int64_t layer) {
+  return {static_cast<char*>(pages.data) + layer * pages.stride[0] * size_of(pages.dtype), pages.stride[1], pages.stride[2],
+          pages.stride[3]};
+}
+CacheScale scale_of(const TensorView& scale, int64_t layer) {
+  if (!scale.defined()) return {};
+  return {scale.as<float>() + layer * scale.stride[0], scale.stride[1], scale.stride[2], scale.stride[3], true};
 }
 
 void check_pages(const TensorView& pages, const char* what, const TensorView& scale, const char* scale_what, int64_t layers,
                  const DecoderSizes& s) {
-  check_rank(pages, what, 5), check_last_contiguous(pages, what);
-  check_size(pages, what, 0, layers), check_size(pages, what, 3, s.heads_kv), check_size(pages, what, 4, s.head_dim);
+  expect(pages, what).rank(5).last_contiguous().size(0, layers).size(3, s.heads_kv).size(4, s.head_dim);
   const bool quantized = pages.dtype == DType::kInt8 || pages.dtype == DType::kFloat8E4M3;
   check(quantized == scale.defined(), what, " is ", name(pages.dtype), quantized ? ": it needs " : ": it takes no ", scale_what);
   if (!quantized) return;
-  check_rank(scale, scale_what, 4), check_dtype(scale, scale_what, DType::kFloat32);
-  for (int dim = 0; dim < 4; ++dim) check_size(scale, scale_what, dim, pages.shape[dim]);
+  expect(scale, scale_what).rank(4).dtype(DType::kFloat32);
+  for (int dim = 0; dim < 4; ++dim) expect(scale, scale_what).size(dim, pages.shape[dim]);
 }
 
 // KV heads [head, head + heads) of sequence b, with their query heads, as a call of its own.
@@ -68,10 +65,9 @@ KvCacheParams heads_of(KvCacheParams p, int64_t b, int64_t head, int64_t heads) 
   };
   move(p.q, b, head * group, p.dtype), move(p.out, b, head * group, p.dtype);
   move(p.new_k, b, head, p.dtype), move(p.new_v, b, head, p.dtype);
-  for (CacheOperand* c : {&p.k, &p.v}) {
-    move(c->rows, 0, head, p.kv_dtype);
-    if (c->scale) c->scale += head * c->scale_head;
-  }
+  move(p.k, 0, head, p.kv_dtype), move(p.v, 0, head, p.kv_dtype);
+  for (CacheScale* scale : {&p.k_scale, &p.v_scale})
+    if (scale->data) scale->data += head * scale->head;
   p.block_table += b * p.block_table_stride, p.kv_lens += b;
   p.batch = 1, p.heads_q = heads * group, p.heads_kv = heads, p.heads_per_task = std::min(p.heads_per_task, heads);
   return p;
@@ -100,8 +96,7 @@ Decoder::Decoder(const DecoderSizes& sizes, const Norm& final_norm, TensorView r
   check(rotary_cos.defined() == rotary_sin.defined(), "rotary_cos and rotary_sin must be given together");
   if (!rotary_cos.defined()) return;
   for (const TensorView* t : {&rotary_cos, &rotary_sin}) {
-    check_rank(*t, "a rotary table", 2), check_contiguous(*t, "a rotary table"), check_dtype(*t, "a rotary table", DType::kFloat32);
-    check_size(*t, "a rotary table", 0, rotary_cos.shape[0]), check_size(*t, "a rotary table", 1, rotary_cos.shape[1]);
+    expect(*t, "a rotary table").rank(2).contiguous().dtype(DType::kFloat32).size(0, rotary_cos.shape[0]).size(1, rotary_cos.shape[1]);
   }
   check(2 * rotary_cos.shape[1] <= sizes.head_dim, "rotary_cos turns ", 2 * rotary_cos.shape[1], " elements, the head dim is ",
         sizes.head_dim);
@@ -207,33 +202,32 @@ void Decoder::run_layer(const DecoderLayer& l, const KvCacheParams& cache, const
 void Decoder::step(TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages, TensorView k_scale,
                    TensorView v_scale, const Division& division, bool blocked, Threads threads) const {
   const int64_t layers = static_cast<int64_t>(layers_.size());
-  check_rank(x, "x", 3), check_contiguous(x, "x"), check_dtype(x, "x", DType::kFloat32), check_size(x, "x", 2, sizes_.hidden);
+  expect(x, "x").rank(3).contiguous().dtype(DType::kFloat32).size(2, sizes_.hidden);
   check_pages(k_pages, "k_pages", k_scale, "k_scale", layers, sizes_);
   check_pages(v_pages, "v_pages", v_scale, "v_scale", layers, sizes_);
-  check_dtype(v_pages, "v_pages", k_pages.dtype);
-  for (int dim = 1; dim < 3; ++dim) check_size(v_pages, "v_pages", dim, k_pages.shape[dim]);
+  expect(v_pages, "v_pages").dtype(k_pages.dtype);
+  for (int dim = 1; dim < 3; ++dim) expect(v_pages, "v_pages").size(dim, k_pages.shape[dim]);
 
   device_of({&x, &lens, &block_table, &k_pages, &v_pages, &k_scale, &v_scale});
   check(x.device == DeviceType::kCPU, "x and the pages must be on the CPU");
 
   KvCacheParams p;
-  p.batch = x.shape[0], p.seq_q = p.seq_new = x.shape[1];
+  p.causal = true;
+  p.batch = x.shape[0], p.seq_q = p.new_keys = x.shape[1];
   p.heads_q = sizes_.heads_q, p.heads_kv = sizes_.heads_kv, p.head_dim = p.head_dim_v = sizes_.head_dim;
   p.softcap = sizes_.softcap, p.kv_dtype = k_pages.dtype, p.dtype = k_scale.defined() ? DType::kFloat32 : k_pages.dtype;
   check(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, "the cache is ", name(p.dtype),
         ", expected float32, bfloat16, float16, int8 or float8_e4m3fn");
-  check_rank(block_table, "block_table", 2), check_size(block_table, "block_table", 0, p.batch);
-  check_dtype(block_table, "block_table", DType::kInt32), check_last_contiguous(block_table, "block_table");
+  expect(block_table, "block_table").rank(2).size(0, p.batch).dtype(DType::kInt32).last_contiguous();
   p.block_table = block_table.as<const int32_t>(), p.block_table_stride = block_table.stride[0], p.page_size = k_pages.shape[2];
   check(p.page_size >= 1, "the pages of k_pages hold no keys: page_size is ", p.page_size);
-  check_rank(lens, "lens", 1), check_size(lens, "lens", 0, p.batch), check_dtype(lens, "lens", DType::kInt32);
+  expect(lens, "lens").rank(1).size(0, p.batch).dtype(DType::kInt32);
   std::vector<int32_t> kv_lens(p.batch);
   for (int64_t b = 0; b < p.batch; ++b) kv_lens[b] = lens.as<const int32_t>()[b * lens.stride[0]];
   p.kv_lens = kv_lens.data();
-  const int64_t capacity = block_table.shape[1] * p.page_size;
-  p.capacity = capacity, p.pages = k_pages.shape[1];
-  set_division(p, division, capacity);
-  check(p.num_splits <= capacity + 65536, p.num_splits, " splits are more than the cache's ", capacity, " keys");
+  p.seq_kv = block_table.shape[1] * p.page_size, p.pages = k_pages.shape[1];
+  set_division(p, division);
+  check(p.num_splits <= p.seq_kv + 65536, p.num_splits, " splits are more than the cache's ", p.seq_kv, " keys");
   check(!blocked || p.dtype == p.kv_dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
   if (rotary_cos_.defined())
     p.rotary_cos = rotary_cos_.data, p.rotary_sin = rotary_sin_.data, p.rotary_pairs = rotary_cos_.shape[1],
@@ -271,7 +265,8 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
   const auto run = [&](const cpu::Team* team) {
     KvCacheParams cache = p;
     for (int64_t i = 0; i < layers; ++i) {
-      cache.k = pages_of(k_pages, k_scale, i), cache.v = pages_of(v_pages, v_scale, i);
+      cache.k = pages_of(k_pages, i), cache.v = pages_of(v_pages, i);
+      cache.k_scale = scale_of(k_scale, i), cache.v_scale = scale_of(v_scale, i);
       run_layer(layers_[i], cache, m, blocked, team ? 1 : static_cast<int>(threads), team);
     }
     norm_all({.x = m.x, .out = m.x, .rows = m.tokens, .cols = sizes_.hidden, .norm = final_norm_}, threads, team);

@@ -17,29 +17,22 @@
 namespace foveate {
 namespace {
 
-void check_activation(const TensorView& t, const char* what) { check_float(t, what), check_last_contiguous(t, what); }
-
 // [B, S, H, D], or [total, H, D] with batch stride 0.
 Rows rows_of(const TensorView& t, bool varlen) {
   if (varlen) return {t.data, 0, t.stride[0], t.stride[1]};
   return {t.data, t.stride[0], t.stride[1], t.stride[2]};
 }
 
+// As `other`, with rows of `last` elements.
 void check_like(const TensorView& t, const char* what, const TensorView& other, int64_t last, DType dtype) {
-  check_rank(t, what, other.ndim);
-  for (int i = 0; i + 1 < other.ndim; ++i) check_size(t, what, i, other.shape[i]);
-  check_size(t, what, other.ndim - 1, last);
-  check_dtype(t, what, dtype);
-  check_last_contiguous(t, what);
-}
-
-void check_vector(const TensorView& t, const char* what, int64_t size, DType dtype) {
-  check_rank(t, what, 1), check_size(t, what, 0, size), check_dtype(t, what, dtype), check_contiguous(t, what);
+  expect(t, what).rank(other.ndim);
+  for (int i = 0; i + 1 < other.ndim; ++i) expect(t, what).size(i, other.shape[i]);
+  expect(t, what).size(other.ndim - 1, last).dtype(dtype).last_contiguous();
 }
 
 ScoreOperand score_operand(const TensorView& t, const char* what, const AttentionParams& p) {
   if (!t.defined()) return {};
-  check_rank(t, what, 4);
+  expect(t, what).rank(4);
   const int64_t full[4] = {p.batch, p.heads_q, p.seq_q, p.seq_kv};
   ScoreOperand s{t.data, t.dtype, {}};
   for (int i = 0; i < 4; ++i) {
@@ -52,12 +45,12 @@ ScoreOperand score_operand(const TensorView& t, const char* what, const Attentio
 
 // Lengths come as int32 or int64. What fits int32 after `valid` has looked at it is kept for the life of the call. On a GPU they come as int32
 // and nobody looks at them.
-class Lengths {
+class LengthReader {
  public:
   template <class Valid>
   const int32_t* read(const TensorView& t, const char* what, int64_t size, const CallDevice& device, const Valid& valid) {
-    check_rank(t, what, 1), check_size(t, what, 0, size), check_contiguous(t, what);
-    if (!device.readable) check_dtype(t, what, DType::kInt32);
+    expect(t, what).rank(1).size(0, size).contiguous();
+    if (!device.readable) expect(t, what).dtype(DType::kInt32);
     if (!device.readable) return t.as<int32_t>();
     check(t.dtype == DType::kInt32 || t.dtype == DType::kInt64, what, " is ", name(t.dtype), ", expected int32 or int64");
     for (int64_t i = 0; i < size; ++i) {
@@ -72,7 +65,7 @@ class Lengths {
   std::vector<int32_t> kept_;
 };
 
-const int32_t* read_cu_seqlens(Lengths& lengths, const TensorView& t, const char* what, int64_t batch, int64_t total, int64_t longest,
+const int32_t* read_cu_seqlens(LengthReader& lengths, const TensorView& t, const char* what, int64_t batch, int64_t total, int64_t longest,
                                const CallDevice& device) {
   int64_t previous = 0;
   check(total <= std::numeric_limits<int32_t>::max(), what, ": ", total,
@@ -94,124 +87,158 @@ int64_t longest_of(const int32_t* cu, int64_t batch) {
 }
 
 // AttentionParams and what it points to beside the tensors.
-struct AttentionCall {
-  Lengths kv_lens, cu_q, cu_k;
+class AttentionCall {
+ public:
+  AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
+                const AttentionOptions& o);
+
   CallDevice device;
   AttentionParams params;
 
-  AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
-                const AttentionOptions& o);
+ private:
+  void read_sizes(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out);
+  void read_sequences(const TensorView& q, const TensorView& k);
+  void read_lse(const TensorView& lse, int64_t queries);
+  void read_score_operands();
+  void read_relative_bias();
+  void read_dropout();
+  void read_numbers();
+
+  const AttentionOptions& o_;
+  bool varlen_;
+  LengthReader kv_lens_, cu_q_, cu_k_;
 };
 
 AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
-                             const AttentionOptions& o) {
-  AttentionParams& p = params;
+                             const AttentionOptions& o)
+    : o_(o), varlen_(o.cu_q.defined()) {
   device = device_of({&q, &k, &v, &out, &lse, &o.bias, &o.mask, &o.alibi, &o.rel_table, &o.rel_buckets, &o.sinks, &o.kv_lens, &o.cu_q,
                       &o.cu_k, &o.philox});
-  const bool varlen = o.cu_q.defined();
-  const int ndim = varlen ? 3 : 4;
+  read_sizes(q, k, v, out);
+  read_sequences(q, k);
+  if (lse.defined()) read_lse(lse, varlen_ ? q.shape[0] : params.seq_q);
+  read_score_operands();
+  if (o.rel_table.defined()) read_relative_bias();
+  if (o.sinks.defined()) {
+    expect(o.sinks, "sinks").shape({params.heads_q}).dtype(accumulator_of(params.dtype)).contiguous();
+    params.sinks = o.sinks.data;
+  }
+  if (o.kv_lens.defined())
+    params.kv_lens = kv_lens_.read(o.kv_lens, "kv_lens", params.batch, device, [&](int64_t b, int64_t value) {
+      check(value >= 0 && value <= params.seq_kv, "kv_lens[", b, "] = ", value, " is outside 0..", params.seq_kv,
+            ", the number of keys in k");
+    });
+  read_dropout();
+  read_numbers();
+}
+
+void AttentionCall::read_sizes(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out) {
+  AttentionParams& p = params;
+  const int ndim = varlen_ ? 3 : 4;
   for (const auto& [t, what] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}})
-    check_rank(*t, what, ndim), check_activation(*t, what), check_dtype(*t, what, q.dtype);
-  p.dtype = p.kv_dtype = q.dtype;
-  const DType acc = accumulator_of(q.dtype);
-  p.heads_q = q.shape[ndim - 2], p.heads_kv = k.shape[ndim - 2], p.head_dim = q.shape[ndim - 1], p.head_dim_v = v.shape[ndim - 1];
+    expect(*t, what).rank(ndim).floating().last_contiguous().dtype(q.dtype);
+  p.dtype = q.dtype;
+  p.heads_q = q.shape[ndim - 2], p.heads_kv = k.shape[ndim - 2];
+  p.head_dim = q.shape[ndim - 1], p.head_dim_v = v.shape[ndim - 1];
   check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, k has ", p.heads_kv,
         ", which does not divide them");
   const int64_t most = device.cuda ? kMaxCudaHeadDim : kMaxHeadDim;
   check(p.head_dim <= most && p.head_dim_v <= most, "head dims ", p.head_dim, " and ", p.head_dim_v, " exceed the limit of ", most);
-  check_size(k, "k", ndim - 1, p.head_dim);
-  for (int i = 0; i + 1 < ndim; ++i) check_size(v, "v", i, k.shape[i]);
+  expect(k, "k").size(ndim - 1, p.head_dim);
+  for (int i = 0; i + 1 < ndim; ++i) expect(v, "v").size(i, k.shape[i]);
   check_like(out, "out", q, p.head_dim_v, q.dtype);
-  p.q = rows_of(q, varlen), p.k = rows_of(k, varlen), p.v = rows_of(v, varlen), p.out = rows_of(out, varlen);
-  if (varlen) {
-    check(o.cu_k.defined() && o.cu_q.ndim == 1 && o.cu_k.ndim == 1 && o.cu_q.shape[0] >= 1 && o.cu_k.shape[0] == o.cu_q.shape[0],
-          "cu_seqlens_q and cu_seqlens_k must both be [batch + 1]");
-    p.batch = o.cu_q.shape[0] - 1, p.seq_q = o.max_q, p.seq_kv = o.max_k, p.total_q = q.shape[0], p.total_k = k.shape[0];
-    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-    check(p.seq_q >= 0 && p.seq_kv >= 0 && p.seq_q <= kMost && p.seq_kv <= kMost, "max_seqlen_q = ", p.seq_q,
-          " and max_seqlen_k = ", p.seq_kv, " must be within 0..", kMost);
-    p.cu_q = read_cu_seqlens(cu_q, o.cu_q, "cu_seqlens_q", p.batch, q.shape[0], p.seq_q, device);
-    p.cu_k = read_cu_seqlens(cu_k, o.cu_k, "cu_seqlens_k", p.batch, k.shape[0], p.seq_kv, device);
-    if (!o.rel_table.defined() && device.readable) {  // whose table of buckets has max_seqlen's size
-      p.seq_q = longest_of(p.cu_q, p.batch), p.seq_kv = longest_of(p.cu_k, p.batch);
-    }
-    check(!o.bias.defined() && !o.mask.defined() && !o.kv_lens.defined(), "bias, mask and kv_lens have no meaning in a packed batch");
-  } else {
+  p.q = rows_of(q, varlen_), p.k = rows_of(k, varlen_), p.v = rows_of(v, varlen_), p.out = rows_of(out, varlen_);
+}
+
+void AttentionCall::read_sequences(const TensorView& q, const TensorView& k) {
+  AttentionParams& p = params;
+  if (!varlen_) {
     p.batch = q.shape[0], p.seq_q = q.shape[1], p.seq_kv = k.shape[1];
-    check_size(k, "k", 0, p.batch);
+    expect(k, "k").size(0, p.batch);
+    return;
   }
-  if (lse.defined()) {
-    check_rank(lse, "lse", ndim - 1), check_dtype(lse, "lse", acc), check_last_contiguous(lse, "lse");
-    if (!varlen) check_size(lse, "lse", 0, p.batch);
-    check_size(lse, "lse", ndim - 3, p.heads_q), check_size(lse, "lse", ndim - 2, varlen ? q.shape[0] : p.seq_q);
-    p.lse = {lse.data, varlen ? 0 : lse.stride[0], 1, lse.stride[ndim - 3]};
+  check(o_.cu_k.defined() && o_.cu_q.ndim == 1 && o_.cu_k.ndim == 1 && o_.cu_q.shape[0] >= 1 && o_.cu_k.shape[0] == o_.cu_q.shape[0],
+        "cu_seqlens_q and cu_seqlens_k must both be [batch + 1]");
+  p.batch = o_.cu_q.shape[0] - 1;
+  p.seq_q = o_.max_q, p.seq_kv = o_.max_k;
+  p.total_q = q.shape[0], p.total_k = k.shape[0];
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  check(p.seq_q >= 0 && p.seq_kv >= 0 && p.seq_q <= kMost && p.seq_kv <= kMost, "max_seqlen_q = ", p.seq_q,
+        " and max_seqlen_k = ", p.seq_kv, " must be within 0..", kMost);
+  p.cu_q = read_cu_seqlens(cu_q_, o_.cu_q, "cu_seqlens_q", p.batch, p.total_q, p.seq_q, device);
+  p.cu_k = read_cu_seqlens(cu_k_, o_.cu_k, "cu_seqlens_k", p.batch, p.total_k, p.seq_kv, device);
+  if (!o_.rel_table.defined() && device.readable) {  // the table of buckets has max_seqlen's size
+    p.seq_q = longest_of(p.cu_q, p.batch), p.seq_kv = longest_of(p.cu_k, p.batch);
   }
-  p.bias = score_operand(o.bias, "bias", p);
-  if (o.bias.defined())
-    check(static_cast<int>(o.bias.dtype) <= static_cast<int>(DType::kBFloat16), "bias is ", name(o.bias.dtype), ", expected a float type");
-  p.mask = score_operand(o.mask, "mask", p);
-  if (o.mask.defined()) check_dtype(o.mask, "mask", DType::kBool);
-  if (o.alibi.defined()) {
-    check_rank(o.alibi, "alibi_slopes", 2), check_dtype(o.alibi, "alibi_slopes", DType::kFloat32),
-        check_size(o.alibi, "alibi_slopes", 1, p.heads_q);
-    check(o.alibi.shape[0] == 1 || o.alibi.shape[0] == p.batch, "alibi_slopes has ", o.alibi.shape[0], " rows for a batch of ", p.batch);
-    p.alibi = o.alibi.as<const float>(), p.alibi_batch = o.alibi.broadcast_stride(0), p.alibi_head = o.alibi.stride[1];
+  check(!o_.bias.defined() && !o_.mask.defined() && !o_.kv_lens.defined(), "bias, mask and kv_lens have no meaning in a packed batch");
+}
+
+void AttentionCall::read_lse(const TensorView& lse, int64_t queries) {
+  const int ndim = varlen_ ? 2 : 3;
+  expect(lse, "lse").rank(ndim).dtype(accumulator_of(params.dtype)).last_contiguous();
+  if (!varlen_) expect(lse, "lse").size(0, params.batch);
+  expect(lse, "lse").size(ndim - 2, params.heads_q).size(ndim - 1, queries);
+  params.lse = {lse.data, varlen_ ? 0 : lse.stride[0], 1, lse.stride[ndim - 2]};
+}
+
+void AttentionCall::read_score_operands() {
+  AttentionParams& p = params;
+  p.bias = score_operand(o_.bias, "bias", p);
+  if (o_.bias.defined())
+    check(static_cast<int>(o_.bias.dtype) <= static_cast<int>(DType::kBFloat16), "bias is ", name(o_.bias.dtype),
+          ", expected a float type");
+  p.mask = score_operand(o_.mask, "mask", p);
+  if (o_.mask.defined()) expect(o_.mask, "mask").dtype(DType::kBool);
+  if (!o_.alibi.defined()) return;
+  expect(o_.alibi, "alibi_slopes").rank(2).dtype(DType::kFloat32).size(1, p.heads_q);
+  check(o_.alibi.shape[0] == 1 || o_.alibi.shape[0] == p.batch, "alibi_slopes has ", o_.alibi.shape[0], " rows for a batch of ", p.batch);
+  p.alibi = o_.alibi.as<const float>(), p.alibi_batch = o_.alibi.broadcast_stride(0), p.alibi_head = o_.alibi.stride[1];
+}
+
+void AttentionCall::read_relative_bias() {
+  AttentionParams& p = params;
+  expect(o_.rel_table, "relative bias table").rank(2).dtype(accumulator_of(p.dtype)).contiguous().size(1, p.heads_q);
+  p.rel_num_buckets = static_cast<int>(o_.rel_table.shape[0]);
+  const int64_t distances = p.seq_q + p.seq_kv > 0 ? p.seq_q + p.seq_kv - 1 : 0;
+  expect(o_.rel_buckets, "relative buckets").shape({distances}).dtype(DType::kInt32).contiguous();
+  for (int64_t i = 0; i < distances && device.readable; ++i) {
+    const int32_t bucket = o_.rel_buckets.as<int32_t>()[i];
+    check(bucket >= 0 && bucket < p.rel_num_buckets, "relative bucket ", bucket, " is outside the table of ", p.rel_num_buckets);
   }
-  if (o.rel_table.defined()) {
-    check_rank(o.rel_table, "relative bias table", 2), check_dtype(o.rel_table, "relative bias table", acc),
-        check_contiguous(o.rel_table, "relative bias table");
-    check_size(o.rel_table, "relative bias table", 1, p.heads_q);
-    p.rel_num_buckets = static_cast<int>(o.rel_table.shape[0]);
-    const int64_t distances = p.seq_q + p.seq_kv > 0 ? p.seq_q + p.seq_kv - 1 : 0;
-    check_vector(o.rel_buckets, "relative buckets", distances, DType::kInt32);
-    for (int64_t i = 0; i < distances && device.readable; ++i) {
-      const int32_t bucket = o.rel_buckets.as<int32_t>()[i];
-      check(bucket >= 0 && bucket < p.rel_num_buckets, "relative bucket ", bucket, " is outside the table of ", p.rel_num_buckets);
-    }
-    p.rel_table = o.rel_table.data, p.rel_buckets = o.rel_buckets.as<int32_t>();
-  }
-  if (o.sinks.defined()) check_vector(o.sinks, "sinks", p.heads_q, acc), p.sinks = o.sinks.data;
-  if (o.kv_lens.defined())
-    p.kv_lens = kv_lens.read(o.kv_lens, "kv_lens", p.batch, device, [&](int64_t b, int64_t value) {
-      check(value >= 0 && value <= p.seq_kv, "kv_lens[", b, "] = ", value, " is outside 0..", p.seq_kv, ", the number of keys in k");
-    });
-  check(o.dropout_p >= 0 && o.dropout_p < 1, "dropout_p = ", o.dropout_p, " is outside [0, 1)");
-  if (o.dropout_p > 0) {
-    check(o.philox.defined(), "dropout needs its seed and offset");
-    check_vector(o.philox, "philox", 2, DType::kInt64);
-    p.dropout_p = o.dropout_p;
-    p.philox = o.philox.as<const int64_t>();
-    if (device.readable) p.philox_seed = static_cast<uint64_t>(p.philox[0]), p.philox_offset = static_cast<uint32_t>(p.philox[1]);
-  }
-  check(std::isfinite(o.scale) && std::isfinite(o.softcap) && o.softcap >= 0, "scale = ", o.scale, " and softcap = ", o.softcap,
+  p.rel_table = o_.rel_table.data, p.rel_buckets = o_.rel_buckets.as<int32_t>();
+}
+
+void AttentionCall::read_dropout() {
+  AttentionParams& p = params;
+  check(o_.dropout_p >= 0 && o_.dropout_p < 1, "dropout_p = ", o_.dropout_p, " is outside [0, 1)");
+  if (o_.dropout_p == 0) return;
+  check(o_.philox.defined(), "dropout needs its seed and offset");
+  expect(o_.philox, "philox").shape({2}).dtype(DType::kInt64).contiguous();
+  p.dropout_p = o_.dropout_p;
+  p.philox = o_.philox.as<const int64_t>();
+  if (device.readable) p.philox_seed = static_cast<uint64_t>(p.philox[0]), p.philox_offset = static_cast<uint32_t>(p.philox[1]);
+}
+
+void AttentionCall::read_numbers() {
+  AttentionParams& p = params;
+  check(std::isfinite(o_.scale) && std::isfinite(o_.softcap) && o_.softcap >= 0, "scale = ", o_.scale, " and softcap = ", o_.softcap,
         " must be finite, softcap not negative");
-  p.scale = o.scale, p.softcap = o.softcap, p.causal = o.causal;
-  p.window_left = usable_window(o.window_left), p.window_right = usable_window(o.window_right);
+  p.scale = o_.scale, p.softcap = o_.softcap, p.causal = o_.causal;
+  p.window_left = usable_window(o_.window_left), p.window_right = usable_window(o_.window_right);
 }
 
 // Few queries per KV head and nothing but what the decode kernel knows: it reads K and V once, in place, where the blocked kernel copies them first.
 constexpr int64_t kDecodeRows = 16;
 
-bool suits_decode(const AttentionParams& p, const TensorView& lse) {
+bool suits_decode(const AttentionParams& p) {
   const bool plain = !p.cu_q && p.seq_kv <= std::numeric_limits<int32_t>::max() && !p.rel_table && p.dropout_p == 0;
-  const bool lse_fits =
-      !lse.defined() || (lse.stride[2] == 1 && lse.stride[1] == p.seq_q && lse.stride[0] == p.heads_q * p.seq_q) || lse.numel() == 1;
-  return plain && lse_fits && p.dtype != DType::kFloat64 && p.seq_q * (p.heads_q / p.heads_kv) <= kDecodeRows;
+  return plain && p.dtype != DType::kFloat64 && p.seq_q * (p.heads_q / p.heads_kv) <= kDecodeRows;
 }
 
 void decode_forward(const AttentionParams& p, int threads) {
   KvCacheParams d;
-  d.q = p.q, d.out = p.out, d.k.rows = p.k, d.v.rows = p.v;
-  d.batch = p.batch, d.seq_q = p.seq_q, d.heads_q = p.heads_q, d.heads_kv = p.heads_kv, d.head_dim = p.head_dim,
-  d.head_dim_v = p.head_dim_v;
-  d.alibi = p.alibi, d.alibi_batch = p.alibi_batch, d.alibi_head = p.alibi_head, d.sinks = static_cast<const float*>(p.sinks);
-  d.scale = p.scale, d.softcap = p.softcap, d.causal = p.causal, d.window_left = p.window_left, d.window_right = p.window_right;
-  d.bias = p.bias, d.mask = p.mask;
-  d.dtype = d.kv_dtype = p.dtype;
-  const std::vector<int32_t> lens =
-      p.kv_lens ? std::vector<int32_t>(p.kv_lens, p.kv_lens + p.batch) : std::vector<int32_t>(p.batch, static_cast<int32_t>(p.seq_kv));
-  d.kv_lens = lens.data();
-  d.lse = static_cast<float*>(p.lse.data);
+  static_cast<AttentionProblem&>(d) = p;
+  d.kv_dtype = p.dtype;
 
   // All heads of a sequence in one task read [B, S, H, D] in order; heads and then keys are divided where that makes too few tasks.
   const int64_t wanted = threads > 1 ? 4 * threads : 1;
@@ -229,6 +256,61 @@ void decode_forward(const AttentionParams& p, int threads) {
   cpu::kernels().decode(d, threads);
 }
 
+// ---- gradients ---------------------------------------------------------------------------------------------------------------
+
+AttentionGrads read_output_grads(const AttentionParams& p, const TensorView& dout, const TensorView& dlse, const TensorView& out,
+                                 const TensorView& lse, const AttentionOptions& o) {
+  AttentionGrads g;
+  g.deterministic = o.deterministic;
+  check_like(dout, "dout", out, p.head_dim_v, p.dtype);
+  g.dout = rows_of(dout, dout.ndim == 3);
+  if (!dlse.defined()) return g;
+  expect(dlse, "dlse").rank(lse.ndim).dtype(accumulator_of(p.dtype));
+  for (int i = 0; i < lse.ndim; ++i)
+    check(dlse.shape[i] == lse.shape[i] && (dlse.shape[i] <= 1 || dlse.stride[i] == lse.stride[i]),
+          "dlse must have the sizes and strides of lse");
+  g.dlse = dlse.data;
+  return g;
+}
+
+// Of q, k or v.
+Rows read_grad(const TensorView& grad, const char* what, const TensorView& of, DType dtype) {
+  check_like(grad, what, of, of.shape[of.ndim - 1], dtype);
+  return rows_of(grad, grad.ndim == 3);
+}
+
+void read_option_grads(AttentionGrads& g, const AttentionParams& p, const TensorView& dbias, const TensorView& drel_table,
+                       const TensorView& dsinks, const AttentionOptions& o) {
+  const DType acc = accumulator_of(p.dtype);
+  if (dbias.defined()) {
+    check(o.bias.defined(), "dbias without bias");
+    expect(dbias, "dbias").rank(4).dtype(acc).contiguous();
+    for (int i = 0; i < 4; ++i) {
+      expect(dbias, "dbias").size(i, o.bias.shape[i]);
+      g.dbias_stride[i] = dbias.broadcast_stride(i);
+    }
+    g.dbias = dbias.data, g.dbias_numel = dbias.numel();
+  }
+  if (drel_table.defined()) {
+    check(o.rel_table.defined(), "drel_table without a relative bias");
+    expect(drel_table, "drel_table").rank(2).dtype(acc).contiguous().size(0, p.rel_num_buckets).size(1, p.heads_q);
+    g.drel_table = drel_table.data;
+  }
+  if (dsinks.defined()) {
+    check(p.sinks != nullptr, "dsinks without sinks");
+    expect(dsinks, "dsinks").shape({p.heads_q}).dtype(acc).contiguous();
+    g.dsinks = dsinks.data;
+  }
+}
+
+// q, k and v are empty: what is broadcast over them has gradient 0.
+void zero_option_grads(const AttentionGrads& g, const AttentionParams& p) {
+  const size_t size = size_of(accumulator_of(p.dtype));
+  if (g.dbias) std::memset(g.dbias, 0, g.dbias_numel * size);
+  if (g.drel_table) std::memset(g.drel_table, 0, p.rel_num_buckets * p.heads_q * size);
+  if (g.dsinks) std::memset(g.dsinks, 0, p.heads_q * size);
+}
+
 }  // namespace
 
 void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options,
@@ -240,7 +322,7 @@ void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out,
   // Starting the threads costs microseconds: less than that of work stays on this one.
   const int64_t products = p.batch * p.heads_q * p.seq_q * p.seq_kv * (p.head_dim + p.head_dim_v);
   const int team = products < (int64_t{1} << 17) ? 1 : static_cast<int>(threads);
-  if (suits_decode(p, lse))
+  if (suits_decode(p))
     decode_forward(p, team);
   else
     cpu::kernels().attention_forward(p, team);
@@ -252,48 +334,17 @@ void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorVi
   check(lse.defined(), "the backward needs the lse of the forward");
   const AttentionCall call(q, k, v, out, lse, options);
   const AttentionParams& p = call.params;
-  const bool varlen = options.cu_q.defined();
-  const DType acc = accumulator_of(q.dtype);
-  AttentionGrads g;
-  g.deterministic = options.deterministic;
-  check_like(dout, "dout", out, p.head_dim_v, q.dtype);
-  g.dout = rows_of(dout, varlen);
-  if (dlse.defined()) {
-    check_rank(dlse, "dlse", lse.ndim), check_dtype(dlse, "dlse", acc);
-    for (int i = 0; i < lse.ndim; ++i)
-      check(dlse.shape[i] == lse.shape[i] && (dlse.shape[i] <= 1 || dlse.stride[i] == lse.stride[i]),
-            "dlse must have the sizes and strides of lse");
-    g.dlse = dlse.data;
-  }
-  if (dq.defined()) check_like(dq, "dq", q, p.head_dim, q.dtype), g.dq = rows_of(dq, varlen);
-  if (dk.defined()) check_like(dk, "dk", k, p.head_dim, q.dtype), g.dk = rows_of(dk, varlen);
-  if (dv.defined()) check_like(dv, "dv", v, p.head_dim_v, q.dtype), g.dv = rows_of(dv, varlen);
-  if (dbias.defined()) {
-    check(options.bias.defined(), "dbias without bias");
-    check_rank(dbias, "dbias", 4), check_dtype(dbias, "dbias", acc), check_contiguous(dbias, "dbias");
-    for (int i = 0; i < 4; ++i) check_size(dbias, "dbias", i, options.bias.shape[i]), g.dbias_stride[i] = dbias.broadcast_stride(i);
-    g.dbias = dbias.data, g.dbias_numel = dbias.numel();
-  }
-  if (drel_table.defined()) {
-    check(options.rel_table.defined(), "drel_table without a relative bias");
-    check_rank(drel_table, "drel_table", 2), check_dtype(drel_table, "drel_table", acc), check_contiguous(drel_table, "drel_table");
-    check_size(drel_table, "drel_table", 0, p.rel_num_buckets), check_size(drel_table, "drel_table", 1, p.heads_q);
-    g.drel_table = drel_table.data;
-  }
-  if (dsinks.defined())
-    check(p.sinks != nullptr, "dsinks without sinks"), check_vector(dsinks, "dsinks", p.heads_q, acc), g.dsinks = dsinks.data;
+  AttentionGrads g = read_output_grads(p, dout, dlse, out, lse, options);
+  if (dq.defined()) g.dq = read_grad(dq, "dq", q, p.dtype);
+  if (dk.defined()) g.dk = read_grad(dk, "dk", k, p.dtype);
+  if (dv.defined()) g.dv = read_grad(dv, "dv", v, p.dtype);
+  read_option_grads(g, p, dbias, drel_table, dsinks, options);
   device_of({&q, &dout, &dlse, &dq, &dk, &dv, &dbias, &drel_table, &dsinks});
   if (call.device.cuda) {
     const int64_t bytes = cuda::kernels().attention_backward_workspace(p, g);
     return cuda::kernels().attention_backward(p, g, bytes > 0 ? allocate(bytes) : nullptr, current_stream(call.device));
   }
-  if (p.batch == 0 || p.heads_kv == 0) {  // q, k and v are empty; what is broadcast over them has gradient 0
-    const size_t size = size_of(acc);
-    if (g.dbias) std::memset(g.dbias, 0, g.dbias_numel * size);
-    if (g.drel_table) std::memset(g.drel_table, 0, drel_table.numel() * size);
-    if (g.dsinks) std::memset(g.dsinks, 0, dsinks.numel() * size);
-    return;
-  }
+  if (p.batch == 0 || p.heads_kv == 0) return zero_option_grads(g, p);
   cpu::kernels().attention_backward(p, g, threads);
 }
 

@@ -20,7 +20,7 @@ void copy_on_cpu(const CopyPagesParams& p) {
 
 void copy_pages(TensorView pool, const std::vector<int64_t>& from, const std::vector<int64_t>& to) {
   check(pool.ndim >= 2, "pool has ", pool.ndim, " dimensions, expected [layers, pages, ...]");
-  check_contiguous(pool, "pool");
+  expect(pool, "pool").contiguous();
   check(from.size() == to.size(), from.size(), " pages to read and ", to.size(), " to write");
   for (const int64_t page : from) check(page >= 0 && page < pool.shape[1], "page ", page, " is outside 0..", pool.shape[1] - 1);
   for (const int64_t page : to) {

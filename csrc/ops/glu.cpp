@@ -8,9 +8,8 @@ namespace foveate {
 namespace {
 
 GluParams params(const TensorView& gate, const TensorView& up, bool gelu) {
-  check_rank(gate, "gate", 2), check_float(gate, "gate"), check_last_contiguous(gate, "gate");
-  check_rank(up, "up", 2), check_last_contiguous(up, "up");
-  check_size(up, "up", 0, gate.shape[0]), check_size(up, "up", 1, gate.shape[1]), check_dtype(up, "up", gate.dtype);
+  expect(gate, "gate").rank(2).floating().last_contiguous();
+  expect(up, "up").rank(2).last_contiguous().size(0, gate.shape[0]).size(1, gate.shape[1]).dtype(gate.dtype);
   GluParams p{};
   p.gate = gate.data, p.up = up.data;
   p.rows = gate.shape[0], p.cols = gate.shape[1], p.gate_stride = gate.stride[0], p.up_stride = up.stride[0];
@@ -19,8 +18,7 @@ GluParams params(const TensorView& gate, const TensorView& up, bool gelu) {
 }
 
 void check_rows(const TensorView& t, const char* what, const TensorView& x) {
-  check_rank(t, what, 2), check_size(t, what, 0, x.shape[0]), check_size(t, what, 1, x.shape[1]);
-  check_contiguous(t, what), check_dtype(t, what, x.dtype);
+  expect(t, what).rank(2).size(0, x.shape[0]).size(1, x.shape[1]).contiguous().dtype(x.dtype);
 }
 
 void check_on_cpu(const CallDevice& device) { check(!device.cuda, "glu has no CUDA kernel; its tensors must be on the CPU"); }

@@ -13,33 +13,21 @@ namespace foveate {
 namespace {
 
 Rows rows_of(const TensorView& t, const char* what) {
-  check_rank(t, what, 4);
-  check_last_contiguous(t, what);
+  expect(t, what).rank(4).last_contiguous();
   return {t.data, t.stride[0], t.stride[1], t.stride[2]};
 }
 
-void check_shape(const TensorView& t, const char* what, std::initializer_list<int64_t> shape) {
-  check_rank(t, what, static_cast<int>(shape.size()));
-  int dim = 0;
-  for (int64_t size : shape) check_size(t, what, dim++, size);
-}
-
 // scale: fp32 of the cache's shape without the last dimension, any strides (0 where one number serves all).
-CacheOperand cache_of(const TensorView& cache, const TensorView& scale, bool per_token, const char* what, const char* scale_what) {
-  CacheOperand c{.rows = rows_of(cache, what), .scale_per_token = per_token};
+CacheScale scale_of(const TensorView& cache, const TensorView& scale, bool per_token, const char* what, const char* scale_what) {
   const bool quantized = cache.dtype == DType::kInt8 || cache.dtype == DType::kFloat8E4M3;
   check(quantized == scale.defined(), what, " is ", name(cache.dtype), quantized ? ": it needs " : ": it takes no ", scale_what);
-  if (scale.defined()) {
-    check_dtype(scale, scale_what, DType::kFloat32);
-    check_shape(scale, scale_what, {cache.shape[0], cache.shape[1], cache.shape[2]});
-    c.scale = scale.as<float>();
-    c.scale_batch = scale.stride[0], c.scale_seq = scale.stride[1], c.scale_head = scale.stride[2];
-  }
-  return c;
+  if (!scale.defined()) return {.per_token = per_token};
+  expect(scale, scale_what).dtype(DType::kFloat32).shape({cache.shape[0], cache.shape[1], cache.shape[2]});
+  return {scale.as<float>(), scale.stride[0], scale.stride[1], scale.stride[2], per_token};
 }
 
 std::vector<int32_t> read_lens(const TensorView& lens, int64_t batch, int64_t capacity) {
-  check_shape(lens, "kv_lens", {batch});
+  expect(lens, "kv_lens").shape({batch});
   check(lens.dtype == DType::kInt32 || lens.dtype == DType::kInt64, "kv_lens is ", name(lens.dtype), ", expected int32 or int64");
   std::vector<int32_t> values(batch);
   for (int64_t b = 0; b < batch; ++b) {
@@ -52,30 +40,14 @@ std::vector<int32_t> read_lens(const TensorView& lens, int64_t batch, int64_t ca
   return values;
 }
 
-// What the blocked kernel needs to attend to a cache that holds the new keys already.
-AttentionParams blocked_params(const KvCacheParams& p) {
-  AttentionParams a;
-  a.q = p.q, a.k = p.k.rows, a.v = p.v.rows, a.out = p.out;
-  a.lse = {p.lse, p.heads_q * p.seq_q, 1, p.seq_q};
-  a.alibi = p.alibi, a.alibi_batch = p.alibi_batch, a.alibi_head = p.alibi_head, a.sinks = p.sinks;
-  a.kv_lens = p.kv_lens, a.new_keys = p.seq_new, a.pages = p.pages;
-  a.block_table = p.block_table, a.block_table_stride = p.block_table_stride, a.page_size = p.page_size;
-  a.batch = p.batch, a.seq_q = p.seq_q, a.heads_q = p.heads_q, a.heads_kv = p.heads_kv, a.head_dim = p.head_dim,
-  a.head_dim_v = p.head_dim_v;
-  a.seq_kv = p.capacity;
-  a.scale = p.scale, a.softcap = p.softcap, a.causal = p.causal, a.window_left = p.window_left, a.window_right = p.window_right;
-  a.dtype = p.dtype, a.kv_dtype = p.kv_dtype;
-  return a;
-}
-
 }  // namespace
 
 // The values that would make a kernel read or write outside of the cache, the block table or the rotary tables.
 void check_cache_values(const KvCacheParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t len = p.kv_lens[b], end = len + p.seq_new;
+    const int64_t len = p.kv_lens[b], end = len + p.new_keys;
     check(len >= 0, "kv_lens[", b, "] = ", len, " is negative");
-    check(end <= p.capacity, "kv_lens[", b, "] + Snew = ", len, " + ", p.seq_new, " = ", end, " exceeds the cache's ", p.capacity,
+    check(end <= p.seq_kv, "kv_lens[", b, "] + Snew = ", len, " + ", p.new_keys, " = ", end, " exceeds the cache's ", p.seq_kv,
           " keys; use a larger cache or ", p.block_table ? "a block_table with more pages" : "shorter sequences");
     if (p.rotary_cos) {
       const int64_t first = p.new_k.data ? len : len - p.seq_q, last = std::max(end, first + p.seq_q);
@@ -95,153 +67,173 @@ void check_cache_values(const KvCacheParams& p) {
   }
 }
 
-void set_division(KvCacheParams& p, const Division& d, int64_t capacity) {
+void set_division(KvCacheParams& p, const Division& d) {
   constexpr int64_t kMost = int64_t{1} << 31;
   check(d.num_splits >= 1 && d.keys_per_split >= 0 && d.rows_per_task >= 1 && d.heads_per_task >= 1 && d.num_splits <= kMost &&
             d.keys_per_split <= kMost,
         "num_splits = ", d.num_splits, ", keys_per_split = ", d.keys_per_split, ", rows_per_task = ", d.rows_per_task,
         " and heads_per_task = ", d.heads_per_task, " are not a division of the work");
-  check(d.keys_per_split == 0 || d.num_splits * d.keys_per_split >= capacity, d.num_splits, " splits of ", d.keys_per_split,
-        " keys do not cover the cache's ", capacity);
+  check(d.keys_per_split == 0 || d.num_splits * d.keys_per_split >= p.seq_kv, d.num_splits, " splits of ", d.keys_per_split,
+        " keys do not cover the cache's ", p.seq_kv);
   p.num_splits = d.num_splits, p.keys_per_split = d.keys_per_split;
   const int64_t rows = p.heads_kv > 0 ? p.seq_q * (p.heads_q / p.heads_kv) : 0;
   p.rows_per_task = std::min(d.rows_per_task, std::max<int64_t>(1, rows));
   p.heads_per_task = std::min(d.heads_per_task, std::max<int64_t>(1, p.heads_kv));
 }
 
-void append_and_attend(KvCacheParams p, bool blocked, void* q_turned, int threads) {
-  if (p.seq_new > 0) cpu::kernels().kv_append(p, threads);
+void append_and_attend(KvCacheParams p, bool blocked, void* q_rotated, int threads) {
+  if (p.new_keys > 0) cpu::kernels().kv_append(p, threads);
   if (p.seq_q == 0 || p.heads_q == 0) return;
   if (!blocked) return cpu::kernels().decode(p, threads);
   if (p.rotary_cos) {
-    cpu::kernels().rotate_queries(p, q_turned, threads);
-    p.q = {q_turned, p.seq_q * p.heads_q * p.head_dim, p.heads_q * p.head_dim, p.head_dim};
+    cpu::kernels().rotate_queries(p, q_rotated, threads);
+    p.q = {q_rotated, p.seq_q * p.heads_q * p.head_dim, p.heads_q * p.head_dim, p.head_dim};
   }
-  AttentionParams a = blocked_params(p);
+  AttentionParams a;
+  static_cast<AttentionProblem&>(a) = p;
   a.seq_kv = 0;  // workspaces follow from it: the longest sequence, not what the cache could hold
-  for (int64_t b = 0; b < p.batch; ++b) a.seq_kv = std::max<int64_t>(a.seq_kv, p.kv_lens[b] + p.seq_new);
+  for (int64_t b = 0; b < p.batch; ++b) a.seq_kv = std::max<int64_t>(a.seq_kv, p.kv_lens[b] + p.new_keys);
   cpu::kernels().attention_forward(a, threads);
 }
 
 namespace {
 
-void append_and_attend_on_gpu(KvCacheParams p, bool blocked, void* q_turned, cuda::Stream stream) {
-  if (p.seq_new > 0) cuda::kernels().kv_append(p, stream);
+void append_and_attend_on_gpu(KvCacheParams p, bool blocked, void* q_rotated, cuda::Stream stream) {
+  if (p.new_keys > 0) cuda::kernels().kv_append(p, stream);
   if (p.seq_q == 0 || p.heads_q == 0) return;
   if (!blocked) return cuda::kernels().decode(p, stream);
   if (p.rotary_cos) {
-    cuda::kernels().rotate_queries(p, q_turned, stream);
-    p.q = {q_turned, p.seq_q * p.heads_q * p.head_dim, p.heads_q * p.head_dim, p.head_dim};
+    cuda::kernels().rotate_queries(p, q_rotated, stream);
+    p.q = {q_rotated, p.seq_q * p.heads_q * p.head_dim, p.heads_q * p.head_dim, p.head_dim};
   }
-  cuda::kernels().attention_forward(blocked_params(p), stream);
+  AttentionParams a;
+  static_cast<AttentionProblem&>(a) = p;
+  cuda::kernels().attention_forward(a, stream);
 }
 
-}  // namespace
+// ---- views -> checks -> params: one function for each group of arguments -----------------------------------------------------
 
-void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens,
-                             TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned,
-                             const KvCacheOptions& o, Threads threads) {
-  KvCacheParams p;
+void read_queries_and_cache(KvCacheParams& p, const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                            const TensorView& out, const TensorView& lse, const KvCacheOptions& o) {
   p.q = rows_of(q, "q"), p.out = rows_of(out, "out");
-  p.k = cache_of(k_cache, o.k_scale, o.k_scale_per_token, "k_cache", "k_scale");
-  p.v = cache_of(v_cache, o.v_scale, o.v_scale_per_token, "v_cache", "v_scale");
+  p.k = rows_of(k_cache, "k_cache");
+  p.k_scale = scale_of(k_cache, o.k_scale, o.k_scale_per_token, "k_cache", "k_scale");
+  p.v = rows_of(v_cache, "v_cache");
+  p.v_scale = scale_of(v_cache, o.v_scale, o.v_scale_per_token, "v_cache", "v_scale");
   p.batch = q.shape[0], p.seq_q = q.shape[1], p.heads_q = q.shape[2], p.head_dim = q.shape[3];
   p.heads_kv = k_cache.shape[2], p.head_dim_v = v_cache.shape[3];
   p.dtype = q.dtype, p.kv_dtype = k_cache.dtype;
   check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, the cache has ", p.heads_kv,
         ", which must divide it");
-  check_size(k_cache, "k_cache", 3, p.head_dim);
-  check_shape(v_cache, "v_cache", {k_cache.shape[0], k_cache.shape[1], p.heads_kv, p.head_dim_v});
-  check_dtype(v_cache, "v_cache", p.kv_dtype);
+  expect(k_cache, "k_cache").size(3, p.head_dim);
+  expect(v_cache, "v_cache").shape({k_cache.shape[0], k_cache.shape[1], p.heads_kv, p.head_dim_v}).dtype(p.kv_dtype);
   check(p.kv_dtype == p.dtype || o.k_scale.defined(), "q is ", name(p.dtype), ", the cache is ", name(p.kv_dtype));
   check(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, "q is ", name(p.dtype),
         ", expected float32, bfloat16 or float16");
-  check_shape(out, "out", {p.batch, p.seq_q, p.heads_q, p.head_dim_v}), check_dtype(out, "out", p.dtype);
-  check_shape(lse, "lse", {p.batch, p.heads_q, p.seq_q}), check_contiguous(lse, "lse"), check_dtype(lse, "lse", DType::kFloat32);
-  p.lse = lse.as<float>();
+  expect(out, "out").shape({p.batch, p.seq_q, p.heads_q, p.head_dim_v}).dtype(p.dtype);
+  expect(lse, "lse").shape({p.batch, p.heads_q, p.seq_q}).contiguous().dtype(DType::kFloat32);
+  p.lse = {lse.data, p.heads_q * p.seq_q, 1, p.seq_q};
+}
 
+void read_new_keys(KvCacheParams& p, const TensorView& k, const TensorView& v) {
   check(k.defined() == v.defined(), "k and v must be given together");
-  if (k.defined()) {
-    p.new_k = rows_of(k, "k"), p.new_v = rows_of(v, "v");
-    p.seq_new = k.shape[1];
-    check_shape(k, "k", {p.batch, p.seq_new, p.heads_kv, p.head_dim}), check_dtype(k, "k", p.dtype);
-    check_shape(v, "v", {p.batch, p.seq_new, p.heads_kv, p.head_dim_v}), check_dtype(v, "v", p.dtype);
-  }
+  if (!k.defined()) return;
+  p.new_k = rows_of(k, "k"), p.new_v = rows_of(v, "v");
+  p.new_keys = k.shape[1];
+  expect(k, "k").shape({p.batch, p.new_keys, p.heads_kv, p.head_dim}).dtype(p.dtype);
+  expect(v, "v").shape({p.batch, p.new_keys, p.heads_kv, p.head_dim_v}).dtype(p.dtype);
+}
 
-  int64_t capacity = k_cache.shape[1];
-  if (const TensorView& table = o.block_table; table.defined()) {
-    check_rank(table, "block_table", 2), check_size(table, "block_table", 0, p.batch);
-    check_dtype(table, "block_table", DType::kInt32), check_last_contiguous(table, "block_table");
-    p.block_table = table.as<const int32_t>(), p.block_table_stride = table.stride[0], p.page_size = k_cache.shape[1];
-    check(p.page_size >= 1, "the pages of k_cache hold no keys: page_size is ", p.page_size);
-    capacity = table.shape[1] * p.page_size;
-  } else {
-    check_size(k_cache, "k_cache", 0, p.batch);
+void read_pages(KvCacheParams& p, const TensorView& k_cache, const TensorView& table) {
+  p.pages = k_cache.shape[0], p.seq_kv = k_cache.shape[1];
+  if (!table.defined()) {
+    expect(k_cache, "k_cache").size(0, p.batch);
+    return;
   }
-  check(o.rotary_cos.defined() == o.rotary_sin.defined(), "rotary_cos and rotary_sin must be given together");
-  if (const TensorView& cos = o.rotary_cos; cos.defined()) {
-    check_rank(cos, "rotary_cos", 2), check_contiguous(cos, "rotary_cos");
-    p.rotary_positions = cos.shape[0], p.rotary_pairs = cos.shape[1], p.rotary_dtype = cos.dtype;
-    check(2 * p.rotary_pairs <= p.head_dim, "rotary_cos turns ", 2 * p.rotary_pairs, " elements, the head dim is ", p.head_dim);
-    check(cos.dtype == DType::kFloat32 || cos.dtype == p.dtype, "rotary_cos is ", name(cos.dtype), ", expected float32 or ", name(p.dtype));
-    check_shape(o.rotary_sin, "rotary_sin", {p.rotary_positions, p.rotary_pairs}), check_contiguous(o.rotary_sin, "rotary_sin");
-    check_dtype(o.rotary_sin, "rotary_sin", cos.dtype);
-    if (p.rotary_pairs > 0) p.rotary_cos = cos.data, p.rotary_sin = o.rotary_sin.data, p.rotary_interleaved = o.rotary_interleaved;
-  }
+  expect(table, "block_table").rank(2).size(0, p.batch).dtype(DType::kInt32).last_contiguous();
+  p.block_table = table.as<const int32_t>(), p.block_table_stride = table.stride[0], p.page_size = k_cache.shape[1];
+  check(p.page_size >= 1, "the pages of k_cache hold no keys: page_size is ", p.page_size);
+  p.seq_kv = table.shape[1] * p.page_size;
+}
+
+void read_rotary(KvCacheParams& p, const TensorView& cos, const TensorView& sin, bool interleaved) {
+  check(cos.defined() == sin.defined(), "rotary_cos and rotary_sin must be given together");
+  if (!cos.defined()) return;
+  expect(cos, "rotary_cos").rank(2).contiguous();
+  p.rotary_positions = cos.shape[0], p.rotary_pairs = cos.shape[1], p.rotary_dtype = cos.dtype;
+  check(2 * p.rotary_pairs <= p.head_dim, "rotary_cos turns ", 2 * p.rotary_pairs, " elements, the head dim is ", p.head_dim);
+  check(cos.dtype == DType::kFloat32 || cos.dtype == p.dtype, "rotary_cos is ", name(cos.dtype), ", expected float32 or ", name(p.dtype));
+  expect(sin, "rotary_sin").shape({p.rotary_positions, p.rotary_pairs}).contiguous().dtype(cos.dtype);
+  if (p.rotary_pairs > 0) p.rotary_cos = cos.data, p.rotary_sin = sin.data, p.rotary_interleaved = interleaved;
+}
+
+void read_score_options(KvCacheParams& p, const KvCacheOptions& o) {
   if (const TensorView& alibi = o.alibi; alibi.defined()) {
-    check_rank(alibi, "alibi_slopes", 2), check_dtype(alibi, "alibi_slopes", DType::kFloat32),
-        check_size(alibi, "alibi_slopes", 1, p.heads_q);
+    expect(alibi, "alibi_slopes").rank(2).dtype(DType::kFloat32).size(1, p.heads_q);
     check(alibi.shape[0] == 1 || alibi.shape[0] == p.batch, "alibi_slopes has ", alibi.shape[0], " rows for a batch of ", p.batch);
     p.alibi = alibi.as<const float>(), p.alibi_batch = alibi.broadcast_stride(0), p.alibi_head = alibi.stride[1];
   }
   if (o.sinks.defined()) {
-    check_shape(o.sinks, "sinks", {p.heads_q}), check_dtype(o.sinks, "sinks", DType::kFloat32), check_contiguous(o.sinks, "sinks");
-    p.sinks = o.sinks.as<const float>();
+    expect(o.sinks, "sinks").shape({p.heads_q}).dtype(DType::kFloat32).contiguous();
+    p.sinks = o.sinks.data;
   }
+}
 
-  set_division(p, o.division, capacity);
-  if (p.num_splits > 1) {
-    check_shape(partial_out, "partial_out", {p.num_splits, p.batch, p.heads_q, p.seq_q, p.head_dim_v}),
-        check_contiguous(partial_out, "partial_out");
-    check_shape(partial_lse, "partial_lse", {p.num_splits, p.batch, p.heads_q, p.seq_q}), check_contiguous(partial_lse, "partial_lse");
-    check_dtype(partial_out, "partial_out", DType::kFloat32), check_dtype(partial_lse, "partial_lse", DType::kFloat32);
-    p.partial_out = partial_out.as<float>(), p.partial_lse = partial_lse.as<float>();
-    if (o.counters.defined()) {
-      const int64_t rows = p.heads_kv > 0 ? p.seq_q * (p.heads_q / p.heads_kv) : 0,
-                    counted = p.batch * p.heads_kv * ceil_div(rows, p.rows_per_task);
-      check_rank(o.counters, "counters", 1), check_dtype(o.counters, "counters", DType::kInt32), check_contiguous(o.counters, "counters");
-      check(o.counters.shape[0] >= counted, "counters has ", o.counters.shape[0], " elements, the call needs ", counted);
-      p.counters = o.counters.as<uint32_t>();
-    }
-  }
-  p.causal = o.causal, p.window_left = usable_window(o.window_left), p.window_right = usable_window(o.window_right), p.scale = o.scale,
-  p.softcap = o.softcap;
+void read_splits(KvCacheParams& p, const TensorView& partial_out, const TensorView& partial_lse, const KvCacheOptions& o) {
+  set_division(p, o.division);
+  if (p.num_splits <= 1) return;
+  expect(partial_out, "partial_out").shape({p.num_splits, p.batch, p.heads_q, p.seq_q, p.head_dim_v}).contiguous();
+  expect(partial_lse, "partial_lse").shape({p.num_splits, p.batch, p.heads_q, p.seq_q}).contiguous();
+  expect(partial_out, "partial_out").dtype(DType::kFloat32);
+  expect(partial_lse, "partial_lse").dtype(DType::kFloat32);
+  p.partial_out = partial_out.as<float>(), p.partial_lse = partial_lse.as<float>();
+  if (!o.counters.defined()) return;
+  const int64_t rows = p.heads_kv > 0 ? p.seq_q * (p.heads_q / p.heads_kv) : 0;
+  const int64_t needed = p.batch * p.heads_kv * ceil_div(rows, p.rows_per_task);
+  expect(o.counters, "counters").rank(1).dtype(DType::kInt32).contiguous();
+  check(o.counters.shape[0] >= needed, "counters has ", o.counters.shape[0], " elements, the call needs ", needed);
+  p.counters = o.counters.as<uint32_t>();
+}
 
-  if (o.blocked) {
-    check(p.kv_dtype == p.dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
-    check(capacity <= INT32_MAX, "the cache's ", capacity, " keys for a sequence do not fit int32");
-    if (p.rotary_cos)
-      check_shape(q_turned, "q_turned", {p.batch, p.seq_q, p.heads_q, p.head_dim}), check_contiguous(q_turned, "q_turned"),
-          check_dtype(q_turned, "q_turned", p.dtype);
-  }
-  p.capacity = capacity, p.pages = k_cache.shape[0];
+void check_blocked(const KvCacheParams& p, const TensorView& q_rotated) {
+  check(p.kv_dtype == p.dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
+  check(p.seq_kv <= INT32_MAX, "the cache's ", p.seq_kv, " keys for a sequence do not fit int32");
+  if (p.rotary_cos) expect(q_rotated, "q_rotated").shape({p.batch, p.seq_q, p.heads_q, p.head_dim}).contiguous().dtype(p.dtype);
+}
+
+}  // namespace
+
+void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens,
+                             TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_rotated,
+                             const KvCacheOptions& o, Threads threads) {
+  KvCacheParams p;
+  read_queries_and_cache(p, q, k_cache, v_cache, out, lse, o);
+  read_new_keys(p, k, v);
+  read_pages(p, k_cache, o.block_table);
+  read_rotary(p, o.rotary_cos, o.rotary_sin, o.rotary_interleaved);
+  read_score_options(p, o);
+  read_splits(p, partial_out, partial_lse, o);
+  p.scale = o.scale, p.softcap = o.softcap, p.causal = o.causal;
+  p.window_left = usable_window(o.window_left), p.window_right = usable_window(o.window_right);
+  if (o.blocked) check_blocked(p, q_rotated);
+
   const CallDevice device =
-      device_of({&q, &k_cache, &v_cache, &k, &v, &kv_lens, &out, &lse, &partial_out, &partial_lse, &q_turned, &o.counters, &o.block_table,
+      device_of({&q, &k_cache, &v_cache, &k, &v, &kv_lens, &out, &lse, &partial_out, &partial_lse, &q_rotated, &o.counters, &o.block_table,
                  &o.rotary_cos, &o.rotary_sin, &o.k_scale, &o.v_scale, &o.alibi, &o.sinks});
   std::vector<int32_t> lens;
   if (device.readable) {
-    lens = read_lens(kv_lens, p.batch, capacity);
+    lens = read_lens(kv_lens, p.batch, p.seq_kv);
     p.kv_lens = kv_lens.dtype == DType::kInt32 && (p.batch <= 1 || kv_lens.stride[0] == 1) ? kv_lens.as<const int32_t>() : lens.data();
     check_cache_values(p);
   } else {
-    check_shape(kv_lens, "kv_lens", {p.batch}), check_dtype(kv_lens, "kv_lens", DType::kInt32), check_contiguous(kv_lens, "kv_lens");
+    expect(kv_lens, "kv_lens").shape({p.batch}).dtype(DType::kInt32).contiguous();
     p.kv_lens = kv_lens.as<const int32_t>();
   }
   if (p.batch == 0 || p.heads_kv == 0) return;
   if (device.cuda)
-    append_and_attend_on_gpu(p, o.blocked, q_turned.data, current_stream(device));
+    append_and_attend_on_gpu(p, o.blocked, q_rotated.data, current_stream(device));
   else
-    append_and_attend(p, o.blocked, q_turned.data, threads);
+    append_and_attend(p, o.blocked, q_rotated.data, threads);
 }
 
 }  // namespace foveate

@@ -30,20 +30,20 @@ PackedWeight packed_weight(TensorView data, TensorView bias, const std::string& 
   check(in <= kMost && out <= kMost, "a weight of ", out, " rows of ", in, " elements is larger than any memory");
   const int64_t block = is_k_quant(w.format) ? kSuperBlock : is_blocks(w.format) ? kWeightBlock : 1;
   check(in % block == 0, format, " needs a multiple of ", block, " input features, got ", in);
-  check_rank(data, "data", 1), check_dtype(data, "data", DType::kInt8), check_contiguous(data, "data");
+  expect(data, "data").rank(1).dtype(DType::kInt8).contiguous();
   const int64_t panels = ceil_div(out, kWeightPanel), bytes = panel_bytes(w.format, in);
   check(data.shape[0] / bytes == panels && data.shape[0] % bytes == 0, "data has ", data.shape[0], " bytes; ", panels, " panels of ", bytes,
         " are ", out, " rows of ", in, " elements as ", format);
   check(data.device == DeviceType::kCPU, "data must be on the CPU");
   if (bias.defined())
-    check_rank(bias, "bias", 1), check_size(bias, "bias", 0, out), check_dtype(bias, "bias", DType::kFloat32),
-        check_contiguous(bias, "bias"), check(bias.device == DeviceType::kCPU, "bias must be on the CPU");
+    expect(bias, "bias").rank(1).size(0, out).dtype(DType::kFloat32).contiguous(),
+        check(bias.device == DeviceType::kCPU, "bias must be on the CPU");
   return w;
 }
 
 void packed_linear(TensorView x, TensorView data, const std::string& format, TensorView bias, TensorView out, Threads threads) {
-  check_rank(x, "x", 2), check_last_contiguous(x, "x");
-  check_rank(out, "out", 2), check_contiguous(out, "out"), check_dtype(out, "out", x.dtype), check_size(out, "out", 0, x.shape[0]);
+  expect(x, "x").rank(2).last_contiguous();
+  expect(out, "out").rank(2).contiguous().dtype(x.dtype).size(0, x.shape[0]);
   check(x.dtype == DType::kFloat32 || x.dtype == DType::kBFloat16 || x.dtype == DType::kFloat16, "x is ", name(x.dtype),
         ", expected float32, bfloat16 or float16");
   check(x.device == DeviceType::kCPU && out.device == DeviceType::kCPU, "x and out must be on the CPU");
@@ -58,9 +58,8 @@ void packed_linear(TensorView x, TensorView data, const std::string& format, Ten
 void packed_rows(TensorView data, const std::string& format, int64_t in, int64_t out_features, TensorView ids, TensorView out,
                  Threads threads) {
   const PackedWeight w = packed_weight(data, {}, format, in, out_features);
-  check_rank(ids, "ids", 1), check_contiguous(ids, "ids"), check_dtype(ids, "ids", DType::kInt64);
-  check_rank(out, "out", 2), check_contiguous(out, "out"), check_dtype(out, "out", DType::kFloat32);
-  check_size(out, "out", 0, ids.shape[0]), check_size(out, "out", 1, in);
+  expect(ids, "ids").rank(1).contiguous().dtype(DType::kInt64);
+  expect(out, "out").rank(2).contiguous().dtype(DType::kFloat32).size(0, ids.shape[0]).size(1, in);
   check(ids.device == DeviceType::kCPU && out.device == DeviceType::kCPU, "ids and out must be on the CPU");
   const int64_t* id = ids.as<const int64_t>();
   for (int64_t i = 0; i < ids.shape[0]; ++i)

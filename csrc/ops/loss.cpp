@@ -8,13 +8,10 @@ namespace foveate {
 namespace {
 
 void check_rows(const TensorView& logits, const TensorView& target, const TensorView& stats) {
-  check_rank(logits, "logits", 2), check_float(logits, "logits");
-  check_last_contiguous(logits, "logits");
+  expect(logits, "logits").rank(2).floating().last_contiguous();
   const int64_t rows = logits.shape[0];
-  check_rank(target, "target", 1), check_size(target, "target", 0, rows);
-  check_dtype(target, "target", DType::kInt64), check_contiguous(target, "target");
-  check_rank(stats, "stats", 2), check_size(stats, "stats", 0, rows), check_size(stats, "stats", 1, 2);
-  check_dtype(stats, "stats", accumulator_of(logits.dtype)), check_contiguous(stats, "stats");
+  expect(target, "target").rank(1).size(0, rows).dtype(DType::kInt64).contiguous();
+  expect(stats, "stats").rank(2).size(0, rows).size(1, 2).dtype(accumulator_of(logits.dtype)).contiguous();
 }
 
 // On the CPU; a GPU is not waited for, its kernels give a loss of NaN.
@@ -38,8 +35,7 @@ CrossEntropyParams params(const TensorView& logits, const TensorView& target, co
 void cross_entropy_forward(TensorView logits, TensorView target, TensorView loss, TensorView stats, CrossEntropyOptions options,
                            Threads threads) {
   check_rows(logits, target, stats);
-  check_rank(loss, "loss", 1), check_size(loss, "loss", 0, logits.shape[0]);
-  check_dtype(loss, "loss", accumulator_of(logits.dtype)), check_contiguous(loss, "loss");
+  expect(loss, "loss").rank(1).size(0, logits.shape[0]).dtype(accumulator_of(logits.dtype)).contiguous();
   const CallDevice device = device_of({&logits, &target, &loss, &stats});
   if (device.readable) check_target(target, logits.shape[1], options.ignore_index);
   if (logits.shape[0] == 0) return;
@@ -55,9 +51,8 @@ void cross_entropy_forward(TensorView logits, TensorView target, TensorView loss
 void cross_entropy_backward(TensorView dloss, TensorView logits, TensorView target, TensorView stats, TensorView dlogits,
                             CrossEntropyOptions options, Threads threads) {
   check_rows(logits, target, stats);
-  check_rank(dloss, "dloss", 1), check_size(dloss, "dloss", 0, logits.shape[0]), check_dtype(dloss, "dloss", accumulator_of(logits.dtype));
-  check_rank(dlogits, "dlogits", 2), check_size(dlogits, "dlogits", 0, logits.shape[0]), check_size(dlogits, "dlogits", 1, logits.shape[1]);
-  check_dtype(dlogits, "dlogits", logits.dtype), check_contiguous(dlogits, "dlogits");
+  expect(dloss, "dloss").rank(1).size(0, logits.shape[0]).dtype(accumulator_of(logits.dtype));
+  expect(dlogits, "dlogits").rank(2).size(0, logits.shape[0]).size(1, logits.shape[1]).dtype(logits.dtype).contiguous();
   const CallDevice device = device_of({&dloss, &logits, &target, &stats, &dlogits});
   if (device.readable) check_target(target, logits.shape[1], options.ignore_index);
   if (logits.numel() == 0) return;

@@ -8,22 +8,19 @@ namespace foveate {
 namespace {
 
 void check_rows(const TensorView& t, const char* what, const TensorView& x) {
-  check_rank(t, what, 2), check_size(t, what, 0, x.shape[0]), check_size(t, what, 1, x.shape[1]);
-  check_contiguous(t, what), check_dtype(t, what, x.dtype);
+  expect(t, what).rank(2).size(0, x.shape[0]).size(1, x.shape[1]).contiguous().dtype(x.dtype);
 }
 
 void check_x_and_weight(const TensorView& x, const TensorView& weight) {
-  check_rank(x, "x", 2), check_float(x, "x");
-  check_last_contiguous(x, "x");
+  expect(x, "x").rank(2).floating().last_contiguous();
   if (!weight.defined()) return;
-  check_rank(weight, "weight", 1), check_size(weight, "weight", 0, x.shape[1]), check_contiguous(weight, "weight");
+  expect(weight, "weight").rank(1).size(0, x.shape[1]).contiguous();
   check(weight.dtype == x.dtype || weight.dtype == accumulator_of(x.dtype), "weight is ", name(weight.dtype), ", expected ", name(x.dtype),
         " or ", name(accumulator_of(x.dtype)));
 }
 
 void check_rstd(const TensorView& rstd, const TensorView& x) {
-  check_rank(rstd, "rstd", 1), check_size(rstd, "rstd", 0, x.shape[0]), check_contiguous(rstd, "rstd");
-  check_dtype(rstd, "rstd", accumulator_of(x.dtype));
+  expect(rstd, "rstd").rank(1).size(0, x.shape[0]).contiguous().dtype(accumulator_of(x.dtype));
 }
 
 }  // namespace
@@ -55,8 +52,7 @@ void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorV
   check_rows(dout, "dout", x), check_rows(dx, "dx", x), check_rstd(rstd, x);
   int64_t parts = threads;
   if (dweight_parts.defined()) {
-    check_rank(dweight_parts, "dweight_parts", 2), check_size(dweight_parts, "dweight_parts", 1, x.shape[1]);
-    check_contiguous(dweight_parts, "dweight_parts"), check_dtype(dweight_parts, "dweight_parts", accumulator_of(x.dtype));
+    expect(dweight_parts, "dweight_parts").rank(2).size(1, x.shape[1]).contiguous().dtype(accumulator_of(x.dtype));
     parts = dweight_parts.shape[0];
     check(parts > 0, "dweight_parts has no rows; it needs one for each thread");
   }

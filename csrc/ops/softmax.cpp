@@ -9,16 +9,16 @@ namespace {
 
 // An operand that broadcasts to x by strides of 0.
 void check_operand(const TensorView& t, const char* what, const TensorView& x) {
-  check_rank(t, what, x.ndim);
-  for (int d = 0; d < x.ndim; ++d) check_size(t, what, d, x.shape[d]);
+  expect(t, what).rank(x.ndim);
+  for (int d = 0; d < x.ndim; ++d) expect(t, what).size(d, x.shape[d]);
   const int64_t last = t.stride[x.ndim - 1];
   check(last == 0 || last == 1 || x.shape[x.ndim - 1] <= 1, what, ": the last dimension must have stride 1 or 0, its stride is ", last);
 }
 
 void check_same_shape(const TensorView& t, const char* what, const TensorView& x) {
-  check_rank(t, what, x.ndim);
-  for (int d = 0; d < x.ndim; ++d) check_size(t, what, d, x.shape[d]);
-  check_contiguous(t, what);
+  expect(t, what).rank(x.ndim);
+  for (int d = 0; d < x.ndim; ++d) expect(t, what).size(d, x.shape[d]);
+  expect(t, what).contiguous();
 }
 
 void check_dx(const TensorView& dx, const TensorView& out) {
@@ -45,14 +45,14 @@ void merge_dimensions(SoftmaxParams& p) {
 
 void softmax_forward(TensorView x, TensorView bias, TensorView mask, TensorView out, double scale, bool causal, bool log, Threads threads) {
   check(x.ndim >= 1, "x has no dimension to take the softmax over");
-  check_float(x, "x"), check_last_contiguous(x, "x");
-  check_same_shape(out, "out", x), check_dtype(out, "out", x.dtype);
+  expect(x, "x").floating().last_contiguous();
+  check_same_shape(out, "out", x), expect(out, "out").dtype(x.dtype);
   if (bias.defined()) {
     check_operand(bias, "bias", x);
     check(bias.dtype == x.dtype || bias.dtype == accumulator_of(x.dtype), "bias is ", name(bias.dtype), ", expected ", name(x.dtype),
           " or ", name(accumulator_of(x.dtype)));
   }
-  if (mask.defined()) check_operand(mask, "mask", x), check_dtype(mask, "mask", DType::kBool);
+  if (mask.defined()) check_operand(mask, "mask", x), expect(mask, "mask").dtype(DType::kBool);
   check(!causal || x.ndim >= 2, "causal needs x with at least 2 dimensions, it has ", x.ndim);
   check(!log || !(bias.defined() || mask.defined() || causal), "log_softmax takes no bias, mask or causal");
   if (x.numel() == 0) return;
@@ -80,8 +80,9 @@ void softmax_forward(TensorView x, TensorView bias, TensorView mask, TensorView 
 
 void softmax_backward(TensorView dout, TensorView out, TensorView dx, double scale, bool log, Threads threads) {
   check(out.ndim >= 1, "out has no dimension that a softmax could have been taken over");
-  check_float(out, "out"), check_same_shape(out, "out", out), check_same_shape(dout, "dout", out), check_same_shape(dx, "dx", out);
-  check_dtype(dout, "dout", out.dtype);
+  expect(out, "out").floating();
+  check_same_shape(out, "out", out), check_same_shape(dout, "dout", out), check_same_shape(dx, "dx", out);
+  expect(dout, "dout").dtype(out.dtype);
   check_dx(dx, out);
   if (out.numel() == 0) return;
   const int64_t cols = out.shape[out.ndim - 1];
@@ -103,21 +104,25 @@ void softmax_backward(TensorView dout, TensorView out, TensorView dx, double sca
 namespace {
 
 void check_columns(const TensorView& t, const char* what, const TensorView& x) {
-  check_rank(t, what, 3), check_same_shape(t, what, x);
+  expect(t, what).rank(3);
+  check_same_shape(t, what, x);
   check(t.device == DeviceType::kCPU, what, " must be on the CPU");
 }
 
 }  // namespace
 
 void softmax_columns_forward(TensorView x, TensorView out, double scale, bool log, Threads threads) {
-  check_float(x, "x"), check_columns(x, "x", x), check_columns(out, "out", x), check_dtype(out, "out", x.dtype);
+  expect(x, "x").floating();
+  check_columns(x, "x", x), check_columns(out, "out", x), expect(out, "out").dtype(x.dtype);
   if (x.numel() == 0) return;
   cpu::kernels().softmax_columns_forward({x.data, out.data, x.shape[0], x.shape[1], x.shape[2], scale, log, x.dtype}, threads);
 }
 
 void softmax_columns_backward(TensorView dout, TensorView out, TensorView dx, double scale, bool log, Threads threads) {
-  check_float(out, "out"), check_columns(out, "out", out), check_columns(dout, "dout", out), check_columns(dx, "dx", out);
-  check_dtype(dout, "dout", out.dtype), check_dx(dx, out);
+  expect(out, "out").floating();
+  check_columns(out, "out", out), check_columns(dout, "dout", out), check_columns(dx, "dx", out);
+  expect(dout, "dout").dtype(out.dtype);
+  check_dx(dx, out);
   if (out.numel() == 0) return;
   cpu::kernels().softmax_columns_backward(
       {dout.data, out.data, dx.data, out.shape[0], out.shape[1], out.shape[2], scale, log, dx.dtype != out.dtype, out.dtype}, threads);

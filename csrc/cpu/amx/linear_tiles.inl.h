@@ -107,7 +107,7 @@ FOVEATE_INLINE void int8_tile(TileScope& tiles, const uint8_t* panel, const int8
 // c [32][32] = prepared rows [row, row + rows) times a panel of bf16, rows <= 32.
 FOVEATE_INLINE void bf16_tile(TileScope& tiles, const uint8_t* panel, const PreparedRows& a, int64_t row, int64_t rows, int64_t in,
                               float* c) {
-  const int64_t first = rows < kTileSide ? rows : kTileSide, second = rows - first, units = ceil_div<int64_t>(in, 2);
+  const int64_t first = min<int64_t>(rows, kTileSide), second = rows - first, units = ceil_div<int64_t>(in, 2);
   tiles.configure(rows, [&](TileConfig& config) {
     TileConfig::set(config, 0, first, 64), TileConfig::set(config, 1, second, 64);
     TileConfig::set(config, 2, 16, 64), TileConfig::set(config, 3, 16, 64);

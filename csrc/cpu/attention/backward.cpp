@@ -33,7 +33,8 @@ struct Backward {
   const int64_t k_width = round_up<int64_t>(p.head_dim, w), v_width = round_up<int64_t>(p.head_dim_v, w);
   const int64_t padded_q = round_up(p.seq_q, kBlockQueries), key_blocks = ceil_div(p.seq_kv, kBlockKeys);
   const int64_t distances = p.rel_table && p.seq_q + p.seq_kv > 0 ? p.seq_q + p.seq_kv - 1 : 0;
-  const bool options = has_score_options(p);
+  const Window<int64_t> window = FOVEATE_ISA::window(p);
+  const bool options = changes_scores(p);
   const Dropout dropout = dropout_of(p);
   const Acc* relative = nullptr;
   int64_t groups_b = p.batch, groups_h = p.heads_kv, chunks = 1;
@@ -49,13 +50,13 @@ struct Backward {
 
   template <class F>
   void pieces(Local& x, const F& piece) const {
-    const int64_t temp = k_units > v_units ? k_units : v_units, width = k_width > v_width ? k_width : v_width;
-    const int64_t staged = w > kTileRows ? w : kTileRows;  // rows in temp
+    const int64_t temp = max(k_units, v_units), width = max(k_width, v_width);
+    const int64_t staged = max<int64_t>(w, kTileRows);  // rows in temp
     const int64_t chunk_keys = ceil_div(key_blocks, chunks) * kBlockKeys, tile = kBlockQueries * kBlockKeys;
     piece(x.q_panels, padded_q * k_units), piece(x.dout_panels, padded_q * v_units);
     piece(x.q_stacked, padded_q / kPair * k_width), piece(x.dout_stacked, padded_q / kPair * v_width);
     piece(x.k_columns, kBlockKeys * k_units), piece(x.v_columns, kBlockKeys * v_units), piece(x.k_stacked, kBlockKeys / kPair * k_width);
-    piece(x.temp, temp * staged > width ? temp * staged : width);
+    piece(x.temp, max(temp * staged, width));
     piece(x.lse, padded_q), piece(x.lse_rest, padded_q), piece(x.delta, padded_q), piece(x.dq, chunks == 1 ? padded_q * k_width : 0);
     piece(x.dk, chunk_keys * k_width), piece(x.dv, chunk_keys * v_width);
     piece(x.s, tile), piece(x.dp, tile), piece(x.slope, p.softcap > 0 ? kBlockKeys : 0), piece(x.keep, kBlockKeys);
@@ -83,8 +84,7 @@ struct Backward {
     if (g.dbias && g.dbias_stride[1] == 0) groups_h = 1;
     const int64_t groups = groups_b * groups_h, wanted = groups % threads == 0 ? groups : 4 * threads;  // also 0 groups
     chunks = groups >= wanted ? 1 : ceil_div(wanted, groups);
-    if (chunks > kMaxChunks) chunks = kMaxChunks;
-    if (chunks > key_blocks) chunks = key_blocks > 0 ? key_blocks : 1;
+    chunks = min(chunks, min(kMaxChunks, max<int64_t>(key_blocks, 1)));
     if (g.dbias && g.dbias_stride[3] == 0) chunks = 1;  // all keys add to one element
   }
 
@@ -127,9 +127,9 @@ struct Backward {
     const int64_t first_block = key_blocks * chunk / chunks, last_block = key_blocks * (chunk + 1) / chunks,
                   first = first_block * kBlockKeys;
     // Keys beyond kv_lens have gradient 0; a packed batch has none.
-    const int64_t stop = p.cu_k ? s.k : p.seq_kv, last = last_block * kBlockKeys < stop ? last_block * kBlockKeys : stop;
-    const int64_t added = round_up(s.k, kColumnAlign), end = (stop > added ? stop : added) - first;
-    const int64_t cleared = end < 0 ? 0 : end < (last_block - first_block) * kBlockKeys ? end : (last_block - first_block) * kBlockKeys;
+    const int64_t stop = p.cu_k ? s.k : p.seq_kv, last = min(last_block * kBlockKeys, stop);
+    const int64_t added = round_up(s.k, kColumnAlign), end = max(stop, added) - first;
+    const int64_t cleared = clamp<int64_t>(end, 0, (last_block - first_block) * kBlockKeys);
     std::memset(static_cast<void*>(x.dk), 0, cleared * k_width * sizeof(Acc));
     std::memset(static_cast<void*>(x.dv), 0, cleared * v_width * sizeof(Acc));
     for (int64_t i = 0; i < group; ++i) {
@@ -182,7 +182,7 @@ struct Backward {
       Acc delta = dots[i % kTileRows], top = lse[i], rest = x.lse_rest[i];
       if (p.sinks) {
         const Acc sink = static_cast<const Acc*>(p.sinks)[h];
-        top = sink > lse[i] ? sink : lse[i];
+        top = max(lse[i], sink);
         rest = top == -inf ? 0 : std::log(std::exp(sink - top) + std::exp(lse[i] - top + x.lse_rest[i]));
         if (top > -inf) dsink -= std::exp(sink - top - rest) * delta;
       }
@@ -215,10 +215,10 @@ struct Backward {
     if (!any) return;
     const Acc scale = options ? Acc{1} : static_cast<Acc>(p.scale);
     for (int64_t key0 = 0; key0 < s.k; key0 += kBlockKeys) {
-      const int64_t keys = s.k - key0 < kBlockKeys ? s.k - key0 : kBlockKeys, end = round_up(keys, kColumnAlign);
-      pack_columns<M>(kv_source(p, p.k, nullptr, b, h / group), key0, key0 + keys, p.head_dim, k_units, x.k_columns, x.temp);
+      const int64_t keys = min(s.k - key0, kBlockKeys), end = round_up(keys, kColumnAlign);
+      pack_columns<M>(kv_source(p, p.k, b, h / group), key0, key0 + keys, p.head_dim, k_units, x.k_columns, x.temp);
       for (int64_t r = 0; r < s.q; r += kTileRows) {
-        const int64_t last = r + kTileRows < s.q ? r + kTileRows : s.q;
+        const int64_t last = min(r + kTileRows, s.q);
         any = false;
         for (int64_t i = r; i < last; ++i) any = any || large(i);
         if (!any) continue;
@@ -227,7 +227,7 @@ struct Backward {
           if (!large(i)) continue;
           Acc* sc = x.s + (i - r) * kBlockKeys;
           if (options) score_row<Acc>(p, s, relative, b, h, i, key0, keys, sc, nullptr);
-          mask_row(sc, key0, 0, end, visible_keys(p, s, i));
+          mask_row(sc, key0, 0, end, visible_keys(window, s, i));
           V sum{};
           for (int64_t c = 0; c < end; c += w) sum += exp2v<5>((load_raw<V>(sc + c) * scale - lse[i]) * static_cast<Acc>(kLog2e));
           x.lse_rest[i] += hsum(sum);
@@ -260,15 +260,15 @@ struct Backward {
 
   // The keys [key0, key0 + kBlockKeys) against all queries of head h that see any of them. x.dk and x.dv point at this block.
   void key_block(int64_t b, int64_t hkv, int64_t h, const Sequence& s, int64_t chunk, int64_t key0, const Local& x) const {
-    const int64_t keys = s.k - key0 < kBlockKeys ? s.k - key0 : kBlockKeys;
+    const int64_t keys = min(s.k - key0, kBlockKeys);
     bool packed = false;
     for (int64_t q0 = 0; q0 < s.q; q0 += kBlockQueries) {
-      const int64_t count = s.q - q0 < kBlockQueries ? s.q - q0 : kBlockQueries;
-      const Range seen = visible_keys(p, s, q0, q0 + count - 1);
-      const int64_t from = seen.begin - key0 > 0 ? seen.begin - key0 : 0, to = seen.end - key0 < keys ? seen.end - key0 : keys;
+      const int64_t count = min(s.q - q0, kBlockQueries);
+      const Range seen = visible_keys(window, s, q0, q0 + count - 1);
+      const int64_t from = max<int64_t>(seen.begin - key0, 0), to = min(seen.end - key0, keys);
       if (from >= to) continue;
       if (!packed) {
-        const RowSource k = kv_source(p, p.k, nullptr, b, hkv), v = kv_source(p, p.v, nullptr, b, hkv);
+        const RowSource k = kv_source(p, p.k, b, hkv), v = kv_source(p, p.v, b, hkv);
         pack_columns<M>(k, key0, key0 + keys, p.head_dim, k_units, x.k_columns, x.temp);
         pack_columns<M>(v, key0, key0 + keys, p.head_dim_v, v_units, x.v_columns, x.temp);
         pack_stacked<M>(k, key0, key0 + keys, round_up(keys, kColumnAlign), p.head_dim, k_width, x.k_stacked, x.temp);
@@ -281,7 +281,7 @@ struct Backward {
   void tile(int64_t b, int64_t h, const Sequence& s, int64_t chunk, int64_t key0, int64_t q0, int64_t count, int64_t begin, int64_t end,
             const Local& x) const {
     for (int64_t r = 0; r < count; r += kTileRows) {
-      const int64_t rows = count - r < kTileRows ? count - r : kTileRows;
+      const int64_t rows = min<int64_t>(count - r, kTileRows);
       gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, k_units, x.q_panels + (q0 + r) * k_units, x.k_columns, x.s + r * kBlockKeys,
                                                kBlockKeys);
       gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, v_units, x.dout_panels + (q0 + r) * v_units, x.v_columns, x.dp + r * kBlockKeys,
@@ -314,8 +314,8 @@ struct Backward {
   void row(int64_t b, int64_t h, const Sequence& s, int64_t chunk, int64_t i, int64_t key0, int64_t begin, int64_t end, const Local& x,
            Acc* sc, Acc* dp) const {
     constexpr int degree = kPair == 2 ? 4 : 5;
-    const Range seen = visible_keys(p, s, i);
-    const int64_t valid = s.k - key0 < end ? s.k - key0 : end;
+    const Range seen = visible_keys(window, s, i);
+    const int64_t valid = min(s.k - key0, end);
     if (options) score_row<Acc>(p, s, relative, b, h, i, key0 + begin, valid - begin, sc + begin, x.slope ? x.slope + begin : nullptr);
     mask_row(sc, key0, begin, end, seen);
     const bool drops = p.dropout_p > 0;

@@ -46,14 +46,14 @@ struct Ahead {
   Ahead(const void* head0, int64_t row_bytes) : base(static_cast<const char*>(head0)), bytes(row_bytes) {
     const int64_t groups =
         row_bytes > 0 ? ceil_div<int64_t>(kAheadBytes, row_bytes * kValueKeys) : kTile;  // a head dim of 0: nothing to ask for
-    keys = static_cast<int>(groups * kValueKeys < kTile ? groups * kValueKeys : kTile);
+    keys = static_cast<int>(min<int64_t>(groups * kValueKeys, kTile));
   }
   // Share `part` of `parts` of the rows at `offset` (elements of T).
   template <class T, int kCount>
   [[gnu::always_inline]] void ask(const int64_t* offset, int64_t part, int64_t parts) const {
     const int64_t all = kCount * bytes, begin = all * part / parts, end = all * (part + 1) / parts;
     for (int64_t at = begin; at < end;) {
-      const int64_t row = at / bytes, first = at - row * bytes, last = std::min(bytes, first + end - at);
+      const int64_t row = at / bytes, first = at - row * bytes, last = min(bytes, first + end - at);
       const char* line = base + offset[row] * static_cast<int64_t>(sizeof(T));
       for (int64_t byte = first; byte < last; byte += 64) __builtin_prefetch(line + byte, 0, 3);
       at += last - first;
@@ -75,7 +75,7 @@ template <class T>
 int64_t scratch_floats(const KvCacheParams& p) {
   const int64_t dim = round_up<int64_t>(p.head_dim, Chunk<T>::kElements), dim_v = round_up<int64_t>(p.head_dim_v, Chunk<T>::kElements);
   const int64_t states = p.heads_per_task * p.rows_per_task;
-  return round_up<int64_t>(states * (dim + dim_v + 2 + kTile) + std::max(dim, dim_v) + 2 * p.rotary_pairs + 2 * kTile + 64, 16);
+  return round_up<int64_t>(states * (dim + dim_v + 2 + kTile) + max(dim, dim_v) + 2 * p.rotary_pairs + 2 * kTile + 64, 16);
 }
 
 template <class T>
@@ -86,37 +86,24 @@ void carve(Scratch& s, const KvCacheParams& p, float* memory) {
   s.q = take(states * s.dim), s.out = take(states * s.dim_v);
   s.scores = take(states * kTile), s.k_scale = take(kTile), s.v_scale = take(kTile);
   s.max = take(states), s.sum = take(states);
-  s.row = take(std::max(s.dim, s.dim_v) + 2 * p.rotary_pairs);
-}
-
-// The keys that one query may see.
-struct Visible {
-  int64_t position, begin, end;
-};
-FOVEATE_INLINE Visible visible_to(const KvCacheParams& p, int64_t len, int64_t query) {
-  const int64_t position = len - p.seq_q + query;
-  int64_t begin = 0, end = len;
-  if (p.causal) end = std::min(end, position + 1);
-  if (p.window_right >= 0) end = std::min(end, position + p.window_right + 1);
-  if (p.window_left >= 0) begin = std::max<int64_t>(0, position - p.window_left);
-  return {position, begin, end};
+  s.row = take(max(s.dim, s.dim_v) + 2 * p.rotary_pairs);
 }
 
 void choose_keys(const KvCacheParams& p, Task& task) {
-  const int64_t group = p.heads_q / p.heads_kv, len = p.kv_lens[task.b] + p.seq_new;
-  task.begin = visible_to(p, len, task.row0 / group).begin;
-  task.end = visible_to(p, len, (task.row0 + task.rows - 1) / group).end;
+  const int64_t group = p.heads_q / p.heads_kv;
+  const Range seen = visible_keys(window(p), sequence(p, task.b), task.row0 / group, (task.row0 + task.rows - 1) / group);
+  task.begin = seen.begin, task.end = seen.end;
   const int64_t first = p.keys_per_split ? 0 : task.begin / kTile * kTile;
   const int64_t part =
-      p.keys_per_split ? p.keys_per_split : round_up<int64_t>(ceil_div(std::max<int64_t>(0, task.end - first), p.num_splits), kTile);
-  task.begin = std::max(task.begin, first + task.split * part);
-  task.end = std::min(task.end, first + (task.split + 1) * part);
+      p.keys_per_split ? p.keys_per_split : round_up<int64_t>(ceil_div(max<int64_t>(0, task.end - first), p.num_splits), kTile);
+  task.begin = max(task.begin, first + task.split * part);
+  task.end = min(task.end, first + (task.split + 1) * part);
 }
 
 template <class T>
 void load_queries(const KvCacheParams& p, const Task& task, Scratch& s) {
   const int64_t group = p.heads_q / p.heads_kv;
-  const int64_t first = p.kv_lens[task.b] - (p.new_k.data ? 0 : p.seq_q);
+  const int64_t first = p.rotary_cos ? p.kv_lens[task.b] - (p.new_k.data ? 0 : p.seq_q) : 0;  // position of the first query
   float *cos = s.row, *sin = cos + p.rotary_pairs;
   for (int64_t r = 0; r < task.rows; ++r) {
     const int64_t i = (task.row0 + r) / group, g = (task.row0 + r) % group;
@@ -137,13 +124,13 @@ void load_queries(const KvCacheParams& p, const Task& task, Scratch& s) {
 // Moves on to the tile at `begin`, and fills in the one behind it.
 void advance(const KvCacheParams& p, const Task& task, int64_t begin, Tile& tile) {
   // Tiles end at multiples of their size, so that the arithmetic does not depend on where the visible keys begin.
-  const auto end_of = [&](int64_t first) { return std::min(task.end, (first / kTile + 1) * kTile); };
+  const auto end_of = [&](int64_t first) { return min(task.end, (first / kTile + 1) * kTile); };
   const auto fill = [&](int64_t first, int at) {
     const int keys = static_cast<int>(end_of(first) - first);
     for (int j = 0; j < keys; ++j) {
       const Slot slot = slot_of(p, task.b, first + j);
-      tile.k[at + j] = slot.batch * p.k.rows.batch + slot.row * p.k.rows.seq;
-      tile.v[at + j] = slot.batch * p.v.rows.batch + slot.row * p.v.rows.seq;
+      tile.k[at + j] = slot.batch * p.k.batch + slot.row * p.k.seq;
+      tile.v[at + j] = slot.batch * p.v.batch + slot.row * p.v.seq;
     }
     for (int j = keys; j < kTile; ++j) tile.k[at + j] = tile.k[at + keys - 1], tile.v[at + j] = tile.v[at + keys - 1];
     return keys;
@@ -163,10 +150,10 @@ void advance(const KvCacheParams& p, const Task& task, int64_t begin, Tile& tile
   }
 }
 
-void load_scales(const KvCacheParams& p, const CacheOperand& cache, const Task& task, const Tile& tile, int64_t head, float* out) {
+void load_scales(const KvCacheParams& p, const CacheScale& scale, const Task& task, const Tile& tile, int64_t head, float* out) {
   for (int j = 0; j < kTile; ++j) {
-    const Slot slot = slot_of(p, task.b, tile.begin + std::min(j, tile.keys - 1));
-    out[j] = cache.scale[slot.batch * cache.scale_batch + slot.row * cache.scale_seq + head * cache.scale_head];
+    const Slot slot = slot_of(p, task.b, tile.begin + min(j, tile.keys - 1));
+    out[j] = scale.data[slot.batch * scale.batch + slot.row * scale.seq + head * scale.head];
   }
 }
 
@@ -193,23 +180,23 @@ void add_operands(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t h
   }
 }
 
-// Scores of one row become weights; max and sum are brought up to date. Returns the factor for what was accumulated before.
+// Scores of one row become weights; row_max and row_sum are brought up to date. Returns the factor for what was accumulated before.
 template <class T>
-float softmax_row(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t head, int64_t query, const Visible& visible, float slope,
-                  const float* k_scale, const float* v_scale, float* scores, float& max, float& sum) {
+float softmax_row(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t head, int64_t query, int64_t position, const Range& visible,
+                  float slope, const float* k_scale, const float* v_scale, float* scores, float& row_max, float& row_sum) {
   constexpr int n = kLanes<float>;
   const float scale = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
   const float cap = static_cast<float>(p.softcap);
   const int vecs = ceil_div(tile.keys, n);
-  const int32_t lo = static_cast<int32_t>(std::clamp<int64_t>(visible.begin - tile.begin, 0, kTile));
-  const int32_t hi = static_cast<int32_t>(std::clamp<int64_t>(visible.end - tile.begin, 0, tile.keys));
+  const int32_t lo = static_cast<int32_t>(clamp<int64_t>(visible.begin - tile.begin, 0, kTile));
+  const int32_t hi = static_cast<int32_t>(clamp<int64_t>(visible.end - tile.begin, 0, tile.keys));
   VecF top = splat(-kInf);
   for (int c = 0; c < vecs; ++c) {
     const VecI j = iota<float>() + c * n;
     VecF x = load<float>(scores + c * n) * scale;
     if (k_scale) x *= load<float>(k_scale + c * n);
     if (p.softcap > 0) x = tanhv(x) * cap;
-    if (slope != 0) x -= vabs<float>(__builtin_convertvector(j, VecF) - static_cast<float>(visible.position - tile.begin)) * slope;
+    if (slope != 0) x -= vabs<float>(__builtin_convertvector(j, VecF) - static_cast<float>(position - tile.begin)) * slope;
     x = (j >= lo) & (j < hi) ? x : splat(-kInf);
     top = vmax(top, x);
     store(scores + c * n, x);
@@ -223,7 +210,7 @@ float softmax_row(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t h
       store(scores + c * n, x);
     }
   }
-  const float before = max, after = std::max(before, hmax(top)), shift = after == -kInf ? 0.0f : after;
+  const float before = row_max, after = max(before, hmax(top)), shift = after == -kInf ? 0.0f : after;
   const float correction = before == after ? 1.0f : std::exp(before - shift);
   VecF total{};
   for (int c = 0; c < vecs; ++c) {
@@ -235,8 +222,8 @@ float softmax_row(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t h
     else
       store(scores + c * n, w);
   }
-  max = after;
-  sum = sum * correction + hsum(total);
+  row_max = after;
+  row_sum = row_sum * correction + hsum(total);
   return correction;
 }
 
@@ -245,39 +232,41 @@ template <class T>
 void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, int64_t h0, int64_t heads) {
   constexpr int n = kLanes<float>, kElements = Chunk<T>::kElements, kVecs = Chunk<T>::kVecs;
   const Tile& tile = s.tile;
-  const int64_t group = p.heads_q / p.heads_kv, len = p.kv_lens[task.b] + p.seq_new;
-  const T* k = static_cast<const T*>(p.k.rows.data) + (task.head0 + h0) * p.k.rows.head;
-  const T* v = static_cast<const T*>(p.v.rows.data) + (task.head0 + h0) * p.v.rows.head;
+  const int64_t group = p.heads_q / p.heads_kv;
+  const Sequence lengths = sequence(p, task.b);
+  const Window<int64_t> window = FOVEATE_ISA::window(p);
+  const T* k = static_cast<const T*>(p.k.data) + (task.head0 + h0) * p.k.head;
+  const T* v = static_cast<const T*>(p.v.data) + (task.head0 + h0) * p.v.head;
 
-  const Ahead k_ahead(k, ((heads - 1) * p.k.rows.head + p.head_dim) * sizeof(T));
+  const Ahead k_ahead(k, ((heads - 1) * p.k.head + p.head_dim) * sizeof(T));
   for (int j = 0; j < tile.keys; j += kKeys)
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t state = (h0 + h) * p.rows_per_task;
       k_ahead.ask<T, kKeys>(tile.k + j + k_ahead.keys, h, heads);
       for_row_blocks(
           task.rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-            score_block<rows>(s.scores + (state + r) * kTile + j, s.q + (state + r) * s.dim, s.dim, k + h * p.k.rows.head, tile.k + j,
+            score_block<rows>(s.scores + (state + r) * kTile + j, s.q + (state + r) * s.dim, s.dim, k + h * p.k.head, tile.k + j,
                               p.head_dim);
           });
     }
 
   for (int64_t h = 0; h < heads; ++h) {
     const int64_t head = task.head0 + h0 + h, state = (h0 + h) * p.rows_per_task;
-    if (p.k.scale) load_scales(p, p.k, task, tile, head, s.k_scale);
-    if (p.v.scale) load_scales(p, p.v, task, tile, head, s.v_scale);
+    if (p.k_scale.data) load_scales(p, p.k_scale, task, tile, head, s.k_scale);
+    if (p.v_scale.data) load_scales(p, p.v_scale, task, tile, head, s.v_scale);
     for (int64_t r = 0; r < task.rows; ++r) {
       const int64_t i = (task.row0 + r) / group, g = (task.row0 + r) % group;
       const float slope = p.alibi ? p.alibi[task.b * p.alibi_batch + (head * group + g) * p.alibi_head] : 0.0f;
-      const float correction =
-          softmax_row<T>(p, tile, task.b, head * group + g, i, visible_to(p, len, i), slope, p.k.scale ? s.k_scale : nullptr,
-                         p.v.scale ? s.v_scale : nullptr, s.scores + (state + r) * kTile, s.max[state + r], s.sum[state + r]);
+      const float correction = softmax_row<T>(p, tile, task.b, head * group + g, i, i + lengths.shift, visible_keys(window, lengths, i),
+                                              slope, p.k_scale.data ? s.k_scale : nullptr, p.v_scale.data ? s.v_scale : nullptr,
+                                              s.scores + (state + r) * kTile, s.max[state + r], s.sum[state + r]);
       float* out = s.out + (state + r) * s.dim_v;
       if (correction != 1)
         for (int64_t d = 0; d < s.dim_v; d += n) store(out + d, load<float>(out + d) * correction);
     }
   }
 
-  const Ahead v_ahead(v, ((heads - 1) * p.v.rows.head + p.head_dim_v) * sizeof(T));
+  const Ahead v_ahead(v, ((heads - 1) * p.v.head + p.head_dim_v) * sizeof(T));
   for (int j = 0; j < tile.keys; j += kValueKeys)
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t state = (h0 + h) * p.rows_per_task;
@@ -288,20 +277,19 @@ void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, int64_t h
             constexpr int kChunks = (rows == 1 ? 8 : kAccumulators / (rows == 3 ? 4 : rows)) / kVecs;
             const auto block = [&](auto chunks, int64_t d, int64_t tail) __attribute__((always_inline)) {
               value_block<rows, chunks>(s.out + (state + r) * s.dim_v + d, s.dim_v, weights_of<T>(s.scores + (state + r) * kTile, j),
-                                        v + h * p.v.rows.head + d, tile.v + j, std::min(kValueKeys, tile.keys - j), tail);
+                                        v + h * p.v.head + d, tile.v + j, min(kValueKeys, tile.keys - j), tail);
             };
             int64_t d = 0;
             for (; d + kChunks * kElements <= p.head_dim_v; d += kChunks * kElements)
               block(std::integral_constant<int, kChunks>{}, d, kElements);
-            for (; d < p.head_dim_v; d += kElements)
-              block(std::integral_constant<int, 1>{}, d, std::min<int64_t>(kElements, p.head_dim_v - d));
+            for (; d < p.head_dim_v; d += kElements) block(std::integral_constant<int, 1>{}, d, min<int64_t>(kElements, p.head_dim_v - d));
           });
     }
 }
 
 // lse: natural log, without the sink.
 FOVEATE_INLINE float sink_share(const KvCacheParams& p, int64_t head, float lse) {
-  return p.sinks && lse != -kInf ? 1.0f / (1.0f + std::exp(p.sinks[head] - lse)) : 1.0f;
+  return p.sinks && lse != -kInf ? 1.0f / (1.0f + std::exp(static_cast<const float*>(p.sinks)[head] - lse)) : 1.0f;
 }
 
 FOVEATE_INLINE void write_row(const KvCacheParams& p, int64_t b, int64_t head, int64_t i, float* row, float factor, float lse) {
@@ -317,7 +305,7 @@ FOVEATE_INLINE void write_row(const KvCacheParams& p, int64_t b, int64_t head, i
     write(static_cast<bf16*>(p.out.data) + at);
   else
     write(static_cast<f16*>(p.out.data) + at);
-  if (p.lse) p.lse[(b * p.heads_q + head) * p.seq_q + i] = lse;
+  if (p.lse.data) static_cast<float*>(p.lse.data)[b * p.lse.batch + head * p.lse.head + i] = lse;
 }
 
 template <class T>
@@ -349,7 +337,7 @@ void run(const KvCacheParams& p, Task task, Scratch& s) {
   std::fill(s.max, s.max + states, -kInf), std::fill(s.sum, s.sum + states, 0.0f);
   if (task.begin < task.end) {
     // The order of (tile, head) follows memory: where a key's heads are neighbours, all heads of a tile come before the next tile.
-    const bool heads_inside = p.k.rows.head <= p.k.rows.seq;
+    const bool heads_inside = p.k.head <= p.k.seq;
     const int64_t outer = heads_inside ? 1 : task.heads, inner = heads_inside ? task.heads : 1;
     for (int64_t h = 0; h < outer; ++h)
       for (int64_t begin = task.begin; begin < task.end; begin += s.tile.keys) {
@@ -365,7 +353,7 @@ void merge_splits(const KvCacheParams& p, int threads) {
   parallel_for(rows, 1 + 16384 / (1 + p.num_splits * dim), threads, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       float top = -kInf, sum = 0;
-      for (int64_t split = 0; split < p.num_splits; ++split) top = std::max(top, p.partial_lse[split * rows + at]);
+      for (int64_t split = 0; split < p.num_splits; ++split) top = max(top, p.partial_lse[split * rows + at]);
       const float shift = top == -kInf ? 0.0f : top;
       float* merged = p.partial_out + at * dim;  // of split 0
       for (int64_t split = 0; split < p.num_splits; ++split) {
@@ -388,7 +376,7 @@ void decode_stored_as(const KvCacheParams& p, int threads) {
   const int64_t rows = p.seq_q * (p.heads_q / p.heads_kv), row_blocks = ceil_div(rows, p.rows_per_task);
   const int64_t head_blocks = ceil_div(p.heads_kv, p.heads_per_task);
   const int64_t tasks = p.batch * p.num_splits * row_blocks * head_blocks;
-  const int team = static_cast<int>(std::min<int64_t>(tasks, threads));
+  const int team = static_cast<int>(min<int64_t>(tasks, threads));
   const int64_t floats = scratch_floats<T>(p);
   const AlignedFloats memory = aligned_floats(team * floats);
   parallel_tasks(tasks, team, [&](int64_t index, int thread) {
@@ -397,11 +385,11 @@ void decode_stored_as(const KvCacheParams& p, int threads) {
     Task task;
     // The last queries see the most keys: their blocks come first.
     task.row0 = (row_blocks - 1 - index / (p.batch * p.num_splits * head_blocks)) * p.rows_per_task;
-    task.rows = std::min(p.rows_per_task, rows - task.row0);
+    task.rows = min(p.rows_per_task, rows - task.row0);
     task.b = index / (p.num_splits * head_blocks) % p.batch;
     task.split = index / head_blocks % p.num_splits;
     task.head0 = index % head_blocks * p.heads_per_task;
-    task.heads = std::min(p.heads_per_task, p.heads_kv - task.head0);
+    task.heads = min(p.heads_per_task, p.heads_kv - task.head0);
     run<T>(p, task, s);
   });
   if (p.num_splits > 1) merge_splits(p, threads);

@@ -52,10 +52,10 @@ struct Forward {
   const int64_t v_width = round_up<int64_t>(p.head_dim_v, kTiled ? 16 : w);
   const int64_t rows = group * p.seq_q;  // per KV head, of the longest sequence
   const int64_t key_blocks = ceil_div(p.seq_kv, kBlockKeys);
-  const int64_t packed_keys =
-      p.seq_kv < kBlockKeys ? round_up<int64_t>(p.seq_kv, kKeyAlign<M> > kAlign ? kKeyAlign<M> : kAlign) : kBlockKeys;
+  const int64_t packed_keys = p.seq_kv < kBlockKeys ? round_up<int64_t>(p.seq_kv, max<int64_t>(kKeyAlign<M>, kAlign)) : kBlockKeys;
   const int64_t packed_k = packed_keys * k_units, packed_v = packed_keys / M::kPair * v_width;  // units per block
-  const bool options = has_score_options(p);
+  const Window<int64_t> window = FOVEATE_ISA::window(p);
+  const bool options = changes_scores(p);
   const double factor = options ? 1 : p.scale;  // scores times this are logits
   const Dropout dropout = dropout_of(p);
   const Acc* relative = nullptr;
@@ -70,7 +70,7 @@ struct Forward {
     Unit* probs;  // [kRows][kStride / kPair]: s itself, unless units are pairs
   };
 
-  int64_t temp_units() const { return k_units * w > v_width ? k_units * w : v_width; }
+  int64_t temp_units() const { return max(k_units * w, v_width); }
 
   Local local(const Scratch& scratch, const Layout& layout, int64_t base, int64_t block_rows, int thread) const {
     Layout l = layout;
@@ -93,9 +93,7 @@ struct Forward {
   // Enough blocks for the threads; few rows make small blocks.
   int64_t block_rows() const {
     const int64_t share = ceil_div(rows * p.batch * p.heads_kv, static_cast<int64_t>(threads) * 2);
-    const int64_t fit = share < rows ? share : rows;
-    const int64_t block = round_up<int64_t>(fit > 1 ? fit : 1, kRows);
-    return block < kMaxBlockRows ? block : kMaxBlockRows;
+    return min(round_up<int64_t>(max<int64_t>(min(share, rows), 1), kRows), kMaxBlockRows);
   }
 
   void run() {
@@ -103,7 +101,7 @@ struct Forward {
     const int64_t bytes_per_head = key_blocks * (packed_k + packed_v) * static_cast<int64_t>(sizeof(Unit));
     const bool own = bytes_per_head <= kOwnBytes && (heads % threads == 0 || heads >= 8 * threads);
     int64_t wave = own ? threads : bytes_per_head > 0 ? kPackedBytes / bytes_per_head : heads;
-    wave = wave < 1 ? 1 : wave > heads ? heads : wave;
+    wave = max<int64_t>(min(wave, heads), 1);
 
     Scratch scratch;
     Layout layout;
@@ -126,7 +124,7 @@ struct Forward {
         for (int64_t r = 0; r < row_blocks; ++r) attend(head, r * block, block, mine, x);
       });
     for (int64_t first = 0; first < heads; first += wave) {
-      const int64_t count = heads - first < wave ? heads - first : wave;
+      const int64_t count = min(heads - first, wave);
       parallel_tasks(count * key_blocks, threads, [&](int64_t task, int thread) {
         const int64_t head = task / key_blocks, j = task % key_blocks;
         pack(first + head, j, packed + task * (packed_k + packed_v), local(scratch, {}, locals_at, block, thread).temp);
@@ -143,10 +141,10 @@ struct Forward {
   void pack(int64_t head, int64_t j, Unit* dst, Unit* temp) const {
     const int64_t b = head / p.heads_kv, h = head % p.heads_kv;
     const Sequence s = sequence(p, b);
-    const Range seen = visible_keys(p, s, 0, s.q > 0 ? s.q - 1 : 0);
-    const int64_t begin = j * kBlockKeys, end = s.k < begin + kBlockKeys ? s.k : begin + kBlockKeys;
+    const Range seen = visible_keys(window, s, int64_t{0}, max<int64_t>(s.q - 1, 0));
+    const int64_t begin = j * kBlockKeys, end = min(s.k, begin + kBlockKeys);
     if (begin >= seen.end || end <= seen.begin) return;
-    RowSource k = kv_source(p, p.k, p.k_scale, b, h), v = kv_source(p, p.v, p.v_scale, b, h);
+    RowSource k = kv_source(p, p.k, b, h), v = kv_source(p, p.v, b, h);
     k.first = v.first = seen.begin;  // pages before the window may have been freed
     pack_columns<M>(k, begin, end, p.head_dim, k_units, dst, temp);
     pack_stacked<M>(v, begin, end, round_up(end - begin, kAlign), p.head_dim_v, v_width, dst + packed_k, temp);
@@ -156,20 +154,19 @@ struct Forward {
   void attend(int64_t head, int64_t first, int64_t block, const Unit* packed, const Local& x) const {
     const int64_t b = head / p.heads_kv, hkv = head % p.heads_kv;
     const Sequence s = sequence(p, b);
-    const int64_t total = group * s.q, count = total - first < block ? total - first : block;
+    const int64_t total = group * s.q, count = min(total - first, block);
     if (count <= 0) return;
     const int64_t tiles = ceil_div<int64_t>(count, kRows);
     Range tile_seen[kMaxBlockRows / kRows], seen{s.k, 0};
     for (int64_t t = 0; t < tiles; ++t) {
       tile_seen[t] = {s.k, 0};
       for (int64_t r = t * kRows; r < (t + 1) * kRows && r < count; ++r) {
-        const Range row = visible_keys(p, s, (first + r) % s.q);
+        const Range row = visible_keys(window, s, (first + r) % s.q);
         if (row.empty()) continue;
-        tile_seen[t] = {row.begin < tile_seen[t].begin ? row.begin : tile_seen[t].begin,
-                        row.end > tile_seen[t].end ? row.end : tile_seen[t].end};
+        tile_seen[t] = {min(row.begin, tile_seen[t].begin), max(row.end, tile_seen[t].end)};
       }
       if (tile_seen[t].empty()) continue;
-      seen = {tile_seen[t].begin < seen.begin ? tile_seen[t].begin : seen.begin, tile_seen[t].end > seen.end ? tile_seen[t].end : seen.end};
+      seen = {min(tile_seen[t].begin, seen.begin), max(tile_seen[t].end, seen.end)};
     }
     load_queries(b, hkv, s, first, count, tiles, x);
 #if defined(FOVEATE_TILES)
@@ -198,11 +195,11 @@ struct Forward {
   // Tile t of the rows against the keys of one block.
   void attend_tile(int64_t b, int64_t hkv, const Sequence& s, int64_t first, int64_t count, int64_t t, const Range& seen, int64_t key0,
                    const Unit* block, const Local& x) const {
-    const int64_t from = seen.begin - key0 > 0 ? seen.begin - key0 : 0, to = seen.end - key0 < kBlockKeys ? seen.end - key0 : kBlockKeys;
+    const int64_t from = max<int64_t>(seen.begin - key0, 0), to = min(seen.end - key0, kBlockKeys);
     if (from >= to) return;
     const int64_t begin = from / kAlign * kAlign, end = round_up(to, kAlign);
     const Unit* q = x.q + t * kRows * kQueryStride;
-    const int64_t tile_rows = count - t * kRows < kRows ? count - t * kRows : kRows;
+    const int64_t tile_rows = min<int64_t>(count - t * kRows, kRows);
     if constexpr (kTiled)
       M::columns(tile_rows, begin, end, k_units, q, kQueryStride, block, x.s, kStride);
     else
@@ -211,10 +208,10 @@ struct Forward {
       const int64_t row = first + t * kRows + r, i = row % s.q;
       Acc* scores = x.s + r * kStride;
       if (options) {
-        const int64_t n = (s.k - key0 < end ? s.k - key0 : end) - begin;
+        const int64_t n = min(s.k - key0, end) - begin;
         score_row<Acc>(p, s, relative, b, hkv * group + row / s.q, i, key0 + begin, n, scores + begin, nullptr);
       }
-      mask_row(scores, key0, begin, end, visible_keys(p, s, i));
+      mask_row(scores, key0, begin, end, visible_keys(window, s, i));
     }
     Acc alpha[kRows];
     softmax_tile(b, hkv, s, first + t * kRows, tile_rows, key0, begin, end, x, x.max + t * kRows, x.sum + t * kRows, alpha);
@@ -268,7 +265,7 @@ struct Forward {
         for (; c < stop; c += w)
           c / w % 4 == 0 ? step(c, s4[0]) : c / w % 4 == 1 ? step(c, s4[1]) : c / w % 4 == 2 ? step(c, s4[2]) : step(c, s4[3]);
       };
-      edge(round_up<int64_t>(begin, 4 * w) < end ? round_up<int64_t>(begin, 4 * w) : end);
+      edge(min(round_up<int64_t>(begin, 4 * w), end));
       for (; c + 4 * w <= end; c += 4 * w)
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) step(c + u * w, s4[u]);

@@ -50,15 +50,15 @@ void store_floats(T* out, const float* x, int64_t n) {
 }
 
 // One head of one token. row: [n] as floats.
-void store_row(const KvCacheParams& p, const CacheOperand& cache, Slot slot, int64_t head, const float* row, int64_t n) {
-  const int64_t at = slot.batch * cache.rows.batch + slot.row * cache.rows.seq + head * cache.rows.head;
-  float* scale = cache.scale + slot.batch * cache.scale_batch + slot.row * cache.scale_seq + head * cache.scale_head;
-  switch (p.kv_dtype) {
-    case DType::kFloat32: return store_floats(static_cast<float*>(cache.rows.data) + at, row, n);
-    case DType::kBFloat16: return store_floats(static_cast<bf16*>(cache.rows.data) + at, row, n);
-    case DType::kFloat16: return store_floats(static_cast<f16*>(cache.rows.data) + at, row, n);
-    case DType::kInt8: return store_quantized(static_cast<int8_t*>(cache.rows.data) + at, scale, cache.scale_per_token, row, n);
-    case DType::kFloat8E4M3: return store_quantized(static_cast<f8e4m3*>(cache.rows.data) + at, scale, cache.scale_per_token, row, n);
+void store_row(DType kv_dtype, const Rows& cache, const CacheScale& scales, Slot slot, int64_t head, const float* row, int64_t n) {
+  const int64_t at = slot.batch * cache.batch + slot.row * cache.seq + head * cache.head;
+  float* scale = scales.data + slot.batch * scales.batch + slot.row * scales.seq + head * scales.head;
+  switch (kv_dtype) {
+    case DType::kFloat32: return store_floats(static_cast<float*>(cache.data) + at, row, n);
+    case DType::kBFloat16: return store_floats(static_cast<bf16*>(cache.data) + at, row, n);
+    case DType::kFloat16: return store_floats(static_cast<f16*>(cache.data) + at, row, n);
+    case DType::kInt8: return store_quantized(static_cast<int8_t*>(cache.data) + at, scale, scales.per_token, row, n);
+    case DType::kFloat8E4M3: return store_quantized(static_cast<f8e4m3*>(cache.data) + at, scale, scales.per_token, row, n);
     default: return;
   }
 }
@@ -66,7 +66,7 @@ void store_row(const KvCacheParams& p, const CacheOperand& cache, Slot slot, int
 }  // namespace
 
 void kv_append(const KvCacheParams& p, int threads) {
-  const int64_t tokens = p.batch * p.seq_new, widest = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  const int64_t tokens = p.batch * p.new_keys, widest = max(p.head_dim, p.head_dim_v);
   const int64_t grain = 1 + 4096 / (1 + p.heads_kv * widest);
   const int64_t floats = round_up<int64_t>(widest + 2 * p.rotary_pairs, 16);
   const AlignedFloats memory = aligned_floats(threads * floats);
@@ -74,7 +74,7 @@ void kv_append(const KvCacheParams& p, int threads) {
   parallel_for(tokens, grain, threads, [&](int64_t begin, int64_t end) {
     float *row = memory.get() + (threads > 1 ? omp_get_thread_num() : 0) * floats, *cos = row + widest, *sin = cos + p.rotary_pairs;
     for (int64_t token = begin; token < end; ++token) {
-      const int64_t b = token / p.seq_new, i = token % p.seq_new, position = p.kv_lens[b] + i;
+      const int64_t b = token / p.new_keys, i = token % p.new_keys, position = p.kv_lens[b] + i;
       const Slot slot = slot_of(p, b, position);
       if (p.rotary_cos) {
         load_floats(cos, p.rotary_cos, position * p.rotary_pairs, p.rotary_pairs, p.rotary_dtype);
@@ -83,9 +83,9 @@ void kv_append(const KvCacheParams& p, int threads) {
       for (int64_t h = 0; h < p.heads_kv; ++h) {
         load_floats(row, p.new_k.data, b * p.new_k.batch + i * p.new_k.seq + h * p.new_k.head, p.head_dim, p.dtype);
         if (p.rotary_cos) rotate_row(row, cos, sin, p.rotary_pairs, p.rotary_interleaved);
-        store_row(p, p.k, slot, h, row, p.head_dim);
+        store_row(p.kv_dtype, p.k, p.k_scale, slot, h, row, p.head_dim);
         load_floats(row, p.new_v.data, b * p.new_v.batch + i * p.new_v.seq + h * p.new_v.head, p.head_dim_v, p.dtype);
-        store_row(p, p.v, slot, h, row, p.head_dim_v);
+        store_row(p.kv_dtype, p.v, p.v_scale, slot, h, row, p.head_dim_v);
       }
     }
   });

@@ -8,23 +8,10 @@
 #include <utility>
 
 #include "contract/attention.h"
+#include "core/dispatch.h"
 #include "cpu/simd/gemm.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
-
-// Calls f(row pointer as const T*) with the element type of `dtype`. Ops have refused every other type.
-template <class F>
-FOVEATE_INLINE void visit_storage(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(std::type_identity<float>{});
-    case DType::kFloat64: return f(std::type_identity<double>{});
-    case DType::kFloat16: return f(std::type_identity<f16>{});
-    case DType::kBFloat16: return f(std::type_identity<bf16>{});
-    case DType::kInt8: return f(std::type_identity<int8_t>{});
-    case DType::kFloat8E4M3: return f(std::type_identity<f8e4m3>{});
-    default: return;
-  }
-}
 
 // Where the rows of one (batch, head) lie: contiguous in steps of `stride`, or in pages.
 struct RowSource {
@@ -32,19 +19,12 @@ struct RowSource {
   int64_t stride = 0;  // bytes
   const int32_t* pages = nullptr;
   int64_t page_size = 0, page_stride = 0;  // page_stride in bytes
-  const float* scales = nullptr;           // per token, null: 1
-  int64_t scale_stride = 0, scale_page_stride = 0;
   DType dtype = DType::kFloat32;
   int64_t first = 0;  // rows before it are zeros and not read: what lies there may be gone
 
-  FOVEATE_INLINE const char* row(const RowSource& s, int64_t j) {
-    if (!s.pages) return s.base + j * s.stride;
-    return s.base + s.pages[j / s.page_size] * s.page_stride + j % s.page_size * s.stride;
-  }
-  FOVEATE_INLINE float scale(const RowSource& s, int64_t j) {
-    if (!s.scales) return 1.0f;
-    if (!s.pages) return s.scales[j * s.scale_stride];
-    return s.scales[s.pages[j / s.page_size] * s.scale_page_stride + j % s.page_size * s.scale_stride];
+  [[gnu::always_inline]] const char* row(int64_t j) const {
+    if (!pages) return base + j * stride;
+    return base + pages[j / page_size] * page_stride + j % page_size * stride;
   }
 };
 
@@ -58,17 +38,16 @@ FOVEATE_INLINE void convert_row(const RowSource& s, int64_t j, int64_t depth, ty
     std::memset(static_cast<void*>(dst), 0, units * sizeof(typename M::Unit));
     return;
   }
-  const char* row = RowSource::row(s, j);
-  const Acc factor = static_cast<Acc>(RowSource::scale(s, j));
+  const char* row = s.row(j);
   Element* out = reinterpret_cast<Element*>(dst);
-  visit_storage(s.dtype, [&]<class T>(std::type_identity<T>) {
+  visit_float(s.dtype, [&]<class T>(std::type_identity<T>) {
     const T* in = reinterpret_cast<const T*>(row);
     if constexpr (std::is_same_v<T, Element>) {
       if (depth > 0) std::memcpy(out, in, depth * sizeof(T));  // an empty tensor has no address
     } else {
       int64_t d = 0;
-      for (; d + w <= depth; d += w) store(out + d, load<Acc>(in + d) * factor);
-      for (; d < depth; ++d) from_float(out + d, static_cast<Acc>(to_float(in[d]) * factor));
+      for (; d + w <= depth; d += w) store(out + d, load<Acc>(in + d));
+      for (; d < depth; ++d) from_float(out + d, static_cast<Acc>(to_float(in[d])));
     }
   });
   for (int64_t d = depth; d < units * M::kPair; ++d) from_float(out + d, Acc{0});
@@ -160,19 +139,16 @@ FOVEATE_INLINE void pack_stacked(const RowSource& s, int64_t begin, int64_t end,
 }
 
 // The sources of one (batch, KV head), and of one query head.
-FOVEATE_INLINE RowSource kv_source(const AttentionParams& p, const Rows& t, const float* scales, int64_t b, int64_t h) {
-  const int64_t size = size_of(p.kv_dtype), first = p.cu_k ? p.cu_k[b] : 0;
+FOVEATE_INLINE RowSource kv_source(const AttentionParams& p, const Rows& t, int64_t b, int64_t h) {
+  const int64_t size = size_of(p.dtype), first = p.cu_k ? p.cu_k[b] : 0;
   RowSource s;
-  s.dtype = p.kv_dtype;
+  s.dtype = p.dtype;
   s.stride = t.seq * size;
-  s.scale_stride = p.scale_seq;
   s.base = static_cast<const char*>(t.data) + (t.head * h + t.seq * first + (p.block_table ? 0 : t.batch * b)) * size;
-  if (scales) s.scales = scales + p.scale_head * h + (p.block_table ? 0 : p.scale_batch * b);
   if (p.block_table) {
     s.pages = p.block_table + p.block_table_stride * b;
     s.page_size = p.page_size;
     s.page_stride = t.batch * size;
-    s.scale_page_stride = p.scale_batch;
   }
   return s;
 }

@@ -3,39 +3,25 @@
 #pragma once
 
 #include "core/philox.h"
+#include "core/visible.h"
 #include "cpu/attention/pack.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
 
-// The lengths of one batch entry or varlen sequence. Query i stands at key position i + shift (bottom-right alignment).
-struct Sequence {
-  int64_t q, k, shift;
-};
+using Sequence = Lengths<int64_t>;
+using Range = Span<int64_t>;
+
+FOVEATE_INLINE Window<int64_t> window(const AttentionProblem& p) { return window_of<int64_t>(p.causal, p.window_left, p.window_right); }
+FOVEATE_INLINE Sequence sequence(const AttentionProblem& p, int64_t b) {
+  return lengths_of(p.seq_q, p.kv_lens ? p.kv_lens[b] + p.new_keys : p.seq_kv);
+}
 FOVEATE_INLINE Sequence sequence(const AttentionParams& p, int64_t b) {
-  const int64_t q = p.cu_q ? p.cu_q[b + 1] - p.cu_q[b] : p.seq_q;
-  const int64_t k = p.cu_k ? p.cu_k[b + 1] - p.cu_k[b] : p.kv_lens ? p.kv_lens[b] + p.new_keys : p.seq_kv;
-  return {q, k, k - q};
+  if (!p.cu_q) return sequence(static_cast<const AttentionProblem&>(p), b);
+  return lengths_of<int64_t>(p.cu_q[b + 1] - p.cu_q[b], p.cu_k[b + 1] - p.cu_k[b]);
 }
 
-struct Range {
-  int64_t begin, end;
-  bool empty() const { return begin >= end; }
-};
-FOVEATE_INLINE Range visible_keys(const AttentionParams& p, const Sequence& s, int64_t i) {
-  int64_t begin = 0, end = s.k;
-  const int64_t at = i + s.shift;
-  if (p.causal && at + 1 < end) end = at + 1;
-  if (p.window_right >= 0 && at + p.window_right + 1 < end) end = at + p.window_right + 1;
-  if (p.window_left >= 0 && at - p.window_left > begin) begin = at - p.window_left;
-  return {begin, end > begin ? end : begin};
-}
-// A range that holds those of all queries [first, last]: both bounds never decrease in i.
-FOVEATE_INLINE Range visible_keys(const AttentionParams& p, const Sequence& s, int64_t first, int64_t last) {
-  return {visible_keys(p, s, first).begin, visible_keys(p, s, last).end};
-}
-
-// True if anything but scale and the visible range changes the scores.
-FOVEATE_INLINE bool has_score_options(const AttentionParams& p) {
+// True if anything but scale and the visible range changes the scores. Dropout acts on probabilities.
+FOVEATE_INLINE bool changes_scores(const AttentionParams& p) {
   return p.softcap > 0 || p.bias.defined() || p.mask.defined() || p.alibi || p.rel_table || !(p.scale > 0);
 }
 
@@ -105,8 +91,7 @@ FOVEATE_INLINE void score_row(const AttentionParams& p, const Sequence& s, const
 template <class Acc>
 FOVEATE_INLINE void mask_row(Acc* x, int64_t first, int64_t begin, int64_t end, const Range& visible) {
   for (int64_t t = begin; t < end && first + t < visible.begin; ++t) x[t] = -std::numeric_limits<Acc>::infinity();
-  int64_t t = visible.end - first;
-  for (t = t > begin ? t : begin; t < end; ++t) x[t] = -std::numeric_limits<Acc>::infinity();
+  for (int64_t t = max(visible.end - first, begin); t < end; ++t) x[t] = -std::numeric_limits<Acc>::infinity();
 }
 
 struct Dropout {
@@ -141,7 +126,7 @@ FOVEATE_INLINE void drop_row(const AttentionParams& p, uint32_t threshold, int64
       c0 = high1 ^ c1 ^ key0, c1 = low1, c2 = high0 ^ c3 ^ key1, c3 = low0;
       key0 += kPhiloxKey0, key1 += kPhiloxKey1;
     }
-    const int64_t count = n - t < 4 * w ? n - t : 4 * w;
+    const int64_t count = min<int64_t>(n - t, 4 * w);
     uint32_t draws[4][w];
     store_raw(draws[0], c0), store_raw(draws[1], c1), store_raw(draws[2], c2), store_raw(draws[3], c3);
     for (int64_t u = 0; u < count; ++u) x[t + u] = draws[u % 4][u / 4] >= threshold ? x[t + u] : Acc{0};

@@ -72,7 +72,7 @@ FOVEATE_INLINE VecF activate(Activation activation, VecF x) {
 void finish_row(const LinearParams& p, int which, int64_t panel, int64_t row, const float* c, const float* gate) {
   constexpr int n = kLanes<float>;
   const PackedWeight& w = p.weight[which];
-  const int64_t first = panel * kWeightPanel, count = w.out - first < kWeightPanel ? w.out - first : kWeightPanel;
+  const int64_t first = panel * kWeightPanel, count = min(w.out - first, kWeightPanel);
   for (int64_t j = 0; j < count; j += n) {
     const int64_t rest = count - j;
     VecF y = load<float>(c + j);
@@ -135,7 +135,7 @@ class TileRows {
     const int64_t step = blocks ? kTileSide : 2 * kTileSide, end = row + rows;
     alignas(64) float c[2][2 * kTileSide * kWeightPanel];
     for (; row < end; row += step) {
-      const int64_t some = end - row < step ? end - row : step;
+      const int64_t some = min<int64_t>(end - row, step);
       if (blocks && some < kTileRowsLeast) return FOVEATE_ISA::panel_rows(p_, which, panel, a, first, row, some);
       for (int i = 0; i < count; ++i) product(p_.weight[p_.gated ? i : which], panel, a, row, some, expanded_[i], c[i]);
       for (int64_t r = 0; r < some; ++r)
@@ -211,7 +211,7 @@ struct Work {
       const int64_t row = item / panels * kRowChunk;
       int64_t panel = item % panels;
       const int which = locate(panel);
-      tiles.panel_rows(which, panel, prepared, first, row, rows - row < kRowChunk ? rows - row : kRowChunk);
+      tiles.panel_rows(which, panel, prepared, first, row, min<int64_t>(rows - row, kRowChunk));
     }
   }
   // The first weights that a thread will read, while it waits for the rows.
@@ -235,19 +235,18 @@ void linear(const LinearParams& p, int threads) {
   constexpr int64_t most = 8 * kRowChunk;
   PreparedRows a = prepared_rows(p, nullptr);
   Layout layout;
-  const int64_t at_rows = layout.add<char>(a.row_bytes * (p.rows < most ? p.rows : most));
+  const int64_t at_rows = layout.add<char>(a.row_bytes * (min<int64_t>(p.rows, most)));
   const int64_t at_temp = layout.add<float>(round_up<int64_t>(p.weight[0].in, 16) * threads);
   const int64_t at_expanded = layout.add<int8_t>(is_blocks(p.weight[0].format) ? 2 * expanded_bytes(p.weight[0].in) * threads : 0);
   Scratch scratch;
   scratch.allocate(layout.total());
   a.data = scratch.at<char>(at_rows);
   for (int64_t first = 0; first < p.rows; first += most) {
-    const Work work(p, first, p.rows - first < most ? p.rows - first : most, a, scratch.at<float>(at_temp),
-                    scratch.at<int8_t>(at_expanded));
+    const Work work(p, first, min<int64_t>(p.rows - first, most), a, scratch.at<float>(at_temp), scratch.at<int8_t>(at_expanded));
     // A thread is worth waking for about 2 us of reading or of arithmetic.
     const int64_t useful = 1 + work.bytes * ceil_div<int64_t>(work.rows, 4) / 65536;
-    const int64_t wanted = useful < work.items() ? useful : work.items();
-    const int count = static_cast<int>(wanted < threads ? wanted : threads);
+    const int64_t wanted = min<int64_t>(useful, work.items());
+    const int count = static_cast<int>(min<int64_t>(wanted, threads));
     if (count <= 1) {
       work.prepare({}), work.multiply({});
       continue;

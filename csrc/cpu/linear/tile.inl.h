@@ -147,7 +147,7 @@ FOVEATE_INLINE void float_tile(const uint8_t* panel, const PreparedRows& a, int6
   for (int64_t col = 0; col < kWeightPanel; col += kLinearStep) {
     VecF sum[kRows][kLinearVecs] = {};
     for (int64_t begin = 0; begin < steps; begin += kChain) {
-      const int64_t end = steps - begin < kChain ? steps : begin + kChain;
+      const int64_t end = min<int64_t>(steps, begin + kChain);
       VecF acc[kRows][kLinearVecs] = {};
       const uint8_t* w = panel + begin * kStepBytes + col * (kHalf ? 2 : 4);
       const Unit* x = PreparedRows::at<Unit>(a, row) + begin * (kWiden ? 2 : 1);

@@ -62,7 +62,7 @@ void rotary_token(const RotaryParams& p, int64_t b, int64_t s) {
   const R* sin = static_cast<const R*>(p.sin) + b * p.sin_stride[0] + s * p.sin_stride[1];
   Angles<A> angles{};
   for (int64_t c = 0; c < p.pairs; c += kTile) {
-    const int64_t pairs = p.pairs - c < kTile ? p.pairs - c : kTile;
+    const int64_t pairs = min<int64_t>(p.pairs - c, kTile);
     load_angles(angles, cos + c, sin + c, pairs, p.interleaved, static_cast<A>(p.inverse ? -1 : 1));
     for (int64_t h = 0; h < p.heads; ++h) {
       if (p.interleaved)

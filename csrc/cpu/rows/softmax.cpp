@@ -10,8 +10,6 @@
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
-FOVEATE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Rows are handed out in blocks of about this many elements: enough to hide the hand-out, small enough to balance causal rows.
 constexpr int64_t kTaskElements = 32768;
 // Columns up to which exp is kept: 256 KiB of fp32, which stays in the second cache.
@@ -82,7 +80,7 @@ void softmax_rows(const SoftmaxParams& p, int64_t begin, int64_t end, bool strea
     int64_t cols = p.cols;
     if (p.causal_rows) {
       cols = row % p.causal_rows + 1 + p.cols - p.causal_rows;
-      cols = cols < 0 ? 0 : cols < p.cols ? cols : p.cols;
+      cols = clamp<int64_t>(cols, 0, p.cols);
     }
     const int8_t* mask = kMask ? p.mask + at.mask : nullptr;
     if (kMask && !p.mask_per_column && !*mask) cols = 0;
@@ -117,7 +115,7 @@ void softmax_tiny_rows(const SoftmaxParams& p, int64_t begin, int64_t end) {
   constexpr int64_t block = kColumnBlock<A>;
   A in[kTinyColumns * block], out[kTinyColumns * block];
   for (int64_t first = begin; first < end; first += block) {
-    const int64_t n = smaller(block, end - first);
+    const int64_t n = min<int64_t>(block, end - first);
     for (int64_t i = 0; i < n; ++i) {
       const T* x = static_cast<const T*>(p.x) + offsets_of(p, first + i).x;
       for (int64_t c = 0; c < p.cols; ++c) in[c * block + i] = static_cast<A>(to_float(x[c]));
@@ -137,15 +135,16 @@ void softmax_tasks(const SoftmaxParams& p, int threads) {
   using A = AccumulatorOf<T>;
   if constexpr (std::is_void_v<B> && !kMask) {
     if (p.cols <= kTinyColumns && p.causal_rows == 0)
-      return parallel_tasks(ceil_div(p.rows, block), threads,
-                            [&](int64_t task, int) { softmax_tiny_rows<T, kLog>(p, task * block, smaller(p.rows, (task + 1) * block)); });
+      return parallel_tasks(ceil_div(p.rows, block), threads, [&](int64_t task, int) {
+        softmax_tiny_rows<T, kLog>(p, task * block, min<int64_t>(p.rows, (task + 1) * block));
+      });
   }
   const int64_t kept =
       kLog || p.cols > kKeptColumns ? 0 : (round_up<int64_t>(p.cols, kLanes<A>) + kLanes<A>)*static_cast<int64_t>(sizeof(A));
   Scratch scratch;
   scratch.allocate(kept * threads);  // a vector more than the row: past the cache, stores begin at the output's alignment
   parallel_tasks(ceil_div(p.rows, block), threads, [&](int64_t task, int thread) {
-    softmax_rows<T, B, kMask, kLog>(p, task * block, smaller(p.rows, (task + 1) * block), stream, scratch.at<A>(kept * thread));
+    softmax_rows<T, B, kMask, kLog>(p, task * block, min<int64_t>(p.rows, (task + 1) * block), stream, scratch.at<A>(kept * thread));
   });
 }
 
@@ -186,7 +185,7 @@ void softmax_backward(const SoftmaxBackwardParams& p, int threads) {
       const bool stream = p.rows * p.cols * static_cast<int64_t>(sizeof(Out)) >= kStreamBytes;
       const int64_t block = 1 + kTaskElements / p.cols;
       parallel_tasks(ceil_div(p.rows, block), threads, [&](int64_t task, int) {
-        for (int64_t row = task * block; row < smaller(p.rows, (task + 1) * block); ++row) {
+        for (int64_t row = task * block; row < min<int64_t>(p.rows, (task + 1) * block); ++row) {
           const int64_t at = row * p.cols;
           const T *dout = static_cast<const T*>(p.dout) + at, *out = static_cast<const T*>(p.out) + at;
           if (p.log)

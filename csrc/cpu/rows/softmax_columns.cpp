@@ -16,7 +16,7 @@ void each_tile(int64_t outer, int64_t cols, int64_t inner, int threads, const F&
   parallel_tasks(ceil_div(count, together), threads, [&](int64_t task, int thread) {
     for (int64_t i = task * together; i < count && i < (task + 1) * together; ++i) {
       const int64_t first = i % tiles * kColumnBlock<A>, rest = inner - first;
-      f(i / tiles * cols * inner + first, rest < kColumnBlock<A> ? rest : kColumnBlock<A>, thread);
+      f(i / tiles * cols * inner + first, min<int64_t>(rest, kColumnBlock<A>), thread);
     }
   });
 }

@@ -73,7 +73,7 @@ constexpr int kPanel = kTileVecs * kWidth<M>;  // columns of one tile
 // Ranges of keys start and end at multiples of it: whole vectors, whole Philox groups. Packed keys are padded to it, even where a panel is smaller.
 constexpr int64_t kColumnAlign = 16;
 template <class M>
-constexpr int64_t kKeyAlign = kPanel<M> > kColumnAlign ? kPanel<M> : kColumnAlign;
+constexpr int64_t kKeyAlign = max<int64_t>(kPanel<M>, kColumnAlign);
 
 constexpr int64_t kChain = 128;  // units along the head dim that are summed in one chain
 
@@ -126,11 +126,11 @@ FOVEATE_INLINE void gemm_columns(int64_t begin, int64_t end, int64_t units, cons
     int64_t v = begin > p ? (begin - p) / w : 0;
     const int64_t last = end - p < panel ? ceil_div<int64_t>(end - p, w) : kTileVecs;
     const auto tile = [&]<int kVecs>(std::integral_constant<int, kVecs>) {
-      gemm_tile<M, kRows, kVecs, kRow, kStep, Update::kSet>(units < kChain ? units : kChain, a, b + v * w, panel, c + p + v * w, c_stride,
+      gemm_tile<M, kRows, kVecs, kRow, kStep, Update::kSet>(min<int64_t>(units, kChain), a, b + v * w, panel, c + p + v * w, c_stride,
                                                             nullptr);
       for (int64_t u = kChain; u < units; u += kChain)
-        gemm_tile<M, kRows, kVecs, kRow, kStep, Update::kAdd>(units - u < kChain ? units - u : kChain, a + u * kStep, b + u * panel + v * w,
-                                                              panel, c + p + v * w, c_stride, nullptr);
+        gemm_tile<M, kRows, kVecs, kRow, kStep, Update::kAdd>(min<int64_t>(units - u, kChain), a + u * kStep, b + u * panel + v * w, panel,
+                                                              c + p + v * w, c_stride, nullptr);
       v += kVecs;
     };
     while (v < last) {

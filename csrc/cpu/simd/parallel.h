@@ -13,7 +13,7 @@ namespace foveate::cpu::FOVEATE_ISA {
 template <class F>
 FOVEATE_INLINE void parallel_for(int64_t n, int64_t grain, int threads, const F& f) {
   const int64_t useful = grain > 0 ? (n + grain - 1) / grain : n;
-  const int team = static_cast<int>(useful < threads ? useful : threads);
+  const int team = static_cast<int>(min<int64_t>(useful, threads));
   if (team <= 1) {
     if (n > 0) f(int64_t{0}, n);
     return;
@@ -29,7 +29,7 @@ FOVEATE_INLINE void parallel_for(int64_t n, int64_t grain, int threads, const F&
 // f(task, thread) one task at a time in order of index, for uneven work: put the heavy tasks first.
 template <class F>
 FOVEATE_INLINE void parallel_tasks(int64_t n, int threads, const F& f) {
-  const int team = static_cast<int>(n < threads ? n : threads);
+  const int team = static_cast<int>(min<int64_t>(n, threads));
   if (team <= 1) {
     for (int64_t i = 0; i < n; ++i) f(i, 0);
     return;

@@ -27,7 +27,7 @@ FOVEATE_INLINE A sum_row(int64_t cols, const Value& value) {
   static_assert(block % (unroll * lanes) == 0);
   Vec<A> total{};
   for (int64_t begin = 0; begin < cols; begin += block) {
-    const int64_t end = cols - begin < block ? cols : begin + block;
+    const int64_t end = min<int64_t>(cols, begin + block);
     Vec<A> sums[unroll] = {};
     int64_t j = begin;
     for (; j + unroll * lanes <= end; j += unroll * lanes)

@@ -17,7 +17,7 @@ class Scratch {
 
   // Throws std::bad_alloc (MemoryError in Python). Must be called outside a parallel region.
   void allocate(int64_t bytes) {
-    const int64_t size = round_up<int64_t>(bytes > 0 ? bytes : 1, 64);
+    const int64_t size = round_up<int64_t>(max<int64_t>(bytes, 1), 64);
     data_ = std::aligned_alloc(64, static_cast<size_t>(size));
     if (!data_) throw std::bad_alloc();
   }

@@ -247,7 +247,7 @@ __device__ __forceinline__ float probability(float x, float factor, float lse) {
   return dev::exp2_approx(fmaf(x, factor, -lse));
 }
 
-// One tile of scores on its way from Q K^T and dO V^T to P and dS. kOptions: with the options of has_score_options.
+// One tile of scores on its way from Q K^T and dO V^T to P and dS. kOptions: with the options of needs_general_kernel.
 template <class T, bool kTransposed, bool kOptions, int n>
 struct ScoreTile {
   float s[n][4], dp[n][4];  // q.k -> P;  dO V^T -> dS
@@ -268,7 +268,7 @@ struct ScoreTile {
       apply_options<kFloat>(a.p, a.o, q, b, h, at, s, slope);
       factor = kFloat ? 1.0f : static_cast<float>(kLog2e);
     }
-    if (partial) mask_invisible(a.o, q, at, s);
+    if (partial) mask_invisible(a.o.window, q, at, s);
 #pragma unroll
     for (int c = 0; c < n; ++c) {
       const float2 pair = lse(c);
@@ -353,7 +353,7 @@ inline dim3 one_dimensional(int64_t blocks) {
 // Calls f with the BackwardTiles of the call's dtype and head dims, and whether it has options; fp32 has the instance with options only.
 template <class F>
 void visit_backward(const AttentionParams& p, const F& f) {
-  const int64_t dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  const int64_t dim = max(p.head_dim, p.head_dim_v);
   const auto with_dim = [&]<class T, bool kOptions>() {
     if (dim <= 64) return f(BackwardTiles<T, 64>{}, std::bool_constant<kOptions>{});
     if constexpr (sizeof(T) == 2) {
@@ -362,7 +362,7 @@ void visit_backward(const AttentionParams& p, const F& f) {
     if (dim <= 128) return f(BackwardTiles<T, 128>{}, std::bool_constant<kOptions>{});
     f(BackwardTiles<T, 256>{}, std::bool_constant<kOptions>{});
   };
-  const bool options = has_score_options(p);
+  const bool options = needs_general_kernel(p);
   if (p.dtype == DType::kBFloat16)
     return options ? with_dim.template operator()<bf16, true>() : with_dim.template operator()<bf16, false>();
   if (p.dtype == DType::kFloat16) return options ? with_dim.template operator()<f16, true>() : with_dim.template operator()<f16, false>();
@@ -370,7 +370,7 @@ void visit_backward(const AttentionParams& p, const F& f) {
 }
 
 __host__ __device__ constexpr int64_t padded_head_dim(const AttentionParams& p) {
-  const int64_t dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  const int64_t dim = max(p.head_dim, p.head_dim_v);
   return dim <= 64 ? 64 : dim <= 96 && p.dtype != DType::kFloat32 ? 96 : dim <= 128 ? 128 : 256;
 }
 

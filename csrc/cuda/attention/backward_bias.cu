@@ -27,7 +27,7 @@ __device__ __forceinline__ void add_scores(const BackwardParams& a, const Philox
   using Other = typename Tiles::Other;
   constexpr int kThreads = Tiles::kThreads;
   const Sequence s = sequence(a.p, b);
-  if (tile_kind(a.o, s, i, Tiles::kOwn, j, Tiles::kOther) == TileKind::kEmpty) return;
+  if (tile_kind(a.o.window, s, i, Tiles::kOwn, j, Tiles::kOther) == TileKind::kEmpty) return;
   const int columns = static_cast<int>(a.p.head_dim), columns_v = static_cast<int>(a.p.head_dim_v), hkv = h / a.group;
   const uint32_t q = dev::smem_base(), dout = q + Own::kBytes, k = dout + Own::kBytes, v = k + Other::kBytes;
   dev::sync_threads();  // nobody reads the last tiles any more

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Tiles::kThreads) key_gradients(const __grid_co
   if (key0 >= stop) return;
   const int columns = static_cast<int>(a.p.head_dim), columns_v = static_cast<int>(a.p.head_dim_v);
   const int last = min(key0 + Tiles::kOwn, s.k) - 1, row0 = 16 * dev::warp();
-  const Steps<Tiles> steps(last < key0 ? Range{0, 0} : visible_queries(a.o, s, key0, last), a.group);
+  const Steps<Tiles> steps(last < key0 ? Range{0, 0} : visible_queries(a.o.window, s, key0, last), a.group);
   const uint32_t base = dev::smem_base(), stages = base + Tiles::kStages;
   const Philox key = kOptions && a.p.dropout_p > 0 ? philox(a.p) : Philox{};
   float dk[kKeys ? Tiles::kColumns : 1][4] = {}, dv[kValues ? Tiles::kColumns : 1][4] = {};
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(Tiles::kThreads) key_gradients(const __grid_co
       load_queries<Tiles>(a, s, b, hkv * a.group + next.head, next.query, stages + (step + 1) % 2 * Tiles::kStage);
     const uint32_t q_tile = stages + step % 2 * Tiles::kStage, dout_tile = q_tile + Other::kBytes, statistics = q_tile + Tiles::kStatistics;
     const int h = hkv * a.group + now.head, query0 = now.query;
-    const TileKind kind = tile_kind(a.o, s, query0, Tiles::kOther, key0 + row0, 16);
+    const TileKind kind = tile_kind(a.o.window, s, query0, Tiles::kOther, key0 + row0, 16);
     if (!kFused && kind == TileKind::kEmpty) continue;
 
     const Places<true> at(key0 + row0, query0);

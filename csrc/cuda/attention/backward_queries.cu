@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, (kBlocks<Tiles, kOptions>)) q
   const int query0 = (a.tiles - 1 - reversed) * Tiles::kOwn, hkv = h / a.group;  // with a causal mask the last queries see the most keys
   if (query0 >= s.q) return;
   const int columns = static_cast<int>(a.p.head_dim), columns_v = static_cast<int>(a.p.head_dim_v), row0 = 16 * dev::warp();
-  const Range keys = visible_keys(a.o, s, query0, min(query0 + Tiles::kOwn, s.q) - 1);
+  const Range keys = visible_keys(a.o.window, s, query0, min(query0 + Tiles::kOwn, s.q) - 1);
   const int first = keys.begin / Tiles::kOther * Tiles::kOther,
             steps = keys.empty() ? 0 : (keys.end - first + Tiles::kOther - 1) / Tiles::kOther;
   const uint32_t base = dev::smem_base(), stages = base + Tiles::kStages;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, (kBlocks<Tiles, kOptions>)) q
     const int key0 = first + step * Tiles::kOther;
     if (step + 1 < steps) load_keys<Tiles>(a, s, b, hkv, key0 + Tiles::kOther, stages + (step + 1) % 2 * Tiles::kStage);
     const uint32_t k_tile = stages + step % 2 * Tiles::kStage, v_tile = k_tile + Other::kBytes;
-    const TileKind kind = tile_kind(a.o, s, query0 + row0, 16, key0, Tiles::kOther);
+    const TileKind kind = tile_kind(a.o.window, s, query0 + row0, 16, key0, Tiles::kOther);
     if (kind == TileKind::kEmpty) continue;
 
     const Places<false> at(query0 + row0, key0);

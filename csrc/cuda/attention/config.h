@@ -102,7 +102,7 @@ struct ForwardBlock {
 
 __host__ __device__ constexpr ForwardBlock forward_block(const ForwardGrid& g, int block) {
   const int per_section = g.section * g.tiles, first = block / per_section * g.section, at = block % per_section;  // at most all blocks
-  const int left = static_cast<int>(g.heads) - first, heads = left < g.section ? left : g.section;
+  const int left = static_cast<int>(g.heads) - first, heads = min(left, g.section);
   return {first + at % heads, g.tiles - 1 - at / heads};
 }
 

@@ -9,7 +9,6 @@
 
 namespace foveate::cuda {
 void attention_forward(const AttentionParams& p, Stream stream) {
-  check(p.kv_dtype == p.dtype, "the CUDA attention kernel takes keys of the queries' type ", name(p.dtype), ", not ", name(p.kv_dtype));
   check(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16,
         "the CUDA attention kernel takes float32, bfloat16 and float16, not ", name(p.dtype));
   check(p.head_dim <= kMaxCudaHeadDim && p.head_dim_v <= kMaxCudaHeadDim, "head dims ", p.head_dim, " and ", p.head_dim_v,
@@ -27,9 +26,9 @@ void attention_forward(const AttentionParams& p, Stream stream) {
   f.vector_stores = suits_vectors(p.out, out, p.dtype);
 
   const int size = static_cast<int>(size_of(p.dtype));
-  const ForwardKind kind = forward_kind(has_score_options(p), f.vector_loads, size, p.block_table ? p.page_size : 0);
+  const ForwardKind kind = forward_kind(needs_general_kernel(p), f.vector_loads, size, p.block_table ? p.page_size : 0);
   f.page_shift = kind == ForwardKind::kPaged ? std::countr_zero(static_cast<uint32_t>(p.page_size)) : 0;
-  f.score_options = has_score_options(p);
+  f.score_options = needs_general_kernel(p);
   f.logit = f.score_options ? 1.0f : f.score.scale;
   f.factor = f.score_options ? static_cast<float>(kLog2e) : f.score.scale_log2;
 

@@ -133,7 +133,7 @@ __device__ __forceinline__ void mask_step(ForwardState<C>& state, const ScorePar
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = rows.query(warp_row + 16 * m + fragment_row(2 * half));
-      const Range seen = visible_keys(o, s, i, i);
+      const Range seen = visible_keys(o.window, s, i);
       const int edge = (kBefore ? seen.begin : seen.end) - key0 - fragment_column(0);
 #pragma unroll
       for (int n = 0; n < C::kScores; ++n) {
@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm) attention
   const int total = s.q * rows.packed, warp_row = dev::warp() * C::kRowsPerWarp;
   if (rows.first >= total) return;
   const int first = rows.query(0), last = min(rows.query(C::kRows - 1), s.q - 1);
-  const Range some = visible_keys(f.score, s, first, last);  // each key of it may be seen by some row
-  const int all_begin = visible_keys(f.score, s, last, last).begin, all_end = visible_keys(f.score, s, first, first).end;  // and by all
+  const Range some = visible_keys(f.score.window, s, first, last);  // each key of it may be seen by some row
+  const int all_begin = visible_keys(f.score.window, s, last).begin, all_end = visible_keys(f.score.window, s, first).end;  // and by all
   const int begin = some.begin / C::kKeys * C::kKeys, head_kv = rows.head / f.group;
 
   const uint32_t q_tile = dev::smem_base(), k_tile = q_tile + C::QTile::kBytes, v_tile = k_tile + C::KTile::kBytes;

@@ -14,6 +14,7 @@
 #include "contract/attention.h"
 #include "core/math.h"
 #include "core/philox.h"
+#include "core/visible.h"
 #include "cuda/device/device.cuh"
 
 namespace foveate::cuda {
@@ -24,19 +25,17 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 struct ScoreParams {
   float scale, scale_log2;  // scale_log2 = scale * log2(e)
   float softcap, softcap_inner;  // softcap * tanh(softcap_inner * q.k); 0: none
-  int left, right;  // key j is visible to query i if -left <= j - (i + shift) <= right; causal is in right
+  Window<int> window;
   uint32_t drop_below;  // dropout drops where the draw is below this
   float inverse_keep;  // 1 / (1 - dropout_p)
 };
 
 inline ScoreParams score_params(const AttentionParams& p) {
-  constexpr int unlimited = 1 << 30;
-  const auto bound = [](int64_t window) { return window < 0 || window > unlimited ? unlimited : static_cast<int>(window); };
   const double drop = std::nearbyint(p.dropout_p * 0x1p32);  // half to even, as Python's round
   ScoreParams s{};
   s.scale = static_cast<float>(p.scale), s.scale_log2 = static_cast<float>(p.scale * kLog2e);
   if (p.softcap > 0) s.softcap = static_cast<float>(p.softcap), s.softcap_inner = static_cast<float>(p.scale / p.softcap);
-  s.left = bound(p.window_left), s.right = p.causal ? 0 : bound(p.window_right);
+  s.window = window_of<int>(p.causal, p.window_left, p.window_right);
   s.drop_below = drop >= 0x1p32 ? 0xffffffffu : static_cast<uint32_t>(drop);
   s.inverse_keep = static_cast<float>(1 / (1 - p.dropout_p));
   return s;
@@ -44,31 +43,29 @@ inline ScoreParams score_params(const AttentionParams& p) {
 
 // True if anything but the scale and the visible range acts on scores or probabilities: what the plain instances of the kernels leave out.
 // A scale <= 0 is among it, because they take the maximum before they scale.
-inline bool has_score_options(const AttentionParams& p) {
+inline bool needs_general_kernel(const AttentionParams& p) {
   return p.softcap > 0 || p.bias.defined() || p.mask.defined() || p.alibi || p.rel_table || p.dropout_p > 0 || !(p.scale > 0);
 }
 
 // ---- lengths and visible ranges ----------------------------------------------------------------------------------------------
 
-// One batch entry or varlen sequence. Query i stands at key position i + shift (bottom-right alignment).
-struct Sequence {
-  int q, k, shift;
+// One batch entry or varlen sequence.
+struct Sequence : Lengths<int> {
   int64_t first_q, first_k;  // its first row in a packed batch, else 0
 };
+using Range = Span<int>;
 
-__device__ inline int clamp_length(int64_t length, int64_t longest) {
-  return static_cast<int>(length < 0 ? 0 : length > longest ? longest : length);
-}
+__device__ inline int clamp_length(int64_t length, int64_t longest) { return static_cast<int>(max<int64_t>(min(length, longest), 0)); }
 
 // The rows [cu[b], cu[b + 1]), at most `longest` and within `total`.
 __device__ inline int packed_length(const int32_t* cu, int b, int64_t total, int64_t longest, int64_t& first) {
   first = clamp_length(dev::ld_global_nc<int32_t>(cu + b), total);
   const int64_t room = total - first;
-  return clamp_length(dev::ld_global_nc<int32_t>(cu + b + 1) - first, longest < room ? longest : room);
+  return clamp_length(dev::ld_global_nc<int32_t>(cu + b + 1) - first, min(longest, room));
 }
 
 __device__ inline Sequence sequence(const AttentionParams& p, int b) {
-  Sequence s{static_cast<int>(p.seq_q), static_cast<int>(p.seq_kv), 0, 0, 0};
+  Sequence s{{static_cast<int>(p.seq_q), static_cast<int>(p.seq_kv), 0}, 0, 0};
   if (p.cu_q) {
     s.q = packed_length(p.cu_q, b, p.total_q, p.seq_q, s.first_q);
     s.k = packed_length(p.cu_k, b, p.total_k, p.seq_kv, s.first_k);
@@ -79,31 +76,15 @@ __device__ inline Sequence sequence(const AttentionParams& p, int b) {
   return s;
 }
 
-struct Range {
-  int begin, end;
-  __device__ bool empty() const { return begin >= end; }
-};
-
-// A range that holds the keys of all queries [first, last], and one that holds the queries that see any of the keys [first, last]. What the
-// window excludes is taken off before the sum with it could overflow; note that k - (i + shift) = q - i.
-__device__ __forceinline__ Range visible_keys(const ScoreParams& o, const Sequence& s, int first, int last) {
-  const int begin = min(max(first + s.shift, o.left) - o.left, s.k), end = max(last + s.shift + min(o.right + 1, s.q - last), 0);
-  return {begin, max(begin, end)};
-}
-__device__ __forceinline__ Range visible_queries(const ScoreParams& o, const Sequence& s, int first, int last) {
-  const int begin = min(max(first - s.shift, o.right) - o.right, s.q), end = max(last - s.shift + min(o.left + 1, s.k - last), 0);
-  return {begin, max(begin, end)};
-}
-
 enum class TileKind { kEmpty, kPartial, kFull };
 
 // Queries [i, i + rows) against keys [j, j + columns). kFull: each of the queries that exist sees all of the keys; kEmpty: none sees any.
-__device__ inline TileKind tile_kind(const ScoreParams& o, const Sequence& s, int i, int rows, int j, int columns) {
+__device__ inline TileKind tile_kind(const Window<int>& w, const Lengths<int>& s, int i, int rows, int j, int columns) {
   const int last_i = min(i + rows, s.q) - 1, last_j = min(j + columns, s.k) - 1;
   if (last_i < i || last_j < j) return TileKind::kEmpty;
   const int nearest = (j - s.k) + (s.q - last_i), farthest = (last_j - s.k) + (s.q - i);  // extremes of j - (i + shift)
-  if (nearest > o.right || farthest < -o.left) return TileKind::kEmpty;
-  return j + columns <= s.k && farthest <= o.right && nearest >= -o.left ? TileKind::kFull : TileKind::kPartial;
+  if (nearest > w.right || farthest < -w.left) return TileKind::kEmpty;
+  return j + columns <= s.k && farthest <= w.right && nearest >= -w.left ? TileKind::kFull : TileKind::kPartial;
 }
 
 // ---- places of a fragment's elements -----------------------------------------------------------------------------------------
@@ -119,11 +100,12 @@ struct Places {
 
 // -inf where the key is not visible. A row of the fragment sees a range of its columns, so two comparisons with constants say which.
 template <bool kTransposed, int n>
-__device__ __forceinline__ void mask_invisible(const ScoreParams& o, const Sequence& s, const Places<kTransposed>& at, float (&x)[n][4]) {
+__device__ __forceinline__ void mask_invisible(const Window<int>& w, const Lengths<int>& s, const Places<kTransposed>& at,
+                                               float (&x)[n][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = at.row + 8 * half;
-    const Range seen = kTransposed ? visible_queries(o, s, row, row) : visible_keys(o, s, row, row);
+    const Range seen = kTransposed ? visible_queries(w, s, row, row) : visible_keys(w, s, row);
     const int begin = seen.begin - at.column, end = (kTransposed && row >= s.k ? 0 : seen.end) - at.column;
 #pragma unroll
     for (int c = 0; c < n; ++c)

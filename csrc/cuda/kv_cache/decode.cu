@@ -9,6 +9,7 @@
 // int8 and fp8 keys are copied as they are and widened to the dtype of q in shared memory. Where Dv exceeds 256, as in MLA, the columns of V are
 // divided among blocks, which compute the scores again. Splits write partial results; the last block of a tile of rows to finish merges them by
 // their log-sum-exp, in the order of the splits, so that a call is one launch and its bits do not depend on who was last.
+#include "core/visible.h"
 #include "cuda/host/kernels.h"
 #include "cuda/kv_cache/decode_layout.h"
 #include "cuda/kv_cache/decode_tile.cuh"
@@ -32,27 +33,20 @@ struct Task {
   int64_t begin, end;  // keys
 };
 
-struct Visible {
-  int64_t position, begin, end;
-};
-__device__ __forceinline__ Visible visible_to(const KvCacheParams& p, int64_t len, int64_t query) {
-  const int64_t position = len - p.seq_q + query;
-  int64_t begin = 0, end = len;
-  if (p.causal) end = min(end, position + 1);
-  if (p.window_right >= 0) end = min(end, position + p.window_right + 1);
-  if (p.window_left >= 0) begin = max(int64_t{0}, position - p.window_left);
-  return {position, begin, end};
+// Whatever kv_lens holds: no more keys than the cache has.
+__device__ __forceinline__ Lengths<int64_t> sequence(const KvCacheParams& p, int64_t b) {
+  return lengths_of(p.seq_q, clamp<int64_t>(int64_t{dev::ld_global_nc<int32_t>(p.kv_lens + b)} + p.new_keys, 0, p.seq_kv));
 }
 
-__device__ __forceinline__ int64_t length_of(const KvCacheParams& p, int64_t b) {
-  return min(max(int64_t{dev::ld_global_nc<int32_t>(p.kv_lens + b)} + p.seq_new, int64_t{0}), p.capacity);
+__device__ __forceinline__ Span<int64_t> visible_to(const KvCacheParams& p, const Lengths<int64_t>& s, int64_t first, int64_t last) {
+  return visible_keys(window_of<int64_t>(p.causal, p.window_left, p.window_right), s, first, last);
 }
 
-__device__ __forceinline__ Task task_of(const DecodeWork& work, int64_t len_of_b, Task task) {
+__device__ __forceinline__ Task task_of(const DecodeWork& work, const Lengths<int64_t>& s, Task task) {
   const KvCacheParams& p = work.params;
   const int64_t group = p.heads_q / p.heads_kv, rows = p.seq_q * group, last = min(task.row0 + kTileRows, rows) - 1;
-  task.begin = visible_to(p, len_of_b, task.row0 / group).begin;
-  task.end = visible_to(p, len_of_b, last / group).end;
+  const Span<int64_t> seen = visible_to(p, s, task.row0 / group, last / group);
+  task.begin = seen.begin, task.end = seen.end;
   const int64_t first = p.keys_per_split ? 0 : task.begin / kSplitMultiple * kSplitMultiple;
   int64_t part = p.keys_per_split;
   if (part == 0) {
@@ -76,12 +70,12 @@ __device__ __forceinline__ Place locate(const KvCacheParams& p, const Task& task
   const Slot slot = slot_of(p, task.b, key);
   if (!slot.valid) return {-1, 0.0f};
   const bool is_key = dev::lane() < kTileKeys;
-  const CacheOperand& cache = is_key ? p.k : p.v;
-  const int64_t at =
-      slot.batch * cache.rows.batch + slot.row * cache.rows.seq + task.head * cache.rows.head + (is_key ? 0 : task.first_column);
+  const Rows& cache = is_key ? p.k : p.v;
+  const CacheScale& scales = is_key ? p.k_scale : p.v_scale;
+  const int64_t at = slot.batch * cache.batch + slot.row * cache.seq + task.head * cache.head + (is_key ? 0 : task.first_column);
   float scale = 1;
   if (sizeof(S) == 1)
-    scale = dev::ld_global<float>(cache.scale + slot.batch * cache.scale_batch + slot.row * cache.scale_seq + task.head * cache.scale_head);
+    scale = dev::ld_global<float>(scales.data + slot.batch * scales.batch + slot.row * scales.seq + task.head * scales.head);
   return {at * static_cast<int64_t>(sizeof(S)), scale};
 }
 
@@ -103,15 +97,15 @@ struct RowState {
   float slope[2];
   int64_t position[2], begin[2], end[2];
 
-  __device__ RowState(const KvCacheParams& p, const Task& task, int64_t len) {
+  __device__ RowState(const KvCacheParams& p, const Task& task, const Lengths<int64_t>& s) {
     const int64_t group = p.heads_q / p.heads_kv;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t row = task.row0 + dev::lane() / 4 + 8 * r;
-      const Visible visible = visible_to(p, len, row / group);
+      const Span<int64_t> visible = visible_to(p, s, row / group, row / group);
       const bool used = row < p.seq_q * group;
       begin[r] = visible.begin < task.begin ? task.begin : visible.begin, end[r] = used ? min(visible.end, task.end) : 0;
-      position[r] = visible.position;
+      position[r] = row / group + s.shift;
       slope[r] = p.alibi && used
                      ? dev::ld_global_nc<float>(p.alibi + task.b * p.alibi_batch + (task.head * group + row % group) * p.alibi_head)
                      : 0.0f;
@@ -165,7 +159,8 @@ __device__ __forceinline__ void softmax_tile(const KvCacheParams& p, RowState& r
 
 // The result of one row: column d, normalised. lse: natural log, without the sink.
 __device__ __forceinline__ void write_out(const KvCacheParams& p, int64_t b, int64_t head, int64_t i, int64_t d, float value, float lse) {
-  if (p.sinks && lse != -kInfinity) value *= 1.0f / (1.0f + expf(dev::ld_global_nc<float>(p.sinks + head) - lse));
+  if (p.sinks && lse != -kInfinity)
+    value *= 1.0f / (1.0f + expf(dev::ld_global_nc<float>(static_cast<const float*>(p.sinks) + head) - lse));
   const int64_t at = b * p.out.batch + i * p.out.seq + head * p.out.head + d;
   if (p.dtype == DType::kFloat32)
     dev::st_global(static_cast<float*>(p.out.data) + at, value);
@@ -173,12 +168,12 @@ __device__ __forceinline__ void write_out(const KvCacheParams& p, int64_t b, int
     dev::st_global(static_cast<bf16*>(p.out.data) + at, dev::from_float<bf16>(value));
   else
     dev::st_global(static_cast<f16*>(p.out.data) + at, dev::from_float<f16>(value));
-  if (p.lse && d == 0) dev::st_global(p.lse + (b * p.heads_q + head) * p.seq_q + i, lse);
+  if (p.lse.data && d == 0) dev::st_global(static_cast<float*>(p.lse.data) + b * p.lse.batch + head * p.lse.head + i, lse);
 }
 
 // T: of q, S: of the cache. kColumns: of V, at most, of one block.
 template <class T, class S, int kColumns>
-__device__ __forceinline__ void attend(const DecodeWork& work, const Task& task, int64_t len) {
+__device__ __forceinline__ void attend(const DecodeWork& work, const Task& task, const Lengths<int64_t>& s) {
   const KvCacheParams& p = work.params;
   const int64_t group = p.heads_q / p.heads_kv, rows = p.seq_q * group;
   const int columns = min(kColumns, static_cast<int>(p.head_dim_v) - task.first_column);  // that are there
@@ -199,9 +194,8 @@ __device__ __forceinline__ void attend(const DecodeWork& work, const Task& task,
   const int64_t first_tile = begin_tile + (warp - begin_tile % work.warps + work.warps) % work.warps;
   const auto fetch = [&](const Place& place, int64_t tile, int stage) {
     if (tile < end_tile) {
-      copy_rows<S>(k_tile(stage), work.k_row_bytes, p.k.rows.data, place.bytes, 0, static_cast<int>(p.head_dim * sizeof(S)),
-                   work.k_copy_bytes);
-      copy_rows<S>(v_tile(stage), work.v_row_bytes, p.v.rows.data, place.bytes, kTileKeys, static_cast<int>(columns * sizeof(S)),
+      copy_rows<S>(k_tile(stage), work.k_row_bytes, p.k.data, place.bytes, 0, static_cast<int>(p.head_dim * sizeof(S)), work.k_copy_bytes);
+      copy_rows<S>(v_tile(stage), work.v_row_bytes, p.v.data, place.bytes, kTileKeys, static_cast<int>(columns * sizeof(S)),
                    work.v_copy_bytes);
       if (sizeof(S) == 1) dev::st_shared<float>(scales(stage) + 4 * lane, place.scale);
     }
@@ -221,7 +215,7 @@ __device__ __forceinline__ void attend(const DecodeWork& work, const Task& task,
   }
   dev::sync_threads();
 
-  RowState state(p, task, len);
+  RowState state(p, task, s);
   float out[kColumns / 8][4] = {};
   int stage = 0;
   for (int64_t tile = first_tile; tile < end_tile; tile += work.warps, stage ^= work.stages - 1) {
@@ -350,10 +344,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, (kBlocks<T, kColumns>)) decode
   task.first_column = static_cast<int>(next(work.slices)) * kColumns;
   task.row0 = next(work.row_blocks) * kTileRows;
   task.head = next(p.heads_kv), task.split = next(p.num_splits), task.b = block;
-  const int64_t len = length_of(p, task.b);
-  task = task_of(work, len, task);
+  const Lengths<int64_t> s = sequence(p, task.b);
+  task = task_of(work, s, task);
   const bool empty = p.num_splits > 1 && task.begin >= task.end;
-  if (!empty) attend<T, S, kColumns>(work, task, len);
+  if (!empty) attend<T, S, kColumns>(work, task, s);
   if (p.num_splits == 1) return;
 
   const int64_t group = p.heads_q / p.heads_kv, used = min(int64_t{kTileRows}, p.seq_q * group - task.row0);
@@ -388,7 +382,7 @@ void decode_columns(const KvCacheParams& p, Stream stream) {
   const int64_t rows = p.seq_q * (p.heads_q / p.heads_kv);
   work.row_blocks = static_cast<int>(ceil_div<int64_t>(rows, kTileRows));
   work.slices = static_cast<int>(ceil_div<int64_t>(p.head_dim_v, kColumns));
-  work.k_copy_bytes = copy_bytes(p.k.rows, p.head_dim, sizeof(S)), work.v_copy_bytes = copy_bytes(p.v.rows, p.head_dim_v, sizeof(S));
+  work.k_copy_bytes = copy_bytes(p.k, p.head_dim, sizeof(S)), work.v_copy_bytes = copy_bytes(p.v, p.head_dim_v, sizeof(S));
 
   check(work.shared_bytes <= kMostSharedMemory, "decode on a GPU needs ", work.shared_bytes, " bytes of shared memory for head dims ",
         p.head_dim, " and ", p.head_dim_v, " in ", name(p.dtype), ", more than ", kMostSharedMemory,

@@ -21,17 +21,17 @@ template <class T, class S>
 __global__ void __launch_bounds__(kThreads) kv_append_kernel(const __grid_constant__ RowWork<KvCacheParams> work) {
   const KvCacheParams& p = work.params;
   const Team team(work.lanes);
-  const int64_t heads = p.batch * p.seq_new * p.heads_kv;
+  const int64_t heads = p.batch * p.new_keys * p.heads_kv;
   for (int64_t first = int64_t{blockIdx.x} * team.count; first < 2 * heads; first += int64_t{gridDim.x} * team.count) {
     const int64_t item = min(first + team.index, 2 * heads - 1);
     const bool is_key = item < heads;
-    const int64_t h = item % p.heads_kv, token = item % heads / p.heads_kv, i = token % p.seq_new, b = token / p.seq_new;
+    const int64_t h = item % p.heads_kv, token = item % heads / p.heads_kv, i = token % p.new_keys, b = token / p.new_keys;
     const int64_t position = int64_t{dev::ld_global_nc<int32_t>(p.kv_lens + b)} + i;
     const Slot slot = slot_of(p, b, position);
     const bool mine = first + team.index < 2 * heads && slot.valid;
 
     const Rows& source = is_key ? p.new_k : p.new_v;
-    const CacheOperand& cache = is_key ? p.k : p.v;
+    const Rows& cache = is_key ? p.k : p.v;
     const int64_t n = is_key ? p.head_dim : p.head_dim_v, chunks = chunks_of(n, kVec<T>);
     const T* row = static_cast<const T*>(source.data) + b * source.batch + i * source.seq + h * source.head;
     const bool turned = is_key && p.rotary_cos;
@@ -45,9 +45,10 @@ __global__ void __launch_bounds__(kThreads) kv_append_kernel(const __grid_consta
 
     float scale = 1;
     if constexpr (kQuantized<S>) {
-      float* stored = cache.scale + (slot.valid ? slot.batch * cache.scale_batch + slot.row * cache.scale_seq : 0) + h * cache.scale_head;
+      const CacheScale& scales = is_key ? p.k_scale : p.v_scale;
+      float* stored = scales.data + (slot.valid ? slot.batch * scales.batch + slot.row * scales.seq : 0) + h * scales.head;
       float peak = 0;
-      if (cache.scale_per_token) {
+      if (scales.per_token) {
         for (int64_t chunk = team.thread; chunk < chunks; chunk += team.lanes) {
           float x[kVec<T>];
           load(chunk, x);
@@ -56,11 +57,11 @@ __global__ void __launch_bounds__(kThreads) kv_append_kernel(const __grid_consta
         }
       }
       peak = team.reduce(peak, larger);  // by all threads of the warp, whose rows may be of K and of V
-      scale = cache.scale_per_token ? peak / kLargest<S> : dev::ld_global<float>(stored);
-      if (mine && cache.scale_per_token && team.thread == 0) dev::st_global(stored, scale);
+      scale = scales.per_token ? peak / kLargest<S> : dev::ld_global<float>(stored);
+      if (mine && scales.per_token && team.thread == 0) dev::st_global(stored, scale);
     }
     if (!mine) continue;
-    S* out = static_cast<S*>(cache.rows.data) + slot.batch * cache.rows.batch + slot.row * cache.rows.seq + h * cache.rows.head;
+    S* out = static_cast<S*>(cache.data) + slot.batch * cache.batch + slot.row * cache.seq + h * cache.head;
     for (int64_t chunk = team.thread; chunk < chunks; chunk += team.lanes) {
       float x[kVec<T>];
       load(chunk, x);
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) rotate_queries_kernel(const __grid_c
 void kv_append(const KvCacheParams& p, Stream stream) {
   visit_activation(p.dtype, [&]<class T>(std::type_identity<T>) {
     const RowPlan plan =
-        plan_rows<T>(2 * p.batch * p.seq_new * p.heads_kv, std::min(std::max(p.head_dim, p.head_dim_v), int64_t{32} * kVec<T>), 1);
+        plan_rows<T>(2 * p.batch * p.new_keys * p.heads_kv, std::min(std::max(p.head_dim, p.head_dim_v), int64_t{32} * kVec<T>), 1);
     const RowWork<KvCacheParams> work{p, plan.lanes};
     switch (p.kv_dtype) {
       case DType::kInt8: return launch<kv_append_kernel<T, int8_t>>(plan.grid, kThreads, 0, stream, work);

@@ -13,7 +13,7 @@ struct Slot {
   bool valid;
 };
 __device__ __forceinline__ Slot slot_of(const KvCacheParams& p, int64_t b, int64_t position) {
-  if (position < 0 || position >= p.capacity) return {0, 0, false};
+  if (position < 0 || position >= p.seq_kv) return {0, 0, false};
   if (!p.block_table) return {b, position, true};
   const int64_t page = dev::ld_global_nc<int32_t>(p.block_table + b * p.block_table_stride + position / p.page_size);
   return {page, position % p.page_size, page >= 0 && page < p.pages};
