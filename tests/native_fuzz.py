@@ -131,7 +131,7 @@ def kv_cache(rng: random.Random) -> Arguments:
         "q": torch.randn(B, Sq, Hq, D).to(dtype), "k_cache": k_cache, "v_cache": v_cache, "k": torch.randn(B, 1, Hkv, D).to(dtype),
         "v": torch.randn(B, 1, Hkv, Dv).to(dtype), "kv_lens": torch.full((B,), 5), "out": torch.zeros(B, Sq, Hq, Dv, dtype=dtype),
         "lse": torch.zeros(B, Hq, Sq), "partial_out": torch.zeros(splits, B, Hq, Sq, Dv), "partial_lse": torch.zeros(splits, B, Hq, Sq),
-        "q_turned": torch.zeros(B, Sq, Hq, D, dtype=dtype), "counters": None, "block_table": table if paged else None,
+        "q_rotated": torch.zeros(B, Sq, Hq, D, dtype=dtype), "counters": None, "block_table": table if paged else None,
         "rotary_cos": rotary, "rotary_sin": rotary, "rotary_interleaved": False, "k_scale": scale[0], "v_scale": scale[1],
         "k_scale_per_token": scale[0] is not None, "v_scale_per_token": scale[0] is not None,
         "alibi": rng.choice((None, torch.rand(1, Hq))), "sinks": rng.choice((None, torch.randn(Hq))), "causal": True, "window_left": -1,

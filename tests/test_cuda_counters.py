@@ -33,7 +33,11 @@ MERGE = {("st_global", "cuda/kv_cache/decode.cu"): 4, ("ld_global", "cuda/kv_cac
 # The pages of 16 keys are few numbers, which may lie on both sides of a sector's end.
 PAGES = {("ld_global_nc", "cuda/kv_cache/kv_cache.cuh"): 2}
 # int8 and fp8: a lane widens 16 numbers to 2 stores of 16 bytes; the scales of a head lie Hkv apart.
-WIDENED = {**MERGE, ("st_shared", "cuda/kv_cache/decode_tile.cuh"): 2}
+WIDENED = {
+    **MERGE,
+    ("ld_global", "cuda/kv_cache/decode_work.cuh"): 3,
+    ("st_shared", "cuda/kv_cache/decode_tile.cuh"): 2,
+}
 
 
 @pytest.fixture

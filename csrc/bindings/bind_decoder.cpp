@@ -42,7 +42,7 @@ PackedWeight weight_of(const py::object& object) {
 }  // namespace
 
 void bind_decoder(py::module_& m) {
-  py::class_<Decoder>(m, "Decoder", "All layers of a causal language model in one call; python/foveate/native_decoder.py builds it")
+  py::class_<Decoder>(m, "Decoder", "All layers of a causal language model in one call; python/foveate/models/native_decoder.py builds it")
       .def(py::init([](int64_t hidden, int64_t inner, int64_t heads_q, int64_t heads_kv, int64_t head_dim, double softcap,
                        const std::string& activation, py::object final_norm, TensorView rotary_cos, TensorView rotary_sin) {
              return Decoder({hidden, inner, heads_q, heads_kv, head_dim, softcap, activation_of(activation)},

@@ -11,7 +11,7 @@ namespace foveate {
 namespace {
 
 void attention_with_kv_cache_flat(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens,
-                                  TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_turned,
+                                  TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_rotated,
                                   TensorView counters, TensorView block_table, TensorView rotary_cos, TensorView rotary_sin,
                                   bool rotary_interleaved, TensorView k_scale, TensorView v_scale, bool k_scale_per_token,
                                   bool v_scale_per_token, TensorView alibi, TensorView sinks, bool causal, int64_t window_left,
@@ -35,7 +35,7 @@ void attention_with_kv_cache_flat(TensorView q, TensorView k_cache, TensorView v
                                softcap,
                                {num_splits, keys_per_split, rows_per_task, heads_per_task},
                                blocked};
-  attention_with_kv_cache(q, k_cache, v_cache, k, v, kv_lens, out, lse, partial_out, partial_lse, q_turned, options, threads);
+  attention_with_kv_cache(q, k_cache, v_cache, k, v, kv_lens, out, lse, partial_out, partial_lse, q_rotated, options, threads);
 }
 
 }  // namespace
@@ -43,7 +43,7 @@ void attention_with_kv_cache_flat(TensorView q, TensorView k_cache, TensorView v
 void bind_kv_cache(py::module_& m) {
   m.def("attention_with_kv_cache", &attention_with_kv_cache_flat, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("k"),
         py::arg("v"), py::arg("kv_lens"), py::arg("out"), py::arg("lse"), py::arg("partial_out"), py::arg("partial_lse"),
-        py::arg("q_turned"), py::arg("counters"), py::arg("block_table"), py::arg("rotary_cos"), py::arg("rotary_sin"),
+        py::arg("q_rotated"), py::arg("counters"), py::arg("block_table"), py::arg("rotary_cos"), py::arg("rotary_sin"),
         py::arg("rotary_interleaved"), py::arg("k_scale"), py::arg("v_scale"), py::arg("k_scale_per_token"), py::arg("v_scale_per_token"),
         py::arg("alibi"), py::arg("sinks"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"), py::arg("scale"),
         py::arg("softcap"), py::arg("num_splits"), py::arg("keys_per_split"), py::arg("rows_per_task"), py::arg("heads_per_task"),

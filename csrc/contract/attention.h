@@ -1,4 +1,5 @@
-// softmax(scale * q k^T + bias ...) v, dense and varlen, forward and backward. python/foveate/_reference.py defines the meaning of each option.
+// softmax(scale * q k^T + bias ...) v, dense and varlen, forward and backward. python/foveate/backend/reference/attention.py defines the
+// meaning of each option.
 #pragma once
 
 #include "core/tensor.h"

@@ -5,7 +5,8 @@
 
 namespace foveate {
 
-constexpr int kMaxPageCopies = 64;  // of one launch: the numbers travel with its parameters, so that the host copies nothing to the GPU
+constexpr int kMaxPageCopies =
+    64;  // of one launch: the page numbers travel with its parameters, so that the host copies nothing to the GPU
 
 struct CopyPagesParams {
   void* pool;  // [layers, pages, page_bytes]

@@ -1,5 +1,5 @@
 // Attention against a KV cache, dense or paged: append the new keys and values in place, then attend to all of them.
-// python/foveate/_reference.py (attention_with_kv_cache) defines the meaning.
+// python/foveate/backend/reference/attention.py (attention_with_kv_cache) defines the meaning.
 #pragma once
 
 #include "contract/attention.h"
@@ -14,7 +14,7 @@ struct CacheScale {
   bool per_token = false;                  // written at append, else only read
 };
 
-// How decode divides its work, see decode_plan in python/foveate. keys_per_split 0: each sequence in num_splits equal parts.
+// How decode divides its work, see python/foveate/ops/attention/plan.py. keys_per_split 0: each sequence in num_splits equal parts.
 struct Division {
   int64_t num_splits = 1, keys_per_split = 0, rows_per_task = 1, heads_per_task = 1;
 };

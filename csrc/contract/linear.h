@@ -1,5 +1,6 @@
-// Products of few or many rows with packed weights, and what surrounds them in a decoder layer: the norm in front, bias, activation, gate and
-// residual behind. python/foveate/packed_linear.py defines the meaning of a product, packed_weight.py makes the packed layout:
+// Products of few or many rows with packed weights, and what surrounds them in a decoder layer: the norm in front, bias, activation, gate
+// and residual behind. python/foveate/ops/packed_linear.py defines the meaning of a product, quantization/panels.py makes the packed
+// layout:
 //
 //   panels of 32 output features, the last one padded with zeros; a feature is a lane of a vector
 //   f32         [panels, in, 32] floats
@@ -8,7 +9,7 @@
 //   q4_0, q4_1  [panels, in / 32] of: nibbles [4, 32, 4] bytes, d fp16 [32], q4_1 also m fp16 [32]
 //               byte (p, feature, j) holds elements 4 p + j (low nibble) and 16 + 4 p + j (high) of the feature's block of 32
 //   q8_0        [panels, in / 32] of: q + 128 as uint8 [8, 32, 4], d fp16 [32]
-//   q4_k, q5_k, q6_k  [panels, in / 256] of: 8 blocks of nibbles, upper bits and integer scales, and their fp16 scales: k_blocks.py
+//   q4_k, q5_k, q6_k  [panels, in / 256] of: 8 blocks of nibbles, upper bits, integer scales, and fp16 scales of these: quantization/k_blocks.py
 #pragma once
 
 #include "core/math.h"

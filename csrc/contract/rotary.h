@@ -1,4 +1,4 @@
-// Rotary position embedding: pairs of the first `rot` elements of each head turn by the angles in cos and sin.
+// Rotary position embedding: pairs of the first `rot` elements of each head are rotated by the angles in cos and sin.
 #pragma once
 
 #include "core/tensor.h"
@@ -13,7 +13,7 @@ struct RotaryParams {
   int64_t cos_stride[2], sin_stride[2];  // B (0 without a batch dimension), S
   int64_t batch, seq, heads, dim, pairs;
   bool interleaved;  // a pair is (x[2c], x[2c + 1]), else (x[c], x[c + pairs])
-  bool inverse;      // turn back: the gradient
+  bool inverse;      // rotate back: the gradient
   DType dtype, table_dtype;
 };
 

@@ -1,4 +1,4 @@
-// How many threads a call may use. A type of its own, so that no entry of the compiled module passes on a number that nobody has looked at:
+// How many threads a call may use. A type of its own, so that no entry of the compiled module passes on a count that nobody has checked:
 // workspaces are sized by it and loops are divided by it.
 #pragma once
 

@@ -43,8 +43,8 @@ struct Span {
   [[gnu::always_inline]] FOVEATE_HOST_DEVICE constexpr bool empty() const { return begin >= end; }
 };
 
-// The keys that some of the queries [first, last] see, all within [0, k). What the window excludes is taken off before the sum with it could
-// overflow; k - (i + shift) is q - i.
+// The keys that some of the queries [first, last] see, all within [0, k). What the window excludes is taken off before the sum with it
+// could overflow; k - (i + shift) is q - i.
 template <class Int>
 [[gnu::always_inline]] FOVEATE_HOST_DEVICE constexpr Span<Int> visible_keys(const Window<Int>& w, const Lengths<Int>& s, Int first,
                                                                             Int last) {

@@ -18,7 +18,7 @@ struct Decoder::Buffers {
   int64_t tokens = 0;
   DType dtype = DType::kFloat32;
   float* x = nullptr;     // [tokens, hidden]
-  char *qkv = nullptr, *attended = nullptr, *turned = nullptr;  // [tokens, (Hq + 2 Hkv) D], [tokens, Hq D] twice
+  char *qkv = nullptr, *attended = nullptr, *rotated = nullptr;  // [tokens, (Hq + 2 Hkv) D], [tokens, Hq D] twice
   float *inner = nullptr, *temp = nullptr;                      // [tokens, inner], [tokens, hidden]
   char* scratch = nullptr;                                      // of a team, linear_scratch_bytes
   float *partial_out = nullptr, *partial_lse = nullptr;         // as in KvCacheParams
@@ -147,7 +147,7 @@ void Decoder::attend(const DecoderLayer& l, KvCacheParams p, const Buffers& m, b
   };
   if (!team) {
     norm_heads(p.q, l.q_norm, m.tokens, p.heads_q), norm_heads(p.new_k, l.k_norm, m.tokens, p.heads_kv);
-    return append_and_attend(p, blocked, m.turned, threads);
+    return append_and_attend(p, blocked, m.rotated, threads);
   }
   // A thread's share: KV heads of sequences, in order. It appends them itself, so nobody waits between the two.
   const int64_t items = p.batch * p.heads_kv;
@@ -248,7 +248,7 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
   int64_t bytes = 0;
   const auto add = [&](int64_t n) { return std::exchange(bytes, bytes + round_up<int64_t>(n, 64)); };
   const int64_t qkv = add(m.tokens * (q + 2 * kv) * size), attended = add(m.tokens * q * size);
-  const int64_t turned = add(blocked ? m.tokens * q * size : 0), inner = add(m.tokens * sizes_.inner * 4);
+  const int64_t rotated = add(blocked ? m.tokens * q * size : 0), inner = add(m.tokens * sizes_.inner * 4);
   const int64_t temp_at = add(temp ? m.tokens * sizes_.hidden * 4 : 0);
   const int64_t partial_out = add(split ? p.num_splits * m.tokens * q * 4 : 0);
   const int64_t widest = std::max({sizes_.hidden, sizes_.inner, q});
@@ -257,7 +257,7 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
   const auto free = [](char* memory) { ::operator delete(memory, std::align_val_t{64}); };
   const std::unique_ptr<char, decltype(free)> memory(static_cast<char*>(::operator new(bytes, std::align_val_t{64})), free);
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(memory.get() + at); };
-  m.qkv = memory.get() + qkv, m.attended = memory.get() + attended, m.turned = memory.get() + turned;
+  m.qkv = memory.get() + qkv, m.attended = memory.get() + attended, m.rotated = memory.get() + rotated;
   m.scratch = memory.get() + scratch;
   m.inner = floats(inner), m.temp = floats(temp_at);
   p.partial_out = floats(partial_out), p.partial_lse = floats(partial_lse);

@@ -1,5 +1,5 @@
-// A whole step of a causal language model on the CPU: all layers for [B, S] tokens against a paged cache, between the embedding and the head.
-// Each layer is four calls of the linear kernel (csrc/cpu/linear/linear.cpp) around append_and_attend:
+// A whole step of a causal language model on the CPU: all layers for [B, S] tokens against a paged cache, between the embedding and the
+// head. Each layer is four calls of the linear kernel (csrc/cpu/linear/linear.cpp) around append_and_attend:
 //
 //   q, k, v = norm(x) Wq, Wk, Wv      [q, k normed by head]      a = attention(q, k, v)      x += a Wo        [or += norm(a Wo)]
 //   h = act(norm(x) Wgate) * norm(x) Wup     [or act(norm(x) Wup)]      x += h Wdown        [or += norm(h Wdown)]

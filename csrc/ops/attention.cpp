@@ -1,5 +1,5 @@
-// Views -> memory checks -> params. Python has checked the meaning (which options, which shapes broadcast); what is checked here is what could
-// make a kernel touch memory that is not the tensors'.
+// Views -> memory checks -> params. Python has checked the meaning (which options, which shapes broadcast); what is checked here is what
+// could make a kernel touch memory that is not the tensors'.
 #include "ops/attention.h"
 
 #include <algorithm>
@@ -43,8 +43,8 @@ ScoreOperand score_operand(const TensorView& t, const char* what, const Attentio
   return s;
 }
 
-// Lengths come as int32 or int64. What fits int32 after `valid` has looked at it is kept for the life of the call. On a GPU they come as int32
-// and nobody looks at them.
+// Lengths come as int32 or int64. What fits int32 after `valid` has looked at it is kept for the life of the call. On a GPU they come as
+// int32 and nobody looks at them.
 class LengthReader {
  public:
   template <class Valid>
@@ -102,7 +102,7 @@ class AttentionCall {
   void read_score_operands();
   void read_relative_bias();
   void read_dropout();
-  void read_numbers();
+  void read_scalars();
 
   const AttentionOptions& o_;
   bool varlen_;
@@ -129,7 +129,7 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
             ", the number of keys in k");
     });
   read_dropout();
-  read_numbers();
+  read_scalars();
 }
 
 void AttentionCall::read_sizes(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out) {
@@ -219,7 +219,7 @@ void AttentionCall::read_dropout() {
   if (device.readable) p.philox_seed = static_cast<uint64_t>(p.philox[0]), p.philox_offset = static_cast<uint32_t>(p.philox[1]);
 }
 
-void AttentionCall::read_numbers() {
+void AttentionCall::read_scalars() {
   AttentionParams& p = params;
   check(std::isfinite(o_.scale) && std::isfinite(o_.softcap) && o_.softcap >= 0, "scale = ", o_.scale, " and softcap = ", o_.softcap,
         " must be finite, softcap not negative");
@@ -227,8 +227,11 @@ void AttentionCall::read_numbers() {
   p.window_left = usable_window(o_.window_left), p.window_right = usable_window(o_.window_right);
 }
 
-// Few queries per KV head and nothing but what the decode kernel knows: it reads K and V once, in place, where the blocked kernel copies them first.
+// Few queries per KV head and nothing but what the decode kernel knows: it reads K and V once, in place, where the blocked kernel copies
+// them first.
 constexpr int64_t kDecodeRows = 16;
+// As _TASKS_PER_THREAD and _MIN_SPLIT_KEYS of python/foveate/ops/attention/plan.py, which divides the work of a call with a KV cache.
+constexpr int64_t kTasksPerThread = 4, kMinSplitKeys = 256;
 
 bool suits_decode(const AttentionParams& p) {
   const bool plain = !p.cu_q && p.seq_kv <= std::numeric_limits<int32_t>::max() && !p.rel_table && p.dropout_p == 0;
@@ -241,12 +244,12 @@ void decode_forward(const AttentionParams& p, int threads) {
   d.kv_dtype = p.dtype;
 
   // All heads of a sequence in one task read [B, S, H, D] in order; heads and then keys are divided where that makes too few tasks.
-  const int64_t wanted = threads > 1 ? 4 * threads : 1;
+  const int64_t wanted = threads > 1 ? kTasksPerThread * threads : 1;
   d.rows_per_task = p.seq_q * (p.heads_q / p.heads_kv);
   const int64_t parts = std::clamp<int64_t>(ceil_div(wanted, p.batch), 1, p.heads_kv);
   d.heads_per_task = ceil_div(p.heads_kv, parts);
   const int64_t tasks = p.batch * ceil_div(p.heads_kv, d.heads_per_task);
-  d.num_splits = std::clamp<int64_t>(ceil_div(wanted, tasks), 1, std::max<int64_t>(1, p.seq_kv / 256));
+  d.num_splits = std::clamp<int64_t>(ceil_div(wanted, tasks), 1, std::max<int64_t>(1, p.seq_kv / kMinSplitKeys));
   std::vector<float> partial;
   if (d.num_splits > 1) {
     const int64_t rows = d.num_splits * p.batch * p.heads_q * p.seq_q;

@@ -15,7 +15,7 @@ struct AttentionOptions {
   bool causal = false;
   int64_t window_left = -1, window_right = -1;
   double scale = 1, softcap = 0, dropout_p = 0;
-  bool deterministic = true;  // of the backward: equal calls give equal bits
+  bool deterministic = true;  // of the backward: equal calls give bitwise equal results
 };
 
 // Bytes -> memory on the device of the call, which its caller keeps until the kernels that were launched with it are queued.

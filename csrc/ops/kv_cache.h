@@ -23,8 +23,8 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
                              TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_rotated,
                              const KvCacheOptions& options, Threads threads);
 
-// The two halves of it, for callers that fill KvCacheParams themselves (decoder/decoder.cpp), on the CPU. The first throws before anything is
-// written; a CUDA call has no such check, its kernels stay inside the cache whatever the values are.
+// The two halves of it, for callers that fill KvCacheParams themselves (decoder/decoder.cpp), on the CPU. The first throws before anything
+// is written; a CUDA call has no such check, its kernels stay inside the cache whatever the values are.
 void check_cache_values(const KvCacheParams& p);
 // The division as p has it; p has its sizes already.
 void set_division(KvCacheParams& p, const Division& division);

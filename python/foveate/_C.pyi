@@ -171,7 +171,7 @@ def attention_with_kv_cache(
     lse: torch.Tensor | None,
     partial_out: torch.Tensor | None,
     partial_lse: torch.Tensor | None,
-    q_turned: torch.Tensor | None,
+    q_rotated: torch.Tensor | None,
     counters: torch.Tensor | None,
     block_table: torch.Tensor | None,
     rotary_cos: torch.Tensor | None,

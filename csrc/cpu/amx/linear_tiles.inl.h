@@ -1,7 +1,7 @@
 // Products of packed weights with AMX tiles (amx/tiles.h). docs/kernels/cpu_linear.md explains the choices.
 //
-// Blocks: 16 rows x 16 features x the 32 elements of a block are one instruction; its integer sums are the same as dot4's, and scales follow in the
-// same operations and order, so a row has the same bits here and in block_tile, which serves few rows. The panel is first
+// Blocks: 16 rows x 16 features x the 32 elements of a block are one instruction; its integer sums are the same as dot4's, and scales
+// follow in the same operations and order, so a row has the same bits here and in block_tile, which serves few rows. The panel is first
 // expanded to signed bytes, once for all the rows that pass it.
 // bf16: 32 rows x 32 features, sums stay in the tiles. The instruction rounds otherwise than vdpbf16ps, so it serves every row count.
 #pragma once
@@ -85,7 +85,8 @@ FOVEATE_INLINE void int8_tile(TileScope& tiles, const uint8_t* panel, const int8
         if constexpr (kFormat == WeightFormat::kQ4_1) acc[r] += m * scales[r][a.blocks + b];
       }
     };
-    // What a tile stores can be loaded once the stores have left the core's queue, so that the multiplications run kDotSlots - 1 blocks ahead.
+    // What a tile stores can be loaded once the stores have left the core's queue, so that the multiplications run kDotSlots - 1 blocks
+    // ahead.
     const auto each_slot = [&](const auto& f) __attribute__((always_inline)) {
       f(std::integral_constant<int, 0>{}), f(std::integral_constant<int, 1>{}), f(std::integral_constant<int, 2>{}),
           f(std::integral_constant<int, 3>{});

@@ -3,8 +3,9 @@
 //   A tile [rows][k] times B tile [k][columns] is added to C tile [rows][columns], columns of 4 bytes. Neighbours along k lie side by side: B's row holds
 //   4 int8 (or 2 bf16) of each column, which is how linear weights, transposed keys and stacked values are packed anyway.
 //
-// Tiles are numbered at compile time. A thread configures them for a kernel (TileScope) and releases them after it, so that its state stays small
-// when the system saves it. Test builds put a simulation in the place of the instructions (tiles_shim.h): kernels are the same source.
+// Tiles are numbered at compile time. A thread configures them for a kernel (TileScope) and releases them after it, so that its state stays
+// small when the system saves it. Test builds put a simulation in the place of the instructions (tiles_shim.h): kernels are the same
+// source.
 #pragma once
 
 #include "cpu/simd/vec.h"

@@ -1,6 +1,6 @@
-// The tile registers of AMX in plain C++, after the instructions' pseudocode (Intel SDM volume 2): the same kernels then run on CPUs without AMX.
-// For test builds only. What the CPU answers with #UD or #GP ends the process here, with a sentence. tests/native/tiles_check.cpp compares it
-// with the hardware bit for bit.
+// The tile registers of AMX in plain C++, after the instructions' pseudocode (Intel SDM volume 2): the same kernels then run on CPUs
+// without AMX. For test builds only. What the CPU answers with #UD or #GP ends the process here, with a sentence.
+// tests/native/tiles_check.cpp compares it with the hardware bit for bit.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,7 @@
-// Attention backward (Dao et al. 2022, section 3.2 and appendix B), without atomics: equal calls give equal bits.
+// Attention backward (Dao et al. 2022, section 3.2 and appendix B), without atomics: equal calls give bitwise equal results.
 //
-// A task owns a chunk of keys of one KV head (more heads, if they share a bias gradient), so dK and dV are its own. It walks over its blocks of
-// keys and, for each, over the blocks of queries that see it:
+// A task owns a chunk of keys of one KV head (more heads, if they share a bias gradient), so dK and dV are its own. It walks over its
+// blocks of keys and, for each, over the blocks of queries that see it:
 //   P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)   dV += P^T dO   dK += dS^T Q   dQ += dS K,   delta = rowsum(dO O) - dlse.
 // dQ belongs to one task if there is one chunk; else every chunk has its own and they are summed in order at the end.
 #include "core/dispatch.h"
@@ -44,7 +44,7 @@ struct Backward {
   struct Local {
     Unit *q_panels, *dout_panels, *q_stacked, *dout_stacked, *k_columns, *v_columns, *k_stacked, *temp;
     Acc *lse, *lse_rest, *delta, *dq, *dk, *dv;  // lse + lse_rest: with the sink; +inf for a row that sees nothing
-    Acc *s, *dp, *slope, *keep;  // [kBlockQueries][kBlockKeys]; slope and keep one row
+    Acc *s, *dp, *slope, *dropout_factors;  // [kBlockQueries][kBlockKeys]; slope and dropout_factors one row
     Unit *p_pairs, *ds, *ds_pairs;  // operands for gemm_tile: s and dp themselves, unless units are pairs
   };
 
@@ -59,7 +59,7 @@ struct Backward {
     piece(x.temp, max(temp * staged, width));
     piece(x.lse, padded_q), piece(x.lse_rest, padded_q), piece(x.delta, padded_q), piece(x.dq, chunks == 1 ? padded_q * k_width : 0);
     piece(x.dk, chunk_keys * k_width), piece(x.dv, chunk_keys * v_width);
-    piece(x.s, tile), piece(x.dp, tile), piece(x.slope, p.softcap > 0 ? kBlockKeys : 0), piece(x.keep, kBlockKeys);
+    piece(x.s, tile), piece(x.dp, tile), piece(x.slope, p.softcap > 0 ? kBlockKeys : 0), piece(x.dropout_factors, kBlockKeys);
     piece(x.p_pairs, kPair == 1 ? 0 : tile / kPair), piece(x.ds, kPair == 1 ? 0 : tile / kPair),
         piece(x.ds_pairs, kPair == 1 ? 0 : tile / kPair);
   }
@@ -122,6 +122,8 @@ struct Backward {
     }
   }
 
+  // ---- one chunk of keys of one KV head: dK [keys, D] and dV [keys, Dv] of the chunk, dQ of all queries of the head's group ----
+
   void chunk_of_head(int64_t b, int64_t hkv, int64_t chunk, const Local& x) const {
     const Sequence s = sequence(p, b);
     const int64_t first_block = key_blocks * chunk / chunks, last_block = key_blocks * (chunk + 1) / chunks,
@@ -132,6 +134,7 @@ struct Backward {
     const int64_t cleared = clamp<int64_t>(end, 0, (last_block - first_block) * kBlockKeys);
     std::memset(static_cast<void*>(x.dk), 0, cleared * k_width * sizeof(Acc));
     std::memset(static_cast<void*>(x.dv), 0, cleared * v_width * sizeof(Acc));
+    // Each query head of the GQA group adds to the same dK and dV.
     for (int64_t i = 0; i < group; ++i) {
       const int64_t h = hkv * group + i;
       Local head = x;
@@ -146,6 +149,7 @@ struct Backward {
       if (chunks == 1 && g.dq.data)
         for (int64_t r = 0; r < s.q; ++r) write_row(q_row(p, g.dq, b, h, r), x.dq + r * k_width, p.head_dim, p.scale);
     }
+    // Write dK (times the scale) and dV.
     for (int64_t j = first; j < last; ++j) {
       const int64_t at = (p.cu_k ? p.cu_k[b] : 0) + j, size = size_of(p.dtype);
       if (g.dk.data)
@@ -166,12 +170,14 @@ struct Backward {
   // All queries of one head: packed q and dout, lse and delta, and the gradient of the sink, which needs nothing else.
   void load_head(int64_t b, int64_t h, const Sequence& s, int64_t chunk, const Local& x) const {
     constexpr Acc inf = std::numeric_limits<Acc>::infinity();
+    // Pack Q and dO: panels [queries / kTileRows, units, kTileRows] as operand A, stacked [queries / kPair, width] as operand B.
     const RowSource q = q_source(p, p.q, b, h), dout = q_source(p, g.dout, b, h);
     const int64_t padded = round_up<int64_t>(s.q, kTileRows);
     panels(q, s.q, padded, p.head_dim, k_units, x.q_panels, x.temp);
     panels(dout, s.q, padded, p.head_dim_v, v_units, x.dout_panels, x.temp);
     pack_stacked<M>(q, 0, s.q, padded, p.head_dim, k_width, x.q_stacked, x.temp);
     pack_stacked<M>(dout, 0, s.q, padded, p.head_dim_v, v_width, x.dout_stacked, x.temp);
+    // lse (with the sink) and delta of every query.
     const int64_t lse_at = p.lse.batch * b + p.lse.head * h + (p.cu_q ? p.cu_q[b] : 0);
     const Acc* lse = static_cast<const Acc*>(p.lse.data) + lse_at;
     const Acc* dlse = g.dlse ? static_cast<const Acc*>(g.dlse) + lse_at : nullptr;
@@ -205,7 +211,7 @@ struct Backward {
     }
   }
 
-  // One number holds lse, and where scores are large its rounding hides the logarithm of the sum: -1e9 + log(9) is -1e9. For such rows the
+  // One value holds lse, and where scores are large its rounding hides the logarithm of the sum: -1e9 + log(9) is -1e9. For such rows the
   // sum of exp(s - lse), which should be 1, is taken again; its logarithm is what lse lacks.
   void missing_sums(int64_t b, int64_t h, const Sequence& s, const Acc* lse, const Local& x) const {
     constexpr Acc kLarge = std::is_same_v<Acc, double> ? Acc{1 << 30} : Acc{256};  // an error of 1.5e-5 in every weight
@@ -238,8 +244,8 @@ struct Backward {
       if (large(i)) x.lse_rest[i] = std::log(x.lse_rest[i]);
   }
 
-  // out . dout of the kTileRows queries from r on, with gemm_columns' operations in its order: where a query sees one key, out = v and dP - delta is
-  // exactly 0. temp: kTileRows * v_units.
+  // out . dout of the kTileRows queries from r on, with gemm_columns' operations in its order: where a query sees one key, out = v and dP -
+  // delta is exactly 0. temp: kTileRows * v_units.
   void tile_dots(int64_t b, int64_t h, int64_t r, int64_t rows, const Unit* dout_panel, Unit* temp, Acc* dots) const {
     using Accs = typename M::Accs;
     using Units = typename M::Units;
@@ -280,6 +286,7 @@ struct Backward {
 
   void tile(int64_t b, int64_t h, const Sequence& s, int64_t chunk, int64_t key0, int64_t q0, int64_t count, int64_t begin, int64_t end,
             const Local& x) const {
+    // S [count, keys] = Q K^T and dP [count, keys] = dO V^T, then row by row P and dS
     for (int64_t r = 0; r < count; r += kTileRows) {
       const int64_t rows = min<int64_t>(count - r, kTileRows);
       gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, k_units, x.q_panels + (q0 + r) * k_units, x.k_columns, x.s + r * kBlockKeys,
@@ -293,6 +300,7 @@ struct Backward {
           for (int64_t c = begin; c < end; ++c) x.s[i * kBlockKeys + c] = x.dp[i * kBlockKeys + c] = 0;
       }
     }
+    // dV [keys, Dv] += P^T dO and dK [keys, D] += dS^T Q
     to_units(round_up<int64_t>(count, kTileRows), begin, end, x);
     const int64_t depth = round_up<int64_t>(count, kPair) / kPair;
     for (int64_t j = begin; j < end; j += kTileRows) {
@@ -303,6 +311,7 @@ struct Backward {
         gemm_rows<M, kTileRows, 1, kBlockKeys, Update::kAdd>(k_width, depth, x.ds_pairs + j, x.q_stacked + q0 / kPair * k_width, k_width,
                                                              x.dk + j * k_width, k_width);
     }
+    // dQ [count, D] += dS K
     if (g.dq.data)
       for (int64_t r = 0; r < count; r += kTileRows)
         gemm_rows<M, kTileRows, kBlockKeys / kPair, 1, Update::kAdd>(
@@ -314,28 +323,32 @@ struct Backward {
   void row(int64_t b, int64_t h, const Sequence& s, int64_t chunk, int64_t i, int64_t key0, int64_t begin, int64_t end, const Local& x,
            Acc* sc, Acc* dp) const {
     constexpr int degree = kPair == 2 ? 4 : 5;
+    // S -> logits
     const Range seen = visible_keys(window, s, i);
     const int64_t valid = min(s.k - key0, end);
     if (options) score_row<Acc>(p, s, relative, b, h, i, key0 + begin, valid - begin, sc + begin, x.slope ? x.slope + begin : nullptr);
     mask_row(sc, key0, begin, end, seen);
+    // the dropout mask times its scale, [keys]
     const bool drops = p.dropout_p > 0;
     if (drops) {
-      for (int64_t c = begin; c < end; ++c) x.keep[c] = static_cast<Acc>(dropout.inverse_keep);
-      drop_row(p, dropout.threshold, b * p.heads_q + h, i, key0 + begin, end - begin, x.keep + begin);
+      for (int64_t c = begin; c < end; ++c) x.dropout_factors[c] = static_cast<Acc>(dropout.scale);
+      apply_dropout(p, dropout.threshold, b * p.heads_q + h, i, key0 + begin, end - begin, x.dropout_factors + begin);
     }
+    // P = exp(logits - lse), dS = P (dP - delta)
     const Acc scale = options ? Acc{1} : static_cast<Acc>(p.scale), lse = x.lse[i], rest = x.lse_rest[i], delta = x.delta[i];
     for (int64_t c = begin; c < end; c += w) {
       const V prob = exp2v<degree>((load_raw<V>(sc + c) * scale - lse) * static_cast<Acc>(kLog2e) - rest);
       V dprob = load_raw<V>(dp + c);
       if (drops) {
-        const V keep = load_raw<V>(x.keep + c);
-        dprob *= keep;
-        store_raw(sc + c, prob * keep);
+        const V factor = load_raw<V>(x.dropout_factors + c);
+        dprob *= factor;
+        store_raw(sc + c, prob * factor);
       } else {
         store_raw(sc + c, prob);
       }
       store_raw(dp + c, prob * (dprob - delta));
     }
+    // dS is the gradient of bias and relative bias; then through the softcap
     if (g.dbias) add_bias_gradient(b, h, i, key0, begin, valid, dp);
     if (g.drel_table) {
       Acc* out = drelative + ((chunk * p.batch + b) * p.heads_q + h) * distances + relative_origin(p, s, i) + key0;

@@ -16,8 +16,8 @@
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
-// Where the keys of a tile and of the one behind it lie, in elements from the cache's start, head 0. Beyond `keys` the last key is repeated,
-// so that blocks of keys may be read whole without touching what lies behind the sequence.
+// Where the keys of a tile and of the one behind it lie, in elements from the cache's start, head 0. Beyond `keys` the last key is
+// repeated, so that blocks of keys may be read whole without touching what lies behind the sequence.
 struct Tile {
   int64_t begin = 0;
   int keys = 0, next_keys = 0;
@@ -33,8 +33,8 @@ struct Task {
 // neighbours: in the order of memory.
 constexpr int kValueKeys = 8;
 
-// What comes kAheadBytes later in the same cache is asked for, in the order of memory. With some multiply-adds to each line, a core waits for
-// memory rather than run far enough ahead by itself.
+// What comes kAheadBytes later in the same cache is asked for, in the order of memory. With some multiply-adds to each line, a core waits
+// for memory rather than run far enough ahead by itself.
 constexpr int64_t kAheadBytes = 8192;
 
 // The rows of one cache that a tile of some heads needs: [keys, bytes], and the part that is asked for with a share of the work.
@@ -65,7 +65,7 @@ struct Ahead {
 struct Scratch {
   int64_t dim, dim_v;  // padded to chunks
   float *q, *out;  // [heads, rows, dim], [heads, rows, dim_v], packed
-  float *max, *sum;  // [heads, rows]: of the scores
+  float *row_max, *row_sum;  // [heads, rows]: of the scores
   float *scores, *row;  // [heads, rows, kTile], [the longest row]
   float *k_scale, *v_scale;  // [kTile]
   Tile tile;
@@ -85,7 +85,7 @@ void carve(Scratch& s, const KvCacheParams& p, float* memory) {
   const auto take = [&](int64_t n) { return std::exchange(memory, memory + n); };
   s.q = take(states * s.dim), s.out = take(states * s.dim_v);
   s.scores = take(states * kTile), s.k_scale = take(kTile), s.v_scale = take(kTile);
-  s.max = take(states), s.sum = take(states);
+  s.row_max = take(states), s.row_sum = take(states);
   s.row = take(max(s.dim, s.dim_v) + 2 * p.rotary_pairs);
 }
 
@@ -180,7 +180,7 @@ void add_operands(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t h
   }
 }
 
-// Scores of one row become weights; row_max and row_sum are brought up to date. Returns the factor for what was accumulated before.
+// Scores of one row become weights; row_max and row_sum are brought up to date. Returns alpha, the factor for what was accumulated before.
 template <class T>
 float softmax_row(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t head, int64_t query, int64_t position, const Range& visible,
                   float slope, const float* k_scale, const float* v_scale, float* scores, float& row_max, float& row_sum) {
@@ -190,7 +190,8 @@ float softmax_row(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t h
   const int vecs = ceil_div(tile.keys, n);
   const int32_t lo = static_cast<int32_t>(clamp<int64_t>(visible.begin - tile.begin, 0, kTile));
   const int32_t hi = static_cast<int32_t>(clamp<int64_t>(visible.end - tile.begin, 0, tile.keys));
-  VecF top = splat(-kInf);
+  // scores -> logits: scale, softcap, ALiBi; -inf where the key is not visible
+  VecF tile_max = splat(-kInf);
   for (int c = 0; c < vecs; ++c) {
     const VecI j = iota<float>() + c * n;
     VecF x = load<float>(scores + c * n) * scale;
@@ -198,24 +199,25 @@ float softmax_row(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t h
     if (p.softcap > 0) x = tanhv(x) * cap;
     if (slope != 0) x -= vabs<float>(__builtin_convertvector(j, VecF) - static_cast<float>(position - tile.begin)) * slope;
     x = (j >= lo) & (j < hi) ? x : splat(-kInf);
-    top = vmax(top, x);
+    tile_max = vmax(tile_max, x);
     store(scores + c * n, x);
   }
   if (p.bias.defined() || p.mask.defined()) {
     add_operands(p, tile, b, head, query, scores);
-    top = splat(-kInf);
+    tile_max = splat(-kInf);
     for (int c = 0; c < vecs; ++c) {
       const VecF x = iota<float>() + c * n < tile.keys ? load<float>(scores + c * n) : splat(-kInf);
-      top = vmax(top, x);
+      tile_max = vmax(tile_max, x);
       store(scores + c * n, x);
     }
   }
-  const float before = row_max, after = max(before, hmax(top)), shift = after == -kInf ? 0.0f : after;
-  const float correction = before == after ? 1.0f : std::exp(before - shift);
-  VecF total{};
+  // logits -> weights relative to the new maximum
+  const float before = row_max, after = max(before, hmax(tile_max)), shift = after == -kInf ? 0.0f : after;
+  const float alpha = before == after ? 1.0f : std::exp(before - shift);
+  VecF tile_sum{};
   for (int c = 0; c < vecs; ++c) {
     VecF w = expv<float>(load<float>(scores + c * n) - shift);
-    total += w;
+    tile_sum += w;
     if (v_scale) w *= load<float>(v_scale + c * n);
     if constexpr (Chunk<T>::kDot)
       store(reinterpret_cast<bf16*>(scores) + c * n, w);
@@ -223,8 +225,8 @@ float softmax_row(const KvCacheParams& p, const Tile& tile, int64_t b, int64_t h
       store(scores + c * n, w);
   }
   row_max = after;
-  row_sum = row_sum * correction + hsum(total);
-  return correction;
+  row_sum = row_sum * alpha + hsum(tile_sum);
+  return alpha;
 }
 
 // The tile s.tile for `heads` heads of the task from h0 on.
@@ -238,6 +240,7 @@ void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, int64_t h
   const T* k = static_cast<const T*>(p.k.data) + (task.head0 + h0) * p.k.head;
   const T* v = static_cast<const T*>(p.v.data) + (task.head0 + h0) * p.v.head;
 
+  // S [heads, rows, keys] = q . k, kKeys keys of all heads at a time
   const Ahead k_ahead(k, ((heads - 1) * p.k.head + p.head_dim) * sizeof(T));
   for (int j = 0; j < tile.keys; j += kKeys)
     for (int64_t h = 0; h < heads; ++h) {
@@ -250,6 +253,7 @@ void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, int64_t h
           });
     }
 
+  // Online softmax of every (head, row): S -> weights, row_max, row_sum; out [dim_v] is rescaled where the maximum grew
   for (int64_t h = 0; h < heads; ++h) {
     const int64_t head = task.head0 + h0 + h, state = (h0 + h) * p.rows_per_task;
     if (p.k_scale.data) load_scales(p, p.k_scale, task, tile, head, s.k_scale);
@@ -257,15 +261,16 @@ void attend_tile(const KvCacheParams& p, const Task& task, Scratch& s, int64_t h
     for (int64_t r = 0; r < task.rows; ++r) {
       const int64_t i = (task.row0 + r) / group, g = (task.row0 + r) % group;
       const float slope = p.alibi ? p.alibi[task.b * p.alibi_batch + (head * group + g) * p.alibi_head] : 0.0f;
-      const float correction = softmax_row<T>(p, tile, task.b, head * group + g, i, i + lengths.shift, visible_keys(window, lengths, i),
-                                              slope, p.k_scale.data ? s.k_scale : nullptr, p.v_scale.data ? s.v_scale : nullptr,
-                                              s.scores + (state + r) * kTile, s.max[state + r], s.sum[state + r]);
+      const float alpha = softmax_row<T>(p, tile, task.b, head * group + g, i, i + lengths.shift, visible_keys(window, lengths, i), slope,
+                                         p.k_scale.data ? s.k_scale : nullptr, p.v_scale.data ? s.v_scale : nullptr,
+                                         s.scores + (state + r) * kTile, s.row_max[state + r], s.row_sum[state + r]);
       float* out = s.out + (state + r) * s.dim_v;
-      if (correction != 1)
-        for (int64_t d = 0; d < s.dim_v; d += n) store(out + d, load<float>(out + d) * correction);
+      if (alpha != 1)
+        for (int64_t d = 0; d < s.dim_v; d += n) store(out + d, load<float>(out + d) * alpha);
     }
   }
 
+  // out [heads, rows, dim_v] += weights . v, kValueKeys keys of all heads at a time
   const Ahead v_ahead(v, ((heads - 1) * p.v.head + p.head_dim_v) * sizeof(T));
   for (int j = 0; j < tile.keys; j += kValueKeys)
     for (int64_t h = 0; h < heads; ++h) {
@@ -314,8 +319,8 @@ void write_task(const KvCacheParams& p, const Task& task, Scratch& s) {
   for (int64_t h = 0; h < task.heads; ++h)
     for (int64_t r = 0; r < task.rows; ++r) {
       const int64_t state = h * p.rows_per_task + r, i = (task.row0 + r) / group, head = (task.head0 + h) * group + (task.row0 + r) % group;
-      const float sum = s.sum[state], factor = sum == 0 ? 0.0f : 1.0f / sum;
-      const float lse = sum == 0 ? -kInf : s.max[state] + std::log(sum);
+      const float sum = s.row_sum[state], factor = sum == 0 ? 0.0f : 1.0f / sum;
+      const float lse = sum == 0 ? -kInf : s.row_max[state] + std::log(sum);
       float* row = s.out + state * s.dim_v;
       unpack<T>(row, s.dim_v);
       if (p.num_splits == 1) {
@@ -334,7 +339,7 @@ void run(const KvCacheParams& p, Task task, Scratch& s) {
   load_queries<T>(p, task, s);
   const int64_t states = task.heads * p.rows_per_task;
   std::fill(s.out, s.out + states * s.dim_v, 0.0f);
-  std::fill(s.max, s.max + states, -kInf), std::fill(s.sum, s.sum + states, 0.0f);
+  std::fill(s.row_max, s.row_max + states, -kInf), std::fill(s.row_sum, s.row_sum + states, 0.0f);
   if (task.begin < task.end) {
     // The order of (tile, head) follows memory: where a key's heads are neighbours, all heads of a tile come before the next tile.
     const bool heads_inside = p.k.head <= p.k.seq;
@@ -352,9 +357,9 @@ void merge_splits(const KvCacheParams& p, int threads) {
   const int64_t rows = p.batch * p.heads_q * p.seq_q, dim = p.head_dim_v;
   parallel_for(rows, 1 + 16384 / (1 + p.num_splits * dim), threads, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
-      float top = -kInf, sum = 0;
-      for (int64_t split = 0; split < p.num_splits; ++split) top = max(top, p.partial_lse[split * rows + at]);
-      const float shift = top == -kInf ? 0.0f : top;
+      float row_max = -kInf, row_sum = 0;
+      for (int64_t split = 0; split < p.num_splits; ++split) row_max = max(row_max, p.partial_lse[split * rows + at]);
+      const float shift = row_max == -kInf ? 0.0f : row_max;
       float* merged = p.partial_out + at * dim;  // of split 0
       for (int64_t split = 0; split < p.num_splits; ++split) {
         const float lse = p.partial_lse[split * rows + at], weight = std::exp(lse - shift);
@@ -363,9 +368,9 @@ void merge_splits(const KvCacheParams& p, int threads) {
           for (int64_t d = 0; d < dim; ++d) merged[d] *= weight;
         else if (weight != 0)
           for (int64_t d = 0; d < dim; ++d) merged[d] += part[d] * weight;
-        sum += weight;
+        row_sum += weight;
       }
-      const float lse = sum == 0 ? -kInf : top + std::log(sum), factor = sum == 0 ? 0.0f : 1.0f / sum;
+      const float lse = row_sum == 0 ? -kInf : row_max + std::log(row_sum), factor = row_sum == 0 ? 0.0f : 1.0f / row_sum;
       write_row(p, at / (p.heads_q * p.seq_q), at / p.seq_q % p.heads_q, at % p.seq_q, merged, factor, lse);
     }
   });

@@ -2,8 +2,9 @@
 // docs/kernels/cpu_attention.md explains the numbers.
 //
 // Rows are the queries of all G = Hq / Hkv heads of one KV head, one head after the other; kRows of them are the unit of work.
-// K and V of a few KV heads at a time are packed first (they stay in the shared cache), then every (KV head, block of rows) is a task that
-// walks over the blocks of keys its rows can see:  S = Q K^T -> options -> online softmax -> O = alpha O + P V. Many small heads are a task each.
+// K and V of a few KV heads at a time are packed first (they stay in the last-level cache), then every (KV head, block of rows) is a task
+// that walks over the blocks of keys its rows can see:  S = Q K^T -> options -> online softmax -> O = alpha O + P V. Many small heads are a
+// task each.
 #include "core/dispatch.h"
 #include "cpu/attention/score.h"
 #include "cpu/dispatch/kernels.h"
@@ -26,7 +27,7 @@ constexpr int64_t kMaxBlockRows = 96;  // a multiple of every kRows
 constexpr int64_t kQueryStride =
     kMaxHeadDim + 16;  // fixed, so that rows of a tile are constant offsets; not a power of two, for the cache's sets
 constexpr int64_t kPackedBytes = int64_t{8} << 20;  // K and V packed at a time; more stays in no cache
-constexpr int64_t kOwnBytes = int64_t{512} << 10;  // packed K and V of a head that stay in one core's second cache
+constexpr int64_t kOwnBytes = int64_t{512} << 10;  // packed K and V of a head that stay in one core's L2
 
 template <class M>
 struct Forward {
@@ -39,7 +40,7 @@ struct Forward {
     if constexpr (kTiled) return M::kRows;
     return kTileRows;
   }();
-  // A multiple of every kPanel; the scores of a tile fit the first cache.
+  // A multiple of every kPanel; the scores of a tile fit L1.
   static constexpr int64_t kBlockKeys = kTiled ? 256 : 512 * M::kPair;
   static constexpr int64_t kStride =
       kBlockKeys + (kTiled ? 32 : 0);  // of rows of scores: 32 of them at a power of two would share cache sets
@@ -90,6 +91,8 @@ struct Forward {
     return l.total();
   }
 
+  // ---- division of the work ----
+
   // Enough blocks for the threads; few rows make small blocks.
   int64_t block_rows() const {
     const int64_t share = ceil_div(rows * p.batch * p.heads_kv, static_cast<int64_t>(threads) * 2);
@@ -99,8 +102,9 @@ struct Forward {
   void run() {
     const int64_t block = block_rows(), row_blocks = ceil_div(rows, block), heads = p.batch * p.heads_kv;
     const int64_t bytes_per_head = key_blocks * (packed_k + packed_v) * static_cast<int64_t>(sizeof(Unit));
-    const bool own = bytes_per_head <= kOwnBytes && (heads % threads == 0 || heads >= 8 * threads);
-    int64_t wave = own ? threads : bytes_per_head > 0 ? kPackedBytes / bytes_per_head : heads;
+    // A head's packed K and V stay in one core's L2: that thread packs and attends. Else a wave of heads is packed by all threads first.
+    const bool private_heads = bytes_per_head <= kOwnBytes && (heads % threads == 0 || heads >= 8 * threads);
+    int64_t wave = private_heads ? threads : bytes_per_head > 0 ? kPackedBytes / bytes_per_head : heads;
     wave = max<int64_t>(min(wave, heads), 1);
 
     Scratch scratch;
@@ -116,7 +120,7 @@ struct Forward {
     }
     Unit* packed = scratch.at<Unit>(packed_at);
 
-    if (own)
+    if (private_heads)
       return parallel_tasks(heads, threads, [&](int64_t head, int thread) {
         const Local x = local(scratch, {}, locals_at, block, thread);
         Unit* mine = packed + thread * key_blocks * (packed_k + packed_v);
@@ -138,6 +142,8 @@ struct Forward {
     }
   }
 
+  // ---- pack: block j of K -> columns [k_units, keys], of V -> stacked [keys / kPair, v_width] ----
+
   void pack(int64_t head, int64_t j, Unit* dst, Unit* temp) const {
     const int64_t b = head / p.heads_kv, h = head % p.heads_kv;
     const Sequence s = sequence(p, b);
@@ -150,12 +156,14 @@ struct Forward {
     pack_stacked<M>(v, begin, end, round_up(end - begin, kAlign), p.head_dim_v, v_width, dst + packed_k, temp);
   }
 
-  // The rows [first, first + block) of one KV head.
+  // ---- attend: the rows [first, first + block) of one KV head against the blocks of keys that they see ----
+
   void attend(int64_t head, int64_t first, int64_t block, const Unit* packed, const Local& x) const {
     const int64_t b = head / p.heads_kv, hkv = head % p.heads_kv;
     const Sequence s = sequence(p, b);
     const int64_t total = group * s.q, count = min(total - first, block);
     if (count <= 0) return;
+    // The keys that each tile of rows sees, and all of them together.
     const int64_t tiles = ceil_div<int64_t>(count, kRows);
     Range tile_seen[kMaxBlockRows / kRows], seen{s.k, 0};
     for (int64_t t = 0; t < tiles; ++t) {
@@ -173,6 +181,7 @@ struct Forward {
     TileScope scope;
     M::configure(scope);
 #endif
+    // row_max = -inf, row_sum = 0, O [rows, v_width] = 0, and the walk over blocks of keys.
     for (int64_t i = 0; i < tiles * kRows; ++i) x.max[i] = -std::numeric_limits<Acc>::infinity(), x.sum[i] = 0;
     std::memset(static_cast<void*>(x.o), 0, tiles * kRows * v_width * sizeof(Acc));
     for (int64_t j = seen.empty() ? key_blocks : seen.begin / kBlockKeys; j * kBlockKeys < seen.end; ++j) {
@@ -198,12 +207,14 @@ struct Forward {
     const int64_t from = max<int64_t>(seen.begin - key0, 0), to = min(seen.end - key0, kBlockKeys);
     if (from >= to) return;
     const int64_t begin = from / kAlign * kAlign, end = round_up(to, kAlign);
+    // S [tile_rows, end - begin] = Q K^T
     const Unit* q = x.q + t * kRows * kQueryStride;
     const int64_t tile_rows = min<int64_t>(count - t * kRows, kRows);
     if constexpr (kTiled)
       M::columns(tile_rows, begin, end, k_units, q, kQueryStride, block, x.s, kStride);
     else
       gemm_columns<M, kRows, kQueryStride, 1>(begin, end, k_units, q, block, x.s, kStride);
+    // S -> logits: softcap, ALiBi, bias, mask; -inf where the key is not visible
     for (int64_t r = 0; r < tile_rows; ++r) {
       const int64_t row = first + t * kRows + r, i = row % s.q;
       Acc* scores = x.s + r * kStride;
@@ -213,8 +224,10 @@ struct Forward {
       }
       mask_row(scores, key0, begin, end, visible_keys(window, s, i));
     }
+    // logits -> P, row_max, row_sum, alpha
     Acc alpha[kRows];
     softmax_tile(b, hkv, s, first + t * kRows, tile_rows, key0, begin, end, x, x.max + t * kRows, x.sum + t * kRows, alpha);
+    // O [tile_rows, v_width] = alpha O + P V
     const Unit *probs = x.probs + begin / M::kPair, *values = block + packed_k + begin / M::kPair * v_width;
     Acc* out = x.o + t * kRows * v_width;
     if constexpr (kTiled) {
@@ -228,9 +241,11 @@ struct Forward {
     }
   }
 
-  // Scores -> probabilities relative to the new maximum; alpha rescales what was summed under the old one.
+  // ---- online softmax: logits [tile_rows, begin..end) -> P relative to the new row_max; alpha rescales what was summed under the old one
+  // ----
+
   void softmax_tile(int64_t b, int64_t hkv, const Sequence& s, int64_t row0, int64_t tile_rows, int64_t key0, int64_t begin, int64_t end,
-                    const Local& x, Acc* max, Acc* sum, Acc* alpha) const {
+                    const Local& x, Acc* row_max, Acc* row_sum, Acc* alpha) const {
     constexpr Acc inf = std::numeric_limits<Acc>::infinity();
     constexpr int degree = M::kPair == 2 ? 4 : 5;
     const Acc scale = static_cast<Acc>(factor * kLog2e);
@@ -241,6 +256,7 @@ struct Forward {
         std::memset(static_cast<void*>(x.probs + r * kStride / M::kPair + begin / M::kPair), 0, (end - begin) / M::kPair * sizeof(Unit));
         continue;
       }
+      // row_max
       V m4[4] = {splat(-inf), splat(-inf), splat(-inf), splat(-inf)};
       int64_t c = begin;
       for (; c + 4 * w <= end; c += 4 * w)
@@ -248,8 +264,9 @@ struct Forward {
         for (int u = 0; u < 4; ++u) m4[u] = vmax(m4[u], load_raw<V>(scores + c + u * w));
       for (; c < end; c += w) m4[0] = vmax(m4[0], load_raw<V>(scores + c));
       const Acc block_max = hmax(vmax(vmax(m4[0], m4[1]), vmax(m4[2], m4[3])));
-      const Acc new_max = block_max > max[r] ? block_max : max[r];
+      const Acc new_max = max(row_max[r], block_max);
       const Acc offset = new_max == -inf ? Acc{0} : new_max;  // -inf - -inf would be NaN: a row that has seen no key yet
+      // P = exp(logits - row_max), and its sum
       V s4[4] = {};
       c = begin;
       const auto step = [&](int64_t at, V& total) {
@@ -270,22 +287,25 @@ struct Forward {
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) step(c + u * w, s4[u]);
       edge(end);
-      alpha[r] = static_cast<Acc>(std::exp2((max[r] - offset) * scale));
-      sum[r] = sum[r] * alpha[r] + hsum((s4[0] + s4[1]) + (s4[2] + s4[3]));
-      max[r] = new_max;
+      alpha[r] = static_cast<Acc>(std::exp2((row_max[r] - offset) * scale));
+      row_sum[r] = row_sum[r] * alpha[r] + hsum((s4[0] + s4[1]) + (s4[2] + s4[3]));
+      row_max[r] = new_max;
+      // dropout acts on P after its sum
       if (p.dropout_p > 0) {
         const int64_t row = row0 + r, head_index = b * p.heads_q + hkv * group + row / s.q;
         if constexpr (M::kPair == 2) {
           bf16* probs = reinterpret_cast<bf16*>(x.probs) + r * kStride;
           for (c = begin; c < end; c += w) store_raw(scores + c, load<Acc>(probs + c));
-          drop_row(p, dropout.threshold, head_index, row % s.q, key0 + begin, end - begin, scores + begin);
+          apply_dropout(p, dropout.threshold, head_index, row % s.q, key0 + begin, end - begin, scores + begin);
           for (c = begin; c < end; c += w) store(probs + c, load_raw<V>(scores + c));
         } else {
-          drop_row(p, dropout.threshold, head_index, row % s.q, key0 + begin, end - begin, scores + begin);
+          apply_dropout(p, dropout.threshold, head_index, row % s.q, key0 + begin, end - begin, scores + begin);
         }
       }
     }
   }
+
+  // ---- write: out [head_dim_v] = O / row_sum, with the sink as one more column; lse = row_max + log(row_sum) ----
 
   void finish_row(int64_t b, int64_t h, int64_t i, int64_t r, const Local& x) const {
     constexpr Acc inf = std::numeric_limits<Acc>::infinity();
@@ -302,7 +322,7 @@ struct Forward {
       const double sink = static_cast<const Acc*>(p.sinks)[h], top = sink > max ? sink : max, mine = std::exp(max - top);
       share = static_cast<Acc>(mine / (sum * mine + std::exp(sink - top)));
     }
-    share *= static_cast<Acc>(dropout.inverse_keep);
+    share *= static_cast<Acc>(dropout.scale);
     const Acc* o = x.o + r * v_width;
     char* out = q_row(p, p.out, b, h, i);
     visit_float(p.dtype, [&]<class T>(std::type_identity<T>) {

@@ -91,7 +91,7 @@ void kv_append(const KvCacheParams& p, int threads) {
   });
 }
 
-// q [B, Sq, Hq, D] turned by the positions of its queries, to the contiguous out of the same shape and dtype.
+// q [B, Sq, Hq, D] rotated by the positions of its queries, to the contiguous out of the same shape and dtype.
 void rotate_queries(const KvCacheParams& p, void* out, int threads) {
   const int64_t floats = round_up<int64_t>(p.head_dim + 2 * p.rotary_pairs, 16), grain = 1 + 4096 / (1 + p.heads_q * p.head_dim);
   const AlignedFloats memory = aligned_floats(threads * floats);

@@ -91,8 +91,8 @@ FOVEATE_INLINE void transpose_panel(const typename M::Unit* src, int64_t src_str
     for (int i = 0; i < w; ++i) dst[u * dst_stride + i] = src[i * src_stride + u];
 }
 
-// "columns": keys [begin, end) in panels of kPanel keys, each panel [units][kPanel]. Keys at or beyond `end` become zeros, up to a multiple of
-// kKeyAlign.
+// "columns": keys [begin, end) in panels of kPanel keys, each panel [units][kPanel]. Keys at or beyond `end` become zeros, up to a multiple
+// of kKeyAlign.
 // temp: kWidth * units.
 template <class M>
 FOVEATE_INLINE void pack_columns(const RowSource& s, int64_t begin, int64_t end, int64_t depth, int64_t units, typename M::Unit* dst,

@@ -1,5 +1,5 @@
-// What happens to one row of scores between q k^T and the softmax, and to one row of probabilities after it. Shared by forward and backward, so
-// that the backward recomputes exactly what the forward saw. Order and signs: python/foveate/_reference.py.
+// What happens to one row of scores between q k^T and the softmax, and to one row of probabilities after it. Shared by forward and
+// backward, so that the backward recomputes exactly what the forward saw. Order and signs: python/foveate/backend/reference/attention.py.
 #pragma once
 
 #include "core/philox.h"
@@ -25,7 +25,8 @@ FOVEATE_INLINE bool changes_scores(const AttentionParams& p) {
   return p.softcap > 0 || p.bias.defined() || p.mask.defined() || p.alibi || p.rel_table || !(p.scale > 0);
 }
 
-// One bias value per distance j - (i + shift), expanded from the bucket table: [Hq][seq_q + seq_kv - 1], so that the bias of a row is a slice.
+// One bias value per distance j - (i + shift), expanded from the bucket table: [Hq][seq_q + seq_kv - 1], so that the bias of a row is a
+// slice.
 template <class Acc>
 FOVEATE_INLINE void expand_relative(const AttentionParams& p, Acc* expanded) {
   const int64_t n = p.seq_q + p.seq_kv - 1;
@@ -96,7 +97,7 @@ FOVEATE_INLINE void mask_row(Acc* x, int64_t first, int64_t begin, int64_t end, 
 
 struct Dropout {
   uint32_t threshold;  // keep where the draw is at least this
-  double inverse_keep;
+  double scale;
 };
 FOVEATE_INLINE Dropout dropout_of(const AttentionParams& p) {
   // round half to even, as Python's round
@@ -106,7 +107,8 @@ FOVEATE_INLINE Dropout dropout_of(const AttentionParams& p) {
 
 // x[t] = 0 where dropout drops key j + t of query i; j is a multiple of 4.
 template <class Acc>
-FOVEATE_INLINE void drop_row(const AttentionParams& p, uint32_t threshold, int64_t head_index, int64_t i, int64_t j, int64_t n, Acc* x) {
+FOVEATE_INLINE void apply_dropout(const AttentionParams& p, uint32_t threshold, int64_t head_index, int64_t i, int64_t j, int64_t n,
+                                  Acc* x) {
   constexpr int w = kVecBytes / 4;
   using U = vec<uint32_t, w>;
   using W = vec<uint64_t, w>;

@@ -1,5 +1,5 @@
-// The product of a few rows with one panel of a K-quant (layout: python/foveate/k_blocks.py), included by tile.inl.h. Rows are rounded
-// as for the other block formats. A super-block is 8 blocks of 32 input features and the fp16 scales of their integer scales:
+// The product of a few rows with one panel of a K-quant (layout: python/foveate/quantization/k_blocks.py), included by tile.inl.h. Rows are
+// rounded as for the other block formats. A super-block is 8 blocks of 32 input features and the fp16 scales of their integer scales:
 //
 //   q4_k, q5_k   sum_b dx_b (d sc_b dot_b - dmin mn_b sum(x_b))
 //   q6_k         sum_b d dx_b (sc_b0 dot_b0 + sc_b1 dot_b1), dot_b0 of the first 16 features of a block, dot_b1 of the others

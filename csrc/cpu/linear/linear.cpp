@@ -1,5 +1,5 @@
 // Packed linear layers: rows are normed and prepared once, then panels of 32 features times tiles of rows. A thread owns panels that are
-// neighbours in memory; with one row the work is reading them once, with many rows a panel stays in the first cache while rows pass.
+// neighbours in memory; with one row the work is reading them once, with many rows a panel stays in L1 while rows pass.
 #include "core/dispatch.h"
 #include "cpu/dispatch/kernels.h"
 #include "cpu/linear/tile.inl.h"
@@ -14,7 +14,7 @@
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
-constexpr int64_t kRowChunk = 128;  // prepared rows that pass a panel: they stay in the second cache
+constexpr int64_t kRowChunk = 128;  // prepared rows that pass a panel: they stay in L2
 
 // y = norm(x), or += it; in place is fine.
 void norm_row(const Norm& norm, const float* x, float* y, int64_t cols, bool accumulate) {
@@ -61,6 +61,8 @@ void prepare_row(const LinearParams& p, int64_t row, float* temp, char* out) {
     std::memcpy(out, x, static_cast<size_t>(in) * sizeof(float));
 }
 
+// ---- epilogue of one row of a panel: c [32] -> bias, activation, gate, residual -> out -----------------------------------------
+
 FOVEATE_INLINE VecF activate(Activation activation, VecF x) {
   if (activation == Activation::kSilu) return x / (1.0f + expv<float>(-x));
   if (activation == Activation::kGeluTanh) return 0.5f * x * (1.0f + tanhv((x + x * x * x * 0.044715f) * 0.7978845608f));
@@ -96,6 +98,8 @@ void finish_row(const LinearParams& p, int which, int64_t panel, int64_t row, co
   }
 }
 
+// ---- products: prepared rows [rows, in] times one panel [in, 32] ----------------------------------------------------------------
+
 template <int kRows>
 void tile(const LinearParams& p, int which, int64_t panel, const PreparedRows& a, int64_t first, int64_t row) {
   alignas(64) float c[kRows * kWeightPanel], gate[kRows * kWeightPanel];
@@ -119,7 +123,8 @@ void panel_rows(const LinearParams& p, int which, int64_t panel, const PreparedR
 }
 
 #if defined(FOVEATE_TILES)
-// The same with AMX, whose tiles take more rows; K-quants use none. `expanded`: room for the bytes of two panels; null: only bf16 uses tiles.
+// The same with AMX, whose tiles take more rows; K-quants use none. `expanded`: room for the bytes of two panels; null: only bf16 uses
+// tiles.
 class TileRows {
  public:
   TileRows(const LinearParams& p, int8_t* expanded)
@@ -176,6 +181,8 @@ struct TileRows {
 FOVEATE_INLINE int64_t expanded_bytes(int64_t) { return 0; }
 #endif
 
+// ---- division of the work: first all rows are prepared, then (chunk of rows, panel) are the items --------------------------------
+
 // The work on rows [first, first + rows), few enough that all of them are prepared at once.
 struct Work {
   const LinearParams& p;
@@ -194,6 +201,7 @@ struct Work {
   }
   int64_t items() const { return ceil_div(rows, kRowChunk) * panels; }  // chunks of rows times panels
 
+  // x [rows, in] -> norm -> rounded to int8 blocks, or to the weight's float type
   void prepare(const Team& team) const {
     float* own = temp + team.id * round_up<int64_t>(p.weight[0].in, 16);
     for (int64_t i = team.begin(rows); i < team.end(rows); ++i) prepare_row(p, first + i, own, prepared.data + i * prepared.row_bytes);
@@ -205,6 +213,7 @@ struct Work {
     if (which > 0) panel -= ends[which - 1];
     return which;
   }
+  // out [rows, out] = prepared x W, by panels of 32 output features
   void multiply(const Team& team) const {
     TileRows tiles(p, expanded ? expanded + team.id * 2 * expanded_bytes(p.weight[0].in) : nullptr);
     for (int64_t item = team.begin(items()); item < team.end(items()); ++item) {

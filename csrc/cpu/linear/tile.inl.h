@@ -1,4 +1,5 @@
-// The product of a few rows with one panel of 32 features (layout: contract/linear.h), for each weight format, and how rows are prepared for it.
+// The product of a few rows with one panel of 32 features (layout: contract/linear.h), for each weight format, and how rows are prepared
+// for it.
 //
 // Blocks: a row is rounded to int8 for each block of 32, x ~ dx q. VNNI multiplies 4 neighbours of 16 features at once (u8 times s8, sums
 // in int32); elsewhere bytes are widened to pairs of int16. Both are exact, so that only the rounding of x and the fp32 sum over

@@ -12,7 +12,7 @@ namespace {
 
 // Rows are handed out in blocks of about this many elements: enough to hide the hand-out, small enough to balance causal rows.
 constexpr int64_t kTaskElements = 32768;
-// Columns up to which exp is kept: 256 KiB of fp32, which stays in the second cache.
+// Columns up to which exp is kept: 256 KiB of fp32, which stays in L2.
 constexpr int64_t kKeptColumns = 65536;
 
 // One exp per element: maximum, then exp and sum, then the division. `next` is asked for meanwhile: the exp keeps the CPU busy for as long

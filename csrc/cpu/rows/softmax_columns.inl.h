@@ -1,5 +1,6 @@
-// softmax down the columns of a tile [cols][n], n lanes of up to kColumnBlock beside each other: for a dimension that is not the last, and for rows
-// so short that a few of them, transposed, fill a vector. Three passes over the tile, which the cache holds: maximum, exponentials, division.
+// softmax down the columns of a tile [cols][n], n lanes of up to kColumnBlock beside each other: for a dimension that is not the last, and
+// for rows so short that a few of them, transposed, fill a vector. Three passes over the tile, which the cache holds: maximum,
+// exponentials, division.
 #pragma once
 
 #include "cpu/simd/row.h"

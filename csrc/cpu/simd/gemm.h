@@ -14,7 +14,7 @@ struct MathF32 {
   using Unit = float;
   static constexpr int kPair = 1;  // elements of k in a unit
   FOVEATE_INLINE Vec<float> mul_add(Vec<float> c, float a, Vec<float> b) { return c + a * b; }
-  // The same of kTileRows lanes, each with its own a: the same bits.
+  // The same of kTileRows lanes, each with its own a: bitwise identical results.
   using Accs = vec<float, 4>;
   using Units = vec<float, 4>;
   FOVEATE_INLINE Accs mul_add_lanes(Accs c, Units a, Units b) { return c + a * b; }
@@ -70,7 +70,8 @@ constexpr int kWidth = kLanes<typename M::Acc>;  // lanes
 template <class M>
 constexpr int kPanel = kTileVecs * kWidth<M>;  // columns of one tile
 
-// Ranges of keys start and end at multiples of it: whole vectors, whole Philox groups. Packed keys are padded to it, even where a panel is smaller.
+// Ranges of keys start and end at multiples of it: whole vectors, whole Philox groups. Packed keys are padded to it, even where a panel is
+// smaller.
 constexpr int64_t kColumnAlign = 16;
 template <class M>
 constexpr int64_t kKeyAlign = max<int64_t>(kPanel<M>, kColumnAlign);
@@ -115,8 +116,8 @@ FOVEATE_INLINE void gemm_tile(int64_t k, const typename M::Unit* a, const typena
     }
 }
 
-// S = Q K^T for columns [begin, end) of a block packed by pack_columns: one tile row against panels of kPanel keys. Where a panel is needed only in
-// part, narrower tiles are used. a as in gemm_tile; c is the row of scores.
+// S = Q K^T for columns [begin, end) of a block packed by pack_columns: one tile row against panels of kPanel keys. Where a panel is needed
+// only in part, narrower tiles are used. a as in gemm_tile; c is the row of scores.
 template <class M, int kRows, int kRow, int kStep>
 FOVEATE_INLINE void gemm_columns(int64_t begin, int64_t end, int64_t units, const typename M::Unit* a, const typename M::Unit* columns,
                                  typename M::Acc* c, int64_t c_stride) {

@@ -1,5 +1,5 @@
-// Threads that run one function together, each on its share, and meet at barriers. For steps of a few tokens: a parallel region for each of a
-// model's 150 phases would cost as much as a fifth of the reading. Waiting threads spin, and give way when that takes long.
+// Threads that run one function together, each on its share, and meet at barriers. For steps of a few tokens: a parallel region for each of
+// a model's 150 phases would cost as much as a fifth of the reading. Waiting threads spin, and give way when that takes long.
 #pragma once
 
 #include <atomic>

@@ -48,14 +48,14 @@ __device__ __forceinline__ float dot8(const T* x, const T* y, int d, int columns
 template <class T>
 __global__ void __launch_bounds__(kStatisticsThreads) row_statistics(const __grid_constant__ BackwardParams a) {
   const auto [b, h, tile] = block_place(a.tiles, a.heads_q);
-  const Sequence s = sequence(a.p, b);
-  const HeadRows<T> dout(a.g.dout, b, h, s.first_q), out(a.p.out, b, h, s.first_q);
-  const int64_t lse_at = a.p.lse.batch * b + a.p.lse.head * h + s.first_q;
+  const Sequence s = sequence(a.attention, b);
+  const HeadRows<T> dout(a.grads.dout, b, h, s.first_q), out(a.attention.out, b, h, s.first_q);
+  const int64_t lse_at = a.attention.lse.batch * b + a.attention.lse.head * h + s.first_q;
   const int64_t to = (int64_t{b} * a.heads_q + h) * a.rows + tile * kRowAlign;
-  const int columns = static_cast<int>(a.p.head_dim_v), lane = threadIdx.x % kLanesPerRow;
-  const float sink = a.p.sinks ? dev::ld_global_nc<float>(static_cast<const float*>(a.p.sinks) + h) : -kInfinity;
+  const int columns = static_cast<int>(a.attention.head_dim_v), lane = threadIdx.x % kLanesPerRow;
+  const float sink = a.attention.sinks ? dev::ld_global_nc<float>(static_cast<const float*>(a.attention.sinks) + h) : -kInfinity;
   if (a.dq_sum) {
-    const int count = kRowAlign * static_cast<int>(padded_head_dim(a.p));
+    const int count = kRowAlign * static_cast<int>(padded_head_dim(a.attention));
     for (int at = 4 * static_cast<int>(threadIdx.x); at < count; at += 4 * kStatisticsThreads)
       dev::st_global(a.dq_sum + to * (count / kRowAlign) + at, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
   }
@@ -72,13 +72,13 @@ __global__ void __launch_bounds__(kStatisticsThreads) row_statistics(const __gri
     if (lane != 0) continue;
     float total = kInfinity, delta = 0;
     if (inside) {
-      const float lse = dev::ld_global_nc<float>(static_cast<const float*>(a.p.lse.data) + lse_at + i);
+      const float lse = dev::ld_global_nc<float>(static_cast<const float*>(a.attention.lse.data) + lse_at + i);
       const float top = fmaxf(lse, sink);
-      total = a.p.sinks && top > -kInfinity ? top + logf(expf(sink - top) + expf(lse - top)) : lse;
-      if (a.p.sinks && total > -kInfinity) dsink -= expf(sink - total) * dot;
+      total = a.attention.sinks && top > -kInfinity ? top + logf(expf(sink - top) + expf(lse - top)) : lse;
+      if (a.attention.sinks && total > -kInfinity) dsink -= expf(sink - total) * dot;
       delta = dot;
-      if (a.g.dlse && lse > -kInfinity) {
-        const float dlse = dev::ld_global_nc<float>(static_cast<const float*>(a.g.dlse) + lse_at + i);
+      if (a.grads.dlse && lse > -kInfinity) {
+        const float dlse = dev::ld_global_nc<float>(static_cast<const float*>(a.grads.dlse) + lse_at + i);
         delta -= dlse * expf(total - lse);
       }
       if (lse == -kInfinity) total = kInfinity;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kStatisticsThreads) row_statistics(const __gri
     dev::st_global(a.lse + to + row, stored_lse<T>(total));
     dev::st_global(a.delta + to + row, delta);
   }
-  if (!a.g.dsinks) return;
+  if (!a.grads.dsinks) return;
   // The sums of the leaders (every eighth lane) in a fixed order.
   const uint32_t sums = dev::smem_base();
   if (lane == 0) dev::st_shared(sums + threadIdx.x / kLanesPerRow * 4, dsink);
@@ -109,22 +109,22 @@ __global__ void __launch_bounds__(kSinkThreads) sum_sinks(const __grid_constant_
   if (threadIdx.x != 0) return;
   sum = 0;
   for (int t = 0; t < kSinkThreads; ++t) sum += dev::ld_shared<float>(sums + t * 4);
-  dev::st_global(static_cast<float*>(a.g.dsinks) + h, sum);
+  dev::st_global(static_cast<float*>(a.grads.dsinks) + h, sum);
 }
 
 // dQ = scale * dq_sum, rounded. A block has kRowAlign queries of one head.
 template <class T>
 __global__ void __launch_bounds__(kStatisticsThreads) round_query_gradient(const __grid_constant__ BackwardParams a) {
   const auto [b, h, tile] = block_place(a.tiles, a.heads_q);
-  const Sequence s = sequence(a.p, b);
-  const HeadRows<T> dq(a.g.dq, b, h, s.first_q);
-  const int width = static_cast<int>(padded_head_dim(a.p)), columns = static_cast<int>(a.p.head_dim);
+  const Sequence s = sequence(a.attention, b);
+  const HeadRows<T> dq(a.grads.dq, b, h, s.first_q);
+  const int width = static_cast<int>(padded_head_dim(a.attention)), columns = static_cast<int>(a.attention.head_dim);
   const float* sums = a.dq_sum + ((int64_t{b} * a.heads_q + h) * a.rows + tile * kRowAlign) * width;
   for (int at = 4 * static_cast<int>(threadIdx.x); at < kRowAlign * width; at += 4 * kStatisticsThreads) {
     const int i = tile * kRowAlign + at / width, column = at % width;
     if (i >= s.q || column >= columns) continue;
     const float4 x = dev::ld_global_nc<float4>(sums + at);
-    const float values[4] = {x.x * a.o.scale, x.y * a.o.scale, x.z * a.o.scale, x.w * a.o.scale};
+    const float values[4] = {x.x * a.score.scale, x.y * a.score.scale, x.z * a.score.scale, x.w * a.score.scale};
     T* to = dq.row(i) + column;
     if (a.vectors) {
       dev::st_global(to, make_uint2(dev::pack<T>(values[0], values[1]), dev::pack<T>(values[2], values[3])));
@@ -149,7 +149,7 @@ bool vectors(const AttentionParams& p, const AttentionGrads& g) {
 
 BackwardParams backward_params(const AttentionParams& p, const AttentionGrads& g) {
   BackwardParams a{};
-  a.p = p, a.g = g, a.o = score_params(p), a.vectors = vectors(p, g);
+  a.attention = p, a.grads = g, a.score = score_params(p), a.vectors = vectors(p, g);
   a.batch = static_cast<int>(p.batch), a.heads_q = static_cast<int>(p.heads_q), a.heads_kv = static_cast<int>(p.heads_kv);
   a.group = a.heads_kv > 0 ? a.heads_q / a.heads_kv : 1;
   a.rows = round_up<int64_t>(p.seq_q, kRowAlign);
@@ -159,10 +159,11 @@ BackwardParams backward_params(const AttentionParams& p, const AttentionGrads& g
 // Floats of lse and delta, and of the sinks' parts.
 int64_t statistics_size(const BackwardParams& a) { return int64_t{a.batch} * a.heads_q * a.rows; }
 int64_t dq_sum_size(const BackwardParams& a) {
-  const bool fused = !a.g.deterministic && a.p.dtype != DType::kFloat32 && a.g.dq.data && (a.g.dk.data || a.g.dv.data);
-  return fused ? statistics_size(a) * padded_head_dim(a.p) : 0;
+  const bool fused =
+      !a.grads.deterministic && a.attention.dtype != DType::kFloat32 && a.grads.dq.data && (a.grads.dk.data || a.grads.dv.data);
+  return fused ? statistics_size(a) * padded_head_dim(a.attention) : 0;
 }
-int64_t sink_parts_size(const BackwardParams& a) { return a.g.dsinks ? statistics_size(a) / kRowAlign : 0; }
+int64_t sink_parts_size(const BackwardParams& a) { return a.grads.dsinks ? statistics_size(a) / kRowAlign : 0; }
 
 }  // namespace
 

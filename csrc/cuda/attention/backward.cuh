@@ -2,15 +2,15 @@
 //
 //   P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)   dV = P^T dO   dK = dS^T Q   dQ = dS K   delta = rowsum(dO O) - dlse
 //
-// Two kernels of one shape: a block owns a tile of rows that it keeps in shared memory, streams tiles of the other side past it (two stages
-// of cp.async) and adds up its own rows' gradient in registers. For dQ the own rows are those of Q and dO; for dK and dV those of K and V,
-// with S and dP transposed, so that P^T and dS^T leave the first products in the registers where the second ones want them. A warp owns
-// 16 rows, and warps meet only where a stage changes. No block adds to what another writes: equal calls give equal bits, in O(S) memory.
-// S and dP are computed by both kernels: seven products instead of five. Where bits may differ, the kernel for dK and dV does the work of
-// both and adds to dQ by atomics (bf16 and fp16).
+// Two kernels of one shape: a block keeps a stationary tile of rows in shared memory, streams tiles of the other side past it (two stages
+// of cp.async) and adds up the gradient of the stationary rows in registers. For dQ these are the rows of Q and dO; for dK and dV those of
+// K and V, with S and dP transposed, so that P^T and dS^T leave the first products in the registers where the second ones want them. A warp
+// owns 16 rows, and warps meet only where a stage changes. No block adds to what another writes: equal calls give bitwise equal results, in
+// O(S) memory. S and dP are computed by both kernels: seven products instead of five. Where bits may differ, the kernel for dK and dV does
+// the work of both and adds to dQ by atomics (bf16 and fp16).
 //
-// Head dims are padded to 64, 96 (16 bit), 128 or 256. With 256 (fp32: 128), dK and dV do not fit the registers together and are different blocks' work.
-// fp32 uses the same code with products by FMA.
+// Head dims are padded to 64, 96 (16 bit), 128 or 256. With 256 (fp32: 128), dK and dV do not fit the registers together and are different
+// blocks' work. fp32 uses the same code with products by FMA.
 #pragma once
 
 #include <bit>
@@ -27,9 +27,9 @@ constexpr int kRowAlign = 128;  // rows of lse and delta in the workspace, of ea
 
 // The parameters of every kernel of the backward.
 struct BackwardParams {
-  AttentionParams p;
-  AttentionGrads g;
-  ScoreParams o;
+  AttentionParams attention;
+  AttentionGrads grads;
+  ScoreParams score;
   int batch, heads_q, heads_kv, group;  // group = heads_q / heads_kv
   int tiles;  // of the kernel's own rows, per head
   int64_t rows;  // seq_q rounded up to kRowAlign
@@ -39,7 +39,8 @@ struct BackwardParams {
   bool vectors;  // all rows begin at multiples of 16 bytes
 };
 
-// Tile sizes. Shared memory: 2 * kOwn * kHeadDim + 2 stages * 2 * kOther * kHeadDim numbers and the statistics of the streamed queries.
+// Tile sizes. Shared memory: 2 * kStationary * kHeadDim + 2 stages * 2 * kStreamed * kHeadDim elements and the statistics of the streamed
+// queries.
 //   16 bit: D 64: 64 KiB, D 96: 72 KiB, D 128: 96 KiB, D 256: 96 KiB;   fp32: 64, 96 and 96 KiB.   99 KiB is what every GPU from sm_80 on gives.
 template <class T_, int kHeadDim_>
 struct BackwardTiles {
@@ -47,15 +48,16 @@ struct BackwardTiles {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kFloat = sizeof(T) == 4;
   static constexpr int kWarps = kHeadDim == 256 ? (kFloat ? 2 : 4) : kFloat ? 4 : 8;
-  static constexpr int kThreads = 32 * kWarps, kOwn = 16 * kWarps, kOther = (kFloat ? 2048 : 4096) / std::bit_ceil(unsigned{kHeadDim});
-  static constexpr int kBlocks = kOther / 8, kColumns = kHeadDim / 8;  // 16 x 8 fragments of a tile of scores, and of a gradient
-  using Own = Tile<T, kOwn, kHeadDim>;
-  using Other = Tile<T, kOther, kHeadDim>;
+  static constexpr int kThreads = 32 * kWarps, kStationary = 16 * kWarps,
+                       kStreamed = (kFloat ? 2048 : 4096) / std::bit_ceil(unsigned{kHeadDim});
+  static constexpr int kBlocks = kStreamed / 8, kColumns = kHeadDim / 8;  // 16 x 8 fragments of a tile of scores, and of a gradient
+  using Stationary = Tile<T, kStationary, kHeadDim>;
+  using Streamed = Tile<T, kStreamed, kHeadDim>;
 
-  // own0, own1: Q and dO, or K and V. Each stage: the two other tiles, then lse and delta of the streamed queries.
-  static constexpr uint32_t kStatistics = 2 * Other::kBytes, kStage = kStatistics + 2 * kOther * 4;
-  static constexpr uint32_t kOwn1 = Own::kBytes, kStages = 2 * Own::kBytes, kSharedBytes = kStages + 2 * kStage;
-  static_assert(kSharedBytes <= 99 * 1024 && kRowAlign % kOwn == 0 && kRowAlign % kOther == 0 && (kFloat || kStage % 128 == 0));
+  // Two stationary tiles: Q and dO, or K and V. Each stage: the two streamed tiles, then lse and delta of the streamed queries.
+  static constexpr uint32_t kStatistics = 2 * Streamed::kBytes, kStage = kStatistics + 2 * kStreamed * 4;
+  static constexpr uint32_t kStationary1 = Stationary::kBytes, kStages = 2 * Stationary::kBytes, kSharedBytes = kStages + 2 * kStage;
+  static_assert(kSharedBytes <= 99 * 1024 && kRowAlign % kStationary == 0 && kRowAlign % kStreamed == 0 && (kFloat || kStage % 128 == 0));
 };
 
 // ---- rows in global memory ---------------------------------------------------------------------------------------------------
@@ -71,8 +73,8 @@ struct HeadRows {
   __device__ T* row(int i) const { return data + stride * i; }
 };
 
-// Starts the load of rows [i, i + Tile::kRows) of head h of a sequence that begins at row `first`; those from `length` on are zero. Where rows
-// suit vectors, their offsets are counted in 16 bytes, which fits 32 bits.
+// Starts the load of rows [i, i + Tile::kRows) of head h of a sequence that begins at row `first`; those from `length` on are zero. Where
+// rows suit vectors, their offsets are counted in 16 bytes, which fits 32 bits.
 template <class Tile, int kThreads>
 __device__ __forceinline__ void load_rows(uint32_t tile, const Rows& rows, int b, int h, int64_t first, int i, int length, int columns,
                                           bool vectors) {
@@ -119,7 +121,7 @@ __device__ __forceinline__ void store_gradient(const HeadRows<T>& to, int row, i
 // ---- products ----------------------------------------------------------------------------------------------------------------
 
 // fp32: each thread computes its elements of the fragment of mma_m16n8k16, so that everything else is the same for all types. tf32 products
-// of split numbers would be faster, but their 22 bits of mantissa are too few where dP - delta cancels. Sums are made of sums of kChain
+// of split values would be faster, but their 22 bits of mantissa are too few where dP - delta cancels. Sums are made of sums of kChain
 // products. S has the forward's 32, so that what both round cancels in S - lse; dP has 8, an order that row_statistics can have too. Then
 // dP - delta is exactly 0 where a query sees one key, as it is in torch.
 
@@ -129,7 +131,7 @@ __device__ __forceinline__ float dot4(const float4& x, const float4& y, float su
   return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
 }
 
-// Four numbers of a tile, from a column on that is a multiple of 4.
+// Four elements of a tile, from a column on that is a multiple of 4.
 template <class Tile>
 __device__ __forceinline__ float4 four(uint32_t tile, int row, int column) {
   return dev::ld_shared<float4>(tile + Tile::offset(row, column / 4));
@@ -142,22 +144,22 @@ __device__ __forceinline__ bool used(int column, int columns) {
 }
 
 // x [16 x 8n] = rows [row, row + 16) of `own` times the first 8n rows of `other`, transposed.
-template <class Own, class Other, int kChain, int n>
+template <class Stationary, class Streamed, int kChain, int n>
 __device__ __forceinline__ void multiply_rows(float (&x)[n][4], uint32_t own, int row, uint32_t other, int columns) {
 #pragma unroll
   for (int c = 0; c < n; ++c) x[c][0] = x[c][1] = x[c][2] = x[c][3] = 0.0f;
-  if constexpr (std::is_same_v<typename Own::T, float>) {
+  if constexpr (std::is_same_v<typename Stationary::T, float>) {
     const int own_row = row + fragment_row(0), other_row = fragment_column(0);
 #pragma unroll 1
-    for (int first = 0; first < Own::kColumns; first += kChain) {
-      if (!used<Own::kColumns>(first, columns)) break;
+    for (int first = 0; first < Stationary::kColumns; first += kChain) {
+      if (!used<Stationary::kColumns>(first, columns)) break;
       float part[n][4] = {};
 #pragma unroll 2
       for (int d = first; d < first + kChain; d += 4) {
-        const float4 a0 = four<Own>(own, own_row, d), a1 = four<Own>(own, own_row + 8, d);
+        const float4 a0 = four<Stationary>(own, own_row, d), a1 = four<Stationary>(own, own_row + 8, d);
 #pragma unroll
         for (int c = 0; c < n; ++c) {
-          const float4 b0 = four<Other>(other, 8 * c + other_row, d), b1 = four<Other>(other, 8 * c + other_row + 1, d);
+          const float4 b0 = four<Streamed>(other, 8 * c + other_row, d), b1 = four<Streamed>(other, 8 * c + other_row + 1, d);
           part[c][0] = dot4(a0, b0, part[c][0]), part[c][1] = dot4(a0, b1, part[c][1]);
           part[c][2] = dot4(a1, b0, part[c][2]), part[c][3] = dot4(a1, b1, part[c][3]);
         }
@@ -168,32 +170,32 @@ __device__ __forceinline__ void multiply_rows(float (&x)[n][4], uint32_t own, in
         for (int e = 0; e < 4; ++e) x[c][e] += part[c][e];
     }
   } else {
-    const Fragments<Own, Operand::kA> from_own(own, row);
-    const Fragments<Other, Operand::kB> from_other(other);
+    const Fragments<Stationary, Operand::kA> from_own(own, row);
+    const Fragments<Streamed, Operand::kB> from_other(other);
 #pragma unroll
-    for (int d = 0; d < Own::kColumns; d += 16) {
-      if (!used<Own::kColumns>(d, columns)) break;
+    for (int d = 0; d < Stationary::kColumns; d += 16) {
+      if (!used<Stationary::kColumns>(d, columns)) break;
       uint32_t a[4];
       from_own.load(a, 0, d);
 #pragma unroll
       for (int c = 0; c < n; c += 2) {
         uint32_t b[4];
         from_other.load(b, 8 * c, d);
-        dev::mma_m16n8k16<typename Own::T>(x[c], a, b[0], b[1]);
-        dev::mma_m16n8k16<typename Own::T>(x[c + 1], a, b[2], b[3]);
+        dev::mma_m16n8k16<typename Stationary::T>(x[c], a, b[0], b[1]);
+        dev::mma_m16n8k16<typename Stationary::T>(x[c + 1], a, b[2], b[3]);
       }
     }
   }
 }
 
 // acc [16 x 8m] += x [16 x 8n] times the first 8n rows of `other`; x is rounded to the tile's type.
-template <class Other, int n, int m>
+template <class Streamed, int n, int m>
 __device__ __forceinline__ void accumulate(float (&acc)[m][4], const float (&x)[n][4], uint32_t other, int columns) {
-  if constexpr (std::is_same_v<typename Other::T, float>) {
+  if constexpr (std::is_same_v<typename Streamed::T, float>) {
     const int first_lane = dev::lane() / 4 * 4, column = fragment_column(0);
 #pragma unroll
     for (int block = 0; block < n; ++block) {
-      float x0[8], x1[8];  // the row of this thread, of which four lanes hold two numbers each, and the row 8 below
+      float x0[8], x1[8];  // the row of this thread, of which four lanes hold two elements each, and the row 8 below
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         x0[k] = dev::shfl_idx(x[block][k % 2], first_lane + k / 2);
@@ -201,11 +203,11 @@ __device__ __forceinline__ void accumulate(float (&acc)[m][4], const float (&x)[
       }
 #pragma unroll
       for (int c = 0; c < m; ++c) {
-        if (!used<Other::kColumns>(8 * c, columns)) break;
+        if (!used<Streamed::kColumns>(8 * c, columns)) break;
         float sum[4] = {};
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          const float2 b = dev::ld_shared<float2>(other + Other::offset(8 * block + k, 2 * c + column / 4) + column % 4 * 4);
+          const float2 b = dev::ld_shared<float2>(other + Streamed::offset(8 * block + k, 2 * c + column / 4) + column % 4 * 4);
           sum[0] = fmaf(x0[k], b.x, sum[0]), sum[1] = fmaf(x0[k], b.y, sum[1]);
           sum[2] = fmaf(x1[k], b.x, sum[2]), sum[3] = fmaf(x1[k], b.y, sum[3]);
         }
@@ -214,18 +216,18 @@ __device__ __forceinline__ void accumulate(float (&acc)[m][4], const float (&x)[
       }
     }
   } else {
-    const Fragments<Other, Operand::kBTransposed> from_other(other);
+    const Fragments<Streamed, Operand::kBTransposed> from_other(other);
 #pragma unroll
     for (int k = 0; k < n; k += 2) {
       uint32_t a[4];
-      pack_a<typename Other::T>(a, x[k], x[k + 1]);
+      pack_a<typename Streamed::T>(a, x[k], x[k + 1]);
 #pragma unroll
       for (int c = 0; c < m; c += 2) {
-        if (!used<Other::kColumns>(8 * c, columns)) break;
+        if (!used<Streamed::kColumns>(8 * c, columns)) break;
         uint32_t b[4];
         from_other.load(b, 8 * k, 8 * c);
-        dev::mma_m16n8k16<typename Other::T>(acc[c], a, b[0], b[1]);
-        dev::mma_m16n8k16<typename Other::T>(acc[c + 1], a, b[2], b[3]);
+        dev::mma_m16n8k16<typename Streamed::T>(acc[c], a, b[0], b[1]);
+        dev::mma_m16n8k16<typename Streamed::T>(acc[c + 1], a, b[2], b[3]);
       }
     }
   }
@@ -252,7 +254,7 @@ template <class T, bool kTransposed, bool kOptions, int n>
 struct ScoreTile {
   float s[n][4], dp[n][4];  // q.k -> P;  dO V^T -> dS
   float slope[kOptions ? n : 1][4];
-  uint32_t kept = 0;  // by dropout: bit 4c + e
+  uint32_t dropout_mask = 0;  // bit 4c + e: element e of block c is kept
   static_assert(4 * n <= 32);
 
   // A thread's part of a statistic of queries: of its two columns in a block of S^T, or its two rows of S.
@@ -260,15 +262,15 @@ struct ScoreTile {
 
   // s -> P. lse(c): of block c.
   template <class Lse>
-  __device__ __forceinline__ void probabilities(const BackwardParams& a, const Sequence& q, int b, int h, const Places<kTransposed>& at,
-                                                bool partial, const Lse& lse) {
+  __device__ __forceinline__ void probabilities(const BackwardParams& a, const Sequence& q, int b, int h,
+                                                const FragmentCoords<kTransposed>& at, bool partial, const Lse& lse) {
     constexpr bool kFloat = std::is_same_v<T, float>;
-    float factor = kFloat ? a.o.scale : a.o.scale_log2;
+    float factor = kFloat ? a.score.scale : a.score.scale_log2;
     if constexpr (kOptions) {
-      apply_options<kFloat>(a.p, a.o, q, b, h, at, s, slope);
+      apply_options<kFloat>(a.attention, a.score, q, b, h, at, s, slope);
       factor = kFloat ? 1.0f : static_cast<float>(kLog2e);
     }
-    if (partial) mask_invisible(a.o.window, q, at, s);
+    if (partial) mask_invisible(a.score.window, q, at, s);
 #pragma unroll
     for (int c = 0; c < n; ++c) {
       const float2 pair = lse(c);
@@ -277,19 +279,19 @@ struct ScoreTile {
     }
   }
 
-  __device__ __forceinline__ void draw(const BackwardParams& a, const Philox& key, int bh, const Places<kTransposed>& at) {
+  __device__ __forceinline__ void draw(const BackwardParams& a, const Philox& key, int bh, const FragmentCoords<kTransposed>& at) {
 #pragma unroll
-    for (int c = 0; c < n; ++c) kept |= keep_block(key, a.o.drop_below, at, c, bh) << (4 * c);
+    for (int c = 0; c < n; ++c) dropout_mask |= dropout_mask_of_block(key, a.score.dropout_threshold, at, c, bh) << (4 * c);
   }
 
   // What dropout does to x: to P, and to dP.
   __device__ __forceinline__ void drop(const BackwardParams& a, float (&x)[n][4]) const {
     if constexpr (kOptions) {
-      if (a.p.dropout_p > 0) {
+      if (a.attention.dropout_p > 0) {
 #pragma unroll
         for (int c = 0; c < n; ++c)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) x[c][e] = kept >> (4 * c + e) & 1 ? x[c][e] * a.o.inverse_keep : 0.0f;
+          for (int e = 0; e < 4; ++e) x[c][e] = dropout_mask >> (4 * c + e) & 1 ? x[c][e] * a.score.dropout_scale : 0.0f;
       }
     }
   }
@@ -314,7 +316,7 @@ struct ScoreTile {
   // dS -> the gradient of scale * q.k. Where dS is 0 the slope may be NaN.
   __device__ __forceinline__ void through_softcap(const BackwardParams& a) {
     if constexpr (kOptions) {
-      if (a.o.softcap > 0) {
+      if (a.score.softcap > 0) {
 #pragma unroll
         for (int c = 0; c < n; ++c)
 #pragma unroll
@@ -336,7 +338,7 @@ struct RowStatistics {
 
 // ---- which block does what ---------------------------------------------------------------------------------------------------
 
-// Block x of a grid of batch * heads * tiles: tiles of a head are neighbours, for the second cache.
+// Block x of a grid of batch * heads * tiles: tiles of a head are neighbours, for L2.
 struct BlockPlace {
   int b, h, tile;
 };

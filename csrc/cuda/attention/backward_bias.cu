@@ -3,8 +3,9 @@
 // A block walks over tiles of scores in a fixed order, computes dS of each and adds it to registers, element by element. For bias it owns a
 // tile of the result: the dimensions that bias broadcasts are the walk, and where rows or columns are among them, those of the tile are
 // added up at the end. A long walk is divided among blocks, whose parts are added in order by a second kernel.
-// For the relative table the walk follows a diagonal of tiles, along which each element keeps its distance j - i; at the end a block adds up
-// the diagonals of its tile, and a second kernel adds the distances that share a bucket. Its parts are a few floats for each distance: O(S).
+// For the relative table the walk follows a diagonal of tiles, along which each element keeps its distance j - i; at the end a block adds
+// up the diagonals of its tile, and a second kernel adds the distances that share a bucket. Its parts are a few floats for each distance:
+// O(S).
 #include <algorithm>
 
 #include "cuda/attention/backward.cuh"
@@ -18,34 +19,34 @@ constexpr int64_t kDesiredBlocks = 512;
 
 // ---- dS of one tile ----------------------------------------------------------------------------------------------------------
 
-// acc += dS of queries [i, i + kOwn) and keys [j, j + kOther) of one head.
+// acc += dS of queries [i, i + kStationary) and keys [j, j + kStreamed) of one head.
 template <class Tiles>
 __device__ __forceinline__ void add_scores(const BackwardParams& a, const Philox& key, int b, int h, int i, int j,
                                            float (&acc)[Tiles::kBlocks][4]) {
   using T = typename Tiles::T;
-  using Own = typename Tiles::Own;
-  using Other = typename Tiles::Other;
+  using Stationary = typename Tiles::Stationary;
+  using Streamed = typename Tiles::Streamed;
   constexpr int kThreads = Tiles::kThreads;
-  const Sequence s = sequence(a.p, b);
-  if (tile_kind(a.o.window, s, i, Tiles::kOwn, j, Tiles::kOther) == TileKind::kEmpty) return;
-  const int columns = static_cast<int>(a.p.head_dim), columns_v = static_cast<int>(a.p.head_dim_v), hkv = h / a.group;
-  const uint32_t q = dev::smem_base(), dout = q + Own::kBytes, k = dout + Own::kBytes, v = k + Other::kBytes;
+  const Sequence s = sequence(a.attention, b);
+  if (tile_kind(a.score.window, s, i, Tiles::kStationary, j, Tiles::kStreamed) == TileKind::kEmpty) return;
+  const int columns = static_cast<int>(a.attention.head_dim), columns_v = static_cast<int>(a.attention.head_dim_v), hkv = h / a.group;
+  const uint32_t q = dev::smem_base(), dout = q + Stationary::kBytes, k = dout + Stationary::kBytes, v = k + Streamed::kBytes;
   dev::sync_threads();  // nobody reads the last tiles any more
-  load_rows<Own, kThreads>(q, a.p.q, b, h, s.first_q, i, s.q, columns, a.vectors);
-  load_rows<Own, kThreads>(dout, a.g.dout, b, h, s.first_q, i, s.q, columns_v, a.vectors);
-  load_rows<Other, kThreads>(k, a.p.k, b, hkv, s.first_k, j, s.k, columns, a.vectors);
-  load_rows<Other, kThreads>(v, a.p.v, b, hkv, s.first_k, j, s.k, columns_v, a.vectors);
+  load_rows<Stationary, kThreads>(q, a.attention.q, b, h, s.first_q, i, s.q, columns, a.vectors);
+  load_rows<Stationary, kThreads>(dout, a.grads.dout, b, h, s.first_q, i, s.q, columns_v, a.vectors);
+  load_rows<Streamed, kThreads>(k, a.attention.k, b, hkv, s.first_k, j, s.k, columns, a.vectors);
+  load_rows<Streamed, kThreads>(v, a.attention.v, b, hkv, s.first_k, j, s.k, columns_v, a.vectors);
   dev::cp_async_wait_all();
   dev::sync_threads();
 
   const int row0 = 16 * dev::warp();
-  const Places<false> at(i + row0, j);
+  const FragmentCoords<false> at(i + row0, j);
   const RowStatistics statistics(a, b, h, i + row0);
   ScoreTile<T, false, true, Tiles::kBlocks> x;
-  multiply_rows<Own, Other, kForwardChain>(x.s, q, row0, k, columns);
+  multiply_rows<Stationary, Streamed, kForwardChain>(x.s, q, row0, k, columns);
   x.probabilities(a, s, b, h, at, true, [&](int) { return statistics.lse; });
-  if (a.p.dropout_p > 0) x.draw(a, key, b * a.heads_q + h, at);
-  multiply_rows<Own, Other, kShortChain>(x.dp, dout, row0, v, columns_v);
+  if (a.attention.dropout_p > 0) x.draw(a, key, b * a.heads_q + h, at);
+  multiply_rows<Stationary, Streamed, kShortChain>(x.dp, dout, row0, v, columns_v);
   x.gradients(a, [&](int) { return statistics.delta; });
 #pragma unroll
   for (int c = 0; c < Tiles::kBlocks; ++c)
@@ -53,10 +54,11 @@ __device__ __forceinline__ void add_scores(const BackwardParams& a, const Philox
     for (int e = 0; e < 4; ++e) acc[c][e] += x.dp[c][e];
 }
 
-// The block's registers as a matrix [kOwn, kOther] of fp32 in shared memory, and the sums of its rows.
+// The block's registers as a matrix [kStationary, kStreamed] of fp32 in shared memory, and the sums of its rows.
 template <class Tiles>
 struct SumTile {
-  static constexpr uint32_t kStride = Tiles::kOther + 1, kRowSums = Tiles::kOwn * kStride * 4, kBytes = kRowSums + Tiles::kOwn * 4;
+  static constexpr uint32_t kStride = Tiles::kStreamed + 1, kRowSums = Tiles::kStationary * kStride * 4,
+                            kBytes = kRowSums + Tiles::kStationary * 4;
 
   __device__ explicit SumTile(const float (&acc)[Tiles::kBlocks][4]) {
     dev::sync_threads();
@@ -73,9 +75,9 @@ struct SumTile {
 
   __device__ void sum_rows() const {
     const int row = static_cast<int>(threadIdx.x);
-    if (row < Tiles::kOwn) {
+    if (row < Tiles::kStationary) {
       float sum = 0;
-      for (int c = 0; c < Tiles::kOther; ++c) sum += get(row, c);
+      for (int c = 0; c < Tiles::kStreamed; ++c) sum += get(row, c);
       dev::st_shared(dev::smem_base() + kRowSums + row * 4, sum);
     }
     dev::sync_threads();
@@ -84,7 +86,8 @@ struct SumTile {
 };
 
 template <class Tiles>
-constexpr uint32_t kWalkSharedBytes = std::max<uint32_t>(2 * Tiles::Own::kBytes + 2 * Tiles::Other::kBytes, SumTile<Tiles>::kBytes);
+constexpr uint32_t kWalkSharedBytes =
+    std::max<uint32_t>(2 * Tiles::Stationary::kBytes + 2 * Tiles::Streamed::kBytes, SumTile<Tiles>::kBytes);
 
 // ---- bias --------------------------------------------------------------------------------------------------------------------
 
@@ -99,7 +102,8 @@ struct BiasParams {
 template <class Tiles>
 BiasParams bias_params(const AttentionParams& p, const AttentionGrads& g) {
   BiasParams r{};
-  const int64_t tiles[4] = {p.batch, p.heads_q, ceil_div<int64_t>(p.seq_q, Tiles::kOwn), ceil_div<int64_t>(p.seq_kv, Tiles::kOther)};
+  const int64_t tiles[4] = {p.batch, p.heads_q, ceil_div<int64_t>(p.seq_q, Tiles::kStationary),
+                            ceil_div<int64_t>(p.seq_kv, Tiles::kStreamed)};
   int64_t blocks = 1, steps = 1;
   for (int i = 0; i < 4; ++i) {
     r.owned[i] = g.dbias_stride[i] == 0 ? 1 : static_cast<int>(tiles[i]),
@@ -123,24 +127,24 @@ __global__ void __launch_bounds__(Tiles::kThreads) bias_gradient(const __grid_co
   int own[4], walk[4];
   divide(static_cast<int>(blockIdx.x) / r.splits, r.owned, own);
   const int64_t steps = int64_t{r.walked[0]} * r.walked[1] * r.walked[2] * r.walked[3];
-  const Philox key = a.p.dropout_p > 0 ? philox(a.p) : Philox{};
+  const Philox key = a.attention.dropout_p > 0 ? philox(a.attention) : Philox{};
   float acc[Tiles::kBlocks][4] = {};
   for (int64_t step = steps * split / r.splits; step < steps * (split + 1) / r.splits; ++step) {
     divide(step, r.walked, walk);
-    add_scores<Tiles>(a, key, own[0] + walk[0], own[1] + walk[1], (own[2] + walk[2]) * Tiles::kOwn, (own[3] + walk[3]) * Tiles::kOther,
-                      acc);
+    add_scores<Tiles>(a, key, own[0] + walk[0], own[1] + walk[1], (own[2] + walk[2]) * Tiles::kStationary,
+                      (own[3] + walk[3]) * Tiles::kStreamed, acc);
   }
   const SumTile<Tiles> sums(acc);
-  const int64_t* stride = a.g.dbias_stride;
+  const int64_t* stride = a.grads.dbias_stride;
   const int thread = static_cast<int>(threadIdx.x);
   const bool one_row = stride[2] == 0, one_column = stride[3] == 0;
-  const int rows = one_row ? 1 : Tiles::kOwn, columns = one_column ? 1 : Tiles::kOther;
+  const int rows = one_row ? 1 : Tiles::kStationary, columns = one_column ? 1 : Tiles::kStreamed;
   if (one_column) sums.sum_rows();
-  float* to = r.to + split * a.g.dbias_numel + own[0] * stride[0] + own[1] * stride[1];
+  float* to = r.to + split * a.grads.dbias_numel + own[0] * stride[0] + own[1] * stride[1];
   for (int at = thread; at < rows * columns; at += Tiles::kThreads) {
-    const int row = at / columns, column = at % columns, last = one_row ? Tiles::kOwn : row + 1;
-    const int64_t i = one_row ? 0 : own[2] * Tiles::kOwn + row, j = one_column ? 0 : own[3] * Tiles::kOther + column;
-    if ((!one_row && i >= a.p.seq_q) || (!one_column && j >= a.p.seq_kv)) continue;
+    const int row = at / columns, column = at % columns, last = one_row ? Tiles::kStationary : row + 1;
+    const int64_t i = one_row ? 0 : own[2] * Tiles::kStationary + row, j = one_column ? 0 : own[3] * Tiles::kStreamed + column;
+    if ((!one_row && i >= a.attention.seq_q) || (!one_column && j >= a.attention.seq_kv)) continue;
     float sum = 0;
     for (int x = row; x < last; ++x) sum += one_column ? sums.row_sum(x) : sums.get(x, column);
     dev::st_global(to + i * stride[2] + j * stride[3], sum);
@@ -149,29 +153,29 @@ __global__ void __launch_bounds__(Tiles::kThreads) bias_gradient(const __grid_co
 
 __global__ void __launch_bounds__(kSumThreads) sum_bias_parts(const __grid_constant__ BiasParams r) {
   const int64_t at = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
-  if (at >= r.a.g.dbias_numel) return;
+  if (at >= r.a.grads.dbias_numel) return;
   float sum = 0;
-  for (int split = 0; split < r.splits; ++split) sum += dev::ld_global_nc<float>(r.to + split * r.a.g.dbias_numel + at);
-  dev::st_global(static_cast<float*>(r.a.g.dbias) + at, sum);
+  for (int split = 0; split < r.splits; ++split) sum += dev::ld_global_nc<float>(r.to + split * r.a.grads.dbias_numel + at);
+  dev::st_global(static_cast<float*>(r.a.grads.dbias) + at, sum);
 }
 
 // ---- relative table ----------------------------------------------------------------------------------------------------------
 
-// Diagonal d of tiles: queries kOwn * m .. against keys kOther * (first + d) + kOwn * m .., for all m.
+// Diagonal d of tiles: queries kStationary * m .. against keys kStreamed * (first + d) + kStationary * m .., for all m.
 struct RelativeParams {
   BackwardParams a;
   int diagonals, first;  // first <= 0
-  float* parts;  // [B, Hq, diagonals, kOwn + kOther - 1]: distances j - i from kOther * (first + d) - (kOwn - 1) on
+  float* parts;  // [B, Hq, diagonals, kStationary + kStreamed - 1]: distances j - i from kStreamed * (first + d) - (kStationary - 1) on
 };
 
 template <class Tiles>
-constexpr int kDistances = Tiles::kOwn + Tiles::kOther - 1;
+constexpr int kDistances = Tiles::kStationary + Tiles::kStreamed - 1;
 
 template <class Tiles>
 RelativeParams relative_params(const AttentionParams& p) {
   RelativeParams r{};
-  const int64_t tiles_q = ceil_div<int64_t>(p.seq_q, Tiles::kOwn), tiles_k = ceil_div<int64_t>(p.seq_kv, Tiles::kOther);
-  const int64_t first = tiles_q > 0 ? -(tiles_q - 1) * (Tiles::kOwn / Tiles::kOther) : 0;
+  const int64_t tiles_q = ceil_div<int64_t>(p.seq_q, Tiles::kStationary), tiles_k = ceil_div<int64_t>(p.seq_kv, Tiles::kStreamed);
+  const int64_t first = tiles_q > 0 ? -(tiles_q - 1) * (Tiles::kStationary / Tiles::kStreamed) : 0;
   r.first = static_cast<int>(first);
   r.diagonals = static_cast<int>(tiles_q > 0 && tiles_k > 0 ? tiles_k - first : 0);
   return r;
@@ -181,16 +185,17 @@ template <class Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads) relative_distances(const __grid_constant__ RelativeParams r) {
   const BackwardParams& a = r.a;
   const auto [b, h, diagonal] = block_place(r.diagonals, a.heads_q);
-  const int offset = (r.first + diagonal) * Tiles::kOther;
-  const Philox key = a.p.dropout_p > 0 ? philox(a.p) : Philox{};
+  const int offset = (r.first + diagonal) * Tiles::kStreamed;
+  const Philox key = a.attention.dropout_p > 0 ? philox(a.attention) : Philox{};
   float acc[Tiles::kBlocks][4] = {};
-  const int first_i = offset < 0 ? (Tiles::kOwn - 1 - offset) / Tiles::kOwn * Tiles::kOwn : 0;
-  for (int i = first_i; i < a.p.seq_q && i + offset < a.p.seq_kv; i += Tiles::kOwn) add_scores<Tiles>(a, key, b, h, i, i + offset, acc);
+  const int first_i = offset < 0 ? (Tiles::kStationary - 1 - offset) / Tiles::kStationary * Tiles::kStationary : 0;
+  for (int i = first_i; i < a.attention.seq_q && i + offset < a.attention.seq_kv; i += Tiles::kStationary)
+    add_scores<Tiles>(a, key, b, h, i, i + offset, acc);
   const SumTile<Tiles> sums(acc);
   for (int at = static_cast<int>(threadIdx.x); at < kDistances<Tiles>; at += Tiles::kThreads) {
-    const int shift = at - (Tiles::kOwn - 1);  // column - row
+    const int shift = at - (Tiles::kStationary - 1);  // column - row
     float sum = 0;
-    for (int row = max(0, -shift); row < min(Tiles::kOwn, Tiles::kOther - shift); ++row) sum += sums.get(row, row + shift);
+    for (int row = max(0, -shift); row < min(Tiles::kStationary, Tiles::kStreamed - shift); ++row) sum += sums.get(row, row + shift);
     dev::st_global(r.parts + int64_t{blockIdx.x} * kDistances<Tiles> + at, sum);
   }
 }
@@ -198,7 +203,7 @@ __global__ void __launch_bounds__(Tiles::kThreads) relative_distances(const __gr
 // A block adds the distances of one bucket and head, of all sequences.
 template <class Tiles>
 __global__ void __launch_bounds__(kSumThreads) sum_buckets(const __grid_constant__ RelativeParams r) {
-  const AttentionParams& p = r.a.p;
+  const AttentionParams& p = r.a.attention;
   const int bucket = static_cast<int>(blockIdx.x) / r.a.heads_q, h = static_cast<int>(blockIdx.x) % r.a.heads_q;
   const int64_t count = int64_t{r.diagonals} * kDistances<Tiles>, buckets = p.seq_q + p.seq_kv - 1;
   float sum = 0;
@@ -206,7 +211,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_buckets(const __grid_constant
     const float* parts = r.parts + (int64_t{b} * r.a.heads_q + h) * count;
     const int64_t origin = p.seq_kv - 1 - sequence(p, b).shift;
     for (int64_t at = threadIdx.x; at < count; at += kSumThreads) {
-      const int64_t distance = (r.first + at / kDistances<Tiles>)*Tiles::kOther + at % kDistances<Tiles> - (Tiles::kOwn - 1);
+      const int64_t distance = (r.first + at / kDistances<Tiles>)*Tiles::kStreamed + at % kDistances<Tiles> - (Tiles::kStationary - 1);
       const int64_t index = origin + distance;  // distances of no pair of the sequence are outside, and their sums 0
       if (index < 0 || index >= buckets) continue;
       if (clamp_length(dev::ld_global_nc<int32_t>(p.rel_buckets + index), p.rel_num_buckets - 1) == bucket)
@@ -219,7 +224,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_buckets(const __grid_constant
   if (threadIdx.x != 0) return;
   sum = 0;
   for (int t = 0; t < kSumThreads; ++t) sum += dev::ld_shared<float>(sums + t * 4);
-  dev::st_global(static_cast<float*>(r.a.g.drel_table) + blockIdx.x, sum);
+  dev::st_global(static_cast<float*>(r.a.grads.drel_table) + blockIdx.x, sum);
 }
 
 template <class F>
@@ -248,22 +253,23 @@ int64_t bias_gradient_workspace(const AttentionParams& p, const AttentionGrads& 
 }
 
 void backward_bias_gradients(const BackwardParams& a, float* workspace, const Stream& stream) {
-  visit_walk(a.p, [&]<class Tiles>(Tiles) {
-    if (a.g.dbias) {
-      BiasParams r = bias_params<Tiles>(a.p, a.g);
-      r.a = a, r.to = r.splits > 1 ? workspace : static_cast<float*>(a.g.dbias);
-      workspace += bias_parts(r, a.g);
+  visit_walk(a.attention, [&]<class Tiles>(Tiles) {
+    if (a.grads.dbias) {
+      BiasParams r = bias_params<Tiles>(a.attention, a.grads);
+      r.a = a, r.to = r.splits > 1 ? workspace : static_cast<float*>(a.grads.dbias);
+      workspace += bias_parts(r, a.grads);
       const int64_t blocks = int64_t{r.owned[0]} * r.owned[1] * r.owned[2] * r.owned[3];
       launch<bias_gradient<Tiles>>(one_dimensional(blocks * r.splits), dim3(Tiles::kThreads), kWalkSharedBytes<Tiles>, stream, r);
       if (r.splits > 1)
-        launch<sum_bias_parts>(one_dimensional(ceil_div<int64_t>(a.g.dbias_numel, kSumThreads)), dim3(kSumThreads), 0, stream, r);
+        launch<sum_bias_parts>(one_dimensional(ceil_div<int64_t>(a.grads.dbias_numel, kSumThreads)), dim3(kSumThreads), 0, stream, r);
     }
-    if (a.g.drel_table) {
-      RelativeParams r = relative_params<Tiles>(a.p);
+    if (a.grads.drel_table) {
+      RelativeParams r = relative_params<Tiles>(a.attention);
       r.a = a, r.parts = workspace;
       const int64_t heads = int64_t{a.batch} * a.heads_q;
       launch<relative_distances<Tiles>>(one_dimensional(heads * r.diagonals), dim3(Tiles::kThreads), kWalkSharedBytes<Tiles>, stream, r);
-      launch<sum_buckets<Tiles>>(one_dimensional(int64_t{a.p.rel_num_buckets} * a.heads_q), dim3(kSumThreads), kSumThreads * 4, stream, r);
+      launch<sum_buckets<Tiles>>(one_dimensional(int64_t{a.attention.rel_num_buckets} * a.heads_q), dim3(kSumThreads), kSumThreads * 4,
+                                 stream, r);
     }
   });
 }

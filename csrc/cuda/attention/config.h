@@ -25,8 +25,8 @@ constexpr HeadDims kForwardDims[] = {{32, 32}, {64, 64}, {96, 96}, {128, 128}, {
 // With options that few calls have, and in fp32: fewer instances, smaller tiles.
 constexpr HeadDims kGeneralForwardDims[] = {{64, 64}, {128, 128}, {256, 256}};
 
-// The instances of the forward. All know masks by position (causal, window, lengths) and sinks; kPaged looks keys up in pages, and kGeneral does
-// everything at run time: options on scores, dropout, fp32, rows at any address, pages of any size.
+// The instances of the forward. All know masks by position (causal, window, lengths) and sinks; kPaged looks keys up in pages, and kGeneral
+// does everything at run time: options on scores, dropout, fp32, rows at any address, pages of any size.
 enum class ForwardKind { kPlain, kPaged, kGeneral };
 
 // vector_loads: rows begin at multiples of 16 bytes and fill them. page_size: 0 without pages.
@@ -50,8 +50,8 @@ struct ForwardTile {
 };
 
 // A warp of 32 rows reads K and V from shared memory half as often per product as one of 16, but its output alone is dv fp32 registers
-// a thread; beyond 128 that does not fit, and the general instance needs registers too. The number of keys is the same in all instances of a
-// head dim, so that a row's bits do not depend on which of them computes it.
+// a thread; beyond 128 that does not fit, and the general instance needs registers too. The number of keys is the same in all instances of
+// a head dim, so that a row's bits do not depend on which of them computes it.
 constexpr ForwardTile forward_tile(HeadDims dims, ForwardKind kind, int element_bytes) {
   const bool wide = element_bytes == 4 && dims.d > 128;
   const int rows_per_warp = kind == ForwardKind::kGeneral || dims.dv > 128 ? 16 : 32, rows = rows_per_warp * (wide ? 2 : 4),
@@ -77,7 +77,7 @@ constexpr uint32_t inverse_of(int packed) {
   return packed == 1 ? 0 : static_cast<uint32_t>(ceil_div<int64_t>(int64_t{1} << 32, packed));  // 1: there is none, and nothing to divide
 }
 
-// Blocks are numbered so that those that run at the same time share K and V in the second cache, and long ones start first: heads in
+// Blocks are numbered so that those that run at the same time share K and V in L2, and long ones start first: heads in
 // sections whose keys and values fit the cache, in a section the last rows of every head (with a causal mask they see the most keys) before
 // the ones above.
 struct ForwardGrid {

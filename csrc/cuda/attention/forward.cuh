@@ -31,8 +31,8 @@ __device__ __forceinline__ void load_queries(const ForwardParams& f, const Seque
   dev::cp_async_commit();
 }
 
-// Starts the copies of keys or values from key0 on. Keys outside of [begin, end) of pages, and from `end` on of a dense operand, which no row
-// sees, are zeros and are not read: what lies there may be
+// Starts the copies of keys or values from key0 on. Keys outside of [begin, end) of pages, and from `end` on of a dense operand, which no
+// row sees, are zeros and are not read: what lies there may be
 // NaN, and in v 0 * NaN would be NaN.
 template <class C, class Tile>
 __device__ __forceinline__ void load_keys(const ForwardParams& f, const KeyRows<typename C::T>& source, uint32_t tile, int64_t head_dim,
@@ -73,7 +73,7 @@ __device__ __forceinline__ void raise_step(ForwardState<C>& state, float factor)
   for (int m = 0; m < C::kFragments; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float before = state.max[m][half];
+      const float before = state.row_max[m][half];
       float top = before;
 #pragma unroll
       for (int n = 0; n < C::kScores; ++n) top = fmaxf(top, fmaxf(state.score[m][n][2 * half], state.score[m][n][2 * half + 1]));
@@ -81,7 +81,7 @@ __device__ __forceinline__ void raise_step(ForwardState<C>& state, float factor)
       top = fmaxf(top, dev::shfl_xor(top, 2));
       rise[m][half] = (top - before) * factor;  // NaN where both are infinite
       const bool stays = rise[m][half] <= kRise<typename C::T> || top == before;
-      state.max[m][half] = stays ? before : top, rise[m][half] = stays ? 0.0f : rise[m][half];
+      state.row_max[m][half] = stays ? before : top, rise[m][half] = stays ? 0.0f : rise[m][half];
       raised |= !stays;
     }
   }
@@ -91,7 +91,7 @@ __device__ __forceinline__ void raise_step(ForwardState<C>& state, float factor)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float rescale = dev::exp2_approx(-rise[m][half]);
-      state.sum[m][half] *= rescale;
+      state.row_sum[m][half] *= rescale;
 #pragma unroll
       for (int n = 0; n < C::kOutputs; ++n) state.output[m][n][2 * half] *= rescale, state.output[m][n][2 * half + 1] *= rescale;
     }
@@ -106,7 +106,7 @@ __device__ __forceinline__ void softmax_step(ForwardState<C>& state, float facto
   for (int m = 0; m < C::kFragments; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float base = state.max[m][half] == -kInfinity ? 0.0f : state.max[m][half];  // no key: -inf - -inf would be NaN
+      const float base = state.row_max[m][half] == -kInfinity ? 0.0f : state.row_max[m][half];  // no key: -inf - -inf would be NaN
       const float offset = base * factor;
 #pragma unroll
       for (int n = 0; n < C::kScores; ++n) {
@@ -117,7 +117,7 @@ __device__ __forceinline__ void softmax_step(ForwardState<C>& state, float facto
             state.score[m][n][e] = dev::exp2_approx((state.score[m][n][e] - base) * factor);
           else
             state.score[m][n][e] = dev::exp2_approx(fmaf(state.score[m][n][e], factor, -offset));
-          state.sum[m][half] += state.score[m][n][e];
+          state.row_sum[m][half] += state.score[m][n][e];
         }
       }
     }
@@ -154,7 +154,7 @@ __device__ __forceinline__ void options_step(ForwardState<C>& state, const Forwa
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m)
     apply_options<std::is_same_v<typename C::T, float>>(f.attention, f.score, s, rows.batch, rows.head,
-                                                        Places<false>(rows.first + warp_row + 16 * m, key0), state.score[m]);
+                                                        FragmentCoords<false>(rows.first + warp_row + 16 * m, key0), state.score[m]);
 }
 
 template <class C>
@@ -166,10 +166,10 @@ __device__ __forceinline__ void dropout_step(ForwardState<C>& state, const Forwa
   const int bh = rows.batch * static_cast<int>(p.heads_q) + rows.head;
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m) {
-    const Places<false> at(rows.first + warp_row + 16 * m, key0);
+    const FragmentCoords<false> at(rows.first + warp_row + 16 * m, key0);
 #pragma unroll
     for (int n = 0; n < C::kScores; ++n) {
-      const uint32_t kept = keep_block<false>(words, f.score.drop_below, at, n, bh);
+      const uint32_t kept = dropout_mask_of_block<false>(words, f.score.dropout_threshold, at, n, bh);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         if (!(kept >> e & 1)) state.score[m][n][e] = 0;
@@ -189,14 +189,14 @@ __device__ __forceinline__ void finish(ForwardState<C>& state, const ForwardPara
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 16 * m + fragment_row(2 * half);
-      float sum = state.sum[m][half];
+      float sum = state.row_sum[m][half];
       sum += dev::shfl_xor(sum, 1);
       sum += dev::shfl_xor(sum, 2);
       const bool exists = rows.first + row < total;
       const int h = exists ? rows.head_of(row) : 0, i = rows.query(row);
-      const RowEnd end = end_of_row(p, h, state.max[m][half] * f.logit, sum);
+      const RowEnd end = end_of_row(p, h, state.row_max[m][half] * f.logit, sum);
       if (p.lse.data && exists && fragment_column(0) == 0) dev::st_global(lse_row(p, s, rows.batch, h, i), end.lse);
-      const float share = end.share * f.score.inverse_keep;
+      const float share = end.share * f.score.dropout_scale;
 #pragma unroll
       for (int n = 0; n < C::kOutputs; ++n) state.output[m][n][2 * half] *= share, state.output[m][n][2 * half + 1] *= share;
     }
@@ -240,15 +240,17 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm) attention
   const auto load_k = [&](int key0) { load.template operator()<typename C::KTile>(p.k, k_rows, k_tile, p.head_dim, key0); };
   const auto load_v = [&](int key0) { load.template operator()<typename C::VTile>(p.v, v_rows, v_tile, p.head_dim_v, key0); };
 
+  // Prologue: row_max = -inf, row_sum = 0, out = 0; Q [kRows, D] and the first K [kKeys, D] are on their way.
   ForwardState<C> state;
 #pragma unroll
-  for (int m = 0; m < C::kFragments; ++m) state.max[m][0] = state.max[m][1] = -kInfinity;
+  for (int m = 0; m < C::kFragments; ++m) state.row_max[m][0] = state.row_max[m][1] = -kInfinity;
 
   if (!some.empty()) look_up(begin), load_queries<C>(f, s, rows, q_tile), load_k(begin);
 #pragma unroll 1
   for (int key0 = begin; key0 < some.end; key0 += C::kKeys) {
     dev::cp_async_wait<0>();
     dev::sync_threads();  // k (and q) have landed, and all warps are done with the v of the last step
+    // S [rows of the warp, kKeys] = Q K^T, while V [kKeys, Dv] arrives
     load_v(key0), look_up(key0 + C::kKeys);
     clear_scores<C>(state);
     if constexpr (kFloat)
@@ -258,10 +260,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm) attention
     dev::cp_async_wait<0>();
     dev::sync_threads();  // v has landed, and all warps are done with k
     if (key0 + C::kKeys < some.end) load_k(key0 + C::kKeys);
+    // S -> logits, -inf where invisible -> P, row_max, row_sum; out is rescaled
     if constexpr (C::kGeneral) options_step<C>(state, f, s, rows, warp_row, key0);
     if (key0 < all_begin) mask_step<C, true>(state, f.score, s, rows, warp_row, key0);
     if (key0 + C::kKeys > all_end) mask_step<C, false>(state, f.score, s, rows, warp_row, key0);
     softmax_step<C>(state, f.factor);
+    // out [rows of the warp, Dv] += P V
     if constexpr (C::kGeneral) dropout_step<C>(state, f, rows, warp_row, key0);
     if constexpr (kFloat)
       multiply_pv_by_fma<C>(state, v_tile, static_cast<int>(p.head_dim_v));

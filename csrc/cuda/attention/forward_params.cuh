@@ -86,8 +86,8 @@ struct KeyRows {
     return base + x.batch * max(0, min(id, pages - 1)) + x.seq * (key % page_size);
   }
 
-  // Starts the copies of keys [key, end) of a dense operand, see load_tile_async. Offsets are counted in 16 bytes, so that 32 bits are enough
-  // for 64 GiB and the loop needs few registers.
+  // Starts the copies of keys [key, end) of a dense operand, see load_tile_async. Offsets are counted in 16 bytes, so that 32 bits are
+  // enough for 64 GiB and the loop needs few registers.
   template <class Tile, int kThreads>
   __device__ __forceinline__ void load(uint32_t tile, int thread, int columns, int key, int end) const {
     const uint32_t seq = static_cast<uint32_t>(x.seq / Tile::kPerChunk), at = static_cast<uint32_t>(first / Tile::kPerChunk);

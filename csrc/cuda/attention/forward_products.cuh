@@ -21,13 +21,13 @@ struct ForwardInstance {
   static_assert(QTile::kBytes + KTile::kBytes + VTile::kBytes == kTile.shared_bytes && kTile.shared_bytes <= kLeastSharedMemory);
 };
 
-// What a warp knows of its rows. score and output are C fragments of mma (Places in score.cuh), for fp32 too. max and sum: of rows lane / 4
-// and lane / 4 + 8 of each fragment; the maximum of the scores so far, the sum of this lane's columns.
+// What a warp knows of its rows. score and output are C fragments of mma (FragmentCoords in score.cuh), for fp32 too. row_max and row_sum:
+// of rows lane / 4 and lane / 4 + 8 of each fragment; the maximum of the scores so far, the sum of this lane's columns.
 template <class C>
 struct ForwardState {
   float score[C::kFragments][C::kScores][4];
   float output[C::kFragments][C::kOutputs][4] = {};
-  float max[C::kFragments][2], sum[C::kFragments][2] = {};
+  float row_max[C::kFragments][2], row_sum[C::kFragments][2] = {};
 };
 
 // score = q k^T, from row `warp_row` of the tile of q on.

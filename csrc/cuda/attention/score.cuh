@@ -1,11 +1,11 @@
 // What happens to scores between q k^T and the softmax, and to probabilities after it; shared by forward and backward, so that the backward
-// recomputes what the forward saw. Order and signs: python/foveate/_reference.py.
+// recomputes what the forward saw. Order and signs: python/foveate/backend/reference/attention.py.
 //
-// Nobody has looked at the values of kv_lens and cu_seqlens: sequence() clamps them to the tensors. Positions are int, and sums with the bounds
-// of a window are ordered so that none leaves 32 bits: 64-bit arithmetic takes several times the instructions.
+// Nobody has looked at the values of kv_lens and cu_seqlens: sequence() clamps them to the tensors. Positions are int, and sums with the
+// bounds of a window are ordered so that none leaves 32 bits: 64-bit arithmetic takes several times the instructions.
 //
-// Scores are handled as fragments of mma: x[n][4], n blocks of 16 x 8. With kTransposed = false rows are queries and columns keys (S = Q K^T),
-// else rows are keys and columns queries (S^T).
+// Scores are handled as fragments of mma: x[n][4], n blocks of 16 x 8. With kTransposed = false rows are queries and columns keys (S = Q
+// K^T), else rows are keys and columns queries (S^T).
 #pragma once
 
 #include <cmath>
@@ -26,8 +26,8 @@ struct ScoreParams {
   float scale, scale_log2;  // scale_log2 = scale * log2(e)
   float softcap, softcap_inner;  // softcap * tanh(softcap_inner * q.k); 0: none
   Window<int> window;
-  uint32_t drop_below;  // dropout drops where the draw is below this
-  float inverse_keep;  // 1 / (1 - dropout_p)
+  uint32_t dropout_threshold;  // dropout drops where the draw is below this
+  float dropout_scale;  // 1 / (1 - dropout_p)
 };
 
 inline ScoreParams score_params(const AttentionParams& p) {
@@ -36,8 +36,8 @@ inline ScoreParams score_params(const AttentionParams& p) {
   s.scale = static_cast<float>(p.scale), s.scale_log2 = static_cast<float>(p.scale * kLog2e);
   if (p.softcap > 0) s.softcap = static_cast<float>(p.softcap), s.softcap_inner = static_cast<float>(p.scale / p.softcap);
   s.window = window_of<int>(p.causal, p.window_left, p.window_right);
-  s.drop_below = drop >= 0x1p32 ? 0xffffffffu : static_cast<uint32_t>(drop);
-  s.inverse_keep = static_cast<float>(1 / (1 - p.dropout_p));
+  s.dropout_threshold = drop >= 0x1p32 ? 0xffffffffu : static_cast<uint32_t>(drop);
+  s.dropout_scale = static_cast<float>(1 / (1 - p.dropout_p));
   return s;
 }
 
@@ -91,16 +91,16 @@ __device__ inline TileKind tile_kind(const Window<int>& w, const Lengths<int>& s
 
 // Where element e of block c stands: query i(c, e), key j(c, e). `row` and `column` are those of the fragment's corner.
 template <bool kTransposed>
-struct Places {
+struct FragmentCoords {
   int row, column;  // this thread's first
-  __device__ Places(int row, int column) : row(row + dev::lane() / 4), column(column + dev::lane() % 4 * 2) {}
+  __device__ FragmentCoords(int row, int column) : row(row + dev::lane() / 4), column(column + dev::lane() % 4 * 2) {}
   __device__ int i(int c, int e) const { return kTransposed ? column + 8 * c + e % 2 : row + e / 2 * 8; }
   __device__ int j(int c, int e) const { return kTransposed ? row + e / 2 * 8 : column + 8 * c + e % 2; }
 };
 
 // -inf where the key is not visible. A row of the fragment sees a range of its columns, so two comparisons with constants say which.
 template <bool kTransposed, int n>
-__device__ __forceinline__ void mask_invisible(const Window<int>& w, const Lengths<int>& s, const Places<kTransposed>& at,
+__device__ __forceinline__ void mask_invisible(const Window<int>& w, const Lengths<int>& s, const FragmentCoords<kTransposed>& at,
                                                float (&x)[n][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -133,11 +133,11 @@ __device__ inline float load_float(const ScoreOperand& t, int64_t index) {
   }
 }
 
-// q.k -> logits (natural) of head h, all options but the visible range and dropout. `slope` gets d(logit)/d(scale * q.k) of the softcap; it is
-// not touched without one. Elements beyond the sequence read the options of its last row and column: their results are to be masked.
+// q.k -> logits (natural) of head h, all options but the visible range and dropout. `slope` gets d(logit)/d(scale * q.k) of the softcap; it
+// is not touched without one. Elements beyond the sequence read the options of its last row and column: their results are to be masked.
 template <bool kPrecise, bool kTransposed, int n>
 __device__ __forceinline__ void apply_options(const AttentionParams& p, const ScoreParams& o, const Sequence& s, int b, int h,
-                                              const Places<kTransposed>& at, float (&x)[n][4], float (*slope)[4] = nullptr) {
+                                              const FragmentCoords<kTransposed>& at, float (&x)[n][4], float (*slope)[4] = nullptr) {
   const auto each = [&](auto&& f) __attribute__((always_inline)) {
 #pragma unroll
     for (int c = 0; c < n; ++c)
@@ -196,7 +196,7 @@ __device__ inline Philox philox(const AttentionParams& p) {
 }
 
 // Of the keys 4 * quad .. + 3 of query i: bit u is set if key u is kept. bh = b * Hq + h.
-__device__ __forceinline__ uint32_t keep_quad(const Philox& philox, uint32_t drop_below, int quad, int i, int bh) {
+__device__ __forceinline__ uint32_t dropout_mask_of_quad(const Philox& philox, uint32_t dropout_threshold, int quad, int i, int bh) {
   uint32_t c0 = quad, c1 = i, c2 = bh, c3 = philox.offset, key0 = philox.key0, key1 = philox.key1;
 #pragma unroll
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -205,18 +205,20 @@ __device__ __forceinline__ uint32_t keep_quad(const Philox& philox, uint32_t dro
     c0 = high1 ^ c1 ^ key0, c1 = low1, c2 = high0 ^ c3 ^ key1, c3 = low0;
     key0 += kPhiloxKey0, key1 += kPhiloxKey1;
   }
-  return (c0 >= drop_below ? 1u : 0u) | (c1 >= drop_below ? 2u : 0u) | (c2 >= drop_below ? 4u : 0u) | (c3 >= drop_below ? 8u : 0u);
+  return (c0 >= dropout_threshold ? 1u : 0u) | (c1 >= dropout_threshold ? 2u : 0u) | (c2 >= dropout_threshold ? 4u : 0u) |
+         (c3 >= dropout_threshold ? 8u : 0u);
 }
 
 // Bit e: element e of block c is kept. Each lane draws one quad of keys and lanes exchange, so that no word is drawn twice in a warp.
 // The fragment's first key must be a multiple of 4.
 template <bool kTransposed>
-__device__ __forceinline__ uint32_t keep_block(const Philox& philox, uint32_t drop_below, const Places<kTransposed>& at, int c, int bh) {
+__device__ __forceinline__ uint32_t dropout_mask_of_block(const Philox& philox, uint32_t dropout_threshold,
+                                                          const FragmentCoords<kTransposed>& at, int c, int bh) {
   const int lane = dev::lane();
   if constexpr (kTransposed) {
     // Four lanes (g % 4) hold the four keys of four quads: element e is key g % 4 of quad e, which lane e draws.
     const int mine = lane / 4 % 4;
-    uint32_t kept = keep_quad(philox, drop_below, at.j(c, mine) / 4, at.i(c, mine), bh) << (4 * mine);
+    uint32_t kept = dropout_mask_of_quad(philox, dropout_threshold, at.j(c, mine) / 4, at.i(c, mine), bh) << (4 * mine);
     kept |= dev::shfl_xor(kept, 4);
     kept |= dev::shfl_xor(kept, 8);
     kept >>= mine;
@@ -224,7 +226,7 @@ __device__ __forceinline__ uint32_t keep_block(const Philox& philox, uint32_t dr
   } else {
     // Two lanes share a quad in row g and one in row g + 8; the even lane draws the first and has its lower keys, the odd lane the second.
     const int odd = lane % 2;
-    const uint32_t own = keep_quad(philox, drop_below, at.j(c, 0) / 4, at.i(c, 2 * odd), bh);
+    const uint32_t own = dropout_mask_of_quad(philox, dropout_threshold, at.j(c, 0) / 4, at.i(c, 2 * odd), bh);
     const uint32_t other = dev::shfl_xor(own, 1);
     const uint32_t first = odd ? other >> 2 : own & 3, second = odd ? own >> 2 : other & 3;
     return first | second << 2;

@@ -1,9 +1,9 @@
 // Tiles of a matrix in shared memory and their way to and from it: global memory -> tile by cp.async, tile -> mma fragments by ldmatrix,
 // fragments -> tile -> global memory for results.
 //
-// A tile is stored by rows, in chunks of 16 bytes. ldmatrix reads the same chunk of 8 rows at once, which would hit the same banks; so chunk
-// c of row r is stored where chunk c ^ f(r) would be (an XOR swizzle), with f such that any 8 rows from a multiple of 8 on lie in all 8
-// bank groups of 16 bytes.
+// A tile is stored by rows, in chunks of 16 bytes. ldmatrix reads the same chunk of 8 rows at once, which would hit the same banks; so
+// chunk c of row r is stored where chunk c ^ f(r) would be (an XOR swizzle), with f such that any 8 rows from a multiple of 8 on lie in all
+// 8 bank groups of 16 bytes.
 #pragma once
 
 #include <utility>
@@ -42,9 +42,9 @@ struct CopyShare {
   __device__ __forceinline__ static int row(int thread, int n) { return thread / kLanes + n * kRowsAtOnce; }
 };
 
-// Starts the copies of a tile by all kThreads threads of the block (`thread` is one's number among them); the caller commits and waits.
-// row(r) is the address of row r of the tile, or null for a row of zeros; chunks from `columns` on are zero too. Rows begin at multiples of
-// 16 bytes, and `columns` is a multiple of Tile::kPerChunk.
+// Starts the copies of a tile by all kThreads threads of the block (`thread` is the caller's index among them); the caller commits and
+// waits. row(r) is the address of row r of the tile, or null for a row of zeros; chunks from `columns` on are zero too. Rows begin at
+// multiples of 16 bytes, and `columns` is a multiple of Tile::kPerChunk.
 template <class Tile, int kThreads, class RowAddress>
 __device__ __forceinline__ void load_tile_async(uint32_t tile, int thread, int columns, const RowAddress& row) {
   using Share = CopyShare<Tile, kThreads>;
@@ -62,8 +62,8 @@ __device__ __forceinline__ void load_tile_async(uint32_t tile, int thread, int c
   }
 }
 
-// The same for rows whose places are counted in 16 bytes from `base` on, which takes fewer instructions and registers: offset(n, row) is that of
-// row `row`, the n-th of this thread's. Rows of which exists(n, row) is not true are zeros.
+// The same for rows whose places are counted in 16 bytes from `base` on, which takes fewer instructions and registers: offset(n, row) is
+// that of row `row`, the n-th of this thread's. Rows of which exists(n, row) is not true are zeros.
 template <class Tile, int kThreads, class Exists, class Offset>
 __device__ __forceinline__ void load_tile_at(uint32_t tile, int thread, const Exists& exists, int columns, const void* base,
                                              const Offset& offset) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void load_tile_unaligned(uint32_t tile, int thread, i
   }
 }
 
-// ---- tile -> fragments (16-bit numbers) --------------------------------------------------------------------------------------
+// ---- tile -> fragments (16-bit elements) --------------------------------------------------------------------------------------
 
 // An operand of mma_m16n8k16, by what it is and how the tile stores it:
 //                             tile rows   tile columns   e.g. in attention
@@ -133,8 +133,8 @@ class Fragments {
     const int row = kBelow ? lane % 16 : lane % 8 + lane / 16 * 8, chunk = kBelow ? lane / 16 : lane / 8 % 2;
     at_ = tile + first_row * Tile::kRowBytes + Tile::offset(row, chunk);
   }
-  // row and column: of the block's first element, multiples of 16. The swizzle repeats every 8 rows or less and changes only the last bits of
-  // a chunk's number, so those of the column come in by one exclusive-or, all else is a constant of the instruction.
+  // row and column: of the block's first element, multiples of 16. The swizzle repeats every 8 rows or less and changes only the last bits
+  // of a chunk's number, so those of the column come in by one exclusive-or, all else is a constant of the instruction.
   __device__ __forceinline__ void load(uint32_t (&d)[4], int row, int column, dev::Site site = dev::Site::here()) const {
     const uint32_t chunk = column / Tile::kPerChunk, low = chunk & Tile::kMask;
     const uint32_t address = (at_ ^ low * 16) + row * Tile::kRowBytes + (chunk - low) * 16;

@@ -1,6 +1,6 @@
 // The device layer: everything that a kernel does beyond plain C++. Kernels call these functions and contain no `asm` and no `#ifdef`, so
-// one source is compiled by nvcc and by g++. The include path says what implements the functions: device_types.cuh, device_impl.cuh and their
-// siblings stand in cuda/device/nvidia/, the only place with PTX, and in a folder of the emulator, which runs kernels on the CPU.
+// one source is compiled by nvcc and by g++. The include path says what implements the functions: device_types.cuh, device_impl.cuh and
+// their siblings stand in cuda/device/nvidia/, the only place with PTX, and in a folder of the emulator, which runs kernels on the CPU.
 //
 // Warp functions are for all 32 threads of a warp, each with its own values: no masks, no divergence. A block has a multiple of 32 threads.
 // Shared memory is dynamic and addressed by 32-bit offsets from smem_base(); there are no `__shared__` variables and no pointers to it.
@@ -36,7 +36,7 @@ __device__ __forceinline__ void st_shared(uint32_t address, T value, Site site =
 __device__ void atomic_add_shared(uint32_t address, float value, Site site = Site::here());
 
 // ---- matrix fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16", "ldmatrix") ---------------------------------------------
-// With g = lane / 4, t = lane % 4, two 16-bit numbers a register, the lower column (row, for B) in the lower half:
+// With g = lane / 4, t = lane % 4, two 16-bit elements a register, the lower column (row, for B) in the lower half:
 //   A [16 x 16]  a[0] = (g, 2t..2t+1)  a[1] = (g+8, 2t..)  a[2] = (g, 2t+8..)  a[3] = (g+8, 2t+8..)
 //   B [16 x 8]   b0 = (2t..2t+1, g)    b1 = (2t+8..2t+9, g)
 //   C, D [16 x 8] d[0], d[1] = (g, 2t), (g, 2t+1)          d[2], d[3] = (g+8, 2t), (g+8, 2t+1)
@@ -48,10 +48,11 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 // The same for tf32 (fp32 bits as to_tf32 rounds them): A [16 x 8] a = (g, t) (g+8, t) (g, t+4) (g+8, t+4), B [8 x 8] b0 = (t, g),
 // b1 = (t+4, g).
 __device__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::here());
-// Rounds to 10 mantissa bits, ties away from zero. 3xtf32: big = to_tf32(x), small = to_tf32(x - big), then small*big + big*small + big*big.
+// Rounds to 10 mantissa bits, ties away from zero. 3xtf32: big = to_tf32(x), small = to_tf32(x - big), then small*big + big*small +
+// big*big.
 __device__ uint32_t to_tf32(float x);
 
-// Loads four (two) 8x8 matrices of 16-bit numbers. Lane l gives the address of the 16-byte row l % 8 of matrix l / 8; x2 looks at lanes
+// Loads four (two) 8x8 matrices of 16-bit elements. Lane l gives the address of the 16-byte row l % 8 of matrix l / 8; x2 looks at lanes
 // 0..15 only, but the others pass valid addresses too. d[i] = (row g, columns 2t, 2t+1) of matrix i; _trans: of its transpose.
 __device__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t row_address, Site site = Site::here());
 __device__ void ldmatrix_x2(uint32_t (&d)[2], uint32_t row_address, Site site = Site::here());
@@ -120,7 +121,7 @@ __device__ float to_float(int8_t x);
 // with its sign, NaN to 0x7f. int8_t: to nearest even, clamped to -128..127, NaN to 0.
 template <class T>
 __device__ __forceinline__ T from_float(float x);
-// Two numbers in one register, `low` in the lower half: T = bf16 or f16, rounded as from_float does.
+// Two values in one register, `low` in the lower half: T = bf16 or f16, rounded as from_float does.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 template <class T>
@@ -145,8 +146,8 @@ __device__ __forceinline__ void st_global_stream(void* p, T value, Site site = S
 __device__ void atomic_add(float* p, float value, Site site = Site::here());
 
 // Between blocks. The last block of a group to finish reduces: every thread writes its part, fence_gpu(), sync_threads(); one thread
-// counts with atomic_add_acq_rel; the block whose count is the last reads the parts, after a barrier, with ld_global (never _nc or _stream), and
-// sets the counter to what it was before the launch.
+// counts with atomic_add_acq_rel; the block whose count is the last reads the parts, after a barrier, with ld_global (never _nc or
+// _stream), and sets the counter to what it was before the launch.
 __device__ void fence_gpu();
 __device__ uint32_t atomic_add_acq_rel(uint32_t* counter, uint32_t value, Site site = Site::here());  // returns the value before
 __device__ uint32_t ld_acquire(const uint32_t* p, Site site = Site::here());

@@ -1,103 +1,27 @@
 // Attention of few queries to a long KV cache, dense or paged (flash decoding; Dao et al. 2023).
 //
-// The query rows that share a KV head, i * group + g for query i and head g of the group = Hq / Hkv, are the 16 rows of a tile; a block takes
-// one such tile, one KV head, one sequence and one split of its keys. Every warp of the block reads keys of its own, 16 at a time: it copies
-// them to shared memory (two stages, cp.async; one where two do not fit), multiplies, and keeps its own maximum, sum and output in registers, without a word to the
-// other warps until all have finished. So the only traffic is K and V, once, and there is no barrier in the loop. Tile t of a sequence,
-// keys 16t.., belongs to warp t % warps: the order of every sum is fixed by the shapes.
+// The query rows that share a KV head, i * group + g for query i and head g of the group = Hq / Hkv, are the 16 rows of a tile; a block
+// takes one such tile, one KV head, one sequence and one split of its keys. Every warp of the block reads keys of its own, 16 at a time: it
+// copies them to shared memory (two stages, cp.async; one where two do not fit), multiplies, and keeps private row_max, row_sum and
+// accumulator in registers; the warps synchronise only at the final merge. So the only traffic is K and V, once, and there is no barrier in
+// the loop. Tile t of a sequence, keys 16t.., belongs to warp t % warps: the order of every sum is fixed by the shapes.
 //
-// int8 and fp8 keys are copied as they are and widened to the dtype of q in shared memory. Where Dv exceeds 256, as in MLA, the columns of V are
-// divided among blocks, which compute the scores again. Splits write partial results; the last block of a tile of rows to finish merges them by
-// their log-sum-exp, in the order of the splits, so that a call is one launch and its bits do not depend on who was last.
-#include "core/visible.h"
+// int8 and fp8 keys are copied as they are and widened to the dtype of q in shared memory. Where Dv exceeds 256, as in MLA, the columns of
+// V are divided among blocks, which compute the scores again. Splits write partial results; the last block of a tile of rows to finish
+// merges them by their log-sum-exp, in the order of the splits, so that a call is one launch and its bits do not depend on who was last.
 #include "cuda/host/kernels.h"
-#include "cuda/kv_cache/decode_layout.h"
-#include "cuda/kv_cache/decode_tile.cuh"
-#include "cuda/kv_cache/kv_cache.cuh"
+#include "cuda/kv_cache/decode_work.cuh"
 
 namespace foveate::cuda {
 namespace {
 
-constexpr int kSplitMultiple = kTileKeys * kMaxWarps;  // keys of a split, where the split does not say
-
-struct DecodeWork : DecodeLayout {
-  KvCacheParams params;
-  int row_blocks, slices;  // slices: of the columns of V
-  int k_copy_bytes, v_copy_bytes;  // that are moved at a time: 16, 4, or one number
-};
-
-// A block's share.
-struct Task {
-  int64_t b, head, split, row0;  // head: of K and V
-  int first_column;  // of V
-  int64_t begin, end;  // keys
-};
-
-// Whatever kv_lens holds: no more keys than the cache has.
-__device__ __forceinline__ Lengths<int64_t> sequence(const KvCacheParams& p, int64_t b) {
-  return lengths_of(p.seq_q, clamp<int64_t>(int64_t{dev::ld_global_nc<int32_t>(p.kv_lens + b)} + p.new_keys, 0, p.seq_kv));
-}
-
-__device__ __forceinline__ Span<int64_t> visible_to(const KvCacheParams& p, const Lengths<int64_t>& s, int64_t first, int64_t last) {
-  return visible_keys(window_of<int64_t>(p.causal, p.window_left, p.window_right), s, first, last);
-}
-
-__device__ __forceinline__ Task task_of(const DecodeWork& work, const Lengths<int64_t>& s, Task task) {
-  const KvCacheParams& p = work.params;
-  const int64_t group = p.heads_q / p.heads_kv, rows = p.seq_q * group, last = min(task.row0 + kTileRows, rows) - 1;
-  const Span<int64_t> seen = visible_to(p, s, task.row0 / group, last / group);
-  task.begin = seen.begin, task.end = seen.end;
-  const int64_t first = p.keys_per_split ? 0 : task.begin / kSplitMultiple * kSplitMultiple;
-  int64_t part = p.keys_per_split;
-  if (part == 0) {
-    const int64_t share = (max(int64_t{0}, task.end - first) + p.num_splits - 1) / p.num_splits;
-    part = (share + kSplitMultiple - 1) / kSplitMultiple * kSplitMultiple;
-  }
-  task.begin = max(task.begin, first + task.split * part);
-  task.end = min(task.end, first + (task.split + 1) * part);
-  return task;
-}
-
-// Where this lane's key of a tile lies, in bytes from the cache's start, or -1, and its scale: lanes 0..15 for K, 16..31 for V.
-struct Place {
-  int64_t bytes;
-  float scale;
-};
-template <class S>
-__device__ __forceinline__ Place locate(const KvCacheParams& p, const Task& task, int64_t tile) {
-  const int64_t key = tile * kTileKeys + dev::lane() % kTileKeys;
-  if (key < task.begin || key >= task.end) return {-1, 0.0f};
-  const Slot slot = slot_of(p, task.b, key);
-  if (!slot.valid) return {-1, 0.0f};
-  const bool is_key = dev::lane() < kTileKeys;
-  const Rows& cache = is_key ? p.k : p.v;
-  const CacheScale& scales = is_key ? p.k_scale : p.v_scale;
-  const int64_t at = slot.batch * cache.batch + slot.row * cache.seq + task.head * cache.head + (is_key ? 0 : task.first_column);
-  float scale = 1;
-  if (sizeof(S) == 1)
-    scale = dev::ld_global<float>(scales.data + slot.batch * scales.batch + slot.row * scales.seq + task.head * scales.head);
-  return {at * static_cast<int64_t>(sizeof(S)), scale};
-}
-
-template <class S>
-__device__ __forceinline__ void copy_rows(uint32_t to, int to_row_bytes, const void* from, int64_t place, int first_lane, int row_bytes,
-                                          int copy_bytes) {
-  const char* bytes = static_cast<const char*>(from);
-  if (copy_bytes == 16)
-    copy_tile<16>(to, to_row_bytes, bytes, place, first_lane, row_bytes);
-  else if (copy_bytes == 4)
-    copy_tile<4>(to, to_row_bytes, bytes, place, first_lane, row_bytes);
-  else
-    copy_tile<sizeof(S)>(to, to_row_bytes, bytes, place, first_lane, row_bytes);
-}
-
 // Two rows of the tile, those that a lane holds: g and g + 8.
 struct RowState {
-  float max[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};  // sum: of this lane's keys
+  float row_max[2] = {-kInfinity, -kInfinity}, row_sum[2] = {0, 0};  // row_sum: of this lane's keys
   float slope[2];
   int64_t position[2], begin[2], end[2];
 
-  __device__ RowState(const KvCacheParams& p, const Task& task, const Lengths<int64_t>& s) {
+  __device__ RowState(const KvCacheParams& p, const DecodeTask& task, const Lengths<int64_t>& s) {
     const int64_t group = p.heads_q / p.heads_kv;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -113,18 +37,18 @@ struct RowState {
   }
 };
 
-// Scores of keys first.. become weights; max, sum and what was accumulated before are brought up to date.
+// Online softmax: scores [16, 16] of keys first.. become weights; row_max, row_sum and out [16, columns] are brought up to date.
 template <int kOut>
 __device__ __forceinline__ void softmax_tile(const KvCacheParams& p, RowState& rows, int64_t first, float (&scores)[2][4],
                                              float (&out)[kOut][4]) {
   const float softcap = static_cast<float>(p.softcap), scale = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
-  float correction[2];
+  float alpha[2];  // rescales what was summed under the old maximum
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const auto in_tile = [&](int64_t key) { return static_cast<int>(min(max(key - first, int64_t{0}), int64_t{kTileKeys})); };
     const int begin = in_tile(rows.begin[r]), end = in_tile(rows.end[r]);
     const float distance = static_cast<float>(first - rows.position[r]);
-    float top = rows.max[r];
+    float new_max = rows.row_max[r];
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -135,25 +59,25 @@ __device__ __forceinline__ void softmax_tile(const KvCacheParams& p, RowState& r
         if (p.alibi) x -= fabsf(distance + static_cast<float>(key)) * rows.slope[r];
         x = key >= begin && key < end ? x : -kInfinity;
         scores[n][2 * r + c] = x;
-        top = fmaxf(top, x);
+        new_max = fmaxf(new_max, x);
       }
-    top = fmaxf(top, dev::shfl_xor(top, 1));
-    top = fmaxf(top, dev::shfl_xor(top, 2));
-    const float shift = top == -kInfinity ? 0.0f : top;
-    correction[r] = dev::exp2_approx((rows.max[r] - shift) * kLog2eF);
-    if (rows.max[r] == top) correction[r] = 1;
-    float total = 0;
+    new_max = fmaxf(new_max, dev::shfl_xor(new_max, 1));
+    new_max = fmaxf(new_max, dev::shfl_xor(new_max, 2));
+    const float shift = new_max == -kInfinity ? 0.0f : new_max;
+    alpha[r] = dev::exp2_approx((rows.row_max[r] - shift) * kLog2eF);
+    if (rows.row_max[r] == new_max) alpha[r] = 1;
+    float tile_sum = 0;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int c = 0; c < 2; ++c) total += scores[n][2 * r + c] = dev::exp2_approx((scores[n][2 * r + c] - shift) * kLog2eF);
-    rows.max[r] = top, rows.sum[r] = rows.sum[r] * correction[r] + total;
+      for (int c = 0; c < 2; ++c) tile_sum += scores[n][2 * r + c] = dev::exp2_approx((scores[n][2 * r + c] - shift) * kLog2eF);
+    rows.row_max[r] = new_max, rows.row_sum[r] = rows.row_sum[r] * alpha[r] + tile_sum;
   }
-  if (!dev::any(correction[0] != 1 || correction[1] != 1)) return;
+  if (!dev::any(alpha[0] != 1 || alpha[1] != 1)) return;
 #pragma unroll
   for (int n = 0; n < kOut; ++n) {
-    out[n][0] *= correction[0], out[n][1] *= correction[0];
-    out[n][2] *= correction[1], out[n][3] *= correction[1];
+    out[n][0] *= alpha[0], out[n][1] *= alpha[0];
+    out[n][2] *= alpha[1], out[n][3] *= alpha[1];
   }
 }
 
@@ -171,41 +95,50 @@ __device__ __forceinline__ void write_out(const KvCacheParams& p, int64_t b, int
   if (p.lse.data && d == 0) dev::st_global(static_cast<float*>(p.lse.data) + b * p.lse.batch + head * p.lse.head + i, lse);
 }
 
+// ---- attention of one block --------------------------------------------------------------------------------------------------
 // T: of q, S: of the cache. kColumns: of V, at most, of one block.
-template <class T, class S, int kColumns>
-__device__ __forceinline__ void attend(const DecodeWork& work, const Task& task, const Lengths<int64_t>& s) {
-  const KvCacheParams& p = work.params;
-  const int64_t group = p.heads_q / p.heads_kv, rows = p.seq_q * group;
-  const int columns = min(kColumns, static_cast<int>(p.head_dim_v) - task.first_column);  // that are there
-  const int lane = dev::lane(), warp = dev::warp();
 
-  const uint32_t q = dev::smem_base(), own = q + kTileRows * work.q_row_bytes + warp * work.warp_bytes;
-  const uint32_t wide = own + work.stages * work.stage_bytes;
-  const auto k_tile = [&](int stage) { return own + stage * work.stage_bytes; };
-  const auto v_tile = [&](int stage) { return k_tile(stage) + kTileKeys * work.k_row_bytes; };
-  const auto scales = [&](int stage) { return v_tile(stage) + kTileKeys * work.v_row_bytes; };
-  if (p.head_dim % 16 != 0 || columns % 16 != 0) {  // what no copy reaches must be zero
-    for (int at = 16 * lane; at < work.warp_bytes; at += 16 * 32) dev::st_shared(own + at, make_uint4(0, 0, 0, 0));
+// The shared memory of a warp: the block's queries [16, dim], then for each warp `stages` times K [16, D], V [16, columns] and their scales
+// as they are stored, and for int8 and fp8 one tile widened to T.
+struct WarpTiles {
+  const DecodeWork& work;
+  uint32_t q, first, wide;
+
+  __device__ explicit WarpTiles(const DecodeWork& work)
+      : work(work),
+        q(dev::smem_base()),
+        first(q + kTileRows * work.q_row_bytes + dev::warp() * work.warp_bytes),
+        wide(first + work.stages * work.stage_bytes) {}
+  __device__ uint32_t k(int stage) const { return first + stage * work.stage_bytes; }
+  __device__ uint32_t v(int stage) const { return k(stage) + kTileKeys * work.k_row_bytes; }
+  __device__ uint32_t scales(int stage) const { return v(stage) + kTileKeys * work.v_row_bytes; }
+
+  // What no copy reaches must be zero: columns between the head dims and a multiple of 16.
+  __device__ void clear_padding(int columns) const {
+    if (work.params.head_dim % 16 == 0 && columns % 16 == 0) return;
+    for (int at = 16 * dev::lane(); at < work.warp_bytes; at += 16 * 32) dev::st_shared(first + at, make_uint4(0, 0, 0, 0));
     dev::sync_warp();
   }
+};
 
-  // Tiles first_tile, first_tile + warps, ...
-  const int64_t begin_tile = task.begin / kTileKeys, end_tile = task.end > task.begin ? (task.end + kTileKeys - 1) / kTileKeys : begin_tile;
-  const int64_t first_tile = begin_tile + (warp - begin_tile % work.warps + work.warps) % work.warps;
-  const auto fetch = [&](const Place& place, int64_t tile, int stage) {
-    if (tile < end_tile) {
-      copy_rows<S>(k_tile(stage), work.k_row_bytes, p.k.data, place.bytes, 0, static_cast<int>(p.head_dim * sizeof(S)), work.k_copy_bytes);
-      copy_rows<S>(v_tile(stage), work.v_row_bytes, p.v.data, place.bytes, kTileKeys, static_cast<int>(columns * sizeof(S)),
-                   work.v_copy_bytes);
-      if (sizeof(S) == 1) dev::st_shared<float>(scales(stage) + 4 * lane, place.scale);
-    }
-    dev::cp_async_commit();
-  };
-  for (int stage = 0; stage < work.stages; ++stage) {
-    const int64_t tile = first_tile + stage * work.warps;
-    fetch(locate<S>(p, task, tile), tile, stage);
+// Starts the copy of one tile of K [16, D] and V [16, columns] to `stage`: one group of cp.async, empty where there is no tile.
+template <class S>
+__device__ __forceinline__ void fetch_tile(const WarpTiles& tiles, const KeyAddress& at, bool exists, int stage, int columns) {
+  const DecodeWork& work = tiles.work;
+  const KvCacheParams& p = work.params;
+  if (exists) {
+    copy_rows<S>(tiles.k(stage), work.k_row_bytes, p.k.data, at.bytes, 0, static_cast<int>(p.head_dim * sizeof(S)), work.k_copy_bytes);
+    copy_rows<S>(tiles.v(stage), work.v_row_bytes, p.v.data, at.bytes, kTileKeys, static_cast<int>(columns * sizeof(S)), work.v_copy_bytes);
+    if (sizeof(S) == 1) dev::st_shared<float>(tiles.scales(stage) + 4 * dev::lane(), at.scale);
   }
+  dev::cp_async_commit();
+}
 
+// The block's rows of q, rotated: [16, dim], zeros beyond the rows that are there. All warps; a barrier follows.
+template <class T>
+__device__ __forceinline__ void store_queries(const DecodeWork& work, const DecodeTask& task, uint32_t q) {
+  const KvCacheParams& p = work.params;
+  const int64_t group = p.heads_q / p.heads_kv, rows = p.seq_q * group;
   for (int item = static_cast<int>(threadIdx.x); item < kTileRows * work.dim / kVec<T>; item += 32 * work.warps) {
     const int r = item / (work.dim / kVec<T>), j = item % (work.dim / kVec<T>)*kVec<T>;
     const int64_t row = task.row0 + r;
@@ -213,52 +146,53 @@ __device__ __forceinline__ void attend(const DecodeWork& work, const Task& task,
     if (row < rows) load_query<T>(p, task.b, row / group, task.head * group + row % group, j, x);
     dev::st_shared(q + r * work.q_row_bytes + j * static_cast<int>(sizeof(T)), pack_chunk<T, kVec<T>>(x));
   }
-  dev::sync_threads();
+}
 
-  RowState state(p, task, s);
-  float out[kColumns / 8][4] = {};
-  int stage = 0;
-  for (int64_t tile = first_tile; tile < end_tile; tile += work.warps, stage ^= work.stages - 1) {
-    const int64_t later_tile = tile + work.stages * work.warps;
-    const Place later = locate<S>(p, task, later_tile);
-    if (work.stages == kMaxStages)
-      dev::cp_async_wait<kMaxStages - 1>();
-    else
-      dev::cp_async_wait<0>();
+// One tile: S [16, 16] = q K^T -> online softmax -> out [16, columns] += P V. First key: `key`.
+template <class T, class S, int kColumns>
+__device__ __forceinline__ void attend_tile(const WarpTiles& tiles, int stage, int64_t key, RowState& state,
+                                            float (&out)[kColumns / 8][4]) {
+  const DecodeWork& work = tiles.work;
+  float scores[2][4];
+  if constexpr (sizeof(S) == 1) {
+    widen_tile<T, S>(tiles.wide, work.wide_row_bytes, tiles.k(stage), work.k_row_bytes, tiles.scales(stage), work.dim);
     dev::sync_warp();
-    float scores[2][4];
-    if constexpr (sizeof(S) == 1) {
-      widen_tile<T, S>(wide, work.wide_row_bytes, k_tile(stage), work.k_row_bytes, scales(stage), work.dim);
-      dev::sync_warp();
-      score_tile<T>(scores, q, work.q_row_bytes, wide, work.wide_row_bytes, work.dim);
-    } else {
-      score_tile<T>(scores, q, work.q_row_bytes, k_tile(stage), work.k_row_bytes, work.dim);
-    }
-    softmax_tile(p, state, tile * kTileKeys, scores, out);
-    if constexpr (sizeof(S) == 1) {
-      dev::sync_warp();
-      widen_tile<T, S>(wide, work.wide_row_bytes, v_tile(stage), work.v_row_bytes, scales(stage) + 4 * kTileKeys, work.slice_columns);
-      dev::sync_warp();
-      value_tile<T, kColumns>(out, scores, wide, work.wide_row_bytes, work.slice_columns);
-    } else {
-      value_tile<T, kColumns>(out, scores, v_tile(stage), work.v_row_bytes, work.slice_columns);
-    }
-    dev::sync_warp();
-    fetch(later, later_tile, stage);
+    score_tile<T>(scores, tiles.q, work.q_row_bytes, tiles.wide, work.wide_row_bytes, work.dim);
+  } else {
+    score_tile<T>(scores, tiles.q, work.q_row_bytes, tiles.k(stage), work.k_row_bytes, work.dim);
   }
-  dev::cp_async_wait_all();
+  softmax_tile(work.params, state, key, scores, out);
+  if constexpr (sizeof(S) == 1) {
+    dev::sync_warp();
+    widen_tile<T, S>(tiles.wide, work.wide_row_bytes, tiles.v(stage), work.v_row_bytes, tiles.scales(stage) + 4 * kTileKeys,
+                     work.slice_columns);
+    dev::sync_warp();
+    value_tile<T, kColumns>(out, scores, tiles.wide, work.wide_row_bytes, work.slice_columns);
+  } else {
+    value_tile<T, kColumns>(out, scores, tiles.v(stage), work.v_row_bytes, work.slice_columns);
+  }
+  dev::sync_warp();
+}
 
-  // The warps' results, [warp][row][column], over everything else; then their maxima and sums, [warp][row].
-  const auto out_at = [&](int w, int r, int d) { return q + 4 * ((w * kTileRows + r) * (work.slice_columns + kMergePadding) + d); };
+// The warps' partial results [warp][16][columns] and their row_max and row_sum [warp][16], in shared memory over everything else; then the
+// rows merged by their log-sum-exp and written, or left to merge_splits.
+template <int kColumns>
+__device__ __forceinline__ void merge_warps(const DecodeWork& work, const DecodeTask& task, const RowState& state,
+                                            const float (&out)[kColumns / 8][4], int columns) {
+  const KvCacheParams& p = work.params;
+  const int64_t group = p.heads_q / p.heads_kv, rows = p.seq_q * group;
+  const int lane = dev::lane(), warp = dev::warp();
+  const uint32_t base = dev::smem_base();
+  const auto out_at = [&](int w, int r, int d) { return base + 4 * ((w * kTileRows + r) * (work.slice_columns + kMergePadding) + d); };
   const auto stats_at = [&](int w, int r) { return out_at(work.warps, 0, 0) + 8 * (w * kTileRows + r); };
   dev::sync_threads();
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = lane / 4 + 8 * r;
-    float sum = state.sum[r];
+    float sum = state.row_sum[r];
     sum += dev::shfl_xor(sum, 1);
     sum += dev::shfl_xor(sum, 2);
-    if (lane % 4 == 0) dev::st_shared(stats_at(warp, row), make_float2(state.max[r], sum));
+    if (lane % 4 == 0) dev::st_shared(stats_at(warp, row), make_float2(state.row_max[r], sum));
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n)
       if (8 * n < work.slice_columns)
@@ -269,16 +203,16 @@ __device__ __forceinline__ void attend(const DecodeWork& work, const Task& task,
     const int r = item / columns, d = item % columns;
     const int64_t row = task.row0 + r;
     if (row >= rows) break;
-    float top = -kInfinity, sum = 0, value = 0;
-    for (int w = 0; w < work.warps; ++w) top = fmaxf(top, dev::ld_shared<float2>(stats_at(w, r)).x);
-    const float shift = top == -kInfinity ? 0.0f : top;
+    float row_max = -kInfinity, row_sum = 0, value = 0;
+    for (int w = 0; w < work.warps; ++w) row_max = fmaxf(row_max, dev::ld_shared<float2>(stats_at(w, r)).x);
+    const float shift = row_max == -kInfinity ? 0.0f : row_max;
     for (int w = 0; w < work.warps; ++w) {
       const float2 stats = dev::ld_shared<float2>(stats_at(w, r));
       const float weight = dev::exp2_approx((stats.x - shift) * kLog2eF);
-      sum += stats.y * weight, value += dev::ld_shared<float>(out_at(w, r, d)) * weight;
+      row_sum += stats.y * weight, value += dev::ld_shared<float>(out_at(w, r, d)) * weight;
     }
-    const float lse = sum == 0 ? -kInfinity : top + logf(sum);
-    value = sum == 0 ? 0.0f : value / sum;
+    const float lse = row_sum == 0 ? -kInfinity : row_max + logf(row_sum);
+    value = row_sum == 0 ? 0.0f : value / row_sum;
     const int64_t i = row / group, head = task.head * group + row % group;
     if (p.num_splits == 1) {
       write_out(p, task.b, head, i, task.first_column + d, value, lse);
@@ -290,6 +224,45 @@ __device__ __forceinline__ void attend(const DecodeWork& work, const Task& task,
   }
 }
 
+template <class T, class S, int kColumns>
+__device__ __forceinline__ void attend(const DecodeWork& work, const DecodeTask& task, const Lengths<int64_t>& s) {
+  const KvCacheParams& p = work.params;
+  const int columns = min(kColumns, static_cast<int>(p.head_dim_v) - task.first_column);  // that are there
+  const int warp = dev::warp();
+  const WarpTiles tiles(work);
+  tiles.clear_padding(columns);
+
+  // This warp's tiles are first_tile, first_tile + warps, ...: the first of them are on their way while the queries are loaded.
+  const int64_t begin_tile = task.begin / kTileKeys, end_tile = task.end > task.begin ? (task.end + kTileKeys - 1) / kTileKeys : begin_tile;
+  const int64_t first_tile = begin_tile + (warp - begin_tile % work.warps + work.warps) % work.warps;
+  for (int stage = 0; stage < work.stages; ++stage) {
+    const int64_t tile = first_tile + stage * work.warps;
+    fetch_tile<S>(tiles, locate<S>(p, task, tile), tile < end_tile, stage, columns);
+  }
+  store_queries<T>(work, task, tiles.q);
+  dev::sync_threads();
+
+  // The loop over keys: without a barrier of the block. The addresses of a later tile are looked up while this one arrives.
+  RowState state(p, task, s);
+  float out[kColumns / 8][4] = {};  // C fragments [16, columns]
+  int stage = 0;
+  for (int64_t tile = first_tile; tile < end_tile; tile += work.warps, stage ^= work.stages - 1) {
+    const int64_t later_tile = tile + work.stages * work.warps;
+    const KeyAddress later = locate<S>(p, task, later_tile);
+    if (work.stages == kMaxStages)
+      dev::cp_async_wait<kMaxStages - 1>();
+    else
+      dev::cp_async_wait<0>();
+    dev::sync_warp();
+    attend_tile<T, S, kColumns>(tiles, stage, tile * kTileKeys, state, out);
+    fetch_tile<S>(tiles, later, later_tile < end_tile, stage, columns);
+  }
+  dev::cp_async_wait_all();
+  merge_warps<kColumns>(work, task, state, out, columns);
+}
+
+// ---- the splits of a sequence ------------------------------------------------------------------------------------------------
+
 constexpr int kMergeColumns = 4, kMergeAhead = 8;  // columns of a thread; splits that it asks for at a time
 
 // A warp merges 128 columns of one row.
@@ -299,10 +272,10 @@ __device__ __forceinline__ void merge_splits(const KvCacheParams& p, int64_t b, 
   const auto lse_of = [&](int64_t split) {
     return split < p.num_splits ? dev::ld_global<float>(p.partial_lse + split * rows + row) : -kInfinity;
   };
-  float top = -kInfinity;
-  for (int64_t split = dev::lane(); split < p.num_splits; split += 32) top = fmaxf(top, lse_of(split));
-  for (int mask = 16; mask > 0; mask /= 2) top = fmaxf(top, dev::shfl_xor(top, mask));
-  const float shift = top == -kInfinity ? 0.0f : top;
+  float row_max = -kInfinity;
+  for (int64_t split = dev::lane(); split < p.num_splits; split += 32) row_max = fmaxf(row_max, lse_of(split));
+  for (int mask = 16; mask > 0; mask /= 2) row_max = fmaxf(row_max, dev::shfl_xor(row_max, mask));
+  const float shift = row_max == -kInfinity ? 0.0f : row_max;
   float merged[kMergeColumns] = {}, sum = 0;
   for (int64_t first = 0; first < p.num_splits; first += 32) {
     const float weight = dev::exp2_approx((lse_of(first + dev::lane()) - shift) * kLog2eF);
@@ -321,20 +294,20 @@ __device__ __forceinline__ void merge_splits(const KvCacheParams& p, int64_t b, 
     }
   }
   for (int mask = 16; mask > 0; mask /= 2) sum += dev::shfl_xor(sum, mask);
-  const float lse = sum == 0 ? -kInfinity : top + logf(sum), factor = sum == 0 ? 0.0f : 1.0f / sum;
+  const float lse = sum == 0 ? -kInfinity : row_max + logf(sum), factor = sum == 0 ? 0.0f : 1.0f / sum;
 #pragma unroll
   for (int c = 0; c < kMergeColumns; ++c)
     if (d + c < dim) write_out(p, row / (p.heads_q * p.seq_q), row / p.seq_q % p.heads_q, row % p.seq_q, d + c, merged[c] * factor, lse);
 }
 
-// Blocks of a multiprocessor, which bound the registers: as many as its shared memory holds in the common case, 16 bits and 128 columns.
+// Blocks of an SM, which bound the registers: as many as its shared memory holds in the common case, 16 bits and 128 columns.
 template <class T, int kColumns>
 constexpr int kBlocks = sizeof(T) == 2 && kColumns == 128 ? 3 : 2;
 
 template <class T, class S, int kColumns>
 __global__ void __launch_bounds__(32 * kMaxWarps, (kBlocks<T, kColumns>)) decode_kernel(const __grid_constant__ DecodeWork work) {
   const KvCacheParams& p = work.params;
-  Task task;
+  DecodeTask task;
   int64_t block = blockIdx.x;
   const auto next = [&](int64_t n) {
     const int64_t index = block % n;
@@ -370,8 +343,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, (kBlocks<T, kColumns>)) decode
 }
 
 // How many bytes may be copied at a time from every row of the cache.
-int copy_bytes(const foveate::Rows& rows, int64_t numbers, int64_t size) {
-  const int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data)) | (rows.batch | rows.seq | rows.head | numbers) * size;
+int copy_bytes(const foveate::Rows& rows, int64_t elements, int64_t size) {
+  const int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data)) | (rows.batch | rows.seq | rows.head | elements) * size;
   return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : static_cast<int>(size);
 }
 

@@ -14,7 +14,8 @@ constexpr int kTileRows = 16, kTileKeys = 16;  // of what a warp multiplies at a
 constexpr int kMaxWarps = 4, kMaxStages = 2;
 constexpr int kMergePadding = 8;  // columns, so that 4 rows of a fragment lie in different banks when the warps merge
 
-// The tile of q, then for each warp its stages, each with a tile of K, one of V and the scales of int8 and fp8, and a tile for what is widened.
+// The tile of q, then for each warp its stages, each with a tile of K, one of V and the scales of int8 and fp8, and a tile for what is
+// widened.
 struct DecodeLayout {
   int dim, slice_columns;  // D and the columns of a slice of V, to multiples of 16
   int q_row_bytes, k_row_bytes, v_row_bytes, wide_row_bytes;  // of tiles; wide: of widened int8 and fp8
@@ -26,9 +27,9 @@ struct DecodeLayout {
 // An odd multiple of 16, see decode_tile.cuh.
 constexpr int tile_row_bytes(int64_t bytes) { return static_cast<int>(ceil_div<int64_t>(bytes, 16) | 1) * 16; }
 
-// columns: of V, at most, of one block; q_size, kv_size: bytes of a number. As many warps and stages as every GPU has memory for; with one stage a
-// warp waits for its keys and has none under way; of the usual head dims only MLA's in fp32 come to it. Beyond them shared_bytes may exceed what
-// a GPU has.
+// columns: of V, at most, of one block; q_size, kv_size: bytes of an element. As many warps and stages as every GPU has memory for; with
+// one stage a warp waits for its keys and has none under way; of the usual head dims only MLA's in fp32 come to it. Beyond them
+// shared_bytes may exceed what a GPU has.
 constexpr DecodeLayout decode_layout(int64_t head_dim, int64_t head_dim_v, int columns, int q_size, int kv_size) {
   DecodeLayout d{};
   d.dim = static_cast<int>(round_up<int64_t>(head_dim, 16));

@@ -1,9 +1,9 @@
 // What one warp does with 16 query rows and 16 keys: scores = q k^T and out += p v, by mma.m16n8k16 where q is bf16 or fp16, by fused
-// multiply-adds where it is fp32. Both leave the numbers where mma leaves them: with g = lane / 4 and t = lane % 4, c[n][0..3] are
+// multiply-adds where it is fp32. Both leave the elements where mma leaves them: with g = lane / 4 and t = lane % 4, c[n][0..3] are
 // (row g, column 8n + 2t), (g, 8n + 2t + 1), (g + 8, 8n + 2t), (g + 8, 8n + 2t + 1).
 //
-// Tiles lie in shared memory, 16 rows of `row_bytes`, an odd multiple of 16, so that the 8 rows that ldmatrix (or 8 lanes) read at once fall
-// into different banks.
+// Tiles lie in shared memory, 16 rows of `row_bytes`, an odd multiple of 16, so that the 8 rows that ldmatrix (or 8 lanes) read at once
+// fall into different banks.
 #pragma once
 
 #include "cuda/kv_cache/decode_layout.h"
@@ -11,7 +11,7 @@
 
 namespace foveate::cuda {
 
-// scores[n] = q . k over dim numbers, a multiple of 16.
+// scores[n] = q . k over dim elements, a multiple of 16.
 template <class T>
 __device__ __forceinline__ void score_tile(float (&scores)[2][4], uint32_t q, int q_row_bytes, uint32_t k, int k_row_bytes, int dim) {
   const int lane = dev::lane();
@@ -99,8 +99,8 @@ __device__ __forceinline__ void widen_tile(uint32_t to, int to_row_bytes, uint32
   }
 }
 
-// Copies 16 rows to a tile asynchronously, kBytes at a time. Lane first_lane + r holds the place of row r in the cache, in bytes; below 0 there
-// is none, and the row becomes zeros.
+// Copies 16 rows to a tile asynchronously, kBytes at a time. Lane first_lane + r holds the place of row r in the cache, in bytes; below 0
+// there is none, and the row becomes zeros.
 template <int kBytes>
 __device__ __forceinline__ void copy_tile(uint32_t to, int to_row_bytes, const char* from, int64_t place, int first_lane, int row_bytes) {
   const int parts = row_bytes / kBytes, row_step = 32 / parts, part_step = 32 % parts;

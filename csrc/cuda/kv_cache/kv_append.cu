@@ -1,5 +1,5 @@
-// Writes new keys (turned) and values into a dense or paged cache, quantised where it stores int8 or fp8; and turns queries, where another
-// kernel than decode attends. A row of K or V is the work of up to 32 threads; it is read once from memory and written once.
+// Writes new keys (rotated) and values into a dense or paged cache, quantised where it stores int8 or fp8; and rotates queries, where
+// another kernel than decode attends. A row of K or V is the work of up to 32 threads; it is read once from memory and written once.
 #include "cuda/host/kernels.h"
 #include "cuda/kv_cache/kv_cache.cuh"
 
@@ -34,11 +34,11 @@ __global__ void __launch_bounds__(kThreads) kv_append_kernel(const __grid_consta
     const Rows& cache = is_key ? p.k : p.v;
     const int64_t n = is_key ? p.head_dim : p.head_dim_v, chunks = chunks_of(n, kVec<T>);
     const T* row = static_cast<const T*>(source.data) + b * source.batch + i * source.seq + h * source.head;
-    const bool turned = is_key && p.rotary_cos;
-    const Angles angles = turned ? angles_at(p, position) : Angles{};
+    const bool rotated = is_key && p.rotary_cos;
+    const Angles angles = rotated ? angles_at(p, position) : Angles{};
     const auto load = [&](int64_t chunk, float(&x)[kVec<T>]) {
-      if (turned)
-        load_turned(row, n, angles, chunk * kVec<T>, x);
+      if (rotated)
+        load_rotated(row, n, angles, chunk * kVec<T>, x);
       else
         load_chunk<Read::kCached>(row, chunk * kVec<T>, n, 0.0f, x);
     };
@@ -77,13 +77,13 @@ __global__ void __launch_bounds__(kThreads) kv_append_kernel(const __grid_consta
   }
 }
 
-struct Turn {
+struct RotateWork {
   KvCacheParams params;
   void* out;  // [B, Sq, Hq, D], contiguous
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) rotate_queries_kernel(const __grid_constant__ Turn work) {
+__global__ void __launch_bounds__(kThreads) rotate_queries_kernel(const __grid_constant__ RotateWork work) {
   const KvCacheParams& p = work.params;
   const int64_t chunks = chunks_of(p.head_dim, kVec<T>), all = p.batch * p.seq_q * p.heads_q * chunks;
   for (int64_t item = int64_t{blockIdx.x} * kThreads + threadIdx.x; item < all; item += int64_t{gridDim.x} * kThreads) {
@@ -112,7 +112,7 @@ void kv_append(const KvCacheParams& p, Stream stream) {
 void rotate_queries(const KvCacheParams& p, void* out, Stream stream) {
   visit_activation(p.dtype, [&]<class T>(std::type_identity<T>) {
     const int64_t items = p.batch * p.seq_q * p.heads_q * ceil_div<int64_t>(p.head_dim, kVec<T>);
-    launch<rotate_queries_kernel<T>>(blocks_for(items, kThreads), kThreads, 0, stream, Turn{p, out});
+    launch<rotate_queries_kernel<T>>(blocks_for(items, kThreads), kThreads, 0, stream, RotateWork{p, out});
   });
 }
 

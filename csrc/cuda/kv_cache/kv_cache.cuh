@@ -1,5 +1,5 @@
-// What appending to a KV cache and attending to it share: where a key lies, and the angles of a position. The host has not seen the values of
-// kv_lens and block_table; whatever they are, nothing outside the tensors is touched.
+// What appending to a KV cache and attending to it share: where a key lies, and the angles of a position. The host has not seen the values
+// of kv_lens and block_table; whatever they are, nothing outside the tensors is touched.
 #pragma once
 
 #include "contract/kv_cache.h"
@@ -31,17 +31,17 @@ __device__ __forceinline__ Angles angles_at(const KvCacheParams& p, int64_t posi
           1.0f};
 }
 
-// The position by which the first query is turned; the others follow.
+// The position by which the first query is rotated; the others follow.
 __device__ __forceinline__ int64_t first_position(const KvCacheParams& p, int64_t b) {
   return int64_t{dev::ld_global_nc<int32_t>(p.kv_lens + b)} - (p.new_k.data ? 0 : p.seq_q);
 }
 
-// Numbers j.. of query i of head h, turned if there are angles.
+// Elements j.. of query i of head h, rotated if there are angles.
 template <class T>
 __device__ __forceinline__ void load_query(const KvCacheParams& p, int64_t b, int64_t i, int64_t h, int64_t j, float (&x)[kVec<T>]) {
   const T* q = static_cast<const T*>(p.q.data) + b * p.q.batch + i * p.q.seq + h * p.q.head;
   if (p.rotary_cos)
-    load_turned(q, p.head_dim, angles_at(p, first_position(p, b) + i), j, x);
+    load_rotated(q, p.head_dim, angles_at(p, first_position(p, b) + i), j, x);
   else
     load_chunk<Read::kCached>(q, j, p.head_dim, 0.0f, x);
 }

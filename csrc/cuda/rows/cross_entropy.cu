@@ -1,5 +1,6 @@
-// Cross-entropy and its gradient over rows of logits. The forward reads the logits once; the backward reads them once and writes the gradient,
-// in place if asked to. A row whose target is neither a class nor ignore_index gets NaN: nothing tells the host without waiting for the GPU.
+// Cross-entropy and its gradient over rows of logits. The forward reads the logits once; the backward reads them once and writes the
+// gradient, in place if asked to. A row whose target is neither a class nor ignore_index gets NaN: nothing tells the host without waiting
+// for the GPU.
 #include "cuda/host/kernels.h"
 #include "cuda/rows/row.cuh"
 

@@ -1,6 +1,6 @@
 // rms_norm and its gradient. Forward: x is read once where it fits its threads' registers, out written once. Backward: dout and x are read
 // once, dx written once; a block walks over one share of the rows and keeps its columns of dweight in registers, so that dweight needs no
-// atomics and has the same bits every time.
+// atomics and has bitwise the same result every time.
 #include "cuda/host/kernels.h"
 #include "cuda/rows/row.cuh"
 
@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_forward_kernel(cons
         store_chunk(out, j, p.cols, w);
       }
     };
+    // Load x [cols] and sum its squares: once where the row fits the team's registers, else chunk by chunk.
     if constexpr (kKept) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) load_chunk<Read::kOnce>(x, column(team.thread + c * team.lanes), p.cols, 0.0f, v[c]);
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_forward_kernel(cons
     }
     squares = team.sum(squares);
     const float rstd = 1.0f / sqrtf(squares / static_cast<float>(p.cols) + static_cast<float>(p.eps));
+    // Write rstd and out [cols] = x * rstd * weight, reading x a second time where it was not kept.
     if (!mine) continue;
     if (p.rstd && team.thread == 0) dev::st_global(static_cast<float*>(p.rstd) + row, rstd);
     if constexpr (kKept) {
@@ -72,6 +74,29 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_forward_kernel(cons
   }
 }
 
+// part [cols] = the sum of the teams' dweight. The teams of the block add up in turn, in shared memory [chunk][element of it][thread], so
+// that the order of the sum is that of the teams.
+template <class T, int kChunks>
+__device__ __forceinline__ void sum_teams(const Team& team, float (&dweight)[kChunks][kVec<T>], float* part, int64_t cols) {
+  const uint32_t sums = dev::smem_base() + kTeamBytes;
+  for (int turn = 0; turn < team.count; ++turn) {
+    if (turn == team.index) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+        for (int i = 0; i < kVec<T>; ++i) {
+          const uint32_t address = sums + 4 * ((c * kVec<T> + i) * team.lanes + team.thread);
+          if (turn > 0) dweight[c][i] += dev::ld_shared<float>(address);
+          if (turn + 1 < team.count) dev::st_shared<float>(address, dweight[c][i]);
+        }
+      if (turn + 1 == team.count)
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) store_chunk(part, (team.thread + c * team.lanes) * kVec<T>, cols, dweight[c]);
+    }
+    if (turn + 1 < team.count) dev::sync_threads();
+  }
+}
+
 template <class T, class W, bool kKept>
 __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(const __grid_constant__ RowWork<RmsNormBackwardParams> work) {
   constexpr int kChunks = kKeptChunks / 2;
@@ -81,11 +106,13 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(con
   const int64_t begin = p.rows * blockIdx.x / p.parts, end = p.rows * (blockIdx.x + 1) / p.parts;
   float* part = p.dweight_parts ? static_cast<float*>(p.dweight_parts) + blockIdx.x * p.cols : nullptr;
   const auto column = [&](int64_t chunk, int c) { return (chunk + c * team.lanes) * kVec<T>; };
+  // This thread's chunks: weight, dout (then dx), x, and its sum of dweight over the rows.
   float w[kChunks][kVec<T>], g[kChunks][kVec<T>], v[kChunks][kVec<T>], dweight[kChunks][kVec<T>] = {};
   const auto load_weights = [&](int64_t chunk) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) load_weight<W>(p.weight, column(chunk, c), p.cols, w[c]);
   };
+  // A row that does not fit the registers: dweight is summed in global memory instead, by the one team of the block.
   const auto add_to_part = [&](int64_t chunk) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -96,10 +123,12 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(con
       store_chunk(part, column(chunk, c), p.cols, sum);
     }
   };
+  // Before the rows: the weight [cols], once where it fits; zeros for the sums in global memory.
   if (kKept) load_weights(team.thread);
   if (!kKept && part)
     for (int64_t chunk = team.thread; chunk < chunks; chunk += team.lanes) store_chunk(part, chunk * kVec<T>, p.cols, dweight[0]);  // zeros
 
+  // The rows [begin, end) of this block, one for each team at a time.
   for (int64_t first = begin; first < end; first += team.count) {
     const bool mine = first + team.index < end;
     const int64_t row = mine ? first + team.index : end - 1;
@@ -112,6 +141,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(con
         load_chunk<kRead>(x, column(chunk, c), p.cols, 0.0f, v[c]);
       }
     };
+    // products = sum over the columns of dout * weight * x
     float products = 0;
     const auto add_products = [&] {
 #pragma unroll
@@ -119,7 +149,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(con
 #pragma unroll
         for (int i = 0; i < kVec<T>; ++i) products += g[c][i] * w[c][i] * v[c][i];
     };
-    // Writes dx; dweight takes this row's terms.
+    // dx [cols] = rstd * (dout * weight - x * rstd * mean); dweight takes dout * x * rstd.
     const auto finish = [&](int64_t chunk, float mean) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
@@ -158,25 +188,9 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(con
     }
   }
 
+  // After the rows: one part of dweight [cols] for the block.
   if (!kKept || !part) return;
-  // The teams of the block add up in turn, in shared memory [chunk][number of it][thread].
-  const uint32_t sums = dev::smem_base() + kTeamBytes;
-  for (int turn = 0; turn < team.count; ++turn) {
-    if (turn == team.index) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-        for (int i = 0; i < kVec<T>; ++i) {
-          const uint32_t address = sums + 4 * ((c * kVec<T> + i) * team.lanes + team.thread);
-          if (turn > 0) dweight[c][i] += dev::ld_shared<float>(address);
-          if (turn + 1 < team.count) dev::st_shared<float>(address, dweight[c][i]);
-        }
-      if (turn + 1 == team.count)
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) store_chunk(part, column(team.thread, c), p.cols, dweight[c]);
-    }
-    if (turn + 1 < team.count) dev::sync_threads();
-  }
+  sum_teams<T>(team, dweight, part, p.cols);
 }
 
 // f(T, W): the dtypes of x and of the weight, which is that of x or float.

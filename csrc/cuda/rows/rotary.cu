@@ -1,5 +1,5 @@
-// Rotary embedding: one thread for each 16 bytes of the output, so that x is read and written once. The angles of a token are read by all of
-// its heads, and come from the caches.
+// Rotary embedding: one thread for each 16 bytes of the output, so that x is read and written once. The angles of a token are read by all
+// of its heads, and come from the caches.
 #include "core/math.h"
 #include "cuda/host/kernels.h"
 #include "cuda/rows/rotate.cuh"
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(const __grid_constant_
                         p.interleaved,
                         p.inverse ? -1.0f : 1.0f};
     float y[kVec<T>];
-    load_turned(x, p.dim, angles, j, y);
+    load_rotated(x, p.dim, angles, j, y);
     store_chunk(static_cast<T*>(p.out) + head * p.dim, j, p.dim, y);
   }
 }

@@ -1,4 +1,4 @@
-// The rotation of a head's first 2 * pairs numbers, chunk by chunk: what rotary, the append to a KV cache and decode share.
+// The rotation of a head's first 2 * pairs elements, chunk by chunk: what rotary, the append to a KV cache and decode share.
 #pragma once
 
 #include "cuda/rows/row.cuh"
@@ -11,7 +11,7 @@ struct Angles {
   bool wide;  // float, else the dtype of x
   int64_t pairs;
   bool interleaved;
-  float sign;  // of sin: -1 turns back
+  float sign;  // of sin: -1 rotates back
 
   template <class T, int kCount>
   __device__ __forceinline__ void load(int64_t c, float (&cosine)[kCount], float (&sine)[kCount]) const {
@@ -25,10 +25,10 @@ struct Angles {
   }
 };
 
-// y = the turned row's numbers from j on, j a multiple of kVec. x: n numbers. Each thread reads the partners of its numbers itself; they come
-// from the L1 cache, where another thread of the warp has brought them.
+// y = the rotated row's elements from j on, j a multiple of kVec. x: n elements. Each thread reads the partners of its elements itself;
+// they come from the L1 cache, where another thread of the warp has brought them.
 template <class T>
-__device__ __forceinline__ void load_turned(const T* x, int64_t n, const Angles& angles, int64_t j, float (&y)[kVec<T>]) {
+__device__ __forceinline__ void load_rotated(const T* x, int64_t n, const Angles& angles, int64_t j, float (&y)[kVec<T>]) {
   constexpr int kCount = kVec<T>;
   load_chunk<Read::kCached>(x, j, n, 0.0f, y);
   const int64_t pairs = angles.pairs;
@@ -38,13 +38,13 @@ __device__ __forceinline__ void load_turned(const T* x, int64_t n, const Angles&
     angles.load<T>(j / 2, cosine, sine);
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
-      const float a = y[i], b = y[i + 1], turn = angles.sign * sine[i / 2];
-      y[i] = a * cosine[i / 2] - b * turn;
-      y[i + 1] = b * cosine[i / 2] + a * turn;
+      const float a = y[i], b = y[i + 1], signed_sine = angles.sign * sine[i / 2];
+      y[i] = a * cosine[i / 2] - b * signed_sine;
+      y[i + 1] = b * cosine[i / 2] + a * signed_sine;
     }
     return;
   }
-  // A chunk may reach from the first halves of pairs into the second, and from these into what is not turned.
+  // A chunk may reach from the first halves of pairs into the second, and from these into what is not rotated.
   float cosine[kCount], sine[kCount], other[kCount];
   if (j + kCount <= pairs) {
     angles.load<T>(j, cosine, sine);

@@ -1,7 +1,7 @@
-// What kernels over rows share: numbers in chunks of 16 bytes, the threads that work on one row, and how many those are.
+// What kernels over rows share: elements in chunks of 16 bytes, the threads that work on one row, and how many those are.
 //
-// A row is cut into chunks of 16 bytes from its first number on, so that the order of every sum, and with it the bits of a result, is the same
-// wherever the row lies in memory. A chunk that is not whole or not aligned is accessed number by number.
+// A row is cut into chunks of 16 bytes from its first element on, so that the order of every sum, and with it every bit of a result, is the
+// same wherever the row lies in memory. A chunk that is not whole or not aligned is accessed element by element.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ void visit_activation(DType dtype, const F& f) {
 // ---- chunks ------------------------------------------------------------------------------------------------------------------
 
 template <class T>
-constexpr int kVec = 16 / static_cast<int>(sizeof(T));  // numbers of T in 16 bytes
+constexpr int kVec = 16 / static_cast<int>(sizeof(T));  // elements of T in 16 bytes
 
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Packed {
@@ -56,7 +56,7 @@ __device__ __forceinline__ bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % kBytes == 0;
 }
 
-// x[i] = row[j + i], and `fill` from number n on, which is not read.
+// x[i] = row[j + i], and `fill` from element n on, which is not read.
 template <Read kRead, int kCount, class T>
 __device__ __forceinline__ void load_chunk(const T* row, int64_t j, int64_t n, float fill, float (&x)[kCount]) {
   constexpr int kEach = kCount < kVec<T> ? kCount : kVec<T>;
@@ -93,7 +93,7 @@ __device__ __forceinline__ Packed<T, kCount> pack_chunk(const float* x) {
   return packed;
 }
 
-// row[j + i] = x[i], below number n.
+// row[j + i] = x[i], below element n.
 template <int kCount, class T>
 __device__ __forceinline__ void store_chunk(T* row, int64_t j, int64_t n, const float (&x)[kCount]) {
   constexpr int kEach = kCount < kVec<T> ? kCount : kVec<T>;
@@ -107,7 +107,7 @@ __device__ __forceinline__ void store_chunk(T* row, int64_t j, int64_t n, const 
   }
 }
 
-__device__ __forceinline__ int64_t chunks_of(int64_t numbers, int vec) { return (numbers + vec - 1) / vec; }
+__device__ __forceinline__ int64_t chunks_of(int64_t elements, int vec) { return (elements + vec - 1) / vec; }
 
 // ---- teams -------------------------------------------------------------------------------------------------------------------
 
@@ -144,8 +144,8 @@ struct Team {
   }
 };
 
-// The maximum of some numbers and the sum of exp(x - max), in one pass (Milakov and Gimelshein 2018). max begins at the lowest finite number
-// and not at -inf, so that no difference is inf - inf; a NaN reaches the sum.
+// The maximum of some elements and the sum of exp(x - max), in one pass (Milakov and Gimelshein 2018). max begins at the lowest finite
+// number and not at -inf, so that no difference is inf - inf; a NaN reaches the sum.
 struct MaxSum {
   float max = kLowest, sum = 0;
 

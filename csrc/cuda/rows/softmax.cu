@@ -1,5 +1,5 @@
-// softmax and log_softmax over rows, and their gradient. Each element moves once: a row that fits its threads' registers (16,384 numbers of
-// 16 bits) is read once and written once; a longer one is read twice, the second time from the L2 cache if it is still there.
+// softmax and log_softmax over rows, and their gradient. Each element moves once: a row that fits its threads' registers (16,384 elements
+// of 16 bits) is read once and written once; a longer one is read twice, the second time from the L2 cache if it is still there.
 #include "cuda/host/kernels.h"
 #include "cuda/rows/row.cuh"
 

@@ -45,8 +45,8 @@ __device__ __forceinline__ void tma_store_wait(Site site = Site::here());
 __device__ void fence_async_proxy(Site site = Site::here());
 
 // ---- wgmma: by the four warps of a warpgroup, all at the same line -----------------------------------------------------------
-// D [64 x N] fp32: with w = warp % 4, g and t as in device.cuh, d[4j], d[4j + 1] = (16w + g, 8j + 2t..), d[4j + 2], d[4j + 3] = (16w + g + 8, ..).
-// A in registers: rows 16w..16w+15 as the A of mma_m16n8k16. Operands in shared memory are 16 deep:
+// D [64 x N] fp32: with w = warp % 4, g and t as in device.cuh, d[4j], d[4j + 1] = (16w + g, 8j + 2t..), d[4j + 2], d[4j + 3] = (16w + g +
+// 8, ..). A in registers: rows 16w..16w+15 as the A of mma_m16n8k16. Operands in shared memory are 16 deep:
 //   K-major, 128-byte swizzle: rows (m or n) of 128 bytes in groups of 8; stride_bytes from group to group (1024 if dense); the next 16 of k
 //   are 32 bytes on, within the row. leading_bytes is not used.
 //   MN-major, 128-byte swizzle: rows (k) of 128 bytes, that is 64 of m or n, in groups of 8; stride_bytes from one group of 8 k to the next,

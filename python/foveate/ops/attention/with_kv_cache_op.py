@@ -130,7 +130,7 @@ def run(
         kv_lens = kv_lens.contiguous()
     out, lse = _empty_outputs(q, v_cache)
     q = _rows(q)  # type: ignore[assignment]
-    q_turned = (
+    q_rotated = (
         torch.empty_like(q, memory_format=torch.contiguous_format) if plan.blocked and rotary_cos is not None else None
     )
     partial_out = partial_lse = counted = None
@@ -140,7 +140,7 @@ def run(
         if on_gpu:
             counted = counters(q.device, B * Hkv * -(-Sq * (Hq // max(Hkv, 1)) // TILE_ROWS))
     _C.attention_with_kv_cache(  # type: ignore[union-attr]
-        q, k_cache, v_cache, _rows(k), _rows(v), kv_lens, out, lse, partial_out, partial_lse, q_turned, counted, block_table,
+        q, k_cache, v_cache, _rows(k), _rows(v), kv_lens, out, lse, partial_out, partial_lse, q_rotated, counted, block_table,
         rotary_cos, rotary_sin, rotary_interleaved, _expanded(k_scale, k_cache), _expanded(v_scale, v_cache),
         k_scale is not None and k_scale.dim() == 3, v_scale is not None and v_scale.dim() == 3, alibi_slopes, sinks,
         causal, window_left, window_right, scale, softcap, *plan, threads,
