@@ -17,8 +17,8 @@ rm -rf dist wheelhouse
 clean=build/wheel-venv
 if [ ! -x $clean/bin/python ]; then "$python" -m venv $clean; fi
 # --require-virtualenv, and torch before the wheel: the wheel's own "torch>=2.6" is then already met and pulls no other build.
-$clean/bin/pip install --quiet --disable-pip-version-check --require-virtualenv $(grep -E '^torch==' requirements/dev.txt) \
-  "$(grep -E '^numpy==.*>= "3.11"' requirements/dev.txt | sed 's/ *#.*//')"
+$clean/bin/pip install --quiet --disable-pip-version-check --require-virtualenv $(grep -E '^torch==' requirements/demo.txt) \
+  "$(grep -E '^numpy==.*>= "3.11"' requirements/demo.txt | sed 's/ *#.*//')"
 $clean/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps wheelhouse/*.whl
 $clean/bin/pip check
 root=$PWD

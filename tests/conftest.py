@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +15,37 @@ import pytest
 import torch
 
 
+def _refresh_package(config: pytest.Config) -> None:
+    """The editable install compiles what C++ edits have made stale, once, before any test process imports it.
+
+    A foveate on PYTHONPATH (a build under build/, another checkout) is what was asked for and goes before the editable one, here and in
+    the processes that tests start.
+    """
+    searched = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if any((folder / "foveate" / "__init__.py").exists() for folder in searched):
+        editable = [finder for finder in sys.meta_path if type(finder).__module__ == "_editable_skbc_foveate"]
+        os.environ["SKBUILD_EDITABLE_SKIP"] = os.pathsep.join(finder.path for finder in editable)
+        return
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist: its controller has done it
+        return
+    spec = importlib.util.find_spec("foveate")
+    if spec is None:
+        pytest.exit("foveate is not installed in this environment: make build", 1)
+    rebuild = getattr(spec.loader, "rebuild", None)
+    if rebuild is not None:
+        try:
+            rebuild()
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.exit(f"foveate cannot be brought up to date ({error}): make build", 1)
+
+
+def pytest_report_header() -> str:
+    spec = importlib.util.find_spec("foveate")
+    return f"foveate: {spec.origin if spec else 'not installed'}"
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    _refresh_package(config)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job; the tests of Ctrl-C need it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("TRITON_INTERPRET") == "1":
