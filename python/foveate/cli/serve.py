@@ -52,6 +52,15 @@ def add_parser(commands: Any) -> None:
             help=f"{text}; {default:g} by default",
         )
     watching = parser.add_argument_group("watching")
+    watching.add_argument(
+        "--canary",
+        type=Path,
+        metavar="FILE",
+        help="golden prompts, one JSON object a line, which run again and again; /canary tells",
+    )
+    watching.add_argument(
+        "--canary-every", type=float, default=300.0, metavar="S", help="seconds between; 300 by default"
+    )
     watching.add_argument("--no-request-log", action="store_true", help="no line for each request on stderr")
     parser.set_defaults(run=run)
 
@@ -90,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         settings = ServeSettings(
             models=_models(args.model), options=options.llm_options(args), host=args.host, port=args.port, api_keys=tuple(keys),
-            insecure=args.insecure, log_requests=not args.no_request_log,
+            insecure=args.insecure, canary=args.canary, canary_every=args.canary_every, log_requests=not args.no_request_log,
             certificate=args.tls_certificate, certificate_key=args.tls_key, **limits,
         )  # fmt: skip
     except ValueError as error:

@@ -19,7 +19,9 @@ def recover(engine: Engine) -> tuple[list[RequestOutput], list[str]]:
     """
     with engine.lock:
         scheduler = engine.scheduler
-        suspects: dict[Request, None] = dict.fromkeys(sample.request for sample in scheduler.running)
+        # Where none had begun to run, it is one of those that wait.
+        among = scheduler.running or scheduler.waiting
+        suspects: dict[Request, None] = dict.fromkeys(sample.request for sample in among)
         for sample in list(scheduler.running):
             scheduler.release(sample)
         bystanders, scheduler.waiting = scheduler.waiting, []

@@ -25,8 +25,7 @@ def completion_params(body: CompletionBody, defaults: SamplingParams, max_logpro
     given = _given(body)
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("max_tokens=0 asks for no text; it makes sense with echo=true only", "max_tokens")
-    given["max_tokens"] = _DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
-    given["min_tokens"] = min(given.get("min_tokens", 0), given["max_tokens"])
+    given["max_tokens"] = _DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens or 1
     if body.logprobs is not None:
         given["logprobs"] = _within(body.logprobs, "logprobs", max_logprobs)
         if body.echo and body.prompt_logprobs is None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from foveate.serve.admission import Admission
+from foveate.serve.canary import Canary, read_golden
 from foveate.serve.errors import ApiError, bad_request, of_model, refused
 from foveate.serve.jobs import Job
 from foveate.serve.keys import Keys
@@ -38,7 +39,9 @@ class ServerState:
         self.started = time.time()
         self.draining = False
         self.in_flight = 0  # requests to the API, from their first byte to their last
-        self.canary: Any = None
+        goldens = [] if settings.canary is None else read_golden(settings.canary)
+        self.canary = Canary(self, goldens, settings.canary_every) if goldens else None
+        self._canary_task: asyncio.Task[None] | None = None
         self.on_failed_load: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -52,6 +55,8 @@ class ServerState:
                     self.on_failed_load()
 
         threading.Thread(target=load_all, name="foveate-load", daemon=True).start()
+        if self.canary is not None:
+            self._canary_task = loop.create_task(self.canary.run())
 
     def _on_outputs(self, served: ServedModel, jobs: list[Job]) -> None:
         admission = self.admission(served)
@@ -147,6 +152,9 @@ class ServerState:
             self._encoding -= 1
 
     def stop(self) -> None:
+        if self._canary_task is not None:
+            self._canary_task.cancel()
+            self._canary_task = None
         for served in self.models.values():
             served.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)

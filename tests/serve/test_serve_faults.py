@@ -1,0 +1,222 @@
+"""Faults: clients that leave, read slowly or send nonsense; engines that raise, freeze or are full."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+import generation_toys as toys
+import serve_toys
+
+LONG = {"prompt": "the quick brown fox", "max_tokens": 200, "ignore_eos": True, "seed": 1}
+
+
+@pytest.fixture
+def slow(folder):
+    """A server whose steps take 20 ms, so that there is time to leave in the middle; prompts go in chunks of 8 tokens."""
+    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder, max_prefill_tokens=8, max_batch=2)}) as running:
+        step = running.engine.step
+
+        def slowly():
+            time.sleep(0.02)
+            return step()
+
+        running.engine.step = slowly
+        yield running
+
+
+def connect(running, body: dict) -> socket.socket:
+    """A request whose answer nobody reads."""
+    host, port = running.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("phase", ["prefill", "decode", "queued"])
+def test_a_client_that_leaves_frees_its_pages(slow, phase, stream):
+    """Within one step, in any phase; the one that goes on is not touched."""
+    expected = slow.text(prompt="over the lazy", max_tokens=30, temperature=0, ignore_eos=True)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        other = pool.submit(slow.text, prompt="over the lazy", max_tokens=30, temperature=0, ignore_eos=True)
+        slow.wait(lambda: len(slow.engine.scheduler.running) == 1)
+        if phase == "queued":
+            holder = connect(slow, LONG)
+            slow.wait(lambda: len(slow.engine.scheduler.running) == 2)
+        prompt = toys.prompts(1, 200, 200)[0] if phase == "prefill" else LONG["prompt"]
+        leaver = connect(slow, LONG | {"prompt": prompt, "stream": stream, "max_tokens": 40})
+        scheduler = slow.engine.scheduler
+        if phase == "queued":
+            slow.wait(lambda: len(scheduler.waiting) == 1)
+        else:
+            slow.wait(lambda: len(scheduler.running) == 2)
+        sample = (scheduler.waiting if phase == "queued" else scheduler.running)[-1]
+        if phase == "prefill":
+            slow.wait(lambda: 0 < sample.cached < 200)
+        elif phase == "decode":
+            slow.wait(lambda: len(sample.tokens) - sample.prompt_length > 3)
+        before = slow.engine.stats.steps
+        leaver.close()
+        slow.wait(lambda: sample not in scheduler.running and sample not in scheduler.waiting)
+        assert slow.engine.stats.steps - before <= 4  # the system needs a moment to tell that a socket has closed
+        if phase == "queued":
+            holder.close()
+        assert other.result(20) == expected
+    slow.wait(slow.idle)
+    assert slow.metric("vllm:request_success_total", model_name="toy", finished_reason="abort") == 1 + (
+        phase == "queued"
+    )
+
+
+def test_a_reader_that_takes_nothing_is_let_go(folder):
+    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}, send_timeout=0.4) as running:
+        # accepted connections inherit it
+        running.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            host, port = running.url.removeprefix("http://").split(":")
+            reader.connect((host, int(port)))
+            # answers larger than the buffers of both sides: log-probabilities of 20 tokens for each of 16 samples
+            data = json.dumps(LONG | {"stream": True, "n": 16, "logprobs": 20, "max_tokens": 150}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+            reader.sendall(head.encode() + data)
+            running.wait(lambda: running.state.in_flight == 1)
+            running.wait(lambda: running.state.in_flight == 0, 20)
+            assert running.metric("vllm:request_success_total", model_name="toy", finished_reason="abort") == 1
+        running.wait(running.idle)
+        assert running.text(prompt="x", max_tokens=1, ignore_eos=True, seed=1)
+
+
+def test_one_request_whose_step_raises_fails_alone(folder):
+    """The engine goes on; the others give the bytes that they give without it."""
+    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}) as running:
+        prompts = toys.prompts(6, 5, 20)
+        asked = [{"prompt": prompt, "max_tokens": 15, "temperature": 0, "ignore_eos": True} for prompt in prompts]
+        expected = [running.text(**one) for one in asked]
+        hidden, poison = running.engine.model.hidden, 299
+
+        def raising(tokens, cache):
+            if bool((tokens == poison).any()):
+                raise RuntimeError("a kernel at 0x7f0012345678 failed")
+            return hidden(tokens, cache)
+
+        running.engine.model.hidden = raising
+        bad = {"prompt": [5, 6, poison, 7], "max_tokens": 5}
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            good = [pool.submit(running.text, **one) for one in asked]
+            failed = [pool.submit(running.post, "/v1/completions", **bad) for _ in range(2)]
+            assert [future.result(30) for future in good] == expected
+            for future in failed:
+                found = future.result(30)
+                assert found.status_code == 500 and found.headers["x-should-retry"] == "false"
+                assert "0x7f" not in found.text and "Traceback" not in found.text
+        assert running.metric("vllm:request_success_total", model_name="toy", finished_reason="error") == 2
+        assert running.metric("foveate:engine_failed_steps", model_name="toy") >= 1
+        running.wait(running.idle)
+
+
+def test_an_engine_that_cannot_step_ends_its_requests(folder):
+    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}) as running:
+        step = running.engine.step
+        running.engine.step = lambda: 1 / 0
+        assert running.error(500, **LONG)["code"] == "engine_error"
+        running.engine.step = step
+        assert running.text(prompt="x", max_tokens=1, ignore_eos=True, seed=1)
+        running.wait(running.idle)
+
+
+def test_an_engine_that_freezes_is_not_ready(folder):
+    """Idle is ready, however long; frozen is not; and neither a busy nor a frozen engine holds up /health."""
+    with serve_toys.serving(
+        {"toy": lambda: serve_toys.make_llm(folder)}, stall_timeout=0.3, hang_timeout=0.8
+    ) as running:
+        time.sleep(0.5)
+        assert running.get("/ready").status_code == 200
+        step, let = running.engine.step, threading.Event()
+
+        def frozen():
+            assert let.wait(20)
+            return step()
+
+        running.engine.step = frozen
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            future = pool.submit(running.text, prompt="x", max_tokens=2, seed=1, ignore_eos=True)
+            running.wait(lambda: running.get("/ready").status_code == 503)
+            assert "no step for" in running.get("/ready").json()["waiting_for"][0]
+            running.wait(lambda: running.get("/health").status_code == 503)
+            assert running.get("/health").json()["hanging"] == ["toy"]
+            let.set()
+            assert future.result(20)
+        assert running.get("/ready").status_code == 200 and running.get("/health").status_code == 200
+
+
+def test_a_flood_is_turned_away_and_the_accepted_finish(folder):
+    """The reservation is one with the check, so a burst never has more samples than there are places."""
+    load = {"toy": lambda: serve_toys.make_llm(folder, max_batch=2)}
+    with serve_toys.serving(load, max_queue=4) as running:
+        step, most = running.engine.step, [0]
+
+        def slowly():
+            time.sleep(0.01)
+            admission = running.state.admission(running.state.models["toy"])
+            most[0] = max(most[0], admission.samples)
+            return step()
+
+        running.engine.step = slowly
+        with concurrent.futures.ThreadPoolExecutor(40) as pool:
+            asked = [
+                pool.submit(running.post, "/v1/completions", **(LONG | {"max_tokens": 20, "n": 2})) for _ in range(40)
+            ]
+            found = [future.result(30) for future in asked]
+        statuses = [response.status_code for response in found]
+        assert set(statuses) == {200, 429} and most[0] <= 6
+        for response in found:
+            if response.status_code == 429:
+                assert (
+                    1 <= int(response.headers["retry-after"]) <= 60 and response.json()["error"]["code"] == "queue_full"
+                )
+        assert running.metric(
+            "vllm:admission_rejections_total", model_name="toy", reason="queue_full"
+        ) == statuses.count(429)
+        assert "takes 6 in all" in running.error(400, **(LONG | {"n": 7}))["message"]
+        running.wait(running.idle)
+        assert running.state.admission(running.state.models["toy"]).samples == 0
+
+
+def test_prompt_tokens_that_wait_are_bounded(slow):
+    slow.state.admission(slow.state.models["toy"]).max_queue_tokens = 250
+    prompts = toys.prompts(4, 200, 200)
+    leavers = [connect(slow, LONG | {"prompt": prompts[0], "max_tokens": 2})]
+    slow.wait(lambda: slow.engine.has_work)
+    assert "prompts of 200 tokens wait" in slow.error(429, prompt=prompts[1], max_tokens=2)["message"]
+    for leaver in leavers:
+        leaver.close()
+    slow.wait(slow.idle)
+    assert slow.post("/v1/completions", prompt=prompts[1], max_tokens=2).status_code == 200
+
+
+def test_an_answer_that_takes_too_long(slow):
+    object.__setattr__(slow.state.settings, "request_timeout", 0.3)
+    found = slow.post("/v1/completions", **LONG)
+    assert found.status_code == 408 and found.headers["x-should-retry"] == "false"
+    events = slow.events("/v1/completions", **LONG)
+    assert events[-1]["error"]["code"] == "request_timeout" and len(events) > 1
+    slow.wait(slow.idle)
+
+
+def test_silence_is_filled_with_comments(slow):
+    object.__setattr__(slow.state.settings, "keep_alive", 0.05)
+    prompt = toys.prompts(1, 200, 200)[0]  # 25 chunks of 20 ms before the first token
+    asked = LONG | {"prompt": prompt, "stream": True, "max_tokens": 3}
+    with slow.client.stream("POST", slow.url + "/v1/completions", json=asked) as response:
+        lines = list(response.iter_lines())
+    first = next(i for i, line in enumerate(lines) if line.startswith("data: "))
+    assert [line for line in lines[:first] if line][:2] == [": keep-alive"] * 2 and lines[-2] == "data: [DONE]"

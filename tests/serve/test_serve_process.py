@@ -1,0 +1,134 @@
+"""`foveate serve` as a process: what it prints, SIGTERM while it streams, a second one, a port in use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx2
+import pytest
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextlib.contextmanager
+def process(folder, *more: str, ready: bool = True):
+    """(the process, its address); killed at the end if it still runs."""
+    port = free_port()
+    arguments = ["serve", "--model", f"toy={folder}", "--port", str(port), "--num-pages", "64", "--threads", "1", *more]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "foveate", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while ready and time.monotonic() < deadline and started.poll() is None:
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(url + "/ready", trust_env=False).status_code == 200:
+                    break
+            time.sleep(0.05)
+        yield started, url
+    finally:
+        if started.poll() is None:
+            started.kill()
+        started.wait()
+        started.stderr.close()
+
+
+def test_sigterm_lets_a_stream_finish(folder):
+    """New requests get a 503 that closes the connection; the running one has every token; the exit status is 0."""
+    with process(folder) as (started, url), httpx2.Client(timeout=60, trust_env=False) as client:
+        body = {
+            "prompt": "the quick brown fox",
+            "max_tokens": 230,
+            "ignore_eos": True,
+            "seed": 1,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        tokens, refused, last = 0, None, ""
+        with client.stream("POST", url + "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            for line in lines:
+                if line.startswith("data: {"):
+                    tokens += len(json.loads(line[6:])["choices"][0]["token_ids"])
+                if tokens and refused is None:
+                    started.send_signal(signal.SIGTERM)
+                    deadline = time.monotonic() + 5
+                    while refused is None and time.monotonic() < deadline:
+                        found = httpx2.post(
+                            url + "/v1/completions", json={"prompt": "x", "max_tokens": 1}, trust_env=False
+                        )
+                        refused = found if found.status_code == 503 else None
+                last = line if line else last
+        assert tokens == 230 and last == "data: [DONE]"
+        assert (
+            refused is not None
+            and refused.json()["error"]["code"] == "draining"
+            and refused.headers["connection"] == "close"
+        )
+        log = started.stderr.read()
+        assert started.wait(20) == 0
+        lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+        assert any("drains" in line["message"] for line in lines) and any(
+            line.get("completion_tokens") == 230 for line in lines
+        )
+
+
+def test_a_second_signal_ends_at_once(folder):
+    with process(folder, "--drain-timeout", "60") as (started, url):
+        body = json.dumps({"prompt": "x", "max_tokens": 10, "stream": True}).encode()
+        # a body of which a part never comes is a request that runs
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body) + 5}\r\n\r\n"
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + body)
+            time.sleep(0.3)
+            started.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            assert started.poll() is None
+            started.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            started.wait(20)
+            assert time.monotonic() - began < 8
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    arguments = ["serve", "--model", str(tmp_path / "nowhere"), "--port", str(free_port())]
+    done = subprocess.run([sys.executable, "-m", "foveate", *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "nowhere" in done.stderr.splitlines()[-1]
+
+
+def test_what_cannot_be_served(folder, tmp_path, capsys):
+    from foveate.cli import main
+
+    def run(*arguments: str, status: int) -> str:
+        assert main(["serve", *arguments]) == status
+        return capsys.readouterr().err
+
+    assert "open to other machines" in run("--model", str(folder), "--host", "0.0.0.0", status=2)
+    assert "two models are called" in run("--model", "a=x", "--model", "a=y", status=2)
+    (tmp_path / "golden").write_text("{\n")
+    assert "line 1" in run("--model", str(folder), "--canary", str(tmp_path / "golden"), status=1)
+
+
+@pytest.mark.parametrize("name", ["fastapi", "uvicorn", "prometheus_client"])
+def test_a_missing_package_is_named(name, monkeypatch, capsys):
+    from foveate.cli import main
+
+    monkeypatch.setitem(sys.modules, name, None)
+    assert main(["serve", "--model", "x"]) == 1
+    assert 'pip install "foveate[serve]"' in capsys.readouterr().err
