@@ -6,7 +6,7 @@ namespace py = pybind11;
 
 namespace foveate {
 
-// The options in one order for both directions; python/foveate/attention.py passes them by position.
+// The options in one order for both directions; python/foveate/ops/attention/op.py passes them by position.
 #define OPTIONS_OF                                                                                                                        \
   TensorView bias, TensorView mask, TensorView alibi, TensorView rel_table, TensorView rel_buckets, TensorView sinks, TensorView kv_lens, \
       TensorView cu_q, TensorView cu_k, TensorView philox, int64_t max_q, int64_t max_k, bool causal, int64_t window_left,                \

@@ -42,7 +42,7 @@ __all__: list[str] = [
 
 class Decoder:
     """
-    All layers of a causal language model in one call; python/foveate/native_decoder.py builds it
+    All layers of a causal language model in one call; python/foveate/models/native_decoder.py builds it
     """
     def __init__(
         self,
