@@ -364,6 +364,21 @@ def test_registers_inside_braces_hide_those_outside(machine: Path, tmp_path: Pat
     assert out.tolist() == [5107 + lane for lane in range(32)]
 
 
+def test_what_nobody_has_written_may_be_computed_with_but_not_stored(machine: Path, tmp_path: Path) -> None:
+    text = """
+	setp.lt.u32 %p1, %r1, 20;
+	@!%p1 bra $end;
+	mov.u32 %r3, 7;
+$end:
+	mov.u32 %r4, %r3;
+	mov.u32 %r9, 1;
+	@%p1 add.s32 %r9, %r4, 1;
+"""
+    assert run_text(machine, tmp_path, text + STORE, NOTHING, 32).out.tolist() == [8] * 20 + [1] * 12
+    with pytest.raises(Failed, match="lane 20 reads a register that nobody has written"):
+        run_text(machine, tmp_path, text + "\tadd.s32 %r9, %r4, 2;\n" + STORE, NOTHING, 32)
+
+
 def test_special_registers(machine: Path, tmp_path: Path) -> None:
     text = """
 	mov.u32 %r2, %ctaid.x;

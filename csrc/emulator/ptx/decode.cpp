@@ -120,6 +120,7 @@ class Decoder {
     std::copy(rows.begin(), rows.end(), program_->operands.back().get());
     i.rows = program_->operands.back().get();
     i.run = semantics.run, i.flow = semantics.flow;
+    i.pure = semantics.pure, i.selects = std::string_view(i.name).starts_with("selp.");
     i.results = static_cast<uint8_t>(semantics.results.size()), i.sources = static_cast<uint8_t>(semantics.sources.size());
     return true;
   }

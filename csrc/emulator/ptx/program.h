@@ -43,7 +43,8 @@ struct Instruction {
   Flow flow = Flow::kNext;
   bool guard_negated = false;
   bool leads_out = false;  // a branch to where the lanes return
-  bool check = true;  // sources that may not have been written
+  bool pure = false;  // computes registers from registers: what nobody has written may go in, and then the result is no better
+  bool selects = false;  // selp: the result is one of the first two sources
 };
 
 enum class Special : uint8_t {

@@ -30,6 +30,7 @@ struct Semantics {
   std::vector<Slot> results, sources;  // vectors taken apart: {a, b} are two operands
   Flow flow = Flow::kNext;
   uint8_t access_bytes = 0;  // of one element, for kData
+  bool pure = false;  // computes registers from registers
 };
 
 class Table {
@@ -57,7 +58,9 @@ class Table {
   struct LaneWise;
   template <class Op, class D, class... S>
   struct LaneWise<Op, D (*)(S...)> {
-    static void add(Table& table, const std::string& name) { table.add(name, {each_lane<Op, D, S...>, {slot<D>()}, {slot<S>()...}}); }
+    static void add(Table& table, const std::string& name) {
+      table.add(name, {each_lane<Op, D, S...>, {slot<D>()}, {slot<S>()...}, Flow::kNext, 0, true});
+    }
   };
 
   std::map<std::string, std::vector<Semantics>, std::less<>> entries_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <new>
 
 #include "emulator/ptx/machine.h"
@@ -13,6 +14,7 @@ void Warp::begin(const Program& entry, MachineBlock& owner, int number, uint32_t
   if (filled_ != &entry) {  // else constants are still there from the last block
     filled_ = &entry, program = &entry;
     registers_.reset(static_cast<unsigned char*>(operator new[](static_cast<size_t>(entry.rows + 1) * kRowBytes, std::align_val_t{64})));
+    std::memset(registers_.get(), 0xff, static_cast<size_t>(entry.rows + 1) * kRowBytes);  // NaN, where nobody has written
   }
   written_.assign(entry.rows + 1, 0);
   fill_constants(threads);
@@ -46,9 +48,22 @@ void Warp::check_written(const Instruction& i) {
   for (int k = i.results; k < i.results + i.sources; ++k) {
     const uint32_t missing = lanes & ~written_[i.rows[k]];
     if (!missing) continue;
-    kernel_error("lane ", std::countr_zero(missing), " reads a register that nobody has written (operand ", k + 1, ")");
+    kernel_error("lane ", std::countr_zero(missing), " reads a register that nobody has written, or computed from one (operand ", k + 1,
+                 ")");
   }
   for (int k = 0; k < i.results; ++k) written_[i.rows[k]] |= lanes;
+}
+
+void Warp::compute_written(const Instruction& i) {
+  const Row* sources = i.rows + i.results;
+  uint32_t known = kAllLanes;
+  if (i.selects) {
+    const uint32_t first = *row<uint32_t>(sources[2]);
+    known = ((written_[sources[0]] & first) | (written_[sources[1]] & ~first)) & written_[sources[2]];
+  } else {
+    for (int k = 0; k < i.sources; ++k) known &= written_[sources[k]];
+  }
+  for (int k = 0; k < i.results; ++k) written_[i.rows[k]] = (written_[i.rows[k]] & ~lanes) | (known & lanes);
 }
 
 void Warp::run(int64_t instructions) {
@@ -68,7 +83,7 @@ void Warp::run(int64_t instructions) {
     ++executed;
     lanes = active_;
     if (i.guard) {
-      if (i.check && (lanes & ~written_[i.guard])) kernel_error("its predicate has not been written");
+      if (lanes & ~written_[i.guard]) kernel_error("its predicate has not been written");
       const uint32_t mask = *row<uint32_t>(i.guard);
       lanes &= i.guard_negated ? ~mask : mask;
     }
@@ -81,7 +96,10 @@ void Warp::run(int64_t instructions) {
         [[fallthrough]];
       case Flow::kNext:
         if (lanes) {
-          if (i.check) check_written(i);
+          if (i.pure)
+            compute_written(i);
+          else
+            check_written(i);
           i.run(*this, i);
         }
         ++pc_;

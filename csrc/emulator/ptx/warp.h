@@ -61,6 +61,7 @@ class Warp {
 
   void fill_constants(uint32_t threads);
   void check_written(const Instruction& instruction);
+  void compute_written(const Instruction& instruction);
   void branch(const Instruction& instruction);
   void leave();  // `lanes` return
   bool next_path();  // the lanes here wait, or have returned; false: none is left

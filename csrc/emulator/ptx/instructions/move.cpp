@@ -29,8 +29,8 @@ void add_move(Table& table) {
 
   table.lanes({"mov.b32"}, [](u16 low, u16 high) { return static_cast<u32>(high) << 16 | low; });
   table.lanes({"mov.b64"}, [](u32 low, u32 high) { return static_cast<u64>(high) << 32 | low; });
-  table.add("mov.b32", {split<u32, u16>, {Slot::k16, Slot::k16}, {Slot::k32}});
-  table.add("mov.b64", {split<u64, u32>, {Slot::k32, Slot::k32}, {Slot::k64}});
+  table.add("mov.b32", {split<u32, u16>, {Slot::k16, Slot::k16}, {Slot::k32}, Flow::kNext, 0, true});
+  table.add("mov.b64", {split<u64, u32>, {Slot::k32, Slot::k32}, {Slot::k64}, Flow::kNext, 0, true});
 }
 
 }  // namespace foveate::emulator::ptx
