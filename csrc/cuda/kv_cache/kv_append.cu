@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) kv_append_kernel(const __grid_consta
     const bool mine = first + team.index < 2 * heads && slot.valid;
 
     const Rows& source = is_key ? p.new_k : p.new_v;
-    const Rows& cache = is_key ? p.k : p.v;
+    const Rows cache = is_key ? p.k : p.v;
     const int64_t n = is_key ? p.head_dim : p.head_dim_v, chunks = chunks_of(n, kVec<T>);
     const T* row = static_cast<const T*>(source.data) + b * source.batch + i * source.seq + h * source.head;
     const bool rotated = is_key && p.rotary_cos;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) kv_append_kernel(const __grid_consta
 
     float scale = 1;
     if constexpr (kQuantized<S>) {
-      const CacheScale& scales = is_key ? p.k_scale : p.v_scale;
+      const CacheScale scales = is_key ? p.k_scale : p.v_scale;
       float* stored = scales.data + (slot.valid ? slot.batch * scales.batch + slot.row * scales.seq : 0) + h * scales.head;
       float peak = 0;
       if (scales.per_token) {
