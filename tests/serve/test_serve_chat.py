@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
@@ -113,6 +114,18 @@ def test_forms_that_cannot_be_followed_are_refused(toy, form, param):
     error = toy.error(400, "/v1/chat/completions", messages=MESSAGES, **form)
     assert error["param"] in (param, "regex", None), error
     assert toy.text(prompt="x", max_tokens=1, seed=1, ignore_eos=True)
+
+
+def test_a_grammar_that_takes_for_ever(toy, monkeypatch):
+    """It holds up neither other requests nor the event loop."""
+    let = threading.Event()
+    monkeypatch.setattr("foveate.serve.state._GRAMMAR_SECONDS", 0.2)
+    monkeypatch.setattr(toy.engine, "compile", lambda params: let.wait(20))
+    try:
+        assert "0.2 s" in toy.error(400, "/v1/chat/completions", messages=MESSAGES, guided_regex="a")["message"]
+        assert toy.text(prompt="x", max_tokens=1, seed=1, ignore_eos=True)
+    finally:
+        let.set()
 
 
 def test_an_empty_schema_ends(toy):

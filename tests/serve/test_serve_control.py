@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 
@@ -157,3 +158,14 @@ def test_request_ids(toy):
     other = toy.client.get(toy.url + "/v1/models", headers={"x-request-id": "not a {plain} id"})
     assert len(other.headers["x-request-id"]) == 32
     assert toy.get("/version").json()["version"]
+
+
+def test_the_description_of_the_routes(toy):
+    """Every reference in it is there, and bodies have the fields that they take."""
+    text = toy.get("/openapi.json").text
+    found = json.loads(text)
+    schemas = found["components"]["schemas"]
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', text))
+    assert references and references <= set(schemas)
+    assert {"temperature", "prompt", "echo"} <= set(schemas["CompletionBody"]["properties"])
+    assert schemas["ChatBody"]["additionalProperties"] is False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 import serve_toys
@@ -95,3 +97,12 @@ def test_a_wrong_key(folder):
                 else:
                     with pytest.raises(openai.AuthenticationError):
                         made.models.list()
+
+
+def test_the_example_runs(toy, capsys, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    importlib.import_module("serve_client").main(
+        ["--url", toy.url + "/v1", "--question", "naïve?", "--max-tokens", "40"]
+    )
+    shown = capsys.readouterr().out
+    assert "as JSON: {" in shown and shown.rstrip().endswith("%")

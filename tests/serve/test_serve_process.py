@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -123,6 +125,11 @@ def test_what_cannot_be_served(folder, tmp_path, capsys):
     assert "two models are called" in run("--model", "a=x", "--model", "a=y", status=2)
     (tmp_path / "golden").write_text("{\n")
     assert "line 1" in run("--model", str(folder), "--canary", str(tmp_path / "golden"), status=1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"port {port}" in run("--model", str(folder), "--port", str(port), status=1)
 
 
 @pytest.mark.parametrize("name", ["fastapi", "uvicorn", "prometheus_client"])
@@ -132,3 +139,14 @@ def test_a_missing_package_is_named(name, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, name, None)
     assert main(["serve", "--model", "x"]) == 1
     assert 'pip install "foveate[serve]"' in capsys.readouterr().err
+
+
+def test_the_benchmark_counts_every_token(folder, capsys):
+    path = Path(__file__).parents[2] / "benchmarks" / "serve.py"
+    spec = importlib.util.spec_from_file_location("serve_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    quick = ["--streams", "2", "--prompt", "5", "--tokens", "6", "--rounds", "1", "--threads", "1"]
+    assert benchmark.main(["--model", str(folder), *quick]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["streams"] == 2 and row["http_tokens_per_s"] > 0 and row["first_ms_p50"] <= row["first_ms_p99"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
@@ -171,8 +170,6 @@ def test_random_bodies_never_give_a_5xx(toy):
         "json_object",
         {"type": "text"},
     ]
-    fields = json.loads(toy.get("/openapi.json").text)
-    assert "/v1/completions" in fields["paths"]
     from foveate.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, RerankBody, TokenizeBody
 
     kinds = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -98,6 +99,28 @@ def tooled(folder):
 
     with serve_toys.serving({"toy": load}) as running:
         yield running
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_required_calls_parse(tooled, choice, stream):
+    asked = {
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": [GET, PUT][: 1 if choice == "required" else 2],
+        "tool_choice": choice,
+        "seed": 3,
+    }
+    found = tooled.post("/v1/chat/completions", **asked).json()["choices"][0]
+    assert found["finish_reason"] == "tool_calls" and found["message"]["content"] is None
+    [call] = found["message"]["tool_calls"]
+    assert call["type"] == "function" and call["id"].startswith("call_") and call["function"]["name"] == "get"
+    assert json.loads(call["function"]["arguments"])["city"] in ("Rome", "Oslo")
+    if stream:
+        events = [event["choices"][0] for event in tooled.events("/v1/chat/completions", **asked)]
+        deltas = [call for event in events for call in event["delta"].get("tool_calls", ())]
+        assert deltas[0]["function"] == {"name": "get", "arguments": ""} and len(deltas) > 2
+        assert "".join(d["function"]["arguments"] for d in deltas) == call["function"]["arguments"]
+        assert events[-1]["finish_reason"] == "tool_calls"
 
 
 def test_tools_reach_the_template_unless_none_are_wanted(tooled):

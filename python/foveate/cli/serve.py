@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +103,6 @@ def run(args: argparse.Namespace) -> None:
         )  # fmt: skip
     except ValueError as error:
         raise options.UsageError(str(error)) from None
-    where = f"http{'s' if args.tls_certificate else ''}://{args.host}:{args.port}/v1"
-    print(f"foveate serves {', '.join(settings.models)} at {where}", file=sys.stderr)
     serve(ServerState(settings))
 
 

@@ -72,7 +72,7 @@ class Answer(Response):
             left = [job for job in self.call.jobs if not job.finished]
             if left:
                 worker.abort(left)
-                self.state.metrics.aborted(self.served, len(left))
+                self.state.metrics.aborted(self.served, left)
 
     async def _watch(self, gone: asyncio.Future[None], work: asyncio.Future[None]) -> None:
         settings = self.state.settings

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,7 +16,7 @@ import foveate
 from foveate.serve.control import control_routes
 from foveate.serve.errors import ApiError, error_response
 from foveate.serve.gate import Gate
-from foveate.serve.routes import api_routes
+from foveate.serve.routes import api_routes, body_schemas
 from foveate.serve.state import ServerState
 
 
@@ -54,6 +55,14 @@ def create_app(state: ServerState) -> Gate:
             )
         )
 
+    def description() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            found.setdefault("components", {}).setdefault("schemas", {}).update(body_schemas())
+            app.openapi_schema = found
+        return app.openapi_schema
+
+    app.openapi = description  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(Exception, any_error)
     app.add_exception_handler(HTTPException, http_error)

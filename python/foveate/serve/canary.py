@@ -132,7 +132,7 @@ class Canary:
         ids = llm.encode(golden.prompt) if isinstance(golden.prompt, str) else golden.prompt
         # prompt_logprobs: the whole prompt is computed, whatever the prefix cache has
         params = SamplingParams(temperature=0, max_tokens=golden.max_tokens, logprobs=2, prompt_logprobs=0)
-        job = Job(f"canary-{id(golden)}-{self.rounds}", ids, params)
+        job = Job(f"canary-{id(golden)}-{self.rounds}", ids, params, internal=True)
         worker.submit([job])
         try:
             [output] = await Call([job]).result()

@@ -34,7 +34,7 @@ async def chat(state: ServerState, body: ChatBody) -> Answer:
         return ids
 
     ids = await state.prepare(tokens)
-    grammar = await state.prepare(worker.engine.compile, params) if params.json_schema or params.regex else None
+    grammar = await state.grammar(served, params)
     name = f"chatcmpl-{uuid.uuid4().hex}"
     call = Call([Job(name, ids, params, grammar=grammar)])
     return Answer(state, served, call, ChatWriter(name, served, body, call, tags), stream=body.stream)

@@ -37,9 +37,7 @@ async def complete(state: ServerState, body: CompletionBody) -> Answer:
         return found
 
     ids = await state.prepare(tokens, heavy=size > _SHORT)
-    grammar = (
-        await state.prepare(worker.engine.compile, params, heavy=True) if params.json_schema or params.regex else None
-    )
+    grammar = await state.grammar(served, params)
     name = f"cmpl-{uuid.uuid4().hex}"
     call = Call([Job(f"{name}-{i}", tokens, params, grammar=grammar) for i, tokens in enumerate(ids)])
     return Answer(state, served, call, CompletionWriter(name, served, body, prompts, call), stream=body.stream)

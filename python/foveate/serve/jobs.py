@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,14 +15,19 @@ from foveate.generation.params import SamplingParams
 class Job:
     """One prompt in the engine. Outputs are cumulative, so a client that reads slowly costs no more memory than a fast one."""
 
-    def __init__(self, job_id: str, tokens: list[int], params: SamplingParams, *, grammar: Any = None) -> None:
+    def __init__(
+        self, job_id: str, tokens: list[int], params: SamplingParams, *, grammar: Any = None, internal: bool = False
+    ) -> None:
         self.id, self.tokens, self.params, self.grammar = job_id, tokens, params, grammar
         self.output: RequestOutput | None = None
         self.error: Exception | None = None
         self.submitted = time.perf_counter()
         self.started: float | None = None  # when its first step began
+        self.progress: deque[tuple[float, int]] = deque()  # after each step its time and the tokens so far, for metrics
         self.counted = 0  # tokens that metrics have seen, the last of them at `counted_at`
         self.counted_at: float | None = None
+        self.accounted = False  # its end
+        self.internal = internal  # the server's own, which metrics of requests leave out
         self.call: Call | None = None
 
     @property

@@ -95,24 +95,30 @@ class Metrics:
         if served.worker is not None:
             self.step_seconds.labels(name).observe(served.worker.last_step_seconds)
         for job in jobs:
+            if job.internal:
+                continue
             if job.output is not None:
                 self._count(name, job, now)
-            if job.error is not None:
+            if job.error is not None and not job.accounted:
+                job.accounted = True
                 self.success.labels(name, "error").inc()
 
     def _count(self, name: str, job: Job, now: float) -> None:
+        """Each step by its own time: the event loop may see several at once."""
         assert job.output is not None
-        new = job.generated - job.counted
-        if new > 0:
-            if job.counted_at is None:
-                self._began(name, job, now)
-            else:
-                gap = (now - job.counted_at) / new
-                for _ in range(new):
-                    self.between_tokens.labels(name).observe(gap)
-            self.generation_tokens.labels(name).inc(new)
-            job.counted, job.counted_at = job.generated, now
-        if job.output.finished:
+        while job.progress:
+            at, total = job.progress.popleft()
+            new = total - job.counted
+            if new > 0:
+                if job.counted_at is None:
+                    self._began(name, job, at)
+                else:
+                    for _ in range(new):
+                        self.between_tokens.labels(name).observe((at - job.counted_at) / new)
+                self.generation_tokens.labels(name).inc(new)
+                job.counted, job.counted_at = total, at
+        if job.output.finished and not job.accounted:  # a later step's output may be here before an earlier one's call
+            job.accounted = True
             self._ended(name, job, now)
 
     def _began(self, name: str, job: Job, now: float) -> None:
@@ -141,8 +147,11 @@ class Metrics:
         if error.code in REJECTIONS and error.model:
             self.rejections.labels(error.model, error.code).inc()
 
-    def aborted(self, served: ServedModel, count: int) -> None:
-        self.success.labels(served.name, "abort").inc(count)
+    def aborted(self, served: ServedModel, jobs: list[Job]) -> None:
+        for job in jobs:
+            if not job.accounted:
+                job.accounted = True
+                self.success.labels(served.name, "abort").inc()
 
 
 class _Gauges(Collector):

@@ -7,6 +7,7 @@ import struct
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
+from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 
 from foveate.serve.chat import chat, plain_messages, template_options
@@ -29,15 +30,16 @@ _LARGE = 100_000  # bytes of a body that are parsed in a thread
 
 
 def _takes(kind: type[Body]) -> dict[str, Any]:
-    """For the OpenAPI description: what the body is."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"title": kind.__name__, "type": "object"}}},
-        }
-    }
+    """For the OpenAPI description: what the body is; `body_schemas` has the rest."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def body_schemas() -> dict[str, Any]:
+    """The components that the descriptions of bodies refer to."""
+    kinds = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, EmbeddingBody, RerankBody)
+    _, found = models_json_schema([(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}")
+    return found["$defs"]
 
 
 def api_routes(state: ServerState) -> APIRouter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import sys
 from types import FrameType
 from typing import Any
@@ -76,10 +77,23 @@ def make_server(state: ServerState) -> Server:
 
 
 def run(state: ServerState) -> None:
-    """Until a signal. RuntimeError when a model cannot be loaded."""
+    """Until a signal. RuntimeError when a model cannot be loaded or the port is taken."""
+    settings = state.settings
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise RuntimeError(
+            f"port {settings.port} of {settings.host} cannot be had: {error}; choose another --port"
+        ) from None
+    where = f"http{'s' if settings.certificate else ''}://{settings.host}:{listener.getsockname()[1]}/v1"
+    print(f"foveate serves {', '.join(state.models)} at {where}", file=sys.stderr, flush=True)
     set_up_logs()
     server = make_server(state)
-    server.run()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        state.stop()
     if server.failed:
         raise RuntimeError("; ".join(f"{m.name}: {m.error}" for m in state.models.values() if m.error is not None))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from foveate.generation.params import SamplingParams
 from foveate.serve.admission import Admission
 from foveate.serve.canary import Canary, read_golden
 from foveate.serve.errors import ApiError, bad_request, of_model, refused
@@ -20,6 +21,7 @@ from foveate.serve.served import ServedModel, loader
 from foveate.serve.settings import ServeSettings
 
 log = logging.getLogger("foveate.serve")
+_GRAMMAR_SECONDS = 10.0
 
 
 class ServerState:
@@ -36,6 +38,8 @@ class ServerState:
         self.pool = ThreadPoolExecutor(4, thread_name_prefix="foveate-prepare")
         self._encoder_pool = ThreadPoolExecutor(1, thread_name_prefix="foveate-encoder")
         self._encoding = 0
+        # Of its own, so that a grammar that takes for ever holds up other grammars only.
+        self._grammar_pool = ThreadPoolExecutor(1, thread_name_prefix="foveate-grammar")
         self.started = time.time()
         self.draining = False
         self.in_flight = 0  # requests to the API, from their first byte to their last
@@ -140,6 +144,20 @@ class ServerState:
         except ImportError as error:
             raise bad_request(str(error)) from None
 
+    async def grammar(self, served: ServedModel, params: SamplingParams) -> Any:
+        """The compiled grammar, None without one. ApiError 400 for one that cannot be followed, or takes too long to compile."""
+        if params.json_schema is None and params.regex is None:
+            return None
+        _, worker = served.causal()
+        work = self.prepare(worker.engine.compile, params, pool=self._grammar_pool)
+        try:
+            return await asyncio.wait_for(work, _GRAMMAR_SECONDS)
+        except asyncio.TimeoutError:
+            raise bad_request(
+                f"the schema or expression has not been compiled within {_GRAMMAR_SECONDS:g} s; use a simpler one",
+                "response_format",
+            ) from None
+
     async def encode(self, served: ServedModel, work: Callable[..., Any], *args: Any) -> Any:
         """`prepare` for an encoder: one text batch at a time, and at most max_queue wait. ApiError 429 beyond."""
         if self._encoding > self.settings.max_queue:
@@ -157,5 +175,5 @@ class ServerState:
             self._canary_task = None
         for served in self.models.values():
             served.stop()
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        self._encoder_pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.pool, self._encoder_pool, self._grammar_pool):
+            pool.shutdown(wait=False, cancel_futures=True)

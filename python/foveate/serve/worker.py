@@ -139,6 +139,7 @@ class EngineWorker:
         if job is None:
             return None
         job.output = output
+        job.progress.append((time.perf_counter(), job.generated))
         if output.finished:
             del self._jobs[output.request_id]
         return job
