@@ -31,7 +31,8 @@ LOG = ROOT / "build" / "build.log"
 NINJA_STATUS = "[%f/%t %W] "
 STEP = re.compile(r"^\s*\[(\d+)/(\d+) ([\d:?]+)\] (.*)")
 OBJECT = re.compile(r"CMakeFiles/(\w+)\.dir/(.*)\.o$")
-PLAIN_SECONDS = 5  # between two lines where the output is not a terminal
+# Between two lines where the output is not a terminal: of steps that end, and of one that takes long.
+PLAIN_SECONDS, PLAIN_SECONDS_OF_ONE = 5, 30
 
 INSTALL = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
 REBUILD = [sys.executable, "-c", """
@@ -104,7 +105,8 @@ class Progress:
 
     def show(self, last: bool = False) -> None:
         now = time.monotonic()
-        if not self.terminal and not last and now - self.printed < PLAIN_SECONDS:
+        wait = PLAIN_SECONDS if self.heard > self.printed else PLAIN_SECONDS_OF_ONE
+        if not self.terminal and not last and now - self.printed < wait:
             return
         self.printed = now
         text = f"[{self.done}/{self.total}] {self.name}, {clock(now - self.start)}" if self.total else self.name
