@@ -228,7 +228,7 @@ def test_op_as_torch_sees_it():
         layer = make_layer(format, 64, 40)
         for backend in ("native", "reference"):
             opcheck(
-                torch.ops.foveate.ops.packed_linear.default,
+                torch.ops.foveate.packed_linear.default,
                 (random(2, 3, 64), layer.data, format, 40, layer.bias, backend),
             )
     x = random(4, 2, 64)

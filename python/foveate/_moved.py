@@ -12,7 +12,6 @@ from types import ModuleType
 MOVED = {
     "_attention_op": "ops.attention.op",
     "_native": "backend.native",
-    "attention_varlen": "ops.attention.varlen",
     "cache_view": "cache.view",
     "checked_files": "files.checked",
     "k_blocks": "quantization.k_blocks",
