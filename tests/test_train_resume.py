@@ -33,7 +33,8 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from foveate.train import fit, loop, state_files
+from foveate.train import fit, loop
+from foveate.train.checkpoints import state
 settings, moment = json.loads(sys.argv[1]), sys.argv[2]
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -41,14 +42,14 @@ if moment == "step":
     step = loop.Loop._step
     loop.Loop._step = lambda self, i: die() if i == 10 else step(self, i)
 else:
-    save = state_files.save
+    save = state.save
     def half(folder, *args):
         save(folder, *args)
         if folder.parent.name.startswith("step-00000012"):
             file = folder / "state.safetensors"
             file.write_bytes(file.read_bytes()[:1000])
             die()
-    state_files.save = half
+    state.save = half
 fit(**settings)
 """
 
