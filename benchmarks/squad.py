@@ -19,7 +19,7 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 from foveate.models import load_model, open_checkpoint
-from foveate.train import TrainConfig, fitting
+from foveate.train import TrainConfig, fit
 from foveate.train.data.plan import best_fit
 from foveate.train.data.tokenized import tokenized
 from foveate.train.objectives.choose import make_objective
@@ -44,7 +44,7 @@ def main() -> None:
             weight_decay=0.01, precision=args.precision, seed=args.seed, progress=False,
         )  # fmt: skip
         if "foveate" in args.engine:
-            ours = fitting(config)
+            ours = fit(config)
             print(json.dumps({"engine": "foveate", "seconds": round(ours.seconds, 1), **ours.metrics}), flush=True)
         if "transformers" in args.engine:
             print(json.dumps({"engine": "transformers", **peer(config, Path(folder) / "peer")}))

@@ -80,7 +80,7 @@ def steps(args: argparse.Namespace) -> None:
 
 def packing(args: argparse.Namespace) -> None:
     """Both in turns in this process: the same model and windows."""
-    from foveate.train import fitting
+    from foveate.train import fit
 
     if args.squad is None:
         raise SystemExit("packing needs --squad FILE, a file in SQuAD's format")
@@ -93,7 +93,7 @@ def packing(args: argparse.Namespace) -> None:
         for turn in range(args.rounds):
             for packed in (True, False):
                 # about as many tokens a step: packed rows are full, padded ones are not
-                result = fitting(
+                result = fit(
                     **common, packing=packed, batch_size=8 if packed else 16, max_steps=args.steps,
                     output_dir=f"{folder}/{turn}{packed}", progress=False,
                 )  # fmt: skip

