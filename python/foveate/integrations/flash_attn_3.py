@@ -216,7 +216,6 @@ def get_scheduler_metadata(*args: Any, **kwargs: Any) -> None:
     """None: foveate's kernels plan their work when they are called."""
 
 
-_NO_OPTIONS = ("odd", "_flash_attn_3_cache")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
