@@ -52,9 +52,11 @@ def test_no_false_alarm_under_load_and_a_true_one_after_damage(folder, goldens):
         model = made["llm"].model
         exact = model.logits
         model.logits = lambda hidden: exact(hidden) * 1.001  # as of weights that are not quite those of the file
-        running.wait(lambda: running.get("/canary").json()["status"] == "drift")
-        assert running.metric("foveate:canary_runs_total", model_name="toy", result="drift") >= 1
-        assert "log-probability" in running.get("/canary").json()["prompts"][0]["why"]
+        # each prompt in its turn: the round that was under way has judged some of them by the old weights
+        running.wait(lambda: {entry["result"] for entry in running.get("/canary").json()["prompts"]} == {"drift"})
+        assert running.metric("foveate:canary_runs_total", model_name="toy", result="drift") >= 2
+        report = running.get("/canary").json()
+        assert report["status"] == "drift" and all("log-probability" in entry["why"] for entry in report["prompts"])
 
 
 def test_ties_may_fall_either_way():
