@@ -68,7 +68,7 @@ demo: $(demo_stamp) $(demo_weights_stamp) build-here  ## SmolLM2-135M answers a 
 check: $(venv_stamp) build-here lint  ## lint and the quick tests of the kernels on one instruction set: before every commit
 	$(PY) -m pytest -q -n $(JOBS) -m "kernels and native and not slow" $(ARGS) $(call marked,kernels)
 
-test: build $(weights_stamp)  ## everything that needs no GPU; T=tests/test_softmax.py for one file, ARGS="-k name" narrows it
+test: build $(weights_stamp)  ## everything that needs no GPU; T=tests/ops/test_softmax.py for one file, ARGS="-k name" narrows it
 	$(PY) -m pytest -n $(JOBS) $(ARGS) $(T)
 
 # Each fuzz test takes its number of cases from this variable, and FOVEATE_FUZZ_FIRST is the first seed; `make test` runs 500.

@@ -15,4 +15,4 @@ for file in python/foveate/*; do
   case $file in *.so | *__pycache__) ;; *) ln -s "$PWD/$file" "$site/foveate/" ;; esac
 done
 cmake --install $build --prefix "$site" >/dev/null
-PYTHONPATH=$site:$PWD/tests exec "$python" -m pytest "$@"
+PYTHONPATH=$site:$PWD/tests/support exec "$python" -m pytest "$@"

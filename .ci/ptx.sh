@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$PWD/.venv/bin/python}
-PYTHONPATH=$PWD/tests:$PWD/tools "$python" tests/ptx/ptx_programs.py >/dev/null
+PYTHONPATH=$PWD/tests/support:$PWD/tools "$python" tests/ptx/ptx_programs.py >/dev/null
 FOVEATE_EMULATOR_PTX=$PWD/build/ptx exec bash .ci/emulator.sh "$@"

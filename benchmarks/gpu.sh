@@ -79,7 +79,7 @@ else
   say "without the compiled kernels, for which the step build has not run"
 fi
 
-export PYTHONPATH=$site:$PWD/tests PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$PWD/build/gpu/triton
+export PYTHONPATH=$site:$PWD/tests/support PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$PWD/build/gpu/triton
 workers=(-n 12)
 if [ -n "$rehearse" ]; then
   export TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive

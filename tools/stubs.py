@@ -1,4 +1,4 @@
-"""python/foveate/_C.pyi describes the compiled module to type checkers. `make stubs` writes it, tests/test_stubs.py compares it."""
+"""python/foveate/_C.pyi describes the compiled module to type checkers. `make stubs` writes it, tests/project/test_stubs.py compares it."""
 
 from __future__ import annotations
 

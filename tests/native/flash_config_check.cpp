@@ -1,4 +1,4 @@
-// Prints what csrc/cuda/attention/config.h decides, for tests/test_cuda_config.py: one line of numbers after the name of each decision.
+// Prints what csrc/cuda/attention/config.h decides, for tests/cuda_kernels/test_cuda_config.py: one line of numbers after the name of each decision.
 #include <cstdio>
 
 #include "cuda/kv_cache/decode_layout.h"

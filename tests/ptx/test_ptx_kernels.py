@@ -14,8 +14,7 @@ import pytest
 import torch
 from ptx_programs import compile_ptx, kernels
 
-from device_programs import SOURCES, emulated
-from test_device_layer import CODES, GOLDEN, bits
+from device_programs import CODES, GOLDEN, SOURCES, bits, emulated
 
 
 def test_every_entry_of_the_package_decodes(machine: Path) -> None:

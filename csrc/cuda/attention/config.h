@@ -1,5 +1,5 @@
 // How attention is divided into blocks: pure functions of sizes and options, which run and are tested without a GPU
-// (tests/test_cuda_config.py).
+// (tests/cuda_kernels/test_cuda_config.py).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
 // How decode divides the shared memory of a block: a pure function of head dims and types, which runs and is tested without a GPU
-// (tests/test_cuda_config.py).
+// (tests/cuda_kernels/test_cuda_config.py).
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // Each function of the device layer on its own, on the emulator or on a GPU.
-//   usage: conformance CASE < input > output; both are 32-bit words. tests/test_device_layer.py knows what must come out.
+//   usage: conformance CASE < input > output; both are 32-bit words. tests/cuda_kernels/test_device_layer.py knows what must come out.
 #include "conformance_main.h"
 #include "cuda/device/device.cuh"
 

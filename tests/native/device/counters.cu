@@ -1,4 +1,4 @@
-// Accesses whose cost is known by the rules of docs/kernels/emulator.md, one pattern a line. tests/test_emulator_counters.py runs it with
+// Accesses whose cost is known by the rules of docs/kernels/emulator.md, one pattern a line. tests/cuda_kernels/test_emulator_counters.py runs it with
 // FOVEATE_EMULATOR_COUNTERS and looks the lines up by the pattern's name, which stands in a comment after each.
 #include <cstdio>
 #include <exception>

@@ -1,4 +1,4 @@
-// A small flash attention, and the same with one mistake each: what the emulator says of every one. tests/test_emulator.py runs it.
+// A small flash attention, and the same with one mistake each: what the emulator says of every one. tests/cuda_kernels/test_emulator.py runs it.
 //   usage: emulated_seeded_bugs BUG S; prints one line per schedule and seed: "ok", "wrong" or the report.
 #include <cmath>
 #include <vector>

@@ -1,0 +1,118 @@
+"""The generated parts of README.md and docs/support.md are those of this build and of the committed results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import foveate
+import peers
+import readme
+import support_matrix
+from foveate.backend import registry
+from foveate.bench import machine, report, run
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_generated_parts_are_up_to_date(monkeypatch) -> None:
+    if not foveate.backend.native._C.has_cuda_kernels():
+        pytest.skip("the support matrix of the README is that of a build with CUDA, which this one is not")
+    monkeypatch.chdir(ROOT)
+    assert readme.main(["--check"]) == 0, "run `python tools/readme.py`"
+
+
+def test_matrix_is_what_the_backends_answer(monkeypatch) -> None:
+    plain = support_matrix.matrix()
+    assert "| `softcap` | yes | yes |" in plain and "| `attention_with_kv_cache` | yes | - |" in plain
+    answers = dict(registry._supports)
+    answers["attention_backward", "native"] = lambda query: (
+        "no gradient of sinks here" if "sinks" in query.features else None
+    )
+    monkeypatch.setattr(registry, "_supports", answers)
+    changed = support_matrix.matrix()
+    assert "| `sinks` | yes | no (1) |" in changed and "\n1. no gradient of sinks here." in changed
+    kept = ("| `bias`", "| float32", "| float16", "| `softmax` |", "| `rms_norm` |")
+    other = [line for line in plain.splitlines() if line.startswith(kept)]
+    assert len(other) == 5 and set(other) <= set(changed.splitlines())
+
+
+def test_check_sees_a_stale_document(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    for name in readme.FILES:
+        (tmp_path / name).write_text((ROOT / name).read_text().replace("| `softcap` | yes", "| `softcap` | no"))
+    assert readme.main(["--check"]) == 1
+    assert "not up to date" in capsys.readouterr().err
+    assert readme.main([]) == 0
+    assert readme.main(["--check"]) == 0
+    assert "| `softcap` | yes" in (tmp_path / "docs" / "support.md").read_text()
+
+
+def committed(folder: Path, date: str, ratio: float) -> None:
+    """Results of a full run and of generation on a date."""
+    results = folder / "benchmarks" / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    here = machine.Machine("abc", date, "a CPU", "avx2", 4, "2.13.0", "0.1.0")
+    file = report.CsvFile(results / f"cpu_{date}.csv", here)
+    for dtype, factor in (("fp32", 1.0), ("bf16", 2.0)):
+        for bench in ("attention", "decode"):
+            file.add(run.Row(bench, "B1", dtype, us=1.0, peer="sdpa", ratio=ratio * factor, percent_of_limit=70.0))
+    file.add(run.Row("memory", "growth with S", "fp32", rate=1.01, unit="exponent"))
+    file.close()
+    rates = [("decode", "foveate", 300.0), ("decode", "llama.cpp", 100.0), ("decode_16", "foveate", 900.0)]
+    lines = [f"{case},{engine},{rate}" for case, engine, rate in [*rates, ("decode_16", "llama.cpp", 200.0)]]
+    (results / f"generate_{date}.csv").write_text("\n".join(["case,engine,tokens_per_s", *lines]) + "\n")
+    (results / f"generate_{date}.md").write_text("a table\n")
+
+
+def test_numbers_come_from_the_newest_results(tmp_path) -> None:
+    assert "No results" in readme.generated(tmp_path)["numbers"]
+    committed(tmp_path, "2001-01-01", 1.0)
+    committed(tmp_path, "2002-01-01", 3.0)
+    (tmp_path / "benchmarks" / "results" / "cpu_decode_2003-01-01.csv").write_text("not a full run")
+    parts = readme.generated(tmp_path)
+    assert "a CPU, 4 threads, avx2, torch 2.13.0, 2002-01-01, commit `abc`." in parts["numbers"]
+    assert "| attention forward | fp32 | sdpa | 1 | 3.00x | 3.00x | 70 (70) |" in parts["numbers"]
+    assert "grows as S to the power of 1.01 (fp32)" in parts["numbers"]
+    assert "| **6x** torch SDPA | attention forward in bf16" in parts["headline"]
+    assert "| **3x** llama.cpp |" in parts["headline"] and "16 requests at once 4.5x, 900 tokens/s" in parts["headline"]
+    assert parts["headline"].endswith("a CPU, 4 threads, avx2, torch 2.13.0, 2002-01-01.")
+    assert "| CPU time, decode, bf16 | 1x |  |  |  | 6x |  |  |  |" in parts["peers"]
+    assert parts["generation"] == "a table"
+
+
+def test_picture_is_that_of_the_newest_results(tmp_path) -> None:
+    committed(tmp_path, "2001-01-01", 1.0)
+    assert not readme.picture_is_current(tmp_path)
+    readme.draw_picture(tmp_path)
+    assert readme.picture_is_current(tmp_path)
+    committed(tmp_path, "2002-01-01", 3.0)
+    assert not readme.picture_is_current(tmp_path)
+    assert readme.picture_is_current(ROOT), "run `python tools/readme.py`"
+
+
+def test_features_are_those_of_the_backends(monkeypatch) -> None:
+    """An option that one backend lacks is no tick in the table of peers."""
+    assert "| softcap | ✓ | ✓ |" in peers.table({}) and "differs" not in peers.table({})
+    served = support_matrix.served
+    monkeypatch.setattr(
+        support_matrix,
+        "served",
+        lambda *call: (True, False) if call == ("native", "cuda", "softcap") else served(*call),
+    )
+    assert "| softcap | differs | ✓ |" in peers.table({})
+
+
+def test_missing_markers_are_named() -> None:
+    whole = "<!-- x: generated -->\n<!-- end of x -->\n"
+    assert readme.with_parts({"a": whole, "b": "text\n"}, {"x": "new"})["a"].splitlines()[1:4] == ["", "new", ""]
+    for texts in (
+        {"a": "# no markers here\n"},
+        {"a": whole, "b": whole},
+        {"a": "<!-- end of x -->\n<!-- x: generated -->\n"},
+    ):
+        with pytest.raises(KeyError, match="end of x"):
+            readme.with_parts(texts, {"x": "new"})
