@@ -162,9 +162,8 @@ def test_chat_reads_lines_and_remembers(path, llm, capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def answerer():
-    from test_question_answering import make_tokenizer
-
     from foveate.models import bert
+    from pipeline_toys import question_tokenizer as make_tokenizer
 
     tokenizer = make_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 4, "max_positions": 64}

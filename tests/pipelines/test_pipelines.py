@@ -10,6 +10,7 @@ import torch
 import foveate
 from foveate.models import load_model
 from foveate.pipelines.embedding import POOLINGS
+from pipeline_toys import save_encoder as save
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
@@ -17,39 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-LETTERS = [chr(c) for c in range(97, 123)]
-VOCAB = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    *LETTERS,
-    *["##" + c for c in LETTERS],
-    ".",
-    ",",
-    "ada",
-    "lives",
-    "in",
-]
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 TEXTS = ["Ada lives in Paris, Bob in Rome.", "a", "Zoe \u4e2d lives, in xyz. ada ADA adaada"]
-
-
-def save(folder, head, seed=0, **config):
-    torch.manual_seed(seed)
-    shape = dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64
-    )
-    model = getattr(transformers, head)(
-        transformers.BertConfig(vocab_size=len(VOCAB), initializer_range=0.5, **shape, **config)
-    ).eval()
-    model.save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
-    )
-    return model
 
 
 def pipeline(task, folder, **options):

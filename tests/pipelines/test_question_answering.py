@@ -9,35 +9,19 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from foveate.models import bert
 from foveate.pipelines.question_answering import QuestionAnswerer
-from foveate.tokenizer import Tokenizer
 from model_cases import randomize
+from pipeline_toys import question_tokenizer as make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?é中"
-WORDS = ["the", "cat", "sat", "on", "mat", "and", "then", "ran"]
 CONTEXT = (
     "The Cat sat on the mat,  and then ran. Café 42!\nThe catalogue sat;\tthen the MAT ran on and on, 中中 the mat sat. "
     "Xylophones ran then. A cat? The end of the cat on the mat and the hat sat on then."
 )
 QUESTIONS = ["Who sat on the mat?", "What ran?"]
-
-
-def make_tokenizer() -> Tokenizer:
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *LETTERS, *(f"##{c}" for c in LETTERS), ";"]
-    backend = tokenizers.Tokenizer(models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    return Tokenizer(backend)
 
 
 @pytest.fixture

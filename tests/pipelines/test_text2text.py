@@ -9,52 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import transformers
 
 from foveate.nn import PackedLinear
 from foveate.pipelines.text2text import Text2Text, Text2TextParams
-from foveate.tokenizer import Tokenizer
-from model_cases import assert_logits_close, randomize
+from model_cases import assert_logits_close
+from pipeline_toys import EOS, PAD, START, VOCAB
+from pipeline_toys import make_text2text as make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-VOCAB, PAD, EOS, START = 24, 0, 1, 2
-
-
-def make_tokenizer() -> Tokenizer:
-    """Words w3 .. w23, and </s> at the end of each text."""
-    vocab = {"<pad>": PAD, "</s>": EOS, "<s>": START} | {f"w{i}": i for i in range(3, VOCAB)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<pad>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<pad>", "</s>", "<s>"])
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", EOS)]
-    )
-    return Tokenizer(backend, config={"eos_token_id": EOS, "pad_token_id": PAD})
-
-
-def make(folder: Path, seed: int = 0, std: float = 0.25) -> tuple[Any, Text2Text]:
-    """transformers' model and ours with the same weights; </s> comes early in some outputs, late or never in others."""
-    torch.manual_seed(seed)
-    config = transformers.T5Config(
-        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
-        relative_attention_max_distance=12, feed_forward_proj="gated-gelu", pad_token_id=PAD, eos_token_id=EOS,
-        decoder_start_token_id=START,
-    )  # fmt: skip
-    model = transformers.T5ForConditionalGeneration(config).eval()
-    randomize(model, std)
-    with torch.no_grad():
-        model.shared.weight *= 4
-        model.shared.weight[EOS] *= 2.5
-    model.save_pretrained(folder)
-    make_tokenizer().backend.save(str(folder / "tokenizer.json"))
-    return model, Text2Text(folder)
-
 
 SOURCES = [[5, 9, 3, 17, EOS], [20, 4, EOS], [7, 7, 8, 21, 11, 13, 6, EOS]]
 

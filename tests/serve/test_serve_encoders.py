@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    from test_pipelines import save
+    from pipeline_toys import save_encoder as save
 
     made = {name: tmp_path_factory.mktemp(name) for name in ("embed", "rank")}
     save(made["embed"], "BertModel")

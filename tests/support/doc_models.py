@@ -32,9 +32,9 @@ def _bert(head: str, **config: object) -> Callable[[Path], None]:
 
 
 def _t5(folder: Path) -> None:
-    import test_text2text
+    import pipeline_toys
 
-    test_text2text.make(folder)
+    pipeline_toys.make_text2text(folder)
 
 
 def _llama(folder: Path) -> None:
