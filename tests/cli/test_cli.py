@@ -18,7 +18,9 @@ import generation_toys as toys
 from foveate.cli import main, options
 from foveate.cli.parser import lay_out
 
-COMMANDS = ("", "generate", "chat", "answer", "classify", "train", "search", "serve", "info", "bench")
+COMMANDS = (
+    "", "generate", "chat", "answer", "classify", "embed", "rerank", "fill", "train", "search", "serve", "info", "bench",
+)  # fmt: skip
 FOVEATE = [sys.executable, "-m", "foveate"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -244,3 +245,39 @@ def test_decoders_without_a_head_embed(tmp_path, kind, tied):
     if not tied:
         with pytest.raises(ValueError, match="has no language-model head; it is one for foveate.Embedder"):
             foveate.LLM(tmp_path)
+
+
+def test_commands_of_encoders(tmp_path, capsys, monkeypatch):
+    from foveate.cli import main
+
+    save(tmp_path, "BertForMaskedLM")
+    model = ["--model", str(tmp_path)]
+    assert main(["fill", *model, "--text", "ada [MASK] in [MASK]", "--top-k", "2"]) == 0
+    fill = foveate.FillMask(tmp_path)("ada [MASK] in [MASK]", top_k=2)
+    lines = ["\t".join(f"{token['token_str']} {token['score']:.4f}" for token in tokens) for tokens in fill]
+    assert capsys.readouterr().out.splitlines() == lines and len(lines) == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("ada [MASK]\n\na [MASK]\n"))
+    assert main(["fill", *model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["texts"]
+    assert [row["text"] for row in found] == ["ada [MASK]", "a [MASK]"] and len(found[0]["masks"][0]) == 5
+    assert main(["fill", *model, "--text", "ada"]) == 1 and "has no [MASK]" in capsys.readouterr().err
+    assert main(["fill", *model, "--text", "a", "--top-k", "0"]) == 2 and "--top-k 0" in capsys.readouterr().err
+
+    assert main(["embed", *model, "--text", "ada", "--text", "rome"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    torch.testing.assert_close(torch.tensor(rows), foveate.Embedder(tmp_path).encode(["ada", "rome"]))
+    assert main(["embed", *model, "--json", "--prompt", "in ", "--text", "ada"]) == 0
+    row = json.loads(capsys.readouterr().out)["texts"][0]
+    assert row["text"] == "ada" and len(row["embedding"]) == 32
+    (tmp_path / "lines.txt").write_text("ada\n\nrome\n")
+    assert main(["embed", *model, "--file", str(tmp_path / "lines.txt")]) == 2
+    assert "line 2 is empty" in capsys.readouterr().err
+
+    save(tmp_path, "BertForSequenceClassification", num_labels=1)
+    documents = ["paris", "rome in ada", "x"]
+    wanted = foveate.Reranker(tmp_path)("ada", documents)
+    rerank = ["rerank", *model, "--query", "ada", *(part for text in documents for part in ("--text", text))]
+    assert main(rerank) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{entry['score']:.4f}\t{entry['text']}" for entry in wanted]
+    assert main([*rerank, "--json", "--top-k", "1"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"query": "ada", "documents": [pytest.approx(wanted[0])]}

@@ -9,11 +9,25 @@ import sys
 from collections.abc import Sequence
 
 import foveate
-from foveate.cli import answer, bench, chat, classify, generate, info, options, search, serve, train
+from foveate.cli import (
+    answer,
+    bench,
+    chat,
+    classify,
+    embed,
+    fill,
+    generate,
+    info,
+    options,
+    rerank,
+    search,
+    serve,
+    train,
+)
 from foveate.cli.options import UsageError
 from foveate.cli.parser import CommandParser
 
-COMMANDS = (generate, chat, answer, classify, train, search, serve, info, bench)
+COMMANDS = (generate, chat, answer, classify, embed, rerank, fill, train, search, serve, info, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -75,7 +75,7 @@ def loading(name: str) -> Iterator[None]:
 
 
 def add_encoder_option(parser: argparse.ArgumentParser) -> None:
-    """--model of the commands that read texts with BERT."""
+    """--model of the commands that read texts with an encoder."""
     parser.add_argument(
         "--model", required=True, metavar="PATH",
         help="a Hugging Face folder, the name of an installed package that holds one, or a folder with a LoRA adapter",
@@ -89,8 +89,29 @@ def _add_base(group: Any) -> None:
     )
 
 
+def add_text_options(parser: argparse.ArgumentParser, what: str = "a text") -> None:
+    """What `lines_or_texts` reads."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", action="append", type=text, metavar="TEXT", help="may be given several times")
+    source.add_argument(
+        "--file", type=Path, metavar="FILE", help=f"{what} in each line, in UTF-8; an empty line stays one"
+    )
+
+
+def lines_or_texts(args: argparse.Namespace) -> list[str]:
+    """Of --text, of the lines of --file, or of those of the standard input, at least one of which is not empty."""
+    if args.text is not None:
+        return args.text
+    if args.file is None and sys.stdin.isatty():
+        raise UsageError("there is no text; give --text or --file, or pipe lines into the command")
+    texts = read_text(args.file).removesuffix("\n").split("\n")  # splitlines also cuts at U+2028 and form feeds
+    if not any(line.strip() for line in texts):
+        raise UsageError("there is no text: all lines are empty")
+    return texts
+
+
 def encoder(kind: Any, args: argparse.Namespace) -> Any:
-    """kind(args.model), of the commands that read texts with BERT."""
+    """kind(args.model), of the commands that read texts with an encoder."""
     with loading(args.model):
         if args.base is None:
             return kind(args.model)

@@ -1,4 +1,4 @@
-"""BERT: the encoder, and heads for masked-LM, sequence classification and question answering."""
+"""BERT and its kin (encoder_families.py): the encoder, and heads for masked-LM, classification and question answering."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError
+from foveate.models.encoder_families import FAMILIES
 from foveate.models.layers import activation, need, split_heads
 from foveate.models.recompute import feed
 from foveate.models.sequences import PackedSequences, attend, check_positions
+from foveate.ops.attention.relative_bias import RelativeBias
 
 # Constants that old checkpoints store, and parts that a model with another head does not use.
 _IGNORED = re.compile(
-    r"(bert\.)?embeddings\.(position_ids|token_type_ids)|(bert\.)?pooler\..*|(cls|classifier|qa_outputs)\..*"
+    r"(bert\.)?embeddings\.(position_ids|token_type_ids)|(bert\.)?pooler\..*|(cls|classifier|qa_outputs|sop_classifier|"
+    r"discriminator_predictions)\..*"
 )
 
 
@@ -28,8 +31,8 @@ class BertConfig:
     intermediate_size: int
     num_layers: int
     num_heads: int
-    max_positions: int
-    token_types: int = 2
+    max_positions: int  # of a text, the offset not counted
+    token_types: int = 2  # 0: none
     norm_eps: float = 1e-12
     activation: str = "gelu"
     dropout: float = 0.0  # of embeddings and layers, in training mode
@@ -37,9 +40,20 @@ class BertConfig:
     classifier_dropout: float = 0.0
     num_labels: int = 2  # of the sequence classification head
     tied: bool = True  # the masked-LM head is the embedding
+    embedding_size: int = 0  # of the tables of the embedding; 0: hidden_size
+    project_embeddings: bool = False  # ELECTRA, ALBERT: from there to hidden_size
+    pad_id: int | None = None  # RoBERTa, MPNet: positions begin at pad_id + 1, and padding has the position pad_id
+    stored_layers: int = (
+        0  # ALBERT: distinct layers, each used num_layers / stored_layers times in a row; 0: num_layers
+    )
+    relative_buckets: int = 0  # MPNet: T5's bias of relative positions, beside the positions
+    pooled_by: str = "tanh"  # what follows the pooler's linear layer
+    head_activation: str = ""  # of the masked-LM head; "": activation
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> BertConfig:
+        family = FAMILIES[config.get("model_type", "bert")]
+        config = {family.keys.get(key, key): value for key, value in config.items()}
         hidden, heads = need(config, "hidden_size"), need(config, "num_attention_heads")
         if hidden % heads:
             raise CheckpointError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
@@ -51,38 +65,64 @@ class BertConfig:
             )
         dropout = config.get("hidden_dropout_prob", 0.1)
         classifier_dropout = config.get("classifier_dropout")
-        return cls(
-            vocab_size=need(config, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=need(config, "intermediate_size"),
-            num_layers=need(config, "num_hidden_layers"),
-            num_heads=heads,
-            max_positions=need(config, "max_position_embeddings"),
-            token_types=config.get("type_vocab_size", 2),
-            norm_eps=config.get("layer_norm_eps", 1e-12),
-            activation=config.get("hidden_act", "gelu"),
-            dropout=dropout,
-            attention_dropout=config.get("attention_probs_dropout_prob", 0.1),
-            classifier_dropout=dropout if classifier_dropout is None else classifier_dropout,
-            num_labels=len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2),
-            tied=bool(config.get("tie_word_embeddings", True)),
-        )
+        fields: dict[str, Any] = {
+            "vocab_size": need(config, "vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": need(config, "intermediate_size"),
+            "num_layers": need(config, "num_hidden_layers"),
+            "num_heads": heads,
+            "max_positions": need(config, "max_position_embeddings"),
+            "token_types": config.get("type_vocab_size", 2),
+            "norm_eps": config.get("layer_norm_eps", 1e-12),
+            "activation": config.get("hidden_act", "gelu"),
+            "dropout": dropout,
+            "attention_dropout": config.get("attention_probs_dropout_prob", 0.1),
+            "classifier_dropout": dropout if classifier_dropout is None else classifier_dropout,
+            "num_labels": len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2),
+            "tied": bool(config.get("tie_word_embeddings", True)),
+        } | family.knobs(config)
+        if fields.get("pad_id") is not None:
+            fields["max_positions"] -= fields["pad_id"] + 1
+            if fields["max_positions"] < 1:
+                raise CheckpointError(
+                    f"max_position_embeddings={config['max_position_embeddings']} leaves no position after pad_token_id="
+                    f"{fields['pad_id']}, where this {config['model_type']} begins to count; take the config of these weights"
+                )
+        return cls(**fields)
+
+    @property
+    def position_rows(self) -> int:
+        return self.max_positions + (0 if self.pad_id is None else self.pad_id + 1)
 
 
 class BertEmbeddings(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.token_types, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.pad_id = config.pad_id
+        size = config.embedding_size or config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, size)
+        self.position_embeddings = nn.Embedding(config.position_rows, size)
+        self.token_type_embeddings = nn.Embedding(config.token_types, size) if config.token_types else None
+        self.LayerNorm = nn.LayerNorm(size, eps=config.norm_eps)
+        self.projection = nn.Linear(size, config.hidden_size) if config.project_embeddings else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, token_type_ids: Tensor | None, packed: PackedSequences | None) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device) if packed is None else packed.positions
-        types = torch.zeros_like(tokens) if token_type_ids is None else token_type_ids
-        x = self.word_embeddings(tokens) + self.token_type_embeddings(types) + self.position_embeddings(positions)
-        return self.dropout(self.LayerNorm(x))
+        x = self.word_embeddings(tokens) + self.position_embeddings(self._positions(tokens, packed))
+        if self.token_type_embeddings is not None:
+            # a model with one type has not learned to tell the texts of a pair apart by it
+            alone = token_type_ids is None or self.token_type_embeddings.num_embeddings == 1
+            x = x + self.token_type_embeddings(torch.zeros_like(tokens) if alone else token_type_ids)
+        x = self.dropout(self.LayerNorm(x))
+        return x if self.projection is None else self.projection(x)
+
+    def _positions(self, tokens: Tensor, packed: PackedSequences | None) -> Tensor:
+        if packed is not None:
+            return packed.positions if self.pad_id is None else packed.positions + (self.pad_id + 1)
+        if self.pad_id is None:
+            return torch.arange(tokens.shape[1], device=tokens.device)
+        text = tokens != self.pad_id
+        return text.cumsum(1) * text + self.pad_id
 
 
 class BertSelfAttention(nn.Module):
@@ -144,7 +184,10 @@ class Bert(nn.Module):
         self.config = config
         self.tied: dict[str, str] = {}
         self.embeddings = BertEmbeddings(config)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(config) for _ in range(config.num_layers))})
+        layers = config.stored_layers or config.num_layers
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(config) for _ in range(layers))})
+        if config.relative_buckets:
+            self.encoder["relative_attention_bias"] = nn.Embedding(config.relative_buckets, config.num_heads)
         self.pooler: nn.ModuleDict | None = None
         if pooler:
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
@@ -164,23 +207,34 @@ class Bert(nn.Module):
         [1, total] are several sequences without padding, which is fastest.
         """
         check_positions(tokens, packed, self.config.max_positions, "; cut the text into windows")
-        padding = {} if kv_lens is None else {"kv_lens": kv_lens}
+        options: dict[str, Any] = {} if kv_lens is None else {"kv_lens": kv_lens}
         if attention_mask is not None:
-            padding["mask"] = attention_mask.bool()[:, None, None, :]
-        if padding and packed is not None:
+            options["mask"] = attention_mask.bool()[:, None, None, :]
+        if options and packed is not None:
             raise ValueError("packed sequences have no padding; leave attention_mask and kv_lens away")
+        encoder: Any = self.encoder
+        if self.config.relative_buckets:
+            if (
+                kv_lens is not None
+            ):  # a relative bias counts from the last key that there is, not from the last of the row
+                keys = torch.arange(tokens.shape[1], device=tokens.device)
+                options = {"mask": (keys < kv_lens[:, None])[:, None, None, :] & options.get("mask", True)}
+            options["relative_bias"] = RelativeBias(encoder["relative_attention_bias"].weight)
         x = self.embeddings(tokens, token_type_ids, packed)
-        layers: Any = self.encoder["layer"]
-        for layer in layers:
-            x = layer(x, packed, **padding)
+        layers = encoder["layer"]
+        for i in range(self.config.num_layers):
+            x = layers[i * len(layers) // self.config.num_layers](x, packed, **options)
         return x
 
     def pool(self, hidden: Tensor, packed: PackedSequences | None = None) -> Tensor:
-        """tanh(dense(hidden at the first token)): [B, S, hidden] -> [B, hidden], B being the sequences if they are packed."""
+        """activation(dense(hidden at the first token)): [B, S, hidden] -> [B, hidden], B being the sequences if they are packed.
+
+        activation: tanh, but what the classification heads of ELECTRA (gelu) and DistilBERT (relu) have.
+        """
         if self.pooler is None:
             raise ValueError("this checkpoint has no pooler; average the hidden states instead")
         first = hidden[:, 0] if packed is None else hidden[0, packed.starts]
-        return torch.tanh(self.pooler["dense"](first))
+        return activation(self.config.pooled_by)(self.pooler["dense"](first))
 
 
 class BertWithHead(nn.Module):
@@ -200,16 +254,17 @@ class BertForMaskedLM(BertWithHead):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         hidden, vocab = config.hidden_size, config.vocab_size
-        transform = {"dense": nn.Linear(hidden, hidden), "LayerNorm": nn.LayerNorm(hidden, eps=config.norm_eps)}
+        size = config.embedding_size or hidden
+        transform = {"dense": nn.Linear(hidden, size), "LayerNorm": nn.LayerNorm(size, eps=config.norm_eps)}
         self.cls = nn.ModuleDict({
-            "predictions": nn.ModuleDict({"transform": nn.ModuleDict(transform), "decoder": nn.Linear(hidden, vocab)})
+            "predictions": nn.ModuleDict({"transform": nn.ModuleDict(transform), "decoder": nn.Linear(size, vocab)})
         })  # fmt: skip
         # Stored twice, the second time as the bias of the decoder.
         self.cls["predictions"].bias = nn.Parameter(torch.zeros(vocab))
         self.tied = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
         if config.tied:
             self.tied["cls.predictions.decoder.weight"] = "bert.embeddings.word_embeddings.weight"
-        self.activation = activation(config.activation)
+        self.activation = activation(config.head_activation or config.activation)
 
     def forward(self, tokens: Tensor, *args: Tensor | None, **options: Any) -> Tensor:
         """As Bert's; returns logits [B, S, vocab]."""
@@ -270,10 +325,12 @@ HEADS: dict[str, type[nn.Module]] = {
     "token-classification": BertForTokenClassification,
     "question-answering": BertForQuestionAnswering,
 }
-# What `architectures` of a config.json may name. Pre-training has the masked-LM head and one for next sentences, which nothing uses.
-ARCHITECTURES: dict[str, type[nn.Module]] = {
-    "BertModel": Bert,
-    "BertForPreTraining": BertForMaskedLM,
-    **{cls.__name__: cls for name, cls in HEADS.items() if name != "encoder"},
-}
-CLASSIFIERS = ("BertForSequenceClassification", "BertForTokenClassification", "BertForMultipleChoice")
+_PRETRAINED: dict[str, type[nn.Module]] = {"bert": BertForMaskedLM, "albert": BertForMaskedLM}
+
+
+def named_heads(model_type: str) -> dict[str, type[nn.Module]]:
+    """What `architectures` of a config.json of this family may name. Pre-training has the masked-LM head and one that nothing uses."""
+    classes = FAMILIES[model_type].classes
+    known = {f"{classes}{kind.__name__.removeprefix('Bert')}": kind for kind in HEADS.values() if kind is not Bert}
+    pretrained = {f"{classes}ForPreTraining": _PRETRAINED[model_type]} if model_type in _PRETRAINED else {}
+    return {f"{classes}Model": Bert, **pretrained, **known}

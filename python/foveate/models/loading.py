@@ -19,6 +19,7 @@ from foveate.models import bert, llama
 from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
 from foveate.models.checkpoint.open import open_checkpoint
 from foveate.models.checkpoint.reading import check_layers, read_config
+from foveate.models.checkpoint.renamed import RenamedWeights
 from foveate.models.layers import PackedEmbedding
 from foveate.models.registry import Architecture, architecture_of
 from foveate.nn import PackedLinear
@@ -39,7 +40,7 @@ def model_class(config: dict[str, Any], head: str | None = None, new_head: bool 
     if architecture.heads:
         return _class_with_head(architecture, config, head, new_head)
     if head is not None:
-        raise ValueError(f"head={head!r} is for BERT; {config['model_type']} has one head only")
+        raise ValueError(f"head={head!r} is for encoders such as BERT; {config['model_type']} has one head only")
     return architecture.model
 
 
@@ -65,10 +66,17 @@ def _class_with_head(
     return kind
 
 
+# These heads call their weights alike, whose shapes may be equal too: only the config tells them apart.
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")
+
+
 def _has_another_classifier(config: dict[str, Any], kind: type[nn.Module]) -> bool:
-    """The heads of bert.CLASSIFIERS call their weights alike and may have equal shapes: only the config tells them apart."""
-    names = [name for name in (config.get("architectures") or ())[:1] if name in bert.CLASSIFIERS]
-    return bool(names) and kind.__name__ in bert.CLASSIFIERS and kind.__name__ != names[0]
+    names = [name for name in (config.get("architectures") or ())[:1] if name.endswith(_CLASSIFIERS)]
+    return (
+        bool(names)
+        and kind.__name__.endswith(_CLASSIFIERS)
+        and not names[0].endswith(kind.__name__.removeprefix("Bert"))
+    )
 
 
 class _WithoutClassifier:
@@ -160,7 +168,9 @@ def load_model(
         )
     kind: Any = model_class(checkpoint.config, head, new_head)
     config = read_config(kind, checkpoint.config, checkpoint.path)
-    weights = checkpoint.weights()
+    weights: Weights = checkpoint.weights()
+    if names := architecture_of(checkpoint.config).names:
+        weights = RenamedWeights(weights, names, str(checkpoint.path))
     check_layers(config, weights.names(), checkpoint.path)
     with torch.device("meta"):
         model = kind(config)
@@ -212,7 +222,7 @@ def _fill(
             value = value.t().contiguous()
         if tuple(value.shape) != shapes[name]:
             raise CheckpointError(
-                f"{stored} in {where} has shape {list(value.shape)}, the config asks for {list(shapes[name])}"
+                f"{_stored_name(weights, stored)} in {where} has shape {list(value.shape)}, the config asks for {list(shapes[name])}"
             )
         if isinstance(value, Blocks):
             module = model.get_submodule(name.removesuffix(".weight"))
@@ -227,6 +237,10 @@ def _fill(
         wide = dtype is torch.float16 and _fits(getattr(model, "fp32_beside_fp16", None), name)
         _set_parameter(model, name, value.to(device=device, dtype=torch.float32 if wide else dtype))
     tie_weights(model)
+
+
+def _stored_name(weights: Weights, name: str) -> str:
+    return weights.stored_name(name) if isinstance(weights, RenamedWeights) else name
 
 
 def _say_what_was_expanded(weights: Weights, dtype: torch.dtype, where: str) -> None:
@@ -289,8 +303,9 @@ def _match(model: Any, weights: Weights, where: str) -> dict[str, str]:
         cure = "; load_model(..., new_head=True) draws a new head to be fine-tuned" if head else ""
         raise CheckpointError(f"{where} lacks {_list(missing)}, which {type(model).__name__} needs by the config{cure}")
     if unexpected:
+        unknown = _list([_stored_name(weights, name) for name in unexpected])
         raise CheckpointError(
-            f"{where} has {_list(unexpected)}, which {type(model).__name__} does not know by the config: "
+            f"{where} has {unknown}, which {type(model).__name__} does not know by the config: "
             "another architecture, or a config that does not belong to these weights"
         )
     return sources

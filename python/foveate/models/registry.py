@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from foveate.files.checked import CheckpointError
-from foveate.models import bert, gpt2, llama, t5
+from foveate.models import bert, encoder_families, gpt2, llama, t5
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Architecture:
 
     layer: the module that is recomputed by gradient checkpointing and whose linear layers LoRA adapts. objectives: of training.
     dropouts: keys of config.json. suited: what of foveate uses such a model, for errors. heads: by the names that `load_model` takes,
-    and named_heads by those of a config's `architectures`; {} for a family with one head only.
+    and named_heads by those of a config's `architectures`; {} for a family with one head only. names: what stored names become, see
+    `RenamedWeights`.
     """
 
     exported_as: Mapping[str, str]
@@ -38,11 +39,29 @@ class Architecture:
     tied_by_default: bool = False
     heads: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     named_heads: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    names: tuple[tuple[str, str], ...] = ()
 
     def transformers_name(self, model: nn.Module, model_type: str) -> str:
         """What `architectures` of the config.json of an exported model says."""
         name = type(model).__name__
         return name if name in self.named_heads else self.exported_as[model_type]
+
+
+def _encoder(model_type: str) -> Architecture:
+    family = encoder_families.FAMILIES[model_type]
+    trained = model_type == "bert"  # exports have BERT's names
+    return Architecture(
+        {model_type: f"{family.classes}Model"},
+        bert.Bert,
+        bert.BertLayer,
+        ("masked-lm", "question-answering", "sequence-classification") if trained else (),
+        "foveate.QuestionAnswerer",
+        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        continues_text=False,
+        heads=bert.HEADS,
+        named_heads=bert.named_heads(model_type),
+        names=family.names,
+    )
 
 
 ARCHITECTURES = (
@@ -62,17 +81,7 @@ ARCHITECTURES = (
         dropouts=("embd_pdrop", "resid_pdrop", "attn_pdrop"),
         tied_by_default=True,
     ),
-    Architecture(
-        {"bert": "BertModel"},
-        bert.Bert,
-        bert.BertLayer,
-        ("masked-lm", "question-answering", "sequence-classification"),
-        "foveate.QuestionAnswerer",
-        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
-        continues_text=False,
-        heads=bert.HEADS,
-        named_heads=bert.ARCHITECTURES,
-    ),
+    *(_encoder(model_type) for model_type in encoder_families.FAMILIES),
     Architecture(
         {"t5": "T5ForConditionalGeneration"},
         t5.T5,

@@ -1,4 +1,4 @@
-"""FillMask: what stands at a hidden token with BERT, as transformers' pipeline("fill-mask") finds it."""
+"""FillMask: what stands at a hidden token with BERT and its kin, as transformers' pipeline("fill-mask") finds it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ class FillMask:
         """options: device, dtype, quantization and progress, see `load_model`."""
         loaded = load_encoder(path_or_model, tokenizer, task="filling masks", head="masked-lm", **options)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.mask_token = self.tokenizer.special.get("mask_token", "[MASK]")
-        mask = self.tokenizer.backend.token_to_id(self.mask_token)
+        known = self.tokenizer.backend.token_to_id
+        usual = next((token for token in ("[MASK]", "<mask>") if known(token) is not None), "[MASK]")
+        self.mask_token = self.tokenizer.special.get("mask_token", usual)
+        mask = known(self.mask_token)
         if mask is None:
             raise ValueError(f"the tokenizer has no token {self.mask_token!r}; a masked language model needs one")
         self._mask = mask

@@ -25,7 +25,7 @@ def read_config(kind: Any, config: dict[str, Any], where: Any = "the config") ->
 def check_layers(config: Any, stored: Iterable[str], where: Any) -> None:
     """CheckpointError for a config of more layers than the weights have: a number in a header must not be built before it is true."""
     found = {int(match[1]) for name in stored if (match := _LAYER.fullmatch(name))}
-    for layers in (config.num_layers, getattr(config, "num_decoder_layers", 0)):
+    for layers in (getattr(config, "stored_layers", 0) or config.num_layers, getattr(config, "num_decoder_layers", 0)):
         if layers > len(found):
             raise CheckpointError(
                 f"{where} lacks layers: the config says {layers}, and there are weights of {len(found)}; download it again, or take the "

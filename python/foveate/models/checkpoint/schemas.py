@@ -55,6 +55,9 @@ CONFIG: dict[str, Rule] = ANY_CONFIG | {
     "attention_probs_dropout_prob": _SHARE, "classifier_dropout": _SHARE, "dropout_rate": _SHARE,
     "type_vocab_size": integer(1, 2**16), "num_labels": integer(1, 2**20), "id2label": mapping(), "label2id": mapping(),
     "problem_type": text(), "position_embedding_type": text(),
+    "dim": _SIZE, "hidden_dim": _SIZE, "n_layers": _LAYERS, "n_heads": _HEADS, "activation": text(), "embedding_size": _SIZE,
+    "num_hidden_groups": _LAYERS, "inner_group_num": _LAYERS, "dropout": _SHARE, "seq_classif_dropout": _SHARE, "qa_dropout": _SHARE,
+    "classifier_dropout_prob": _SHARE,
     "relative_attention_num_buckets": integer(2, 2**16), "relative_attention_max_distance": integer(2, 2**31 - 1),
 }  # fmt: skip
 
