@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
 
 import pytest
 
@@ -135,10 +134,12 @@ def test_bodies_that_are_too_large(folder):
         assert running.error(413, prompt="x" * 3000)["code"] == "body_too_large"
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         # declared, and nothing of it sent: refused at once
-        assert b" 413 " in serve_toys.raw(running.url, head + b"content-length: 99999999999\r\n\r\n", 0.3)
+        assert b" 413 " in serve_toys.raw(running.url, head + b"content-length: 99999999999\r\n\r\n", b" 413 ")
         # in chunks, without a declaration
         chunk = b"400\r\n" + b" " * 0x400 + b"\r\n"
-        assert b" 413 " in serve_toys.raw(running.url, head + b"transfer-encoding: chunked\r\n\r\n" + chunk * 3, 0.3)
+        assert b" 413 " in serve_toys.raw(
+            running.url, head + b"transfer-encoding: chunked\r\n\r\n" + chunk * 3, b" 413 "
+        )
         assert running.text(prompt="x", max_tokens=1, ignore_eos=True, seed=1)
 
 
@@ -147,9 +148,7 @@ def test_a_body_that_does_not_come(folder):
         head = (
             b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"
         )
-        began = time.monotonic()
-        assert b" 408 " in serve_toys.raw(running.url, head, 0.8)
-        assert time.monotonic() - began < 5
+        assert b" 408 " in serve_toys.raw(running.url, head, b" 408 ")
 
 
 def test_request_ids(toy):

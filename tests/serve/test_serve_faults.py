@@ -17,16 +17,9 @@ LONG = {"prompt": "the quick brown fox", "max_tokens": 200, "ignore_eos": True, 
 
 
 @pytest.fixture
-def slow(folder):
-    """A server whose steps take 20 ms, so that there is time to leave in the middle; prompts go in chunks of 8 tokens."""
+def toy(folder):
+    """Two samples at once, prompts in chunks of 8 tokens."""
     with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder, max_prefill_tokens=8, max_batch=2)}) as running:
-        step = running.engine.step
-
-        def slowly():
-            time.sleep(0.02)
-            return step()
-
-        running.engine.step = slowly
         yield running
 
 
@@ -40,40 +33,50 @@ def connect(running, body: dict) -> socket.socket:
     return connection
 
 
+def _generated(sample) -> int:
+    return len(sample.tokens) - sample.prompt_length
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("phase", ["prefill", "decode", "queued"])
-def test_a_client_that_leaves_frees_its_pages(slow, phase, stream):
+def test_a_client_that_leaves_frees_its_pages(toy, phase, stream):
     """Within one step, in any phase; the one that goes on is not touched."""
-    expected = slow.text(prompt="over the lazy", max_tokens=30, temperature=0, ignore_eos=True)
+    going_on = {"prompt": "over the lazy", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+    expected = toy.text(**going_on)
+    scheduler, steps = toy.engine.scheduler, serve_toys.Steps(toy)
+    reached = {
+        "prefill": lambda: len(scheduler.running) == 2 and 0 < scheduler.running[-1].cached < 200,
+        "decode": lambda: len(scheduler.running) == 2 and _generated(scheduler.running[-1]) > 3,
+        "queued": lambda: len(scheduler.waiting) == 1,
+    }[phase]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        other = pool.submit(slow.text, prompt="over the lazy", max_tokens=30, temperature=0, ignore_eos=True)
-        slow.wait(lambda: len(slow.engine.scheduler.running) == 1)
+        steps.hold_when(lambda: len(scheduler.running) == 1)
+        other = pool.submit(toy.text, **going_on)
+        steps.wait_held()
         if phase == "queued":
-            holder = connect(slow, LONG)
-            slow.wait(lambda: len(slow.engine.scheduler.running) == 2)
+            holder = connect(toy, LONG)
+            steps.wait_inbox()
+            steps.hold_when(lambda: len(scheduler.running) == 2)
+            steps.wait_held()
         prompt = toys.prompts(1, 200, 200)[0] if phase == "prefill" else LONG["prompt"]
-        leaver = connect(slow, LONG | {"prompt": prompt, "stream": stream, "max_tokens": 40})
-        scheduler = slow.engine.scheduler
-        if phase == "queued":
-            slow.wait(lambda: len(scheduler.waiting) == 1)
-        else:
-            slow.wait(lambda: len(scheduler.running) == 2)
+        leaver = connect(toy, LONG | {"prompt": prompt, "stream": stream, "max_tokens": 40})
+        steps.wait_inbox()
+        steps.hold_when(reached)
+        steps.wait_held()
         sample = (scheduler.waiting if phase == "queued" else scheduler.running)[-1]
-        if phase == "prefill":
-            slow.wait(lambda: 0 < sample.cached < 200)
-        elif phase == "decode":
-            slow.wait(lambda: len(sample.tokens) - sample.prompt_length > 3)
-        before = slow.engine.stats.steps
+        before = toy.engine.stats.steps
         leaver.close()
-        slow.wait(lambda: sample not in scheduler.running and sample not in scheduler.waiting)
-        assert slow.engine.stats.steps - before <= 4  # the system needs a moment to tell that a socket has closed
+        steps.wait_inbox()  # the server has seen it
+        steps.hold_when(lambda: sample not in scheduler.running and sample not in scheduler.waiting)
+        steps.wait_held()
+        assert toy.engine.stats.steps - before == 1  # the step in which it was held
+        steps.run()
         if phase == "queued":
             holder.close()
-        assert other.result(20) == expected
-    slow.wait(slow.idle)
-    assert slow.metric("vllm:request_success_total", model_name="toy", finished_reason="abort") == 1 + (
-        phase == "queued"
-    )
+        assert other.result(60) == expected
+    toy.wait(toy.idle)
+    aborts = 1 + (phase == "queued")
+    toy.wait(lambda: toy.metric("vllm:request_success_total", model_name="toy", finished_reason="abort") == aborts)
 
 
 def test_a_reader_that_takes_nothing_is_let_go(folder):
@@ -88,9 +91,9 @@ def test_a_reader_that_takes_nothing_is_let_go(folder):
             data = json.dumps(LONG | {"stream": True, "n": 16, "logprobs": 20, "max_tokens": 150}).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
             reader.sendall(head.encode() + data)
-            running.wait(lambda: running.state.in_flight == 1)
-            running.wait(lambda: running.state.in_flight == 0, 20)
-            assert running.metric("vllm:request_success_total", model_name="toy", finished_reason="abort") == 1
+            aborted = {"model_name": "toy", "finished_reason": "abort"}
+            running.wait(lambda: running.metric("vllm:request_success_total", **aborted) == 1, 60)
+            running.wait(lambda: running.state.in_flight == 0)
         running.wait(running.idle)
         assert running.text(prompt="x", max_tokens=1, ignore_eos=True, seed=1)
 
@@ -191,32 +194,52 @@ def test_a_flood_is_turned_away_and_the_accepted_finish(folder):
         assert running.state.admission(running.state.models["toy"]).samples == 0
 
 
-def test_prompt_tokens_that_wait_are_bounded(slow):
-    slow.state.admission(slow.state.models["toy"]).max_queue_tokens = 250
+def test_prompt_tokens_that_wait_are_bounded(toy):
+    toy.state.admission(toy.state.models["toy"]).max_queue_tokens = 250
     prompts = toys.prompts(4, 200, 200)
-    leavers = [connect(slow, LONG | {"prompt": prompts[0], "max_tokens": 2})]
-    slow.wait(lambda: slow.engine.has_work)
-    assert "prompts of 200 tokens wait" in slow.error(429, prompt=prompts[1], max_tokens=2)["message"]
-    for leaver in leavers:
-        leaver.close()
-    slow.wait(slow.idle)
-    assert slow.post("/v1/completions", prompt=prompts[1], max_tokens=2).status_code == 200
+    steps = serve_toys.Steps(toy)
+    steps.hold_when(lambda: True)
+    leaver = connect(toy, LONG | {"prompt": prompts[0], "max_tokens": 2})
+    steps.wait_held()
+    assert "prompts of 200 tokens wait" in toy.error(429, prompt=prompts[1], max_tokens=2)["message"]
+    leaver.close()
+    steps.wait_inbox()
+    steps.run()
+    toy.wait(toy.idle)
+    toy.wait(lambda: toy.post("/v1/completions", prompt=prompts[1], max_tokens=2).status_code == 200)
 
 
-def test_an_answer_that_takes_too_long(slow):
-    object.__setattr__(slow.state.settings, "request_timeout", 0.3)
-    found = slow.post("/v1/completions", **LONG)
+def test_an_answer_that_takes_too_long(toy):
+    object.__setattr__(toy.state.settings, "request_timeout", 0.5)
+    running, steps = toy.engine.scheduler.running, serve_toys.Steps(toy)
+
+    def halfway() -> bool:
+        return bool(running) and _generated(running[0]) > 3
+
+    steps.hold_when(halfway)
+    found = toy.post("/v1/completions", **LONG)
     assert found.status_code == 408 and found.headers["x-should-retry"] == "false"
-    events = slow.events("/v1/completions", **LONG)
+    steps.wait_inbox()  # the abort
+    steps.run()
+    toy.wait(toy.idle)
+    steps.hold_when(halfway)
+    events = toy.events("/v1/completions", **LONG)
     assert events[-1]["error"]["code"] == "request_timeout" and len(events) > 1
-    slow.wait(slow.idle)
+    steps.wait_inbox()
+    steps.run()
+    toy.wait(toy.idle)
 
 
-def test_silence_is_filled_with_comments(slow):
-    object.__setattr__(slow.state.settings, "keep_alive", 0.05)
-    prompt = toys.prompts(1, 200, 200)[0]  # 25 chunks of 20 ms before the first token
-    asked = LONG | {"prompt": prompt, "stream": True, "max_tokens": 3}
-    with slow.client.stream("POST", slow.url + "/v1/completions", json=asked) as response:
-        lines = list(response.iter_lines())
+def test_silence_is_filled_with_comments(toy):
+    object.__setattr__(toy.state.settings, "keep_alive", 0.05)
+    steps = serve_toys.Steps(toy)
+    steps.hold_when(lambda: True)
+    asked = LONG | {"prompt": toys.prompts(1, 200, 200)[0], "stream": True, "max_tokens": 3}
+    with toy.client.stream("POST", toy.url + "/v1/completions", json=asked) as response:
+        lines = []
+        for line in response.iter_lines():
+            lines.append(line)
+            if lines.count(": keep-alive") == 2:
+                steps.run()
     first = next(i for i, line in enumerate(lines) if line.startswith("data: "))
     assert [line for line in lines[:first] if line][:2] == [": keep-alive"] * 2 and lines[-2] == "data: [DONE]"

@@ -210,6 +210,6 @@ def test_bytes_that_are_no_http(toy):
         b"GET / HTTP/9.9\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\ncontent-length: -5\r\n\r\n",
     ):
-        answer = serve_toys.raw(toy.url, data, 0.3)
+        answer = serve_toys.raw(toy.url, data, wait=0.3)
         assert not answer or answer.startswith(b"HTTP/1.1 4"), answer
     assert toy.text(**GOOD)

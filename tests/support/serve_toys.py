@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,40 @@ class Running:
         return True
 
 
+class Steps:
+    """Holds the engine between two steps, so that a test decides in which phase something happens, however slow the machine is."""
+
+    def __init__(self, running: Running) -> None:
+        self._running, self._step = running, running.engine.step
+        self._condition: Callable[[], bool] = lambda: False
+        self._held, self._go = threading.Event(), threading.Event()
+        running.engine.step = self._when_let
+
+    def _when_let(self) -> Any:
+        if self._condition():
+            self._held.set()
+            assert self._go.wait(60), "the test did not let the engine go on"
+            self._go.clear()
+        return self._step()
+
+    def hold_when(self, condition: Callable[[], bool]) -> None:
+        """The engine stops before the first step at whose start this holds; if it is held now, it goes on."""
+        self._condition = condition
+        if self._held.is_set():
+            self._held.clear()
+            self._go.set()
+
+    def wait_held(self) -> None:
+        assert self._held.wait(60), "the engine did not come to where it is to be held"
+
+    def run(self) -> None:
+        self.hold_when(lambda: False)
+
+    def wait_inbox(self) -> None:
+        """Until a request or an abort waits for the step to end."""
+        self._running.wait(lambda: self._running.worker._inbox, 60)
+
+
 def make_llm(folder: Path, **options: Any) -> foveate.LLM:
     return foveate.LLM(folder, **(LLM_OPTIONS | options))
 
@@ -124,13 +158,13 @@ def serving(loaders: dict[str, Any], *, ready: bool = True, **settings: Any) -> 
         state.stop()
 
 
-def raw(url: str, data: bytes, wait: float = 5.0) -> bytes:
-    """What the server answers to these bytes, until it closes or `wait` seconds are silent."""
+def raw(url: str, data: bytes, until: bytes | None = None, wait: float = 30.0) -> bytes:
+    """What the server answers to these bytes, until it closes, `until` has come or `wait` seconds are silent."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=wait) as connection:
         connection.sendall(data)
-        parts = []
+        answer = b""
         with contextlib.suppress(TimeoutError, ConnectionError):
-            while part := connection.recv(65536):
-                parts.append(part)
-        return b"".join(parts)
+            while (until is None or until not in answer) and (part := connection.recv(65536)):
+                answer += part
+        return answer
