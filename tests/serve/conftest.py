@@ -45,3 +45,17 @@ def toy(folder):
 
     with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def tooled(folder):
+    """One whose chat template takes tools."""
+    import serve_toys
+
+    def load():
+        llm = serve_toys.make_llm(folder, num_pages=128)
+        llm.tokenizer.chat_template = serve_toys.TOOL_TEMPLATE
+        return llm
+
+    with serve_toys.serving({"toy": load}) as running:
+        yield running

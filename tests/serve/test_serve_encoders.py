@@ -1,4 +1,4 @@
-"""/v1/embeddings and /v1/rerank, by the pipelines of the checkpoints, which the server finds by itself."""
+"""The routes to encoders and encoder-decoders, by the pipelines of the checkpoints, which the server finds by itself."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    from pipeline_toys import make_text2text
     from pipeline_toys import save_encoder as save
 
-    made = {name: tmp_path_factory.mktemp(name) for name in ("embed", "rank")}
+    made = {name: tmp_path_factory.mktemp(name) for name in ("embed", "rank", "sort", "answer", "write")}
     save(made["embed"], "BertModel")
     save(made["rank"], "BertForSequenceClassification", num_labels=1)
+    save(made["sort"], "BertForSequenceClassification", id2label={0: "good", 1: "bad", 2: "neither"})
+    save(made["answer"], "BertForQuestionAnswering")
+    make_text2text(made["write"])
     return made
 
 
@@ -63,6 +67,47 @@ def test_rerank(encoders, folders, path):
         "results"
     ]
     assert len(best) == 1 and set(best[0]) == {"index", "relevance_score"}
+
+
+def test_score(encoders, folders):
+    """A cross-encoder's is the reranker's, an embedder's the cosine."""
+    documents = ["paris", "rome in ada"]
+    expected = {row["index"]: row["score"] for row in foveate.Reranker(folders["rank"])("ada", documents)}
+    found = encoders.post("/v1/score", model="rank", text_1="ada", text_2=documents).json()
+    assert [row["score"] for row in found["data"]] == pytest.approx([expected[0], expected[1]], abs=1e-6)
+    assert found["usage"]["total_tokens"] > 0 and found["object"] == "list"
+    alike = encoders.post("/v1/score", model="embed", text_1=["paris", "x"], text_2=["paris", "rome"]).json()["data"]
+    assert alike[0]["score"] == pytest.approx(1, abs=1e-5) and alike[1]["score"] < 0.999
+    assert encoders.error(400, "/v1/score", model="rank", text_1=["a", "b"], text_2=["c"])["param"] == "text_1"
+
+
+def test_classify(encoders, folders):
+    texts = ["ada lives", "in rome"]
+    expected = foveate.TextClassifier(folders["sort"])(texts, top_k=3)
+    found = encoders.post("/v1/classify", model="sort", input=texts).json()["data"]
+    for row, best in zip(found, expected):
+        assert row["label"] == best[0]["label"] and row["num_classes"] == 3
+        assert max(row["probs"]) == pytest.approx(best[0]["score"], abs=1e-6) and sum(row["probs"]) == pytest.approx(1)
+
+
+def test_answers(encoders, folders):
+    question, context = "who lives", "ada lives in rome, bob in paris."
+    expected = foveate.QuestionAnswerer(folders["answer"])(question, context, top_k=2)
+    found = encoders.post("/v1/answers", model="answer", question=question, context=context, top_k=2).json()["data"]
+    assert [(row["answer"], row["start"]) for row in found] == [(row["answer"], row["start"]) for row in expected]
+    assert [row["score"] for row in found] == pytest.approx([row["score"] for row in expected], abs=1e-6)
+    assert all(context[row["start"] : row["end"]] == row["answer"] for row in found)
+    assert encoders.error(400, "/v1/answers", model="answer", question="", context=context)
+
+
+def test_text2text(encoders, folders):
+    texts = ["w5 w9 w3", "w20 w4"]
+    expected = foveate.Text2Text(folders["write"])(texts, max_new_tokens=6, num_beams=2, num_return_sequences=2)
+    asked = {"model": "write", "input": texts, "max_new_tokens": 6, "num_beams": 2, "num_return_sequences": 2}
+    found = encoders.post("/v1/text2text", **asked).json()
+    assert [row["texts"] for row in found["data"]] == expected and found["usage"]["completion_tokens"] > 0
+    assert encoders.error(400, "/v1/text2text", **(asked | {"num_beams": 0}))["param"] is None
+    assert "64" in encoders.error(400, "/v1/text2text", **(asked | {"num_beams": 64}))["message"]
 
 
 def test_the_wrong_kind_is_named(encoders):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 
 import pytest
 
@@ -76,12 +77,33 @@ def test_errors_are_its_classes(client):
 
 
 def test_a_stream_that_is_closed(client, toy):
-    stream = client.completions.create(
-        model="toy", prompt="x", max_tokens=200, seed=1, stream=True, extra_body={"ignore_eos": True}
-    )
-    next(iter(stream))
-    stream.close()
+    """The request is aborted, not generated to its end: the engine stands still until the server has noticed."""
+    noticed = threading.Event()
+    step, steps = toy.engine.step, []
+
+    def waiting():
+        steps.append(1)
+        assert len(steps) <= 5 or noticed.wait(60)
+        return step()
+
+    def aborted():
+        return toy.metric("vllm:request_success_total", model_name="toy", finished_reason="abort")
+
+    before, generated = aborted(), toy.metric("vllm:generation_tokens_total", model_name="toy")
+    toy.engine.step = waiting
+    try:
+        stream = client.completions.create(
+            model="toy", prompt="x", max_tokens=200, seed=1, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        stream.close()
+        toy.wait(lambda: toy.state.in_flight == 0, 60)
+    finally:
+        noticed.set()
+        toy.engine.step = step
     toy.wait(toy.idle)
+    assert aborted() == before + 1
+    assert toy.metric("vllm:generation_tokens_total", model_name="toy") - generated < 200
 
 
 def test_a_wrong_key(folder):

@@ -16,6 +16,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
+import foveate
+import serve_toys
+
 
 def free_port() -> int:
     with socket.socket() as found:
@@ -104,28 +107,30 @@ def test_sigterm_lets_a_stream_finish(folder):
 
 
 def test_a_second_signal_ends_at_once(folder):
-    with process(folder, "--drain-timeout", "600") as (started, url), unfinished(url):
-        started.send_signal(signal.SIGTERM)
-        wait_draining(url)
-        assert started.poll() is None
-        started.send_signal(signal.SIGTERM)
-        started.wait(60)
+    """Also while a request runs: here one of whose body a part never comes."""
+    with (
+        serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}, drain_timeout=600) as running,
+        unfinished(running.url),
+    ):
+        running.server.handle_exit(signal.SIGTERM, None)
+        wait_draining(running.url)
+        assert not running.server.should_exit
+        running.server.handle_exit(signal.SIGTERM, None)
+        running.thread.join(60)
+        assert not running.thread.is_alive()
 
 
-def test_a_model_that_is_not_there(tmp_path):
-    arguments = ["serve", "--model", str(tmp_path / "nowhere"), "--port", str(free_port())]
-    done = subprocess.run([sys.executable, "-m", "foveate", *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "nowhere" in done.stderr.splitlines()[-1]
-
-
-def test_what_cannot_be_served(folder, tmp_path, capsys):
+def test_what_cannot_be_served(folder, tmp_path, capsys, monkeypatch):
     from foveate.cli import main
+
+    monkeypatch.setattr("foveate.serve.server.set_up_logs", lambda: None)  # they would write to what capsys closes
 
     def run(*arguments: str, status: int) -> str:
         assert main(["serve", *arguments]) == status
         return capsys.readouterr().err
 
     assert "open to other machines" in run("--model", str(folder), "--host", "0.0.0.0", status=2)
+    assert "nowhere" in run("--model", str(tmp_path / "nowhere"), "--port", "0", status=1).splitlines()[-1]
     assert "two models are called" in run("--model", "a=x", "--model", "a=y", status=2)
     (tmp_path / "golden").write_text("{\n")
     assert "line 1" in run("--model", str(folder), "--canary", str(tmp_path / "golden"), status=1)
@@ -145,12 +150,33 @@ def test_a_missing_package_is_named(name, monkeypatch, capsys):
     assert 'pip install "foveate[serve]"' in capsys.readouterr().err
 
 
-def test_the_benchmark_counts_every_token(folder, capsys):
+def test_the_benchmark_counts_every_token(folder, llm, capsys, monkeypatch):
+    """With servers in threads in place of processes, which take seconds to start."""
     path = Path(__file__).parents[2] / "benchmarks" / "serve.py"
     spec = importlib.util.spec_from_file_location("serve_benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
+    asked: list[int] = []
+
+    class Started(contextlib.ExitStack):
+        terminate, wait = contextlib.ExitStack.close, lambda self: None
+
+    def start_server(args, port):
+        started = Started()
+        running = started.enter_context(
+            serve_toys.serving({"bench": lambda: serve_toys.make_llm(folder)}, port=port, log_requests=False)
+        )
+        started.callback(lambda: asked.append(running.metric("vllm:generation_tokens_total", model_name="bench")))
+        return started
+
+    def in_process(args, given):
+        outputs = llm.generate(given, foveate.SamplingParams(max_tokens=args.tokens, ignore_eos=True, temperature=0))
+        return sum(len(output.outputs[0].token_ids) for output in outputs) / 0.5
+
+    monkeypatch.setattr(benchmark, "start_server", start_server)
+    monkeypatch.setattr(benchmark, "in_process", in_process)
     quick = ["--streams", "2", "--prompt", "5", "--tokens", "6", "--rounds", "1", "--threads", "1"]
     assert benchmark.main(["--model", str(folder), *quick]) == 0
     row = json.loads(capsys.readouterr().out)
+    assert asked == [18]  # two streams, and one before them
     assert row["streams"] == 2 and row["http_tokens_per_s"] > 0 and row["first_ms_p50"] <= row["first_ms_p99"]

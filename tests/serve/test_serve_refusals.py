@@ -45,7 +45,7 @@ GOOD = {"prompt": "x", "max_tokens": 2, "seed": 1, "ignore_eos": True}
         ({"best_of": 1, "n": 2}, "best_of", "best_of=1"),
         ({"best_of": 3, "stream": True}, "best_of", "streamed"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
-        ({"suffix": "end"}, "suffix", "ignores none"),
+        ({"suffix": "end"}, "suffix", "no tokens for fill-in-the-middle"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", None),
         ({"echo": "yes"}, "echo", None),
         ({"presence_penalty": 3}, "presence_penalty", "3"),
@@ -144,7 +144,7 @@ def test_other_kinds_of_models_are_named(toy):
 
 
 def test_random_bodies_never_give_a_5xx(toy):
-    """Fields with values of other types, in 400 mixtures; then a good request, which gives what it gave before."""
+    """Fields with values of other types, in 500 mixtures; then a good request, which gives what it gave before."""
     before = toy.text(**GOOD)
     random_values = [
         None,
@@ -170,7 +170,16 @@ def test_random_bodies_never_give_a_5xx(toy):
         "json_object",
         {"type": "text"},
     ]
-    from foveate.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, RerankBody, TokenizeBody
+    from foveate.serve.protocol import (
+        AnswersBody,
+        ChatBody,
+        CompletionBody,
+        DetokenizeBody,
+        InfillBody,
+        RerankBody,
+        TokenizeBody,
+    )
+    from foveate.serve.responses_protocol import ResponsesBody
 
     kinds = {
         "/v1/completions": CompletionBody,
@@ -178,7 +187,14 @@ def test_random_bodies_never_give_a_5xx(toy):
         "/tokenize": TokenizeBody,
         "/detokenize": DetokenizeBody,
         "/rerank": RerankBody,
+        "/v1/responses": ResponsesBody,
+        "/v1/answers": AnswersBody,
+        "/infill": InfillBody,
     }
+
+    def names(kind) -> list[str]:
+        return list(kind.model_fields)
+
     rng, seen = random.Random(5), set()
     good = {
         "prompt": "x",
@@ -187,11 +203,13 @@ def test_random_bodies_never_give_a_5xx(toy):
         "tokens": [3],
         "query": "x",
         "documents": ["y"],
+        "input": "x",
+        "max_output_tokens": 1,
     }
-    for _ in range(400):
+    for _ in range(500):
         path, kind = rng.choice(list(kinds.items()))
-        body = {name: value for name, value in good.items() if name in kind.model_fields}
-        for name in rng.sample(list(kind.model_fields), min(len(kind.model_fields), rng.randint(1, 3))):
+        body = {name: value for name, value in good.items() if name in names(kind)}
+        for name in rng.sample(names(kind), min(len(names(kind)), rng.randint(1, 3))):
             body[name] = rng.choice(random_values)
         if body.get("stream"):
             body["stream"] = False

@@ -12,22 +12,6 @@ from foveate.serve.protocol import Tool
 from foveate.serve.tools import ToolReader, call_schema, writes_tags
 
 CALL = '<tool_call>\n{"name": "get", "arguments": {"city": "Pa\\"}ris", "n": [1, {"a": "}"}]}}\n</tool_call>'
-TEMPLATE = (
-    "{% if tools %}<tool_call> {{ tools | tojson }}\n{% endif %}{% for m in messages %}<user>{{ m.role }}: {{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}\n{% endfor %}assistant:"
-)
-GET = {
-    "type": "function",
-    "function": {
-        "name": "get",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Rome", "Oslo"]}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
-    },
-}
 PUT = {"type": "function", "function": {"name": "put"}}
 
 
@@ -90,23 +74,12 @@ def test_arguments_come_early():
     assert first is not None and first < CALL.index("city")
 
 
-@pytest.fixture(scope="module")
-def tooled(folder):
-    def load():
-        llm = serve_toys.make_llm(folder, num_pages=128)
-        llm.tokenizer.chat_template = TEMPLATE
-        return llm
-
-    with serve_toys.serving({"toy": load}) as running:
-        yield running
-
-
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get"}}])
 @pytest.mark.parametrize("stream", [False, True])
 def test_required_calls_parse(tooled, choice, stream):
     asked = {
         "messages": [{"role": "user", "content": "x"}],
-        "tools": [GET, PUT][: 1 if choice == "required" else 2],
+        "tools": [serve_toys.TOOL, PUT][: 1 if choice == "required" else 2],
         "tool_choice": choice,
         "seed": 3,
     }
@@ -126,7 +99,7 @@ def test_required_calls_parse(tooled, choice, stream):
 def test_tools_reach_the_template_unless_none_are_wanted(tooled):
     asked = {
         "messages": [{"role": "user", "content": "x"}],
-        "tools": [GET],
+        "tools": [serve_toys.TOOL],
         "max_tokens": 1,
         "seed": 1,
         "return_token_ids": True,
@@ -153,14 +126,14 @@ def test_tools_reach_the_template_unless_none_are_wanted(tooled):
 
 
 def test_schemas_of_calls():
-    tools = [Tool(**GET), Tool(**PUT)]
+    tools = [Tool(**serve_toys.TOOL), Tool(**PUT)]
     assert len(call_schema(tools, None)["anyOf"]) == 2
     assert call_schema(tools, "put")["properties"]["name"] == {"const": "put"}
     shared = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}}
     found = call_schema([Tool(type="function", function={"name": "f", "parameters": shared})], None)
     assert found["$defs"] == shared["$defs"] and "$defs" not in found["properties"]["arguments"]
     assert (
-        writes_tags(TEMPLATE) is True
+        writes_tags(serve_toys.TOOL_TEMPLATE) is True
         and writes_tags("{{ tools }}") is False
         and writes_tags("{{ messages }}") is None is writes_tags(None)
     )

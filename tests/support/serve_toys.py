@@ -19,6 +19,22 @@ import generation_toys as toys
 from foveate.serve import ServerState, ServeSettings
 from foveate.serve.server import Server, make_server
 
+TOOL_TEMPLATE = (
+    "{% if tools %}<tool_call> {{ tools | tojson }}\n{% endif %}{% for m in messages %}<user>{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}\n{% endfor %}assistant:"
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
 LLM_OPTIONS = {"num_pages": 64, "page_size": 4, "progress": False}
 
 
@@ -30,6 +46,7 @@ class Running:
     state: ServerState
     client: httpx2.Client
     server: Server
+    thread: threading.Thread
 
     @property
     def engine(self) -> Any:
@@ -134,7 +151,7 @@ def make_llm(folder: Path, **options: Any) -> foveate.LLM:
 @contextlib.contextmanager
 def serving(loaders: dict[str, Any], *, ready: bool = True, **settings: Any) -> Iterator[Running]:
     """A server on a free port of this machine, ended at the end."""
-    state = ServerState(ServeSettings(models={name: name for name in loaders}, port=0, **settings), loaders)
+    state = ServerState(ServeSettings(**({"models": {name: name for name in loaders}, "port": 0} | settings)), loaders)
     server = make_server(state)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -147,7 +164,7 @@ def serving(loaders: dict[str, Any], *, ready: bool = True, **settings: Any) -> 
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         with httpx2.Client(timeout=30, headers=headers, trust_env=False) as client:
-            running = Running(f"http://127.0.0.1:{port}", state, client, server)
+            running = Running(f"http://127.0.0.1:{port}", state, client, server, thread)
             if ready:
                 running.wait(lambda: running.get("/ready").status_code == 200, 20)
             yield running

@@ -29,6 +29,7 @@ class Reranker:
         """options: device, dtype, quantization and progress, see `load_model`."""
         labels = ["relevance"] if isinstance(path_or_model, nn.Module) else None
         self._classifier = TextClassifier(path_or_model, tokenizer, labels, **options)
+        self.tokenizer = self._classifier.tokenizer
         if len(self._classifier.labels) != 1:
             raise ValueError(
                 f"{path_or_model} has {len(self._classifier.labels)} outputs; a reranker has one: use foveate.TextClassifier"
@@ -53,3 +54,7 @@ class Reranker:
         scores = (logits if raw else logits.sigmoid()).tolist()
         order = sorted(range(len(texts)), key=lambda i: -float(logits[i]))
         return [{"index": i, "score": scores[i], "text": texts[i]} for i in order[:top_k]]
+
+    def scores(self, pairs: Sequence[tuple[str, str]], *, batch_size: int = 8) -> list[float]:
+        """The score of each pair (query, document), in their order."""
+        return self._classifier.logits(list(pairs), batch_size=batch_size)[:, 0].sigmoid().tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.responses import Response
 
@@ -21,16 +21,27 @@ _EVENT_STREAM = [
 _KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
 
 
-class Writer(Protocol):
+class Writer:
     """Says the call's outputs in the words of an endpoint."""
 
     def chunks(self) -> Iterator[dict[str, Any]]:
         """What is new since the last time."""
+        raise NotImplementedError
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         """After everything else, such as the usage."""
+        return iter(())
 
-    def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]: ...
+    def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def frame(self, chunk: dict[str, Any]) -> bytes:
+        """The server-sent event of a chunk."""
+        return dumps_event(chunk)
+
+    def end(self, error: ApiError | None = None) -> bytes:
+        """The last bytes of a stream; error: why it breaks off, as an event that clients raise."""
+        return (b"" if error is None else dumps_event(error.body)) + dumps_event("[DONE]")
 
 
 class Answer(Response):
@@ -53,7 +64,7 @@ class Answer(Response):
             if not self._started:
                 await error_response(error)(scope, receive, send)
             elif error.status != 499:  # within a stream: an event that clients raise
-                await self._send(send, dumps_event(error.body) + dumps_event("[DONE]"), more=False)
+                await self._send(send, self.writer.end(error), more=False)
         finally:
             self._describe(record)
 
@@ -104,14 +115,14 @@ class Answer(Response):
 
     async def _stream(self, send: Any) -> None:
         async for changed in self.call.changes(self.state.settings.keep_alive):
-            events = b"".join(map(dumps_event, self.writer.chunks())) if changed else _KEEP_ALIVE
+            events = b"".join(map(self.writer.frame, self.writer.chunks())) if changed else _KEEP_ALIVE
             if not self._started:  # only now: what the engine refuses is still an error with its own status
                 self._started = True
                 await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
             if events:
                 await self._send(send, events, more=True)
-        events = b"".join(map(dumps_event, self.writer.last_chunks()))
-        await self._send(send, events + dumps_event("[DONE]"), more=False)
+        events = b"".join(map(self.writer.frame, self.writer.last_chunks()))
+        await self._send(send, events + self.writer.end(), more=False)
 
     async def _send(self, send: Any, body: bytes, *, more: bool) -> None:
         self._sending = time.monotonic()

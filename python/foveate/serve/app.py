@@ -13,10 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import foveate
+from foveate.serve.bodies import body_schemas
 from foveate.serve.control import control_routes
+from foveate.serve.encoders import encoder_routes
 from foveate.serve.errors import ApiError, error_response
 from foveate.serve.gate import Gate
-from foveate.serve.routes import api_routes, body_schemas
+from foveate.serve.routes import api_routes
 from foveate.serve.state import ServerState
 
 
@@ -33,6 +35,7 @@ def create_app(state: ServerState) -> Gate:
 
     app = FastAPI(title="foveate", version=foveate.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(api_routes(state))
+    app.include_router(encoder_routes(state))
     app.include_router(control_routes(state))
 
     async def api_error(request: Request, error: Any) -> Response:

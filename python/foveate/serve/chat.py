@@ -10,7 +10,7 @@ from typing import Any
 
 from foveate.generation.outputs import CompletionOutput, RequestOutput
 from foveate.generation.params import SamplingParams
-from foveate.serve.answer import Answer
+from foveate.serve.answer import Answer, Writer
 from foveate.serve.errors import bad_request
 from foveate.serve.jobs import Call, Job
 from foveate.serve.protocol import ChatBody, Message, NamedTool, Tool
@@ -23,6 +23,13 @@ from foveate.serve.tools import ToolReader, call_schema, writes_tags
 
 async def chat(state: ServerState, body: ChatBody) -> Answer:
     served = state.open_model(body.model)
+    name = f"chatcmpl-{uuid.uuid4().hex}"
+    call, tags = await prepare_chat(state, served, body, name)
+    return Answer(state, served, call, ChatWriter(name, served, body, call, tags), stream=body.stream)
+
+
+async def prepare_chat(state: ServerState, served: ServedModel, body: ChatBody, name: str) -> tuple[Call, bool | None]:
+    """The call, whose one job is called `name`, and how calls of tools are read from it: see `writes_tags`; None: none are."""
     llm, worker = served.causal()
     params = chat_params(body, llm.default_params, state.settings.max_logprobs)
     params, tags = _with_tools(body, params, llm, served.name)
@@ -35,9 +42,7 @@ async def chat(state: ServerState, body: ChatBody) -> Answer:
 
     ids = await state.prepare(tokens)
     grammar = await state.grammar(served, params)
-    name = f"chatcmpl-{uuid.uuid4().hex}"
-    call = Call([Job(name, ids, params, grammar=grammar)])
-    return Answer(state, served, call, ChatWriter(name, served, body, call, tags), stream=body.stream)
+    return Call([Job(name, ids, params, grammar=grammar)]), tags
 
 
 def _with_tools(body: ChatBody, params: SamplingParams, llm: Any, model: str) -> tuple[SamplingParams, bool | None]:
@@ -102,7 +107,7 @@ def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
     return found
 
 
-class ChatWriter:
+class ChatWriter(Writer):
     def __init__(self, name: str, served: ServedModel, body: ChatBody, call: Call, tags: bool | None) -> None:
         self._job, self._body = call.jobs[0], body
         self._head = {

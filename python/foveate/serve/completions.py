@@ -9,8 +9,9 @@ from typing import Any
 
 from foveate.generation.detokenizer import detokenize
 from foveate.generation.outputs import CompletionOutput, RequestOutput
-from foveate.serve.answer import Answer
+from foveate.serve.answer import Answer, Writer
 from foveate.serve.errors import bad_request
+from foveate.serve.infill import FillInTheMiddle
 from foveate.serve.jobs import Call, Job
 from foveate.serve.protocol import CompletionBody
 from foveate.serve.sampling import check_finished, completion_params
@@ -26,12 +27,18 @@ async def complete(state: ServerState, body: CompletionBody) -> Answer:
     llm, worker = served.causal()
     params = completion_params(body, llm.default_params, state.settings.max_logprobs)
     prompts = _prompts(body.prompt)
+    holes = _holes(served, body) if body.suffix else None
+    if holes is not None:
+        params = holes.params(params)
     size = sum(map(len, prompts))
 
     def tokens() -> list[list[int]]:
         found = []
         for prompt in prompts:
-            ids = _encode(llm, prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
+            if holes is not None:
+                ids = holes.encode(str(prompt), body.suffix or "")
+            else:
+                ids = _encode(llm, prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
             worker.engine.check(ids, params)
             found.append(ids)
         return found
@@ -52,13 +59,24 @@ def _prompts(given: Any) -> list[str | list[int]]:
     return list(given)
 
 
+def _holes(served: ServedModel, body: CompletionBody) -> FillInTheMiddle:
+    holes = FillInTheMiddle(served, "suffix")
+    if body.echo:
+        raise bad_request(
+            "echo and suffix do not go together: the text would not be one; leave one of them out", "suffix"
+        )
+    if not all(isinstance(prompt, str) for prompt in _prompts(body.prompt)):
+        raise bad_request("suffix needs a prompt that is a text, not token ids", "suffix")
+    return holes
+
+
 def _encode(llm: Any, text: str, special: bool) -> list[int]:
     if llm.tokenizer is None:
         raise ValueError("this model has no tokenizer; send token ids as the prompt")
     return llm.tokenizer.encode(text, add_special_tokens=special)
 
 
-class CompletionWriter:
+class CompletionWriter(Writer):
     def __init__(
         self, name: str, served: ServedModel, body: CompletionBody, prompts: list[str | list[int]], call: Call
     ) -> None:

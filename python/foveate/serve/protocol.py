@@ -12,7 +12,7 @@ from foveate.serve.errors import invalid_fields
 _NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "store": (False,), "service_tier": ("auto", "default"), "modalities": (["text"],), "audio": (), "prediction": (),
     "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (), "safety_identifier": (), "prompt_cache_key": (),
-    "function_call": ("none",), "functions": ([],), "use_beam_search": (False,), "priority": (0,), "best_of": (1,), "suffix": ("",),
+    "function_call": ("none",), "functions": ([],), "use_beam_search": (False,), "priority": (0,), "best_of": (1,),
     "echo": (False,), "num_beams": (1,),
 }  # fmt: skip
 _T = TypeVar("_T", bound="Body")
@@ -109,6 +109,7 @@ class CompletionBody(Sampling):
     logprobs: int | None = None
     echo: bool = False
     best_of: int | None = None
+    suffix: str | None = None
     add_special_tokens: bool = True
 
 
@@ -204,6 +205,83 @@ class EmbeddingBody(Body):
     input: str | Texts
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
+
+
+class ScoreBody(Body):
+    """vLLM's: one text against one or several, or as many as there are, each against its own."""
+
+    model: str | None = None
+    text_1: str | Texts
+    text_2: str | Texts
+
+
+class ClassifyBody(Body):
+    """vLLM's."""
+
+    model: str | None = None
+    input: str | Texts
+
+
+class AnswersBody(Body):
+    """foveate's: the parts of a text that answer a question; see foveate.QuestionAnswerer."""
+
+    model: str | None = None
+    question: str
+    context: str
+    top_k: int = Field(1, ge=1, le=100)
+    max_answer_len: int = Field(15, ge=1)
+    max_seq_len: int | None = None
+    doc_stride: int | None = None
+    max_question_len: int = Field(64, ge=1)
+    handle_impossible_answer: bool = False
+    align_to_words: bool = True
+
+
+class Text2TextBody(Body):
+    """foveate's: what an encoder-decoder writes for each text; see foveate.Text2TextParams."""
+
+    model: str | None = None
+    input: str | Texts
+    max_new_tokens: int | None = Field(None, le=4096)
+    min_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    num_beams: int | None = Field(None, le=32)
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    num_return_sequences: int | None = Field(None, le=32)
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    stop: str | list[str] | None = None
+
+
+class ExtraFile(Body):
+    """A file of the same project that an infill may look at."""
+
+    filename: str
+    text: str
+
+
+class InfillBody(Body):
+    """llama.cpp's: the text between a prefix and a suffix."""
+
+    model: str | None = None
+    input_prefix: str = ""
+    input_suffix: str = ""
+    input_extra: list[ExtraFile] | None = None
+    prompt: str = ""  # the beginning of what is between them
+    n_predict: int | None = None
+    stream: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    repetition_penalty: float | None = None
+    cache_prompt: Literal[True] = True
 
 
 class RerankBody(Body):

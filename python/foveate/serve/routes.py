@@ -1,53 +1,35 @@
-"""The routes that clients use: OpenAI's, and vLLM's for tokens."""
+"""The routes to causal models: OpenAI's, llama.cpp's /infill, and vLLM's for tokens."""
 
 from __future__ import annotations
 
-import base64
-import struct
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 
+from foveate.serve.bodies import T, parse_body, takes
 from foveate.serve.chat import chat, plain_messages, template_options
 from foveate.serve.completions import complete
 from foveate.serve.errors import bad_request, json_response
+from foveate.serve.infill import infill
 from foveate.serve.protocol import (
-    Body,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    EmbeddingBody,
-    RerankBody,
+    InfillBody,
     TokenizeBody,
 )
+from foveate.serve.responses import respond
+from foveate.serve.responses_protocol import ResponsesBody
 from foveate.serve.served import ServedModel
 from foveate.serve.state import ServerState
-
-_T = TypeVar("_T", bound=Body)
-_LARGE = 100_000  # bytes of a body that are parsed in a thread
-
-
-def _takes(kind: type[Body]) -> dict[str, Any]:
-    """For the OpenAPI description: what the body is; `body_schemas` has the rest."""
-    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def body_schemas() -> dict[str, Any]:
-    """The components that the descriptions of bodies refer to."""
-    kinds = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, EmbeddingBody, RerankBody)
-    _, found = models_json_schema([(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}")
-    return found["$defs"]
 
 
 def api_routes(state: ServerState) -> APIRouter:
     routes = APIRouter()
 
-    async def parsed(request: Request, kind: type[_T]) -> _T:
-        body: bytes = request.scope["foveate_body"]
-        return await state.prepare(kind.parse, body, heavy=len(body) > _LARGE)
+    async def parsed(request: Request, kind: type[T]) -> T:
+        return await parse_body(state, request, kind)
 
     def described(served: ServedModel) -> dict[str, Any]:
         longest = getattr(served.llm, "max_model_len", None)
@@ -67,15 +49,23 @@ def api_routes(state: ServerState) -> APIRouter:
     async def model(name: str) -> Response:
         return json_response(described(state.model(name)))
 
-    @routes.post("/v1/completions", openapi_extra=_takes(CompletionBody))
+    @routes.post("/v1/completions", openapi_extra=takes(CompletionBody))
     async def completions(request: Request) -> Any:
         return await complete(state, await parsed(request, CompletionBody))
 
-    @routes.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
+    @routes.post("/v1/chat/completions", openapi_extra=takes(ChatBody))
     async def chat_completions(request: Request) -> Any:
         return await chat(state, await parsed(request, ChatBody))
 
-    @routes.post("/tokenize", openapi_extra=_takes(TokenizeBody))
+    @routes.post("/v1/responses", openapi_extra=takes(ResponsesBody))
+    async def responses(request: Request) -> Any:
+        return await respond(state, await parsed(request, ResponsesBody))
+
+    @routes.post("/infill", openapi_extra=takes(InfillBody))
+    async def fill_in(request: Request) -> Any:
+        return await infill(state, await parsed(request, InfillBody))
+
+    @routes.post("/tokenize", openapi_extra=takes(TokenizeBody))
     @routes.post("/v1/tokenize", include_in_schema=False)
     async def tokenize(request: Request) -> Response:
         body = await parsed(request, TokenizeBody)
@@ -86,7 +76,7 @@ def api_routes(state: ServerState) -> APIRouter:
             found["token_strs"] = [llm.tokenizer.backend.id_to_token(token) for token in ids]
         return json_response(found)
 
-    @routes.post("/detokenize", openapi_extra=_takes(DetokenizeBody))
+    @routes.post("/detokenize", openapi_extra=takes(DetokenizeBody))
     @routes.post("/v1/detokenize", include_in_schema=False)
     async def detokenize(request: Request) -> Response:
         body = await parsed(request, DetokenizeBody)
@@ -105,36 +95,6 @@ def api_routes(state: ServerState) -> APIRouter:
         tokenizer = _with_tokenizer(state.model(model)).tokenizer
         special = {key: tokenizer.special.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         return json_response({**special, "vocab_size": tokenizer.vocab_size, "chat_template": tokenizer.chat_template})
-
-    @routes.post("/v1/embeddings", openapi_extra=_takes(EmbeddingBody))
-    async def embeddings(request: Request) -> Response:
-        body = await parsed(request, EmbeddingBody)
-        served = state.open_model(body.model)
-        pipeline = _pipeline(served, "encode", "embeddings")
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        if not texts:
-            raise bad_request("input is empty; give a text, or a list of texts", "input")
-        rows, count = await state.encode(served, _embed, pipeline, texts)
-        data = [
-            {"object": "embedding", "index": i, "embedding": row if body.encoding_format == "float" else _base64(row)}
-            for i, row in enumerate(rows)
-        ]
-        used = {"prompt_tokens": count, "total_tokens": count}
-        return json_response({"object": "list", "data": data, "model": served.name, "usage": used})
-
-    @routes.post("/v1/rerank", openapi_extra=_takes(RerankBody))
-    @routes.post("/rerank", include_in_schema=False)
-    async def rerank(request: Request) -> Response:
-        body = await parsed(request, RerankBody)
-        served = state.open_model(body.model)
-        pipeline = _pipeline(served, "__call__", "rerank")
-        found = await state.encode(served, _rerank, pipeline, body)
-        results = [
-            {"index": row["index"], "relevance_score": row["score"]}
-            | ({"document": {"text": row["text"]}} if body.return_documents else {})
-            for row in found
-        ]
-        return json_response({"model": served.name, "results": results})
 
     return routes
 
@@ -157,24 +117,3 @@ def _tokenize(llm: Any, body: TokenizeBody) -> list[int]:
             "add_special_tokens is for a prompt; the chat template writes them for messages", "add_special_tokens"
         )
     return llm.encode_chat(plain_messages(body.messages), **template_options(body, body.tools))
-
-
-def _pipeline(served: ServedModel, method: str, what: str) -> Any:
-    kind = {"encode": "Embedder", "__call__": "Reranker"}[method]
-    if type(served.pipeline).__name__ != kind:
-        holds = type(served.pipeline or served.llm).__name__
-        raise bad_request(f"{served.name} gives no {what}: it is a {holds}, and they come from a {kind}", "model")
-    return served.pipeline
-
-
-def _embed(pipeline: Any, texts: list[str]) -> tuple[list[list[float]], int]:
-    count = sum(len(pipeline.tokenizer.encode(text)) for text in texts)
-    return pipeline.encode(texts).float().tolist(), count
-
-
-def _rerank(pipeline: Any, body: RerankBody) -> list[dict[str, Any]]:
-    return pipeline(body.query, body.documents, top_k=body.top_n)
-
-
-def _base64(row: list[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode()

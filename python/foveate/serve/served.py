@@ -19,7 +19,7 @@ log = logging.getLogger("foveate.serve")
 
 
 class ServedModel:
-    """name: what requests call it. load: makes the LLM, or a pipeline that has `encode` (Embedder) or `rerank`; runs in a thread.
+    """name: what requests call it. load: makes the LLM, or a pipeline of another kind; runs in a thread.
 
     state: "waiting", "loading", "ready" or "failed"; error: why it failed.
     """
@@ -80,21 +80,37 @@ class ServedModel:
             self.worker.stop()
 
 
+# What a checkpoint's config calls its architecture, and the pipeline of foveate that serves it; an Embedder else.
+_ENCODERS = {"QuestionAnswering": "QuestionAnswerer", "SequenceClassification": "TextClassifier"}
+
+
 def loader(path: str | Path, options: dict[str, Any]) -> Callable[[], Any]:
-    """What `ServedModel` calls: an LLM for a causal model; for an encoder a Reranker if it has one output, else an Embedder."""
+    """What `ServedModel` calls: an LLM for a causal model, Text2Text for an encoder-decoder; for an encoder the pipeline of its head, a
+    Reranker where it classifies into one class, and an Embedder where it has none."""
 
     def load() -> Any:
         from foveate.models import open_checkpoint
 
         checkpoint = open_checkpoint(path)
-        if checkpoint.config.get("model_type") != "bert":
+        kind = _kind(checkpoint.config)
+        if kind == "LLM":
             return foveate.LLM(checkpoint, **options)
         shared = {
             name: value for name, value in options.items() if name in ("device", "dtype", "quantization", "progress")
         }
-        architectures = checkpoint.config.get("architectures") or []
-        if any("SequenceClassification" in str(name) for name in architectures):
-            return foveate.Reranker(path, **shared)
-        return foveate.Embedder(path, **shared)
+        return getattr(foveate, kind)(path, **shared)
 
     return load
+
+
+def _kind(config: dict[str, Any]) -> str:
+    model_type = config.get("model_type")
+    if model_type == "t5":
+        return "Text2Text"
+    if model_type != "bert":
+        return "LLM"
+    architectures = " ".join(map(str, config.get("architectures") or []))
+    found = next((kind for name, kind in _ENCODERS.items() if name in architectures), "Embedder")
+    if found == "TextClassifier" and len(config.get("id2label") or range(int(config.get("num_labels", 2)))) == 1:
+        return "Reranker"
+    return found
