@@ -11,7 +11,7 @@ import pytest
 import serve_toys
 from foveate.cli.options import UsageError
 from foveate.cli.serve import _models
-from foveate.serve.keys import OPEN_PATHS, read_keys
+from foveate.serve.keys import OPEN_PATHS
 from foveate.serve.settings import ServeSettings
 
 
@@ -91,14 +91,6 @@ def test_keys_guard_every_route_but_the_probes(folder):
         ):  # fmt: skip
             sent = {header: value.encode()}
             assert running.client.get(running.url + "/v1/models", headers=sent).status_code == status, value
-
-
-def test_files_of_keys(tmp_path):
-    (tmp_path / "keys").write_text("# team\nfirst-key\n\nsecond-key\n")
-    assert read_keys(tmp_path / "keys") == ["first-key", "second-key"]
-    (tmp_path / "none").write_text("# nothing\n")
-    with pytest.raises(ValueError, match="holds no key"):
-        read_keys(tmp_path / "none")
 
 
 def test_settings_that_are_refused():

@@ -36,7 +36,8 @@ def add_parser(commands: Any) -> None:
     network.add_argument("--port", type=int, default=8000, metavar="N", help="8000 by default; 0 takes a free one")
     network.add_argument(
         "--api-key-file", type=Path, metavar="FILE",
-        help="one key a line; clients send one as Authorization: Bearer KEY. FOVEATE_API_KEY in the environment is one more",
+        help="one key a line, or a JSON object with its digest and limits; clients send one as Authorization: Bearer KEY. "
+        "FOVEATE_API_KEY in the environment is one more",
     )  # fmt: skip
     network.add_argument("--insecure", action="store_true", help="allow another --host than this machine without a key")
     network.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM, for https")
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     from foveate.serve.settings import ServeSettings
     from foveate.serve.state import ServerState
 
-    keys = [] if args.api_key_file is None else read_keys(args.api_key_file)
+    keys: list[Any] = [] if args.api_key_file is None else list(read_keys(args.api_key_file))
     if os.environ.get("FOVEATE_API_KEY"):
         keys.append(os.environ["FOVEATE_API_KEY"])
     limits = {flag[2:].replace("-", "_"): getattr(args, flag[2:].replace("-", "_")) for flag, *_ in _LIMITS}

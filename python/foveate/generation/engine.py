@@ -119,10 +119,12 @@ class Engine:
         prompt: str | None = None,
         stream: bool = False,
         grammar: Grammar | None = None,
+        priority: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         """Takes a request in; ValueError, in a sentence, for one that cannot run. stream: an output after each of its tokens.
 
         grammar: what `compile` gave for these params, so that the lock is not held for as long as a grammar takes.
+        priority: those of lower numbers get places and pages first, compared in order; equal ones as they come.
         """
         if request_id in self._requests:
             raise ValueError(f"a request {request_id!r} is running already; choose another id")
@@ -133,7 +135,7 @@ class Engine:
         max_length = self.check(tokens, params)
         request = Request(
             request_id, prompt, tokens, params, arrival=self._arrivals, max_length=max_length, eos_ids=self.eos_ids,
-            tokenizer=self.tokenizer, grammar=grammar or self._grammars.compile(params), stream=stream,
+            tokenizer=self.tokenizer, grammar=grammar or self._grammars.compile(params), stream=stream, priority=priority,
         )  # fmt: skip
         self._arrivals += 1
         self._requests[request_id] = request

@@ -19,14 +19,15 @@ from foveate.generation.stops import StopStrings
 
 
 class Request:
-    """One prompt with its parameters. `arrival` orders requests: the earlier, the higher the priority."""
+    """One prompt with its parameters. `priority`, lower first, and then `arrival` order requests."""
 
     def __init__(
         self, id: str, prompt: str | None, tokens: Sequence[int], params: SamplingParams, *, arrival: int, max_length: int,
-        eos_ids: Collection[int], tokenizer: Any, grammar: Any, stream: bool,
+        eos_ids: Collection[int], tokenizer: Any, grammar: Any, stream: bool, priority: tuple[float, float] = (0.0, 0.0),
     ) -> None:  # fmt: skip
         self.id, self.prompt, self.tokens, self.params = id, prompt, list(tokens), params
         self.arrival, self.max_length, self.stream, self.tokenizer = arrival, max_length, stream, tokenizer
+        self.priority = priority
         self.eos_ids = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self.stop_ids = frozenset(params.stop_token_ids or ())
         self.bad_words = BadWords(params.bad_words, tokenizer) if params.bad_words else None
@@ -97,8 +98,8 @@ class Sample:
         self.stop_reason: int | str | None = None
 
     @property
-    def priority(self) -> tuple[int, int]:
-        return self.request.arrival, self.index
+    def priority(self) -> tuple[float, float, int, int]:
+        return *self.request.priority, self.request.arrival, self.index
 
     @property
     def started(self) -> bool:

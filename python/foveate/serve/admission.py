@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from foveate.serve.errors import ApiError, bad_request
 from foveate.serve.jobs import Call
+from foveate.serve.limits import Turns
+
+_UNKNOWN = 256  # tokens that a sample without max_tokens is taken to cost
 
 
 class Admission:
     """For one model; only the event loop calls it, so nothing comes between a check and its reservation.
 
     places: samples that run at once. max_queue: samples beyond them. max_queue_tokens: prompt tokens of requests without a first token.
+    shared: between keys, none of which may fill more than half of the queue.
     """
 
-    def __init__(self, places: int, max_queue: int, max_queue_tokens: int) -> None:
+    def __init__(self, places: int, max_queue: int, max_queue_tokens: int, *, shared: bool = False) -> None:
         self.places, self.max_queue, self.max_queue_tokens = places, max_queue, max_queue_tokens
+        self.shared = shared
+        self.turns = Turns()
         self.samples = 0
+        self._of_key: Counter[str] = Counter()  # samples
         self._waiting: set[Call] = set()  # without a first token
         self.rejected = 0
         self._left: deque[tuple[float, int]] = deque(maxlen=64)  # when so many samples left
@@ -29,8 +36,8 @@ class Admission:
         return sum(call.prompt_tokens for call in self._waiting)
 
     @contextmanager
-    def place(self, call: Call) -> Iterator[None]:
-        """Holds the call's places while it lasts. ApiError 429 when there are none, 400 when there never will be."""
+    def place(self, call: Call, key: str = "") -> Iterator[None]:
+        """Holds the call's places while it lasts. ApiError 429 when there are none, 400 when there never will be. key: whose it is."""
         capacity = self.places + self.max_queue
         if call.samples > capacity:
             raise bad_request(
@@ -42,6 +49,13 @@ class Admission:
                 f"{self.samples} samples run or wait, of at most {capacity}, and this request wants {call.samples}",
                 call.samples,
             )
+        most = self.places + self.max_queue // 2
+        if self.shared and self._of_key[key] and self._of_key[key] + call.samples > most:
+            self.rejected += 1
+            raise self._full(
+                f"{self._of_key[key]} samples of this key run or wait, of at most {most}, and this request wants {call.samples}",
+                call.samples,
+            )
         waiting = self.waiting_tokens
         if waiting and waiting + call.prompt_tokens > self.max_queue_tokens:
             self.rejected += 1
@@ -50,11 +64,17 @@ class Admission:
                 1,
             )
         self.samples += call.samples
+        self._of_key[key] += call.samples
         self._waiting.add(call)
+        for job in call.jobs:
+            job.turn = self.turns.tag(key, len(job.tokens) + job.params.samples * (job.params.max_tokens or _UNKNOWN))
         try:
             yield
         finally:
             self.samples -= call.samples
+            self._of_key[key] -= call.samples
+            if not self._of_key[key]:
+                del self._of_key[key]
             self._waiting.discard(call)
             self._left.append((time.monotonic(), call.samples))
 

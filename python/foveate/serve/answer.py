@@ -12,6 +12,7 @@ from starlette.responses import Response
 from foveate.generation.outputs import RequestOutput
 from foveate.serve.errors import ApiError, dumps, error_response, json_response, of_model
 from foveate.serve.jobs import Call
+from foveate.serve.keys import caller
 from foveate.serve.served import ServedModel
 from foveate.serve.state import ServerState
 
@@ -55,9 +56,18 @@ class Answer(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         record = scope["foveate"]
+        key, reserved = caller.get(), self.call.most_tokens
+        name = "" if key is None else key.name
         try:
-            with self.state.admission(self.served).place(self.call):
-                await self._run(receive, send)
+            with self.state.admission(self.served).place(self.call, name):
+                if key is not None:
+                    key.reserve(reserved)
+                try:
+                    await self._run(receive, send)
+                finally:
+                    self.state.metrics.used(name, self.call)
+                    if key is not None:
+                        key.settle(reserved, self.call.used_tokens)
         except ApiError as error:
             record["error"] = error.code or error.message
             self.state.metrics.turned_away(of_model(error, self.served.name))

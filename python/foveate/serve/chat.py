@@ -14,7 +14,7 @@ from foveate.serve.answer import Answer, Writer
 from foveate.serve.errors import bad_request
 from foveate.serve.jobs import Call, Job
 from foveate.serve.protocol import ChatBody, Message, NamedTool, Tool
-from foveate.serve.sampling import chat_params, check_finished
+from foveate.serve.sampling import chat_params, check_finished, priority_of
 from foveate.serve.served import ServedModel
 from foveate.serve.state import ServerState
 from foveate.serve.text import TokenText, chat_logprobs, prompt_logprobs, usage
@@ -31,6 +31,7 @@ async def chat(state: ServerState, body: ChatBody) -> Answer:
 async def prepare_chat(state: ServerState, served: ServedModel, body: ChatBody, name: str) -> tuple[Call, bool | None]:
     """The call, whose one job is called `name`, and how calls of tools are read from it: see `writes_tags`; None: none are."""
     llm, worker = served.causal()
+    priority = priority_of(body.priority)
     params = chat_params(body, llm.default_params, state.settings.max_logprobs)
     params, tags = _with_tools(body, params, llm, served.name)
     tools = None if tags is None and body.tool_choice in (None, "none") else body.tools
@@ -42,7 +43,7 @@ async def prepare_chat(state: ServerState, served: ServedModel, body: ChatBody, 
 
     ids = await state.prepare(tokens)
     grammar = await state.grammar(served, params)
-    return Call([Job(name, ids, params, grammar=grammar)]), tags
+    return Call([Job(name, ids, params, grammar=grammar, priority=priority)]), tags
 
 
 def _with_tools(body: ChatBody, params: SamplingParams, llm: Any, model: str) -> tuple[SamplingParams, bool | None]:

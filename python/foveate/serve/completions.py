@@ -14,7 +14,7 @@ from foveate.serve.errors import bad_request
 from foveate.serve.infill import FillInTheMiddle
 from foveate.serve.jobs import Call, Job
 from foveate.serve.protocol import CompletionBody
-from foveate.serve.sampling import check_finished, completion_params
+from foveate.serve.sampling import check_finished, completion_params, priority_of
 from foveate.serve.served import ServedModel
 from foveate.serve.state import ServerState
 from foveate.serve.text import LegacyLogprobs, prompt_logprobs, usage
@@ -25,6 +25,7 @@ _SHORT = 2000  # characters that are tokenized in the event loop: a fraction of 
 async def complete(state: ServerState, body: CompletionBody) -> Answer:
     served = state.open_model(body.model)
     llm, worker = served.causal()
+    priority = priority_of(body.priority)
     params = completion_params(body, llm.default_params, state.settings.max_logprobs)
     prompts = _prompts(body.prompt)
     holes = _holes(served, body) if body.suffix else None
@@ -46,7 +47,9 @@ async def complete(state: ServerState, body: CompletionBody) -> Answer:
     ids = await state.prepare(tokens, heavy=size > _SHORT)
     grammar = await state.grammar(served, params)
     name = f"cmpl-{uuid.uuid4().hex}"
-    call = Call([Job(f"{name}-{i}", tokens, params, grammar=grammar) for i, tokens in enumerate(ids)])
+    call = Call(
+        [Job(f"{name}-{i}", tokens, params, grammar=grammar, priority=priority) for i, tokens in enumerate(ids)]
+    )
     return Answer(state, served, call, CompletionWriter(name, served, body, prompts, call), stream=body.stream)
 
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from foveate.serve.bodies import parse_body, takes
 from foveate.serve.errors import bad_request, json_response
+from foveate.serve.keys import caller
 from foveate.serve.protocol import AnswersBody, ClassifyBody, EmbeddingBody, RerankBody, ScoreBody, Text2TextBody
 from foveate.serve.served import ServedModel
 from foveate.serve.state import ServerState
@@ -31,6 +32,7 @@ def encoder_routes(state: ServerState) -> APIRouter:
             {"object": "embedding", "index": i, "embedding": row if body.encoding_format == "float" else _base64(row)}
             for i, row in enumerate(rows)
         ]
+        _charge(state, count)
         return json_response({"object": "list", "data": data, "model": served.name, "usage": _usage(count)})
 
     @routes.post("/v1/rerank", openapi_extra=takes(RerankBody))
@@ -39,7 +41,8 @@ def encoder_routes(state: ServerState) -> APIRouter:
         body = await parse_body(state, request, RerankBody)
         served = state.open_model(body.model)
         pipeline = _pipeline(served, "rerank", "Reranker")
-        found = await state.encode(served, _rerank, pipeline, body)
+        found, count = await state.encode(served, _rerank, pipeline, body)
+        _charge(state, count)
         results = [
             {"index": row["index"], "relevance_score": row["score"]}
             | ({"document": {"text": row["text"]}} if body.return_documents else {})
@@ -57,6 +60,7 @@ def encoder_routes(state: ServerState) -> APIRouter:
         firsts, seconds = _paired(body)
         scores, count = await state.encode(served, _score, pipeline, firsts, seconds)
         data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
+        _charge(state, count)
         return json_response(_listed("score", served, data, count))
 
     @routes.post("/v1/classify", openapi_extra=takes(ClassifyBody))
@@ -76,6 +80,7 @@ def encoder_routes(state: ServerState) -> APIRouter:
             }
             for i, row in enumerate(rows)
         ]
+        _charge(state, count)
         return json_response(_listed("classify", served, data, count))
 
     @routes.post("/v1/answers", openapi_extra=takes(AnswersBody))
@@ -84,6 +89,7 @@ def encoder_routes(state: ServerState) -> APIRouter:
         served = state.open_model(body.model)
         pipeline = _pipeline(served, "answers", "QuestionAnswerer")
         found, count = await state.encode(served, _answer, pipeline, body)
+        _charge(state, count)
         return json_response({"object": "list", "data": found, "model": served.name, "usage": _usage(count)})
 
     @routes.post("/v1/text2text", openapi_extra=takes(Text2TextBody))
@@ -95,6 +101,7 @@ def encoder_routes(state: ServerState) -> APIRouter:
         options = body.model_dump(exclude={"model", "input"}, exclude_none=True)
         outputs, read, written = await state.encode(served, _write, pipeline, texts, options)
         data = [{"index": i, "texts": found} for i, found in enumerate(outputs)]
+        _charge(state, read, written)
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         return json_response({"object": "list", "data": data, "model": served.name, "usage": usage})
 
@@ -130,6 +137,14 @@ def _paired(body: ScoreBody) -> tuple[list[str], list[str]]:
     return firsts, seconds
 
 
+def _charge(state: ServerState, read: int, written: int = 0) -> None:
+    """To the caller's key, whose next minutes pay what is beyond its limit."""
+    key = caller.get()
+    if key is not None:
+        key.settle(0, read + written)
+        state.metrics.charge(key.name, read, written)
+
+
 def _usage(count: int) -> dict[str, int]:
     return {"prompt_tokens": count, "total_tokens": count}
 
@@ -150,8 +165,8 @@ def _embed(pipeline: Any, texts: list[str]) -> tuple[list[list[float]], int]:
     return pipeline.encode(texts).float().tolist(), _count(pipeline, texts)
 
 
-def _rerank(pipeline: Any, body: RerankBody) -> list[dict[str, Any]]:
-    return pipeline(body.query, body.documents, top_k=body.top_n)
+def _rerank(pipeline: Any, body: RerankBody) -> tuple[list[dict[str, Any]], int]:
+    return pipeline(body.query, body.documents, top_k=body.top_n), _count(pipeline, [body.query, *body.documents])
 
 
 def _score(pipeline: Any, firsts: list[str], seconds: list[str]) -> tuple[list[float], int]:

@@ -11,7 +11,7 @@ import uuid
 from typing import Any
 
 from foveate.serve.errors import ApiError, error_response
-from foveate.serve.keys import OPEN_PATHS
+from foveate.serve.keys import OPEN_PATHS, caller
 from foveate.serve.state import ServerState
 
 log = logging.getLogger("foveate.serve")
@@ -63,7 +63,9 @@ class Gate:
             self._note(scope, record, time.perf_counter() - began, counts)
 
     async def _pass(self, scope: Any, receive: Any, send: Any, record: dict[str, Any]) -> None:
-        record["key"] = self.state.keys.check(scope["path"], scope["headers"])
+        key = self.state.keys.check(scope["path"], scope["headers"])
+        record["key"] = None if key is None else key.name
+        caller.set(key)
         body = await self._body(scope, receive)
         record["bytes"] = len(body)
         scope["foveate_body"] = body

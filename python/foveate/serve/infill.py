@@ -12,7 +12,7 @@ from foveate.serve.answer import Answer, Writer
 from foveate.serve.errors import ApiError, bad_request, refused
 from foveate.serve.jobs import Call, Job
 from foveate.serve.protocol import InfillBody
-from foveate.serve.sampling import check_finished
+from foveate.serve.sampling import check_finished, priority_of
 from foveate.serve.served import ServedModel
 from foveate.serve.state import ServerState
 
@@ -108,7 +108,7 @@ async def infill(state: ServerState, body: InfillBody) -> Answer:
         return ids
 
     ids = await state.prepare(tokens)
-    call = Call([Job(f"infill-{uuid.uuid4().hex}", ids, params)])
+    call = Call([Job(f"infill-{uuid.uuid4().hex}", ids, params, priority=priority_of(None))])
     return Answer(state, served, call, InfillWriter(served, call, holes), stream=body.stream)
 
 

@@ -16,7 +16,14 @@ class Job:
     """One prompt in the engine. Outputs are cumulative, so a client that reads slowly costs no more memory than a fast one."""
 
     def __init__(
-        self, job_id: str, tokens: list[int], params: SamplingParams, *, grammar: Any = None, internal: bool = False
+        self,
+        job_id: str,
+        tokens: list[int],
+        params: SamplingParams,
+        *,
+        grammar: Any = None,
+        internal: bool = False,
+        priority: int = 0,
     ) -> None:
         self.id, self.tokens, self.params, self.grammar = job_id, tokens, params, grammar
         self.output: RequestOutput | None = None
@@ -28,6 +35,7 @@ class Job:
         self.counted_at: float | None = None
         self.accounted = False  # its end
         self.internal = internal  # the server's own, which metrics of requests leave out
+        self.priority, self.turn = priority, 0.0  # lower first; of equal priorities by their turn
         self.call: Call | None = None
 
     @property
@@ -61,6 +69,17 @@ class Call:
     @property
     def prompt_tokens(self) -> int:
         return sum(len(job.tokens) for job in self.jobs)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of prompts and, as far as they have a limit, of outputs."""
+        new = sum(job.params.samples * (job.params.max_tokens or 0) for job in self.jobs)
+        return self.prompt_tokens + new
+
+    @property
+    def used_tokens(self) -> int:
+        """So far; a prompt counts from its first output on."""
+        return sum(len(job.tokens) + job.generated for job in self.jobs if job.output is not None)
 
     @property
     def finished(self) -> bool:

@@ -13,12 +13,12 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from foveate.serve.errors import ApiError
-from foveate.serve.jobs import Job
+from foveate.serve.jobs import Call, Job
 from foveate.serve.served import ServedModel
 from foveate.serve.worker import facts
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
-REJECTIONS = ("queue_full", "loading", "draining")
+REJECTIONS = ("queue_full", "rate_limited", "loading", "draining")
 # vLLM's bounds with finer ones below: a small model on a CPU takes some milliseconds for a token.
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
@@ -29,7 +29,7 @@ _COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 class Metrics:
     """One registry for each server. All series exist, at 0, as soon as their model is known."""
 
-    def __init__(self, models: Iterable[ServedModel]) -> None:
+    def __init__(self, models: Iterable[ServedModel], keys: Iterable[str] = ()) -> None:
         self.registry = CollectorRegistry()
         self._models = list(models)
         model = ["model_name"]
@@ -67,6 +67,12 @@ class Metrics:
         self.canary_runs = counter(
             "foveate:canary_runs", "Golden prompts that were run, by result.", [*model, "result"]
         )
+        self.key_requests = counter("foveate:key_requests", "Requests of a key that have ended.", ["key"])
+        self.key_tokens = counter("foveate:key_tokens", "Tokens of a key's requests.", ["key", "kind"])
+        for key in keys:
+            self.key_requests.labels(key)
+            for kind in ("prompt", "generation"):
+                self.key_tokens.labels(key, kind)
         for served in self._models:
             self._make_all(served.name)
         self.registry.register(_Gauges(self._models))
@@ -142,6 +148,20 @@ class Metrics:
             self.per_token.labels(name).observe(
                 (metrics.finished_time - metrics.first_token_time) / (job.generated - 1)
             )
+
+    def used(self, key: str, call: Call) -> None:
+        """The tokens of a request that has ended; key: "" where the server has no keys."""
+        self.charge(
+            key,
+            sum(len(job.tokens) for job in call.jobs if job.output is not None),
+            sum(job.generated for job in call.jobs),
+        )
+
+    def charge(self, key: str, prompt: int, generated: int = 0) -> None:
+        if key:
+            self.key_requests.labels(key).inc()
+            self.key_tokens.labels(key, "prompt").inc(prompt)
+            self.key_tokens.labels(key, "generation").inc(generated)
 
     def turned_away(self, error: ApiError) -> None:
         if error.code in REJECTIONS and error.model:

@@ -12,7 +12,7 @@ from foveate.serve.errors import invalid_fields
 _NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "store": (False,), "service_tier": ("auto", "default"), "modalities": (["text"],), "audio": (), "prediction": (),
     "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (), "safety_identifier": (), "prompt_cache_key": (),
-    "function_call": ("none",), "functions": ([],), "use_beam_search": (False,), "priority": (0,), "best_of": (1,),
+    "function_call": ("none",), "functions": ([],), "use_beam_search": (False,), "best_of": (1,),
     "echo": (False,), "num_beams": (1,),
 }  # fmt: skip
 _T = TypeVar("_T", bound="Body")
@@ -98,6 +98,7 @@ class Sampling(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     structured_outputs: StructuredOutputs | None = None
+    priority: int | None = Field(None, ge=-1000, le=1000)
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     # foveate's

@@ -103,12 +103,13 @@ class ResponsesBody(Body):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[str, float] | None = None
+    priority: int | None = Field(None, ge=-1000, le=1000)
     chat_template_kwargs: dict[str, Any] | None = None
 
 
 _SAME = (
     "model", "temperature", "top_p", "stream", "parallel_tool_calls", "metadata", "user", "seed", "stop", "top_k", "min_p",
-    "repetition_penalty", "ignore_eos", "logit_bias", "chat_template_kwargs",
+    "repetition_penalty", "ignore_eos", "logit_bias", "priority", "chat_template_kwargs",
 )  # fmt: skip
 # How a chat's errors name fields, and what they are called here.
 _RENAMED = {

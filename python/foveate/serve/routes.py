@@ -12,6 +12,7 @@ from foveate.serve.chat import chat, plain_messages, template_options
 from foveate.serve.completions import complete
 from foveate.serve.errors import bad_request, json_response
 from foveate.serve.infill import infill
+from foveate.serve.keys import may_use
 from foveate.serve.protocol import (
     ChatBody,
     CompletionBody,
@@ -43,7 +44,9 @@ def api_routes(state: ServerState) -> APIRouter:
 
     @routes.get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [described(served) for served in state.models.values()]})
+        return json_response(
+            {"object": "list", "data": [described(served) for served in state.models.values() if may_use(served.name)]}
+        )
 
     @routes.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:

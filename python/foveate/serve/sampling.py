@@ -7,6 +7,7 @@ from typing import Any
 
 from foveate.generation.params import SamplingParams
 from foveate.serve.errors import ApiError, bad_request, refused
+from foveate.serve.keys import caller
 from foveate.serve.protocol import ChatBody, CompletionBody, Sampling
 
 # Fields that SamplingParams has under the same name and with the same meaning.
@@ -47,6 +48,15 @@ def chat_params(body: ChatBody, defaults: SamplingParams, max_logprobs: int) -> 
     if body.logprobs:
         given["logprobs"] = _within(body.top_logprobs or 0, "top_logprobs", max_logprobs)
     return _made(body, defaults, given, max_logprobs)
+
+
+def priority_of(given: int | None) -> int:
+    """Lower first. ApiError 400 for one before that of the caller's key."""
+    key = caller.get()
+    own = 0 if key is None else key.priority
+    if given is not None and key is not None and given < own:
+        raise bad_request(f"priority={given} is before this key's, which is {own}; give {own} or more", "priority")
+    return own if given is None else given
 
 
 def _given(body: Sampling) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from foveate.serve.keys import Key
+
 
 @dataclass(frozen=True)
 class ServeSettings:
@@ -24,7 +26,7 @@ class ServeSettings:
     options: dict[str, Any] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 8000
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str | Key, ...] = ()
     insecure: bool = False
     max_queue: int = 256
     max_queue_tokens: int = 262_144
@@ -53,8 +55,9 @@ class ServeSettings:
         for name in ("max_queue", "max_logprobs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        if any(len(key) < 8 for key in self.api_keys):
-            raise ValueError("an API key has fewer than 8 characters, which is soon guessed; use a longer one")
+        for key in self.api_keys:
+            if isinstance(key, str):
+                Key.of(key)  # ValueError for a short one
         if not (self.api_keys or self.insecure or is_loopback(self.host)):
             raise ValueError(
                 f"--host {self.host} is open to other machines, and there is no key: anybody could use the model. Give --api-key-file, "

@@ -15,7 +15,7 @@ from foveate.serve.admission import Admission
 from foveate.serve.canary import Canary, read_golden
 from foveate.serve.errors import ApiError, bad_request, of_model, refused
 from foveate.serve.jobs import Job
-from foveate.serve.keys import Keys
+from foveate.serve.keys import Keys, caller
 from foveate.serve.metrics import Metrics
 from foveate.serve.served import ServedModel, loader
 from foveate.serve.settings import ServeSettings
@@ -32,7 +32,7 @@ class ServerState:
         made = loaders or {name: loader(path, settings.options) for name, path in settings.models.items()}
         self.models = {name: ServedModel(name, load) for name, load in made.items()}
         self.keys = Keys(settings.api_keys)
-        self.metrics = Metrics(self.models.values())
+        self.metrics = Metrics(self.models.values(), self.keys.names)
         self._admissions: dict[str, Admission] = {}
         # Tokenizing, templates, grammars and encoders; the event loop does none of it for long texts.
         self.pool = ThreadPoolExecutor(4, thread_name_prefix="foveate-prepare")
@@ -65,6 +65,8 @@ class ServerState:
     def _on_outputs(self, served: ServedModel, jobs: list[Job]) -> None:
         admission = self.admission(served)
         for job in jobs:
+            if job.call is not None and job.started is not None:
+                admission.turns.began(job.turn)
             if job.call is not None and job.generated:
                 admission.began(job.call)
         self.metrics.on_outputs(served, jobs)
@@ -73,12 +75,21 @@ class ServerState:
         found = self._admissions.get(served.name)
         if found is None:
             places = 1 if served.worker is None else served.worker.engine.scheduler.max_batch
-            found = Admission(places, self.settings.max_queue, self.settings.max_queue_tokens)
+            shared = len(self.keys) > 1
+            found = Admission(places, self.settings.max_queue, self.settings.max_queue_tokens, shared=shared)
             self._admissions[served.name] = found
         return found
 
     def model(self, name: str | None) -> ServedModel:
-        """By its name; None and "default" are the first. ApiError for another name, with those that there are."""
+        """By its name; None and "default" are the first. ApiError for another name, with those that there are, and for one that the
+        caller's key may not use."""
+        found = self._named(name)
+        key = caller.get()
+        if key is not None:
+            key.check_model(found.name)
+        return found
+
+    def _named(self, name: str | None) -> ServedModel:
         if name is None or (name == "default" and name not in self.models):
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -97,6 +108,12 @@ class ServerState:
             reason = "the server is shutting down and takes no new requests"
             raise of_model(ApiError(503, reason, code="draining", retry_after=1), served.name)
         served.check_ready()
+        key = caller.get()
+        if key is not None:
+            try:
+                key.begin()
+            except ApiError as error:
+                raise of_model(error, served.name) from None
         return served
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:

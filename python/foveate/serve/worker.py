@@ -97,7 +97,9 @@ class EngineWorker:
                 self.engine.abort(job.id)
             return True
         try:
-            self.engine.add(job.id, job.tokens, job.params, stream=True, grammar=job.grammar)
+            self.engine.add(
+                job.id, job.tokens, job.params, stream=True, grammar=job.grammar, priority=(job.priority, job.turn)
+            )
         except (ValueError, TypeError) as error:
             job.error = refused(error)
             return False
