@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import doc_models
 import pytest
 import torch
 
+import doc_models
 import foveate
 import foveate.cli
 
