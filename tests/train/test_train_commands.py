@@ -74,6 +74,75 @@ def test_help_teaches(capsys):
         assert all(word in shown for word in words)
 
 
+@pytest.mark.parametrize("kind", ["yaml", "toml", "json"])
+def test_options_in_a_file(tmp_path, capsys, monkeypatch, kind):
+    pytest.importorskip({"toml": "tomllib"}.get(kind, kind))  # of Python 3.11
+    seen = []
+    monkeypatch.setattr("foveate.train.fitting.fit", lambda config: seen.append(config) or sys.exit(0))
+    data = [texts(tmp_path, name="a.jsonl"), texts(tmp_path, name="b.jsonl")]
+    values = {
+        "new_model": LLAMA, "tokenizer": "char", "train-data": data, "output_dir": str(tmp_path / "out"), "packing": False,
+        "learning_rate": 1e-4, "max_steps": 3, "resume": True, "eval_data": data[0],
+    }  # fmt: skip
+    if kind == "toml":
+        lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if name != "new_model"]
+        text = "\n".join([*lines, "[new_model]", *(f"{name} = {json.dumps(value)}" for name, value in LLAMA.items())])
+    else:  # JSON is YAML but for 1e-4, which YAML's library takes for a text
+        text = json.dumps(values | {"text_field": None}).replace("0.0001", "1e-4")
+    file = tmp_path / f"run.{kind}"
+    file.write_text(text)
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(file), "--max-steps", "7", "--eval-data", data[1]])
+    (config,) = seen
+    assert config.new_model == LLAMA and config.train_data == data and config.packing is False and config.resume is True
+    assert (
+        config.learning_rate == 1e-4
+        and config.max_steps == 7
+        and config.eval_data == [data[1]]
+        and config.text_field is None
+    )
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("learning_rat: 1", "run.yaml: learning_rat is not an option that a file can set; did you mean learning_rate?"),
+        ("lr: 1", "lr is not an option that a file can set; did you mean learning_rate?"),
+        ("config: other.yaml", "config is not an option that a file can set"),
+        ("packing: maybe", "packing is 'maybe'; it must be true or false"),
+        ("epochs: true", "argument --epochs: invalid float value: 'True'"),
+        ("max_steps: {a: 1}", "max_steps is {'a': 1}, a dict, which this option cannot be"),
+        ("lora_targets: [[q_proj]]", "a list, which this option cannot be"),
+        ("- a", "run.yaml must hold options and their values, and holds a list"),
+        ("a: [", "run.yaml cannot be read as YAML"),
+        ("", "run.yaml must hold options and their values, and holds a NoneType"),
+    ],
+)  # fmt: skip
+def test_a_file_of_options_that_is_wrong(tmp_path, capsys, text, sentence):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--config", str(tmp_path / "run.yaml"), *flags(tmp_path)])
+    assert exit.value.code == 2 and sentence in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        main(["train", f"--config={tmp_path / 'run.ini'}"])
+    assert exit.value.code == 2 and "run.ini cannot be read" in capsys.readouterr().err
+
+
+def test_the_ranges_of_a_search_in_a_file(tmp_path, capsys, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "foveate.train.search.search", lambda config, ranges, **more: seen.update(ranges=ranges, **more) or sys.exit(0)
+    )
+    file = tmp_path / "search.json"
+    file.write_text(
+        json.dumps({"over": {"learning_rate": "1e-5:1e-3:log", "lora_rank": [4, 8]}, "trials": 5, "pruning": False})
+    )
+    with pytest.raises(SystemExit):
+        main(["search", "--config", str(file), *flags(tmp_path, eval_fraction=0.2)])
+    assert seen["ranges"] == [parse_range("learning_rate=1e-5:1e-3:log"), parse_range("lora_rank=4,8")]
+    assert seen["trials"] == 5 and seen["pruning"] is False
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [

