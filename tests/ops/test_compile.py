@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import foveate
 
@@ -83,6 +84,28 @@ def test_dynamic_shapes_compile_once():
     for Sq, Skv in ((9, 12), (20, 33), (33, 20)):
         check(f, compiled, leaves(Sq, Skv))
     assert counter.frame_count == graphs
+
+
+def test_what_eager_calls_remember_compiles_nothing_again(monkeypatch):
+    import torch.utils.flop_counter
+
+    monkeypatch.setattr(
+        torch.utils.flop_counter, "flop_registry", {}
+    )  # to which the first eager call gives the formulas
+    monkeypatch.setattr(foveate.ops.flops, "_registered", False)
+
+    def f(*xs):
+        out = call("bias", *xs)
+        return foveate.rms_norm(foveate.softmax(out), None, 1e-6)
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    xs = leaves()
+    compiled(*xs)
+    f(*xs)
+    assert foveate.ops.flops._registered
+    compiled(*xs)
+    assert counter.frame_count == 1
 
 
 def test_inductor():

@@ -18,7 +18,9 @@ _registered = False
 def register() -> None:
     """Gives torch's counter the formulas once something has imported it, which takes longer than `import foveate`. The ops call this."""
     global _registered
-    if _registered or torch.compiler.is_compiling():
+    if (
+        torch.compiler.is_compiling() or _registered
+    ):  # in this order: a graph that has read the flag is compiled again once it is set
         return
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None:
