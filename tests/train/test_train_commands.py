@@ -147,6 +147,8 @@ def test_the_ranges_of_a_search_in_a_file(tmp_path, capsys, monkeypatch):
     "changes, sentence",
     [
         ({"batch_size": 0}, "batch_size=0 must be 1 or more"),
+        ({"seed": -1}, "seed=-1 must be from 0 to 2**63 - 1"),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be from 0"),
         ({"learning_rate": -1}, "learning_rate=-1.0 must be more than 0"),
         ({"mask_share": 1.5}, "mask_share=1.5 must be between 0 and 1"),
         ({"dropout": 1}, "dropout=1.0 must be from 0 to below 1"),

@@ -131,7 +131,7 @@ def test_only_adapters_change(tmp_path, base):
         "model.layers.1.mlp.up_proj",
         "model.layers.1.self_attn.v_proj",
     ]
-    with pytest.raises(ValueError, match="no linear layer w_proj to adapt; it has down_proj, gate_proj"):
+    with pytest.raises(ValueError, match="no layer w_proj to adapt; it has down_proj, embed_tokens, gate_proj"):
         tune(tmp_path / "b", base, lora_targets=["w_proj"])
 
 
@@ -269,6 +269,82 @@ def test_a_tied_head_stays_the_embedding(tmp_path):
     assert not torch.equal(first["model.layers.0.mlp.up_proj.weight"], merged["model.layers.0.mlp.up_proj.weight"])
     with torch.no_grad():
         assert torch.allclose(load_model(tmp_path / "out" / "merged")(TOKENS), result.model(TOKENS), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")  # in peft, of merging
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "q_proj"], ["embed_tokens", "lm_head"]])
+def test_heads_and_embeddings_have_adapters(tmp_path, tied, targets):
+    """What peft makes of the files, what they load as, and what they are merged into, is what was trained."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = str(run(tmp_path / "base", new_model=LLAMA | {"tie_word_embeddings": tied}, max_steps=5).last)
+    result = tune(tmp_path, base, lora_targets=targets, merge=True, max_steps=16, learning_rate=5e-3)
+    assert sum(losses(result)[-4:]) < sum(losses(result)[:4])
+    stored = json.loads((result.last / "adapter_config.json").read_text())
+    assert stored["target_modules"] == sorted(targets)
+    out = result.model(TOKENS).detach()
+    atol = 1e-4 * float(out.abs().max())
+    assert (load_model(base)(TOKENS) - out).abs().max() > 100 * atol
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert torch.allclose(peft.PeftModel.from_pretrained(theirs, result.last).eval()(TOKENS).logits, out, atol=atol)
+    again = load_model(base)
+    load_adapter(again, result.last)
+    assert torch.equal(again(TOKENS), out)
+    assert torch.allclose(load_model(result.last)(TOKENS), out, atol=atol)
+    merged = tmp_path / "out" / "merged"
+    assert torch.allclose(load_model(merged)(TOKENS), out, atol=atol)
+    assert torch.allclose(transformers.AutoModelForCausalLM.from_pretrained(merged)(TOKENS).logits, out, atol=atol)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "seq2seq", "masked-lm"])
+def test_heads_and_embeddings_of_other_models(tmp_path, gpt2, kind):
+    transformers = pytest.importorskip("transformers")
+    settings = {"objective": "causal-lm" if kind == "gpt2" else kind}
+    model, tokenizer, targets, theirs = {
+        "gpt2": (GPT2, "char", ["lm_head", "wte"], "GPT2LMHeadModel"),
+        "seq2seq": (T5_CONFIG, unigram(tmp_path), ["shared", "lm_head"], "T5ForConditionalGeneration"),
+        "masked-lm": (BERT, wordpiece(tmp_path), ["word_embeddings", "decoder"], "BertForMaskedLM"),
+    }[kind]
+    if kind != "gpt2":
+        rows = [{"text": t, "source": t, "target": t[:9]} for t in sentences(30)]
+        settings["train_data"] = [write_jsonl(tmp_path / "a.jsonl", rows)]
+    start = gpt2
+    if kind != "gpt2":
+        start = str(run(tmp_path / "base", **settings, new_model=model, tokenizer=tokenizer, max_steps=1).last)
+    args = (TOKENS, TOKENS) if kind == "seq2seq" else (TOKENS,)
+    ids = {"input_ids": TOKENS} | ({"decoder_input_ids": TOKENS} if kind == "seq2seq" else {})
+    for names in (targets, targets[:1], targets[1:]):
+        folder = tmp_path / "-".join(names)
+        result = tune(folder, start, **settings, lora_targets=names, merge=True)
+        out = result.model(*args).detach()
+        atol = 1e-4 * float(out.abs().max())
+        assert (load_model(start)(*args) - out).abs().max() > 10 * atol
+        again = load_model(start)
+        load_adapter(again, result.last)
+        assert torch.equal(again(*args), out)
+        assert torch.allclose(load_model(result.last)(*args), out, atol=atol)
+        merged = folder / "out" / "merged"
+        assert torch.allclose(load_model(merged)(*args), out, atol=atol)
+        found = getattr(transformers, theirs).from_pretrained(merged).eval()
+        assert torch.allclose(found(**ids).logits, out, atol=atol)
+
+
+def test_a_packed_head_has_an_adapter(base):
+    model = load_model(base, quantization="q4_0")
+    packed = PackedLinear.from_linear(load_model(base).lm_head, "q8_0")
+    model.set_submodule("lm_head", packed)
+    model.set_submodule("model.embed_tokens", PackedEmbedding(packed, torch.float32))
+    before = model(TOKENS)
+    names = add_lora(model, LoraConfig(4, targets=("lm_head", "embed_tokens")))
+    assert names == ["model.embed_tokens", "lm_head"]
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    out = model(TOKENS)
+    assert (out - before).abs().max() > 0.01
+    out.sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(merge_lora(model)(TOKENS), out, rtol=1e-4, atol=1e-4)
 
 
 def test_checkpointing_reaches_adapters_over_a_frozen_embedding(tmp_path, base):

@@ -76,7 +76,7 @@ def _read(file: Path) -> dict[Any, Any]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
+        raise ValueError(f"--config {file} cannot be read: {error}") from None
     kind = file.suffix.lower()
     try:
         if kind == ".json":
@@ -90,7 +90,9 @@ def _read(file: Path) -> dict[Any, Any]:
     except ImportError:
         raise
     except Exception as error:  # PyYAML's errors have no base that others share
-        raise ValueError(f"{file} cannot be read as {kind.lstrip('.').upper() or 'a configuration'}: {error}") from None
+        raise ValueError(
+            f"--config {file} cannot be read as {kind.lstrip('.').upper() or 'a configuration'}: {error}"
+        ) from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} must hold options and their values, and holds a {type(found).__name__}")
     return found

@@ -144,7 +144,7 @@ class TrainConfig:
     lora_alpha: float | None = _lora(None, "the update is scaled by alpha / rank; twice the rank by default")
     lora_dropout: float = _lora(0.0, "of the adapters' input")
     lora_targets: list[str] = _lora(
-        [], "names of the layers, such as q_proj v_proj; all of attention and MLP by default"
+        [], "names of the layers, such as q_proj v_proj embed_tokens lm_head; all of attention and MLP by default"
     )
     rslora: bool = _lora(False, "scale by alpha / sqrt(rank)")
     merge: bool = _lora(False, "at the end write the best adapter and the model as one to the output folder's merged/")
@@ -255,6 +255,8 @@ def _check_numbers(c: TrainConfig) -> None:
         value = getattr(c, name)
         if value is not None and not low <= value < math.inf:
             raise ValueError(f"{name}={value} must be {low} or more")
+    if not 0 <= c.seed < 2**63:
+        raise ValueError(f"seed={c.seed} must be from 0 to 2**63 - 1")
     for name in ("eval_fraction", "dropout", "lora_dropout", "label_smoothing", "beta1", "beta2"):
         value = getattr(c, name)
         if value is not None and not 0 <= value < 1:

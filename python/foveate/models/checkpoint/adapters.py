@@ -27,6 +27,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,), "use_bdlora": (), "arrow_config": (),
 }  # fmt: skip
 _ARCHITECTURES = {"SEQ_CLS": "BertForSequenceClassification", "QUESTION_ANS": "BertForQuestionAnswering"}
+_TIED = {  # heads, and the embeddings whose matrix they may be
+    "lm_head.weight": ("embed_tokens.weight", "wte.weight", "shared.weight"),
+    "cls.predictions.decoder.weight": ("word_embeddings.weight",),
+}
 _BASES = ("model.", "bert.", "transformer.")  # with which some checkpoints write the names, and others not
 
 
@@ -102,7 +106,8 @@ class AdaptedWeights:
         self._scale = (settings.get("lora_alpha") or 8) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         self._turned = bool(settings.get("fan_in_fan_out")) and not base.linear_layout
         names = set(base.names())
-        tied = checkpoint.base.config.get("tie_word_embeddings", checkpoint.base.config.get("model_type") == "gpt2")
+        config = checkpoint.base.config
+        tied = config.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "bert", "t5"))
         self._pairs: dict[str, tuple[Tensor, Tensor, bool]] = {}  # A, B, whether of an embedding, by the base's name
         self._own: dict[str, Tensor] = {}
         self._copies: dict[str, str] = {}  # names that the base has not, of tied weights
@@ -131,14 +136,14 @@ class AdaptedWeights:
     def _place(self, name: str, names: set[str], tied: bool, where: Path) -> str:
         """The base's name of an adapted weight. One of two tied ones that is adapted alone is a copy from now on."""
         found = next((known for known in _spellings(name) if known in names), None)
-        embedding = next((n for n in names if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
-        if found is None and name == "lm_head.weight" and tied and embedding is not None:
+        head, embedding = next(((h, n) for h, ends in _TIED.items() for n in names if n.endswith(ends)), ("", None))
+        if found is None and name == head and tied and embedding is not None:
             self._copies[name] = embedding
             return name
         if found is None:
             raise CheckpointError(f"{where} adapts {name}, which the base does not have: another model's adapter")
-        if found == embedding and tied and "lm_head.weight" not in names:
-            self._copies.setdefault("lm_head.weight", embedding)
+        if found == embedding and tied and head not in names:
+            self._copies.setdefault(head, found)
         return found
 
     def names(self) -> Iterable[str]:
@@ -152,7 +157,7 @@ class AdaptedWeights:
             weight = dequantize(weight.blocks, weight.format)
         a, b, embedding = self._pairs[name]
         update = self._scale * (b.float() @ a.float())
-        update = update.T if embedding or self._turned else update
+        update = update.T if embedding or (self._turned and name != "lm_head.weight") else update
         if update.shape != weight.shape:
             raise CheckpointError(
                 f"the adapter's update of {name} has shape {list(update.shape)}, and the base's weight {list(weight.shape)}: another "

@@ -23,11 +23,13 @@ from foveate.train.modules.lora import (
     add_lora,
     expand_packed,
     fits,
+    layer_names,
     merge_lora,
     saved_modules,
-    target_names,
+    stored_names,
 )
 
+_FIRST = (".lora_A.weight", ".lora_embedding_A")  # a layer's first matrix
 _PACKED = "foveate_adapter.json"  # what peft's config has no place for
 _TASKS = {
     "BertForQuestionAnswering": "QUESTION_ANS",
@@ -81,9 +83,9 @@ def save_adapter(
 
     weights = dict(model.named_parameters()) if weights is None else weights
     stored = {}
-    for name, _ in adapters(model):
-        for part in ("lora_A", "lora_B"):
-            stored[f"{PREFIX}{name}.{part}.weight"] = weights[f"{name}.{part}"]
+    for name, adapter in adapters(model):
+        for part, theirs in stored_names(adapter).items():
+            stored[f"{PREFIX}{name}.{theirs}"] = weights[f"{name}.{part}"]
     heads = saved_modules(model)
     for name, module in heads.items():
         for leaf, _ in module.named_parameters():
@@ -106,8 +108,7 @@ def save_adapter(
 def _short_names(model: nn.Module, names: list[str]) -> list[str]:
     """The last parts of the names if they mean the same layers, else the whole names."""
     short = sorted({name.rpartition(".")[2] for name in names})
-    linear = {name.removesuffix(".base") for name, m in model.named_modules() if hasattr(m, "in_features")}
-    meant = {name for name in linear if any(fits(name, s) for s in short)}
+    meant = {name for name in layer_names(model) if any(fits(name, s) for s in short)}
     return short if meant == set(names) else sorted(names)
 
 
@@ -137,8 +138,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dropout: float | None 
     with library_errors(f"{folder / WEIGHTS} is truncated or not a safetensors file", "; download it again"):
         stored = {name.removeprefix(PREFIX): value for name, value in load_file(folder / WEIGHTS).items()}
     # The weights say which layers have adapters, also where the config gives a pattern.
-    layers = tuple(sorted(name.removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")))
-    known = set(target_names(model, None)) | {name for name, m in model.named_modules() if hasattr(m, "in_features")}
+    firsts = {name[: -len(end)]: name for name in stored for end in _FIRST if name.endswith(end)}
+    layers, known = tuple(sorted(firsts)), set(layer_names(model))
     foreign = [name for name in layers if name not in known]
     if foreign:
         raise CheckpointError(
@@ -147,15 +148,16 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dropout: float | None 
     if not layers:
         raise CheckpointError(f"{folder / WEIGHTS} has no weights of an adapter (*.lora_A.weight)")
     for name in layers:  # before anything of the rank's size is made
-        size = list(stored[f"{name}.lora_A.weight"].shape)
+        size = list(stored[firsts[name]].shape)
         if len(size) != 2 or size[0] != config.rank:
             raise CheckpointError(
-                f"{folder} has {name}.lora_A.weight of shape {size}, and r={config.rank} in {CONFIG}: damaged, or another model's adapter"
+                f"{folder} has {firsts[name]} of shape {size}, and r={config.rank} in {CONFIG}: damaged, or another model's adapter"
             )
     add_lora(model, dataclasses.replace(config, targets=layers))
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in stored.items():
         own = name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
+        own = own.replace(".base_layer.", ".base.")  # peft writes adapted embeddings whole, too
         if own not in parameters or parameters[own].shape != value.shape:
             shape = list(parameters[own].shape) if own in parameters else "no such weight"
             raise CheckpointError(

@@ -20,6 +20,7 @@ from foveate.models.registry import architecture_of
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.modules.init_weights import draw_weights
+from foveate.train.modules.lora import HEADS
 from foveate.train.objectives.base import Objective
 
 
@@ -51,8 +52,11 @@ class TrainedModel:
                 f"{overflowed[0]} has grown beyond what float16, the checkpoint's dtype, can hold; train from a checkpoint in bfloat16 or "
                 "float32"
             )
+        tied = not any(f"{head}.weight" in stored for head in HEADS)
+        if not tied:  # transformers then reads BERT's other tied weight, the decoder's bias, under both names
+            stored |= {alias: stored[name].clone() for alias, name in model.tied.items() if name in stored}
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-        self.export_settings(folder, self.dtype, tied="lm_head.weight" not in stored)
+        self.export_settings(folder, self.dtype, tied=tied)
 
     def export_settings(self, folder: Path, dtype: torch.dtype, *, tied: bool) -> None:
         """tied: whether the head is the embedding, for models that have a say in it."""

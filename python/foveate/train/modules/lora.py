@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +24,13 @@ _HEADS: dict[type[nn.Module], tuple[str, ...]] = {
     BertForMaskedLM: ("transform",),
 }
 
+HEADS = ("lm_head", "cls.predictions.decoder")  # that may be the embedding's matrix
+
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """targets: names of the linear layers, or the ends of their names after a dot; None: all in attention and MLP.
+    """targets: names of the linear layers and embeddings, or the ends of their names after a dot; None: all linear layers in attention
+    and MLP. Of a head and an embedding that are one matrix, the one that is adapted alone parts from the other, as peft has it.
 
     alpha None is twice the rank. The update is scaled by alpha / rank, with rslora by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv
     2312.03732).
@@ -107,6 +111,42 @@ class LoraLinear(nn.Module):
         bias = base.packed.bias if packed else base.bias
         return _linear(weight + self.scale * self.lora_B @ self.lora_A, bias)
 
+    def widened(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x' [..., in + rank] and W' [out, in + rank] with x' @ W'.T = self(x) but for the bias: for losses that take a head's matrix."""
+        base: Any = self.base
+        update = self.scale * F.linear(self.dropout(x), self.lora_A)
+        return torch.cat([x, update.to(x.dtype)], -1), torch.cat([base.weight, self.lora_B.to(base.weight.dtype)], 1)
+
+
+class LoraEmbedding(nn.Module):
+    """base(tokens) + scale * A.T[tokens] @ B.T. A [rank, rows] 0, B [out, rank] drawn from N(0, 1), both fp32, as peft has them."""
+
+    def __init__(self, base: Any, config: LoraConfig) -> None:
+        super().__init__()
+        packed = isinstance(base, PackedEmbedding)
+        rows, out = (base.packed.out_features, base.packed.in_features) if packed else base.weight.shape
+        device = base.packed.data.device if packed else base.weight.device
+        self.base = base
+        self.lora_embedding_A = nn.Parameter(torch.zeros(config.rank, rows, device=device))
+        self.lora_embedding_B = nn.Parameter(torch.randn(out, config.rank, device=device))
+        self.scale = config.scale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [...] -> [..., out]"""
+        update = F.linear(F.embedding(tokens, self.lora_embedding_A.T), self.lora_embedding_B)
+        x = self.base(tokens)
+        return x + (self.scale * update).to(x.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Embedding:
+        """One embedding with W + scale * (B A).T, computed in fp32."""
+        base: Any = self.base
+        weight = expand(base.packed) if isinstance(base, PackedEmbedding) else base.weight.float()
+        weight = weight + self.scale * (self.lora_embedding_B @ self.lora_embedding_A).T
+        found = nn.Embedding(weight.shape[0], weight.shape[1], device="meta").requires_grad_(False)
+        found.weight = nn.Parameter(weight, requires_grad=False)
+        return found
+
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta").requires_grad_(False)
@@ -135,29 +175,46 @@ def add_lora(model: nn.Module, config: LoraConfig) -> list[str]:
     names = target_names(model, config.targets)
     model.requires_grad_(False)
     for name in names:
-        model.set_submodule(name, LoraLinear(model.get_submodule(name), config))
+        base = model.get_submodule(name)
+        if isinstance(base, (nn.Embedding, PackedEmbedding)):
+            model.set_submodule(name, LoraEmbedding(base, config))
+            continue
+        if isinstance(base, PackedLinear) and name in HEADS:
+            base = _expanded(base)
+        model.set_submodule(name, LoraLinear(base, config))
     for name, module in list(model.named_modules(remove_duplicate=False)):  # a tied head is the embedding's module
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, PackedLinear) and not isinstance(parent, (FrozenLinear, PackedEmbedding)):
             # The loss needs the head's matrix in each step, and expanding it there would take longer than using it.
-            model.set_submodule(name, _expanded(module) if name == "lm_head" else FrozenLinear(module))
+            model.set_submodule(name, _expanded(module) if name in HEADS else FrozenLinear(module))
     for module in saved_modules(model).values():
         module.requires_grad_(True)
     return names
 
 
 def target_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]:
-    linear = [
-        name for name, m in model.named_modules() if isinstance(m, (nn.Linear, PackedLinear)) and "lm_head" not in name
-    ]
+    names = layer_names(model)
     if targets is None:
         layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LAYERS))
-        return [name for name in linear if name.startswith(layers)]
-    absent = [t for t in targets if not any(fits(name, t) for name in linear)]
+        linear = (nn.Linear, PackedLinear)
+        return [name for name in names if name.startswith(layers) and isinstance(model.get_submodule(name), linear)]
+    absent = [t for t in targets if not any(fits(name, t) for name in names)]
     if absent:
-        known = sorted({name.rpartition(".")[2] for name in linear})
-        raise ValueError(f"the model has no linear layer {', '.join(absent)} to adapt; it has {', '.join(known)}")
-    return [name for name in linear if any(fits(name, t) for t in targets)]
+        known = sorted({name.rpartition(".")[2] for name in names})
+        raise ValueError(f"the model has no layer {', '.join(absent)} to adapt; it has {', '.join(known)}")
+    return [name for name in names if any(fits(name, t) for t in targets)]
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Of all layers that can have an adapter, or have one."""
+    adapted = (LoraLinear, LoraEmbedding)
+    kinds = (nn.Linear, PackedLinear, FrozenLinear, nn.Embedding, PackedEmbedding, *adapted)
+    inside = (*adapted, FrozenLinear, PackedEmbedding)
+    return [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)  # a tied packed head is the embedding's module
+        if isinstance(module, kinds) and not isinstance(model.get_submodule(name.rpartition(".")[0]), inside)
+    ]
 
 
 def fits(name: str, target: str) -> bool:
@@ -171,14 +228,28 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if any(fits(name, head) for head in heads)}
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear | LoraEmbedding]]:
     for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, (LoraLinear, LoraEmbedding)):
             yield name, module
 
 
+def stored_names(module: LoraLinear | LoraEmbedding) -> dict[str, str]:
+    """The adapter's parameters, and what peft calls them in a file."""
+    if isinstance(module, LoraEmbedding):
+        return {"lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B"}
+    return {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+
+
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Puts each adapter into its layer, in place; the model as it was before add_lora, with other weights."""
-    for name, module in list(adapters(model)):
+    """Puts each adapter into its layer, in place; the model as it was before add_lora, with other weights. A head and an embedding that
+    were one matrix are two if one of them had an adapter."""
+    whole: Any = model
+    found = dict(adapters(model))
+    for alias, name in list(getattr(whole, "tied", {}).items()):
+        if alias.removesuffix(".weight") in found or name.removesuffix(".weight") in found:
+            del whole.tied[alias]
+            whole.config = dataclasses.replace(whole.config, tied=False)
+    for name, module in found.items():
         model.set_submodule(name, module.merged())
     return model

@@ -17,6 +17,7 @@ from foveate.train.data.batch import IGNORED, Batch, join, layout
 from foveate.train.data.chat_template import end_of_turn
 from foveate.train.data.examples import Columns, Parts, Piece, Pieces, length_notes, too_long
 from foveate.train.data.token_store import TokenStore
+from foveate.train.modules.lora import LoraLinear
 from foveate.train.objectives.base import Objective
 
 _PASSED_OVER = 2  # in the column "first"
@@ -150,4 +151,9 @@ def head_loss(head: Any, hidden: Tensor, labels: Tensor, config: TrainConfig, **
     """The summed cross-entropy of head(hidden); the logits are never stored. Evaluation measures it without smoothing and z-loss."""
     if torch.is_grad_enabled():
         options |= {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
-    return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, reduction="sum", **options)
+    if isinstance(head, LoraLinear):
+        hidden, weight = head.widened(hidden)
+        head = head.base
+    else:
+        weight = head.weight
+    return linear_cross_entropy(hidden, weight, labels, bias=head.bias, reduction="sum", **options)
