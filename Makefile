@@ -29,7 +29,7 @@ marked = $$(grep -rlE --include='test_*.py' 'pytest\.mark\.($(1))\b' tests)
 cpp_files = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build build-here demo check test fuzz sanitize lint format stubs docs bench wheel clean
+.PHONY: help venv build build-here demo check test fuzz sanitize lint format stubs docs page bench wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,8 +112,15 @@ docs: $(docs_stamp)  ## the documentation site in build/site; fails on broken li
 bench: build  ## every bench into benchmarks/results (CSV, picture, summary); ARGS="attention --against sdpa" for one, printed only
 	$(BIN)/foveate bench $(or $(ARGS),all --out benchmarks/results)
 
-wheel: $(venv_stamp)  ## wheelhouse/*.whl, repaired and tried in a clean environment
+# The page's packages are those of web/package-lock.json; they run no scripts of their own (web/.npmrc).
+page_out := python/foveate/serve/static/licenses.txt
+$(page_out): $(shell git ls-files web)
+	@command -v npm >/dev/null || { echo "the page needs Node.js 18 or later with npm, and there is none here: install the packages nodejs and npm"; exit 1; }
+	cd web && npm ci --silent && npm run --silent build
+page: $(page_out)  ## the chat page and the dashboard of foveate serve, from web/
+
+wheel: $(venv_stamp) page  ## wheelhouse/*.whl, repaired and tried in a clean environment
 	bash .ci/wheel.sh $(PY)
 
 clean:  ## removes build outputs, keeps .venv
-	rm -rf build dist wheelhouse .mypy_cache .ruff_cache .pytest_cache $(VENV)/.foveate-build.json
+	rm -rf build dist wheelhouse python/foveate/serve/static web/node_modules .mypy_cache .ruff_cache .pytest_cache $(VENV)/.foveate-build.json

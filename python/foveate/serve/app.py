@@ -18,6 +18,7 @@ from foveate.serve.control import control_routes
 from foveate.serve.encoders import encoder_routes
 from foveate.serve.errors import ApiError, error_response
 from foveate.serve.gate import Gate
+from foveate.serve.page import page_routes
 from foveate.serve.routes import api_routes
 from foveate.serve.state import ServerState
 
@@ -37,6 +38,7 @@ def create_app(state: ServerState) -> Gate:
     app.include_router(api_routes(state))
     app.include_router(encoder_routes(state))
     app.include_router(control_routes(state))
+    app.include_router(page_routes())
 
     async def api_error(request: Request, error: Any) -> Response:
         request.scope["foveate"]["error"] = error.code or error.message

@@ -14,9 +14,11 @@ from typing import Any
 
 from foveate.serve.errors import ApiError
 from foveate.serve.limits import Bucket
+from foveate.serve.page import PAGE_PATHS
 
-# What answers without a key: the probes of an orchestrator, which say nothing of requests. Everything else needs one.
-OPEN_PATHS = frozenset({"/health", "/ready"})
+# What answers without a key: the probes of an orchestrator, which say nothing of requests, and the files of the page.
+# Everything else needs one.
+OPEN_PATHS = frozenset({"/health", "/ready"}) | PAGE_PATHS
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SHORTEST = 8
 
