@@ -61,6 +61,12 @@ def add_parser(commands: Any) -> None:
     watching.add_argument(
         "--canary-every", type=float, default=300.0, metavar="S", help="seconds between; 300 by default"
     )
+    watching.add_argument(
+        "--quality-reference",
+        type=Path,
+        metavar="FILE",
+        help="a saved answer of /quality; prompts are compared with those of its time, not with the first ones",
+    )
     watching.add_argument("--no-request-log", action="store_true", help="no line for each request on stderr")
     parser.set_defaults(run=run)
 
@@ -100,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
         settings = ServeSettings(
             models=_models(args.model), options=options.llm_options(args), host=args.host, port=args.port, api_keys=tuple(keys),
             insecure=args.insecure, canary=args.canary, canary_every=args.canary_every, log_requests=not args.no_request_log,
+            quality_reference=args.quality_reference,
             certificate=args.tls_certificate, certificate_key=args.tls_key, **limits,
         )  # fmt: skip
     except ValueError as error:

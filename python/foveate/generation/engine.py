@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,6 +104,9 @@ class Engine:
         self._grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
         self._arrivals = 0
         self.stats = EngineStats()
+        # Called in a step with the logits, and for each sample its row of them, its token (-1: none could be chosen) and its request's
+        # id; for those who measure. It must not raise.
+        self.on_chosen: Callable[[Tensor, Sequence[int], Sequence[int], Sequence[str]], None] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -276,6 +279,8 @@ class Engine:
             rows = [entry.row + depth for entry in entries]
             whole = len(rows) == len(logits) and rows == list(range(len(rows)))
             tokens, logprobs = sample_tokens(logits if whole else logits[rows], [entry.sample.row for entry in entries])
+            if self.on_chosen is not None:
+                self.on_chosen(logits, rows, tokens, [entry.sample.request.id for entry in entries])
             right = []
             for i, (entry, token, found) in enumerate(zip(entries, tokens, logprobs)):
                 changed[entry.sample.request] = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.generation.params import SamplingParams
-from foveate.serve.jobs import Call, Job
+from foveate.serve.jobs import INTERNAL, Call, Job
 
 if TYPE_CHECKING:
     from foveate.serve.served import ServedModel
@@ -132,7 +132,7 @@ class Canary:
         ids = llm.encode(golden.prompt) if isinstance(golden.prompt, str) else golden.prompt
         # prompt_logprobs: the whole prompt is computed, whatever the prefix cache has
         params = SamplingParams(temperature=0, max_tokens=golden.max_tokens, logprobs=2, prompt_logprobs=0)
-        job = Job(f"canary-{id(golden)}-{self.rounds}", ids, params, internal=True)
+        job = Job(f"{INTERNAL}{id(golden)}-{self.rounds}", ids, params, internal=True)
         worker.submit([job])
         try:
             [output] = await Call([job]).result()

@@ -1,17 +1,28 @@
-"""The routes of those who run the server: probes, metrics, version, canary."""
+"""The routes of those who run the server: probes, metrics, version, canary, quality; and feedback on answers."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 import foveate
 from foveate.serve.errors import json_response
+from foveate.serve.protocol import Body
 from foveate.serve.state import ServerState
+
+
+class FeedbackBody(Body):
+    id: str
+    rating: Literal["up", "down"]
+
+
+_FEEDBACK = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": FeedbackBody.model_json_schema()}}}
+}
 
 
 def control_routes(state: ServerState) -> APIRouter:
@@ -51,5 +62,18 @@ def control_routes(state: ServerState) -> APIRouter:
     @routes.get("/canary")
     async def canary() -> Response:
         return json_response({"status": "off", "prompts": []} if state.canary is None else state.canary.report())
+
+    @routes.get("/quality")
+    async def quality() -> Response:
+        """By model: how its last replies were, and the reference of its prompts, which --quality-reference takes."""
+        return json_response(state.metrics.quality.report())
+
+    @routes.post("/v1/feedback", openapi_extra=_FEEDBACK)
+    async def feedback(request: Request) -> Response:
+        """{"id": that of an answer, "rating": "up" or "down"}: one for each answer."""
+        body = FeedbackBody.parse(request.scope["foveate_body"])
+        model = state.metrics.quality.rate(body.id)
+        state.metrics.feedback.labels(model, body.rating).inc()
+        return json_response({"id": body.id, "model": model, "rating": body.rating})
 
     return routes

@@ -11,6 +11,8 @@ from typing import Any
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
 
+INTERNAL = "canary-"  # how the ids of the server's own jobs begin
+
 
 class Job:
     """One prompt in the engine. Outputs are cumulative, so a client that reads slowly costs no more memory than a fast one."""

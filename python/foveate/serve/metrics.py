@@ -14,11 +14,13 @@ from prometheus_client.registry import Collector
 
 from foveate.serve.errors import ApiError
 from foveate.serve.jobs import Call, Job
+from foveate.serve.quality import EXPLAINED, RATINGS, Quality
 from foveate.serve.served import ServedModel
 from foveate.serve.worker import facts
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 REJECTIONS = ("queue_full", "rate_limited", "loading", "draining")
+SCHEMA_FAILURES = ("refused", "unfinished")
 # vLLM's bounds with finer ones below: a small model on a CPU takes some milliseconds for a token.
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
@@ -29,8 +31,9 @@ _COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 class Metrics:
     """One registry for each server. All series exist, at 0, as soon as their model is known."""
 
-    def __init__(self, models: Iterable[ServedModel], keys: Iterable[str] = ()) -> None:
+    def __init__(self, models: Iterable[ServedModel], keys: Iterable[str] = (), quality: Quality | None = None) -> None:
         self.registry = CollectorRegistry()
+        self.quality = quality or Quality()
         self._models = list(models)
         model = ["model_name"]
 
@@ -73,9 +76,15 @@ class Metrics:
             self.key_requests.labels(key)
             for kind in ("prompt", "generation"):
                 self.key_tokens.labels(key, kind)
+        self.schema_failures = counter(
+            "foveate:schema_failures",
+            "Schemas that were refused, and replies that ended within one.",
+            [*model, "reason"],
+        )
+        self.feedback = counter("foveate:feedback", "Answers that were rated.", [*model, "rating"])
         for served in self._models:
             self._make_all(served.name)
-        self.registry.register(_Gauges(self._models))
+        self.registry.register(_Gauges(self._models, self.quality))
 
     def _make_all(self, name: str) -> None:
         plain = [self.prompt_tokens, self.generation_tokens, self.cached_tokens, self.queried_tokens]
@@ -91,6 +100,10 @@ class Metrics:
             self.rejections.labels(name, reason)
         for result in ("same", "drift", "failed"):
             self.canary_runs.labels(name, result)
+        for reason in SCHEMA_FAILURES:
+            self.schema_failures.labels(name, reason)
+        for rating in RATINGS:
+            self.feedback.labels(name, rating)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -129,6 +142,7 @@ class Metrics:
 
     def _began(self, name: str, job: Job, now: float) -> None:
         assert job.output is not None
+        self.quality.began(name, job)
         self.first_token.labels(name).observe(now - job.submitted)
         self.queue_time.labels(name).observe(max(0.0, (job.started or now) - job.submitted))
         self.prompt_tokens.labels(name).inc(len(job.tokens))
@@ -143,6 +157,10 @@ class Metrics:
         self.success.labels(name, next((r for r in ("abort", "length") if r in reasons), "stop")).inc()
         self.end_to_end.labels(name).observe(now - job.submitted)
         self.request_generation.labels(name).observe(job.generated)
+        for sample in job.output.outputs:
+            self.quality.of(name).ended(sample)
+        if (job.params.json_schema or job.params.regex) is not None and "length" in reasons:
+            self.schema_failures.labels(name, "unfinished").inc()
         metrics = job.output.metrics
         if job.generated > 1 and metrics.first_token_time is not None and metrics.finished_time is not None:
             self.per_token.labels(name).observe(
@@ -177,8 +195,8 @@ class Metrics:
 class _Gauges(Collector):
     """Read from the engines when somebody asks."""
 
-    def __init__(self, models: list[ServedModel]) -> None:
-        self._models = models
+    def __init__(self, models: list[ServedModel], quality: Quality) -> None:
+        self._models, self._quality = models, quality
 
     def collect(self) -> Iterator[Metric]:
         rows: dict[str, tuple[str, list[tuple[str, float]]]] = {
@@ -191,9 +209,11 @@ class _Gauges(Collector):
             "foveate:model_load_seconds": ("How long loading took.", []),
             "foveate:engine_stalled_seconds": ("Age of the last step, 0 when there is nothing to do.", []),
             "foveate:engine_failed_steps": ("Steps that raised, since the start.", []),
+            **{f"foveate:{name}": (text, []) for name, text in EXPLAINED.items()},
         }
         for served in self._models:
-            for name, value in _gauges(served).items():
+            numbers = {f"foveate:{name}": value for name, value in self._quality.of(served.name).numbers().items()}
+            for name, value in (_gauges(served) | numbers).items():
                 rows[name][1].append((served.name, value))
         for name, (text, values) in rows.items():
             family = GaugeMetricFamily(name, text, labels=["model_name"])

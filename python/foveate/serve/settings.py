@@ -20,6 +20,7 @@ class ServeSettings:
     drain_timeout: seconds that running requests get after SIGTERM. stall_timeout: age of a step from which /ready fails;
     hang_timeout: from which /health does. max_logprobs: alternatives per token that may be asked for.
     log_texts: prompts and replies in the log. canary: a file of golden prompts, run every canary_every seconds.
+    quality_reference: a saved answer of /quality, with whose prompts those of now are compared; the first ones by default.
     """
 
     models: dict[str, str | Path]
@@ -43,6 +44,7 @@ class ServeSettings:
     log_texts: bool = False
     canary: Path | None = None
     canary_every: float = 300.0
+    quality_reference: Path | None = None
     certificate: Path | None = None
     certificate_key: Path | None = None
 

@@ -17,6 +17,7 @@ from foveate.serve.errors import ApiError, bad_request, of_model, refused
 from foveate.serve.jobs import Job
 from foveate.serve.keys import Keys, caller
 from foveate.serve.metrics import Metrics
+from foveate.serve.quality import Quality
 from foveate.serve.served import ServedModel, loader
 from foveate.serve.settings import ServeSettings
 
@@ -32,7 +33,7 @@ class ServerState:
         made = loaders or {name: loader(path, settings.options) for name, path in settings.models.items()}
         self.models = {name: ServedModel(name, load) for name, load in made.items()}
         self.keys = Keys(settings.api_keys)
-        self.metrics = Metrics(self.models.values(), self.keys.names)
+        self.metrics = Metrics(self.models.values(), self.keys.names, Quality(settings.quality_reference))
         self._admissions: dict[str, Admission] = {}
         # Tokenizing, templates, grammars and encoders; the event loop does none of it for long texts.
         self.pool = ThreadPoolExecutor(4, thread_name_prefix="foveate-prepare")
@@ -57,6 +58,8 @@ class ServerState:
                 served.load(loop, self._on_outputs)
                 if served.state == "failed":
                     self.on_failed_load()
+                elif served.llm is not None:
+                    self.metrics.quality.of(served.name).attach(served.llm)
 
         threading.Thread(target=load_all, name="foveate-load", daemon=True).start()
         if self.canary is not None:
@@ -169,7 +172,11 @@ class ServerState:
         work = self.prepare(worker.engine.compile, params, pool=self._grammar_pool)
         try:
             return await asyncio.wait_for(work, _GRAMMAR_SECONDS)
+        except ApiError:
+            self.metrics.schema_failures.labels(served.name, "refused").inc()
+            raise
         except asyncio.TimeoutError:
+            self.metrics.schema_failures.labels(served.name, "refused").inc()
             raise bad_request(
                 f"the schema or expression has not been compiled within {_GRAMMAR_SECONDS:g} s; use a simpler one",
                 "response_format",
