@@ -19,7 +19,7 @@ from foveate.cli import main, options
 from foveate.cli.parser import lay_out
 
 COMMANDS = (
-    "", "generate", "chat", "answer", "classify", "embed", "rerank", "fill", "train", "search", "serve", "info", "bench",
+    "", "generate", "chat", "answer", "classify", "embed", "rerank", "fill", "train", "search", "serve", "monitor", "info", "bench",
 )  # fmt: skip
 FOVEATE = [sys.executable, "-m", "foveate"]
 

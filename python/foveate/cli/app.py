@@ -18,6 +18,7 @@ from foveate.cli import (
     fill,
     generate,
     info,
+    monitor,
     options,
     rerank,
     search,
@@ -27,7 +28,7 @@ from foveate.cli import (
 from foveate.cli.options import UsageError
 from foveate.cli.parser import CommandParser
 
-COMMANDS = (generate, chat, answer, classify, embed, rerank, fill, train, search, serve, info, bench)
+COMMANDS = (generate, chat, answer, classify, embed, rerank, fill, train, search, serve, monitor, info, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,157 @@
+"""`foveate monitor`: a server's numbers in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from foveate.cli import options
+
+_EXAMPLES = """\
+Rates and percentiles are of the last minute; with --once, of the second between two readings, or of the server's whole life where a
+second brought nothing. The same numbers are at /dashboard of the server, for a browser.
+
+examples:
+  foveate monitor
+  foveate monitor http://127.0.0.1:8000 --every 5
+  foveate monitor --once --json | jq .models
+
+exit status: 0, 1 when the server cannot be read, 130 after Ctrl-C
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "monitor",
+        help="a server's load, times and quality, live in the terminal",
+        description="Shows what `foveate serve` says in /metrics, /ready and /canary, again and again.",
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="http://127.0.0.1:8000 by default")
+    parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between; 2 by default")
+    parser.add_argument("--once", action="store_true", help="show it once and end")
+    parser.add_argument("--json", action="store_true", help="a JSON object for each reading")
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="its first key is sent; or FOVEATE_API_KEY in the environment"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.every > 0:
+        raise options.UsageError(f"--every {args.every:g} must be above 0")
+    try:
+        import prometheus_client  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f'foveate monitor needs {error.name}, which is not installed: pip install "foveate[serve]"'
+        ) from error
+    from foveate.serve.keys import read_keys
+    from foveate.serve.monitor import History, Source, report
+
+    key = os.environ.get("FOVEATE_API_KEY") if args.api_key_file is None else read_keys(args.api_key_file)[0]
+    source, history = Source(args.url, key), History()
+    history.add(source.read())
+    if args.once:
+        time.sleep(1.0)
+        history.add(source.read())
+        _show_once(report(history, source.url), args.json)
+        return
+    if args.json:
+        _repeat(source, history, args.every, lambda: options.print_json(report(history, source.url)))
+        return
+    from rich.live import Live
+
+    with Live(_screen(report(history, source.url)), auto_refresh=False, screen=True) as live:
+        _repeat(source, history, args.every, lambda: live.update(_screen(report(history, source.url)), refresh=True))
+
+
+def _repeat(source: Any, history: Any, every: float, show: Callable[[], None]) -> None:
+    """Until Ctrl-C, or until the server cannot be read any more."""
+    while True:
+        show()
+        time.sleep(every)
+        history.add(source.read())
+
+
+def _show_once(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        options.print_json(found)
+        return
+    from rich.console import Console
+
+    Console().print(_screen(found))
+
+
+def _seconds(value: float) -> str:
+    return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) else f"{value:.2f}"
+
+
+# heading, then (label, name of the fact, how it is written, above which it is marked)
+_PANELS: tuple[tuple[str, tuple[tuple[str, str, Callable[[float], str], float | None], ...]], ...] = (
+    ("Load", (
+        ("tokens/s", "tokens_per_s", _number, None), ("prompt tokens/s", "prompt_tokens_per_s", _number, None),
+        ("running", "running", _number, None), ("waiting", "waiting", _number, None),
+        ("turned away", "turned_away", _number, 0), ("cache in use", "cache_used", _percent, 0.95),
+        ("prefix hits", "prefix_hits", _percent, None),
+    )),
+    ("Times", (
+        ("first token p50", "first_token_p50", _seconds, None), ("first token p95", "first_token_p95", _seconds, None),
+        ("between tokens p50", "between_tokens_p50", _seconds, None), ("between tokens p95", "between_tokens_p95", _seconds, None),
+        ("whole reply p95", "whole_reply_p95", _seconds, None), ("queue p95", "queue_p95", _seconds, None),
+        ("step p95", "step_p95", _seconds, None), ("age of the step", "stalled", _seconds, 30),
+    )),
+    ("Ends", (
+        ("stop", "ended_stop", _number, None), ("length", "ended_length", _number, None),
+        ("abort", "ended_abort", _number, None), ("error", "ended_error", _number, 0),
+        ("failed steps", "failed_steps", _number, 0), ("schemas failed", "schema_failures", _number, 0),
+    )),
+    ("Quality", (
+        ("log-probability", "logprob", _number, None), ("entropy", "entropy", _number, None),
+        ("ended by length", "by_length", _percent, None), ("empty", "empty", _percent, 0.1),
+        ("repeated", "repeated", _percent, 0.2), ("prompt length PSI", "prompt_length_psi", _number, 0.25),
+        ("script PSI", "prompt_script_psi", _number, 0.25), ("thumbs up", "thumbs_up", _number, None),
+        ("thumbs down", "thumbs_down", _number, None),
+    )),
+)  # fmt: skip
+
+
+def _screen(found: dict[str, Any]) -> Any:
+    from rich.columns import Columns
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    ready, canary = found["ready"]["status"], found["canary"]["status"]
+    head = Text.assemble(
+        found["url"], "  ", (ready, "green" if ready == "ready" else "yellow"), "  canary ",
+        (canary, {"same": "green", "off": "dim"}.get(canary, "red")), f"  {(found['memory_bytes'] or 0) / 2**30:.2f} GiB",
+    )  # fmt: skip
+    parts: list[Any] = [head, *(Text(f"  {reason}", "yellow") for reason in found["ready"]["waiting_for"])]
+    for model, facts in found["models"].items():
+        panels = []
+        for heading, rows in _PANELS:
+            table = Table.grid(padding=(0, 2))
+            table.add_column(style="dim")
+            table.add_column(justify="right", min_width=9)
+            for label, name, write, most in rows:
+                value = facts[name]
+                marked = most is not None and value is not None and value > most
+                table.add_row(label, Text("-" if value is None else write(value), "yellow" if marked else ""))
+            panels.append(Panel(table, title=heading, title_align="left"))
+        parts += [Text(f"\n{model}", "bold"), Columns(panels)]
+    return Group(*parts)
