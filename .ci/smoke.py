@@ -13,7 +13,9 @@ from foveate import _C
 package = Path(foveate.__file__).parent
 assert "site-packages" in package.parts, f"foveate comes from {package}, not from the wheel"
 assert (package / "py.typed").exists() and (package / "_C.pyi").exists()
-assert (package / "serve" / "static" / "index.html").exists(), "the chat page is not in the wheel: `make page` comes first"
+assert (package / "serve" / "static" / "index.html").exists(), (
+    "the chat page is not in the wheel: `make page` comes first"
+)
 
 q, k, v = (torch.randn(2, 65, heads, 64) for heads in (4, 2, 2))
 out = foveate.attention(q, k, v, causal=True, backend="native")
