@@ -241,6 +241,18 @@ def test_a_phone_and_the_dark(page):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 27)"
 
 
+def test_the_dashboard_lives(page, server):
+    page.goto("/dashboard")
+    running = page.locator("dl > div", has=page.get_by_text("Ended by length", exact=True)).locator(".number")
+    expect(page.locator("#state")).to_have_text("ready", timeout=PATIENCE)
+    page.select_option("#model", "code")
+    server.text(model="code", prompt="x", max_tokens=2)
+    expect(running).to_have_text(re.compile(r"^\d+(\.\d)? %$"), timeout=PATIENCE)
+    expect(page.locator("#canary")).to_contain_text("--canary")
+    page.set_viewport_size({"width": 360, "height": 640})
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_a_key_is_asked_for(browser, folder):
     with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}, api_keys=("browser-key",)) as running:
         context = browser.new_context(base_url=running.url)

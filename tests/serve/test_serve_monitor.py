@@ -28,7 +28,12 @@ def test_once_as_json_and_as_a_table(used, capsys, monkeypatch, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert found["ready"]["status"] == "ready" and found["canary"]["status"] == "off" and found["memory_bytes"] > 1e6
     facts = found["models"]["toy"]
-    assert facts["running"] == facts["waiting"] == 0 and facts["by_length"] == 1 and facts["thumbs_up"] == 0
+    assert (
+        facts["running"] == facts["waiting"] == 0
+        and facts["by_length"] == 1
+        and facts["ended_length"] == 3
+        and facts["thumbs_up"] == 0
+    )
     monkeypatch.setenv("FOVEATE_API_KEY", "monitor-key")
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["monitor", used.url, "--once"]) == 0

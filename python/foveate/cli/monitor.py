@@ -12,8 +12,8 @@ from typing import Any
 from foveate.cli import options
 
 _EXAMPLES = """\
-Rates and percentiles are of the last minute; with --once, of the second between two readings, or of the server's whole life where a
-second brought nothing. The same numbers are at /dashboard of the server, for a browser.
+Rates, counts and percentiles are of the last minute; with --once, rates are of one second and the others of the server's whole life.
+The same numbers are at /dashboard of the server, for a browser.
 
 examples:
   foveate monitor
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from foveate.serve.monitor import History, Source, report
 
     key = os.environ.get("FOVEATE_API_KEY") if args.api_key_file is None else read_keys(args.api_key_file)[0]
-    source, history = Source(args.url, key), History()
+    source, history = Source(args.url, key), History(since_start=args.once)
     history.add(source.read())
     if args.once:
         time.sleep(1.0)

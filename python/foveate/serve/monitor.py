@@ -76,10 +76,11 @@ class Source:
 
 
 class History:
-    """The readings of the last minute."""
+    """The readings of the last minute. since_start: counts and percentiles are of the server's whole life, rates of the readings."""
 
-    def __init__(self) -> None:
+    def __init__(self, since_start: bool = False) -> None:
         self._readings: deque[Reading] = deque()
+        self._since_start = since_start
 
     def add(self, reading: Reading) -> None:
         self._readings.append(reading)
@@ -93,15 +94,18 @@ class History:
     def increase(self, name: str, **labels: str) -> float | None:
         """What has been added to a counter in the span; with one reading, since the server's start."""
         latest = self.now.sum(name, **labels)
-        if latest is None or len(self._readings) == 1:
-            return latest
+        return latest if self._since_start or len(self._readings) == 1 else self._added(latest, name, labels)
+
+    def _added(self, latest: float | None, name: str, labels: dict[str, str]) -> float | None:
+        if latest is None:
+            return None
         before = self._readings[0].sum(name, **labels) or 0.0
         return latest if latest < before else latest - before  # the server has been started again
 
     def rate(self, name: str, **labels: str) -> float | None:
         """A second; None with one reading."""
         span = self.now.at - self._readings[0].at
-        found = self.increase(name, **labels)
+        found = self._added(self.now.sum(name, **labels), name, labels)
         return None if found is None or span <= 0 else found / span
 
     def quantile(self, name: str, q: float, **labels: str) -> float | None:

@@ -23,7 +23,7 @@ for (const [heading, entries] of PANELS) {
 
 function show() {
   const [before, now] = [readings[0], readings.at(-1)];
-  const model = byId("model").value ? { model_name: byId("model").value } : {};
+  const model = { model_name: byId("model").value };
   const view = { before: before.metrics, now: now.metrics, span: (now.time - before.time) / 1000, model };
   for (const row of rows) {
     const found = row.value(view);
@@ -32,15 +32,15 @@ function show() {
     if (row.history.length > KEPT) row.history.shift();
     row.number.textContent = value === undefined ? "–" : row.format(value);
     row.number.classList.toggle("warn", row.warn !== undefined && value > row.warn);
-    row.chart.replaceChildren(sparkline(row.history, KEPT));
+    row.chart.replaceChildren(sparkline(row.history, Math.max(30, row.history.length)));
   }
 }
 
 function showModels(metrics) {
   const names = [...new Set((metrics.get("foveate:model_ready") ?? []).map(({ labels }) => labels.model_name))];
   const select = byId("model");
-  if (names.length === select.options.length - 1) return;
-  select.replaceChildren(h("option", { value: "" }, "All models"), ...names.map((name) => h("option", { value: name }, name)));
+  if (names.length === select.options.length) return;
+  select.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
 }
 
 function showCanary({ status, rounds, finished, prompts }) {
