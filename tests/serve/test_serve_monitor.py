@@ -71,7 +71,11 @@ def test_a_percentile_is_linear_within_its_bucket():
     assert history.quantile("x", 0.5) is None
 
 
-def test_what_cannot_be_read(used, capsys):
+def test_what_cannot_be_read(used, capsys, tmp_path):
+    digests = tmp_path / "keys"
+    digests.write_text('# the server\'s\n{"name": "a"}\n')
+    assert main(["monitor", used.url, "--once", "--api-key-file", str(digests)]) == 1
+    assert "digests" in capsys.readouterr().err
     assert main(["monitor", used.url, "--once"]) == 1
     assert "wants a key" in capsys.readouterr().err
     with socket.socket() as taken:  # nobody listens

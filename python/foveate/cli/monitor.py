@@ -36,7 +36,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--once", action="store_true", help="show it once and end")
     parser.add_argument("--json", action="store_true", help="a JSON object for each reading")
     parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="its first key is sent; or FOVEATE_API_KEY in the environment"
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="its first line is the key; or FOVEATE_API_KEY in the environment",
     )
     parser.set_defaults(run=run)
 
@@ -51,10 +54,9 @@ def run(args: argparse.Namespace) -> None:
         raise ImportError(
             f'foveate monitor needs {error.name}, which is not installed: pip install "foveate[serve]"'
         ) from error
-    from foveate.serve.keys import read_keys
     from foveate.serve.monitor import History, Source, report
 
-    key = os.environ.get("FOVEATE_API_KEY") if args.api_key_file is None else read_keys(args.api_key_file)[0]
+    key = os.environ.get("FOVEATE_API_KEY") if args.api_key_file is None else _first_key(args.api_key_file)
     source, history = Source(args.url, key), History(since_start=args.once)
     history.add(source.read())
     if args.once:
@@ -69,6 +71,17 @@ def run(args: argparse.Namespace) -> None:
 
     with Live(_screen(report(history, source.url)), auto_refresh=False, screen=True) as live:
         _repeat(source, history, args.every, lambda: live.update(_screen(report(history, source.url)), refresh=True))
+
+
+def _first_key(file: Path) -> str:
+    """ValueError for a file of digests, of which the server alone can make use."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    found = next((line for line in lines if line and not line.startswith(("#", "{"))), None)
+    if found is None:
+        raise ValueError(
+            f"{file} has no key itself in a line; the server's file may have digests, from which no key follows"
+        )
+    return found
 
 
 def _repeat(source: Any, history: Any, every: float, show: Callable[[], None]) -> None:
