@@ -173,3 +173,22 @@ def folder(path: Path, positions: int = 256, **generation_config) -> Path:
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS, **generation_config}))
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": tokenizer().chat_template}))
     return path
+
+
+def adapter(path: Path, seed: int, layer: str | None = None) -> Path:
+    """A LoRA adapter of the toy model in peft's format, with an update that matters; layer: only this one."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    modules = {name: m for name, m in model().named_modules() if name.endswith(("q_proj", "v_proj", "down_proj"))}
+    if layer is not None:
+        modules = {layer: next(iter(modules.values()))}
+    stored = {}
+    for name, module in modules.items():
+        for part, shape in {"A": (4, module.in_features), "B": (module.out_features, 4)}.items():
+            stored[f"base_model.model.{name}.lora_{part}.weight"] = 0.3 * torch.randn(shape, generator=generator)
+    save_file(stored, path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "base_model_name_or_path": None}
+    settings |= {"target_modules": sorted({name.rpartition(".")[2] for name in modules}), "bias": "none"}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    return path

@@ -130,6 +130,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     )  # fmt: skip
     if not several:
         _add_base(group)
+        group.add_argument(
+            "--adapter", metavar="PATH", help="a folder with a LoRA adapter of --model in peft's format, merged into it"
+        )
     group.add_argument("--device", metavar="NAME", help="cpu (the default), cuda, ...")
     group.add_argument("--dtype", choices=sorted(_DTYPES), help="of the weights; the checkpoint's by default")
     group.add_argument(
@@ -251,7 +254,7 @@ def load(args: argparse.Namespace) -> Any:
     found = llm_options(args)
     with loading(args.model):
         from foveate.generation.llm import LLM
-    return LLM(args.model, base=args.base, **found)
+    return LLM(args.model, base=args.base, adapter=args.adapter, **found)
 
 
 def llm_options(args: argparse.Namespace) -> dict[str, Any]:

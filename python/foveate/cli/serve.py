@@ -31,6 +31,10 @@ def add_parser(commands: Any) -> None:
         epilog=_EXAMPLES,
     )
     options.add_model_options(parser, several=True)
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=PATH",
+        help="a LoRA adapter of the first model in peft's format, chosen by its name; may be given several times",
+    )  # fmt: skip
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", metavar="NAME", help="127.0.0.1 by default: this machine only")
     network.add_argument("--port", type=int, default=8000, metavar="N", help="8000 by default; 0 takes a free one")
@@ -104,7 +108,8 @@ def run(args: argparse.Namespace) -> None:
     limits = {flag[2:].replace("-", "_"): getattr(args, flag[2:].replace("-", "_")) for flag, *_ in _LIMITS}
     try:
         settings = ServeSettings(
-            models=_models(args.model), options=options.llm_options(args), host=args.host, port=args.port, api_keys=tuple(keys),
+            models=_models(args.model), adapters=_models(args.adapter, "adapters"), options=options.llm_options(args),
+            host=args.host, port=args.port, api_keys=tuple(keys),
             insecure=args.insecure, canary=args.canary, canary_every=args.canary_every, log_requests=not args.no_request_log,
             quality_reference=args.quality_reference,
             certificate=args.tls_certificate, certificate_key=args.tls_key, **limits,
@@ -114,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     serve(ServerState(settings))
 
 
-def _models(given: list[str]) -> dict[str, str | Path]:
+def _models(given: list[str], what: str = "models") -> dict[str, str | Path]:
     """NAME=PATH, or PATH, whose last part is the name."""
     found: dict[str, str | Path] = {}
     for text in given:
@@ -122,8 +127,8 @@ def _models(given: list[str]) -> dict[str, str | Path]:
         if not equals or "/" in name:
             name, path = Path(text).name.removesuffix(".gguf"), text
         if not name or not path:
-            raise options.UsageError(f"--model {text} must be PATH or NAME=PATH")
+            raise options.UsageError(f"{text}, among the {what}, must be PATH or NAME=PATH")
         if name in found:
-            raise options.UsageError(f"two models are called {name}; name them with --model NAME=PATH")
+            raise options.UsageError(f"two {what} are called {name}; name them apart, as NAME=PATH")
         found[name] = path
     return found

@@ -16,6 +16,7 @@ from foveate.cache.view import CacheView
 from foveate.files.locked import locked
 from foveate.generation.constrained import Grammar, GrammarCompiler
 from foveate.generation.decode_graph import DecodeGraph
+from foveate.generation.lora import Adapters, modules_of
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
 from foveate.generation.request import Request, Sample
@@ -89,6 +90,7 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
         self.model, self.cache, self.tokenizer = model, cache, tokenizer
+        self.adapters = Adapters(modules_of(model))
         # files name ids that the model's head does not have, and so never chooses
         self.eos_ids = frozenset(token for token in eos_ids if 0 <= token < model.config.vocab_size)
         self.max_length = min(max_length or model.config.max_positions, model.config.max_positions)
@@ -123,11 +125,13 @@ class Engine:
         stream: bool = False,
         grammar: Grammar | None = None,
         priority: tuple[float, float] = (0.0, 0.0),
+        adapter: str | None = None,
     ) -> None:
         """Takes a request in; ValueError, in a sentence, for one that cannot run. stream: an output after each of its tokens.
 
         grammar: what `compile` gave for these params, so that the lock is not held for as long as a grammar takes.
-        priority: those of lower numbers get places and pages first, compared in order; equal ones as they come.
+        priority: those of lower numbers get places and pages first, compared in order; equal ones as they come. adapter: the name of one
+        of `adapters`.
         """
         if request_id in self._requests:
             raise ValueError(f"a request {request_id!r} is running already; choose another id")
@@ -139,6 +143,7 @@ class Engine:
         request = Request(
             request_id, prompt, tokens, params, arrival=self._arrivals, max_length=max_length, eos_ids=self.eos_ids,
             tokenizer=self.tokenizer, grammar=grammar or self._grammars.compile(params), stream=stream, priority=priority,
+            adapter=None if adapter is None else self.adapters[adapter],
         )  # fmt: skip
         self._arrivals += 1
         self._requests[request_id] = request
@@ -244,7 +249,11 @@ class Engine:
             inputs = [s.tokens[s.cached : s.cached + new] for s in samples]
         seqs: list[int] = [s.seq for s in samples]  # type: ignore[misc]
         logits: Tensor | None = None
-        if self.decode is not None and new == 1 and drafts is None:
+        adapters = [s.request.adapter for s in samples]
+        if any(adapters):
+            view = CacheView(self.cache, seqs, new)
+            hidden = self.adapters.hidden(self.model, torch.tensor(inputs, device=self.device), view, adapters)
+        elif self.decode is not None and new == 1 and drafts is None:
             last, logits = self.decode([token for [token] in inputs], seqs)
             hidden = (last if alone else last.clone())[:, None]  # another group's step may overwrite it
         else:

@@ -33,7 +33,8 @@ _CACHE_SHARE = 0.25  # of the free memory, by default
 
 class LLM:
     """Text from a checkpoint: a Hugging Face folder, a .gguf file, the name of an installed package that holds one, or a folder with a
-    LoRA adapter in peft's format, whose base is the one that it names or `base`.
+    LoRA adapter in peft's format, whose base is the one that it names or `base`. adapter: such a folder, where path is its base; it is
+    merged into the weights. `load_adapter` keeps adapters beside them, for requests to choose.
 
         llm = LLM("path/to/model", quantization="q4_0")
         [output] = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=40))
@@ -59,6 +60,7 @@ class LLM:
         path: str | Path | Checkpoint,
         *,
         base: str | Path | None = None,
+        adapter: str | Path | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         quantization: str | None = None,
@@ -73,6 +75,10 @@ class LLM:
         cuda_graphs: bool | None = None,
         progress: bool | None = None,
     ) -> None:
+        if adapter is not None:
+            if base is not None or isinstance(path, Checkpoint):
+                raise ValueError(f"adapter={str(adapter)!r} goes with the path of its base, and nothing else")
+            path, base = adapter, path
         checkpoint = open_checkpoint(path, base)
         _check_causal(checkpoint)
         dtype = checked_dtype(dtype)
@@ -128,14 +134,27 @@ class LLM:
     def stats(self) -> EngineStats:
         return self.engine.stats
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """A LoRA adapter in peft's format of this model, kept beside the weights: `generate(..., adapter=name)` uses it, in one batch with
+        requests of others and of none. Its requests run on torch modules, slower than a merged one. CheckpointError for another model's,
+        and for one that adapts the head or the embedding."""
+        with self.engine.lock:
+            self.engine.adapters.load(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """ValueError for one that is not loaded."""
+        with self.engine.lock:
+            self.engine.adapters.unload(name)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
-        """One output per prompt, in order. params: one for all, or one each.
+        """One output per prompt, in order. params: one for all, or one each. adapter: the name of one that `load_adapter` has loaded.
 
         A prompt is a text, token ids in a list, array or tensor of one dimension, or vLLM's {"prompt": text} and
         {"prompt_token_ids": ids}.
@@ -149,6 +168,10 @@ class LLM:
         tokens = [self._tokens(text) for text in texts]
         for ids, p in zip(tokens, wanted):
             self.engine.check(ids, p)
+        if adapter is not None and any(p.num_beams > 1 for p in wanted):
+            raise ValueError(
+                f"adapter={adapter!r} with num_beams > 1: beam search runs the model itself; use LLM(path, adapter=...)"
+            )
         outputs: dict[int, RequestOutput] = {}
         place: dict[str, int] = {}
         if progress is None:
@@ -158,7 +181,7 @@ class LLM:
                 inbox: list[RequestOutput] = []
                 for i, (text, ids, p) in enumerate(zip(texts, tokens, wanted)):
                     if p.num_beams == 1:
-                        place[self._add(ids, p, text, inbox)] = i
+                        place[self._add(ids, p, text, inbox, adapter=adapter)] = i
                 while len(outputs) < len(place):
                     for output in self._take(inbox):
                         outputs[place[output.request_id]] = output
@@ -279,13 +302,14 @@ class LLM:
         return list(params)
 
     def _add(
-        self, ids: list[int], params: SamplingParams, prompt: Prompt, inbox: list[RequestOutput], stream: bool = False
-    ) -> str:
+        self, ids: list[int], params: SamplingParams, prompt: Prompt, inbox: list[RequestOutput], stream: bool = False,
+        adapter: str | None = None,
+    ) -> str:  # fmt: skip
         """inbox: where the request's outputs go, whichever call makes the step that they come from."""
         request_id = str(next(self._ids))
         with self.engine.lock:
             text = prompt if isinstance(prompt, str) else None
-            self.engine.add(request_id, ids, params, prompt=text, stream=stream)
+            self.engine.add(request_id, ids, params, prompt=text, stream=stream, adapter=adapter)
             self._inboxes[request_id] = inbox
         return request_id
 

@@ -12,7 +12,7 @@ from foveate.cache.paged import PagedKVCache
 
 @dataclass(eq=False)
 class Node:
-    key: tuple[int, tuple[int, ...]]  # id of the parent (0 at the beginning), tokens of the page
+    key: tuple[int, tuple[int, ...]]  # id of the parent (at the beginning a root, 0 or below), tokens of the page
     id: int
     page: int
     parent: Node | None
@@ -22,7 +22,8 @@ class Node:
 
 
 class PrefixCache:
-    """A tree of full pages: a node is found by its parent and the tokens of its page, so equal tokens after another beginning differ.
+    """Trees of full pages, one for each root, since other weights have other keys: a node is found by its parent and the tokens of its
+    page, so equal tokens after another beginning differ.
 
     Each page of the tree is held (PagedKVCache.hold), so it outlives its sequence. `evict` gives back the least recently used pages
     that no sequence holds, the ends of branches first.
@@ -36,9 +37,9 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def match(self, tokens: Sequence[int], most: int) -> list[Node]:
+    def match(self, tokens: Sequence[int], most: int, root: int = 0) -> list[Node]:
         """The full pages that hold the beginning of `tokens`, `most` tokens of it at the most."""
-        size, parent, chain = self.cache.page_size, 0, []
+        size, parent, chain = self.cache.page_size, root, []
         for at in range(0, most - size + 1, size):
             node = self._nodes.get((parent, tuple(tokens[at : at + size])))
             if node is None:
@@ -51,9 +52,9 @@ class PrefixCache:
             self._nodes.move_to_end(node.key)
         return chain
 
-    def insert(self, parent: Node | None, tokens: Sequence[int], page: int) -> Node:
+    def insert(self, parent: Node | None, tokens: Sequence[int], page: int, root: int = 0) -> Node:
         """The node of a full page with these tokens after `parent`. If equal tokens are there already, their page stays."""
-        key = (0 if parent is None else parent.id, tuple(tokens))
+        key = (root if parent is None else parent.id, tuple(tokens))
         node = self._nodes.get(key)
         if node is None:
             self._clock += 1

@@ -127,7 +127,7 @@ class Scheduler:
         wants_all = sample.request.params.prompt_logprobs is not None and not sample.started
         if self.prefix is None or wants_all:
             return []
-        return self.prefix.match(sample.tokens, len(sample.tokens) - 1)
+        return self.prefix.match(sample.tokens, len(sample.tokens) - 1, _root(sample))
 
     def _preempt(self, sample: Sample) -> None:
         self.release(sample)
@@ -167,8 +167,15 @@ class Scheduler:
         assert sample.seq is not None
         pages = self.cache.pages(sample.seq)
         for i in range(sample.registered, sample.cached // size):
-            sample.node = self.prefix.insert(sample.node, sample.tokens[i * size : (i + 1) * size], pages[i])
+            sample.node = self.prefix.insert(
+                sample.node, sample.tokens[i * size : (i + 1) * size], pages[i], _root(sample)
+            )
         sample.registered = sample.cached // size
+
+
+def _root(sample: Sample) -> int:
+    adapter = sample.request.adapter
+    return 0 if adapter is None else adapter.root
 
 
 def _without_preempted(group: Group) -> Group:

@@ -51,6 +51,9 @@ class Answer(Response):
     def __init__(self, state: ServerState, served: ServedModel, call: Call, writer: Writer, *, stream: bool) -> None:
         self.state, self.served, self.call, self.writer, self.stream = state, served, call, writer, stream
         self.background = None  # all of a Response that FastAPI looks at
+        for job in call.jobs:
+            job.model = served.name
+            job.adapter = served.adapter
         self._started = False
         self._sending: float | None = None  # since when the client takes no bytes
 

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import foveate
+from foveate.serve.admin import admin_routes
 from foveate.serve.bodies import body_schemas
 from foveate.serve.control import control_routes
 from foveate.serve.encoders import encoder_routes
@@ -39,6 +40,7 @@ def create_app(state: ServerState) -> Gate:
     app.include_router(encoder_routes(state))
     app.include_router(control_routes(state))
     app.include_router(page_routes())
+    app.include_router(admin_routes(state))
 
     async def api_error(request: Request, error: Any) -> Response:
         request.scope["foveate"]["error"] = error.code or error.message

@@ -37,6 +37,8 @@ class Job:
         self.counted_at: float | None = None
         self.accounted = False  # its end
         self.internal = internal  # the server's own, which metrics of requests leave out
+        self.model: str | None = None  # under which metrics count it, None: its engine's
+        self.adapter: str | None = None
         self.priority, self.turn = priority, 0.0  # lower first; of equal priorities by their turn
         self.call: Call | None = None
 

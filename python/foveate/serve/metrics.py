@@ -105,6 +105,16 @@ class Metrics:
         for rating in RATINGS:
             self.feedback.labels(name, rating)
 
+    def add(self, served: ServedModel) -> None:
+        """One that is served from now on."""
+        self._models.append(served)
+        self._make_all(served.name)
+
+    def remove(self, served: ServedModel) -> None:
+        """Its counters stay, as Prometheus wants it; its gauges go."""
+        if served in self._models:
+            self._models.remove(served)
+
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
@@ -116,11 +126,12 @@ class Metrics:
         for job in jobs:
             if job.internal:
                 continue
+            model = job.model or name
             if job.output is not None:
-                self._count(name, job, now)
+                self._count(model, job, now)
             if job.error is not None and not job.accounted:
                 job.accounted = True
-                self.success.labels(name, "error").inc()
+                self.success.labels(model, "error").inc()
 
     def _count(self, name: str, job: Job, now: float) -> None:
         """Each step by its own time: the event loop may see several at once."""
@@ -230,7 +241,7 @@ def _gauges(served: ServedModel) -> dict[str, float]:
         "foveate:model_ready": float(served.state == "ready"),
         "foveate:model_load_seconds": served.load_seconds,
     }
-    worker = served.worker
+    worker = None if served.adapter is not None else served.worker  # the engine is its base's
     now: dict[str, Any] = {} if worker is None else facts(worker.engine)
     used = now.get("pages", 0) - now.get("free_pages", 0) - now.get("evictable_pages", 0)
     return found | {

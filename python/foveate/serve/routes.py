@@ -40,6 +40,7 @@ def api_routes(state: ServerState) -> APIRouter:
             "created": served.created,
             "owned_by": "foveate",
             "max_model_len": longest,
+            "parent": served.base.name if served.adapter else None,
         }
 
     @routes.get("/v1/models")

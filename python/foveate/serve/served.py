@@ -33,6 +33,12 @@ class ServedModel:
         self.worker: EngineWorker | None = None
         self.created = int(time.time())
         self.load_seconds = 0.0
+        self.adapter: str | None = None  # its name in the engine, for one that is an adapter
+
+    @property
+    def base(self) -> ServedModel:
+        """Whose engine it runs in."""
+        return self
 
     def load(self, loop: asyncio.AbstractEventLoop, on_outputs: Callable[[ServedModel, list[Job]], None]) -> None:
         """In a thread. Does not raise: `state` says how it went."""
@@ -78,6 +84,38 @@ class ServedModel:
     def stop(self) -> None:
         if self.worker is not None:
             self.worker.stop()
+
+
+class ServedAdapter(ServedModel):
+    """A LoRA adapter that runs in the engine of `base`, in the same steps as other adapters and none."""
+
+    def __init__(self, name: str, base: ServedModel, folder: str | Path) -> None:
+        super().__init__(name, lambda: None)
+        self._base, self.folder, self.adapter = base, folder, name
+
+    @property
+    def base(self) -> ServedModel:
+        return self._base
+
+    def load(self, loop: asyncio.AbstractEventLoop, on_outputs: Callable[[ServedModel, list[Job]], None]) -> None:
+        self.state, began = "loading", time.monotonic()
+        try:
+            llm, worker = self._base.causal()
+            adapters = llm.engine.adapters
+            found = adapters.read(self.name, self.folder)
+            worker.between_steps(lambda: adapters.add(found)).result()
+        except Exception as error:
+            self.error = error.message if isinstance(error, ApiError) else str(error)
+            self.state = "failed"
+            log.error("adapter %s cannot be loaded: %s", self.name, self.error)
+            return
+        self.llm, self.worker = llm, worker
+        self.load_seconds = time.monotonic() - began
+        self.state = "ready"
+        log.info("adapter %s of %s is ready", self.name, self._base.name)
+
+    def stop(self) -> None:
+        """The engine is the base's."""
 
 
 # What a checkpoint's config calls its architecture, and the pipeline of foveate that serves it; an Embedder else.

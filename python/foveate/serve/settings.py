@@ -13,6 +13,7 @@ from foveate.serve.keys import Key
 @dataclass(frozen=True)
 class ServeSettings:
     """models: paths by the names that requests use; the first is also what `default` means. options: of `foveate.LLM`, for each.
+    adapters: folders with LoRA adapters of the first model, by their names.
 
     max_queue: samples that may wait beside those that run; max_queue_tokens: prompt tokens that may wait. Beyond: 429.
     max_body_bytes: of a request; body_timeout: seconds that it may take to arrive. request_timeout: seconds for a whole answer.
@@ -25,6 +26,7 @@ class ServeSettings:
 
     models: dict[str, str | Path]
     options: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, str | Path] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str | Key, ...] = ()
@@ -51,6 +53,9 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("there is no model to serve; give --model PATH or --model NAME=PATH")
+        twice = sorted(set(self.models) & set(self.adapters))
+        if twice:
+            raise ValueError(f"a model and an adapter are called {twice[0]}; name them apart")
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")

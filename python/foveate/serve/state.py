@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from foveate.generation.params import SamplingParams
@@ -18,7 +19,7 @@ from foveate.serve.jobs import Job
 from foveate.serve.keys import Keys, caller
 from foveate.serve.metrics import Metrics
 from foveate.serve.quality import Quality
-from foveate.serve.served import ServedModel, loader
+from foveate.serve.served import ServedAdapter, ServedModel, loader
 from foveate.serve.settings import ServeSettings
 
 log = logging.getLogger("foveate.serve")
@@ -31,7 +32,9 @@ class ServerState:
     def __init__(self, settings: ServeSettings, loaders: dict[str, Callable[[], Any]] | None = None) -> None:
         self.settings = settings
         made = loaders or {name: loader(path, settings.options) for name, path in settings.models.items()}
-        self.models = {name: ServedModel(name, load) for name, load in made.items()}
+        self.models: dict[str, ServedModel] = {name: ServedModel(name, load) for name, load in made.items()}
+        first = next(iter(self.models.values()))
+        self.models |= {name: ServedAdapter(name, first, folder) for name, folder in settings.adapters.items()}
         self.keys = Keys(settings.api_keys)
         self.metrics = Metrics(self.models.values(), self.keys.names, Quality(settings.quality_reference))
         self._admissions: dict[str, Admission] = {}
@@ -54,7 +57,7 @@ class ServerState:
         loop = asyncio.get_running_loop()
 
         def load_all() -> None:
-            for served in self.models.values():
+            for served in list(self.models.values()):
                 served.load(loop, self._on_outputs)
                 if served.state == "failed":
                     self.on_failed_load()
@@ -75,6 +78,8 @@ class ServerState:
         self.metrics.on_outputs(served, jobs)
 
     def admission(self, served: ServedModel) -> Admission:
+        """That of its engine."""
+        served = served.base
         found = self._admissions.get(served.name)
         if found is None:
             places = 1 if served.worker is None else served.worker.engine.scheduler.max_batch
@@ -104,6 +109,30 @@ class ServerState:
             )
         return self.models[name]
 
+    async def load_adapter(self, name: str, folder: Path, base: str | None) -> None:
+        """ApiError 400 for what cannot be loaded. One of the same name is replaced; its requests run on with what they began with."""
+        old = self.models.get(name)
+        if old is not None and old.adapter is None:
+            raise bad_request(f"{name} is the name of a model; choose another for the adapter", "lora_name")
+        made = ServedAdapter(name, self.open_model(base).base, folder)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.pool, made.load, loop, self._on_outputs)
+        if made.state != "ready":
+            raise bad_request(f"the adapter cannot be loaded: {made.error}", "lora_path")
+        if old is not None:
+            self.metrics.remove(old)
+        self.models[name] = made
+        self.metrics.add(made)
+
+    async def unload_adapter(self, name: str) -> None:
+        served = self.model(name)
+        if served.adapter is None:
+            raise bad_request(f"{name} is a model, not an adapter", "lora_name")
+        llm, worker = served.causal()
+        del self.models[name]
+        self.metrics.remove(served)
+        await asyncio.wrap_future(worker.between_steps(lambda: llm.engine.adapters.unload(name)))
+
     def open_model(self, name: str | None) -> ServedModel:
         """`model`, for a request that makes work. ApiError 503 while the server drains or the model loads."""
         served = self.model(name)
@@ -124,7 +153,7 @@ class ServerState:
         waiting: list[str] = []
         models = {}
         for served in self.models.values():
-            worker = served.worker
+            worker = served.base.worker
             models[served.name] = served.state
             if served.state == "failed":
                 waiting.append(f"the model {served.name} could not be loaded; the server's log has the reason")
@@ -150,6 +179,7 @@ class ServerState:
             served.name
             for served in self.models.values()
             if served.worker is not None
+            and served.adapter is None
             and (not served.worker.alive or served.worker.stalled_for > self.settings.hang_timeout)
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import threading
 import time
@@ -32,7 +33,7 @@ class EngineWorker:
     ) -> None:
         self.engine, self._loop, self._on_outputs = engine, loop, on_outputs
         self._condition = threading.Condition()
-        self._inbox: list[tuple[str, Job]] = []
+        self._inbox: list[tuple[str, Any]] = []
         self._jobs: dict[str, Job] = {}  # in the engine; the thread's own
         self._stopping = False
         self._since: float | None = None  # since when there has been work without a finished step
@@ -49,6 +50,12 @@ class EngineWorker:
     def abort(self, jobs: Iterable[Job]) -> None:
         """The jobs leave the engine before its next step; their pages are free then. Those that have finished are left alone."""
         self._post([("abort", job) for job in jobs if not job.finished])
+
+    def between_steps(self, function: Callable[[], None]) -> concurrent.futures.Future[None]:
+        """Runs it in the engine's thread, after the step that runs now, if one does."""
+        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._post([("call", (function, future))])
+        return future
 
     def stop(self, patience: float = 5.0) -> None:
         with self._condition:
@@ -67,7 +74,7 @@ class EngineWorker:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def _post(self, commands: list[tuple[str, Job]]) -> None:
+    def _post(self, commands: list[tuple[str, Any]]) -> None:
         with self._condition:
             if commands and self._since is None:
                 self._since = time.monotonic()
@@ -90,15 +97,28 @@ class EngineWorker:
             if self.engine.has_work:
                 self._step()
 
-    def _obey(self, kind: str, job: Job) -> bool:
+    def _obey(self, kind: str, job: Any) -> bool:
         """False for a job that the engine refuses."""
+        if kind == "call":
+            function, future = job
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+            return True
         if kind == "abort":
             if self._jobs.pop(job.id, None) is not None:
                 self.engine.abort(job.id)
             return True
         try:
             self.engine.add(
-                job.id, job.tokens, job.params, stream=True, grammar=job.grammar, priority=(job.priority, job.turn)
+                job.id,
+                job.tokens,
+                job.params,
+                stream=True,
+                grammar=job.grammar,
+                priority=(job.priority, job.turn),
+                adapter=job.adapter,
             )
         except (ValueError, TypeError) as error:
             job.error = refused(error)

@@ -65,7 +65,7 @@ def adapted_checkpoint(own: Checkpoint, base: Checkpoint, settings: dict[str, An
     if base.config.get("model_type") == "bert" and task in _ARCHITECTURES:
         found.config["architectures"] = [_ARCHITECTURES[task]]
     labels = read_json(own.path / "foveate_adapter.json").get("id2label")
-    classifier = _stored(own.path).get(f"{PREFIX}classifier.weight")
+    classifier = stored_weights(own.path).get(f"{PREFIX}classifier.weight")
     if isinstance(labels, dict):
         found.config["id2label"] = labels
     elif classifier is not None and task == "SEQ_CLS" and len(base.config.get("id2label") or {}) != classifier.shape[0]:
@@ -82,7 +82,7 @@ def check_adapter(settings: dict[str, Any], folder: Path) -> None:
     check(settings, ADAPTER, folder / CONFIG)
 
 
-def _stored(folder: Path) -> dict[str, Tensor]:
+def stored_weights(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS
     if not is_there(file):
         raise CheckpointError(f"{folder} has no adapter: it needs {CONFIG} and {WEIGHTS}")
@@ -111,7 +111,7 @@ class AdaptedWeights:
         self._pairs: dict[str, tuple[Tensor, Tensor, bool]] = {}  # A, B, whether of an embedding, by the base's name
         self._own: dict[str, Tensor] = {}
         self._copies: dict[str, str] = {}  # names that the base has not, of tied weights
-        stored = {name.removeprefix(PREFIX): value for name, value in _stored(where).items()}
+        stored = {name.removeprefix(PREFIX): value for name, value in stored_weights(where).items()}
         self.nbytes = base.nbytes
         for name, value in stored.items():
             module, _, part = name.rpartition(".lora_")

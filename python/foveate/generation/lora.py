@@ -1,0 +1,173 @@
+"""LoRA adapters (Hu et al. 2021, arXiv 2106.09685) beside a causal model, one for each sequence of a step or none."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.cache.view import CacheView
+from foveate.files.checked import CheckpointError, is_there, read_json
+from foveate.models.checkpoint.adapters import CONFIG, PREFIX, check_adapter, stored_weights
+from foveate.models.checkpoint.schemas import ADAPTER
+from foveate.nn import PackedLinear
+
+_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(eq=False)
+class Adapter:
+    """name: what requests call it. root: where its pages begin in the prefix cache, since other adapters' keys are others.
+
+    pairs: of each adapted layer A [rank, in] and scale * B [out, rank], whose rows do not depend on their batch.
+    """
+
+    name: str
+    folder: Path
+    rank: int
+    root: int
+    pairs: dict[str, tuple[nn.Module, nn.Module]] = field(repr=False)
+
+
+def modules_of(model: Any) -> Any:
+    """The torch modules behind what an engine runs: a NativeDecoder's model, or the model itself."""
+    return model if isinstance(model, nn.Module) else getattr(model, "model", model)
+
+
+class Adapters:
+    """Those that are loaded beside `model`, a Llama or GPT2 of foveate.models, maybe with packed layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self._loaded: dict[str, Adapter] = {}
+        self._roots = itertools.count(-1, -1)
+        self._hooked: set[str] = set()
+        self._rows: list[tuple[Adapter, Tensor]] = []  # of the step that runs
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._loaded)
+
+    def __getitem__(self, name: str) -> Adapter:
+        """ValueError, with those that there are."""
+        found = self._loaded.get(name)
+        if found is None:
+            raise ValueError(
+                f"there is no adapter {name!r}; there are {', '.join(self._loaded) or 'none'}: load_adapter"
+            )
+        return found
+
+    def load(self, name: str, folder: str | Path) -> None:
+        """`read`, then `add`."""
+        self.add(self.read(name, folder))
+
+    def add(self, adapter: Adapter) -> None:
+        """In place of another of its name, between two steps. Requests that run keep the one that they began with."""
+        for layer in adapter.pairs:
+            self._hook(layer)
+        self._loaded[adapter.name] = adapter
+
+    def read(self, name: str, folder: str | Path) -> Adapter:
+        """From a folder of peft's format; also while steps run.
+
+        CheckpointError for what is not LoRA, is another model's, or adapts the head or the embedding: those change what all share.
+        """
+        folder = Path(folder).expanduser()
+        if not is_there(folder / CONFIG):
+            raise CheckpointError(f"{folder} has no adapter: it has no {CONFIG}")
+        settings = read_json(folder / CONFIG, ADAPTER)
+        check_adapter(settings, folder)
+        rank = settings.get("r") or 8
+        scale = (settings.get("lora_alpha") or 8) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        stored = {key.removeprefix(PREFIX): value for key, value in stored_weights(folder).items()}
+        wrong = [key for key in stored if not key.endswith((_LORA_A, _LORA_B)) or key.startswith("lm_head")]
+        if wrong:
+            raise CheckpointError(
+                f"{folder} has {wrong[0]}: served beside its base, an adapter may adapt the layers of attention and MLP only; serve it as "
+                "a model of its own, which merges it, or train one without the head and the embedding"
+            )
+        layers = sorted(key.removesuffix(_LORA_A) for key in stored if key.endswith(_LORA_A))
+        if not layers:
+            raise CheckpointError(f"{folder} has no weights of an adapter (*{_LORA_A})")
+        pairs = {layer: self._pair(layer, stored, rank, scale, folder) for layer in layers}
+        return Adapter(name, folder, rank, next(self._roots), pairs)
+
+    def unload(self, name: str) -> None:
+        self._loaded.pop(self[name].name)
+
+    def _pair(
+        self, layer: str, stored: dict[str, Tensor], rank: int, scale: float, folder: Path
+    ) -> tuple[nn.Module, nn.Module]:
+        module = dict(self.model.named_modules()).get(layer)
+        a, b = stored[f"{layer}{_LORA_A}"], stored.get(f"{layer}{_LORA_B}")
+        if not isinstance(module, nn.Linear | PackedLinear):
+            raise CheckpointError(
+                f"{folder} adapts {layer}, which {type(self.model).__name__} does not have: another model's adapter"
+            )
+        if b is None or list(a.shape) != [rank, module.in_features] or list(b.shape) != [module.out_features, rank]:
+            shapes = f"{list(a.shape)} and {None if b is None else list(b.shape)}"
+            raise CheckpointError(
+                f"{folder} adapts {layer} with A and B of shapes {shapes}; r={rank} in {CONFIG} and the layer need "
+                f"{[rank, module.in_features]} and {[module.out_features, rank]}: damaged, or another model's adapter"
+            )
+        return self._linear(a.float()), self._linear(scale * b.float())
+
+    def _linear(self, weight: Tensor) -> nn.Module:
+        device = next(itertools.chain(self.model.parameters(), self.model.buffers())).device
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta").requires_grad_(False)
+        linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
+        return PackedLinear.from_linear(linear) if device.type == "cpu" else linear
+
+    def _hook(self, layer: str) -> None:
+        """Once for each layer. Outside `hidden`, and where the model does not run through its modules, it does nothing."""
+        if layer in self._hooked:
+            return
+        self._hooked.add(layer)
+
+        def update(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            for adapter, rows in self._rows:
+                pair = adapter.pairs.get(layer)
+                if pair is not None:
+                    a, b = pair
+                    output[rows] += b(a(args[0][rows].float())).to(output.dtype)
+            return output
+
+        self.model.get_submodule(layer).register_forward_hook(update)
+
+    def hidden(self, plain: Any, tokens: Tensor, view: CacheView, chosen: Sequence[Adapter | None]) -> Tensor:
+        """As plain.hidden(tokens, view), with the adapter of each row. Rows without one run on `plain`, with the bits that they have
+        without others; those with adapters run on the model's modules, all of them in one pass."""
+        with_one = [i for i, adapter in enumerate(chosen) if adapter is not None]
+        if plain is self.model or len(with_one) == len(chosen):
+            return self._adapted(tokens, view, chosen)
+        without = [i for i, adapter in enumerate(chosen) if adapter is None]
+        found: Tensor | None = None
+        for rows in (without, with_one):
+            part = CacheView(view.cache, [view.seqs[i] for i in rows], view.new)
+            some = (
+                plain.hidden(tokens[rows], part)
+                if rows is without
+                else self._adapted(tokens[rows], part, [chosen[i] for i in rows])
+            )
+            if found is None:
+                found = some.new_empty(len(chosen), *some.shape[1:])
+            found[rows] = some.to(found.dtype)
+        assert found is not None
+        return found
+
+    def _adapted(self, tokens: Tensor, view: CacheView, chosen: Sequence[Adapter | None]) -> Tensor:
+        rows: dict[Adapter, list[int]] = {}
+        for i, adapter in enumerate(chosen):
+            if adapter is not None:
+                rows.setdefault(adapter, []).append(i)
+        self._rows = [(adapter, torch.tensor(of, device=tokens.device)) for adapter, of in rows.items()]
+        try:
+            return self.model.hidden(tokens, view)
+        finally:
+            self._rows = []

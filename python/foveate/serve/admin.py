@@ -1,0 +1,47 @@
+"""The routes of those who may change what is served: a key with "admin" in the file of keys is needed for each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from foveate.serve.bodies import parse_body, takes
+from foveate.serve.errors import json_response
+from foveate.serve.keys import require_admin
+from foveate.serve.protocol import Body
+from foveate.serve.state import ServerState
+
+
+class LoadAdapterBody(Body):
+    """vLLM's. lora_path: a folder on the server's machine, in peft's format."""
+
+    lora_name: str = Field(min_length=1, max_length=200)
+    lora_path: str = Field(min_length=1)
+    base_model_name: str | None = None
+
+
+class UnloadAdapterBody(Body):
+    lora_name: str
+
+
+def admin_routes(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/load_lora_adapter", openapi_extra=takes(LoadAdapterBody))
+    async def load_adapter(request: Request) -> Response:
+        require_admin()
+        body = await parse_body(state, request, LoadAdapterBody)
+        await state.load_adapter(body.lora_name, Path(body.lora_path), body.base_model_name)
+        return json_response({"loaded": body.lora_name})
+
+    @routes.post("/v1/unload_lora_adapter", openapi_extra=takes(UnloadAdapterBody))
+    async def unload_adapter(request: Request) -> Response:
+        require_admin()
+        body = await parse_body(state, request, UnloadAdapterBody)
+        await state.unload_adapter(body.lora_name)
+        return json_response({"unloaded": body.lora_name})
+
+    return routes
