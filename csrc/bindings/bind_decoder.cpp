@@ -2,6 +2,7 @@
 
 #include "bindings/bind.h"
 #include "bindings/tensor_from_python.h"
+#include "bindings/tuple_from_python.h"
 #include "decoder/decoder.h"
 
 namespace py = pybind11;
@@ -80,14 +81,10 @@ void bind_decoder(py::module_& m) {
       .def(
           "step",
           [](const Decoder& self, TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages,
-             TensorView k_scale, TensorView v_scale, int64_t num_splits, int64_t keys_per_split, int64_t rows_per_task,
-             int64_t heads_per_task, bool blocked, Threads threads) {
-            self.step(x, lens, block_table, k_pages, v_pages, k_scale, v_scale, {num_splits, keys_per_split, rows_per_task, heads_per_task},
-                      blocked, threads);
-          },
+             TensorView k_scale, TensorView v_scale, const DecodePlan& plan,
+             Threads threads) { self.step(x, lens, block_table, k_pages, v_pages, k_scale, v_scale, plan, threads); },
           py::arg("x"), py::arg("lens"), py::arg("block_table"), py::arg("k_pages"), py::arg("v_pages"), py::arg("k_scale"),
-          py::arg("v_scale"), py::arg("num_splits"), py::arg("keys_per_split"), py::arg("rows_per_task"), py::arg("heads_per_task"),
-          py::arg("blocked"), py::arg("threads"), release_gil());
+          py::arg("v_scale"), py::arg("plan"), py::arg("threads"), release_gil());
 }
 
 }  // namespace foveate

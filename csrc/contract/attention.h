@@ -1,10 +1,65 @@
-// softmax(scale * q k^T + bias ...) v, dense and varlen, forward and backward. python/foveate/backend/reference/attention.py defines the
-// meaning of each option.
+// softmax(scale * q k^T + bias ...) v, dense and varlen, forward and backward: the operands of a call, and what the kernels read after
+// ops/attention.cpp has checked them. python/foveate/backend/reference/attention.py defines the meaning of each option.
 #pragma once
 
+#include <tuple>
+
+#include "core/fields.h"
 #include "core/tensor.h"
 
 namespace foveate {
+
+// python/foveate/ops/attention/operands.py: Operands, which has the shapes. What is not given is an undefined view.
+struct AttentionOperands {
+  TensorView q, k, v, bias, mask, alibi, rel_table, sinks;
+  TensorView kv_lens, cu_q, cu_k;  // int32 or int64
+  TensorView philox;
+  int64_t max_q = 0, max_k = 0;
+  bool causal = false;
+  int64_t window_left = -1, window_right = -1;
+  double scale = 1, softcap = 0, dropout_p = 0;
+  bool deterministic = true;  // of the backward: equal calls give bitwise equal gradients
+
+  static constexpr auto fields() {
+    using A = AttentionOperands;
+    return std::tuple{Field{"q", &A::q},
+                      Field{"k", &A::k},
+                      Field{"v", &A::v},
+                      Field{"bias", &A::bias},
+                      Field{"mask", &A::mask},
+                      Field{"alibi", &A::alibi},
+                      Field{"rel_table", &A::rel_table},
+                      Field{"sinks", &A::sinks},
+                      Field{"kv_lens", &A::kv_lens},
+                      Field{"cu_q", &A::cu_q},
+                      Field{"cu_k", &A::cu_k},
+                      Field{"philox", &A::philox},
+                      Field{"max_q", &A::max_q},
+                      Field{"max_k", &A::max_k},
+                      Field{"causal", &A::causal},
+                      Field{"window_left", &A::window_left},
+                      Field{"window_right", &A::window_right},
+                      Field{"scale", &A::scale},
+                      Field{"softcap", &A::softcap},
+                      UnreadField{"rel_bidirectional"},  // in the buckets
+                      UnreadField{"rel_max_distance"},
+                      Field{"dropout_p", &A::dropout_p},
+                      Field{"deterministic", &A::deterministic},
+                      UnreadField{"backend"}};
+  }
+};
+
+// Gradients of the same file: where those that are wanted go.
+struct AttentionGradOperands {
+  TensorView q, k, v, bias, rel_table, sinks;
+
+  static constexpr auto fields() {
+    using A = AttentionGradOperands;
+    return std::tuple{
+        Field{"q", &A::q},        Field{"k", &A::k}, Field{"v", &A::v}, Field{"bias", &A::bias}, Field{"rel_table", &A::rel_table},
+        Field{"sinks", &A::sinks}};
+  }
+};
 
 // Of the blocked kernels; decode takes more. 576: the widest that models use (MLA).
 constexpr int64_t kMaxHeadDim = 576, kMaxCudaHeadDim = 256;

@@ -200,7 +200,7 @@ void Decoder::run_layer(const DecoderLayer& l, const KvCacheParams& cache, const
 }
 
 void Decoder::step(TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages, TensorView k_scale,
-                   TensorView v_scale, const Division& division, bool blocked, Threads threads) const {
+                   TensorView v_scale, const DecodePlan& plan, Threads threads) const {
   const int64_t layers = static_cast<int64_t>(layers_.size());
   expect(x, "x").rank(3).contiguous().dtype(DType::kFloat32).size(2, sizes_.hidden);
   check_pages(k_pages, "k_pages", k_scale, "k_scale", layers, sizes_);
@@ -226,9 +226,9 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
   for (int64_t b = 0; b < p.batch; ++b) kv_lens[b] = lens.as<const int32_t>()[b * lens.stride[0]];
   p.kv_lens = kv_lens.data();
   p.seq_kv = block_table.shape[1] * p.page_size, p.pages = k_pages.shape[1];
-  set_division(p, division);
+  set_division(p, plan);
   check(p.num_splits <= p.seq_kv + 65536, p.num_splits, " splits are more than the cache's ", p.seq_kv, " keys");
-  check(!blocked || p.dtype == p.kv_dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
+  check(!plan.blocked || p.dtype == p.kv_dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
   if (rotary_cos_.defined())
     p.rotary_cos = rotary_cos_.data, p.rotary_sin = rotary_sin_.data, p.rotary_pairs = rotary_cos_.shape[1],
     p.rotary_positions = rotary_cos_.shape[0];
@@ -244,11 +244,11 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
   const int64_t q = sizes_.heads_q * sizes_.head_dim, kv = sizes_.heads_kv * sizes_.head_dim, size = size_of(m.dtype);
   const bool split = p.num_splits > 1, temp = !layers_.empty() && layers_[0].attention_out_norm.kind != NormKind::kNone;
   // Where attention has little to divide; long contexts are divided by keys, many tokens have work enough for a region a phase.
-  const bool together = m.tokens <= kTogether && !split && !blocked;
+  const bool together = m.tokens <= kTogether && !split && !plan.blocked;
   int64_t bytes = 0;
   const auto add = [&](int64_t n) { return std::exchange(bytes, bytes + round_up<int64_t>(n, 64)); };
   const int64_t qkv = add(m.tokens * (q + 2 * kv) * size), attended = add(m.tokens * q * size);
-  const int64_t rotated = add(blocked ? m.tokens * q * size : 0), inner = add(m.tokens * sizes_.inner * 4);
+  const int64_t rotated = add(plan.blocked ? m.tokens * q * size : 0), inner = add(m.tokens * sizes_.inner * 4);
   const int64_t temp_at = add(temp ? m.tokens * sizes_.hidden * 4 : 0);
   const int64_t partial_out = add(split ? p.num_splits * m.tokens * q * 4 : 0);
   const int64_t widest = std::max({sizes_.hidden, sizes_.inner, q});
@@ -267,7 +267,7 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
     for (int64_t i = 0; i < layers; ++i) {
       cache.k = pages_of(k_pages, i), cache.v = pages_of(v_pages, i);
       cache.k_scale = scale_of(k_scale, i), cache.v_scale = scale_of(v_scale, i);
-      run_layer(layers_[i], cache, m, blocked, team ? 1 : static_cast<int>(threads), team);
+      run_layer(layers_[i], cache, m, plan.blocked, team ? 1 : static_cast<int>(threads), team);
     }
     norm_all({.x = m.x, .out = m.x, .rows = m.tokens, .cols = sizes_.hidden, .norm = final_norm_}, threads, team);
   };

@@ -43,7 +43,7 @@ class Decoder {
   // x: fp32 [B, S, hidden], the embeddings; becomes the hidden states after the final norm. lens: int32 [B], keys before the step.
   // k_pages, v_pages: [layers, pages, page_size, Hkv, D]; scales fp32 [layers, pages, page_size, Hkv] for int8 and fp8 pages.
   void step(TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages, TensorView k_scale,
-            TensorView v_scale, const Division& division, bool blocked, Threads threads) const;
+            TensorView v_scale, const DecodePlan& plan, Threads threads) const;
 
  private:
   struct Buffers;

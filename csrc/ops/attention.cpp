@@ -1,4 +1,4 @@
-// Views -> memory checks -> params. Python has checked the meaning (which options, which shapes broadcast); what is checked here is what
+// Operands -> memory checks -> params. Python has checked the meaning (which options, which shapes broadcast); what is checked here is what
 // could make a kernel touch memory that is not the tensors'.
 #include "ops/attention.h"
 
@@ -89,36 +89,34 @@ int64_t longest_of(const int32_t* cu, int64_t batch) {
 // AttentionParams and what it points to beside the tensors.
 class AttentionCall {
  public:
-  AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
-                const AttentionOptions& o);
+  AttentionCall(const AttentionOperands& o, const TensorView& rel_buckets, const TensorView& out, const TensorView& lse);
 
   CallDevice device;
   AttentionParams params;
 
  private:
-  void read_sizes(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out);
-  void read_sequences(const TensorView& q, const TensorView& k);
+  void read_sizes(const TensorView& out);
+  void read_sequences();
   void read_lse(const TensorView& lse, int64_t queries);
   void read_score_operands();
-  void read_relative_bias();
+  void read_relative_bias(const TensorView& buckets);
   void read_dropout();
   void read_scalars();
 
-  const AttentionOptions& o_;
+  const AttentionOperands& o_;
   bool varlen_;
   LengthReader kv_lens_, cu_q_, cu_k_;
 };
 
-AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, const TensorView& lse,
-                             const AttentionOptions& o)
+AttentionCall::AttentionCall(const AttentionOperands& o, const TensorView& rel_buckets, const TensorView& out, const TensorView& lse)
     : o_(o), varlen_(o.cu_q.defined()) {
-  device = device_of({&q, &k, &v, &out, &lse, &o.bias, &o.mask, &o.alibi, &o.rel_table, &o.rel_buckets, &o.sinks, &o.kv_lens, &o.cu_q,
+  device = device_of({&o.q, &o.k, &o.v, &out, &lse, &o.bias, &o.mask, &o.alibi, &o.rel_table, &rel_buckets, &o.sinks, &o.kv_lens, &o.cu_q,
                       &o.cu_k, &o.philox});
-  read_sizes(q, k, v, out);
-  read_sequences(q, k);
-  if (lse.defined()) read_lse(lse, varlen_ ? q.shape[0] : params.seq_q);
+  read_sizes(out);
+  read_sequences();
+  if (lse.defined()) read_lse(lse, varlen_ ? o.q.shape[0] : params.seq_q);
   read_score_operands();
-  if (o.rel_table.defined()) read_relative_bias();
+  if (o.rel_table.defined()) read_relative_bias(rel_buckets);
   if (o.sinks.defined()) {
     expect(o.sinks, "sinks").shape({params.heads_q}).dtype(accumulator_of(params.dtype)).contiguous();
     params.sinks = o.sinks.data;
@@ -132,8 +130,9 @@ AttentionCall::AttentionCall(const TensorView& q, const TensorView& k, const Ten
   read_scalars();
 }
 
-void AttentionCall::read_sizes(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out) {
+void AttentionCall::read_sizes(const TensorView& out) {
   AttentionParams& p = params;
+  const TensorView &q = o_.q, &k = o_.k, &v = o_.v;
   const int ndim = varlen_ ? 3 : 4;
   for (const auto& [t, what] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}})
     expect(*t, what).rank(ndim).floating().last_contiguous().dtype(q.dtype);
@@ -150,8 +149,9 @@ void AttentionCall::read_sizes(const TensorView& q, const TensorView& k, const T
   p.q = rows_of(q, varlen_), p.k = rows_of(k, varlen_), p.v = rows_of(v, varlen_), p.out = rows_of(out, varlen_);
 }
 
-void AttentionCall::read_sequences(const TensorView& q, const TensorView& k) {
+void AttentionCall::read_sequences() {
   AttentionParams& p = params;
+  const TensorView &q = o_.q, &k = o_.k;
   if (!varlen_) {
     p.batch = q.shape[0], p.seq_q = q.shape[1], p.seq_kv = k.shape[1];
     expect(k, "k").size(0, p.batch);
@@ -195,17 +195,17 @@ void AttentionCall::read_score_operands() {
   p.alibi = o_.alibi.as<const float>(), p.alibi_batch = o_.alibi.broadcast_stride(0), p.alibi_head = o_.alibi.stride[1];
 }
 
-void AttentionCall::read_relative_bias() {
+void AttentionCall::read_relative_bias(const TensorView& buckets) {
   AttentionParams& p = params;
   expect(o_.rel_table, "relative bias table").rank(2).dtype(accumulator_of(p.dtype)).contiguous().size(1, p.heads_q);
   p.rel_num_buckets = static_cast<int>(o_.rel_table.shape[0]);
   const int64_t distances = p.seq_q + p.seq_kv > 0 ? p.seq_q + p.seq_kv - 1 : 0;
-  expect(o_.rel_buckets, "relative buckets").shape({distances}).dtype(DType::kInt32).contiguous();
+  expect(buckets, "relative buckets").shape({distances}).dtype(DType::kInt32).contiguous();
   for (int64_t i = 0; i < distances && device.readable; ++i) {
-    const int32_t bucket = o_.rel_buckets.as<int32_t>()[i];
+    const int32_t bucket = buckets.as<int32_t>()[i];
     check(bucket >= 0 && bucket < p.rel_num_buckets, "relative bucket ", bucket, " is outside the table of ", p.rel_num_buckets);
   }
-  p.rel_table = o_.rel_table.data, p.rel_buckets = o_.rel_buckets.as<int32_t>();
+  p.rel_table = o_.rel_table.data, p.rel_buckets = buckets.as<int32_t>();
 }
 
 void AttentionCall::read_dropout() {
@@ -227,29 +227,15 @@ void AttentionCall::read_scalars() {
   p.window_left = usable_window(o_.window_left), p.window_right = usable_window(o_.window_right);
 }
 
-// Few queries per KV head and nothing but what the decode kernel knows: it reads K and V once, in place, where the blocked kernel copies
-// them first.
-constexpr int64_t kDecodeRows = 16;
-// As _TASKS_PER_THREAD and _MIN_SPLIT_KEYS of python/foveate/ops/attention/plan.py, which divides the work of a call with a KV cache.
-constexpr int64_t kTasksPerThread = 4, kMinSplitKeys = 256;
-
-bool suits_decode(const AttentionParams& p) {
-  const bool plain = !p.cu_q && p.seq_kv <= std::numeric_limits<int32_t>::max() && !p.rel_table && p.dropout_p == 0;
-  return plain && p.dtype != DType::kFloat64 && p.seq_q * (p.heads_q / p.heads_kv) <= kDecodeRows;
-}
-
-void decode_forward(const AttentionParams& p, int threads) {
+// Few queries for each KV head and nothing but what the decode kernel knows, divided as ops/attention/plan.py says.
+void decode_forward(const AttentionParams& p, const Division& division, int threads) {
+  check(!p.cu_q && !p.rel_table && p.dropout_p == 0 && p.dtype != DType::kFloat64 && p.seq_kv <= std::numeric_limits<int32_t>::max(),
+        "the plan asks for the decode kernel, which takes no cu_seqlens, relative bias, dropout or float64");
   KvCacheParams d;
   static_cast<AttentionProblem&>(d) = p;
   d.kv_dtype = p.dtype;
-
-  // All heads of a sequence in one task read [B, S, H, D] in order; heads and then keys are divided where that makes too few tasks.
-  const int64_t wanted = threads > 1 ? kTasksPerThread * threads : 1;
-  d.rows_per_task = p.seq_q * (p.heads_q / p.heads_kv);
-  const int64_t parts = std::clamp<int64_t>(ceil_div(wanted, p.batch), 1, p.heads_kv);
-  d.heads_per_task = ceil_div(p.heads_kv, parts);
-  const int64_t tasks = p.batch * ceil_div(p.heads_kv, d.heads_per_task);
-  d.num_splits = std::clamp<int64_t>(ceil_div(wanted, tasks), 1, std::max<int64_t>(1, p.seq_kv / kMinSplitKeys));
+  set_division(d, division);
+  check(d.num_splits == 1 || d.num_splits <= p.seq_kv, d.num_splits, " splits are more than the ", p.seq_kv, " keys");
   std::vector<float> partial;
   if (d.num_splits > 1) {
     const int64_t rows = d.num_splits * p.batch * p.heads_q * p.seq_q;
@@ -262,9 +248,8 @@ void decode_forward(const AttentionParams& p, int threads) {
 // ---- gradients ---------------------------------------------------------------------------------------------------------------
 
 AttentionGrads read_output_grads(const AttentionParams& p, const TensorView& dout, const TensorView& dlse, const TensorView& out,
-                                 const TensorView& lse, const AttentionOptions& o) {
+                                 const TensorView& lse) {
   AttentionGrads g;
-  g.deterministic = o.deterministic;
   check_like(dout, "dout", out, p.head_dim_v, p.dtype);
   g.dout = rows_of(dout, dout.ndim == 3);
   if (!dlse.defined()) return g;
@@ -282,9 +267,9 @@ Rows read_grad(const TensorView& grad, const char* what, const TensorView& of, D
   return rows_of(grad, grad.ndim == 3);
 }
 
-void read_option_grads(AttentionGrads& g, const AttentionParams& p, const TensorView& dbias, const TensorView& drel_table,
-                       const TensorView& dsinks, const AttentionOptions& o) {
+void read_option_grads(AttentionGrads& g, const AttentionParams& p, const AttentionGradOperands& grads, const AttentionOperands& o) {
   const DType acc = accumulator_of(p.dtype);
+  const TensorView &dbias = grads.bias, &drel_table = grads.rel_table, &dsinks = grads.sinks;
   if (dbias.defined()) {
     check(o.bias.defined(), "dbias without bias");
     expect(dbias, "dbias").rank(4).dtype(acc).contiguous();
@@ -316,33 +301,28 @@ void zero_option_grads(const AttentionGrads& g, const AttentionParams& p) {
 
 }  // namespace
 
-void attention_forward(TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse, const AttentionOptions& options,
+void attention_forward(const AttentionOperands& operands, TensorView rel_buckets, TensorView out, TensorView lse, const DecodePlan& plan,
                        Threads threads) {
-  const AttentionCall call(q, k, v, out, lse, options);
+  const AttentionCall call(operands, rel_buckets, out, lse);
   const AttentionParams& p = call.params;
   if (out.numel() == 0 && (!lse.defined() || lse.numel() == 0)) return;
   if (call.device.cuda) return cuda::kernels().attention_forward(p, current_stream(call.device));
-  // Starting the threads costs microseconds: less than that of work stays on this one.
-  const int64_t products = p.batch * p.heads_q * p.seq_q * p.seq_kv * (p.head_dim + p.head_dim_v);
-  const int team = products < (int64_t{1} << 17) ? 1 : static_cast<int>(threads);
-  if (suits_decode(p))
-    decode_forward(p, team);
-  else
-    cpu::kernels().attention_forward(p, team);
+  if (plan.blocked) return cpu::kernels().attention_forward(p, threads);
+  decode_forward(p, plan, threads);
 }
 
-void attention_backward(TensorView dout, TensorView dlse, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
-                        TensorView dq, TensorView dk, TensorView dv, TensorView dbias, TensorView drel_table, TensorView dsinks,
-                        const Allocate& allocate, const AttentionOptions& options, Threads threads) {
+void attention_backward(const AttentionOperands& operands, TensorView rel_buckets, TensorView dout, TensorView dlse, TensorView out,
+                        TensorView lse, const AttentionGradOperands& grads, const Allocate& allocate, Threads threads) {
   check(lse.defined(), "the backward needs the lse of the forward");
-  const AttentionCall call(q, k, v, out, lse, options);
+  const AttentionCall call(operands, rel_buckets, out, lse);
   const AttentionParams& p = call.params;
-  AttentionGrads g = read_output_grads(p, dout, dlse, out, lse, options);
-  if (dq.defined()) g.dq = read_grad(dq, "dq", q, p.dtype);
-  if (dk.defined()) g.dk = read_grad(dk, "dk", k, p.dtype);
-  if (dv.defined()) g.dv = read_grad(dv, "dv", v, p.dtype);
-  read_option_grads(g, p, dbias, drel_table, dsinks, options);
-  device_of({&q, &dout, &dlse, &dq, &dk, &dv, &dbias, &drel_table, &dsinks});
+  AttentionGrads g = read_output_grads(p, dout, dlse, out, lse);
+  g.deterministic = operands.deterministic;
+  if (grads.q.defined()) g.dq = read_grad(grads.q, "dq", operands.q, p.dtype);
+  if (grads.k.defined()) g.dk = read_grad(grads.k, "dk", operands.k, p.dtype);
+  if (grads.v.defined()) g.dv = read_grad(grads.v, "dv", operands.v, p.dtype);
+  read_option_grads(g, p, grads, operands);
+  device_of({&operands.q, &dout, &dlse, &grads.q, &grads.k, &grads.v, &grads.bias, &grads.rel_table, &grads.sinks});
   if (call.device.cuda) {
     const int64_t bytes = cuda::kernels().attention_backward_workspace(p, g);
     return cuda::kernels().attention_backward(p, g, bytes > 0 ? allocate(bytes) : nullptr, current_stream(call.device));

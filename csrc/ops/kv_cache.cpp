@@ -17,13 +17,19 @@ Rows rows_of(const TensorView& t, const char* what) {
   return {t.data, t.stride[0], t.stride[1], t.stride[2]};
 }
 
-// scale: fp32 of the cache's shape without the last dimension, any strides (0 where one number serves all).
-CacheScale scale_of(const TensorView& cache, const TensorView& scale, bool per_token, const char* what, const char* scale_what) {
+// scale: fp32, one number, [Hkv], or the cache's shape without the last dimension, any strides.
+CacheScale scale_of(const TensorView& cache, const TensorView& scale, const char* what, const char* scale_what) {
   const bool quantized = cache.dtype == DType::kInt8 || cache.dtype == DType::kFloat8E4M3;
   check(quantized == scale.defined(), what, " is ", name(cache.dtype), quantized ? ": it needs " : ": it takes no ", scale_what);
-  if (!scale.defined()) return {.per_token = per_token};
-  expect(scale, scale_what).dtype(DType::kFloat32).shape({cache.shape[0], cache.shape[1], cache.shape[2]});
-  return {scale.as<float>(), scale.stride[0], scale.stride[1], scale.stride[2], per_token};
+  if (!scale.defined()) return {};
+  expect(scale, scale_what).dtype(DType::kFloat32);
+  if (scale.ndim == 0) return {.data = scale.as<float>()};
+  if (scale.ndim == 1) {
+    expect(scale, scale_what).shape({cache.shape[2]});
+    return {.data = scale.as<float>(), .head = scale.stride[0]};
+  }
+  expect(scale, scale_what).shape({cache.shape[0], cache.shape[1], cache.shape[2]});
+  return {scale.as<float>(), scale.stride[0], scale.stride[1], scale.stride[2], true};
 }
 
 std::vector<int32_t> read_lens(const TensorView& lens, int64_t batch, int64_t capacity) {
@@ -111,15 +117,15 @@ void append_and_attend_on_gpu(KvCacheParams p, bool blocked, void* q_rotated, cu
   cuda::kernels().attention_forward(a, stream);
 }
 
-// ---- views -> checks -> params: one function for each group of arguments -----------------------------------------------------
+// ---- operands -> checks -> params: one function for each group of arguments -----------------------------------------------------
 
-void read_queries_and_cache(KvCacheParams& p, const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
-                            const TensorView& out, const TensorView& lse, const KvCacheOptions& o) {
+void read_queries_and_cache(KvCacheParams& p, const CacheOperands& o, const TensorView& out, const TensorView& lse) {
+  const TensorView &q = o.q, &k_cache = o.k_cache, &v_cache = o.v_cache;
   p.q = rows_of(q, "q"), p.out = rows_of(out, "out");
   p.k = rows_of(k_cache, "k_cache");
-  p.k_scale = scale_of(k_cache, o.k_scale, o.k_scale_per_token, "k_cache", "k_scale");
+  p.k_scale = scale_of(k_cache, o.k_scale, "k_cache", "k_scale");
   p.v = rows_of(v_cache, "v_cache");
-  p.v_scale = scale_of(v_cache, o.v_scale, o.v_scale_per_token, "v_cache", "v_scale");
+  p.v_scale = scale_of(v_cache, o.v_scale, "v_cache", "v_scale");
   p.batch = q.shape[0], p.seq_q = q.shape[1], p.heads_q = q.shape[2], p.head_dim = q.shape[3];
   p.heads_kv = k_cache.shape[2], p.head_dim_v = v_cache.shape[3];
   p.dtype = q.dtype, p.kv_dtype = k_cache.dtype;
@@ -167,8 +173,8 @@ void read_rotary(KvCacheParams& p, const TensorView& cos, const TensorView& sin,
   if (p.rotary_pairs > 0) p.rotary_cos = cos.data, p.rotary_sin = sin.data, p.rotary_interleaved = interleaved;
 }
 
-void read_score_options(KvCacheParams& p, const KvCacheOptions& o) {
-  if (const TensorView& alibi = o.alibi; alibi.defined()) {
+void read_score_options(KvCacheParams& p, const CacheOperands& o) {
+  if (const TensorView& alibi = o.alibi_slopes; alibi.defined()) {
     expect(alibi, "alibi_slopes").rank(2).dtype(DType::kFloat32).size(1, p.heads_q);
     check(alibi.shape[0] == 1 || alibi.shape[0] == p.batch, "alibi_slopes has ", alibi.shape[0], " rows for a batch of ", p.batch);
     p.alibi = alibi.as<const float>(), p.alibi_batch = alibi.broadcast_stride(0), p.alibi_head = alibi.stride[1];
@@ -177,22 +183,25 @@ void read_score_options(KvCacheParams& p, const KvCacheOptions& o) {
     expect(o.sinks, "sinks").shape({p.heads_q}).dtype(DType::kFloat32).contiguous();
     p.sinks = o.sinks.data;
   }
+  p.scale = o.scale, p.softcap = o.softcap, p.causal = o.causal;
+  p.window_left = usable_window(o.window_left), p.window_right = usable_window(o.window_right);
 }
 
-void read_splits(KvCacheParams& p, const TensorView& partial_out, const TensorView& partial_lse, const KvCacheOptions& o) {
-  set_division(p, o.division);
+void read_splits(KvCacheParams& p, const CacheWorkspace& workspace, const Division& division) {
+  const TensorView &partial_out = workspace.partial_out, &partial_lse = workspace.partial_lse, &counters = workspace.counters;
+  set_division(p, division);
   if (p.num_splits <= 1) return;
   expect(partial_out, "partial_out").shape({p.num_splits, p.batch, p.heads_q, p.seq_q, p.head_dim_v}).contiguous();
   expect(partial_lse, "partial_lse").shape({p.num_splits, p.batch, p.heads_q, p.seq_q}).contiguous();
   expect(partial_out, "partial_out").dtype(DType::kFloat32);
   expect(partial_lse, "partial_lse").dtype(DType::kFloat32);
   p.partial_out = partial_out.as<float>(), p.partial_lse = partial_lse.as<float>();
-  if (!o.counters.defined()) return;
+  if (!counters.defined()) return;
   const int64_t rows = p.heads_kv > 0 ? p.seq_q * (p.heads_q / p.heads_kv) : 0;
   const int64_t needed = p.batch * p.heads_kv * ceil_div(rows, p.rows_per_task);
-  expect(o.counters, "counters").rank(1).dtype(DType::kInt32).contiguous();
-  check(o.counters.shape[0] >= needed, "counters has ", o.counters.shape[0], " elements, the call needs ", needed);
-  p.counters = o.counters.as<uint32_t>();
+  expect(counters, "counters").rank(1).dtype(DType::kInt32).contiguous();
+  check(counters.shape[0] >= needed, "counters has ", counters.shape[0], " elements, the call needs ", needed);
+  p.counters = counters.as<uint32_t>();
 }
 
 void check_blocked(const KvCacheParams& p, const TensorView& q_rotated) {
@@ -203,23 +212,21 @@ void check_blocked(const KvCacheParams& p, const TensorView& q_rotated) {
 
 }  // namespace
 
-void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v, TensorView kv_lens,
-                             TensorView out, TensorView lse, TensorView partial_out, TensorView partial_lse, TensorView q_rotated,
-                             const KvCacheOptions& o, Threads threads) {
+void attention_with_kv_cache(const CacheOperands& o, TensorView out, TensorView lse, const CacheWorkspace& workspace,
+                             const DecodePlan& plan, Threads threads) {
   KvCacheParams p;
-  read_queries_and_cache(p, q, k_cache, v_cache, out, lse, o);
-  read_new_keys(p, k, v);
-  read_pages(p, k_cache, o.block_table);
+  read_queries_and_cache(p, o, out, lse);
+  read_new_keys(p, o.k, o.v);
+  read_pages(p, o.k_cache, o.block_table);
   read_rotary(p, o.rotary_cos, o.rotary_sin, o.rotary_interleaved);
   read_score_options(p, o);
-  read_splits(p, partial_out, partial_lse, o);
-  p.scale = o.scale, p.softcap = o.softcap, p.causal = o.causal;
-  p.window_left = usable_window(o.window_left), p.window_right = usable_window(o.window_right);
-  if (o.blocked) check_blocked(p, q_rotated);
+  read_splits(p, workspace, plan);
+  if (plan.blocked) check_blocked(p, workspace.q_rotated);
 
-  const CallDevice device =
-      device_of({&q, &k_cache, &v_cache, &k, &v, &kv_lens, &out, &lse, &partial_out, &partial_lse, &q_rotated, &o.counters, &o.block_table,
-                 &o.rotary_cos, &o.rotary_sin, &o.k_scale, &o.v_scale, &o.alibi, &o.sinks});
+  const CallDevice device = device_of({&o.q, &o.k_cache, &o.v_cache, &o.k, &o.v, &o.kv_lens, &out, &lse, &workspace.partial_out,
+                                       &workspace.partial_lse, &workspace.q_rotated, &workspace.counters, &o.block_table, &o.rotary_cos,
+                                       &o.rotary_sin, &o.k_scale, &o.v_scale, &o.alibi_slopes, &o.sinks});
+  const TensorView& kv_lens = o.kv_lens;
   std::vector<int32_t> lens;
   if (device.readable) {
     lens = read_lens(kv_lens, p.batch, p.seq_kv);
@@ -231,9 +238,9 @@ void attention_with_kv_cache(TensorView q, TensorView k_cache, TensorView v_cach
   }
   if (p.batch == 0 || p.heads_kv == 0) return;
   if (device.cuda)
-    append_and_attend_on_gpu(p, o.blocked, q_rotated.data, current_stream(device));
+    append_and_attend_on_gpu(p, plan.blocked, workspace.q_rotated.data, current_stream(device));
   else
-    append_and_attend(p, o.blocked, q_rotated.data, threads);
+    append_and_attend(p, plan.blocked, workspace.q_rotated.data, threads);
 }
 
 }  // namespace foveate

@@ -9,9 +9,11 @@ import torch
 
 import compare
 import foveate
+from foveate.ops.attention.operands import Operands
 from foveate.ops.attention.plan import (
     CudaThresholds,
     DecodePlan,
+    attention_plan,
     cuda_decode_plan,
     cuda_few_queries,
     cuda_thresholds,
@@ -46,6 +48,47 @@ def test_plan_splits_only_where_the_threads_need_it():
     assert plan(threads=64).num_splits > plan(threads=4).num_splits
     assert plan(keys=256).num_splits == 1  # too short to be divided
     assert plan(num_splits=5).num_splits == 5
+
+
+def call_plan(B=1, Sq=1, Hq=32, Hkv=8, D=128, Dv=128, keys=8192, threads=2, plain=True):
+    return attention_plan(B, Sq, Hq, Hkv, D, Dv, keys, threads, plain)
+
+
+def test_attention_takes_the_decode_kernel_for_few_plain_rows():
+    assert not call_plan()[0].blocked and not call_plan(Sq=4)[0].blocked
+    assert call_plan(Sq=5)[0].blocked  # 20 rows share a KV head
+    assert call_plan(plain=False)[0].blocked
+    for empty in ({"B": 0}, {"Hq": 0, "Hkv": 0}, {"Sq": 0}):
+        assert call_plan(**empty)[0].blocked
+
+
+def test_attention_divides_heads_first_and_then_keys():
+    assert call_plan(threads=1) == (DecodePlan(1, 0, 4, 8, False), 1)
+    assert call_plan(threads=2) == (DecodePlan(1, 0, 4, 1, False), 2)
+    assert call_plan(threads=16)[0].num_splits == 8
+    assert call_plan(threads=16, B=8)[0].num_splits == 1
+    assert call_plan(threads=16, keys=300)[0].num_splits == 1  # too short to be divided
+
+
+def test_attention_of_little_work_stays_on_one_thread():
+    assert call_plan(keys=4, threads=16)[1] == 1
+    assert call_plan(threads=16)[1] == 16
+
+
+@pytest.mark.skipif(foveate.backend.native.missing_reason is not None, reason="no compiled module")
+@pytest.mark.parametrize("options", [{"cu_q": True}, {"dropout_p": 0.5}, {"dtype": torch.float64}])
+def test_the_decode_kernel_refuses_what_it_does_not_know(options):
+    if foveate.backend.native.runs_cuda_kernels("cpu"):
+        pytest.skip("the CUDA kernels do not read the plan")
+    q, k, v = torch.randn(3, 1, 2, 1, 8, dtype=options.pop("dtype", torch.float32)).unbind()
+    if options.pop("cu_q", False):
+        q, k, v, lengths = q[0], k[0], v[0], torch.tensor([0, 2])
+        options |= {"cu_q": lengths, "cu_k": lengths}
+    operands = Operands(q, k, v, max_q=2, max_k=2, philox=torch.tensor([1, 2]), **options)
+    with pytest.raises(ValueError, match="the plan asks for the decode kernel, which takes no cu_seqlens"):
+        foveate.backend.native._C.attention_forward(
+            operands, None, torch.empty_like(q), None, DecodePlan(1, 0, 2, 1, False), 1
+        )
 
 
 def test_plan_keeps_all_heads_of_a_key_together_while_their_state_fits():

@@ -82,14 +82,15 @@ for call in (lambda: _C.softmax_forward(x, None, None, y, 1.0, False, False, {th
 
 EMPTY_HEADS = """
 import torch, foveate
+from foveate.ops.attention.operands import Operands
 zeros = torch.zeros
 cache = foveate.attention_with_kv_cache(zeros(1, 1, 2, 16), zeros(1, 8, 1, 16), zeros(1, 8, 1, 0), kv_lens=torch.tensor([3]))
 assert cache.shape == (1, 1, 2, 0)
 for D, Dv in ((16, 0), (0, 16), (0, 0)):
     out, lse = zeros(1, 1, 2, Dv), zeros(1, 2, 1)
-    foveate.backend.native._C.attention_forward(
-        zeros(1, 1, 2, D), zeros(1, 5, 1, D), torch.ones(1, 5, 1, Dv), out, lse, *[None] * 10, 1, 5, False,
-                                         -1, -1, 1.0, 0.0, 0.0, 1)
+    operands = Operands(zeros(1, 1, 2, D), zeros(1, 5, 1, D), torch.ones(1, 5, 1, Dv), max_q=1, max_k=5)
+    for plan in ((1, 0, 1, 1, True), (1, 0, 1, 1, False)):
+        foveate.backend.native._C.attention_forward(operands, None, out, lse, plan, 1)
     assert out.eq(1).all() and torch.allclose(lse, torch.tensor(5.0).log())
 """
 

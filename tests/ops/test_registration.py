@@ -107,9 +107,9 @@ def test_both_ways_to_take_tensors(exchange):
         assert torch.equal(foveate.attention(q, k, v, backend="native"), expected)
         c, out = plain_operands("native"), expected.clone()
         with FakeTensorMode() as mode:
-            fake = [mode.from_tensor(x) for x in (c.q, c.k, c.v, out)]
+            fake = c._replace(q=mode.from_tensor(c.q), k=mode.from_tensor(c.k), v=mode.from_tensor(c.v))
             with pytest.raises(TypeError, match=r"has no memory \(a fake, meta or lazy tensor\)|FakeTensor"):
-                native._C.attention_forward(*fake, *[None] * 11, 5, 7, False, -1, -1, 1.0, 0.0, 0.0, 1)
+                native._C.attention_forward(fake, None, out, None, (1, 0, 1, 1, True), 1)
     finally:
         native._C.set_dlpack_exchange(before)
 

@@ -85,33 +85,28 @@ def attention(rng: random.Random, backward: bool) -> Arguments:
     lse = torch.zeros((Hq, B * Sq) if varlen else (B, Hq, Sq), dtype=acc)
     table = torch.randn(4, Hq, dtype=acc)
     buckets = torch.zeros(max(Sq + Skv - 1, 0), dtype=torch.int32)
-    full = {"bias": torch.randn(B, 1, Sq, Skv).to(dtype), "mask": torch.ones(1, Hq, 1, Skv, dtype=torch.bool), "alibi": torch.rand(1, Hq),
-            "rel_table": table, "rel_buckets": buckets, "sinks": torch.randn(Hq, dtype=acc), "kv_lens": torch.full((B,), Skv)}  # fmt: skip
-    options: Arguments = {name: x if rng.random() < 0.5 else None for name, x in full.items()}
-    options["rel_buckets"] = None if options["rel_table"] is None else buckets
+    tensors = {"bias": torch.randn(B, 1, Sq, Skv).to(dtype), "mask": torch.ones(1, Hq, 1, Skv, dtype=torch.bool),
+               "alibi": torch.rand(1, Hq), "rel_table": table, "sinks": torch.randn(Hq, dtype=acc),
+               "kv_lens": torch.full((B,), Skv)}  # fmt: skip
+    options: Arguments = {name: x if rng.random() < 0.5 else None for name, x in tensors.items()}
     if varlen:
         options |= dict.fromkeys(("bias", "mask", "kv_lens"))
     options["cu_q"] = torch.arange(B + 1) * Sq if varlen else None
     options["cu_k"] = torch.arange(B + 1) * Skv if varlen else None
-    options |= {"philox": torch.tensor([1, 2]), "max_q": Sq, "max_k": Skv, "causal": rng.random() < 0.5, "left": rng.choice((-1, 3)),
-                "right": -1, "scale": 0.5, "softcap": rng.choice((0.0, 2.0)), "dropout_p": rng.choice((0.0, 0.5)),
-                "threads": rng.choice((1, 2, 3))}  # fmt: skip
+    options |= {"philox": torch.tensor([1, 2]), "max_q": Sq, "max_k": Skv, "causal": rng.random() < 0.5,
+                "window_left": rng.choice((-1, 3)), "window_right": -1, "scale": 0.5, "softcap": rng.choice((0.0, 2.0)),
+                "rel_bidirectional": True, "rel_max_distance": 0, "dropout_p": rng.choice((0.0, 0.5)), "deterministic": True,
+                "backend": ""}  # fmt: skip
+    options |= {"rel_buckets": None if options["rel_table"] is None else buckets, "threads": rng.choice((1, 2, 3))}
     main = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
     if not backward:
-        return main | options
+        return main | options | {"plan": (rng.choice((1, 1, 2)), 0, max(1, Sq * G), max(1, Hkv), rng.random() < 0.5)}
     wanted = {"dbias": ("bias", torch.zeros(B, 1, Sq, Skv, dtype=acc)), "drel_table": ("rel_table", torch.zeros_like(table)),
               "dsinks": ("sinks", torch.zeros(Hq, dtype=acc))}  # fmt: skip
     extra = {name: None if options[source] is None else x for name, (source, x) in wanted.items()}
     grads = {f"d{name}": torch.zeros_like(x) for name, x in (("q", q), ("k", k), ("v", v))}
     first = {"dout": torch.zeros_like(out), "dlse": rng.choice((None, torch.zeros_like(lse)))}
-    return (
-        first
-        | main
-        | grads
-        | extra
-        | {"workspace": lambda n: torch.zeros(n, dtype=torch.uint8), "deterministic": True}
-        | options
-    )
+    return first | main | grads | extra | {"workspace": lambda n: torch.zeros(n, dtype=torch.uint8)} | options
 
 
 def kv_cache(rng: random.Random) -> Arguments:
@@ -123,7 +118,7 @@ def kv_cache(rng: random.Random) -> Arguments:
     paged, Hq = rng.random() < 0.5, Hkv * G
     shape = (pages, size, Hkv) if paged else (B, 2 * size, Hkv)
     k_cache, v_cache = torch.zeros(*shape, D, dtype=storage), torch.zeros(*shape, Dv, dtype=storage)
-    scale = (torch.ones(shape), torch.ones(shape)) if storage == torch.int8 else (None, None)
+    scale = rng.choice((torch.ones(shape), torch.ones(Hkv), torch.ones(()))) if storage == torch.int8 else None
     table, splits = torch.arange(B * 2, dtype=torch.int32).remainder(pages).view(B, 2), rng.choice((1, 1, 2))
     pairs = min(4, D // 2)
     rotary = torch.ones(100, pairs) if rng.random() < 0.3 else None
@@ -132,11 +127,11 @@ def kv_cache(rng: random.Random) -> Arguments:
         "v": torch.randn(B, 1, Hkv, Dv).to(dtype), "kv_lens": torch.full((B,), 5), "out": torch.zeros(B, Sq, Hq, Dv, dtype=dtype),
         "lse": torch.zeros(B, Hq, Sq), "partial_out": torch.zeros(splits, B, Hq, Sq, Dv), "partial_lse": torch.zeros(splits, B, Hq, Sq),
         "q_rotated": torch.zeros(B, Sq, Hq, D, dtype=dtype), "counters": None, "block_table": table if paged else None,
-        "rotary_cos": rotary, "rotary_sin": rotary, "rotary_interleaved": False, "k_scale": scale[0], "v_scale": scale[1],
-        "k_scale_per_token": scale[0] is not None, "v_scale_per_token": scale[0] is not None,
-        "alibi": rng.choice((None, torch.rand(1, Hq))), "sinks": rng.choice((None, torch.randn(Hq))), "causal": True, "window_left": -1,
-        "window_right": -1, "scale": 0.25, "softcap": 0.0, "num_splits": splits, "keys_per_split": 0,
-        "rows_per_task": max(1, Sq * G), "heads_per_task": Hkv, "blocked": storage == dtype and rng.random() < 0.3, "threads": 2,
+        "rotary_cos": rotary, "rotary_sin": rotary, "rotary_interleaved": False,
+        "k_scale": scale, "v_scale": None if scale is None else scale.clone(), "num_splits": 0, "batch_invariant": False, "backend": "",
+        "alibi_slopes": rng.choice((None, torch.rand(1, Hq))), "sinks": rng.choice((None, torch.randn(Hq))), "causal": True,
+        "window_left": -1, "window_right": -1, "scale": 0.25, "softcap": 0.0,
+        "plan": (splits, 0, max(1, Sq * G), Hkv, storage == dtype and rng.random() < 0.3), "threads": 2,
     }  # fmt: skip
 
 
@@ -278,8 +273,7 @@ def decoder(rng: random.Random) -> Arguments:
         "k_norm": None, "head_norm_eps": 1e-5, **linear, "scale": 0.25, "window_left": rng.choice((-1, 3)),
         "x": torch.zeros(B, S, hidden), "lens": torch.zeros(B, dtype=torch.int32),
         "block_table": torch.arange(4 * B, dtype=torch.int32).remainder(6).view(B, 4), "k_pages": pages, "v_pages": pages.clone(),
-        "k_scale": None, "v_scale": None, "num_splits": 1, "keys_per_split": 0, "rows_per_task": max(1, S * group),
-        "heads_per_task": heads_kv, "blocked": rng.random() < 0.2, "threads": 2,
+        "k_scale": None, "v_scale": None, "plan": (1, 0, max(1, S * group), heads_kv, rng.random() < 0.2), "threads": 2,
     }  # fmt: skip
 
 
@@ -293,10 +287,28 @@ def run_decoder(**given: Any) -> None:
     made.step(**part("x", "threads"))
 
 
+def tuple_of(name: str, given: Arguments) -> tuple[Any, ...]:
+    """The operands that a function of the module takes as one tuple, out of the arguments given, of which the rest stays."""
+    return tuple(given.pop(field) for field in C.operand_names()[name])
+
+
+def run_attention_backward(**given: Any) -> None:
+    grads = tuple(given.pop(f"d{field}") for field in C.operand_names()["Gradients"])
+    C.attention_backward(operands=tuple_of("Operands", given), grads=grads, **given)
+
+
+def run_kv_cache(**given: Any) -> None:
+    operands, workspace = tuple_of("CacheOperands", given), tuple_of("CacheWorkspace", given)
+    C.attention_with_kv_cache(operands, workspace=workspace, **given)
+
+
 CALLS: dict[str, tuple[Callable[..., Any], Callable[[random.Random], Arguments]]] = {
-    "attention_forward": (lambda **a: C.attention_forward(*a.values()), lambda rng: attention(rng, False)),
-    "attention_backward": (lambda **a: C.attention_backward(*a.values()), lambda rng: attention(rng, True)),
-    "attention_with_kv_cache": (lambda **a: C.attention_with_kv_cache(**a), kv_cache),
+    "attention_forward": (
+        lambda **a: C.attention_forward(operands=tuple_of("Operands", a), **a),
+        lambda rng: attention(rng, False),
+    ),
+    "attention_backward": (run_attention_backward, lambda rng: attention(rng, True)),
+    "attention_with_kv_cache": (run_kv_cache, kv_cache),
     "softmax_forward": (lambda **a: C.softmax_forward(**a), lambda rng: softmax(rng, False)),
     "softmax_backward": (lambda **a: C.softmax_backward(**a), lambda rng: softmax(rng, True)),
     "softmax_columns_forward": (lambda **a: C.softmax_columns_forward(**a), lambda rng: softmax_columns(rng, False)),
@@ -323,6 +335,7 @@ NOT_CALLED = {
     "cuda_emulated",
     "cuda_info",
     "has_cuda_kernels",
+    "operand_names",
     "set_dlpack_exchange",
     "uses_dlpack_exchange",
 }

@@ -11,6 +11,7 @@ import torch
 import foveate
 from foveate.ops import cross_entropy_ops
 from foveate.ops.attention import with_kv_cache_op as kv_cache_op
+from foveate.ops.attention.cache_operands import CacheOperands
 from foveate.ops.attention.operands import Operands
 from kv_cases import BF16, I8, KvCase, bits, make_kv_inputs
 
@@ -107,10 +108,11 @@ def run_decode(inputs, fenced: Fenced) -> torch.Tensor:
     o = dict(inputs.options)
     caches = [fenced(x) if x.is_floating_point() else x for x in (inputs.k_cache, inputs.v_cache)]
     out, lse = kv_cache_op._empty_outputs(inputs.q, inputs.v_cache)
-    decode(
-        inputs.q, *caches, o.get("k"), o.get("v"), o["kv_lens"], o["block_table"], o.get("rotary_cos"), o.get("rotary_sin"), False,
-        True, -1, -1, 0.3, 0.0, None, None, o["k_scale"], o["v_scale"], 0, False, out, lse,
+    operands = CacheOperands(
+        inputs.q, *caches, o.get("k"), o.get("v"), o["kv_lens"], o["block_table"], o.get("rotary_cos"), o.get("rotary_sin"),
+        scale=0.3, k_scale=o["k_scale"], v_scale=o["v_scale"],
     )  # fmt: skip
+    decode(operands, out, lse)
     assert fenced.intact()
     inputs.k_cache.copy_(caches[0]), inputs.v_cache.copy_(caches[1])
     return out

@@ -121,7 +121,7 @@ class NativeDecoder:
         if S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= BLOCKED_ROWS and not quantized and D <= CPU_HEAD_DIM:
             plan = plan._replace(num_splits=1, keys_per_split=0, blocked=True)
         decoder.step(
-            x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, *plan, threads
+            x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, plan, threads
         )
         del borrowed  # alive until here, whatever another thread has built meanwhile
         return x

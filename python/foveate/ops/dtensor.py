@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from foveate.ops.attention.operands import AXES, DIFFERENTIABLE, Operands
+
 Labels = Sequence[Any] | None  # of the dimensions of a tensor, None for one that is not divided
 
 _registered = False
@@ -70,17 +72,17 @@ def _broadcast(spec: Any, names: Sequence[Any]) -> Labels:
     return [name if size != 1 else None for name, size in zip(own, spec.shape)]
 
 
-def _operands(tensors: Sequence[Any]) -> list[tuple[Any, Labels]]:
-    q, k, v, bias, mask, alibi, table, sinks, kv_lens, cu_q, cu_k, philox = tensors
-    packed = cu_q is not None
-    row = [None, "H", None] if packed else ["B", None, "H", None]
-    scores = ["B", "H", None, None]
-    lengths = None if packed else ["B"]
-    return [
-        (q, row), (k, row), (v, row), (bias, _broadcast(bias, scores)), (mask, _broadcast(mask, scores)),
-        (alibi, _broadcast(alibi, [None if packed else "B", "H"])), (table, [None, "H"]), (sinks, ["H"]), (kv_lens, lengths),
-        (cu_q, None), (cu_k, None), (philox, None),
-    ]  # fmt: skip
+def _operands(c: Operands) -> list[tuple[Any, Labels]]:
+    """Each tensor of a call with the labels that `AXES` gives it, "B" and "H"."""
+    packed = c.cu_q is not None
+    labelled: list[tuple[Any, Labels]] = []
+    for name, axes in AXES.items():
+        spec, divided = getattr(c, name), {"B", "B?", "H", "H?"}
+        if packed:  # no dimension is the batch, and that of all tokens is none of its own
+            divided, axes = {"H", "H?"}, axes[1:] if axes[:2] == ("B", "S") else axes
+        labels = [axis[0] if axis in divided else None for axis in axes]
+        labelled.append((spec, _broadcast(spec, labels) if "B?" in axes else labels))
+    return labelled
 
 
 def _without_labels(inputs: list[tuple[Any, Labels]], condition: bool) -> list[tuple[Any, Labels]]:
@@ -88,21 +90,22 @@ def _without_labels(inputs: list[tuple[Any, Labels]], condition: bool) -> list[t
 
 
 def _attention_forward(*args: Any) -> Any:
-    inputs = _operands(args[:12])
-    row, packed = inputs[0][1], args[9] is not None
+    c = Operands(*args)
+    inputs = _operands(c)
+    row, rows = inputs[0][1], ["B", "H", None] if c.cu_q is None else ["H", None]
     # The mask of dropout counts batch rows and heads, which a shard counts from 0.
-    inputs = _without_labels(inputs, args[11] is not None)
-    return _strategies(inputs, [(row, False), (["H", None] if packed else ["B", "H", None], False)], len(args))
+    inputs = _without_labels(inputs, c.philox is not None)
+    return _strategies(inputs, [(row, False), (rows, False)], len(args))
 
 
 def _attention_backward(*args: Any) -> Any:
-    dout, dlse, out, lse, *rest = args
-    operands, wanted = _operands(rest[:12]), args[-1]
-    packed = rest[9] is not None
-    row, rows = operands[0][1], ["H", None] if packed else ["B", "H", None]
+    dout, dlse, out, lse, *rest, wanted = args
+    c = Operands(*rest)
+    operands = _operands(c)
+    row, rows = operands[0][1], ["B", "H", None] if c.cu_q is None else ["H", None]
     inputs = [(dout, row), (dlse, rows), (out, row), (lse, rows), *operands]
-    outputs = [(operands[i][1], True) if want else (None, False) for i, want in zip((0, 1, 2, 3, 6, 7), wanted)]
-    return _strategies(_without_labels(inputs, rest[11] is not None), outputs, len(args))
+    outputs = [(operands[i][1], True) if want else (None, False) for i, want in zip(DIFFERENTIABLE, wanted)]
+    return _strategies(_without_labels(inputs, c.philox is not None), outputs, len(args))
 
 
 def _dims(spec: Any, *, but: int = 1) -> list[Any]:

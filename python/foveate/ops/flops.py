@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.ops.attention.cache_operands import CacheOperands
+from foveate.ops.attention.operands import Operands
+
 _registered = False
 
 
@@ -56,39 +59,35 @@ def _known(lengths: Tensor | None) -> list[int] | None:
     return lengths.tolist()
 
 
-def _pairs(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int) -> int:
+def _pairs(c: Operands) -> int:
     """Queries times keys, summed over the batch."""
-    if cu_q is None or cu_k is None:
-        return q.shape[0] * q.shape[1] * k.shape[1]
-    starts_q, starts_k = _known(cu_q), _known(cu_k)
+    if c.cu_q is None or c.cu_k is None:
+        return c.q.shape[0] * c.q.shape[1] * c.k.shape[1]
+    starts_q, starts_k = _known(c.cu_q), _known(c.cu_k)
     if starts_q is None or starts_k is None:
-        return (cu_q.shape[0] - 1) * max_q * max_k
+        return (c.cu_q.shape[0] - 1) * c.max_q * c.max_k
     return sum((b - a) * (d - c) for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:]))
 
 
-def _attention_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
-    cu_q, cu_k, _, max_q, max_k = args[6:11]
-    return 2 * q.shape[-2] * (q.shape[-1] + v.shape[-1]) * _pairs(q, k, cu_q, cu_k, max_q, max_k)
+def _attention_forward(*args: Any, **kwargs: Any) -> int:
+    c = Operands(*args)
+    return 2 * c.q.shape[-2] * (c.q.shape[-1] + c.v.shape[-1]) * _pairs(c)
 
 
-def _attention_backward(
-    dout: Tensor, dlse: Any, out: Any, lse: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
-) -> int:
+def _attention_backward(dout: Tensor, dlse: Any, out: Any, lse: Any, *args: Any, **kwargs: Any) -> int:
     # s = q k, dq = ds k, dk = ds q over D; dp = dout v, dv = p dout over Dv. As in torch, whichever gradients are wanted.
-    cu_q, cu_k, _, max_q, max_k = args[6:11]
-    return 2 * q.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1]) * _pairs(q, k, cu_q, cu_k, max_q, max_k)
+    c = Operands(*args[:-1])
+    return 2 * c.q.shape[-2] * (3 * c.q.shape[-1] + 2 * c.v.shape[-1]) * _pairs(c)
 
 
-def _with_kv_cache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Any, kv_lens: Tensor, block_table: Tensor | None,
-    *args: Any, **kwargs: Any,
-) -> int:  # fmt: skip
-    B, Sq, Hq, D = q.shape
-    lengths = _known(kv_lens)
-    new = 0 if k is None else k.shape[1]
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+def _with_kv_cache(*args: Any, **kwargs: Any) -> int:
+    c = CacheOperands(*args)
+    B, Sq, Hq, D = c.q.shape
+    lengths = _known(c.kv_lens)
+    new = 0 if c.k is None else c.k.shape[1]
+    capacity = c.k_cache.shape[1] * (1 if c.block_table is None else c.block_table.shape[1])
     keys = B * capacity if lengths is None else sum(lengths) + B * new
-    return 2 * Sq * Hq * (D + v_cache.shape[-1]) * keys
+    return 2 * Sq * Hq * (D + c.v_cache.shape[-1]) * keys
 
 
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:

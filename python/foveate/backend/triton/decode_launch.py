@@ -77,13 +77,11 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 
 @on_device
-def attention_with_kv_cache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, kv_lens: Tensor,
-    block_table: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, causal: bool, left: int, right: int,
-    scale: float, softcap: float, alibi: Tensor | None, sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
-    num_splits: int, batch_invariant: bool, out: Tensor, lse: Tensor,
-) -> None:  # fmt: skip
-    """The arguments of the op; fills out [B, Sq, Hq, Dv] and lse [B, Hq, Sq], and the new rows of the caches."""
+def attention_with_kv_cache(c: Any, out: Tensor, lse: Tensor) -> None:
+    """c: `ops.attention.cache_operands.CacheOperands`. Fills out [B, Sq, Hq, Dv] and lse [B, Hq, Sq], and the new rows of the caches."""
+    q, k_cache, v_cache, k, v, kv_lens, block_table = c.q, c.k_cache, c.v_cache, c.k, c.v, c.kv_lens, c.block_table
+    cos, sin, interleaved, alibi, sinks = c.rotary_cos, c.rotary_sin, c.rotary_interleaved, c.alibi_slopes, c.sinks
+    causal, left, right, scale, softcap = c.causal, c.window_left, c.window_right, c.scale, c.softcap
     B, Sq, Hq, D = q.shape
     Hkv, Dv = v_cache.shape[2:]
     if Hkv == 0:  # no heads: nothing is appended and nothing attends
@@ -99,7 +97,7 @@ def attention_with_kv_cache(
     table_stride = 0 if table is None else table.stride(0)
     pages, capacity = k_cache.shape[0], page_size if table is None else page_size * table.shape[1]
     kv_lens = kv_lens.contiguous()
-    keys, values = _cache(k_cache, k_scale), _cache(v_cache, v_scale)
+    keys, values = _cache(k_cache, c.k_scale), _cache(v_cache, c.v_scale)
     if k is not None and v is not None and B * new * Hkv > 0:
         k, v = _last_contiguous(k), _last_contiguous(v)
         append_rows[(B * new * Hkv,)](
@@ -110,7 +108,7 @@ def attention_with_kv_cache(
         return
     if causal:
         right = 0 if right < 0 else min(right, 0)
-    plan = decode_plan(B, Sq * share, Hkv, D, Dv, capacity, num_sms(q.device), num_splits, batch_invariant)
+    plan = decode_plan(B, Sq * share, Hkv, D, Dv, capacity, num_sms(q.device), c.num_splits, c.batch_invariant)
     part_out = part_lse = None
     if plan.num_splits > 1:
         part_out = torch.empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32, device=q.device)

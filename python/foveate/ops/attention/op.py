@@ -19,11 +19,10 @@ from foveate.ops.attention import (
     definition,
     supports,  # noqa: F401  # registers itself
 )
-from foveate.ops.attention.operands import DIFFERENTIABLE, SCHEMA, Gradients, Operands, chosen, make
-from foveate.ops.attention.plan import cuda_few_queries, cuda_thresholds
+from foveate.ops.attention.cache_operands import CacheOperands
+from foveate.ops.attention.operands import DIFFERENTIABLE, SCHEMA, Gradients, Operands, chosen, make, used
+from foveate.ops.attention.plan import DecodePlan, attention_plan, cuda_few_queries, cuda_thresholds
 
-# csrc/bindings/bind_attention.cpp takes the operands in their order, with the table's buckets after the table: values[3:7] are
-# bias to rel_table, values[7:19] sinks to softcap.
 _EMULATED = runs_cuda_kernels("cpu")
 _runs = 0
 
@@ -59,16 +58,28 @@ def forward(c: Operands, need_lse: bool = True) -> tuple[Any, ...]:
         c = _with_int32_lengths(c)
         if _divides_keys(c):
             return _few_query_attention(c)
-    values: tuple[Any, ...] = c
-    _C.attention_forward(  # type: ignore[call-arg]  # mypy takes a starred tuple for one of any length
-        *values[:3], out, lse, *values[3:7], buckets, *values[7:19], c.dropout_p, torch.get_num_threads(),
-    )  # fmt: skip
+    _C.attention_forward(c, buckets, out, lse, *_plan(c))
     return out, lse
 
 
+def _plan(c: Operands) -> tuple[DecodePlan, int]:
+    """How a CPU kernel divides the work, and among how many threads; the CUDA kernels divide by their tiles."""
+    q = c.q
+    shape = q.shape
+    B = shape[0] if c.cu_q is None else c.cu_q.shape[0] - 1
+    plain = c.cu_q is None and c.rel_table is None and c.dropout_p == 0 and q.dtype is not torch.float64
+    return attention_plan(
+        B, c.max_q, shape[-2], c.k.shape[-2], shape[-1], c.v.shape[-1], c.max_k, torch.get_num_threads(), plain
+    )
+
+
+# What the CUDA kernel that divides the keys among its blocks knows; a call with any other option keeps the blocked kernel.
+_OF_FEW_QUERIES = frozenset(("alibi_slopes", "sinks", "kv_lens", "causal", "window", "softcap"))
+
+
 def _divides_keys(c: Operands) -> bool:
-    """Whether the CUDA kernel that divides the keys among its blocks serves this call, which has few queries and plain scores."""
-    if c.cu_q is not None or c.bias is not None or c.mask is not None or c.rel_table is not None or c.dropout_p != 0:
+    """Whether that kernel serves this call, which has few queries."""
+    if not _OF_FEW_QUERIES.issuperset(name for name, use in used(c)._asdict().items() if use):
         return False
     (B, Sq, Hq, _), (_, Skv, Hkv, _) = c.q.shape, c.k.shape
     return Hkv > 0 and cuda_few_queries(B, Sq, Hq, Hkv, Skv, num_sms(c.q.device), cuda_thresholds())
@@ -82,8 +93,10 @@ def _few_query_attention(c: Operands) -> tuple[Tensor, Tensor]:
     if kv_lens is None:
         kv_lens = torch.full((c.q.shape[0],), c.k.shape[1], dtype=torch.int32, device=c.q.device)
     return kv_cache_op.run(
-        c.q, c.k, c.v, None, None, kv_lens, None, None, None, False, c.causal, c.window_left, c.window_right, c.scale, c.softcap,
-        c.alibi, c.sinks, None, None, 0, False, "native",
+        CacheOperands(
+            c.q, c.k, c.v, None, None, kv_lens, causal=c.causal, window_left=c.window_left, window_right=c.window_right, scale=c.scale,
+            softcap=c.softcap, alibi_slopes=c.alibi, sinks=c.sinks, backend="native",
+        )
     )  # fmt: skip
 
 
@@ -109,10 +122,9 @@ def backward(
     if runs_cuda_kernels(c.q.device.type):
         c = _with_int32_lengths(c)
     workspace = functools.partial(torch.empty, dtype=torch.int8, device=c.q.device)
-    values: tuple[Any, ...] = with_rows(c)
-    _C.attention_backward(  # type: ignore[call-arg]
-        with_rows_of(dout), None if dlse is None else _like_new(dlse), *values[:3], out, _like_new(lse), *filled, workspace,
-        c.deterministic, *values[3:7], buckets, *values[7:19], c.dropout_p, torch.get_num_threads(),
+    _C.attention_backward(
+        with_rows(c), buckets, with_rows_of(dout), None if dlse is None else _like_new(dlse), out, _like_new(lse), filled, workspace,
+        torch.get_num_threads(),
     )  # fmt: skip
     if filled.bias is not None and c.bias is not None:
         grads = grads._replace(bias=filled.bias.to(c.bias.dtype))

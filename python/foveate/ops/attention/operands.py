@@ -24,7 +24,7 @@ Scalar = float  # may be computed from a size, and stays symbolic too
 class Operands(NamedTuple):
     """What is not given is not used; max_q and max_k, the longest lengths, always are given.
 
-    csrc/bindings/bind_attention.cpp reads the fields by their order, which a test compares.
+    csrc/contract/attention.h has the same list, which a test compares: the compiled module takes this tuple as it is.
     """
 
     q: Tensor
@@ -58,10 +58,35 @@ def make(values: tuple[Any, ...]) -> Operands:
     return tuple.__new__(Operands, values)
 
 
-_SCHEMA_TYPES = {"Tensor | None": "Tensor?"}
-_ANNOTATIONS = {name: str(getattr(hint, "__forward_arg__", hint)) for name, hint in Operands.__annotations__.items()}
-SCHEMA = ", ".join(f"{_SCHEMA_TYPES.get(hint, hint)} {name}" for name, hint in _ANNOTATIONS.items())
-NUM_TENSORS = sum(hint.startswith("Tensor") for hint in _ANNOTATIONS.values())  # the first ones
+def schema_of(operands: type[tuple[Any, ...]], written: Sequence[str] = ()) -> str:
+    """The arguments of an op's schema, of a NamedTuple's annotations; `written` are the tensors that the op changes in place."""
+    arguments = []
+    for name, hint in operands.__annotations__.items():
+        kind, *optional = str(getattr(hint, "__forward_arg__", hint)).split(" | ")
+        alias = f"({'abcd'[written.index(name)]}!)" if name in written else ""
+        arguments.append(f"{kind}{alias}{'?' if optional else ''} {name}")
+    return ", ".join(arguments)
+
+
+SCHEMA = schema_of(Operands)
+
+# The dimensions of each tensor, which come first among the operands. B and H (of q or of k and v) are those that a call can be divided
+# by; with "?" the size may be 1. What a packed batch has in place of B and S is one dimension.
+AXES = {
+    "q": ("B", "S", "H", "D"),
+    "k": ("B", "S", "H", "D"),
+    "v": ("B", "S", "H", "D"),
+    "bias": ("B?", "H?", "S", "S"),
+    "mask": ("B?", "H?", "S", "S"),
+    "alibi": ("B?", "H"),
+    "rel_table": ("buckets", "H"),
+    "sinks": ("H",),
+    "kv_lens": ("B",),
+    "cu_q": ("lengths",),
+    "cu_k": ("lengths",),
+    "philox": ("seed",),
+}
+NUM_TENSORS = len(AXES)
 
 
 def tensors_of(values: Sequence[Any]) -> tuple[Any, ...]:
@@ -70,7 +95,8 @@ def tensors_of(values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 class Gradients(NamedTuple):
-    """Of each operand that has a gradient; the order of the backward op's results, and of its argument `wanted`."""
+    """Of each operand that has a gradient; the order of the backward op's results, of its argument `wanted`, and of what the compiled
+    module takes."""
 
     q: Any
     k: Any

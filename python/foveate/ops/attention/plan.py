@@ -1,4 +1,4 @@
-"""How the native kernels divide attention to a KV cache, and which kernel attends: pure functions of shapes and thread counts."""
+"""Which native kernel attends, and how it divides the work: pure functions of shapes and thread counts, for attention and for decode."""
 
 from __future__ import annotations
 
@@ -67,6 +67,32 @@ def decode_plan(
         return DecodePlan(1, 0, rows_per_task, heads_per_task, False)
     splits = max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS))
     return DecodePlan(splits, _INVARIANT_SPLIT_KEYS, rows_per_task, heads_per_task, False)
+
+
+# The CPU's decode kernel reads K and V once, in place, where the blocked kernel copies them first: so many query rows that share a KV
+# head are few enough for it.
+_FEW_ROWS = 16
+_PRODUCTS_OF_A_TEAM = 1 << 17  # multiply-adds; less than that takes one thread less time than others need to start
+_BLOCKED = DecodePlan(1, 0, 1, 1, True)
+
+
+@functools.lru_cache(maxsize=4096)
+def attention_plan(
+    B: int, Sq: int, Hq: int, Hkv: int, D: int, Dv: int, Skv: int, threads: int, plain: bool
+) -> tuple[DecodePlan, int]:
+    """For foveate.attention on the CPU: the plan, and how many threads it is for. plain: no option that the decode kernel lacks.
+
+    All heads of a sequence in one task read [B, S, H, D] in order; heads and then keys are divided where that makes too few tasks.
+    """
+    team = 1 if B * Hq * Sq * Skv * (D + Dv) < _PRODUCTS_OF_A_TEAM else threads
+    rows = Sq * (Hq // max(Hkv, 1))
+    if not plain or rows > _FEW_ROWS or B * rows == 0:
+        return _BLOCKED, team
+    wanted = _TASKS_PER_THREAD * team if team > 1 else 1
+    heads_per_task = -(-Hkv // min(-(-wanted // B), Hkv))
+    tasks = B * -(-Hkv // heads_per_task)
+    splits = min(-(-wanted // tasks), max(1, Skv // _MIN_SPLIT_KEYS))
+    return DecodePlan(splits, 0, rows, heads_per_task, False), team
 
 
 class CudaThresholds(NamedTuple):

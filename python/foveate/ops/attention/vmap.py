@@ -10,11 +10,11 @@ from torch import Tensor
 
 from foveate.ops import library
 from foveate.ops.attention.op import attention_backward, attention_forward
-from foveate.ops.attention.operands import Gradients, Operands
+from foveate.ops.attention.operands import AXES, Gradients, Operands
 
-_BATCHED = ("q", "k", "v", "kv_lens")  # have a batch dimension of size B
-_BROADCAST = ("bias", "mask", "alibi")  # have one of size B or 1
-_SHARED = ("rel_table", "sinks", "cu_q", "cu_k", "philox")  # have none
+_BATCHED = tuple(name for name, axes in AXES.items() if axes[0] == "B")
+_BROADCAST = tuple(name for name, axes in AXES.items() if axes[0] == "B?")
+_SHARED = tuple(name for name in AXES if name not in _BATCHED + _BROADCAST)
 
 
 def _fold(x: Any, dim: int | None, V: int, B: int) -> Tensor | None:
@@ -58,9 +58,10 @@ def _forward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
 def _backward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     V, (dout, dlse, out, lse, *operands, wanted) = info.batch_size, args
     c, dims = Operands(*operands), cast(Any, Operands(*in_dims[4:-1]))
-    # The op sums the gradients of the table and of sinks over all batch rows; a mapped call has one for each slice.
+    # The op sums the gradients of what all batch rows share; a mapped call has one for each slice.
     want = Gradients(*wanted)
-    folded = None if want.rel_table or want.sinks else _folded(c, dims, V, wanted_bias=want.bias)
+    summed = any(name in _SHARED and asked for name, asked in want._asdict().items())
+    folded = None if summed else _folded(c, dims, V, wanted_bias=want.bias)
     if folded is None:
         return _loop(attention_backward, V, args, (*in_dims[:-1], None))
     B = folded.q.shape[0] // V
