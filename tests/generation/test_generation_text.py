@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
+import types
 
 import pytest
 import torch
 
 import generation_toys as toys
-from foveate.generation import SamplingParams
+from foveate.generation import SamplingParams, bad_words
 from foveate.generation.bad_words import BadWords
 from foveate.generation.beam_request import beam_request
 from foveate.generation.detokenizer import Detokenizer, detokenize, special_ids
@@ -422,3 +424,33 @@ def test_drafts_end_with_the_context():
         )
         assert output.token_ids == [6] * (256 - length) and output.finish_reason == "length"
         assert engine.stats.accepted_tokens > 0 or length >= 254
+
+
+def test_bad_words_are_found_in_a_large_vocabulary():
+    """The index finds what a look at each token finds, and thousands of words do not cost a look at each token for each."""
+    rng = random.Random(0)
+    letters = ["a", "b", "\u00e9", "\u20ac"]
+    texts = [bytes(rng.choice("".join(letters).encode()) for _ in range(rng.randint(1, 4))) for _ in range(300)] + [
+        None,
+        b"",
+    ]
+    words = ["".join(rng.choices(letters, k=rng.randint(1, 3))) for _ in range(12)]
+    watch = BadWords(words, types.SimpleNamespace(_foveate_token_index=bad_words._Index(texts))).watch()
+    output: list[int] = []
+    for _ in range(40):
+        tail = b"".join(texts[token] or b"" for token in output)
+        expected = {
+            token
+            for token, text in enumerate(texts)
+            for word in map(str.encode, words)
+            if text
+            and (
+                word in text or any(tail.endswith(word[:n]) and text.startswith(word[n:]) for n in range(1, len(word)))
+            )
+        }
+        assert set(watch(output)) == expected
+        output.append(rng.randrange(len(texts)))
+    many = [str(i).encode() for i in range(50_000)]
+    began = time.process_time()
+    BadWords([f"{i}{i}" for i in range(2000)], types.SimpleNamespace(_foveate_token_index=bad_words._Index(many)))
+    assert time.process_time() - began < 20  # 0.1 s; a look at each token for each word took minutes

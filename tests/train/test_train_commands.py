@@ -332,6 +332,7 @@ def test_lines_without_a_terminal(tmp_path, capsys):
     "error, code, sentence",
     [
         (KeyboardInterrupt(), 130, "foveate: interrupted\n"),
+        (KeyboardInterrupt("decoding with 'utf-8' codec failed"), 130, "foveate: interrupted\n"),  # as codecs raise it
         (Interrupted("stopped here", signal.SIGTERM), 143, "foveate: stopped here\n"),
     ],
 )

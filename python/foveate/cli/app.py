@@ -45,8 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"foveate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"foveate: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 128 + getattr(error, "signal", 2)
+        signal = getattr(
+            error, "signal", None
+        )  # of train.interrupt, which says what was kept; else a library may have put in a text
+        print(f"foveate: {'interrupted' if signal is None else error}", file=sys.stderr)
+        return 128 + (signal or 2)
     except BrokenPipeError:  # the reader, such as head, has seen enough; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
