@@ -179,9 +179,20 @@ def test_rotary_scaling_and_windows_of_files(tmp_path: Path) -> None:
             assert_logits_close(load_model(tmp_path / "model.gguf")(tokens), expected)
             plainly = load_model(tmp_path / "plain.gguf")(tokens)
         assert (plainly - expected).abs().max() > 1e-2 * expected.abs().max()
-    write(tmp_path / "yarn.gguf", linear, "llama", more=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN))
-    with pytest.raises(ValueError, match="rope_scaling of type 'yarn' is not supported"):
-        load_model(tmp_path / "yarn.gguf")
+    yarn = theirs("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                                            "original_max_position_embeddings": 16})  # fmt: skip
+
+    def add_yarn(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+
+    write(tmp_path / "yarn.gguf", yarn, "llama", more=add_yarn)
+    with torch.no_grad():
+        assert_logits_close(load_model(tmp_path / "yarn.gguf")(tokens), yarn(tokens).logits)
+    write(tmp_path / "odd.gguf", linear, "llama", more=lambda w: w.add_string("llama.rope.scaling.type", "spiral"))
+    with pytest.raises(ValueError, match="rope_scaling of type 'spiral' is not supported"):
+        load_model(tmp_path / "odd.gguf")
 
 
 def test_ends_of_turns_end_a_text(tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ class DecodeGraph:
         device = tensors[0].device
         if device.type != "cuda":
             return f"CUDA graphs need a CUDA device, and the model is on {device}"
+        if getattr(model.config, "experts", None) is not None:
+            return "which experts a step runs is read on the host"
         dtype = next(x.dtype for x in tensors if x.is_floating_point())
         return not_capturable(device.type, dtype)
 
@@ -171,8 +173,9 @@ class DecodeGraph:
                 ) from error
         self._pool = self._pool or graph.pool()
         self.captures += 1
-        if hasattr(self.model, "rotary"):
-            self._tables.append(dict(self.model.rotary._tables))
+        for name in ("rotary", "local_rotary"):
+            if hasattr(self.model, name):
+                self._tables.append(dict(getattr(self.model, name)._tables))
 
         def replay() -> Decoded:
             graph.replay()

@@ -44,6 +44,7 @@ class LLM:
     can; `runs_on` says what does, and why.
 
     max_model_len: tokens of prompt and output together; by default what the model was made for, or what the cache holds if that is less.
+    Models with RoPE factors for short and for long texts (Phi 3 and 4) take the short ones unless more than their first context is given.
     The cache is allocated once: num_pages of page_size tokens, or kv_cache_bytes, by default up to a quarter of the free memory.
     kv_cache_dtype: "int8" or "fp8" store keys and values in a byte; None is the model's dtype.
     max_batch, max_prefill_tokens, enable_prefix_caching: see Engine.
@@ -117,7 +118,8 @@ class LLM:
         pages = _pages(
             self.config, cache_dtype, self.device, page_size, num_pages, kv_cache_bytes, max_model_len, max_batch
         )
-        self.max_model_len = min(max_model_len or self.config.max_positions, pages * page_size)
+        context = getattr(module, "set_context", lambda wanted: wanted or self.config.max_positions)(max_model_len)
+        self.max_model_len = min(context, pages * page_size)
         cache = PagedKVCache(
             pages + graphs, page_size, num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim,
             num_layers=self.config.num_layers, dtype=cache_dtype, device=self.device,

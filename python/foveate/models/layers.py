@@ -1,9 +1,8 @@
-"""What several architectures share: activations by their name in config.json, RMSNorm, rotary tables."""
+"""What several architectures share: activations by their name in config.json, norms."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +14,12 @@ from foveate.files.checked import CheckpointError
 from foveate.nn import PackedLinear
 from foveate.ops.rms_norm import rms_norm
 
-_FIRST_POSITIONS = 4096  # rows of a rotary table that is made at the first call
-
 _gelu_tanh = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
     "tanh": torch.tanh,
     "gelu": F.gelu,
     "gelu_new": _gelu_tanh,
@@ -72,6 +70,32 @@ class RMSNorm(nn.Module):
         return rms_norm(x, weight, self.eps)
 
 
+class LayerNorm(nn.Module):
+    """LayerNorm in fp32 over the last dimension: of `size`, or of [heads, D] with weights of each head's own.
+
+    bias: whether it has one; plain: neither weight nor bias (OLMo); offset: 1 in Nemotron, whose weights lie around 0.
+    """
+
+    def __init__(
+        self, size: int | tuple[int, int], eps: float, *, bias: bool = False, plain: bool = False, offset: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.weight = (
+            None if plain else nn.Parameter(torch.full((size,) if isinstance(size, int) else size, 1.0 - offset))
+        )
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype is torch.float64 else x.float()
+        wide = F.layer_norm(wide, x.shape[-1:], None, None, self.eps)
+        if self.weight is not None:
+            wide = wide * (self.weight.to(wide.dtype) + self.offset)
+        if self.bias is not None:
+            wide = wide + self.bias.to(wide.dtype)
+        return wide.to(x.dtype)
+
+
 class PackedEmbedding(nn.Module):
     """An embedding whose quantised table is, or could be, the head's PackedLinear: rows are expanded as they are looked up."""
 
@@ -86,69 +110,3 @@ class PackedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., hidden]"""
         return self.packed.rows(tokens).to(self.like.dtype)
-
-
-class Rotary:
-    """cos and sin of every position, [max_positions, rot / 2], in fp32 whatever the model's dtype (RoFormer, arXiv 2104.09864).
-
-    Not a module: casting a model to bf16 must not cast the tables, and a meta device must not swallow them.
-    scaling: None or config.json's `rope_scaling`, of type "linear" or "llama3".
-    """
-
-    def __init__(self, rot: int, max_positions: int, theta: float, scaling: dict[str, Any] | None = None) -> None:
-        self.max_positions = max_positions
-        exponents = torch.arange(0, rot, 2, dtype=torch.float32, device="cpu") / rot
-        self.frequencies = _scale(1.0 / theta**exponents, scaling)
-        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-
-    def tables(
-        self, device: torch.device, dtype: torch.dtype = torch.float32, length: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """cos, sin on the device, of the first `length` positions at least, all if None; fp64 for models in fp64, fp32 for all others.
-
-        Computed as far as they are asked for: a config that says 10 million positions must not cost gigabytes by itself.
-        """
-        dtype = dtype if dtype is torch.float64 else torch.float32
-        key = (device, dtype)
-        needed = self.max_positions if length is None else min(length, self.max_positions)
-        if key not in self._tables or len(self._tables[key][0]) < needed:
-            rows = min(self.max_positions, max(_FIRST_POSITIONS, 1 << max(needed - 1, 0).bit_length()))
-            positions = torch.arange(rows, dtype=torch.float32, device="cpu")
-            angles = positions[:, None] * self.frequencies
-            self._tables[key] = (angles.cos().to(device, dtype), angles.sin().to(device, dtype))
-        return self._tables[key]
-
-
-def _needed(scaling: dict[str, Any], kind: str, *keys: str) -> list[float]:
-    absent = [key for key in keys if scaling.get(key) is None]
-    if absent:
-        raise CheckpointError(f"rope_scaling of type {kind!r} lacks {' and '.join(absent)}")
-    return [scaling[key] for key in keys]
-
-
-def _scale(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
-    kind = "default" if scaling is None else scaling.get("rope_type", scaling.get("type", "default"))
-    if scaling is None or kind == "default":
-        return frequencies
-    if kind == "linear":
-        return frequencies / _needed(scaling, kind, "factor")[0]
-    if kind == "divisors":  # of each frequency, as GGUF files store Llama 3.1's scaling
-        divisors = torch.tensor(scaling["divisors"], device="cpu")
-        if divisors.shape != frequencies.shape or not (divisors > 0).all():
-            raise CheckpointError(
-                f"rope_freqs.weight has {divisors.numel()} values; RoPE needs {len(frequencies)}, all above 0"
-            )
-        return frequencies / divisors
-    if kind != "llama3":
-        raise CheckpointError(f"rope_scaling of type {kind!r} is not supported; known are default, linear and llama3")
-    # Llama 3.1: short waves stay, long ones are stretched by `factor`, those between are blended by their number of turns
-    # within the context that the model was first trained on.
-    keys = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "factor")
-    first_context, low, high, factor = _needed(scaling, kind, *keys)
-    if low >= high:
-        raise CheckpointError(
-            f"rope_scaling has low_freq_factor={low} and high_freq_factor={high}; the first must be the lower"
-        )
-    turns = first_context * frequencies / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / factor)

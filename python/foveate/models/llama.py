@@ -1,115 +1,42 @@
-"""The Llama family: Llama, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 2. One decoder, told apart by its config."""
+"""The decoder of Llama and of the families in decoder_families.py: one module, told apart by its config."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foveate.cache.view import CacheView
-from foveate.files.checked import CheckpointError
-from foveate.models.layers import RMSNorm, Rotary, activation, gated, need, split_heads
+from foveate.models.decoder_config import LOCAL, NONE, LlamaConfig
+from foveate.models.experts import Experts
+from foveate.models.layers import LayerNorm, RMSNorm, activation, gated, split_heads
 from foveate.models.recompute import feed, recomputed
+from foveate.models.rotary import Rotary
 from foveate.models.sequences import PackedSequences, attend, check_positions
 from foveate.ops.rotary import apply_rotary
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+_SWIGLU_ALPHA = 1.702  # gpt-oss
 
 
-@dataclass(frozen=True)
-class LlamaConfig:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
-    norm_eps: float = 1e-6
-    activation: str = "silu"
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
-    tied: bool = False  # the head is the embedding
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # Qwen3: RMSNorm of each head of q and k, before RoPE
-    windows: tuple[int | None, ...] = ()  # of each layer: how many tokens a query sees, itself included
-    scale: float | None = None  # of q.k; None: head_dim**-0.5
-    attn_softcap: float | None = None
-    final_softcap: float | None = None
-    norm_offset: float = 0.0  # Gemma: norms multiply by 1 + weight
-    post_norms: bool = False  # Gemma 2: norms after attention and MLP too
-    embed_scale: float | None = None  # Gemma: embeddings times sqrt(hidden_size)
-    attention_dropout: float = 0.0  # in training mode
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
-        """From config.json; both `rope_theta` + `rope_scaling` and transformers 5's `rope_parameters` are read."""
-        kind = config["model_type"]
-        gemma = kind == "gemma2"
-        heads, layers = need(config, "num_attention_heads"), need(config, "num_hidden_layers")
-        hidden = need(config, "hidden_size")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
-            raise CheckpointError("partial_rotary_factor other than 1 is not supported for the Llama family")
-        if hidden % heads and not config.get("head_dim") and kind not in ("qwen3", "gemma2"):
-            raise CheckpointError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
-        if (config.get("head_dim") or 2) % 2 or (not config.get("head_dim") and (hidden // heads) % 2):
-            raise CheckpointError(
-                f"head_dim={config.get('head_dim') or hidden // heads} is odd; RoPE turns pairs of elements"
-            )
-        default_head_dim = {"qwen3": 128, "gemma2": 256}.get(kind, hidden // heads)
-        attention_bias = kind == "qwen2" or (kind != "mistral" and bool(config.get("attention_bias")))
-        return cls(
-            vocab_size=need(config, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=need(config, "intermediate_size"),
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or default_head_dim,
-            max_positions=need(config, "max_position_embeddings"),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            activation=need(config, "hidden_activation", "hidden_act") if gemma else config.get("hidden_act", "silu"),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            rope_scaling=rope or None,
-            tied=bool(config.get("tie_word_embeddings", gemma)),
-            qkv_bias=attention_bias,
-            o_bias=attention_bias and kind != "qwen2",
-            mlp_bias=bool(config.get("mlp_bias")),
-            qk_norm=kind == "qwen3",
-            windows=_windows(config, kind, layers),
-            scale=config.get("query_pre_attn_scalar", 256) ** -0.5 if gemma else None,
-            attn_softcap=config.get("attn_logit_softcapping") if gemma else None,
-            final_softcap=config.get("final_logit_softcapping") if gemma else None,
-            norm_offset=1.0 if gemma else 0.0,
-            post_norms=gemma,
-            embed_scale=hidden**0.5 if gemma else None,
-            attention_dropout=config.get("attention_dropout") or 0.0,
-        )
+def _norm(config: LlamaConfig, size: int | None = None) -> nn.Module:
+    size = config.hidden_size if size is None else size
+    if config.norm == "rms":
+        return RMSNorm(size, config.norm_eps, config.norm_offset)
+    return LayerNorm(
+        size, config.norm_eps, bias=config.norm == "layer_bias", plain=config.norm == "plain", offset=config.norm_offset
+    )
 
 
-def _windows(config: dict[str, Any], kind: str, layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer. Mistral: all; Gemma 2: every other; Qwen: from max_window_layers on, if switched on."""
-    window = config.get("sliding_window") or None  # 0: none
-    if kind == "llama" or window is None or (kind.startswith("qwen") and not config.get("use_sliding_window")):
-        return (None,) * layers
-    if kind == "mistral":
-        return (window,) * layers
-    types = config.get("layer_types")
-    if types is None and kind == "gemma2":
-        types = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
-    elif types is None:
-        first = config.get("max_window_layers", 28)
-        types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    if len(types) != layers:
-        raise CheckpointError(f"layer_types has {len(types)} entries for {layers} layers")
-    return tuple(window if name == "sliding_attention" else None for name in types)
+def _head_norm(config: LlamaConfig, heads: int) -> nn.Module:
+    D, eps = config.head_dim, config.norm_eps
+    if config.qk_norm in (True, "rms"):
+        return RMSNorm(D, eps, config.norm_offset)
+    if config.qk_norm == "rms_all":
+        return RMSNorm(heads * D, eps)
+    return LayerNorm((heads, D) if config.qk_norm == "layer_heads" else D, eps, bias=config.qk_norm == "layer_bias")
 
 
 class LlamaAttention(nn.Module):
@@ -122,8 +49,9 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, config.num_kv_heads * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * D, hidden, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(D, config.norm_eps)
-            self.k_norm = RMSNorm(D, config.norm_eps)
+            self.q_norm = _head_norm(config, config.num_heads)
+            self.k_norm = _head_norm(config, config.num_kv_heads)
+        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
         window = config.windows[layer]
         self.options: dict[str, Any] = {
             "causal": True,
@@ -133,73 +61,131 @@ class LlamaAttention(nn.Module):
         }
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None, packed: PackedSequences | None = None
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        cache: CacheView | None,
+        packed: PackedSequences | None = None,
     ) -> Tensor:
-        """x [B, S, hidden]; cos, sin [max_positions, D / 2], or with `packed` those of each token."""
-        q = split_heads(self.q_proj(x), self.config.num_heads)
-        k = split_heads(self.k_proj(x), self.config.num_kv_heads)
-        v = split_heads(self.v_proj(x), self.config.num_kv_heads)
-        if self.config.qk_norm:
+        """x [B, S, hidden]; cos, sin [max_positions, rot / 2], or with `packed` those of each token; None for a layer without RoPE."""
+        config, options = self.config, dict(self.options)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if config.clip_qkv is not None:
+            q, k, v = (y.clamp(-config.clip_qkv, config.clip_qkv) for y in (q, k, v))
+        if config.qk_norm == "rms_all":
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (
+            split_heads(q, config.num_heads),
+            split_heads(k, config.num_kv_heads),
+            split_heads(v, config.num_kv_heads),
+        )
+        if config.qk_norm and config.qk_norm != "rms_all" and not config.qk_norm_after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.sinks is not None:
+            options["sinks"] = self.sinks
+        if config.alibi:
+            options["alibi_slopes"] = alibi_slopes(config.num_heads, q.device)
+        rotate_here = cos is not None and (cache is None or config.qk_norm_after_rope)
+        if rotate_here:
+            assert cos is not None and sin is not None
+            if cache is not None:
+                cos, sin = cos[cache.positions()], sin[cache.positions()]
+            elif packed is None:
+                cos, sin = cos[: x.shape[1]], sin[: x.shape[1]]
+            q, k = apply_rotary(q, k, cos, sin, interleaved=config.rope_interleaved)
+            if config.qk_norm_after_rope:
+                q, k = self.q_norm(q), self.k_norm(k)
         if cache is None:
-            S = x.shape[1]
-            q, k = apply_rotary(q, k, cos[:S], sin[:S])
-            dropout_p = self.config.attention_dropout if self.training else 0.0
-            out = attend(q, k, v, packed, dropout_p=dropout_p, **self.options)
+            dropout_p = config.attention_dropout if self.training else 0.0
+            out = attend(q, k, v, packed, dropout_p=dropout_p, **options)
         else:
-            out = cache.attend(
-                self.layer, q, k, v, rotary_cos=cos, rotary_sin=sin, batch_invariant=True, **self.options
-            )
+            if cos is not None and not rotate_here:
+                options |= {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": config.rope_interleaved}
+            out = cache.attend(self.layer, q, k, v, batch_invariant=True, **options)
         return self.o_proj(out.flatten(2))
 
 
-class LlamaMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+def alibi_slopes(heads: int, device: torch.device) -> Tensor:
+    """fp32 [heads]: a geometric sequence, for numbers of heads that are no power of two with every other one of the next (Press et al.
+    2021, arXiv 2108.12409)."""
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2.0 ** (-4 * (i + 1) / power) for i in range(0, 2 * (heads - power), 2)]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
 
-    def __init__(self, config: LlamaConfig) -> None:
+
+class LlamaMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), or down(activation(up(x))) where the config has no gate."""
+
+    def __init__(self, config: LlamaConfig, inner: int | None = None) -> None:
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        hidden, bias = config.hidden_size, config.mlp_bias
+        inner = config.intermediate_size if inner is None else inner
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.gated else None
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
         self.activation = activation(config.activation)
+        self.limit = config.swiglu_limit
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return feed(self.down_proj, self.activation, self.up_proj(x))
         return feed(self.down_proj, self._inner, self.gate_proj(x), self.up_proj(x))
 
     def _inner(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+            return (up + 1) * (gate * torch.sigmoid(gate * _SWIGLU_ALPHA))
         return gated(self.activation, gate, up)
 
 
 class LlamaLayer(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
-
-        def norm() -> RMSNorm:
-            return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
-
-        self.post_norms = config.post_norms
+        self.post_norms, self.pre_norms = config.post_norms, config.pre_norms
+        self.parallel, self.residual_scale = config.parallel, config.residual_scale
         self.self_attn = LlamaAttention(config, layer)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = norm()
+        if config.has_experts(layer):
+            assert config.experts is not None
+            self.mlp: nn.Module = Experts(config.hidden_size, config.experts, lambda inner: LlamaMLP(config, inner))
+        else:
+            self.mlp = LlamaMLP(config)
+        if config.pre_norms:
+            self.input_layernorm = _norm(config)
         # Llama calls the norm before the MLP post_attention_layernorm. In Gemma 2 that name is the norm of attention's output.
-        self.post_attention_layernorm = norm()
+        if config.parallel != "one":
+            self.post_attention_layernorm = _norm(config)
         if config.post_norms:
-            self.pre_feedforward_layernorm = norm()
-            self.post_feedforward_layernorm = norm()
+            if config.pre_norms:
+                self.pre_feedforward_layernorm = _norm(config)
+            self.post_feedforward_layernorm = _norm(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: CacheView | None, packed: PackedSequences | None = None
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        cache: CacheView | None,
+        packed: PackedSequences | None = None,
     ) -> Tensor:
-        y = self.input_layernorm(x)
-        with recomputed(y, self.input_layernorm, x):
+        y = self.input_layernorm(x) if self.pre_norms else x
+        with recomputed(y, self.input_layernorm, x) if self.pre_norms else nullcontext():
             out = self.self_attn(y, cos, sin, cache, packed)
-        x = x + (self.post_attention_layernorm(out) if self.post_norms else out)
+        if self.parallel:
+            z = y if self.parallel == "one" else self.post_attention_layernorm(x)
+            return x + out + self.mlp(z)
+        x = x + self._scaled(self.post_attention_layernorm(out) if self.post_norms else out)
+        if not self.pre_norms:
+            return x + self._scaled(self.post_feedforward_layernorm(self.mlp(x)))
         norm = self.pre_feedforward_layernorm if self.post_norms else self.post_attention_layernorm
         y = norm(x)
         with recomputed(y, norm, x):
             out = self.mlp(y)
-        return x + (self.post_feedforward_layernorm(out) if self.post_norms else out)
+        return x + self._scaled(self.post_feedforward_layernorm(out) if self.post_norms else out)
+
+    def _scaled(self, out: Tensor) -> Tensor:
+        return out if self.residual_scale is None else out * self.residual_scale
 
 
 class LlamaDecoder(nn.Module):
@@ -209,7 +195,8 @@ class LlamaDecoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaLayer(config, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+        self.embed_norm = _norm(config) if config.embed_norm else None
+        self.norm = _norm(config)
 
 
 class Llama(nn.Module):
@@ -217,7 +204,10 @@ class Llama(nn.Module):
 
     config_class = LlamaConfig
     prefix = "model."
-    ignored = re.compile(r".*rotary_emb\.inv_freq")
+    # constants that old checkpoints store
+    ignored = re.compile(
+        r".*\.(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|self_attn\.(bias|masked_bias))"
+    )
     transposed = None
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -225,11 +215,15 @@ class Llama(nn.Module):
         self.config = config
         self.model = LlamaDecoder(config)
         # None in checkpoints of embedding models, which have no head
-        self.lm_head: nn.Linear | None = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Linear | None = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tied else {}
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.rotary = Rotary(config.head_dim, config.max_positions, config.rope_theta, config.rope_scaling)
+        rot = config.rotary_dim or config.head_dim
+        self.rotary = Rotary(rot, config.max_positions, config.rope_theta, config.rope_scaling)
+        local = LOCAL in config.rope_layers
+        settings = (config.local_rope_theta, config.local_rope_scaling)
+        self.local_rotary = Rotary(rot, config.max_positions, *settings) if local else self.rotary
 
     def hidden(self, tokens: Tensor, cache: CacheView | None = None, packed: PackedSequences | None = None) -> Tensor:
         """tokens int64 [B, S] -> [B, S, hidden] after the final norm.
@@ -243,13 +237,37 @@ class Llama(nn.Module):
         if self.config.embed_scale is not None:
             # rounded to x's dtype, as the model was trained
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device="cpu")
-        longest = tokens.shape[-1] if packed is None else packed.longest
-        cos, sin = self.rotary.tables(x.device, x.dtype, longest if cache is None else cache.capacity)
-        if packed is not None:
-            cos, sin = cos[packed.positions], sin[packed.positions]
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, cache, packed)
+        if self.model.embed_norm is not None:
+            x = self.model.embed_norm(x)
+        tables = self._tables(x, tokens, cache, packed)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, *tables[self.config.rope_of(i)], cache, packed)
         return self.model.norm(x)
+
+    def set_context(self, wanted: int | None) -> int:
+        """How many tokens sequences with a cache may have: `wanted`, or as many as the model was made for.
+
+        A model with RoPE factors for short and for long texts (longrope) takes the short ones up to its first context, which is the
+        answer to None, and the long ones for all texts if more are wanted: keys in a cache cannot change theirs.
+        """
+        most, short = self.config.max_positions, self.rotary.short_positions
+        if short is None:
+            return wanted or most
+        self.rotary.long = wanted is not None and wanted > short
+        return wanted or min(short, most)
+
+    def _tables(
+        self, x: Tensor, tokens: Tensor, cache: CacheView | None, packed: PackedSequences | None
+    ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        longest = tokens.shape[-1] if packed is None else packed.longest
+        length = longest if cache is None else cache.capacity
+        tables: dict[str, tuple[Tensor | None, Tensor | None]] = {NONE: (None, None)}
+        kinds = {self.config.rope_of(i) for i in range(self.config.num_layers)} - {NONE}
+        for kind in kinds:
+            rotary = self.local_rotary if kind == LOCAL else self.rotary
+            cos, sin = rotary.tables(x.device, x.dtype, length, cached=cache is not None)
+            tables[kind] = (cos, sin) if packed is None else (cos[packed.positions], sin[packed.positions])
+        return tables
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab] in hidden's dtype."""
@@ -258,6 +276,8 @@ class Llama(nn.Module):
                 "this checkpoint has no language-model head; use its hidden states, e.g. by foveate.Embedder"
             )
         out = self.lm_head(hidden)
+        if self.config.logit_scale is not None:
+            out = out * self.config.logit_scale
         cap = self.config.final_softcap
         return out if cap is None else cap * torch.tanh(out / cap)
 

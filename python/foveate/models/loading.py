@@ -169,8 +169,9 @@ def load_model(
     kind: Any = model_class(checkpoint.config, head, new_head)
     config = read_config(kind, checkpoint.config, checkpoint.path)
     weights: Weights = checkpoint.weights()
-    if names := architecture_of(checkpoint.config).names:
-        weights = RenamedWeights(weights, names, str(checkpoint.path))
+    architecture = architecture_of(checkpoint.config)
+    if architecture.names or architecture.fused:
+        weights = RenamedWeights(weights, architecture.names, str(checkpoint.path), architecture.fused, config)
     check_layers(config, weights.names(), checkpoint.path)
     with torch.device("meta"):
         model = kind(config)

@@ -82,6 +82,8 @@ class NativeDecoder:
             return native.missing_reason
         if not isinstance(model, Llama | GPT2):
             return f"NativeDecoder runs the Llama family and GPT-2, not {type(model).__name__}; call the model itself"
+        if isinstance(model, Llama) and (part := _beyond(model.config)) is not None:
+            return f"NativeDecoder has no {part}; call the model itself"
         if model.config.activation not in _ACTIVATIONS:
             return f"NativeDecoder knows the activations {', '.join(_ACTIVATIONS)}, not {model.config.activation}; call the model itself"
         for name, parameter in model.named_parameters():
@@ -192,8 +194,8 @@ class NativeDecoder:
             options = {name: self._norm(norm) for name, norm in options.items()}
             if c.qk_norm:
                 options["q_norm"], options["k_norm"] = (
-                    self._keep(attention.q_norm.weight),
-                    self._keep(attention.k_norm.weight),
+                    self._keep(attention.q_norm.weight + c.norm_offset),
+                    self._keep(attention.k_norm.weight + c.norm_offset),
                 )
                 options["head_norm_eps"] = c.norm_eps
             decoder.add_layer(
@@ -218,6 +220,30 @@ class NativeDecoder:
                 mlp_norm=self._norm(layer.ln_2), up=self._weight(layer.mlp.c_fc), down=self._weight(layer.mlp.c_proj), scale=scale,
             )  # fmt: skip
         return decoder
+
+
+def _beyond(config: Any) -> str | None:
+    """The first part of the config that csrc/decoder does not compute."""
+    parts = {
+        "mixture of experts": config.experts is not None,
+        "attention sinks": config.sinks,
+        "ALiBi": config.alibi,
+        "layer norms": config.norm != "rms" or config.embed_norm,
+        "layers without a norm before them": not config.pre_norms,
+        "parallel blocks": bool(config.parallel),
+        "MLP without a gate": not config.gated,
+        "norms of q and k but RMSNorm of each head": config.qk_norm not in ("", False, True, "rms"),
+        "norms after RoPE": config.qk_norm_after_rope,
+        "clipped q, k and v": config.clip_qkv is not None,
+        "residual scale": config.residual_scale is not None,
+        "interleaved RoPE": config.rope_interleaved,
+        "RoPE of several kinds": any(kind != "global" for kind in config.rope_layers),
+        "RoPE with factors for long texts": (config.rope_scaling or {}).get(
+            "rope_type", (config.rope_scaling or {}).get("type")
+        )
+        in ("longrope", "su"),
+    }
+    return next((part for part, there in parts.items() if there), None)
 
 
 def _kind(linear: nn.Module) -> str:

@@ -5,6 +5,7 @@ A new one is a module of its own beside this file, with `from_hf` in its config 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from foveate.files.checked import CheckpointError
-from foveate.models import bert, encoder_families, gpt2, llama, t5
+from foveate.models import bert, decoder_families, encoder_families, gpt2, llama, t5
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Architecture:
 
     layer: the module that is recomputed by gradient checkpointing and whose linear layers LoRA adapts. objectives: of training.
     dropouts: keys of config.json. suited: what of foveate uses such a model, for errors. heads: by the names that `load_model` takes,
-    and named_heads by those of a config's `architectures`; {} for a family with one head only. names: what stored names become, see
-    `RenamedWeights`.
+    and named_heads by those of a config's `architectures`; {} for a family with one head only. names, fused: what stored weights
+    become, see `RenamedWeights`.
     """
 
     exported_as: Mapping[str, str]
@@ -40,11 +41,25 @@ class Architecture:
     heads: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     named_heads: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     names: tuple[tuple[str, str], ...] = ()
+    fused: Mapping[str, str] = field(default_factory=dict)
 
     def transformers_name(self, model: nn.Module, model_type: str) -> str:
         """What `architectures` of the config.json of an exported model says."""
         name = type(model).__name__
         return name if name in self.named_heads else self.exported_as[model_type]
+
+
+def _decoder(model_type: str) -> Architecture:
+    family = decoder_families.FAMILIES[model_type]
+    return Architecture(
+        {model_type: family.name},
+        llama.Llama,
+        llama.LlamaLayer,
+        ("causal-lm",) if family.trains else (),  # exports have Llama's names
+        "foveate.LLM",
+        names=family.names,
+        fused=family.fused,
+    )
 
 
 def _encoder(model_type: str) -> Architecture:
@@ -65,13 +80,7 @@ def _encoder(model_type: str) -> Architecture:
 
 
 ARCHITECTURES = (
-    Architecture(
-        {kind: f"{kind.capitalize()}ForCausalLM" for kind in llama.MODEL_TYPES},
-        llama.Llama,
-        llama.LlamaLayer,
-        ("causal-lm",),
-        "foveate.LLM",
-    ),
+    *(_decoder(model_type) for model_type in decoder_families.FAMILIES),
     Architecture(
         {"gpt2": "GPT2LMHeadModel"},
         gpt2.GPT2,
@@ -108,9 +117,12 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """Of a config.json. CheckpointError for an unknown one, with those that are known."""
     found = find(config.get("model_type"))
     if found is None:
+        known = sorted(model_types())
+        near = difflib.get_close_matches(str(config.get("model_type")), known, n=1, cutoff=0.8)
         raise CheckpointError(
-            f"the architecture {config.get('model_type')!r} (model_type in the config) is not supported; known are "
-            f"{', '.join(sorted(model_types()))}"
+            f"the architecture {config.get('model_type')!r} (model_type in the config) is not supported"
+            + (f", but {near[0]!r} is" if near else "")
+            + f"; known are {', '.join(known)}"
         )
     return found
 

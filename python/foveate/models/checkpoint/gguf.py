@@ -183,7 +183,8 @@ def _rope_scaling(file: GgufFile, arch: str) -> dict[str, Any] | None:
     kind = _value(file, f"{arch}.rope.scaling.type", "linear")  # files from before the type was written scale linearly
     if kind in ("none", "default") or (kind == "linear" and factor == 1):
         return None
-    return {"rope_type": kind, "factor": factor}
+    first_context = _value(file, f"{arch}.rope.scaling.original_context_length", None)
+    return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": first_context}
 
 
 def _gpt2_config(file: GgufFile) -> dict[str, Any]:

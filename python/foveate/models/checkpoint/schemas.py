@@ -22,12 +22,14 @@ _IDS = either(_ID, list_of(_ID, 2**16))
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 _DTYPE = text(*_DTYPES, *(f"torch.{name}" for name in _DTYPES))
 
-_ROPE = mapping(
-    {
-        "rope_type": text(), "type": text(), "factor": _POSITIVE, "rope_theta": _POSITIVE, "partial_rotary_factor": _SHARE,
-        "original_max_position_embeddings": _POSITIONS, "low_freq_factor": _POSITIVE, "high_freq_factor": _POSITIVE,
-    }
-)  # fmt: skip
+_FACTORS = list_of(_POSITIVE, 2**14)
+_ROPE_KEYS: dict[str, Rule] = {
+    "rope_type": text(), "type": text(), "factor": _POSITIVE, "rope_theta": _POSITIVE, "partial_rotary_factor": _SHARE,
+    "original_max_position_embeddings": _POSITIONS, "low_freq_factor": _POSITIVE, "high_freq_factor": _POSITIVE,
+    "attention_factor": _POSITIVE, "beta_fast": _POSITIVE, "beta_slow": _POSITIVE, "mscale": number(0, 1e3), "alpha": _POSITIVE,
+    "mscale_all_dim": number(0, 1e3), "truncate": flag(), "short_factor": _FACTORS, "long_factor": _FACTORS,
+}  # fmt: skip
+_ROPE = mapping(_ROPE_KEYS | {"full_attention": mapping(_ROPE_KEYS), "sliding_attention": mapping(_ROPE_KEYS)})
 
 # Of config.json that a file has whatever its architecture: checked when it is opened.
 SPECIAL_IDS = {"eos_token_id": _IDS, "bos_token_id": _IDS, "pad_token_id": _ID, "decoder_start_token_id": _ID}
@@ -55,6 +57,15 @@ CONFIG: dict[str, Rule] = ANY_CONFIG | {
     "attention_probs_dropout_prob": _SHARE, "classifier_dropout": _SHARE, "dropout_rate": _SHARE,
     "type_vocab_size": integer(1, 2**16), "num_labels": integer(1, 2**20), "id2label": mapping(), "label2id": mapping(),
     "problem_type": text(), "position_embedding_type": text(),
+    "original_max_position_embeddings": _POSITIONS, "rope_local_base_freq": _POSITIVE, "rotary_pct": _SHARE, "rotary_emb_base": _POSITIVE,
+    "norm_epsilon": _EPSILON, "norm_eps": _EPSILON, "sliding_window_pattern": integer(1, 4096), "use_bidirectional_attention": flag(),
+    "num_experts": integer(0, 2**16), "num_local_experts": integer(1, 2**16), "num_experts_per_tok": integer(1, 2**16),
+    "moe_intermediate_size": _SIZE, "shared_expert_intermediate_size": _SIZE, "decoder_sparse_step": integer(1, 4096),
+    "mlp_only_layers": list_of(integer(0, 4096), 4096), "norm_topk_prob": flag(), "swiglu_limit": _POSITIVE, "clip_qkv": _POSITIVE,
+    "attention_multiplier": number(-1e6, 1e6), "embedding_multiplier": number(-1e6, 1e6), "residual_multiplier": number(-1e6, 1e6),
+    "logits_scaling": number(-1e6, 1e6), "logit_scale": number(-1e6, 1e6), "no_rope_layers": list_of(either(flag(), integer(0, 1)), 4096),
+    "no_rope_layer_interval": integer(1, 4096), "use_qk_norm": flag(), "qk_layernorm": flag(), "use_qkv_bias": flag(),
+    "use_parallel_residual": flag(), "use_bias": flag(), "attention_out_bias": flag(),
     "dim": _SIZE, "hidden_dim": _SIZE, "n_layers": _LAYERS, "n_heads": _HEADS, "activation": text(), "embedding_size": _SIZE,
     "num_hidden_groups": _LAYERS, "inner_group_num": _LAYERS, "dropout": _SHARE, "seq_classif_dropout": _SHARE, "qa_dropout": _SHARE,
     "classifier_dropout_prob": _SHARE,
