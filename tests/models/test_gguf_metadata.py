@@ -28,7 +28,7 @@ def test_a_factor_without_a_type_scales_linearly(fields, factor, tmp_path):
 
 
 @pytest.mark.parametrize("fields, sentence", [
-    ({"llama.expert_count": 4}, "is a mixture of 4 experts"),
+    ({"llama.expert_count": 4}, "lacks llama.expert_used_count"),
     ({"llama.attention.value_length": 8}, "attention.value_length=8 and keys of 16; values of another length"),
     ({"llama.rope.dimension_count": 8}, "rope.dimension_count=8 and keys of 16; the rotated part of keys of another length"),
 ], ids=str)  # fmt: skip

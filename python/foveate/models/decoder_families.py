@@ -148,7 +148,7 @@ def _olmo2(config: Config) -> dict[str, Any]:
     return {
         "qk_norm": "rms_all", "pre_norms": False, "post_norms": True, "windows": windows,
         "rope_layers": ropes if config["model_type"] == "olmo3" else (),
-        "local_rope_theta": float((config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta") or 10000.0),
+        "local_rope_theta": float((config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta", 10000.0)),
     }  # fmt: skip
 
 
@@ -286,7 +286,7 @@ FAMILIES: dict[str, DecoderFamily] = {
         "Qwen2MoeForCausalLM", lambda config: _qwen_experts(config) | {"qkv_bias": True, "o_bias": False}, fused=_STACKED
     ),
     "mixtral": DecoderFamily(
-        "MixtralForCausalLM", _mixtral, {"rms_norm_eps": 1e-5},
+        "MixtralForCausalLM", _mixtral, {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
         names=(
             (r"\.block_sparse_moe\.", ".mlp."),
             (r"\.w1\.", ".gate_proj."), (r"\.w3\.", ".up_proj."), (r"\.w2\.", ".down_proj."),
@@ -294,7 +294,7 @@ FAMILIES: dict[str, DecoderFamily] = {
         fused=_STACKED,
     ),
     "gpt_oss": DecoderFamily(
-        "GptOssForCausalLM", _gpt_oss, {"head_dim": 64, "attention_bias": True, "rms_norm_eps": 1e-5},
+        "GptOssForCausalLM", _gpt_oss, {"head_dim": 64, "attention_bias": True, "rms_norm_eps": 1e-5, "rope_theta": 150000.0},
         names=((r"\.mlp\.router\.", ".mlp.gate."),),
         fused={
             "mlp.experts.gate_up_proj": "oss_gate_up", "mlp.experts.down_proj": "oss_down",
@@ -303,7 +303,7 @@ FAMILIES: dict[str, DecoderFamily] = {
     ),
     "olmo": DecoderFamily("OlmoForCausalLM", _olmo),
     "olmo2": DecoderFamily("Olmo2ForCausalLM", _olmo2, {"rms_norm_eps": 1e-5}),
-    "olmo3": DecoderFamily("Olmo3ForCausalLM", _olmo2, {"rms_norm_eps": 1e-5}),
+    "olmo3": DecoderFamily("Olmo3ForCausalLM", _olmo2, {"rms_norm_eps": 1e-5, "rope_theta": 5e5}),
     "olmoe": DecoderFamily("OlmoeForCausalLM", _olmoe, {"rms_norm_eps": 1e-5}, fused=_STACKED),
     "granite": DecoderFamily("GraniteForCausalLM", _granite),
     "granitemoe": DecoderFamily(
@@ -312,7 +312,7 @@ FAMILIES: dict[str, DecoderFamily] = {
         fused={"mlp.input_linear": "experts_gate_up", "mlp.output_linear": "experts_down"},
     ),
     "smollm3": DecoderFamily("SmolLM3ForCausalLM", _smollm3, {"tie_word_embeddings": True, "rope_theta": 2e6}),
-    "cohere": DecoderFamily("CohereForCausalLM", _cohere, {"tie_word_embeddings": True}),
+    "cohere": DecoderFamily("CohereForCausalLM", _cohere, {"tie_word_embeddings": True, "rope_theta": 5e5}),
     "cohere2": DecoderFamily("Cohere2ForCausalLM", _cohere, {"tie_word_embeddings": True}),
     "stablelm": DecoderFamily("StableLmForCausalLM", _stablelm, {"partial_rotary_factor": 0.25}),
     "phi": DecoderFamily(
@@ -336,7 +336,10 @@ FAMILIES: dict[str, DecoderFamily] = {
         "Starcoder2ForCausalLM", _starcoder2, {"tie_word_embeddings": True},
         names=((r"\.mlp\.c_fc\.", ".mlp.up_proj."), (r"\.mlp\.c_proj\.", ".mlp.down_proj.")),
     ),
-    "ernie4_5": DecoderFamily("Ernie4_5ForCausalLM", _ernie, {"tie_word_embeddings": True, "head_dim": 128, "rms_norm_eps": 1e-5}),
+    "ernie4_5": DecoderFamily(
+        "Ernie4_5ForCausalLM", _ernie,
+        {"tie_word_embeddings": True, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 5e5},
+    ),
     "seed_oss": DecoderFamily(
         "SeedOssForCausalLM", lambda config: {"o_bias": bool(config.get("attention_out_bias", False))},
         {"attention_bias": True, "head_dim": 128},
@@ -357,11 +360,12 @@ FAMILIES: dict[str, DecoderFamily] = {
     ),
     "glm": DecoderFamily(
         "GlmForCausalLM", lambda config: {"rope_interleaved": True, "o_bias": False},
-        {"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5}, fused={"mlp.gate_up_proj": "gate_up"},
+        {"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-7},
+        fused={"mlp.gate_up_proj": "gate_up"},
     ),
     "glm4": DecoderFamily(
         "Glm4ForCausalLM", lambda config: {"rope_interleaved": True, "o_bias": False, "post_norms": True},
-        {"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5}, names=_SANDWICH,
+        {"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-7}, names=_SANDWICH,
         fused={"mlp.gate_up_proj": "gate_up"},
     ),
 }  # fmt: skip

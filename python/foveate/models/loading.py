@@ -170,8 +170,11 @@ def load_model(
     config = read_config(kind, checkpoint.config, checkpoint.path)
     weights: Weights = checkpoint.weights()
     architecture = architecture_of(checkpoint.config)
-    if architecture.names or architecture.fused:
-        weights = RenamedWeights(weights, architecture.names, str(checkpoint.path), architecture.fused, config)
+    names, fused = architecture.names, architecture.fused
+    if weights.linear_layout:  # GGUF, which has its own table of names
+        names, fused = (), getattr(weights, "fused", {})
+    if names or fused:
+        weights = RenamedWeights(weights, names, str(checkpoint.path), fused, config)
     check_layers(config, weights.names(), checkpoint.path)
     with torch.device("meta"):
         model = kind(config)

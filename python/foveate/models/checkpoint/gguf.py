@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from foveate.files.checked import CheckpointError, check
 from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
 from foveate.models.checkpoint.gguf_file import GgufFile
+from foveate.models.checkpoint.gguf_names import ARCHITECTURES, MIXTRAL, GgufArchitecture
 from foveate.models.checkpoint.schemas import GGUF, GGUF_MODEL
 from foveate.quantization.gguf_types import BLOCKS, FLOATS, PACKED, REPACKED, expand, loaded_bytes
 from foveate.tokenizer import Tokenizer
@@ -22,49 +23,11 @@ from foveate.tokenizer.gguf import CONTROL, read_tokenizer
 # Special tokens after which it is the other's turn, in Llama 3, ChatML (Qwen, SmolLM2) and Gemma.
 _TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
 
-_LLAMA_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GEMMA_LAYER = _LLAMA_LAYER | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_GPT2_LAYER = {
-    "attn_norm": "ln_1",
-    "attn_qkv": "attn.c_attn",
-    "attn_output": "attn.c_proj",
-    "ffn_norm": "ln_2",
-    "ffn_up": "mlp.c_fc",
-    "ffn_down": "mlp.c_proj",
-}
-_LLAMA_OTHER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_GPT2_OTHER = {
-    "token_embd": "transformer.wte",
-    "position_embd": "transformer.wpe",
-    "output_norm": "transformer.ln_f",
-    "output": "lm_head",
-}
-# architecture: (names outside of the layers, prefix of a layer, names in a layer)
-_NAMES = dict.fromkeys(("llama", "qwen2", "qwen3"), (_LLAMA_OTHER, "model.layers.", _LLAMA_LAYER)) | {
-    "gemma2": (_LLAMA_OTHER, "model.layers.", _GEMMA_LAYER),
-    "gpt2": (_GPT2_OTHER, "transformer.h.", _GPT2_LAYER),
-}
-
 
 @dataclass
 class GgufCheckpoint(Checkpoint):
     file: GgufFile | None = None
+    architecture: GgufArchitecture | None = None
 
     def tokenizer(self) -> Tokenizer:
         assert self.file is not None
@@ -85,15 +48,19 @@ def open_gguf(path: Path) -> GgufCheckpoint:
             f"{path} is one of {parts} parts of a model; join them with llama.cpp's llama-gguf-split --merge"
         )
     arch = _value(file, "general.architecture")
-    if arch not in _NAMES:
-        raise CheckpointError(f"{path} holds the architecture {arch!r}; known in GGUF files are {', '.join(_NAMES)}")
+    if arch not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path} holds the architecture {arch!r}; known in GGUF files are {', '.join(ARCHITECTURES)}"
+        )
     check(file.fields, {f"{arch}.{key}": rule for key, rule in GGUF_MODEL.items()}, path)
-    config = _gpt2_config(file) if arch == "gpt2" else _llama_config(file, arch)
+    mixtral = arch == "llama" and bool(_value(file, "llama.expert_count", 0))
+    architecture = MIXTRAL if mixtral else ARCHITECTURES[arch]
+    config = _gpt2_config(file) if arch == "gpt2" else _llama_config(file, arch, architecture)
     config["bos_token_id"] = _value(file, "tokenizer.ggml.bos_token_id", None)
     config["pad_token_id"] = _value(file, "tokenizer.ggml.padding_token_id", None)
     config["eos_token_id"] = _end_ids(file)
     template = _value(file, "tokenizer.chat_template", None)
-    return GgufCheckpoint(path=path, config=config, chat_template=template, file=file)
+    return GgufCheckpoint(path=path, config=config, chat_template=template, file=file, architecture=architecture)
 
 
 _REQUIRED: Any = object()
@@ -125,66 +92,83 @@ def _end_ids(file: GgufFile) -> list[int]:
     return list(dict.fromkeys([*(token for token in named if token is not None), *turns]))
 
 
-def _llama_config(file: GgufFile, arch: str) -> dict[str, Any]:
+def _llama_config(file: GgufFile, arch: str, architecture: GgufArchitecture) -> dict[str, Any]:
     def value(key: str, default: Any = _REQUIRED) -> Any:
         return _value(file, f"{arch}.{key}", default)
 
-    if value("expert_count", 0):
-        raise CheckpointError(
-            f"{file.path} is a mixture of {value('expert_count')} experts, which is not supported; take a dense model"
-        )
     hidden, heads, layers = value("embedding_length"), value("attention.head_count"), value("block_count")
     head_dim = value("attention.key_length", hidden // heads)
-    for key, meaning in (("attention.value_length", "values"), ("rope.dimension_count", "the rotated part of keys")):
-        if value(key, head_dim) != head_dim:
-            raise CheckpointError(
-                f"{file.path} has {arch}.{key}={value(key)} and keys of {head_dim}; {meaning} of another length than the keys cannot be "
-                "computed: take another model"
-            )
-    config = {
-        "model_type": arch,
+    if value("attention.value_length", head_dim) != head_dim:
+        raise CheckpointError(
+            f"{file.path} has {arch}.attention.value_length={value('attention.value_length')} and keys of {head_dim}; values of another "
+            "length than the keys cannot be computed: take another model"
+        )
+    rotated = value("rope.dimension_count", head_dim)
+    if rotated > head_dim or (rotated != head_dim and architecture.permuted):
+        raise CheckpointError(
+            f"{file.path} has {arch}.rope.dimension_count={rotated} and keys of {head_dim}; the rotated part of keys of another length "
+            f"than the keys cannot be computed for {arch}: take another model"
+        )
+    config: dict[str, Any] = {
+        "model_type": architecture.model_type,
         "vocab_size": _vocab_size(file),
         "hidden_size": hidden,
-        "intermediate_size": value("feed_forward_length"),
+        "intermediate_size": value("feed_forward_length", None),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": value("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": value(architecture.epsilon),
+        "partial_rotary_factor": rotated / head_dim,
         "rope_theta": value("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(file, arch),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "sliding_window": value("attention.sliding_window", None),
     }
-    if arch == "llama":
-        config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
-        config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
-        if config["sliding_window"] is not None:
-            config["model_type"] = "mistral"
-    if arch == "gemma2":
-        config["hidden_activation"] = "gelu_pytorch_tanh"
-        config["attn_logit_softcapping"] = value("attn_logit_softcapping", 50.0)
-        config["final_logit_softcapping"] = value("final_logit_softcapping", 30.0)
-        # Not in the file. The 27B model, told by its 46 layers, divides by hidden / heads, the others by the head dim.
-        config["query_pre_attn_scalar"] = hidden // heads if layers == 46 else config["head_dim"]
+    for key, tensors in _BIASES.items():
+        config[key] = any(f"blk.0.{tensor}.bias" in file.tensors for tensor in tensors)
+    config |= {"use_bias": config["attention_bias"], "use_qk_norm": "blk.0.attn_q_norm.weight" in file.tensors}
+    if arch == "llama" and config["sliding_window"] is not None and architecture is not MIXTRAL:
+        config["model_type"] = "mistral"
+    config |= architecture.config(value)
+    if config["intermediate_size"] is None:
+        value("feed_forward_length")  # says that it lacks
     return config
+
+
+# Which keys of config.json say that linear layers have biases, and tensors of the first layer that show it.
+_BIASES = {
+    "attention_bias": ("attn_output", "attn_q", "attn_qkv"),
+    "attention_out_bias": ("attn_output",),
+    "mlp_bias": ("ffn_down",),
+}
 
 
 def _rope_scaling(file: GgufFile, arch: str) -> dict[str, Any] | None:
     if "rope_freqs.weight" in file.tensors:  # Llama 3.1's scaling, worked out by the converter
-        stored = file.tensors["rope_freqs.weight"]
-        if stored.kind != "F32" or len(stored.shape) != 1:
-            raise CheckpointError(
-                f"{file.path} has rope_freqs.weight of type {stored.kind}, {list(stored.shape)}; it must be a row of F32"
-            )
-        return {"rope_type": "divisors", "divisors": stored.data.view(torch.float32).tolist()}
+        return {"rope_type": "divisors", "divisors": _floats(file, "rope_freqs.weight")}
+    first_context = _value(file, f"{arch}.rope.scaling.original_context_length", None)
+    if "rope_factors_long.weight" in file.tensors and "rope_factors_short.weight" in file.tensors:
+        return {
+            "rope_type": "longrope", "long_factor": _floats(file, "rope_factors_long.weight"),
+            "short_factor": _floats(file, "rope_factors_short.weight"), "original_max_position_embeddings": first_context,
+            "attention_factor": _value(file, f"{arch}.rope.scaling.attn_factor", None),
+        }  # fmt: skip
     factor = _value(file, f"{arch}.rope.scaling.factor", _value(file, f"{arch}.rope.scale_linear", 1.0))
     kind = _value(file, f"{arch}.rope.scaling.type", "linear")  # files from before the type was written scale linearly
     if kind in ("none", "default") or (kind == "linear" and factor == 1):
         return None
-    first_context = _value(file, f"{arch}.rope.scaling.original_context_length", None)
     return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": first_context}
+
+
+def _floats(file: GgufFile, name: str) -> list[float]:
+    stored = file.tensors[name]
+    if stored.kind != "F32" or len(stored.shape) != 1:
+        raise CheckpointError(
+            f"{file.path} has {name} of type {stored.kind}, {list(stored.shape)}; it must be a row of F32"
+        )
+    return stored.data.view(torch.float32).tolist()
 
 
 def _gpt2_config(file: GgufFile) -> dict[str, Any]:
@@ -202,21 +186,25 @@ def _gpt2_config(file: GgufFile) -> dict[str, Any]:
     }
 
 
+_ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
 class GgufWeights:
     linear_layout = True
 
     def __init__(self, checkpoint: GgufCheckpoint) -> None:
         file, config = checkpoint.file, checkpoint.config
-        assert file is not None
-        self.arch = _value(file, "general.architecture")
+        assert file is not None and checkpoint.architecture is not None
+        self.architecture = checkpoint.architecture
+        self.fused = checkpoint.architecture.fused
         self.heads: dict[str, Any] = {
             "attn_q": config.get("num_attention_heads"),
             "attn_k": config.get("num_key_value_heads"),
         }
         self.path = checkpoint.path
         self.expanded: dict[str, int] = {}  # bytes of types that have no packed kernel, among those that were read
-        weights = [tensor for name, tensor in file.tensors.items() if name != "rope_freqs.weight"]
-        self.tensors = {huggingface_name(tensor.name, self.arch): tensor for tensor in weights}
+        weights = [tensor for name, tensor in file.tensors.items() if name not in _ROPE_TENSORS]
+        self.tensors = {self.architecture.huggingface_name(tensor.name): tensor for tensor in weights}
         self.nbytes = sum(tensor.data.nbytes for tensor in weights)
         self.loaded_bytes = sum(loaded_bytes(tensor.kind, tensor.shape) for tensor in weights)
 
@@ -229,18 +217,21 @@ class GgufWeights:
         rows = self._row_order(tensor.name)
         if kind in FLOATS:
             data = rows(data.view(FLOATS[kind]).view(shape))
-            # Gemma's converter adds the 1 of 1 + weight to the norms.
-            return data - 1 if self.arch == "gemma2" and tensor.name.endswith("norm.weight") else data
+            if self.architecture.plus_one and tensor.name.endswith("norm.weight"):
+                return data - 1
+            return data[None] if tensor.name.endswith("ffn_gate_inp_shexp.weight") and data.dim() == 1 else data
         if kind in BLOCKS:
-            if len(shape) != 2:
+            experts = len(shape) == 3 and name.rpartition(".")[0].endswith(tuple(self.fused))
+            if len(shape) != 2 and not experts:
                 raise CheckpointError(
                     f"{self.path} has {tensor.name} of type {kind} in shape {list(shape)}; only matrices have blocks"
                 )
+            out = math.prod(shape[:-1])  # experts one after the other
             if kind in PACKED:
-                return Blocks(rows(data.view(shape[0], -1)), PACKED[kind], shape[1])
+                return Blocks(rows(data.view(out, -1)), PACKED[kind], shape[-1])
             if kind in REPACKED:
                 format, convert = REPACKED[kind]
-                return Blocks(rows(convert(data.view(shape[0], -1))), format, shape[1])
+                return Blocks(rows(convert(data.view(out, -1))), format, shape[-1])
             self.expanded[kind] = self.expanded.get(kind, 0) + data.nbytes
             return rows(expand(data, kind, shape))
         supported = ", ".join(BLOCKS)
@@ -250,11 +241,11 @@ class GgufWeights:
         )
 
     def _row_order(self, stored: str) -> Callable[[Tensor], Tensor]:
-        """For architecture "llama" the rows of attn_q and attn_k are stored with the two of a rotary pair side by side."""
+        """In files of Llama and its like the rows of attn_q and attn_k are stored with the two of a rotary pair side by side."""
         part = ".".join(stored.split(".")[-2:-1])
-        if self.arch != "llama" or part not in ("attn_q", "attn_k"):
+        if not self.architecture.permuted or part not in ("attn_q", "attn_k"):
             return lambda x: x
-        heads, rows = self.heads[part], self.tensors[huggingface_name(stored, self.arch)].shape[0]
+        heads, rows = self.heads[part], self.tensors[self.architecture.huggingface_name(stored)].shape[0]
         if rows % (2 * heads):
             raise CheckpointError(f"{self.path} has {stored} of {rows} rows, which are not {heads} heads of pairs")
         return lambda x: unpermute(x, heads)
@@ -268,13 +259,3 @@ def unpermute(x: Tensor, heads: int) -> Tensor:
     """
     D = x.shape[0] // heads
     return x.view(heads, D // 2, 2, -1).transpose(1, 2).reshape(x.shape)
-
-
-def huggingface_name(name: str, arch: str) -> str:
-    """blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight; names outside of the table stay as they are."""
-    others, prefix, parts = _NAMES[arch]
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-        layer, part, kind = match.groups()
-        return f"{prefix}{layer}.{parts[part]}.{kind}" if part in parts else name
-    part, _, kind = name.rpartition(".")
-    return f"{others[part]}.{kind}" if part in others else name

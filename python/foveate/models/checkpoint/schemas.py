@@ -150,6 +150,9 @@ GGUF_MODEL: dict[str, Rule] = {
     "attention.sliding_window": _WINDOW, "rope.freq_base": _POSITIVE, "rope.scaling.type": text(), "rope.scaling.factor": _POSITIVE,
     "rope.scale_linear": _POSITIVE, "rope.dimension_count": _HEAD_DIM, "rope.scaling.original_context_length": _POSITIONS,
     "attn_logit_softcapping": _POSITIVE, "final_logit_softcapping": _POSITIVE, "expert_count": integer(0, 2**16),
+    "expert_used_count": integer(1, 2**16), "expert_feed_forward_length": _SIZE, "expert_shared_feed_forward_length": _SIZE,
+    "rope.freq_base_swa": _POSITIVE, "rope.scaling.attn_factor": _POSITIVE, "attention.scale": number(-1e6, 1e6),
+    "embedding_scale": number(-1e6, 1e6), "residual_scale": number(-1e6, 1e6), "logit_scale": number(-1e6, 1e6),
 }  # fmt: skip
 
 

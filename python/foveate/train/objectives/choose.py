@@ -25,7 +25,7 @@ def check_architecture(objective: str, settings: dict[str, Any]) -> None:
     if kind not in kinds:
         architecture = find(kind)
         suited = () if architecture is None else architecture.objectives
-        cure = f"; {kind} models learn {' or '.join(suited)}" if suited else ""
+        cure = f"; {kind} models learn {' or '.join(suited)}" if suited else f"; {kind} models are not trained here yet"
         raise ValueError(
             f"the objective {objective} is for {', '.join(kinds)}, and this model is of architecture {kind!r}{cure}"
         )
