@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +14,13 @@ from foveate.serve.page import STATIC
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
+expect.set_options(timeout=30_000)
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
+AXE = Path(__file__).parents[2] / "web" / "node_modules" / "axe-core" / "axe.min.js"
 HOSTILE = "<img src=x onerror=stolen=1><script>stolen=1</script> [a](javascript:stolen=1) ![b](//elsewhere/b.png)\n"
 CODE = "```python\ndef f():\n    return 1\n```\n"
-PATIENCE = 30_000  # milliseconds
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: install the package chromium"),
@@ -53,11 +55,17 @@ def slow(folder):
     return llm
 
 
+def without_template(folder):
+    llm = serve_toys.make_llm(folder)
+    llm.tokenizer.chat_template = None
+    return llm
+
+
 @pytest.fixture(scope="module")
 def server(folder):
     models = {
         "toy": lambda: serve_toys.make_llm(folder), "hostile": saying(folder, HOSTILE), "code": saying(folder, CODE),
-        "slow": lambda: slow(folder),
+        "slow": lambda: slow(folder), "plain": lambda: without_template(folder),
     }  # fmt: skip
     with serve_toys.serving(models) as running:
         yield running
@@ -79,7 +87,7 @@ def browser():
 def page(browser, server):
     """A new visitor, whose settings keep replies short. Anything that goes wrong in the page fails the test."""
     context = browser.new_context(base_url=server.url, permissions=["clipboard-read", "clipboard-write"])
-    context.set_default_timeout(PATIENCE)
+    context.set_default_timeout(30_000)
     opened = context.new_page()
     faults: list[str] = []
     opened.on("pageerror", lambda error: faults.append(str(error)))
@@ -88,7 +96,7 @@ def page(browser, server):
     settings = '{"max_tokens": 120, "seed": 3}'
     opened.evaluate(f"localStorage['foveate.settings'] = '{settings}'")
     opened.reload()
-    expect(opened.locator("#model")).to_be_enabled(timeout=PATIENCE)
+    expect(opened.locator("#model")).to_be_enabled()
     yield opened
     context.close()
     assert faults == []
@@ -96,7 +104,7 @@ def page(browser, server):
 
 def choose(page, model: str) -> None:
     page.select_option("#model", model)
-    expect(page.locator("#about-model")).to_have_text(model, timeout=PATIENCE)
+    expect(page.locator("#about-model")).to_have_text(model)
 
 
 def send(page, text: str) -> None:
@@ -107,8 +115,8 @@ def send(page, text: str) -> None:
 def replies(page, count: int):
     """The replies, once there are so many and none is being written."""
     found = page.locator(".assistant")
-    expect(found).to_have_count(count, timeout=PATIENCE)
-    expect(page.locator("#send")).to_be_visible(timeout=PATIENCE)
+    expect(found).to_have_count(count)
+    expect(page.locator("#send")).to_be_visible()
     return found
 
 
@@ -148,7 +156,7 @@ def test_a_conversation(page, server):
 def test_stop_ends_the_work(page, server):
     choose(page, "slow")
     send(page, "x")
-    expect(page.locator(".assistant .statistics")).to_contain_text("tokens", timeout=PATIENCE)  # it streams
+    expect(page.locator(".assistant .statistics")).to_contain_text("tokens")  # it streams
     page.keyboard.press("Escape")
     replies(page, 1)
     expect(page.locator(".note")).to_have_text("Stopped.")
@@ -241,13 +249,48 @@ def test_a_phone_and_the_dark(page):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 27)"
 
 
+def test_a_model_without_a_template_continues_text(page, server):
+    page.select_option("#model", "plain")
+    expect(page.locator("#about-model")).to_contain_text("continues your text")
+    send(page, "the quick brown")
+    replies(page, 1)
+    expect(page.locator(".statistics")).to_contain_text("120 tokens")
+    said = server.text(model="plain", prompt="the quick brown", max_tokens=120, seed=3)
+    page.get_by_role("button", name="Copy", exact=True).nth(1).click()
+    expect(page.locator("#live")).to_have_text("Copied.")
+    assert page.evaluate("navigator.clipboard.readText()") == said
+
+
+@pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: `npm ci` in web/")
+def test_rules_of_accessibility(page):
+    """What axe-core can find, in both themes: names, roles, contrast."""
+
+    def violations() -> list:
+        page.evaluate(AXE.read_text())
+        found = page.evaluate("axe.run()")["violations"]
+        return [(rule["id"], node["html"][:200]) for rule in found for node in rule["nodes"]]
+
+    choose(page, "code")
+    send(page, "some code")
+    replies(page, 1)
+    page.evaluate("document.documentElement.dataset.theme = 'light'")
+    assert violations() == []
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    assert violations() == []
+    page.click("#open-settings")
+    assert violations() == []
+    page.goto("/dashboard")
+    expect(page.locator("#state")).to_have_text("ready")
+    assert violations() == []
+
+
 def test_the_dashboard_lives(page, server):
     page.goto("/dashboard")
     running = page.locator("dl > div", has=page.get_by_text("Ended by length", exact=True)).locator(".number")
-    expect(page.locator("#state")).to_have_text("ready", timeout=PATIENCE)
+    expect(page.locator("#state")).to_have_text("ready")
     page.select_option("#model", "code")
     server.text(model="code", prompt="x", max_tokens=2)
-    expect(running).to_have_text(re.compile(r"^\d+(\.\d)? %$"), timeout=PATIENCE)
+    expect(running).to_have_text(re.compile(r"^\d+(\.\d)? %$"))
     expect(page.locator("#canary")).to_contain_text("--canary")
     page.set_viewport_size({"width": 360, "height": 640})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -258,9 +301,9 @@ def test_a_key_is_asked_for(browser, folder):
         context = browser.new_context(base_url=running.url)
         page = context.new_page()
         page.goto("/")
-        expect(page.locator("#notice")).to_contain_text("needs an API key", timeout=PATIENCE)
+        expect(page.locator("#notice")).to_contain_text("needs an API key")
         page.get_by_role("button", name="Settings").click()
         page.fill("#key", "browser-key")
         page.keyboard.press("Enter")
-        expect(page.locator("#model")).to_be_enabled(timeout=PATIENCE)
+        expect(page.locator("#model")).to_be_enabled()
         context.close()

@@ -40,11 +40,9 @@ class TokenProbe:
             return
         first = self._steps // self._every * self._rows % len(chosen)
         picked = (chosen[first:] + chosen[:first])[: self._rows]
-        logprobs = logits[[row for row, _ in picked]].float().log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)  # 0 for a probability of 0, not NaN
-        own = logprobs[range(len(picked)), [token for _, token in picked]]
+        seen = [_look(logits[row], token) for row, token in picked]
         with self._lock:
-            self._seen.extend(zip(own.tolist(), entropy.tolist()))
+            self._seen.extend(seen)
 
     def means(self) -> TokenMeans:
         with self._lock:
@@ -53,3 +51,10 @@ class TokenProbe:
         if not count:
             return TokenMeans(0.0, 0.0, 0)
         return TokenMeans(sum(logprob for logprob, _ in seen) / count, sum(value for _, value in seen) / count, count)
+
+
+def _look(logits: Tensor, token: int) -> tuple[float, float]:
+    """Of one row, so that a CPU keeps it in its caches: four at once take three times as long as one after the other."""
+    logprobs = logits.float().log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum()  # 0 for a probability of 0, not NaN
+    return float(logprobs[token]), float(entropy)

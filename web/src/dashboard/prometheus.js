@@ -28,7 +28,7 @@ export function increase(before, now, name, wanted) {
 }
 
 /** The quantile of what a histogram has seen between two readings, linear within a bucket; undefined without an observation. */
-export function quantile(before, now, name, q, wanted) {
+export function quantile(before, now, name, q, wanted = {}) {
   const rows = (now.get(`${name}_bucket`) ?? []).filter(({ labels }) => fits(labels, wanted));
   const buckets = rows.map(({ labels }) => ({
     bound: labels.le === "+Inf" ? Infinity : Number(labels.le),
