@@ -159,7 +159,7 @@ async function reply() {
       }
       content.push(...part.tokens);
       message.id = part.id;
-      if (part.reason === "length") message.note = "The reply ended at the most tokens that are allowed.";
+      if (part.reason === "length") message.note = "Cut off at the maximum number of tokens.";
       if (part.usage) [message.promptTokens, message.count] = [part.usage.prompt_tokens, part.usage.completion_tokens];
       painting ||= setTimeout(paint, message.content.length > 10_000 ? 200 : 30);
     }
