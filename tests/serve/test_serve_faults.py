@@ -139,7 +139,7 @@ def test_an_engine_that_cannot_step_ends_its_requests(folder):
 def test_an_engine_that_freezes_is_not_ready(folder):
     """Idle is ready, however long; frozen is not; and neither a busy nor a frozen engine holds up /health."""
     with serve_toys.serving(
-        {"toy": lambda: serve_toys.make_llm(folder)}, stall_timeout=0.3, hang_timeout=0.8
+        {"toy": lambda: serve_toys.make_llm(folder)}, stall_timeout=0.3, hang_timeout=0.8, max_engine_restarts=0
     ) as running:
         time.sleep(0.5)
         assert running.get("/ready").status_code == 200
@@ -159,6 +159,57 @@ def test_an_engine_that_freezes_is_not_ready(folder):
             let.set()
             assert future.result(20)
         assert running.get("/ready").status_code == 200 and running.get("/health").status_code == 200
+
+
+def test_an_engine_that_hangs_is_restarted(folder):
+    """A request of which the client has seen nothing gets its bytes all the same, a stream that has begun ends with an error; and what
+    the hung step brings, when it returns after all, is dropped."""
+    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}, max_engine_restarts=1) as running:
+        asked = LONG | {"max_tokens": 230}
+        expected, old = running.text(**asked), running.engine
+        both, hangs, let, returned = (threading.Event() for _ in range(4))
+        together = []
+        step = old.step
+
+        def hanging():
+            assert both.wait(60)
+            if len(old.scheduler.running) < 2 or len(together) < 5:
+                together.extend([1] * (len(old.scheduler.running) == 2))
+                return step()
+            hangs.set()
+            assert let.wait(60)
+            outputs = step()
+            returned.set()
+            return outputs
+
+        old.step = hanging
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            whole = pool.submit(running.text, **asked)
+            stream = pool.submit(running.post, "/v1/completions", **asked, stream=True)
+            running.wait(lambda: running.state.admission(running.state.models["toy"]).samples == 2, 60)
+            both.set()
+            assert hangs.wait(60)
+            running.state.watchdog.hang_timeout = 0.2
+            running.wait(lambda: running.state.watchdog.restarts, 60)
+            running.state.watchdog.hang_timeout = 600
+            last = [line for line in stream.result(60).text.splitlines() if line.startswith("data: {")][-1]
+            assert json.loads(last[6:])["error"]["code"] == "engine_restarted"
+            assert whole.result(60) == expected
+        health = running.get("/health")
+        assert health.status_code == 200 and health.json()["engine_restarts"] == {"toy": 1}
+        assert running.engine is not old and running.metric("foveate:engine_restarts", model_name="toy") == 1
+        let.set()
+        assert returned.wait(60)
+        assert running.text(**asked) == expected and running.get("/ready").status_code == 200
+        running.wait(running.idle)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_has_ended_is_restarted(folder):
+    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}) as running:
+        running.engine.step = lambda: (_ for _ in ()).throw(SystemExit)  # what no except Exception holds
+        assert running.text(prompt="x", max_tokens=3, seed=1, ignore_eos=True)
+        assert running.get("/health").json()["engine_restarts"] == {"toy": 1}
 
 
 def test_a_flood_is_turned_away_and_the_accepted_finish(folder):

@@ -101,6 +101,14 @@ class PagedKVCache:
             None  # of the last call: seqs, block_table, lengths
         )
 
+    def fresh(self) -> PagedKVCache:
+        """An empty cache of the same sizes, with memory of its own."""
+        layers, pages, page_size, heads, width = self.k_pages.shape
+        return PagedKVCache(
+            pages, page_size, num_kv_heads=heads, head_dim=width, head_dim_v=self.v_pages.shape[-1], num_layers=layers,
+            dtype=self.k_pages.dtype, device=self.k_pages.device,
+        )  # fmt: skip
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "lock"}
 

@@ -83,7 +83,8 @@ _LIMITS: tuple[tuple[str, type, float, str], ...] = (
     ("--send-timeout", float, 60.0, "seconds that a client may take no bytes"),
     ("--drain-timeout", float, 60.0, "seconds that running requests get after SIGTERM"),
     ("--stall-timeout", float, 30.0, "age of a step from which /ready fails"),
-    ("--hang-timeout", float, 300.0, "age of a step from which /health fails"),
+    ("--hang-timeout", float, 300.0, "age of a step from which an engine is restarted, or /health fails"),
+    ("--max-engine-restarts", int, 3, "engines on CPUs that hang are restarted so often"),
     ("--max-logprobs", int, 20, "alternatives per token that may be asked for"),
 )
 

@@ -110,6 +110,22 @@ class Engine:
         # id; for those who measure. It must not raise.
         self.on_chosen: Callable[[Tensor, Sequence[int], Sequence[int], Sequence[str]], None] | None = None
 
+    def fresh(self) -> Engine:
+        """An engine of the same model, adapters and settings without requests, on a cache of its own; also while this one is in a step.
+
+        ValueError for one with a DecodeGraph, whose graphs belong to its cache.
+        """
+        if self.decode is not None:
+            raise ValueError("an engine with a DecodeGraph has no second one beside it; make a new LLM")
+        scheduler = self.scheduler
+        made = Engine(
+            self.model, self.cache.fresh(), tokenizer=self.tokenizer, eos_ids=self.eos_ids, max_length=self.max_length,
+            max_batch=scheduler.max_batch, max_prefill_tokens=scheduler.max_prefill_tokens,
+            enable_prefix_caching=scheduler.prefix is not None,
+        )  # fmt: skip
+        made.adapters, made.on_chosen = self.adapters, self.on_chosen
+        return made
+
     @property
     def has_work(self) -> bool:
         return bool(self._requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ class Adapters:
         self._loaded: dict[str, Adapter] = {}
         self._roots = itertools.count(-1, -1)
         self._hooked: set[str] = set()
-        self._rows: list[tuple[Adapter, Tensor]] = []  # of the step that runs
+        self._step = threading.local()  # rows: of the step that runs in this thread
 
     @property
     def names(self) -> list[str]:
@@ -131,7 +132,7 @@ class Adapters:
         self._hooked.add(layer)
 
         def update(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            for adapter, rows in self._rows:
+            for adapter, rows in getattr(self._step, "rows", ()):
                 pair = adapter.pairs.get(layer)
                 if pair is not None:
                     a, b = pair
@@ -166,8 +167,8 @@ class Adapters:
         for i, adapter in enumerate(chosen):
             if adapter is not None:
                 rows.setdefault(adapter, []).append(i)
-        self._rows = [(adapter, torch.tensor(of, device=tokens.device)) for adapter, of in rows.items()]
+        self._step.rows = [(adapter, torch.tensor(of, device=tokens.device)) for adapter, of in rows.items()]
         try:
             return self.model.hidden(tokens, view)
         finally:
-            self._rows = []
+            self._step.rows = []

@@ -130,7 +130,7 @@ class Answer(Response):
         async for changed in self.call.changes(self.state.settings.keep_alive):
             events = b"".join(map(self.writer.frame, self.writer.chunks())) if changed else _KEEP_ALIVE
             if not self._started:  # only now: what the engine refuses is still an error with its own status
-                self._started = True
+                self._started = self.call.sent = True
                 await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
             if events:
                 await self._send(send, events, more=True)

@@ -38,6 +38,8 @@ def control_routes(state: ServerState) -> APIRouter:
         }
         if hanging:
             found["hanging"] = hanging
+        if state.watchdog.restarts:
+            found["engine_restarts"] = dict(state.watchdog.restarts)
         return json_response(found, 503 if hanging else 200)
 
     @routes.get("/ready")

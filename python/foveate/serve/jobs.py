@@ -41,6 +41,12 @@ class Job:
         self.adapter: str | None = None
         self.priority, self.turn = priority, 0.0  # lower first; of equal priorities by their turn
         self.call: Call | None = None
+        self.begun_again = False  # in another engine, since its own hung
+
+    def begin_again(self) -> None:
+        self.begun_again = True
+        self.output, self.started = None, None
+        self.progress.clear()
 
     @property
     def finished(self) -> bool:
@@ -63,6 +69,7 @@ class Call:
         self.jobs = jobs
         self.changed = asyncio.Event()
         self.version = 0
+        self.sent = False  # something of it, to the client
         for job in jobs:
             job.call = self
 

@@ -220,6 +220,7 @@ class _Gauges(Collector):
             "foveate:model_load_seconds": ("How long loading took.", []),
             "foveate:engine_stalled_seconds": ("Age of the last step, 0 when there is nothing to do.", []),
             "foveate:engine_failed_steps": ("Steps that raised, since the start.", []),
+            "foveate:engine_restarts": ("Engines that hung and were restarted, since the start.", []),
             **{f"foveate:{name}": (text, []) for name, text in EXPLAINED.items()},
         }
         for served in self._models:
@@ -252,6 +253,7 @@ def _gauges(served: ServedModel) -> dict[str, float]:
         "foveate:cached_pages": now.get("evictable_pages", 0),
         "foveate:engine_stalled_seconds": 0.0 if worker is None else worker.stalled_for,
         "foveate:engine_failed_steps": 0 if worker is None else worker.failed_steps,
+        "foveate:engine_restarts": 0 if worker is None else worker.restarts,
     }
 
 

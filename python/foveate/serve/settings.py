@@ -19,7 +19,8 @@ class ServeSettings:
     max_body_bytes: of a request; body_timeout: seconds that it may take to arrive. request_timeout: seconds for a whole answer.
     send_timeout: seconds that a client may take no bytes. keep_alive: seconds of silence in a stream before a comment.
     drain_timeout: seconds that running requests get after SIGTERM. stall_timeout: age of a step from which /ready fails;
-    hang_timeout: from which /health does. max_logprobs: alternatives per token that may be asked for.
+    hang_timeout: from which the engine is restarted, max_engine_restarts times, and then /health fails.
+    max_logprobs: alternatives per token that may be asked for.
     log_texts: prompts and replies in the log. canary: a file of golden prompts, run every canary_every seconds.
     quality_reference: a saved answer of /quality, with whose prompts those of now are compared; the first ones by default.
     """
@@ -41,6 +42,7 @@ class ServeSettings:
     drain_timeout: float = 60.0
     stall_timeout: float = 30.0
     hang_timeout: float = 300.0
+    max_engine_restarts: int = 3
     max_logprobs: int = 20
     log_requests: bool = True
     log_texts: bool = False
@@ -59,7 +61,7 @@ class ServeSettings:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("max_queue", "max_logprobs"):
+        for name in ("max_queue", "max_logprobs", "max_engine_restarts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         for key in self.api_keys:

@@ -21,6 +21,7 @@ from foveate.serve.metrics import Metrics
 from foveate.serve.quality import Quality
 from foveate.serve.served import ServedAdapter, ServedModel, loader
 from foveate.serve.settings import ServeSettings
+from foveate.serve.watchdog import Watchdog
 
 log = logging.getLogger("foveate.serve")
 _GRAMMAR_SECONDS = 10.0
@@ -49,7 +50,8 @@ class ServerState:
         self.in_flight = 0  # requests to the API, from their first byte to their last
         goldens = [] if settings.canary is None else read_golden(settings.canary)
         self.canary = Canary(self, goldens, settings.canary_every) if goldens else None
-        self._canary_task: asyncio.Task[None] | None = None
+        self.watchdog = Watchdog(self, settings.hang_timeout, settings.max_engine_restarts)
+        self._tasks: list[asyncio.Task[None]] = []
         self.on_failed_load: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -61,12 +63,13 @@ class ServerState:
                 served.load(loop, self._on_outputs)
                 if served.state == "failed":
                     self.on_failed_load()
-                elif served.llm is not None:
+                elif served.llm is not None and served.adapter is None:
                     self.metrics.quality.of(served.name).attach(served.llm)
 
         threading.Thread(target=load_all, name="foveate-load", daemon=True).start()
+        self._tasks.append(loop.create_task(self.watchdog.run()))
         if self.canary is not None:
-            self._canary_task = loop.create_task(self.canary.run())
+            self._tasks.append(loop.create_task(self.canary.run()))
 
     def _on_outputs(self, served: ServedModel, jobs: list[Job]) -> None:
         admission = self.admission(served)
@@ -174,14 +177,9 @@ class ServerState:
         return not waiting, {"status": status, "waiting_for": waiting, "models": models}
 
     def hanging(self) -> list[str]:
-        """Models whose engine makes no steps for so long that the process had better be started again."""
-        return [
-            served.name
-            for served in self.models.values()
-            if served.worker is not None
-            and served.adapter is None
-            and (not served.worker.alive or served.worker.stalled_for > self.settings.hang_timeout)
-        ]
+        """Models whose engine makes no steps, and cannot be restarted: the process had better be started again."""
+        watchdog = self.watchdog
+        return [s.name for s in self.models.values() if watchdog.hangs(s) and not watchdog.may_restart(s)]
 
     async def prepare(self, work: Callable[..., Any], *args: Any, heavy: bool = True, pool: Any = None) -> Any:
         """work(*args) in a thread, or here when it is known to be short. ValueError and TypeError become a 400."""
@@ -224,9 +222,9 @@ class ServerState:
             self._encoding -= 1
 
     def stop(self) -> None:
-        if self._canary_task is not None:
-            self._canary_task.cancel()
-            self._canary_task = None
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
         for served in self.models.values():
             served.stop()
         for pool in (self.pool, self._encoder_pool, self._grammar_pool):

@@ -12,6 +12,7 @@ from typing import Any
 
 from foveate.generation.engine import Engine
 from foveate.generation.outputs import RequestOutput
+from foveate.serve import watchdog
 from foveate.serve.errors import ApiError, refused
 from foveate.serve.jobs import Job
 from foveate.serve.recovery import recover
@@ -39,7 +40,8 @@ class EngineWorker:
         self._since: float | None = None  # since when there has been work without a finished step
         self.last_step_seconds = 0.0
         self.failed_steps = 0
-        self._thread = threading.Thread(target=self._run, name="foveate-engine", daemon=True)
+        self._turn = 0  # of the thread that steps; those of earlier ones are left behind
+        self._thread = self._new_thread()
 
     def start(self) -> None:
         self._thread.start()
@@ -71,6 +73,19 @@ class EngineWorker:
         return 0.0 if since is None else max(0.0, time.monotonic() - since)
 
     @property
+    def restarts(self) -> int:
+        return self._turn
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, and nothing is about to."""
+        return not (self._jobs or self._inbox)
+
+    @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
@@ -81,13 +96,41 @@ class EngineWorker:
             self._inbox += commands
             self._condition.notify()
 
-    def _run(self) -> None:
+    def restart(self, engine: Engine) -> tuple[int, int]:
+        """Goes on with another engine in another thread; the old thread ends when its step does, and what it brings is dropped.
+
+        Jobs of which no client has seen anything begin again, once; the others are ended. How many of both.
+        """
+        with self._condition:
+            self._turn += 1
+            old, self._jobs = self._jobs, {}
+            self.engine = engine
+            again = [
+                job for job in old.values() if not job.begun_again and not (job.call is not None and job.call.sent)
+            ]
+            lost = [job for job in old.values() if job not in again]
+            for job in again:
+                job.begin_again()
+            self._inbox = [("add", job) for job in again] + self._inbox
+            self._since = time.monotonic() if self._inbox else None
+            self._thread = self._new_thread()
+            self._thread.start()
+        for job in lost:
+            job.error = watchdog.ended(job.id)
+        if lost:
+            self._deliver(lost)
+        return len(again), len(lost)
+
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, args=(self._turn,), name="foveate-engine", daemon=True)
+
+    def _run(self, turn: int) -> None:
         while True:
             with self._condition:
-                while not (self._inbox or self._stopping or self.engine.has_work):
+                while self._turn == turn and not (self._inbox or self._stopping or self.engine.has_work):
                     self._since = None
                     self._condition.wait()
-                if self._stopping:
+                if self._stopping or self._turn != turn:
                     return
                 commands, self._inbox = self._inbox, []
                 self._since = time.monotonic()
@@ -95,7 +138,7 @@ class EngineWorker:
             if refusals:
                 self._deliver(refusals)
             if self.engine.has_work:
-                self._step()
+                self._step(turn)
 
     def _obey(self, kind: str, job: Any) -> bool:
         """False for a job that the engine refuses."""
@@ -130,24 +173,27 @@ class EngineWorker:
         self._jobs[job.id] = job
         return True
 
-    def _step(self) -> None:
-        began = time.perf_counter()
+    def _step(self, turn: int) -> None:
+        began, engine = time.perf_counter(), self.engine
         lost: list[str] = []
         try:
-            outputs = self.engine.step()
+            outputs = engine.step()
         except Exception:
             self.failed_steps += 1
             log.exception("a step of the engine failed; each request that ran is tried alone")
-            outputs, lost = recover(self.engine)
-        self.last_step_seconds = time.perf_counter() - began
-        for sample in self.engine.scheduler.running:
-            self._mark_started(sample.request.id, began)
-        changed = [job for output in outputs if (job := self._read(output, began)) is not None]
-        for request_id in lost:
-            job = self._jobs.pop(request_id, None)
-            if job is not None:
-                job.error = _failed(job)
-                changed.append(job)
+            outputs, lost = recover(engine)
+        with self._condition:
+            if self._turn != turn:  # it took too long, and another thread has gone on
+                return
+            self.last_step_seconds = time.perf_counter() - began
+            for sample in engine.scheduler.running:
+                self._mark_started(sample.request.id, began)
+            changed = [job for output in outputs if (job := self._read(output, began)) is not None]
+            for request_id in lost:
+                job = self._jobs.pop(request_id, None)
+                if job is not None:
+                    job.error = _failed(job)
+                    changed.append(job)
         self._deliver(changed)
 
     def _mark_started(self, request_id: str, began: float) -> None:
