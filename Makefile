@@ -66,15 +66,15 @@ demo: $(demo_stamp) $(demo_weights_stamp) build-here  ## SmolLM2-135M answers a 
 	$(PY) examples/demo.py $(ARGS)
 
 check: $(venv_stamp) build-here lint  ## lint and the quick tests of the kernels on one instruction set: before every commit
-	$(PY) -m pytest -q -n $(JOBS) -m "kernels and native and not slow" $(ARGS) $(call marked,kernels)
+	$(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "kernels and native and not slow" $(ARGS) $(call marked,kernels)
 
 test: build $(weights_stamp)  ## everything that needs no GPU; T=tests/ops/test_softmax.py for one file, ARGS="-k name" narrows it
-	$(PY) -m pytest -n $(JOBS) $(ARGS) $(T)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS) $(T)
 
 # Each fuzz test takes its number of cases from this variable, and FOVEATE_FUZZ_FIRST is the first seed; `make test` runs 500.
 fuzz: export FOVEATE_FUZZ_CASES ?= 20000
 fuzz: build  ## the fuzzers with 20,000 cases each (FOVEATE_FUZZ_CASES)
-	$(PY) -m pytest -n $(JOBS) -m fuzz $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m fuzz $(ARGS)
 
 # The address sanitizer must be in the process before python is, so the runtime is preloaded. Python itself leaks by design.
 sanitize_so = $(shell $${CXX:-c++} -print-file-name=$(1))
