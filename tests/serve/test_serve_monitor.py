@@ -41,6 +41,34 @@ def test_once_as_json_and_as_a_table(used, capsys, monkeypatch, tmp_path):
     assert all(word in shown for word in ("toy", "first token p95", "ended by length", "100.0 %", "ready"))
 
 
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_it_goes_on_until_ctrl_c(more, used, capsys, monkeypatch):
+    """Three readings, the second of a server that does not answer, which the screen outlives."""
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+
+    read, count = Source.read, []
+
+    def sometimes(source: Source) -> Reading:
+        count.append(0)
+        if len(count) == 2 and not more:
+            raise RuntimeError("the server is away")
+        return read(source)
+
+    monkeypatch.setattr("time.sleep", wait)
+    monkeypatch.setattr(Source, "read", sometimes)
+    monkeypatch.setenv("FOVEATE_API_KEY", "monitor-key")
+    assert main(["monitor", used.url, "--every", "0.5", *more]) == 130
+    assert waits == [0.5] * 3
+    shown = capsys.readouterr().out
+    if more:
+        assert [json.loads(line)["models"]["toy"]["running"] for line in shown.splitlines()] == [0, 0, 0]
+
+
 def test_rates_and_percentiles_are_of_the_span(used):
     source, history = Source(used.url.removeprefix("http://"), "monitor-key"), History()
     history.add(source.read())

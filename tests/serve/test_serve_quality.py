@@ -11,7 +11,7 @@ import generation_toys as toys
 import serve_toys
 from foveate.serve.prompt_shift import SCRIPTS, PromptShift, script_of, script_table, stability_index
 from foveate.serve.quality import EXPLAINED, WINDOW, Quality, answer_id, read_references, repeats_itself
-from foveate.serve.token_probe import TokenProbe
+from foveate.serve.token_probe import TokenProbe, TokenWindow
 
 
 @pytest.fixture
@@ -36,22 +36,23 @@ def test_log_probability_and_entropy_are_those_of_the_answers(watched):
 
 
 def test_the_probe_looks_at_a_part_and_keeps_a_window():
-    probe = TokenProbe(every=4, rows=2, kept=6)
+    window, adapter = TokenWindow(kept=6), TokenWindow()
+    probe = TokenProbe(lambda request: adapter if request == "adapter" else window, every=4, rows=2)
     logits = torch.zeros(3, 8)
     for _ in range(8):
         probe(logits, [0, 1, 2], [0, -1, 5], ["a", "b", "canary-1"])
-    found = probe.means()
+    found = window.means()
     assert found.tokens == 2  # twice, and of the three rows one is of nobody and one the server's own
     assert found.logprob == pytest.approx(-torch.log(torch.tensor(8.0)).item())
     assert found.entropy == pytest.approx(-found.logprob)
     for _ in range(40):
         probe(logits, [0, 1, 2], [0, 1, 2], ["a", "b", "c"])
-    assert probe.means().tokens == 6
+    assert window.means().tokens == 6 and adapter.means() == (0.0, 0.0, 0)
     one = torch.full((1, 4), -float("inf"))
     one[0, 1] = 3.0
-    certain = TokenProbe(every=1)
-    certain(one, [0], [1], ["a"])
-    assert certain.means() == (0.0, 0.0, 1)
+    for _ in range(4):
+        probe(one, [0], [1], ["adapter"])
+    assert adapter.means() == (0.0, 0.0, 1)  # certain of it
 
 
 def test_shares_of_the_last_replies(watched):

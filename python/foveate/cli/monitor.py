@@ -20,7 +20,7 @@ examples:
   foveate monitor http://127.0.0.1:8000 --every 5
   foveate monitor --once --json | jq .models
 
-exit status: 0, 1 when the server cannot be read, 130 after Ctrl-C
+exit status: 0, 1 when the server cannot be read at first, 130 after Ctrl-C
 """
 
 
@@ -65,12 +65,29 @@ def run(args: argparse.Namespace) -> None:
         _show_once(report(history, source.url), args.json)
         return
     if args.json:
-        _repeat(source, history, args.every, lambda: options.print_json(report(history, source.url)))
-        return
+        while True:
+            options.print_json(report(history, source.url))
+            time.sleep(args.every)
+            history.add(source.read())
+    _live(source, history, args.every)
+
+
+def _live(source: Any, history: Any, every: float) -> None:
+    """Until Ctrl-C. A server that does not answer is waited for."""
     from rich.live import Live
 
-    with Live(_screen(report(history, source.url)), auto_refresh=False, screen=True) as live:
-        _repeat(source, history, args.every, lambda: live.update(_screen(report(history, source.url)), refresh=True))
+    from foveate.serve.monitor import report
+
+    fault = None
+    with Live(auto_refresh=False, screen=True) as live:
+        while True:
+            live.update(_screen(report(history, source.url), fault), refresh=True)
+            time.sleep(every)
+            try:
+                history.add(source.read())
+                fault = None
+            except RuntimeError as error:
+                fault = str(error)
 
 
 def _first_key(file: Path) -> str:
@@ -82,14 +99,6 @@ def _first_key(file: Path) -> str:
             f"{file} has no key itself in a line; the server's file may have digests, from which no key follows"
         )
     return found
-
-
-def _repeat(source: Any, history: Any, every: float, show: Callable[[], None]) -> None:
-    """Until Ctrl-C, or until the server cannot be read any more."""
-    while True:
-        show()
-        time.sleep(every)
-        history.add(source.read())
 
 
 def _show_once(found: dict[str, Any], as_json: bool) -> None:
@@ -142,7 +151,7 @@ _PANELS: tuple[tuple[str, tuple[tuple[str, str, Callable[[float], str], float | 
 )  # fmt: skip
 
 
-def _screen(found: dict[str, Any]) -> Any:
+def _screen(found: dict[str, Any], fault: str | None = None) -> Any:
     from rich.columns import Columns
     from rich.console import Group
     from rich.panel import Panel
@@ -154,7 +163,11 @@ def _screen(found: dict[str, Any]) -> Any:
         found["url"], "  ", (ready, "green" if ready == "ready" else "yellow"), "  canary ",
         (canary, {"same": "green", "off": "dim"}.get(canary, "red")), f"  {(found['memory_bytes'] or 0) / 2**30:.2f} GiB",
     )  # fmt: skip
-    parts: list[Any] = [head, *(Text(f"  {reason}", "yellow") for reason in found["ready"]["waiting_for"])]
+    parts: list[Any] = [
+        head,
+        *([] if fault is None else [Text(f"  {fault}", "red")]),
+        *(Text(f"  {reason}", "yellow") for reason in found["ready"]["waiting_for"]),
+    ]
     for model, facts in found["models"].items():
         panels = []
         for heading, rows in _PANELS:

@@ -132,6 +132,7 @@ class Metrics:
             if job.error is not None and not job.accounted:
                 job.accounted = True
                 self.success.labels(model, "error").inc()
+                self.quality.ended(model, job)
 
     def _count(self, name: str, job: Job, now: float) -> None:
         """Each step by its own time: the event loop may see several at once."""
@@ -168,8 +169,7 @@ class Metrics:
         self.success.labels(name, next((r for r in ("abort", "length") if r in reasons), "stop")).inc()
         self.end_to_end.labels(name).observe(now - job.submitted)
         self.request_generation.labels(name).observe(job.generated)
-        for sample in job.output.outputs:
-            self.quality.of(name).ended(sample)
+        self.quality.ended(name, job)
         if (job.params.json_schema or job.params.regex) is not None and "length" in reasons:
             self.schema_failures.labels(name, "unfinished").inc()
         metrics = job.output.metrics
@@ -201,6 +201,7 @@ class Metrics:
             if not job.accounted:
                 job.accounted = True
                 self.success.labels(served.name, "abort").inc()
+                self.quality.ended(served.name, job)
 
 
 class _Gauges(Collector):

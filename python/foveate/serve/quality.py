@@ -12,7 +12,7 @@ from foveate.generation.outputs import CompletionOutput
 from foveate.serve.errors import ApiError
 from foveate.serve.jobs import Job
 from foveate.serve.prompt_shift import PromptShift
-from foveate.serve.token_probe import TokenProbe
+from foveate.serve.token_probe import TokenProbe, TokenWindow
 
 WINDOW = 256  # replies and prompts
 RATINGS = ("up", "down")
@@ -36,14 +36,15 @@ def repeats_itself(tokens: Sequence[int]) -> bool:
 class ModelQuality:
     """Of one model: windows of its last replies, prompts and tokens."""
 
-    def __init__(self, reference: dict[str, list[float]] | None = None) -> None:
-        self.probe = TokenProbe()
+    def __init__(self, owner: Quality, reference: dict[str, list[float]] | None = None) -> None:
+        self._owner = owner
+        self.tokens = TokenWindow()
         self.prompts = PromptShift(WINDOW, reference)
         self._replies: deque[Reply] = deque(maxlen=WINDOW)
 
     def attach(self, llm: Any) -> None:
-        """In the thread that has loaded the model."""
-        llm.engine.on_chosen = self.probe
+        """In the thread that has loaded the model. Of its requests, those to an adapter count as the adapter's."""
+        llm.engine.on_chosen = TokenProbe(lambda request: self._owner.of_request(request, self).tokens)
         if llm.tokenizer is not None:
             self.prompts.read_scripts(llm.tokenizer)
 
@@ -56,7 +57,7 @@ class ModelQuality:
         """By the names of their metrics, without `foveate:`."""
         count = len(self._replies)
         shares = [sum(column) / count for column in zip(*self._replies)] if count else [0.0] * len(Reply._fields)
-        logprob, entropy, tokens = self.probe.means()
+        logprob, entropy, tokens = self.tokens.means()
         lengths, scripts = self.prompts.indices()
         return {
             "reply_logprob_mean": logprob, "reply_entropy_mean": entropy, "reply_probed_tokens": tokens, "reply_window": count,
@@ -85,19 +86,34 @@ class Quality:
     def __init__(self, reference_file: Path | None = None) -> None:
         self._references = {} if reference_file is None else read_references(reference_file)
         self._models: dict[str, ModelQuality] = {}
+        self._asked: OrderedDict[str, str] = OrderedDict()  # the model of each request that is being answered
         self._answers: OrderedDict[str, str | None] = OrderedDict()  # the model of each, None: rated
 
     def of(self, model: str) -> ModelQuality:
         if model not in self._models:
-            self._models[model] = ModelQuality(self._references.get(model))
+            self._models[model] = ModelQuality(self, self._references.get(model))
         return self._models[model]
+
+    def of_request(self, job_id: str, default: ModelQuality) -> ModelQuality:
+        """By an id of the engine, in its thread; the default before the request's first token is known here."""
+        model = self._asked.get(job_id)
+        return default if model is None else self.of(model)
 
     def began(self, model: str, job: Job) -> None:
         """When its first token has come."""
         self.of(model).prompts.add(job.tokens)
+        self._asked[job.id] = model  # for one that was given up before, nobody calls `ended` any more
         self._answers[answer_id(job.id)] = model
-        while len(self._answers) > _REMEMBERED:
-            self._answers.popitem(last=False)
+        for kept in (self._asked, self._answers):
+            while len(kept) > _REMEMBERED:
+                kept.popitem(last=False)
+
+    def ended(self, model: str, job: Job) -> None:
+        """With its last token, and when it is given up."""
+        self._asked.pop(job.id, None)
+        if job.output is not None and job.output.finished:
+            for sample in job.output.outputs:
+                self.of(model).ended(sample)
 
     def rate(self, answer: str) -> str:
         """The model that gave it. ApiError 404 for an id that is none, or too old; 409 for one that has been rated."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,27 +22,16 @@ class TokenMeans(NamedTuple):
     tokens: int
 
 
-class TokenProbe:
-    """An engine's `on_chosen`. Every eighth step it looks at up to four rows in turn, so that a step costs under a percent more."""
+class TokenWindow:
+    """The last tokens of a model that were looked at. Written by the engine's thread, read by another."""
 
-    def __init__(self, every: int = EVERY, rows: int = ROWS, kept: int = KEPT) -> None:
-        self._every, self._rows = every, rows
+    def __init__(self, kept: int = KEPT) -> None:
         self._seen: deque[tuple[float, float]] = deque(maxlen=kept)
-        self._steps = 0
         self._lock = threading.Lock()
 
-    def __call__(self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], requests: Sequence[str]) -> None:
-        self._steps += 1
-        if self._steps % self._every:
-            return
-        chosen = [(row, t) for row, t, name in zip(rows, tokens, requests) if t >= 0 and not name.startswith(INTERNAL)]
-        if not chosen:
-            return
-        first = self._steps // self._every * self._rows % len(chosen)
-        picked = (chosen[first:] + chosen[:first])[: self._rows]
-        seen = [_look(logits[row], token) for row, token in picked]
+    def add(self, logprob: float, entropy: float) -> None:
         with self._lock:
-            self._seen.extend(seen)
+            self._seen.append((logprob, entropy))
 
     def means(self) -> TokenMeans:
         with self._lock:
@@ -51,6 +40,32 @@ class TokenProbe:
         if not count:
             return TokenMeans(0.0, 0.0, 0)
         return TokenMeans(sum(logprob for logprob, _ in seen) / count, sum(value for _, value in seen) / count, count)
+
+
+class TokenProbe:
+    """An engine's `on_chosen`. Every eighth step it looks at up to four rows in turn, so that a step costs under a percent more.
+
+    window_of: gives the window that a request's tokens belong to, by the request's id: an engine has its model's and adapters'.
+    """
+
+    def __init__(self, window_of: Callable[[str], TokenWindow], every: int = EVERY, rows: int = ROWS) -> None:
+        self._window_of, self._every, self._rows = window_of, every, rows
+        self._steps = 0
+
+    def __call__(self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], requests: Sequence[str]) -> None:
+        self._steps += 1
+        if self._steps % self._every:
+            return
+        chosen = [
+            (row, token, request)
+            for row, token, request in zip(rows, tokens, requests)
+            if token >= 0 and not request.startswith(INTERNAL)
+        ]
+        if not chosen:
+            return
+        first = self._steps // self._every * self._rows % len(chosen)
+        for row, token, request in (chosen[first:] + chosen[:first])[: self._rows]:
+            self._window_of(request).add(*_look(logits[row], token))
 
 
 def _look(logits: Tensor, token: int) -> tuple[float, float]:
