@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,23 +36,39 @@ def test_log_probability_and_entropy_are_those_of_the_answers(watched):
     assert 0 < watched.metric("foveate:reply_entropy_mean", **label) < 6
 
 
+def asked(*names: str, adapter: SimpleNamespace | None = None) -> list[SimpleNamespace]:
+    return [SimpleNamespace(id=name, adapter=adapter) for name in names]
+
+
+def test_an_adapter_has_numbers_of_its_own(folder, tmp_path):
+    load = {"toy": lambda: serve_toys.make_llm(folder)}
+    with serve_toys.serving(load, adapters={"a": toys.adapter(tmp_path, 1)}) as running:
+        running.engine.on_chosen._every = 1
+        for model, count in (("a", 7), ("toy", 3)):
+            running.text(model=model, prompt="the fox", max_tokens=count, ignore_eos=True)
+            assert running.metric("foveate:reply_probed_tokens", model_name=model) == count
+            assert running.metric("foveate:reply_window", model_name=model) == 1
+        prompts = [running.state.metrics.quality.of(name).prompts for name in ("a", "toy")]
+        assert prompts[0]._table is prompts[1]._table is not None
+
+
 def test_the_probe_looks_at_a_part_and_keeps_a_window():
     window, adapter = TokenWindow(kept=6), TokenWindow()
-    probe = TokenProbe(lambda request: adapter if request == "adapter" else window, every=4, rows=2)
+    probe = TokenProbe(lambda name: window if name is None else adapter, every=4, rows=2)
     logits = torch.zeros(3, 8)
     for _ in range(8):
-        probe(logits, [0, 1, 2], [0, -1, 5], ["a", "b", "canary-1"])
+        probe(logits, [0, 1, 2], [0, -1, 5], asked("a", "b", "canary-1"))
     found = window.means()
     assert found.tokens == 2  # twice, and of the three rows one is of nobody and one the server's own
     assert found.logprob == pytest.approx(-torch.log(torch.tensor(8.0)).item())
     assert found.entropy == pytest.approx(-found.logprob)
     for _ in range(40):
-        probe(logits, [0, 1, 2], [0, 1, 2], ["a", "b", "c"])
+        probe(logits, [0, 1, 2], [0, 1, 2], asked("a", "b", "c"))
     assert window.means().tokens == 6 and adapter.means() == (0.0, 0.0, 0)
     one = torch.full((1, 4), -float("inf"))
     one[0, 1] = 3.0
     for _ in range(4):
-        probe(one, [0], [1], ["adapter"])
+        probe(one, [0], [1], asked("a", adapter=SimpleNamespace(name="adapter")))
     assert adapter.means() == (0.0, 0.0, 1)  # certain of it
 
 

@@ -106,9 +106,9 @@ class Engine:
         self._grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
         self._arrivals = 0
         self.stats = EngineStats()
-        # Called in a step with the logits, and for each sample its row of them, its token (-1: none could be chosen) and its request's
-        # id; for those who measure. It must not raise.
-        self.on_chosen: Callable[[Tensor, Sequence[int], Sequence[int], Sequence[str]], None] | None = None
+        # Called in a step with the logits, and for each sample its row of them, its token (-1: none could be chosen) and its request;
+        # for those who measure. It must not raise.
+        self.on_chosen: Callable[[Tensor, Sequence[int], Sequence[int], Sequence[Request]], None] | None = None
 
     def fresh(self) -> Engine:
         """An engine of the same model, adapters and settings without requests, on a cache of its own; also while this one is in a step.
@@ -305,7 +305,7 @@ class Engine:
             whole = len(rows) == len(logits) and rows == list(range(len(rows)))
             tokens, logprobs = sample_tokens(logits if whole else logits[rows], [entry.sample.row for entry in entries])
             if self.on_chosen is not None:
-                self.on_chosen(logits, rows, tokens, [entry.sample.request.id for entry in entries])
+                self.on_chosen(logits, rows, tokens, [entry.sample.request for entry in entries])
             right = []
             for i, (entry, token, found) in enumerate(zip(entries, tokens, logprobs)):
                 changed[entry.sample.request] = None

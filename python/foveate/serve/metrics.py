@@ -127,12 +127,13 @@ class Metrics:
             if job.internal:
                 continue
             model = job.model or name
+            if model != name and job.counted_at is None:  # an adapter, whose tokenizer is its base's
+                self.quality.of(model).prompts.share_scripts(self.quality.of(name).prompts)
             if job.output is not None:
                 self._count(model, job, now)
             if job.error is not None and not job.accounted:
                 job.accounted = True
                 self.success.labels(model, "error").inc()
-                self.quality.ended(model, job)
 
     def _count(self, name: str, job: Job, now: float) -> None:
         """Each step by its own time: the event loop may see several at once."""
@@ -201,7 +202,6 @@ class Metrics:
             if not job.accounted:
                 job.accounted = True
                 self.success.labels(served.name, "abort").inc()
-                self.quality.ended(served.name, job)
 
 
 class _Gauges(Collector):

@@ -73,6 +73,10 @@ class PromptShift:
         """Takes a moment for each 100,000 tokens of a vocabulary; before it, scripts are not counted."""
         self._table = script_table(tokenizer)
 
+    def share_scripts(self, other: PromptShift) -> None:
+        """Of another model with the same tokenizer."""
+        self._table = other._table
+
     def add(self, tokens: Sequence[int]) -> None:
         length = min(len(tokens).bit_length(), _LENGTH_BINS - 1)
         scripts = np.zeros(len(SCRIPTS))

@@ -44,7 +44,7 @@ class ModelQuality:
 
     def attach(self, llm: Any) -> None:
         """In the thread that has loaded the model. Of its requests, those to an adapter count as the adapter's."""
-        llm.engine.on_chosen = TokenProbe(lambda request: self._owner.of_request(request, self).tokens)
+        llm.engine.on_chosen = TokenProbe(lambda adapter: (self if adapter is None else self._owner.of(adapter)).tokens)
         if llm.tokenizer is not None:
             self.prompts.read_scripts(llm.tokenizer)
 
@@ -86,7 +86,6 @@ class Quality:
     def __init__(self, reference_file: Path | None = None) -> None:
         self._references = {} if reference_file is None else read_references(reference_file)
         self._models: dict[str, ModelQuality] = {}
-        self._asked: OrderedDict[str, str] = OrderedDict()  # the model of each request that is being answered
         self._answers: OrderedDict[str, str | None] = OrderedDict()  # the model of each, None: rated
 
     def of(self, model: str) -> ModelQuality:
@@ -94,26 +93,18 @@ class Quality:
             self._models[model] = ModelQuality(self, self._references.get(model))
         return self._models[model]
 
-    def of_request(self, job_id: str, default: ModelQuality) -> ModelQuality:
-        """By an id of the engine, in its thread; the default before the request's first token is known here."""
-        model = self._asked.get(job_id)
-        return default if model is None else self.of(model)
-
     def began(self, model: str, job: Job) -> None:
         """When its first token has come."""
         self.of(model).prompts.add(job.tokens)
-        self._asked[job.id] = model  # for one that was given up before, nobody calls `ended` any more
         self._answers[answer_id(job.id)] = model
-        for kept in (self._asked, self._answers):
-            while len(kept) > _REMEMBERED:
-                kept.popitem(last=False)
+        while len(self._answers) > _REMEMBERED:
+            self._answers.popitem(last=False)
 
     def ended(self, model: str, job: Job) -> None:
-        """With its last token, and when it is given up."""
-        self._asked.pop(job.id, None)
-        if job.output is not None and job.output.finished:
-            for sample in job.output.outputs:
-                self.of(model).ended(sample)
+        """With its last token."""
+        assert job.output is not None
+        for sample in job.output.outputs:
+            self.of(model).ended(sample)
 
     def rate(self, answer: str) -> str:
         """The model that gave it. ApiError 404 for an id that is none, or too old; 409 for one that has been rated."""

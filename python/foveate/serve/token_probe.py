@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from foveate.generation.request import Request
 from foveate.serve.jobs import INTERNAL
 
 EVERY, ROWS, KEPT = 8, 4, 4096  # steps of which one is looked at, samples of it, tokens in the window
@@ -45,27 +46,28 @@ class TokenWindow:
 class TokenProbe:
     """An engine's `on_chosen`. Every eighth step it looks at up to four rows in turn, so that a step costs under a percent more.
 
-    window_of: gives the window that a request's tokens belong to, by the request's id: an engine has its model's and adapters'.
+    window_of: gives the window that a request's tokens belong to, by the name of its adapter, None without one.
     """
 
-    def __init__(self, window_of: Callable[[str], TokenWindow], every: int = EVERY, rows: int = ROWS) -> None:
+    def __init__(self, window_of: Callable[[str | None], TokenWindow], every: int = EVERY, rows: int = ROWS) -> None:
         self._window_of, self._every, self._rows = window_of, every, rows
         self._steps = 0
 
-    def __call__(self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], requests: Sequence[str]) -> None:
+    def __call__(self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], requests: Sequence[Request]) -> None:
         self._steps += 1
         if self._steps % self._every:
             return
         chosen = [
             (row, token, request)
             for row, token, request in zip(rows, tokens, requests)
-            if token >= 0 and not request.startswith(INTERNAL)
+            if token >= 0 and not request.id.startswith(INTERNAL)
         ]
         if not chosen:
             return
         first = self._steps // self._every * self._rows % len(chosen)
         for row, token, request in (chosen[first:] + chosen[:first])[: self._rows]:
-            self._window_of(request).add(*_look(logits[row], token))
+            adapter = None if request.adapter is None else request.adapter.name
+            self._window_of(adapter).add(*_look(logits[row], token))
 
 
 def _look(logits: Tensor, token: int) -> tuple[float, float]:
