@@ -39,6 +39,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mpnet": {},  # transformers has 32 buckets whatever the config says
     "electra": {"embedding_size": 20},
     "albert": {"embedding_size": 20, "num_hidden_groups": 2, "hidden_act": "gelu_new"},
+    "modernbert": {
+        "local_attention": 6,
+        "global_attn_every_n_layers": 2,
+        "decoder_bias": True,
+        "classifier_pooling": "mean",
+    },
 }
 HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 LENGTHS = (7, 11, 4)
@@ -51,13 +57,14 @@ def theirs(model_type: str, head: str) -> Any:
         sizes = {k: v for k, v in sizes.items() if not k.startswith("num_") or k == "num_labels"}
     sizes["num_labels"] = 2 if head == "ForQuestionAnswering" else 3
     config = transformers.AutoConfig.for_model(model_type, **sizes, attn_implementation="eager")
-    model = getattr(transformers, f"{FAMILIES[model_type].classes}{head}")(config)
+    classes = FAMILIES[model_type].classes if model_type in FAMILIES else "ModernBert"
+    model = getattr(transformers, f"{classes}{head}")(config)
     randomize(model)
     return model.eval()
 
 
 def test_every_family_has_a_case() -> None:
-    assert set(CHANGES) == set(FAMILIES) == set(model_types(heads=True))
+    assert set(CHANGES) == {*FAMILIES, "modernbert"} == set(model_types(heads=True))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -110,10 +117,19 @@ def test_the_encoder_of_a_checkpoint_with_a_head(model_type: str, tmp_path: Path
     other.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     spare = {f"{model.base_model_prefix}.pooler.dense.{kind}": torch.ones(32) for kind in ("weight", "bias")}
-    if not any("pooler" in name for name in weights):
+    if model_type != "modernbert" and not any("pooler" in name for name in weights):
         save_file(weights | spare, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with torch.no_grad():
         assert_logits_close(load_model(tmp_path)(tokens), other(tokens).logits)
+
+
+def test_the_discriminator_of_electra(tmp_path: Path) -> None:
+    model = theirs("electra", "ForPreTraining")
+    model.save_pretrained(tmp_path)
+    tokens = torch.randint(4, VOCAB, (2, 9))
+    with torch.no_grad():
+        assert_logits_close(load_model(tmp_path)(tokens), model(tokens).logits)
+        assert_logits_close(load_model(tmp_path, head="encoder")(tokens), model.electra(tokens).last_hidden_state)
 
 
 def test_positions_are_counted_from_the_padding_token_on(tmp_path: Path) -> None:

@@ -318,6 +318,25 @@ class BertForTokenClassification(BertWithHead):
         return self.classifier(self.dropout(self.bert(tokens, *args, **options)))
 
 
+class BertForReplacedTokens(BertWithHead):
+    """ELECTRA's discriminator (Clark et al. 2020, arXiv 2003.10555)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        parts = {
+            "dense": nn.Linear(config.hidden_size, config.hidden_size),
+            "dense_prediction": nn.Linear(config.hidden_size, 1),
+        }
+        self.discriminator_predictions = nn.ModuleDict(parts)
+        self.activation = activation(config.activation)
+
+    def forward(self, tokens: Tensor, *args: Tensor | None, **options: Any) -> Tensor:
+        """As Bert's; returns logits [B, S]: above 0 for a token that is not the text's own."""
+        head = self.discriminator_predictions
+        hidden = self.activation(head["dense"](self.bert(tokens, *args, **options)))
+        return head["dense_prediction"](hidden)[..., 0]
+
+
 HEADS: dict[str, type[nn.Module]] = {
     "encoder": Bert,
     "masked-lm": BertForMaskedLM,
@@ -325,7 +344,9 @@ HEADS: dict[str, type[nn.Module]] = {
     "token-classification": BertForTokenClassification,
     "question-answering": BertForQuestionAnswering,
 }
-_PRETRAINED: dict[str, type[nn.Module]] = {"bert": BertForMaskedLM, "albert": BertForMaskedLM}
+_PRETRAINED: dict[str, type[nn.Module]] = {
+    "bert": BertForMaskedLM, "albert": BertForMaskedLM, "electra": BertForReplacedTokens,
+}  # fmt: skip
 
 
 def named_heads(model_type: str) -> dict[str, type[nn.Module]]:

@@ -57,6 +57,7 @@ class LlamaConfig:
     local_rope_theta: float = 10000.0
     local_rope_scaling: dict[str, Any] | None = None
     alibi: bool = False  # positions by ALiBi's slopes instead
+    learned_positions: int | None = None  # OPT: by a table instead, whose rows begin so many before the first position
     sinks: bool = False
     clip_qkv: float | None = None
     experts: ExpertsConfig | None = None
@@ -96,7 +97,7 @@ class LlamaConfig:
         fields: dict[str, Any] = {
             "vocab_size": need(config, "vocab_size"),
             "hidden_size": hidden,
-            "intermediate_size": need(config, "intermediate_size"),
+            "intermediate_size": config.get("intermediate_size") or _four_times(config),
             "num_layers": layers,
             "num_heads": heads,
             "num_kv_heads": config["num_key_value_heads"],
@@ -122,7 +123,18 @@ class LlamaConfig:
         return self.experts is not None and (not self.expert_layers or self.expert_layers[layer])
 
     def rope_of(self, layer: int) -> str:
-        return NONE if self.alibi else self.rope_layers[layer] if self.rope_layers else GLOBAL
+        if self.alibi or self.learned_positions is not None:
+            return NONE
+        return self.rope_layers[layer] if self.rope_layers else GLOBAL
+
+
+def _four_times(config: dict[str, Any]) -> int:
+    """Of hidden_size, in families whose configs do not say how wide their MLP is."""
+    return (
+        4 * config["hidden_size"]
+        if config["model_type"] in ("bloom", "mpt", "gptj", "falcon")
+        else need(config, "intermediate_size")
+    )
 
 
 def _rope(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -250,6 +250,77 @@ def _exaone4(config: Config) -> dict[str, Any]:
     return {"qk_norm": "rms", "pre_norms": False, "post_norms": True, "windows": windows, "rope_layers": ropes}
 
 
+def _opt(config: Config) -> dict[str, Any]:
+    hidden = config["hidden_size"]
+    if not config.get("do_layer_norm_before", True) or config.get("word_embed_proj_dim", hidden) != hidden:
+        raise CheckpointError(
+            "OPT with norms after the blocks or projected embeddings (OPT 350M) is not supported; the other sizes are"
+        )
+    bias = bool(config.get("enable_bias", True))
+    return {
+        "norm": "layer_bias", "norm_eps": 1e-5, "gated": False, "qkv_bias": bias, "o_bias": bias, "mlp_bias": bias,
+        "activation": config.get("activation_function", "relu"), "learned_positions": 2, "num_kv_heads": config["num_attention_heads"],
+    }  # fmt: skip
+
+
+def _bloom(config: Config) -> dict[str, Any]:
+    if config.get("apply_residual_connection_post_layernorm"):
+        raise CheckpointError(
+            "apply_residual_connection_post_layernorm is not supported for bloom; the published models are without"
+        )
+    return {
+        "norm": "layer_bias", "norm_eps": config.get("layer_norm_epsilon", 1e-5), "embed_norm": True, "gated": False, "alibi": True,
+        "qkv_bias": True, "o_bias": True, "mlp_bias": True, "activation": "gelu_new",
+    }  # fmt: skip
+
+
+def _mpt(config: Config) -> dict[str, Any]:
+    attention = config.get("attn_config") or {}
+    if not attention.get("alibi", True) or attention.get("qk_ln") or not config.get("no_bias", True):
+        raise CheckpointError("MPT without ALiBi, with qk_ln or with biases is not supported; MPT 7B and 30B are")
+    return {
+        "norm": "layer", "norm_eps": config.get("layer_norm_epsilon", 1e-5), "gated": False, "alibi": True, "activation": "gelu",
+        "clip_qkv": attention.get("clip_qkv"), "scale": attention.get("softmax_scale"),
+    }  # fmt: skip
+
+
+def _gptj(config: Config) -> dict[str, Any]:
+    rotary = config.get("rotary_dim") or config["head_dim"]
+    if rotary % 2 or rotary > config["head_dim"]:
+        raise CheckpointError(f"rotary_dim={rotary} must be even and at most the head dim of {config['head_dim']}")
+    return {
+        "norm": "layer_bias", "norm_eps": config.get("layer_norm_epsilon", 1e-5), "gated": False, "parallel": "one", "mlp_bias": True,
+        "head_bias": True, "rope_interleaved": True, "rotary_dim": rotary, "activation": config.get("activation_function", "gelu_new"),
+    }  # fmt: skip
+
+
+def _falcon(config: Config) -> dict[str, Any]:
+    if config.get("alibi"):
+        raise CheckpointError(
+            "Falcon with ALiBi (falcon-rw) is not supported; Falcon 7B, 40B and 180B, which have RoPE, are"
+        )
+    new, heads = bool(config.get("new_decoder_architecture")), config["num_attention_heads"]
+    kv = (config.get("num_kv_heads") or heads) if new else 1 if config.get("multi_query", True) else heads
+    norms = config.get("num_ln_in_parallel_attn") or (2 if new else 1)
+    parallel = config.get("parallel_attn", True)
+    bias = bool(config.get("bias"))
+    return {
+        "norm": "layer_bias", "norm_eps": config.get("layer_norm_epsilon", 1e-5), "gated": False, "num_kv_heads": kv, "qkv_bias": bias,
+        "o_bias": bias, "mlp_bias": bias, "parallel": "" if not parallel else "two" if norms == 2 else "one",
+        "activation": config.get("activation") or "gelu",
+    }  # fmt: skip
+
+
+_GPTJ_KEYS = {
+    "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+}  # fmt: skip
+_BLOOM_NAMES = (
+    (r"^(transformer\.)?word_embeddings\.", "model.embed_tokens."), (r"^(transformer\.)?word_embeddings_layernorm\.", "model.embed_norm."),
+    (r"^(transformer\.)?h\.", "model.layers."), (r"^(transformer\.)?ln_f\.", "model.norm."),
+    (r"\.self_attention\.dense\.", ".self_attn.o_proj."), (r"\.self_attention\.", ".self_attn."),
+    (r"\.dense_h_to_4h\.", ".up_proj."), (r"\.dense_4h_to_h\.", ".down_proj."),
+)  # fmt: skip
 _SANDWICH = (
     (r"\.post_attention_layernorm\.", ".pre_feedforward_layernorm."),
     (r"\.post_self_attn_layernorm\.", ".post_attention_layernorm."),
@@ -330,7 +401,7 @@ FAMILIES: dict[str, DecoderFamily] = {
             (r"^gpt_neox\.", "model."), (r"^embed_out\.", "lm_head."), (r"\.attention\.dense\.", ".self_attn.o_proj."),
             (r"\.attention\.", ".self_attn."), (r"\.dense_h_to_4h\.", ".up_proj."), (r"\.dense_4h_to_h\.", ".down_proj."),
         ),
-        fused={"self_attn.query_key_value": "qkv_by_head"},
+        fused={"self_attn.query_key_value": "qkv_by_group"},
     ),
     "starcoder2": DecoderFamily(
         "Starcoder2ForCausalLM", _starcoder2, {"tie_word_embeddings": True},
@@ -367,5 +438,49 @@ FAMILIES: dict[str, DecoderFamily] = {
         "Glm4ForCausalLM", lambda config: {"rope_interleaved": True, "o_bias": False, "post_norms": True},
         {"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-7}, names=_SANDWICH,
         fused={"mlp.gate_up_proj": "gate_up"},
+    ),
+    "opt": DecoderFamily(
+        "OPTForCausalLM", _opt, {"tie_word_embeddings": True}, {"ffn_dim": "intermediate_size"},
+        names=(
+            (r"^(model\.)?decoder\.final_layer_norm\.", "model.norm."), (r"^(model\.)?decoder\.", "model."),
+            (r"\.out_proj\.", ".o_proj."), (r"\.self_attn_layer_norm\.", ".input_layernorm."), (r"\.fc1\.", ".mlp.up_proj."),
+            (r"\.fc2\.", ".mlp.down_proj."), (r"\.final_layer_norm\.", ".post_attention_layernorm."),
+        ),
+        without_rope=True,
+    ),
+    "bloom": DecoderFamily(
+        "BloomForCausalLM", _bloom, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
+        {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embed": "hidden_size",
+         "seq_length": "max_position_embeddings"},
+        names=_BLOOM_NAMES, fused={"self_attn.query_key_value": "qkv_by_group"}, without_rope=True,
+    ),
+    "mpt": DecoderFamily(
+        "MptForCausalLM", _mpt, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
+        {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+         "max_seq_len": "max_position_embeddings"},
+        names=(
+            (r"^(transformer\.)?wte\.", "model.embed_tokens."), (r"^(transformer\.)?blocks\.", "model.layers."),
+            (r"^(transformer\.)?norm_f\.", "model.norm."), (r"\.norm_1\.", ".input_layernorm."),
+            (r"\.norm_2\.", ".post_attention_layernorm."), (r"\.attn\.out_proj\.", ".self_attn.o_proj."),
+            (r"\.attn\.", ".self_attn."), (r"\.ffn\.", ".mlp."),
+        ),
+        fused={"self_attn.Wqkv": "qkv"}, without_rope=True,
+    ),
+    "gptj": DecoderFamily(
+        "GPTJForCausalLM", _gptj, keys=_GPTJ_KEYS,
+        names=(
+            (r"^(transformer\.)?wte\.", "model.embed_tokens."), (r"^(transformer\.)?h\.", "model.layers."),
+            (r"^(transformer\.)?ln_f\.", "model.norm."), (r"\.ln_1\.", ".input_layernorm."),
+            (r"\.attn\.out_proj\.", ".self_attn.o_proj."), (r"\.attn\.", ".self_attn."), (r"\.fc_in\.", ".up_proj."),
+            (r"\.fc_out\.", ".down_proj."),
+        ),
+    ),
+    "falcon": DecoderFamily(
+        "FalconForCausalLM", _falcon, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
+        {"ffn_hidden_size": "intermediate_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"},
+        names=(
+            *_BLOOM_NAMES, (r"\.ln_attn\.", ".input_layernorm."), (r"\.ln_mlp\.", ".post_attention_layernorm."),
+        ),
+        fused={"self_attn.query_key_value": "qkv_by_group"},
     ),
 }  # fmt: skip

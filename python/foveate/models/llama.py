@@ -196,6 +196,9 @@ class LlamaDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaLayer(config, i) for i in range(config.num_layers))
         self.embed_norm = _norm(config) if config.embed_norm else None
+        self.embed_positions: nn.Embedding | None = None
+        if config.learned_positions is not None:
+            self.embed_positions = nn.Embedding(config.max_positions + config.learned_positions, config.hidden_size)
         self.norm = _norm(config)
 
 
@@ -237,6 +240,13 @@ class Llama(nn.Module):
         if self.config.embed_scale is not None:
             # rounded to x's dtype, as the model was trained
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device="cpu")
+        first = self.config.learned_positions
+        if self.model.embed_positions is not None and first is not None:
+            if packed is not None:
+                positions = packed.positions
+            else:
+                positions = torch.arange(tokens.shape[-1], device=x.device) if cache is None else cache.positions()
+            x = x + self.model.embed_positions(positions + first)
         if self.model.embed_norm is not None:
             x = self.model.embed_norm(x)
         tables = self._tables(x, tokens, cache, packed)

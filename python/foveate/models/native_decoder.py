@@ -228,6 +228,7 @@ def _beyond(config: Any) -> str | None:
         "mixture of experts": config.experts is not None,
         "attention sinks": config.sinks,
         "ALiBi": config.alibi,
+        "learned positions beside RMSNorm": config.learned_positions is not None,
         "layer norms": config.norm != "rms" or config.embed_norm,
         "layers without a norm before them": not config.pre_norms,
         "parallel blocks": bool(config.parallel),

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from foveate.files.checked import CheckpointError
-from foveate.models import bert, decoder_families, encoder_families, gpt2, llama, t5
+from foveate.models import bert, decoder_families, encoder_families, gpt2, llama, modernbert, t5
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,16 @@ ARCHITECTURES = (
         tied_by_default=True,
     ),
     *(_encoder(model_type) for model_type in encoder_families.FAMILIES),
+    Architecture(
+        {"modernbert": "ModernBertModel"},
+        modernbert.ModernBert,
+        modernbert.ModernBertLayer,
+        (),
+        "foveate.Embedder",
+        continues_text=False,
+        heads=modernbert.HEADS,
+        named_heads=modernbert.NAMED_HEADS,
+    ),
     Architecture(
         {"t5": "T5ForConditionalGeneration"},
         t5.T5,

@@ -39,6 +39,6 @@ def check_layers(config: Any, stored: Iterable[str], where: Any) -> None:
         numbers = {int(match[1]) for name in stored if (match := _EXPERT.fullmatch(name))}
         if experts.count > len(numbers):
             raise CheckpointError(
-                f"{where} lacks experts: the config says {experts.count}, and there are weights of {len(numbers)}; download it again, or "
-                "take the config that belongs to these weights"
+                f"{where} is a mixture of {experts.count} experts by its config, and there are weights of {len(numbers)}; download "
+                "it again, or take the config that belongs to these weights"
             )

@@ -48,11 +48,13 @@ def _qkv(name: str, config: Any) -> Iterator[tuple[str, Part]]:
         first += heads * config.head_dim
 
 
-def _qkv_by_head(name: str, config: Any) -> Iterator[tuple[str, Part]]:
-    """q, k and v of each head, one head after the other."""
-    rows = torch.arange(3 * config.num_heads * config.head_dim).view(config.num_heads, 3, config.head_dim)
-    for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
-        yield part, _chosen(rows[:, i].flatten(), rows.numel())
+def _qkv_by_group(name: str, config: Any) -> Iterator[tuple[str, Part]]:
+    """For each KV head its query heads, then its k, then its v."""
+    group = config.num_heads // config.num_kv_heads
+    rows = torch.arange((group + 2) * config.num_kv_heads * config.head_dim, device="cpu")
+    rows = rows.view(config.num_kv_heads, group + 2, config.head_dim)
+    for part, index in (("q_proj", rows[:, :group]), ("k_proj", rows[:, group]), ("v_proj", rows[:, group + 1])):
+        yield part, _chosen(index.flatten(), rows.numel())
 
 
 def _gate_up(name: str, config: Any) -> Iterator[tuple[str, Part]]:
@@ -123,7 +125,7 @@ def _oss_down(name: str, config: Any) -> Iterator[tuple[str, Part]]:
 # By the names in the tables of families: the parts of a module, by the last of their names.
 SPLITS: dict[str, Callable[[str, Any], Iterator[tuple[str, Part]]]] = {
     "qkv": _qkv,
-    "qkv_by_head": _qkv_by_head,
+    "qkv_by_group": _qkv_by_group,
     "gate_up": _gate_up,
     "experts_gate_up": _experts_gate_up,
     "experts_gate": _experts("gate_proj", lambda config: config.experts.inner),
