@@ -35,6 +35,10 @@ def add_parser(commands: Any) -> None:
         "--adapter", action="append", default=[], metavar="NAME=PATH",
         help="a LoRA adapter of the first model in peft's format, chosen by its name; may be given several times",
     )  # fmt: skip
+    parser.add_argument(
+        "--candidate", action="append", default=[], metavar="NAME=PATH:N%",
+        help="the next version of the model NAME, and the share of its requests that it gets, such as chat=./new:5%%",
+    )  # fmt: skip
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", metavar="NAME", help="127.0.0.1 by default: this machine only")
     network.add_argument("--port", type=int, default=8000, metavar="N", help="8000 by default; 0 takes a free one")
@@ -109,7 +113,8 @@ def run(args: argparse.Namespace) -> None:
     limits = {flag[2:].replace("-", "_"): getattr(args, flag[2:].replace("-", "_")) for flag, *_ in _LIMITS}
     try:
         settings = ServeSettings(
-            models=_models(args.model), adapters=_models(args.adapter, "adapters"), options=options.llm_options(args),
+            models=_models(args.model), adapters=_models(args.adapter, "adapters"), candidates=_candidates(args.candidate),
+            options=options.llm_options(args),
             host=args.host, port=args.port, api_keys=tuple(keys),
             insecure=args.insecure, canary=args.canary, canary_every=args.canary_every, log_requests=not args.no_request_log,
             quality_reference=args.quality_reference,
@@ -118,6 +123,22 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise options.UsageError(str(error)) from None
     serve(ServerState(settings))
+
+
+def _candidates(given: list[str]) -> dict[str, tuple[str | Path, float]]:
+    """NAME=PATH:N%."""
+    found: dict[str, tuple[str | Path, float]] = {}
+    for text in given:
+        name, _, rest = text.partition("=")
+        path, _, share = rest.rpartition(":")
+        try:
+            number = float(share.removesuffix("%")) if share.endswith("%") else None
+        except ValueError:
+            number = None
+        if not name or not path or number is None:
+            raise options.UsageError(f"--candidate {text} must be NAME=PATH:N%, such as chat=./new:5%")
+        found[name] = (path, number / 100)
+    return found
 
 
 def _models(given: list[str], what: str = "models") -> dict[str, str | Path]:

@@ -13,6 +13,7 @@ from foveate.serve.errors import json_response
 from foveate.serve.keys import require_admin
 from foveate.serve.protocol import Body
 from foveate.serve.state import ServerState
+from foveate.serve.versions import candidate_name
 
 
 class LoadAdapterBody(Body):
@@ -25,6 +26,25 @@ class LoadAdapterBody(Body):
 
 class UnloadAdapterBody(Body):
     lora_name: str
+
+
+class ReloadBody(Body):
+    """path: on the server's machine; None for the one that the model has."""
+
+    model: str
+    path: str | None = Field(None, min_length=1)
+
+
+class CandidateBody(Body):
+    """share: of the model's requests. path: None for the candidate that there is."""
+
+    model: str
+    share: float = Field(ge=0, le=1)
+    path: str | None = Field(None, min_length=1)
+
+
+class PromoteBody(Body):
+    model: str
 
 
 def admin_routes(state: ServerState) -> APIRouter:
@@ -43,5 +63,27 @@ def admin_routes(state: ServerState) -> APIRouter:
         body = await parse_body(state, request, UnloadAdapterBody)
         await state.unload_adapter(body.lora_name)
         return json_response({"unloaded": body.lora_name})
+
+    @routes.post("/v1/reload_model", openapi_extra=takes(ReloadBody))
+    async def reload_model(request: Request) -> Response:
+        """Answers when the new version serves."""
+        require_admin()
+        body = await parse_body(state, request, ReloadBody)
+        await state.versions.reload(body.model, body.path)
+        return json_response({"reloaded": body.model})
+
+    @routes.post("/v1/set_candidate", openapi_extra=takes(CandidateBody))
+    async def set_candidate(request: Request) -> Response:
+        require_admin()
+        body = await parse_body(state, request, CandidateBody)
+        await state.versions.set_candidate(body.model, body.path, body.share)
+        return json_response({"candidate": candidate_name(body.model), "share": body.share})
+
+    @routes.post("/v1/promote_candidate", openapi_extra=takes(PromoteBody))
+    async def promote_candidate(request: Request) -> Response:
+        require_admin()
+        body = await parse_body(state, request, PromoteBody)
+        await state.versions.promote(body.model)
+        return json_response({"promoted": body.model})
 
     return routes

@@ -12,7 +12,8 @@ from typing import Any
 
 from foveate.serve.errors import ApiError, error_response
 from foveate.serve.keys import OPEN_PATHS, caller
-from foveate.serve.state import ServerState
+from foveate.serve.served import ServedModel
+from foveate.serve.state import ServerState, users
 
 log = logging.getLogger("foveate.serve")
 requests_log = logging.getLogger("foveate.serve.requests")
@@ -33,6 +34,8 @@ class Gate:
         began, headers = time.perf_counter(), scope["headers"]
         record: dict[str, Any] = {"id": _request_id(headers), "method": scope["method"], "path": scope["path"]}
         scope["foveate"] = record
+        given: list[ServedModel] = []
+        users.set(given)
 
         async def answer(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -59,6 +62,8 @@ class Gate:
                 )
                 await error_response(failed)(scope, receive, answer)
         finally:
+            for served in given:
+                served.users -= 1
             self.state.in_flight -= counts
             self._note(scope, record, time.perf_counter() - began, counts)
 

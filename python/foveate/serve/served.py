@@ -33,6 +33,8 @@ class ServedModel:
         self.worker: EngineWorker | None = None
         self.created = int(time.time())
         self.load_seconds = 0.0
+        self.path: str | Path | None = None  # that it was loaded from
+        self.users = 0  # requests that have been given it and have not ended
         self.adapter: str | None = None  # its name in the engine, for one that is an adapter
 
     @property

@@ -14,6 +14,7 @@ from foveate.serve.keys import Key
 class ServeSettings:
     """models: paths by the names that requests use; the first is also what `default` means. options: of `foveate.LLM`, for each.
     adapters: folders with LoRA adapters of the first model, by their names.
+    candidates: by the name of a model the path of its next version, and the share of the requests that it gets, from 0 to 1.
 
     max_queue: samples that may wait beside those that run; max_queue_tokens: prompt tokens that may wait. Beyond: 429.
     max_body_bytes: of a request; body_timeout: seconds that it may take to arrive. request_timeout: seconds for a whole answer.
@@ -28,6 +29,7 @@ class ServeSettings:
     models: dict[str, str | Path]
     options: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, str | Path] = field(default_factory=dict)
+    candidates: dict[str, tuple[str | Path, float]] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str | Key, ...] = ()
@@ -58,6 +60,15 @@ class ServeSettings:
         twice = sorted(set(self.models) & set(self.adapters))
         if twice:
             raise ValueError(f"a model and an adapter are called {twice[0]}; name them apart")
+        for name, (_, share) in self.candidates.items():
+            if name not in self.models:
+                raise ValueError(
+                    f"the candidate for {name} is for none of the models; there are {', '.join(self.models)}"
+                )
+            if not 0 <= share <= 1:
+                raise ValueError(
+                    f"the share of the candidate for {name} is {100 * share:g}%; it must be from 0% to 100%"
+                )
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")

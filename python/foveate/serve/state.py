@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from foveate.serve.metrics import Metrics
 from foveate.serve.quality import Quality
 from foveate.serve.served import ServedAdapter, ServedModel, loader
 from foveate.serve.settings import ServeSettings
+from foveate.serve.versions import Versions, candidate_name
 from foveate.serve.watchdog import Watchdog
 
 log = logging.getLogger("foveate.serve")
 _GRAMMAR_SECONDS = 10.0
+# The models that the request has been given, so that none of them is stopped before it has ended.
+users: ContextVar[list[ServedModel]] = ContextVar("users")
 
 
 class ServerState:
@@ -32,9 +36,16 @@ class ServerState:
 
     def __init__(self, settings: ServeSettings, loaders: dict[str, Callable[[], Any]] | None = None) -> None:
         self.settings = settings
-        made = loaders or {name: loader(path, settings.options) for name, path in settings.models.items()}
-        self.models: dict[str, ServedModel] = {name: ServedModel(name, load) for name, load in made.items()}
+        self.loaders = loaders or {}  # by name or path, in place of `loader`
+        paths = settings.models | {candidate_name(name): path for name, (path, _) in settings.candidates.items()}
+        self.models: dict[str, ServedModel] = {}
+        for name, path in paths.items():
+            load = self.loaders.get(name) or self.loaders.get(str(path)) or loader(path, settings.options)
+            self.models[name] = ServedModel(name, load)
+            self.models[name].path = path
         first = next(iter(self.models.values()))
+        self.versions = Versions(self)
+        self.versions.shares |= {name: share for name, (_, share) in settings.candidates.items()}
         self.models |= {name: ServedAdapter(name, first, folder) for name, folder in settings.adapters.items()}
         self.keys = Keys(settings.api_keys)
         self.metrics = Metrics(self.models.values(), self.keys.names, Quality(settings.quality_reference))
@@ -60,7 +71,7 @@ class ServerState:
 
         def load_all() -> None:
             for served in list(self.models.values()):
-                served.load(loop, self._on_outputs)
+                served.load(loop, self.on_outputs)
                 if served.state == "failed":
                     self.on_failed_load()
                 elif served.llm is not None and served.adapter is None:
@@ -71,7 +82,7 @@ class ServerState:
         if self.canary is not None:
             self._tasks.append(loop.create_task(self.canary.run()))
 
-    def _on_outputs(self, served: ServedModel, jobs: list[Job]) -> None:
+    def on_outputs(self, served: ServedModel, jobs: list[Job]) -> None:
         admission = self.admission(served)
         for job in jobs:
             if job.call is not None and job.started is not None:
@@ -119,7 +130,7 @@ class ServerState:
             raise bad_request(f"{name} is the name of a model; choose another for the adapter", "lora_name")
         made = ServedAdapter(name, self.open_model(base).base, folder)
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self.pool, made.load, loop, self._on_outputs)
+        await loop.run_in_executor(self.pool, made.load, loop, self.on_outputs)
         if made.state != "ready":
             raise bad_request(f"the adapter cannot be loaded: {made.error}", "lora_path")
         if old is not None:
@@ -149,6 +160,9 @@ class ServerState:
                 key.begin()
             except ApiError as error:
                 raise of_model(error, served.name) from None
+        served = self.versions.choose(served)
+        users.get().append(served.base)
+        served.base.users += 1
         return served
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
@@ -224,6 +238,7 @@ class ServerState:
     def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
+        self.versions.stop()
         self._tasks = []
         for served in self.models.values():
             served.stop()
