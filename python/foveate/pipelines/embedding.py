@@ -168,12 +168,10 @@ class Embedder:
         return self.prompts[name]
 
     def _truncated(self, texts: list[str]) -> list[Any]:
-        backend = self.tokenizer.backend
+        """By a copy of the tokenizer, of which truncation is a state that calls in other threads would meet."""
+        backend: Any = type(self.tokenizer.backend).from_str(self.tokenizer.backend.to_str())
         backend.enable_truncation(self.max_seq_length)
-        try:
-            return backend.encode_batch(texts)
-        finally:
-            backend.no_truncation()
+        return backend.encode_batch(texts)
 
 
 def read_sentence_transformers(folder: Path) -> dict[str, Any]:
