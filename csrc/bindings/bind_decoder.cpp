@@ -82,7 +82,7 @@ void bind_decoder(py::module_& m) {
           "step",
           [](const Decoder& self, TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages,
              TensorView k_scale, TensorView v_scale, const DecodePlan& plan,
-             Threads threads) { self.step(x, lens, block_table, k_pages, v_pages, k_scale, v_scale, plan, threads); },
+             Threads threads) { self.step(x, lens, block_table, {k_pages, v_pages, k_scale, v_scale}, plan, threads); },
           py::arg("x"), py::arg("lens"), py::arg("block_table"), py::arg("k_pages"), py::arg("v_pages"), py::arg("k_scale"),
           py::arg("v_scale"), py::arg("plan"), py::arg("threads"), release_gil());
 }

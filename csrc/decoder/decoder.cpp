@@ -13,8 +13,11 @@
 
 namespace foveate {
 
-// Of one step; qkv and attended have the cache's dtype, or fp32 where that is quantised.
+// Memory of one step; qkv and attended have the cache's dtype, or fp32 where that is quantised.
 struct Decoder::Buffers {
+  // team: the threads that share one parallel region, 0 for a region in each kernel.
+  Buffers(const DecoderSizes& sizes, const KvCacheParams& p, bool norms_outputs, bool blocked, int team);
+
   int64_t tokens = 0;
   DType dtype = DType::kFloat32;
   float* x = nullptr;     // [tokens, hidden]
@@ -22,7 +25,31 @@ struct Decoder::Buffers {
   float *inner = nullptr, *temp = nullptr;                      // [tokens, inner], [tokens, hidden]
   char* scratch = nullptr;                                      // of a team, linear_scratch_bytes
   float *partial_out = nullptr, *partial_lse = nullptr;         // as in KvCacheParams
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+  };
+  std::unique_ptr<char, Free> memory_;
 };
+
+Decoder::Buffers::Buffers(const DecoderSizes& sizes, const KvCacheParams& p, bool norms_outputs, bool blocked, int team)
+    : tokens(p.batch * p.seq_q), dtype(p.dtype) {
+  const int64_t q = sizes.heads_q * sizes.head_dim, kv = sizes.heads_kv * sizes.head_dim, size = size_of(dtype);
+  const int64_t splits = p.num_splits > 1 ? p.num_splits : 0;
+  int64_t bytes = 0;
+  const auto add = [&](int64_t n) { return std::exchange(bytes, bytes + round_up<int64_t>(n, 64)); };
+  const int64_t qkv_at = add(tokens * (q + 2 * kv) * size), attended_at = add(tokens * q * size);
+  const int64_t rotated_at = add(blocked ? tokens * q * size : 0), inner_at = add(tokens * sizes.inner * 4);
+  const int64_t temp_at = add(norms_outputs ? tokens * sizes.hidden * 4 : 0);
+  const int64_t partial_out_at = add(splits * tokens * q * 4), partial_lse_at = add(splits * tokens * p.heads_q * 4);
+  const int64_t scratch_at = add(team > 0 ? linear_scratch_bytes(tokens, std::max({sizes.hidden, sizes.inner, q}), team) : 0);
+  memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t{64})));
+  const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(memory_.get() + at); };
+  qkv = memory_.get() + qkv_at, attended = memory_.get() + attended_at, rotated = memory_.get() + rotated_at;
+  scratch = memory_.get() + scratch_at;
+  inner = floats(inner_at), temp = floats(temp_at), partial_out = floats(partial_out_at), partial_lse = floats(partial_lse_at);
+}
 
 namespace {
 
@@ -199,33 +226,35 @@ void Decoder::run_layer(const DecoderLayer& l, const KvCacheParams& cache, const
   back(m.inner, DType::kFloat32, l.down, l.mlp_out_norm);
 }
 
-void Decoder::step(TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages, TensorView k_scale,
-                   TensorView v_scale, const DecodePlan& plan, Threads threads) const {
+// ---- a step: checks, the cache's params, memory, layers ------------------------------------------------------------------------
+
+void Decoder::check_step(const TensorView& x, const TensorView& lens, const TensorView& block_table, const CachePages& pages) const {
   const int64_t layers = static_cast<int64_t>(layers_.size());
   expect(x, "x").rank(3).contiguous().dtype(DType::kFloat32).size(2, sizes_.hidden);
-  check_pages(k_pages, "k_pages", k_scale, "k_scale", layers, sizes_);
-  check_pages(v_pages, "v_pages", v_scale, "v_scale", layers, sizes_);
-  expect(v_pages, "v_pages").dtype(k_pages.dtype);
-  for (int dim = 1; dim < 3; ++dim) expect(v_pages, "v_pages").size(dim, k_pages.shape[dim]);
-
-  device_of({&x, &lens, &block_table, &k_pages, &v_pages, &k_scale, &v_scale});
+  check_pages(pages.k, "k_pages", pages.k_scale, "k_scale", layers, sizes_);
+  check_pages(pages.v, "v_pages", pages.v_scale, "v_scale", layers, sizes_);
+  expect(pages.v, "v_pages").dtype(pages.k.dtype);
+  for (int dim = 1; dim < 3; ++dim) expect(pages.v, "v_pages").size(dim, pages.k.shape[dim]);
+  check(pages.k.shape[2] >= 1, "the pages of k_pages hold no keys: page_size is ", pages.k.shape[2]);
+  device_of({&x, &lens, &block_table, &pages.k, &pages.v, &pages.k_scale, &pages.v_scale});
   check(x.device == DeviceType::kCPU, "x and the pages must be on the CPU");
+  expect(block_table, "block_table").rank(2).size(0, x.shape[0]).dtype(DType::kInt32).last_contiguous();
+  expect(lens, "lens").rank(1).size(0, x.shape[0]).dtype(DType::kInt32);
+}
 
+// What all layers have in common; kv_lens outlives it.
+KvCacheParams Decoder::cache_params(const TensorView& x, const std::vector<int32_t>& kv_lens, const TensorView& block_table,
+                                    const CachePages& pages, const DecodePlan& plan) const {
   KvCacheParams p;
   p.causal = true;
   p.batch = x.shape[0], p.seq_q = p.new_keys = x.shape[1];
   p.heads_q = sizes_.heads_q, p.heads_kv = sizes_.heads_kv, p.head_dim = p.head_dim_v = sizes_.head_dim;
-  p.softcap = sizes_.softcap, p.kv_dtype = k_pages.dtype, p.dtype = k_scale.defined() ? DType::kFloat32 : k_pages.dtype;
+  p.softcap = sizes_.softcap, p.kv_dtype = pages.k.dtype, p.dtype = pages.k_scale.defined() ? DType::kFloat32 : pages.k.dtype;
   check(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, "the cache is ", name(p.dtype),
         ", expected float32, bfloat16, float16, int8 or float8_e4m3fn");
-  expect(block_table, "block_table").rank(2).size(0, p.batch).dtype(DType::kInt32).last_contiguous();
-  p.block_table = block_table.as<const int32_t>(), p.block_table_stride = block_table.stride[0], p.page_size = k_pages.shape[2];
-  check(p.page_size >= 1, "the pages of k_pages hold no keys: page_size is ", p.page_size);
-  expect(lens, "lens").rank(1).size(0, p.batch).dtype(DType::kInt32);
-  std::vector<int32_t> kv_lens(p.batch);
-  for (int64_t b = 0; b < p.batch; ++b) kv_lens[b] = lens.as<const int32_t>()[b * lens.stride[0]];
+  p.block_table = block_table.as<const int32_t>(), p.block_table_stride = block_table.stride[0], p.page_size = pages.k.shape[2];
   p.kv_lens = kv_lens.data();
-  p.seq_kv = block_table.shape[1] * p.page_size, p.pages = k_pages.shape[1];
+  p.seq_kv = block_table.shape[1] * p.page_size, p.pages = pages.k.shape[1];
   set_division(p, plan);
   check(p.num_splits <= p.seq_kv + 65536, p.num_splits, " splits are more than the cache's ", p.seq_kv, " keys");
   check(!plan.blocked || p.dtype == p.kv_dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
@@ -238,46 +267,44 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, Tensor
     p.window_left = l.window_left < 0 || p.window_left < 0 ? -1 : std::max(p.window_left, l.window_left);
   p.new_k.data = x.data;  // there will be new keys
   check_cache_values(p);
+  return p;
+}
 
-  Buffers m{.tokens = p.batch * p.seq_q, .dtype = p.dtype, .x = x.as<float>()};
-  if (m.tokens == 0) return;
-  const int64_t q = sizes_.heads_q * sizes_.head_dim, kv = sizes_.heads_kv * sizes_.head_dim, size = size_of(m.dtype);
-  const bool split = p.num_splits > 1, temp = !layers_.empty() && layers_[0].attention_out_norm.kind != NormKind::kNone;
-  // Where attention has little to divide; long contexts are divided by keys, many tokens have work enough for a region a phase.
-  const bool together = m.tokens <= kTogether && !split && !plan.blocked;
-  int64_t bytes = 0;
-  const auto add = [&](int64_t n) { return std::exchange(bytes, bytes + round_up<int64_t>(n, 64)); };
-  const int64_t qkv = add(m.tokens * (q + 2 * kv) * size), attended = add(m.tokens * q * size);
-  const int64_t rotated = add(plan.blocked ? m.tokens * q * size : 0), inner = add(m.tokens * sizes_.inner * 4);
-  const int64_t temp_at = add(temp ? m.tokens * sizes_.hidden * 4 : 0);
-  const int64_t partial_out = add(split ? p.num_splits * m.tokens * q * 4 : 0);
-  const int64_t widest = std::max({sizes_.hidden, sizes_.inner, q});
-  const int64_t scratch = add(together ? linear_scratch_bytes(m.tokens, widest, threads) : 0);
-  const int64_t partial_lse = add(split ? p.num_splits * m.tokens * p.heads_q * 4 : 0);
-  const auto free = [](char* memory) { ::operator delete(memory, std::align_val_t{64}); };
-  const std::unique_ptr<char, decltype(free)> memory(static_cast<char*>(::operator new(bytes, std::align_val_t{64})), free);
-  const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(memory.get() + at); };
-  m.qkv = memory.get() + qkv, m.attended = memory.get() + attended, m.rotated = memory.get() + rotated;
-  m.scratch = memory.get() + scratch;
-  m.inner = floats(inner), m.temp = floats(temp_at);
-  p.partial_out = floats(partial_out), p.partial_lse = floats(partial_lse);
+void Decoder::run_layers(const CachePages& pages, const KvCacheParams& p, const Buffers& m, bool blocked, int threads,
+                         const cpu::Team* team) const {
+  KvCacheParams cache = p;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const int64_t layer = static_cast<int64_t>(i);
+    cache.k = pages_of(pages.k, layer), cache.v = pages_of(pages.v, layer);
+    cache.k_scale = scale_of(pages.k_scale, layer), cache.v_scale = scale_of(pages.v_scale, layer);
+    run_layer(layers_[i], cache, m, blocked, threads, team);
+  }
+  norm_all({.x = m.x, .out = m.x, .rows = m.tokens, .cols = sizes_.hidden, .norm = final_norm_}, threads, team);
+}
 
-  const auto run = [&](const cpu::Team* team) {
-    KvCacheParams cache = p;
-    for (int64_t i = 0; i < layers; ++i) {
-      cache.k = pages_of(k_pages, i), cache.v = pages_of(v_pages, i);
-      cache.k_scale = scale_of(k_scale, i), cache.v_scale = scale_of(v_scale, i);
-      run_layer(layers_[i], cache, m, plan.blocked, team ? 1 : static_cast<int>(threads), team);
-    }
-    norm_all({.x = m.x, .out = m.x, .rows = m.tokens, .cols = sizes_.hidden, .norm = final_norm_}, threads, team);
-  };
-  if (!together) return run(nullptr);
+void Decoder::step(TensorView x, TensorView lens, TensorView block_table, const CachePages& pages, const DecodePlan& plan,
+                   Threads threads) const {
+  check_step(x, lens, block_table, pages);
+  std::vector<int32_t> kv_lens(x.shape[0]);
+  for (size_t b = 0; b < kv_lens.size(); ++b) kv_lens[b] = lens.as<const int32_t>()[static_cast<int64_t>(b) * lens.stride[0]];
+  KvCacheParams p = cache_params(x, kv_lens, block_table, pages, plan);
+  const int64_t tokens = p.batch * p.seq_q;
+  if (tokens == 0) return;
+
+  // One region where attention has little to divide; long contexts are divided by keys, many tokens have work enough for a region a phase.
+  const bool together = tokens <= kTogether && p.num_splits == 1 && !plan.blocked;
+  const bool norms_outputs = !layers_.empty() && layers_[0].attention_out_norm.kind != NormKind::kNone;
+  Buffers m(sizes_, p, norms_outputs, plan.blocked, together ? static_cast<int>(threads) : 0);
+  m.x = x.as<float>();
+  p.partial_out = m.partial_out, p.partial_lse = m.partial_lse;
+
+  if (!together) return run_layers(pages, p, m, plan.blocked, threads, nullptr);
   cpu::Barrier barrier;
   const int count = threads;
 #pragma omp parallel num_threads(count)
   {
     const cpu::Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
-    run(&team);
+    run_layers(pages, p, m, plan.blocked, 1, &team);
   }
 }
 

@@ -33,6 +33,11 @@ struct DecoderSizes {
   Activation activation = Activation::kSilu;
 };
 
+struct CachePages {
+  TensorView k, v;              // [layers, pages, page_size, Hkv, D]
+  TensorView k_scale, v_scale;  // of int8 and fp8 pages: fp32 [layers, pages, page_size, Hkv]
+};
+
 class Decoder {
  public:
   // rotary_cos, rotary_sin: fp32 [positions, head_dim / 2], or undefined.
@@ -41,12 +46,15 @@ class Decoder {
   const DecoderSizes& sizes() const { return sizes_; }
 
   // x: fp32 [B, S, hidden], the embeddings; becomes the hidden states after the final norm. lens: int32 [B], keys before the step.
-  // k_pages, v_pages: [layers, pages, page_size, Hkv, D]; scales fp32 [layers, pages, page_size, Hkv] for int8 and fp8 pages.
-  void step(TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages, TensorView k_scale,
-            TensorView v_scale, const DecodePlan& plan, Threads threads) const;
+  void step(TensorView x, TensorView lens, TensorView block_table, const CachePages& pages, const DecodePlan& plan, Threads threads) const;
 
  private:
   struct Buffers;
+  void check_step(const TensorView& x, const TensorView& lens, const TensorView& block_table, const CachePages& pages) const;
+  KvCacheParams cache_params(const TensorView& x, const std::vector<int32_t>& kv_lens, const TensorView& block_table,
+                             const CachePages& pages, const DecodePlan& plan) const;
+  void run_layers(const CachePages& pages, const KvCacheParams& cache, const Buffers& buffers, bool blocked, int threads,
+                  const cpu::Team* team) const;
   // team null: each kernel divides its own work among `threads`. Else this thread does its share of every phase.
   void attend(const DecoderLayer& layer, KvCacheParams p, const Buffers& buffers, bool blocked, int threads, const cpu::Team* team) const;
   void run_layer(const DecoderLayer& layer, const KvCacheParams& cache, const Buffers& buffers, bool blocked, int threads,
