@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import foveate
 from foveate.backend.reference import rows as reference_rows
-from foveate.ops import cross_entropy_ops
+from foveate.ops.cross_entropy import linear
 from op_compare import compare_op
 
 pytestmark = pytest.mark.sanitize
@@ -22,10 +22,10 @@ BACKENDS = ["native", "reference"]
 def chunks(request, monkeypatch):
     """Small chunks, so that few tokens cross their borders."""
     if request.param == "many chunks":
-        monkeypatch.setattr(cross_entropy_ops, "_CHUNK_BYTES", 1)
-        monkeypatch.setattr(cross_entropy_ops, "_MIN_CHUNK_TOKENS", 4)
+        monkeypatch.setattr(linear, "_CHUNK_BYTES", 1)
+        monkeypatch.setattr(linear, "_MIN_CHUNK_TOKENS", 4)
     target = torch.arange(10)
-    count = len(list(cross_entropy_ops._chunks(target, 10, 4, -100)))
+    count = len(list(linear._chunks(target, 10, 4, -100)))
     assert count == (3 if request.param == "many chunks" else 1)
 
 
@@ -179,7 +179,7 @@ def test_logits_are_not_stored():
     with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
         foveate.linear_cross_entropy(hidden, weight, target).backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
-    chunk = max(cross_entropy_ops._CHUNK_BYTES, cross_entropy_ops._MIN_CHUNK_TOKENS * vocab * 4)
+    chunk = max(linear._CHUNK_BYTES, linear._MIN_CHUNK_TOKENS * vocab * 4)
     assert chunk // 2 < largest <= chunk < tokens * vocab * 4 // 4
 
 

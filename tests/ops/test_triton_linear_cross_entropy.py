@@ -10,7 +10,7 @@ import torch
 from test_linear_cross_entropy import REDUCTIONS, make, torch_loss
 
 import foveate
-from foveate.ops import cross_entropy_ops
+from foveate.ops.cross_entropy import linear
 from op_compare import compare_op
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.triton, pytest.mark.gpu]
@@ -31,9 +31,9 @@ def _on_the_device(device):
 @pytest.fixture
 def many_chunks(monkeypatch):
     for name in ("_CHUNK_BYTES", "_GPU_CHUNK_BYTES"):
-        monkeypatch.setattr(cross_entropy_ops, name, 1)
-    monkeypatch.setattr(cross_entropy_ops, "_MIN_CHUNK_TOKENS", 8)
-    assert len(list(cross_entropy_ops._chunks(torch.arange(21), 21, 4, -100, "triton"))) == 3
+        monkeypatch.setattr(linear, name, 1)
+    monkeypatch.setattr(linear, "_MIN_CHUNK_TOKENS", 8)
+    assert len(list(linear._chunks(torch.arange(21), 21, 4, -100, "triton"))) == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import foveate
-from foveate.ops import cross_entropy_ops
 from foveate.ops.attention import with_kv_cache_op as kv_cache_op
 from foveate.ops.attention.cache_operands import CacheOperands
 from foveate.ops.attention.operands import Operands
+from foveate.ops.cross_entropy import logits as logits_op
 from kv_cases import BF16, I8, KvCase, bits, make_kv_inputs
 
 if foveate.backends()["triton"] is not None:
@@ -161,8 +161,8 @@ def test_targets(bad, monkeypatch):
     monkeypatch.setattr(cross_entropy, "_check_target", lambda *_: None)
     logits = Fenced()(torch.randn(3, 5))
     target, options = torch.tensor([0, bad, 4]), (-100, 0.1, 0.01, 3.0)
-    loss, stats = cross_entropy_ops._forward(logits, target, *options, "triton")
-    grad = cross_entropy_ops._backward(torch.ones(3), logits, target, stats, *options, "triton")
+    loss, stats = logits_op.forward(logits, target, *options, "triton")
+    grad = logits_op.backward(torch.ones(3), logits, target, stats, *options, "triton")
     assert loss.isnan().tolist() == [False, True, False]
     assert grad.isnan().all(1).tolist() == [False, True, False]
     assert grad[[0, 2]].isfinite().all()

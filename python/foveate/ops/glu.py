@@ -15,6 +15,7 @@ from foveate.backend.registry import Query, register
 from foveate.ops import autograd, library
 from foveate.ops.autograd import batch_first, differentiable
 from foveate.ops.checks import check_floating, check_same_dtype, chosen_backend, compute_dtype
+from foveate.ops.layout import matrix
 
 _C = native._C
 
@@ -84,20 +85,14 @@ def _glu(op: str, gate: Tensor, up: Tensor, backend: str | None) -> Tensor:
     return _glu_op(gate, up, op == "geglu", chosen)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[rows, N] with contiguous rows."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1]) if x.dim() else x.reshape(1, 1)
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
 def _forward(gate: Tensor, up: Tensor, gelu: bool, backend: str = "native") -> Tensor:
     out = _fake(gate)
     if backend == "triton":
         from foveate.backend.triton.glu import glu
 
-        glu(_rows(gate), _rows(up), _rows(out), gelu)
+        glu(matrix(gate), matrix(up), matrix(out), gelu)
         return out
-    _C.glu_forward(_rows(gate), _rows(up), _rows(out), gelu, torch.get_num_threads())
+    _C.glu_forward(matrix(gate), matrix(up), matrix(out), gelu, torch.get_num_threads())
     return out
 
 
@@ -107,7 +102,7 @@ def _fake(gate: Tensor, *_: Any) -> Tensor:
 
 def _backward(dout: Tensor, gate: Tensor, up: Tensor, gelu: bool, backend: str = "native") -> tuple[Tensor, Tensor]:
     dgate, dup = _backward_fake(dout, gate)
-    rows = (_rows(dout.contiguous()), _rows(gate), _rows(up), _rows(dgate), _rows(dup))
+    rows = (matrix(dout.contiguous()), matrix(gate), matrix(up), matrix(dgate), matrix(dup))
     if backend == "triton":
         from foveate.backend.triton.glu import glu_backward
 

@@ -24,6 +24,7 @@ from foveate.ops.checks import (
     chosen_backend,
     compute_dtype,
 )
+from foveate.ops.layout import matrix
 
 _C = native._C
 
@@ -117,21 +118,15 @@ def _over_several(
     return out.unflatten(-1, sizes)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[rows, N] with contiguous rows."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
 def _rms_norm_impl(x: Tensor, weight: Tensor | None, eps: float, backend: str = "native") -> tuple[Tensor, Tensor]:
     out, rstd = _rms_norm_fake(x, weight, eps)
     weight = None if weight is None else weight.contiguous()
     if backend == "triton":
         from foveate.backend.triton.rms_norm import rms_norm
 
-        rms_norm(_rows(x), weight, eps, _rows(out), rstd.view(-1))
+        rms_norm(matrix(x), weight, eps, matrix(out), rstd.view(-1))
         return out, rstd
-    _C.rms_norm_forward(_rows(x), weight, _rows(out), rstd.view(-1), eps, torch.get_num_threads())
+    _C.rms_norm_forward(matrix(x), weight, matrix(out), rstd.view(-1), eps, torch.get_num_threads())
     return out, rstd
 
 
@@ -156,15 +151,15 @@ def _rms_norm_backward_impl(
         weight = None if weight is None else weight.contiguous()
         rstd = rstd.contiguous().view(-1)
         rms_norm_backward(
-            _rows(dout.contiguous()), _rows(x), weight, rstd, _rows(dx), dweight if need_dweight else None
+            matrix(dout.contiguous()), matrix(x), weight, rstd, matrix(dx), dweight if need_dweight else None
         )
         return dx, dweight
     threads = torch.get_num_threads()
     shares = _dweight_parts(x.shape[:-1].numel(), num_sms(x.device) if runs_cuda_kernels(x.device.type) else 0)
     parts = x.new_empty((shares, x.shape[-1]), dtype=compute_dtype(x)) if need_dweight else None
     weight = None if weight is None else weight.contiguous()
-    dout, rstd = _rows(dout.contiguous()), rstd.contiguous().view(-1)
-    _C.rms_norm_backward(dout, _rows(x), weight, rstd, _rows(dx), parts, threads)
+    dout, rstd = matrix(dout.contiguous()), rstd.contiguous().view(-1)
+    _C.rms_norm_backward(dout, matrix(x), weight, rstd, matrix(dx), parts, threads)
     if parts is not None:
         torch.sum(parts, 0, out=dweight)
     return dx, dweight

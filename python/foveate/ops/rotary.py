@@ -14,6 +14,7 @@ from foveate.backend.registry import register
 from foveate.ops import autograd, library
 from foveate.ops.autograd import batch_first, differentiable
 from foveate.ops.checks import check_dtype_or_compute, check_flag, check_floating, check_same_dtype, chosen_backend
+from foveate.ops.layout import contiguous_rows
 
 _C = native._C
 
@@ -67,23 +68,19 @@ def apply_rotary(
     return _apply_rotary(q, k, cos, sin, interleaved, False, chosen)
 
 
-def _last_contiguous(t: Tensor) -> Tensor:
-    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
-
-
 def _rotary_impl(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, backend: str = "native"
 ) -> tuple[Tensor, Tensor]:
     out = _rotary_fake(q, k, cos, sin, interleaved, inverse)
-    cos, sin = _last_contiguous(cos), _last_contiguous(sin)
+    cos, sin = contiguous_rows(cos), contiguous_rows(sin)
     if backend == "triton":
         from foveate.backend.triton.rotary import rotary
 
         for x, turned in zip((q, k), out):
-            rotary(_last_contiguous(x), cos, sin, turned, interleaved, inverse)
+            rotary(contiguous_rows(x), cos, sin, turned, interleaved, inverse)
         return out
     for x, turned in zip((q, k), out):
-        _C.rotary(_last_contiguous(x), cos, sin, turned, interleaved, inverse, torch.get_num_threads())
+        _C.rotary(contiguous_rows(x), cos, sin, turned, interleaved, inverse, torch.get_num_threads())
     return out
 
 

@@ -26,6 +26,7 @@ from foveate.ops.checks import (
     chosen_backend,
     compute_dtype,
 )
+from foveate.ops.layout import contiguous_rows
 
 _C = native._C
 
@@ -130,11 +131,6 @@ def _check_broadcast(name: str, t: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} of shape {shape} does not broadcast to x of shape {target}")
 
 
-def _rowwise(t: Tensor) -> Tensor:
-    """t with a last dimension that the kernel can walk; what it broadcasts over stays unexpanded."""
-    return t if t.size(-1) <= 1 or t.stride(-1) == 1 else t.contiguous()
-
-
 # Fewer lanes side by side than this are not worth a vector: rows are then copied together.
 _MIN_INNER = 8
 
@@ -164,9 +160,9 @@ def _softmax_impl(
         x, y = _as_columns(x, place), _as_columns(out, place)
         _C.softmax_columns_forward(x, y, scale, False, torch.get_num_threads())
         return out
-    x = _rowwise(x)
-    bias = None if bias is None else _rowwise(bias).expand(x.shape)
-    mask = None if mask is None else _rowwise(mask).expand(x.shape)
+    x = contiguous_rows(x)
+    bias = None if bias is None else contiguous_rows(bias).expand(x.shape)
+    mask = None if mask is None else contiguous_rows(mask).expand(x.shape)
     _C.softmax_forward(x, bias, mask, out, scale, causal, False, torch.get_num_threads())
     return out
 
@@ -181,7 +177,7 @@ def _log_softmax_impl(x: Tensor, backend: str = "native") -> Tensor:
     if place is not None:
         _C.softmax_columns_forward(_as_columns(x, place), _as_columns(out, place), 1.0, True, torch.get_num_threads())
         return out
-    x = _rowwise(x)
+    x = contiguous_rows(x)
     _C.softmax_forward(x, None, None, out, 1.0, False, True, torch.get_num_threads())
     return out
 

@@ -22,6 +22,7 @@ from foveate.ops.attention import (
 from foveate.ops.attention.cache_operands import CacheOperands
 from foveate.ops.attention.operands import DIFFERENTIABLE, SCHEMA, Gradients, Operands, chosen, make, used
 from foveate.ops.attention.plan import DecodePlan, attention_plan, cuda_few_queries, cuda_thresholds
+from foveate.ops.layout import contiguous_rows
 
 _EMULATED = runs_cuda_kernels("cpu")
 _runs = 0
@@ -112,7 +113,7 @@ def backward(
     if backend == "triton":
         from foveate.backend.triton.attention_launch import backward as triton_backward
 
-        return triton_backward(with_rows_of(dout), dlse, out, lse, checked_rows(c), wanted, empty_grads(c, wanted))
+        return triton_backward(contiguous_rows(dout), dlse, out, lse, checked_rows(c), wanted, empty_grads(c, wanted))
     want, grads = Gradients(*wanted), Gradients(*empty_grads(c, wanted))
     filled = Gradients(*(grad if asked else None for grad, asked in zip(grads, wanted)))
     if want.bias and c.bias is not None:
@@ -123,7 +124,7 @@ def backward(
         c = _with_int32_lengths(c)
     workspace = functools.partial(torch.empty, dtype=torch.int8, device=c.q.device)
     _C.attention_backward(
-        with_rows(c), buckets, with_rows_of(dout), None if dlse is None else _like_new(dlse), out, _like_new(lse), filled, workspace,
+        with_rows(c), buckets, contiguous_rows(dout), None if dlse is None else _like_new(dlse), out, _like_new(lse), filled, workspace,
         torch.get_num_threads(),
     )  # fmt: skip
     if filled.bias is not None and c.bias is not None:
@@ -131,14 +132,9 @@ def backward(
     return tuple(grads)
 
 
-def with_rows_of(x: Tensor) -> Tensor:
-    """x, copied if its last dimension is not contiguous."""
-    return x if x.is_contiguous() or x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
-
-
 def with_rows(c: Operands) -> Operands:
     """c with q, k and v of contiguous last dimensions."""
-    q, k, v = with_rows_of(c.q), with_rows_of(c.k), with_rows_of(c.v)
+    q, k, v = contiguous_rows(c.q), contiguous_rows(c.k), contiguous_rows(c.v)
     return c if q is c.q and k is c.k and v is c.v else c._replace(q=q, k=k, v=v)
 
 

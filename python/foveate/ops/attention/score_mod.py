@@ -13,8 +13,9 @@ from torch import Tensor
 
 from foveate.backend.registry import UnsupportedError, choose
 from foveate.ops import autograd
-from foveate.ops.attention.op import checked_rows, empty_grads, empty_lse, empty_out, with_rows_of
+from foveate.ops.attention.op import checked_rows, empty_grads, empty_lse, empty_out
 from foveate.ops.attention.operands import NUM_TENSORS, Operands, per_operand, query_of, tensors_of, wanted_of
+from foveate.ops.layout import contiguous_rows
 
 
 def run(c: Operands, forward: Any, backward: Any, aux: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ class _ScoreModAttention(torch.autograd.Function):
         )
         c = checked_rows(Operands(*tensors, *ctx.options))
         wanted = wanted_of(ctx.needs_input_grad[1:])
-        dout = torch.zeros_like(out) if dout is None else with_rows_of(dout)
+        dout = torch.zeros_like(out) if dout is None else contiguous_rows(dout)
         found = backward(
             dout,
             dlse,

@@ -21,6 +21,7 @@ from foveate.ops.attention.cache_operands import SCHEMA, WRITTEN, CacheOperands,
 from foveate.ops.attention.plan import TILE_ROWS, DecodePlan, cuda_decode_plan, cuda_thresholds, decode_plan
 from foveate.ops.attention.split_counters import counters
 from foveate.ops.autograd import each_slice
+from foveate.ops.layout import contiguous_rows
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,11 +51,6 @@ def not_capturable(device: str, dtype: torch.dtype) -> str | None:
         "the reference backend of attention_with_kv_cache, the only one here that serves this call, reads kv_lens on the host, "
         "which a graph cannot hold"
     )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension, copied if need be."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _empty_outputs(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +105,11 @@ def _run_native(c: CacheOperands) -> tuple[Tensor, Tensor]:
     out, lse = _empty_outputs(q, c.v_cache)
     k, v = c.k, c.v
     if not q.is_contiguous() or (k is not None and v is not None and not (k.is_contiguous() and v.is_contiguous())):
-        c = c._replace(q=_rows(q), k=None if k is None else _rows(k), v=None if v is None else _rows(v))
+        c = c._replace(
+            q=contiguous_rows(q),
+            k=None if k is None else contiguous_rows(k),
+            v=None if v is None else contiguous_rows(v),
+        )
     workspace = _workspace(c, plan, on_gpu)
     _C.attention_with_kv_cache(c, out, lse, workspace, plan, torch.get_num_threads())
     return out, lse
