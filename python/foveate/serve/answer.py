@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +24,9 @@ _KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
 
 
 class Writer:
-    """Says the call's outputs in the words of an endpoint."""
+    """Says the call's outputs in the words of an endpoint. operation: what traces call it."""
+
+    operation = "text_completion"
 
     def chunks(self) -> Iterator[dict[str, Any]]:
         """What is new since the last time."""
@@ -61,6 +64,7 @@ class Answer(Response):
         record = scope["foveate"]
         key, reserved = caller.get(), self.call.most_tokens
         name = "" if key is None else key.name
+        began, failure = time.time(), None
         try:
             with self.state.admission(self.served).place(self.call, name):
                 if key is not None:
@@ -72,6 +76,7 @@ class Answer(Response):
                     if key is not None:
                         key.settle(reserved, self.call.used_tokens)
         except ApiError as error:
+            failure = error
             record["error"] = error.code or error.message
             self.state.metrics.turned_away(of_model(error, self.served.name))
             if not self._started:
@@ -80,6 +85,8 @@ class Answer(Response):
                 await self._send(send, self.writer.end(error), more=False)
         finally:
             self._describe(record)
+            if self.state.tracing is not None:
+                self.state.tracing.record(self, scope, began, failure or sys.exc_info()[1])
 
     async def _run(self, receive: Any, send: Any) -> None:
         worker = self.served.worker

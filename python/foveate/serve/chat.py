@@ -109,6 +109,8 @@ def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
 
 
 class ChatWriter(Writer):
+    operation = "chat"
+
     def __init__(self, name: str, served: ServedModel, body: ChatBody, call: Call, tags: bool | None) -> None:
         self._job, self._body = call.jobs[0], body
         self._head = {

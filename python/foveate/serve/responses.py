@@ -35,6 +35,8 @@ async def respond(state: ServerState, body: ResponsesBody) -> Answer:
 class ResponseWriter(Writer):
     """The output is a list of items: messages, and calls of functions; at any time the last one at most is open."""
 
+    operation = "chat"
+
     def __init__(
         self, name: str, served: ServedModel, body: ResponsesBody, chat: ChatBody, call: Call, tags: bool | None
     ) -> None:

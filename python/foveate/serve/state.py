@@ -22,6 +22,7 @@ from foveate.serve.metrics import Metrics
 from foveate.serve.quality import Quality
 from foveate.serve.served import ServedAdapter, ServedModel, loader
 from foveate.serve.settings import ServeSettings
+from foveate.serve.tracing import Tracing
 from foveate.serve.versions import Versions, candidate_name
 from foveate.serve.watchdog import Watchdog
 
@@ -61,6 +62,7 @@ class ServerState:
         self.in_flight = 0  # requests to the API, from their first byte to their last
         goldens = [] if settings.canary is None else read_golden(settings.canary)
         self.canary = Canary(self, goldens, settings.canary_every) if goldens else None
+        self.tracing = Tracing.from_environment()
         self.watchdog = Watchdog(self, settings.hang_timeout, settings.max_engine_restarts)
         self._tasks: list[asyncio.Task[None]] = []
         self.on_failed_load: Callable[[], None] = lambda: None
@@ -242,5 +244,8 @@ class ServerState:
         self._tasks = []
         for served in self.models.values():
             served.stop()
+        if self.tracing is not None:
+            self.tracing.stop()
+            self.tracing = None
         for pool in (self.pool, self._encoder_pool, self._grammar_pool):
             pool.shutdown(wait=False, cancel_futures=True)
