@@ -86,7 +86,9 @@ def browser():
 @pytest.fixture
 def page(browser, server):
     """A new visitor, whose settings keep replies short. Anything that goes wrong in the page fails the test."""
-    context = browser.new_context(base_url=server.url, permissions=["clipboard-read", "clipboard-write"])
+    granted = ["clipboard-read", "clipboard-write"]
+    # nothing moves, so that no colour is measured on its way to another
+    context = browser.new_context(base_url=server.url, permissions=granted, reduced_motion="reduce")
     context.set_default_timeout(30_000)
     opened = context.new_page()
     faults: list[str] = []

@@ -22,7 +22,7 @@ def test_every_file_comes_with_a_policy_and_without_a_key(folder):
             found = running.get(path)
             assert found.status_code == 200 and found.content, path
             policy = found.headers["content-security-policy"]
-            assert "default-src 'none'" in policy and "unsafe" not in policy
+            assert "default-src 'none'" in policy and "unsafe" not in policy and "require-trusted-types-for" in policy
             assert found.headers["x-content-type-options"] == "nosniff"
             again = running.client.get(running.url + path, headers={"if-none-match": found.headers["etag"]})
             assert again.status_code == 304 and not again.content
