@@ -138,6 +138,12 @@ def test_text_on_the_command_line(toy, capsys, tmp_path):
     moved = ["generate", "--model", str(tmp_path / "moved"), *options]
     assert main(moved) == 1 and "an adapter of org/gone, which is neither a file" in capsys.readouterr().err
     assert main([*moved, "--base", str(place / "base")]) == 0 and capsys.readouterr().out == adapted
+    beside = ["generate", "--model", str(place / "base"), "--adapter", str(tmp_path / "moved"), *options]
+    assert main(beside) == 0 and capsys.readouterr().out == adapted
+    assert (
+        main([*beside, "--base", str(place / "base")]) == 1
+        and "goes with the path of its base" in capsys.readouterr().err
+    )
     assert main(["generate", "--model", str(place / "base"), "--base", "x", *options]) == 1
     assert "is for an adapter, and" in capsys.readouterr().err
 
