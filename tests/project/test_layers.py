@@ -23,7 +23,7 @@ LAYERS = [
     ["ops"],
     ["backend", "tokenizer"],
     ["quantization"],
-    ["files"],
+    ["files", "progress"],
 ]
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}
 ROOT = {"__init__", "__main__", "_public", "_version", "_moved", "_C"}

@@ -6,7 +6,6 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +23,7 @@ from foveate.generation.prompts import as_prompt, as_prompts, check_messages, co
 from foveate.models import Checkpoint, load_model, open_checkpoint
 from foveate.models.loading import checked_device, checked_dtype
 from foveate.models.registry import architecture_of
+from foveate.progress import ProgressBar
 
 Prompt: TypeAlias = "str | Sequence[int]"
 Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
@@ -176,10 +176,13 @@ class LLM:
             )
         outputs: dict[int, RequestOutput] = {}
         place: dict[str, int] = {}
+        written = 0
         if progress is None:
             progress = len(texts) > 1 and sys.stderr.isatty()
         try:
-            with _bar(len(texts), progress) as advance:
+            with ProgressBar(
+                "generating", "bar", "count", "remaining", "note", total=len(texts), shown=progress
+            ) as bar:
                 inbox: list[RequestOutput] = []
                 for i, (text, ids, p) in enumerate(zip(texts, tokens, wanted)):
                     if p.num_beams == 1:
@@ -187,13 +190,15 @@ class LLM:
                 while len(outputs) < len(place):
                     for output in self._take(inbox):
                         outputs[place[output.request_id]] = output
-                        advance(len(output.outputs[0].token_ids))
+                        written += len(output.outputs[0].token_ids)
+                        bar.advance(1, f"{written} tokens")
                 for i, (text, ids, p) in enumerate(zip(texts, tokens, wanted)):
                     if p.num_beams > 1:
                         prompt = text if isinstance(text, str) else None
                         with self.engine.lock:
                             outputs[i] = beam_request(self.engine, f"beam-{next(self._ids)}", ids, p, prompt)
-                        advance(len(outputs[i].outputs[0].token_ids))
+                        written += len(outputs[i].outputs[0].token_ids)
+                        bar.advance(1, f"{written} tokens")
         finally:
             for request_id in place:
                 self._forget(request_id)
@@ -422,33 +427,3 @@ def _pages(
             'kv_cache_dtype="int8"'
         )
     return num_pages
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Any]:
-    """Yields advance(tokens), to be called for each finished prompt."""
-    if not shown:
-        yield lambda tokens: None
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError as error:
-        raise ImportError('rich is not installed: pip install "foveate[models]"') from error
-    columns = (
-        TextColumn("generating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, note="")
-        count = 0
-
-        def advance(tokens: int) -> None:
-            nonlocal count
-            count += tokens
-            bar.update(task, advance=1, note=f"{count} tokens")
-
-        yield advance

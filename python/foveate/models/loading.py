@@ -7,7 +7,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from foveate.models.checkpoint.renamed import RenamedWeights
 from foveate.models.layers import PackedEmbedding
 from foveate.models.registry import Architecture, architecture_of
 from foveate.nn import PackedLinear
+from foveate.progress import ProgressBar
 from foveate.quantization.gguf_blocks import dequantize
 from foveate.quantization.k_blocks import K_FORMATS
-from foveate.tokenizer import NEED
 
 _QUANTIZATIONS = (None, "none", "q8_0", "q4_0")
 _HEADS = ("lm_head", "cls.predictions.decoder")  # of causal models and T5, of BERT
@@ -184,10 +183,12 @@ def load_model(
         weights = _WithoutClassifier(weights)
     dtype = dtype or _dtype_of(checkpoint, weights)
     device = checked_device(device)
-    with _bar(checkpoint.path.name, weights.nbytes, progress) as advance:
+    shown = weights.nbytes >= _LARGE and sys.stderr.isatty() if progress is None else progress
+    name = f"loading {checkpoint.path.name}"
+    with ProgressBar(name, "bar", "bytes", "speed", total=weights.nbytes, shown=shown) as bar:
         if new_head:
             _draw_head(model, weights, device, dtype)
-        _fill(model, weights, device, dtype, quantization, advance, str(checkpoint.path))
+        _fill(model, weights, device, dtype, quantization, bar.advance, str(checkpoint.path))
         if quantization is None:
             _say_what_was_expanded(weights, dtype, str(checkpoint.path))
     if quantization in ("q8_0", "q4_0"):
@@ -391,23 +392,3 @@ def _quantize(model: nn.Module, form: str) -> None:
 def packed_format(name: str, quantization: str) -> str:
     """What `load_model` packs the linear layer of this name in."""
     return "q8_0" if name in _HEADS else quantization
-
-
-@contextmanager
-def _bar(name: str, nbytes: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
-    """Yields advance(bytes)."""
-    if progress is None:
-        progress = nbytes >= _LARGE and sys.stderr.isatty()
-    if not progress:
-        yield lambda n: None
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-    except ImportError as error:
-        raise ImportError(f"rich {NEED}") from error
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"loading {name}", total=nbytes)
-        yield lambda n: bar.advance(task, n)
-        bar.update(task, completed=nbytes)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from foveate.tokenizer import NEED
+from foveate.progress import ProgressBar
 from foveate.train.curve import draw_curve, new_figure
 
 METRICS, PICTURE = "metrics.jsonl", "loss.png"
@@ -33,7 +33,7 @@ class Report:
         self._sums: dict[str, float] = {}  # of the steps since the last line
         self._reached: dict[str, float] = {}
         self._last = 0
-        self._bar: Any = None
+        self._bar: ProgressBar | None = None
         self._talks = progress is not False
         self._shown = active and (sys.stderr.isatty() if progress is None else progress)
         self._writer = _tensorboard(folder / "tensorboard") if tensorboard and active else None
@@ -66,8 +66,7 @@ class Report:
         self._last = steps
         if not self._shown:
             return
-        self._bar = _bar()
-        self._task = self._bar.add_task("training", total=steps, completed=step, note="")
+        self._bar = ProgressBar("training", "bar", "count", "remaining", "note", total=steps, completed=step)
         self._bar.start()
 
     def step(self, step: int, *, tokens: int, seconds: float, epoch: float, **values: float) -> None:
@@ -81,7 +80,7 @@ class Report:
             evaluated = "".join(f"  {name} {value:.4g}" for name, value in self._evaluated.items())
             speed = self._sums["tokens"] / self._sums["seconds"]
             note = f"loss {values['loss']:.4f}{evaluated}  {speed:,.0f} tokens/s  {memory_mib():,.0f} MiB"
-            self._bar.update(self._task, completed=step, note=note)
+            self._bar.reach(step, note)
         if step % self.log_every == 0 or step == self._last:
             self._line()
 
@@ -106,7 +105,7 @@ class Report:
         """A line for the user, on stderr."""
         if self.active and self._talks:
             if self._bar is not None:
-                self._bar.console.print(text)
+                self._bar.print(text)
             else:
                 print(text, file=sys.stderr)
 
@@ -173,16 +172,3 @@ def _tensorboard(folder: Path) -> Any:
     except ImportError as error:
         raise ImportError('tensorboard is not installed: pip install "foveate[train]"') from error
     return SummaryWriter(str(folder))
-
-
-def _bar() -> Any:
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError as error:
-        raise ImportError(f"rich {NEED}") from error
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    return Progress(*columns, console=Console(stderr=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -12,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.tokenizer import NEED, Tokenizer
+from foveate.progress import ProgressBar
+from foveate.tokenizer import Tokenizer
 from foveate.train.data.examples import Columns, at_row
 from foveate.train.data.files import data_files, left_out, read_rows
 from foveate.train.data.token_store import TokenStore
@@ -39,8 +39,9 @@ def tokenized(
     folder = (cache or default_cache()) / _key(paths, objective, tokenizer)
     if folder.exists():
         return TokenStore.open(folder)
-    with _bar(progress) as advance:
-        return TokenStore.write(folder, _parts(paths, objective, advance))
+    shown = sys.stderr.isatty() if progress is None else progress
+    with ProgressBar("tokenising:", "{task.completed:,} rows", "elapsed", shown=shown) as bar:
+        return TokenStore.write(folder, _parts(paths, objective, bar.advance))
 
 
 def _parts(paths: Sequence[str], objective: Objective, advance: Callable[[int], None]) -> Iterator[Columns]:
@@ -78,20 +79,3 @@ def _key(paths: Sequence[str], objective: Objective, tokenizer: Tokenizer) -> st
         tokenizer.special, sorted(tokenizer.eos_ids),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def _bar(progress: bool | None) -> Iterator[Callable[[int], None]]:
-    """Yields advance(rows)."""
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda rows: None
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    except ImportError as error:
-        raise ImportError(f"rich {NEED}") from error
-    columns = (SpinnerColumn(), TextColumn("tokenising: {task.completed:,} rows"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda rows: bar.advance(task, rows)
