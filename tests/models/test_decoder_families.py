@@ -283,3 +283,89 @@ def test_experts_stored_one_by_one_and_together(tmp_path: Path) -> None:
         packed = load_model(tmp_path, quantization="q8_0")
         assert (packed(tokens) - before).abs().max() < 0.2 * before.abs().max()
         assert isinstance(packed.model.layers[0].mlp.experts[0].up_proj, foveate.nn.PackedLinear)
+
+
+def _mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[experts, out, in] -> blocks, scales, and the weight as they have it, by the format's own definition."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    groups = weight.unflatten(-1, (-1, 32))
+    exponents = (groups.abs().amax(-1) / 6).log2().ceil().clamp(-20, 10)
+    scaled = groups / torch.exp2(exponents)[..., None]
+    nearest = (scaled.abs()[..., None] - values).abs().argmin(-1)
+    codes = (nearest + 8 * (scaled < 0)).to(torch.uint8)
+    rounded = values[nearest] * scaled.sign() * torch.exp2(exponents)[..., None]
+    blocks = codes[..., ::2] | codes[..., 1::2] << 4
+    return blocks, (exponents + 127).to(torch.uint8), rounded.flatten(-2)
+
+
+def test_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
+    """Experts in MXFP4 stay packed, with exactly their weights."""
+    model = theirs("gpt_oss")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in list(weights):
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks, scales, rounded = _mxfp4(weights.pop(name).transpose(1, 2))
+            weights |= {f"{name}_blocks": blocks.contiguous(), f"{name}_scales": scales.contiguous()}
+            model.get_parameter(name).data.copy_(rounded.transpose(1, 2))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokens = torch.randint(1, VOCAB, (2, S))
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        expanded = load_model(tmp_path, quantization="none")
+        assert_logits_close(expanded(tokens), expected)
+        packed = load_model(tmp_path)
+        assert (packed(tokens) - expected).abs().max() < 0.2 * expected.abs().max()
+    for i in range(4):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            ours = packed.model.layers[1].mlp.experts[i].get_submodule(part)
+            assert isinstance(ours, foveate.nn.PackedLinear)
+            assert torch.equal(ours.dequantize(), expanded.model.layers[1].mlp.experts[i].get_submodule(part).weight)
+    scales = "model.layers.0.mlp.experts.down_proj_scales"
+    for wrong, message in (
+        (weights[scales][:, :, :1], "MXFP4 needs uint8"),
+        (weights[scales] | 255, r"scales beyond 2\*\*-24"),
+    ):
+        save_file(weights | {scales: wrong.contiguous()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
+
+
+def test_the_text_part_of_a_model_of_pictures(tmp_path: Path) -> None:
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    plain = CASES["gemma3_text"] | {
+        "final_logit_softcapping": None
+    }  # which transformers' model of pictures passes over
+    text = transformers.Gemma3TextConfig(**(SIZES | plain))
+    whole = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, attn_implementation="eager"
+    )
+    model = transformers.Gemma3ForConditionalGeneration(whole).eval()
+    randomize(model, 0.2)
+    model.save_pretrained(tmp_path)
+    tokens = torch.randint(3, VOCAB, (2, S))
+    with (
+        torch.inference_mode(),
+        pytest.warns(UserWarning, match="'gemma3', which reads more than text; its text part, a gemma3_text"),
+    ):
+        assert_logits_close(load_model(tmp_path)(tokens), model(tokens).logits)
+    weights = load_file(tmp_path / "model.safetensors")  # as transformers 5 names them inside
+    moved = {
+        (
+            f"model.{name.replace('language_model.model.', 'language_model.')}" if "language_model" in name else name
+        ): weight
+        for name, weight in weights.items()
+    }
+    save_file(moved, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with torch.inference_mode(), pytest.warns(UserWarning, match="its text part"):
+        assert_logits_close(load_model(tmp_path)(tokens), model(tokens).logits)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = "x"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="text_config in .* has eos_token_id='x'; it must be"):
+        load_model(tmp_path)

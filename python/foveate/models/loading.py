@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from foveate.files.checked import CheckpointError, is_there
 from foveate.models import bert, llama
 from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
-from foveate.models.checkpoint.open import open_checkpoint
+from foveate.models.checkpoint.mxfp4 import Mxfp4Weights
+from foveate.models.checkpoint.open import TEXT_NAMES, TEXT_PART, TEXT_WEIGHTS, open_checkpoint
 from foveate.models.checkpoint.reading import check_layers, read_config
 from foveate.models.checkpoint.renamed import RenamedWeights
 from foveate.models.layers import PackedEmbedding
@@ -168,12 +169,17 @@ def load_model(
     kind: Any = model_class(checkpoint.config, head, new_head)
     config = read_config(kind, checkpoint.config, checkpoint.path)
     weights: Weights = checkpoint.weights()
+    if _is_mxfp4(checkpoint.config):
+        weights = Mxfp4Weights(weights)
     architecture = architecture_of(checkpoint.config)
     names, fused = architecture.names, architecture.fused
+    only = None
+    if checkpoint.config.get(TEXT_PART):
+        names, only = (*TEXT_NAMES, *names), TEXT_WEIGHTS
     if weights.linear_layout:  # GGUF, which has its own table of names
         names, fused = (), getattr(weights, "fused", {})
     if names or fused:
-        weights = RenamedWeights(weights, names, str(checkpoint.path), fused, config)
+        weights = RenamedWeights(weights, names, str(checkpoint.path), fused, config, only)
     check_layers(config, weights.names(), checkpoint.path)
     with torch.device("meta"):
         model = kind(config)
@@ -258,9 +264,17 @@ def _say_what_was_expanded(weights: Weights, dtype: torch.dtype, where: str) -> 
         )
 
 
+def _is_mxfp4(config: dict[str, Any]) -> bool:
+    """Of gpt-oss, as it is published."""
+    settings = config.get("quantization_config") or {}
+    return config.get("model_type") == "gpt_oss" and settings.get("quant_method") == "mxfp4"
+
+
 def _foreign_quantization(checkpoint: Checkpoint) -> str | None:
     """The name of another library's quantisation that the config or a file beside it speaks of."""
     config = checkpoint.config
+    if _is_mxfp4(config):
+        return None
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             return repr(config[key].get("quant_method", "a method that the config does not name"))

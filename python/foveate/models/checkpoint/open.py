@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
+from typing import Any
 
-from foveate.files.checked import CheckpointError, is_there, read_json, read_text
+from foveate.files.checked import CheckpointError, check, is_there, read_json, read_text
 from foveate.models.checkpoint.adapters import adapted_checkpoint
 from foveate.models.checkpoint.base import Checkpoint
 from foveate.models.checkpoint.gguf import open_gguf
 from foveate.models.checkpoint.huggingface import describe, pickle_refusal
-from foveate.models.checkpoint.schemas import ANY_CONFIG
+from foveate.models.checkpoint.schemas import ANY_CONFIG, SPECIAL_IDS
+from foveate.models.registry import find
 
 
 def open_checkpoint(path: str | Path | Checkpoint, base: str | Path | None = None) -> Checkpoint:
@@ -81,7 +84,32 @@ def _open_folder(folder: Path) -> Checkpoint:
             names = ", ".join(file.name for file in files)
             raise CheckpointError(f"{folder} holds several models, {names}; give the path of one")
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json and no .gguf file")
-    return describe(folder, read_json(folder / "config.json", ANY_CONFIG))
+    return describe(folder, _text_part(read_json(folder / "config.json", ANY_CONFIG), folder))
+
+
+TEXT_PART = "text_part_of"  # a key of the config of such a checkpoint: the model_type of the whole
+# Stored names of a text part, and what they become.
+TEXT_WEIGHTS = r"(model\.)?language_model\.|lm_head\."
+TEXT_NAMES = (
+    (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
+    (r"^(model\.)?language_model\.(model\.)?", "model."),
+)
+_OF_THE_WHOLE = (*SPECIAL_IDS, "tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
+
+
+def _text_part(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Of a model that reads pictures or sounds too (Gemma 3, LLaVA, ...), if the text part is of a known architecture; else the config."""
+    text = config.get("text_config")
+    if not isinstance(text, dict) or find(config.get("model_type")) is not None or find(text.get("model_type")) is None:
+        return config
+    check(text, ANY_CONFIG, f"text_config in {folder}")
+    warnings.warn(
+        f"{folder} is of architecture {config.get('model_type')!r}, which reads more than text; its text part, a {text['model_type']}, is "
+        "loaded alone",
+        stacklevel=4,
+    )
+    whole = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None and text.get(key) is None}
+    return {**text, **whole, TEXT_PART: config.get("model_type")}
 
 
 def _open_adapter(folder: Path, base: str | Path | None) -> Checkpoint:

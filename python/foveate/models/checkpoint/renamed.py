@@ -22,11 +22,12 @@ class RenamedWeights:
     """names: (pattern, replacement) pairs for `re.sub`, applied in this order to each stored name.
 
     fused: the end of a module's name after that -> how it is split, see `SPLITS`; config: the model's, whose sizes say where.
+    only: a pattern of the stored names that are read at all.
     """
 
     def __init__(
         self, weights: Weights, names: Sequence[tuple[str, str]], where: str, fused: Mapping[str, str] | None = None,
-        config: Any = None,
+        config: Any = None, only: str | None = None,
     ) -> None:  # fmt: skip
         self._weights = weights
         self.linear_layout, self.nbytes, self.loaded_bytes = weights.linear_layout, weights.nbytes, weights.loaded_bytes
@@ -35,6 +36,8 @@ class RenamedWeights:
         rules = [(re.compile(pattern), new) for pattern, new in names]
         self._stored: dict[str, tuple[str, Part | None]] = {}
         for stored in weights.names():
+            if only is not None and re.match(only, stored) is None:
+                continue
             name = stored
             for pattern, new in rules:
                 name = pattern.sub(new, name)

@@ -20,7 +20,7 @@ def _rows(first: int, end: int, total: int, step: int = 1) -> Part:
 
     def part(value: Value) -> Value:
         if isinstance(value, Blocks):
-            return Blocks(_held(value.blocks, total)[first:end:step], value.format, value.in_features)
+            return Blocks(_held(value.blocks, total)[first:end:step].contiguous(), value.format, value.in_features)
         return _held(value, total)[first:end:step]
 
     return part
@@ -94,12 +94,16 @@ def _experts(projection: str, rows: Callable[[Any], int]) -> Callable[[str, Any]
 
 
 def _transposed(then: Part | None = None) -> Part:
-    """gpt-oss stores [experts, in, out]."""
+    """gpt-oss stores [experts, in, out], but blocks as [experts, out, in]."""
 
     def part(value: Value) -> Value:
-        if isinstance(value, Blocks) or value.dim() != 2:
+        if isinstance(value, Blocks):
+            return value if then is None else then(value)
+        if value.dim() != 2:
             raise CheckpointError(f"it has shape {list(value.shape)} for an expert, which must be [in, out]")
-        return value.t().contiguous() if then is None else then(value.t()).contiguous()  # type: ignore[union-attr]
+        turned = value.t() if then is None else then(value.t())
+        assert isinstance(turned, Tensor)
+        return turned.contiguous()
 
     return part
 
