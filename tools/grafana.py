@@ -34,6 +34,7 @@ ROWS: tuple[tuple[str, tuple[tuple[str, str, list[tuple[str, str]]], ...]], ...]
         ("Running and waiting", "short", _gauge("vllm:num_requests_running", "vllm:num_requests_waiting")),
         ("Ends by reason", "reqps", _rate("vllm:request_success_total", "finished_reason")),
         ("Turned away", "reqps", _rate("vllm:admission_rejections_total", "reason")),
+        ("Tokens by key", "short", [("sum by (key) (rate(foveate:key_tokens_total[$__rate_interval]))", "{{key}}")]),
         ("Responses by status", "reqps", [("sum by (status) (rate(foveate:http_responses_total[$__rate_interval]))", "{{status}}")]),
     )),
     ("Times", (
@@ -51,7 +52,9 @@ ROWS: tuple[tuple[str, tuple[tuple[str, str, list[tuple[str, str]]], ...]], ...]
             f"sum by (model_name) (rate(vllm:prefix_cache_queries_total{_BY_MODEL}[$__rate_interval]))", "{{model_name}}",
         )]),
         ("Memory of the process", "bytes", [("process_resident_memory_bytes", "{{instance}}")]),
-        ("Preemptions and failed steps", "short", _gauge("vllm:num_preemptions", "foveate:engine_failed_steps")),
+        ("Preemptions, failed steps, restarts", "short", _gauge(
+            "vllm:num_preemptions", "foveate:engine_failed_steps", "foveate:engine_restarts",
+        )),
         ("Length of prompts", "short", _quantiles("vllm:request_prompt_tokens")),
         ("Length of replies", "short", _quantiles("vllm:request_generation_tokens")),
     )),

@@ -36,12 +36,12 @@ def rules() -> list[dict]:
 
 
 def exported() -> set[str]:
-    """All series of a server with one model that has not been loaded."""
+    """All series of a server with one key, and one model that has not been loaded."""
     from prometheus_client.parser import text_string_to_metric_families
 
     from foveate.serve import ServerState, ServeSettings
 
-    state = ServerState(ServeSettings(models={"m": "m"}), {"m": lambda: None})
+    state = ServerState(ServeSettings(models={"m": "m"}, api_keys=("a-key-of-a-test",)), {"m": lambda: None})
     state.metrics.responses.labels("/", "200")
     families = text_string_to_metric_families(state.metrics.text().decode())
     return {sample.name for family in families for sample in family.samples}
