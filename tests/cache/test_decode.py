@@ -19,6 +19,7 @@ from foveate.ops.attention.plan import (
     cuda_thresholds,
     decode_plan,
     other_cuda_thresholds,
+    step_plan,
 )
 from kv_cases import BF16, F8, F32, KvCase, KvInputs, exact, forward_floors, in_torch, make_kv_inputs
 
@@ -89,6 +90,14 @@ def test_the_decode_kernel_refuses_what_it_does_not_know(options):
         foveate.backend.native._C.attention_forward(
             operands, None, torch.empty_like(q), None, DecodePlan(1, 0, 2, 1, False), 1
         )
+
+
+def test_a_step_of_a_model_attends_to_a_prompt_with_the_blocked_kernel():
+    assert step_plan(2, 32, 32, 8, 128, 4096, 2, False).blocked
+    assert not step_plan(2, 31, 32, 8, 128, 4096, 2, False).blocked  # drafts: rows as in steps of one token
+    assert not step_plan(2, 32, 32, 8, 128, 4096, 2, True).blocked
+    assert not step_plan(2, 32, 32, 8, 640, 4096, 2, False).blocked
+    assert step_plan(2, 4, 32, 8, 128, 4096, 2, False)[:2] == (2, 2048)  # the splits of a batch-invariant call
 
 
 def test_plan_keeps_all_heads_of_a_key_together_while_their_state_fits():

@@ -14,7 +14,7 @@ from foveate.models.gpt2 import GPT2
 from foveate.models.layers import PackedEmbedding, RMSNorm
 from foveate.models.llama import Llama
 from foveate.nn import PackedLinear
-from foveate.ops.attention.plan import BLOCKED_ROWS, CPU_HEAD_DIM, decode_plan
+from foveate.ops.attention.plan import step_plan
 from foveate.ops.attention.with_kv_cache_op import QUANTIZED
 from foveate.quantization.panels import FLOATS
 
@@ -24,10 +24,6 @@ _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
-
-# From this many tokens of a sequence on, the blocked kernel attends: a prompt. Below it, the decode kernel, whose rows are the same
-# however many tokens a step has, as checking drafts needs.
-_PROMPT_TOKENS = 32
 
 
 class NativeDecoder:
@@ -119,9 +115,7 @@ class NativeDecoder:
         Hq, Hkv, D = config.num_heads, config.num_kv_heads, config.head_dim
         threads, quantized = torch.get_num_threads(), pages.k_pages.dtype in QUANTIZED
         capacity = cache.block_table.shape[1] * pages.page_size
-        plan = decode_plan(B, S, Hq, Hkv, D, D, capacity, threads, 0, True, quantized)
-        if S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= BLOCKED_ROWS and not quantized and D <= CPU_HEAD_DIM:
-            plan = plan._replace(num_splits=1, keys_per_split=0, blocked=True)
+        plan = step_plan(B, S, Hq, Hkv, D, capacity, threads, quantized)
         decoder.step(
             x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, plan, threads
         )

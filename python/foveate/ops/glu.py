@@ -85,8 +85,8 @@ def _glu(op: str, gate: Tensor, up: Tensor, backend: str | None) -> Tensor:
     return _glu_op(gate, up, op == "geglu", chosen)
 
 
-def _forward(gate: Tensor, up: Tensor, gelu: bool, backend: str = "native") -> Tensor:
-    out = _fake(gate)
+def _glu_impl(gate: Tensor, up: Tensor, gelu: bool, backend: str = "native") -> Tensor:
+    out = _glu_fake(gate)
     if backend == "triton":
         from foveate.backend.triton.glu import glu
 
@@ -96,12 +96,14 @@ def _forward(gate: Tensor, up: Tensor, gelu: bool, backend: str = "native") -> T
     return out
 
 
-def _fake(gate: Tensor, *_: Any) -> Tensor:
+def _glu_fake(gate: Tensor, *_: Any) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-def _backward(dout: Tensor, gate: Tensor, up: Tensor, gelu: bool, backend: str = "native") -> tuple[Tensor, Tensor]:
-    dgate, dup = _backward_fake(dout, gate)
+def _glu_backward_impl(
+    dout: Tensor, gate: Tensor, up: Tensor, gelu: bool, backend: str = "native"
+) -> tuple[Tensor, Tensor]:
+    dgate, dup = _glu_backward_fake(dout, gate)
     rows = (matrix(dout.contiguous()), matrix(gate), matrix(up), matrix(dgate), matrix(dup))
     if backend == "triton":
         from foveate.backend.triton.glu import glu_backward
@@ -112,32 +114,32 @@ def _backward(dout: Tensor, gate: Tensor, up: Tensor, gelu: bool, backend: str =
     return dgate, dup
 
 
-def _backward_fake(dout: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _glu_backward_fake(dout: Tensor, gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
 _glu_op = library.define(
-    "glu(Tensor gate, Tensor up, bool gelu, str backend='native') -> Tensor", impl=_forward, fake=_fake
+    "glu(Tensor gate, Tensor up, bool gelu, str backend='native') -> Tensor", impl=_glu_impl, fake=_glu_fake
 )
 _glu_backward = library.define(
     "glu_backward(Tensor dout, Tensor gate, Tensor up, bool gelu, str backend='native') -> (Tensor dgate, Tensor dup)",
-    impl=_backward,
-    fake=_backward_fake,
+    impl=_glu_backward_impl,
+    fake=_glu_backward_fake,
 )
 
 
-def _vmap(info: Any, in_dims: Any, gate: Tensor, up: Tensor, *options: Any) -> tuple[Tensor, int]:
+def _glu_vmap(info: Any, in_dims: Any, gate: Tensor, up: Tensor, *options: Any) -> tuple[Tensor, int]:
     gate, up = (batch_first(t, dim, info.batch_size) for t, dim in zip((gate, up), in_dims))
     return _glu_op(gate, up, *options), 0
 
 
-def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+def _glu_backward_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     tensors = (batch_first(t, dim, info.batch_size) for t, dim in zip(args[:3], in_dims))
     return _glu_backward(*tensors, *args[3:]), (0, 0)
 
 
-library.vmap("glu", _vmap)
-library.vmap("glu_backward", _backward_vmap)
+library.vmap("glu", _glu_vmap)
+library.vmap("glu_backward", _glu_backward_vmap)
 
 
 def _backward_definition(dout: Tensor, gate: Tensor, up: Tensor, gelu: bool, backend: str) -> tuple[Tensor, ...]:

@@ -69,6 +69,19 @@ def decode_plan(
     return DecodePlan(splits, _INVARIANT_SPLIT_KEYS, rows_per_task, heads_per_task, False)
 
 
+# From this many tokens of a sequence on, the blocked kernel attends: a prompt. Below it, the decode kernel, whose rows are the same
+# however many tokens a step has, as checking drafts needs.
+_PROMPT_TOKENS = 32
+
+
+def step_plan(B: int, S: int, Hq: int, Hkv: int, D: int, max_keys: int, threads: int, quantized: bool) -> DecodePlan:
+    """For a step of `models.NativeDecoder`: the batch-invariant `decode_plan`, but for a prompt."""
+    plan = decode_plan(B, S, Hq, Hkv, D, D, max_keys, threads, 0, True, quantized)
+    if S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= BLOCKED_ROWS and not quantized and D <= CPU_HEAD_DIM:
+        return plan._replace(num_splits=1, keys_per_split=0, blocked=True)
+    return plan
+
+
 # The CPU's decode kernel reads K and V once, in place, where the blocked kernel copies them first: so many query rows that share a KV
 # head are few enough for it.
 _FEW_ROWS = 16
