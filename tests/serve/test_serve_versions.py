@@ -114,6 +114,27 @@ def test_what_cannot_be_loaded_changes_nothing(versioned, expected):
     assert admin(versioned, "/v1/reload_model", model="x").status_code == 404
 
 
+def test_one_change_at_a_time(folder):
+    let = threading.Event()
+
+    def slow():
+        assert let.wait(60)
+        return serve_toys.make_llm(folder)
+
+    load = {"toy": lambda: serve_toys.make_llm(folder), "slow": slow}
+    with (
+        serve_toys.serving(load, models={"toy": "toy"}, api_keys=(ADMIN, "plain-key-1")) as running,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        first = pool.submit(admin, running, "/v1/reload_model", model="toy", path="slow")
+        try:
+            running.wait(running.state.versions._changing.locked, 60)
+            assert admin(running, "/v1/reload_model", model="toy", path="slow").status_code == 409
+        finally:
+            let.set()
+        assert first.result(60).status_code == 200
+
+
 def test_a_candidate_gets_its_share_and_is_promoted(versioned, expected):
     assert admin(versioned, "/v1/set_candidate", model="toy", path="new", share=0.25).status_code == 200
     by_model = Counter()

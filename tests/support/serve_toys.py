@@ -160,7 +160,7 @@ def serving(loaders: dict[str, Any], *, ready: bool = True, **settings: Any) -> 
         assert time.monotonic() < deadline and thread.is_alive(), "the server did not start"
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    key = settings.get("api_keys", ("",))[0]
+    key = next((key for key in settings.get("api_keys", ()) if isinstance(key, str)), None)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         with httpx2.Client(timeout=30, headers=headers, trust_env=False) as client:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ class Versions:
         self._state = state
         self.shares: dict[str, float] = {}  # of each model's requests, to its candidate
         self._owed: dict[str, float] = {}
-        self._busy: set[str] = set()
+        self._changing = asyncio.Lock()
         self._drains: set[asyncio.Task[None]] = set()
 
     def choose(self, served: ServedModel) -> ServedModel:
@@ -43,43 +44,52 @@ class Versions:
 
     async def reload(self, name: str, path: str | Path | None) -> None:
         """path: None for the one that it has. ApiError 400 when it cannot be loaded; then all stays as it was."""
-        old = self._model(name)
-        made = await self._load(name, name, path or old.path)
-        await self._replace(old, made)
+        async with self._alone():
+            old = self._model(name)
+            made = await self._load(name, name, path or old.path)
+            await self._replace(old, made)
 
     async def set_candidate(self, name: str, path: str | Path | None, share: float) -> None:
         """share: from 0 to 1. path: None keeps the candidate that there is, and changes its share."""
-        self._model(name)
-        known = self._state.models.get(candidate_name(name))
-        if path is not None:
-            made = await self._load(name, candidate_name(name), path)
-            self._state.models[made.name] = made
-            self._state.metrics.add(made)
-            if known is not None:
-                self._retire(known)
-        elif known is None:
-            raise bad_request(f"{name} has no candidate; give the path of one", "path")
-        self.shares[name], self._owed[name] = share, 0.0
+        async with self._alone():
+            self._model(name)
+            known = self._state.models.get(candidate_name(name))
+            if path is not None:
+                made = await self._load(name, candidate_name(name), path)
+                self._state.models[made.name] = made
+                self._state.metrics.add(made)
+                if known is not None:
+                    self._retire(known)
+            elif known is None:
+                raise bad_request(f"{name} has no candidate; give the path of one", "path")
+            self.shares[name], self._owed[name] = share, 0.0
 
     async def promote(self, name: str) -> None:
         """The candidate takes the model's place, and all of its traffic."""
-        old = self._model(name)
-        candidate = self._state.models.get(candidate_name(name))
-        if candidate is None:
-            raise bad_request(f"{name} has no candidate; begin with one", "model")
-        candidate.check_ready()
-        del self._state.models[candidate.name]
-        self._state.metrics.remove(candidate)
-        self.shares.pop(name, None)
-        candidate.name = name
-        await self._replace(old, candidate)
+        async with self._alone():
+            old = self._model(name)
+            candidate = self._state.models.get(candidate_name(name))
+            if candidate is None:
+                raise bad_request(f"{name} has no candidate; begin with one", "model")
+            candidate.check_ready()
+            del self._state.models[candidate.name]
+            self._state.metrics.remove(candidate)
+            self.shares.pop(name, None)
+            candidate.name = name
+            await self._replace(old, candidate)
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """ApiError 409 while another change is under way."""
+        if self._changing.locked():
+            raise ApiError(409, "another version is being loaded or switched to; wait for it", code="busy")
+        async with self._changing:
+            yield
 
     def _model(self, name: str) -> ServedModel:
         found = self._state.model(name)
         if found.adapter is not None or found.name.endswith("@candidate"):
             raise bad_request(f"{name} is not a model with versions; name the model itself", "model")
-        if found.name in self._busy:
-            raise ApiError(409, f"a version of {name} is being loaded already; wait for it", param="model", code="busy")
         return found
 
     async def _load(self, model: str, name: str, path: str | Path | None) -> ServedModel:
@@ -92,11 +102,7 @@ class Versions:
         made = ServedModel(name, load)
         made.path = path
         loop = asyncio.get_running_loop()
-        self._busy.add(model)
-        try:
-            await loop.run_in_executor(None, made.load, loop, state.on_outputs)
-        finally:
-            self._busy.discard(model)
+        await loop.run_in_executor(None, made.load, loop, state.on_outputs)
         if made.state != "ready":
             raise bad_request(f"it cannot be loaded: {made.error}", "path")
         if made.llm is not None:
