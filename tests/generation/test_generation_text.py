@@ -194,6 +194,29 @@ def test_a_stop_string_may_be_or_contain_a_special_token(skip):
     assert stops.text == "abcd" and stops.safe == 4
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_shown_between_hidden_pieces(seed):
+    """Against all that was pushed, looked at anew after each piece."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abc", k=rng.randint(2, 5))) for _ in range(2)]
+    stops, include = StopStrings(words, include=seed % 2 == 0), seed % 2 == 0
+    pushed = ""
+    seen: list[bool] = []  # of each character
+    for _ in range(60):
+        piece, hidden = "".join(rng.choices("abcd", k=rng.randint(0, 3))), rng.random() < 0.4
+        pushed += piece
+        seen += [not hidden] * len(piece)
+        shown = lambda end: "".join(c for c, s in zip(pushed[:end], seen) if s)  # noqa: B023, E731
+        if stops.push(piece, hidden=hidden):
+            at, stop = min((at, i) for i, word in enumerate(words) if (at := pushed.find(word)) >= 0)
+            assert stops.found == words[stop]
+            assert stops.text == shown(at) + (words[stop] if include else "") and stops.safe == len(stops.text)
+            return
+        assert not any(word in pushed for word in words)
+        begun = max((n for word in words for n in range(len(word)) if pushed.endswith(word[:n])), default=0)
+        assert stops.text == shown(len(pushed)) and stops.safe == len(shown(len(pushed) - begun))
+
+
 def test_beams_and_names_of_tokens_read_as_samples_do():
     """SentencePiece's space belongs to the token, at the beginning of an output too."""
     tokenizer = Tokenizer(_sentencepiece())

@@ -16,12 +16,13 @@ class StopStrings:
         self._longest = max(map(len, self._stops), default=0)
         self._all = ""  # with the hidden pieces
         self._hidden: list[tuple[int, int]] = []  # where they stand in it
+        self._visible = ""  # without them
         self.found: str | None = None
         self._from = 0  # nothing before is searched
 
     @property
     def text(self) -> str:
-        return self._shown(len(self._all))
+        return self._visible
 
     def push(self, piece: str, search: bool = True, hidden: bool = False) -> bool:
         """Adds text; True if a stop string is complete, and then `text` ends before it, or after it with `include`.
@@ -30,6 +31,8 @@ class StopStrings:
         """
         if hidden and piece:
             self._hidden.append((len(self._all), len(self._all) + len(piece)))
+        else:
+            self._visible += piece
         self._all += piece
         if not search:
             self._from = len(self._all)
@@ -46,6 +49,7 @@ class StopStrings:
         # included is the whole stop string, also what of it is a special token
         self._hidden = [(a, min(b, at)) for a, b in self._hidden if a < at]
         self._all = self._all[:end]
+        self._visible = self._shown()
         return True
 
     @property
@@ -60,13 +64,16 @@ class StopStrings:
                 if tail.endswith(stop[:size]):
                     longest = size
                     break
-        return len(self._shown(len(self._all) - longest))
+        end, hidden = len(self._all) - longest, 0
+        for first, last in reversed(self._hidden):
+            if last <= end:
+                break
+            hidden += last - max(first, end)
+        return len(self._visible) - (longest - hidden)
 
-    def _shown(self, end: int) -> str:
-        if not self._hidden:
-            return self._all[:end]
+    def _shown(self) -> str:
         shown, at = "", 0
         for first, last in self._hidden:
-            shown += self._all[at : min(first, end)] if at < end else ""
+            shown += self._all[at:first]
             at = last
-        return shown + self._all[at:end]
+        return shown + self._all[at:]
