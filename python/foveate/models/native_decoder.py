@@ -11,7 +11,7 @@ from foveate.backend import native
 from foveate.cache.view import CacheView
 from foveate.models.addresses import Addresses
 from foveate.models.gpt2 import GPT2
-from foveate.models.layers import PackedEmbedding, RMSNorm
+from foveate.models.layers import LayerNorm, PackedEmbedding, RMSNorm
 from foveate.models.llama import Llama
 from foveate.nn import PackedLinear
 from foveate.ops.attention.plan import step_plan
@@ -93,7 +93,7 @@ class NativeDecoder:
         for name, module in model.named_modules():
             groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
             for group in groups:
-                kinds = {_kind(getattr(module, part)) for part in group if hasattr(module, part)}
+                kinds = {_kind(getattr(module, part)) for part in group if getattr(module, part, None) is not None}
                 if len(kinds) > 1:
                     return f"{' and '.join(group)} of {name} are {' and '.join(sorted(kinds))}; they must share one kind of format"
         return None
@@ -141,6 +141,8 @@ class NativeDecoder:
             x = self.model.model.embed_tokens(tokens)
             if self.config.embed_scale is not None:
                 x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
+            if self.config.learned_positions is not None:
+                x = x + self.model.model.embed_positions(cache.positions() + self.config.learned_positions)
         return x.float().contiguous()
 
     def _keep(self, x: Tensor | None) -> Tensor | None:
@@ -161,16 +163,22 @@ class NativeDecoder:
         self._borrowed.append(linear.data)
         return linear.data, self._keep(linear.bias), linear.format, linear.in_features, linear.out_features
 
-    def _norm(self, norm: RMSNorm | nn.LayerNorm) -> tuple[Any, ...]:
+    def _norm(self, norm: RMSNorm | LayerNorm | nn.LayerNorm) -> tuple[Any, ...]:
+        if isinstance(norm, LayerNorm):
+            assert norm.weight is not None
+            return "layer", self._keep(norm.weight.float() + norm.offset), self._keep(norm.bias), norm.eps
         if isinstance(norm, nn.LayerNorm):
             return "layer", self._keep(norm.weight), self._keep(norm.bias), norm.eps
         return "rms", self._keep(norm.weight.float() + norm.offset if norm.offset else norm.weight), None, norm.eps
 
     def _llama(self, model: Any) -> Any:
         c = model.config
-        tables = model.rotary.tables(torch.device("cpu"), length=self._positions)
-        cos, sin = map(self._keep, tables)
-        self._positions = 2**31 if len(tables[0]) == c.max_positions else len(tables[0])  # no more are needed
+        cos = sin = None
+        if c.learned_positions is None:
+            tables = model.rotary.tables(torch.device("cpu"), length=self._positions)
+            cos, sin = map(self._keep, tables)
+        # no more are needed
+        self._positions = 2**31 if cos is None or len(cos) == c.max_positions else len(cos)
         decoder = _C.Decoder(
             hidden=c.hidden_size, inner=c.intermediate_size, heads_q=c.num_heads, heads_kv=c.num_kv_heads, head_dim=c.head_dim,
             softcap=c.attn_softcap or 0.0, activation=_ACTIVATIONS[c.activation], final_norm=self._norm(model.model.norm),
@@ -222,11 +230,10 @@ def _beyond(config: Any) -> str | None:
         "mixture of experts": config.experts is not None,
         "attention sinks": config.sinks,
         "ALiBi": config.alibi,
-        "learned positions beside RMSNorm": config.learned_positions is not None,
-        "layer norms": config.norm != "rms" or config.embed_norm,
+        "layer norms without a bias": config.norm not in ("rms", "layer_bias"),
+        "norm of the embedding": config.embed_norm,
         "layers without a norm before them": not config.pre_norms,
         "parallel blocks": bool(config.parallel),
-        "MLP without a gate": not config.gated,
         "norms of q and k but RMSNorm of each head": config.qk_norm not in ("", False, True, "rms"),
         "norms after RoPE": config.qk_norm_after_rope,
         "clipped q, k and v": config.clip_qkv is not None,
