@@ -65,11 +65,17 @@ bool run(DType dtype, int64_t sq, int64_t skv, int64_t hq, int64_t hkv, int64_t 
   std::vector<float> lse_data(batch * hq * sq);
   TensorView lse;
   lse.data = lse_data.data(), lse.ndim = 3, lse.shape = {batch, hq, sq}, lse.stride = {hq * sq, sq, 1};
-  AttentionOptions o;
-  o.causal = causal, o.scale = 1 / std::sqrt(static_cast<double>(d)), o.softcap = softcap;
-  attention_forward(q.view(), k.view(), v.view(), out.view(), lse, o, Threads(2));
-  attention_backward(dout.view(), {}, q.view(), k.view(), v.view(), out.view(), lse, dq.view(), dk.view(), dv_.view(), {}, {}, {}, {}, o,
-                     Threads(2));
+  AttentionOperands o;
+  o.q = q.view(), o.k = k.view(), o.v = v.view();
+  o.max_q = sq, o.max_k = skv, o.causal = causal, o.scale = 1 / std::sqrt(static_cast<double>(d)), o.softcap = softcap;
+  // Both kernels: that for few rows, with two splits of the keys, and the blocked one.
+  DecodePlan plan;
+  plan.rows_per_task = sq * (hq / hkv), plan.num_splits = std::min<int64_t>(2, skv);
+  plan.blocked = plan.rows_per_task > 16 || dtype == DType::kFloat64;
+  attention_forward(o, {}, out.view(), lse, plan, Threads(2));
+  AttentionGradOperands grads;
+  grads.q = dq.view(), grads.k = dk.view(), grads.v = dv_.view();
+  attention_backward(o, {}, dout.view(), {}, out.view(), lse, grads, {}, Threads(2));
 
   std::vector<double> e_out(out.value.size()), e_dq(dq.value.size()), e_dk(dk.value.size()), e_dv(dv_.value.size());
   for (int64_t b = 0; b < batch; ++b)
