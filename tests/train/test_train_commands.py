@@ -214,7 +214,7 @@ def bad_inputs():
         change = {"new_model": json.dumps(BERT), "tokenizer": wordpiece(folder)}
         return (
             change,
-            "the objective causal-lm is for llama, mistral, qwen2, qwen3, gemma2, gpt2, and this model is of architecture 'bert'",
+            "gpt2, and this model is of architecture 'bert'; bert models learn masked-lm or question-answering",
         )
 
     def unknown(folder):
