@@ -243,3 +243,16 @@ def test_float16_does_not_overflow(feed_forward: str, tmp_path: Path) -> None:
         peer.isfinite().all()
         and (found.float() - exact).abs().max() <= 2 * (peer - exact).abs().max() + 1e-3 * exact.abs().max()
     )
+
+
+def test_mt5_is_a_t5(tmp_path: Path) -> None:
+    config = transformers.MT5Config(
+        **SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False, attn_implementation="eager"
+    )
+    model = transformers.MT5ForConditionalGeneration(config).eval()
+    randomize(model, 0.2)
+    model.save_pretrained(tmp_path)
+    source, target = torch.randint(3, 40, (2, 9)), torch.randint(3, 40, (2, 7))
+    with torch.no_grad():
+        expected = model(input_ids=source, decoder_input_ids=target).logits
+        assert_logits_close(load_model(tmp_path)(source, target), expected)

@@ -102,7 +102,7 @@ ARCHITECTURES = (
         named_heads=modernbert.NAMED_HEADS,
     ),
     Architecture(
-        {"t5": "T5ForConditionalGeneration"},
+        {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"},
         t5.T5,
         t5.T5Block,
         ("seq2seq", "span-corruption"),

@@ -1,4 +1,4 @@
-"""T5: encoder and decoder with bucketed relative positions (Raffel et al. 2020, arXiv 1910.10683); v1.0, v1.1 and Flan-T5."""
+"""T5: encoder and decoder with bucketed relative positions (Raffel et al. 2020, arXiv 1910.10683); v1.0, v1.1, Flan-T5, mT5."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class T5Config:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> T5Config:
         """From config.json. transformers 5 writes `scale_decoder_outputs` and says of every T5 that it is tied."""
-        name = config.get("feed_forward_proj", "relu")
+        mt5 = config.get("model_type") == "mt5"
+        name = config.get("feed_forward_proj", "gated-gelu" if mt5 else "relu")
         gate, _, act = name.rpartition("-")
         if gate not in ("", "gated"):
             raise CheckpointError(
@@ -65,7 +66,7 @@ class T5Config:
             gated=gate == "gated",
             dropout=config.get("dropout_rate", 0.1),
             tied=tied,
-            scaled=bool(config.get("scale_decoder_outputs", tied)),
+            scaled=bool(config.get("scale_decoder_outputs", tied and not mt5)),
             start_id=pad_id if start_id is None else start_id,
             pad_id=pad_id,
         )
