@@ -22,6 +22,10 @@ def missing(root: Path, files: list[str]) -> list[str]:
     return found
 
 
+def is_ignored(path: str) -> bool:
+    return subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT).returncode == 0
+
+
 def test_every_path_that_a_file_names_exists() -> None:
     if not (ROOT / ".git").exists():
         return  # an unpacked source distribution
@@ -44,7 +48,10 @@ def test_every_path_that_a_file_names_exists() -> None:
     )
     files = [name for name in listed if name.endswith(kinds) and name not in ELSEWHERE and (ROOT / name).exists()]
     assert len(files) > 300
-    assert missing(ROOT, files) == []
+    nowhere = missing(ROOT, files)
+    # what a build makes is not there before it
+    built = {path for path in {line.rsplit(": ", 1)[1] for line in nowhere} if is_ignored(path)}
+    assert [line for line in nowhere if line.rsplit(": ", 1)[1] not in built] == []
 
 
 def test_a_path_that_leads_nowhere_is_found(tmp_path: Path) -> None:
