@@ -29,6 +29,7 @@ def test_a_factor_without_a_type_scales_linearly(fields, factor, tmp_path):
 
 @pytest.mark.parametrize("fields, sentence", [
     ({"llama.expert_count": 4}, "lacks llama.expert_used_count"),
+    ({"llama.embedding_length": 3, "llama.attention.head_count": 4}, "embedding_length=3 for 4 heads"),
     ({"llama.attention.value_length": 8}, "attention.value_length=8 and keys of 16; values of another length"),
     ({"llama.rope.dimension_count": 8}, "rope.dimension_count=8 and keys of 16; the rotated part of keys of another length"),
 ], ids=str)  # fmt: skip

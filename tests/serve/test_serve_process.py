@@ -158,22 +158,19 @@ def test_the_benchmark_counts_every_token(folder, llm, capsys, monkeypatch):
     spec.loader.exec_module(benchmark)
     asked: list[int] = []
 
-    class Started(contextlib.ExitStack):
-        terminate, wait = contextlib.ExitStack.close, lambda self: None
-
-    def start_server(args, port):
-        started = Started()
-        running = started.enter_context(
-            serve_toys.serving({"bench": lambda: serve_toys.make_llm(folder)}, port=port, log_requests=False)
-        )
-        started.callback(lambda: asked.append(running.metric("vllm:generation_tokens_total", model_name="bench")))
-        return started
+    @contextlib.contextmanager
+    def in_a_thread(server, port, client_cpu):
+        assert server[0][2:4] == ["foveate", "serve"]
+        load = {"bench": lambda: serve_toys.make_llm(folder)}
+        with serve_toys.serving(load, port=port, log_requests=False) as running:
+            yield
+            asked.append(running.metric("vllm:generation_tokens_total", model_name="bench"))
 
     def in_process(args, given):
         outputs = llm.generate(given, foveate.SamplingParams(max_tokens=args.tokens, ignore_eos=True, temperature=0))
         return sum(len(output.outputs[0].token_ids) for output in outputs) / 0.5
 
-    monkeypatch.setattr(benchmark, "start_server", start_server)
+    monkeypatch.setattr(benchmark, "running", in_a_thread)
     monkeypatch.setattr(benchmark, "in_process", in_process)
     quick = ["--streams", "2", "--prompt", "5", "--tokens", "6", "--rounds", "1", "--threads", "1"]
     assert benchmark.main(["--model", str(folder), *quick]) == 0

@@ -99,7 +99,7 @@ class DecodeGraph:
         device = tensors[0].device
         if device.type != "cuda":
             return f"CUDA graphs need a CUDA device, and the model is on {device}"
-        if getattr(model.config, "experts", None) is not None:
+        if getattr(getattr(model, "config", None), "experts", None) is not None:
             return "which experts a step runs is read on the host"
         dtype = next(x.dtype for x in tensors if x.is_floating_point())
         return not_capturable(device.type, dtype)

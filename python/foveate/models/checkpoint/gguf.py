@@ -98,6 +98,10 @@ def _llama_config(file: GgufFile, arch: str, architecture: GgufArchitecture) -> 
 
     hidden, heads, layers = value("embedding_length"), value("attention.head_count"), value("block_count")
     head_dim = value("attention.key_length", hidden // heads)
+    if hidden < heads:
+        raise CheckpointError(
+            f"{file.path} has {arch}.embedding_length={hidden} for {heads} heads: damaged, or not a model; download it again"
+        )
     if value("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(
             f"{file.path} has {arch}.attention.value_length={value('attention.value_length')} and keys of {head_dim}; values of another "

@@ -54,7 +54,8 @@ class TrainedModel:
             )
         tied = not any(f"{head}.weight" in stored for head in HEADS)
         if not tied:  # transformers then reads BERT's other tied weight, the decoder's bias, under both names
-            stored |= {alias: stored[name].clone() for alias, name in model.tied.items() if name in stored}
+            aliases = {alias: name for alias, name in model.tied.items() if name in stored and alias not in stored}
+            stored |= {alias: stored[name].clone() for alias, name in aliases.items()}
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
         self.export_settings(folder, self.dtype, tied=tied)
 
