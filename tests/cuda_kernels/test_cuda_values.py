@@ -81,7 +81,7 @@ def test_counters_are_zero_again(monkeypatch, seed):
         assert kept.eq(0).all()
     assert torch.equal(*results)
     kept[:4] = 1  # the last but one believes that it is the last
-    with pytest.raises(RuntimeError, match="race on byte .* in global memory: st_global .* and read by block"):
+    with pytest.raises(RuntimeError, match="race on byte .* in global memory: st.global.* and read by block"):
         inputs.clone().run("native")
 
 

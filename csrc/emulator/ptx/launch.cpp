@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <regex>
 
 #include "core/check.h"
 #include "emulator/ptx/machine.h"
@@ -27,8 +28,22 @@ std::string demangled(const std::string& name) {
   return text.get();
 }
 
+// "copy_pages_kernel<uint4>" of "copy_pages_kernel<FoveateVector4<unsigned int> >": the emulator's vectors under CUDA's names.
+std::string with_cuda_vectors(const std::string& name) {
+  static const std::regex vector("FoveateVector([24])<(unsigned|signed)? ?(char|short|int|float)(, [^>]*)?>( (?=>))?");
+  std::string renamed;
+  auto from = name.begin();
+  for (std::sregex_iterator match(name.begin(), name.end(), vector), end; match != end; ++match) {
+    renamed.append(from, (*match)[0].first);
+    renamed += ((*match)[2] == "unsigned" ? "u" : "") + match->str(3) + match->str(1);
+    from = (*match)[0].second;
+  }
+  return renamed.append(from, name.end());
+}
+
 // "foveate::cuda::softmax_kernel<float>" of "void foveate::cuda::softmax_kernel<float>(foveate::Params)"; of Symbol<&(...)> the same.
 std::string without_type(std::string name) {
+  name = with_cuda_vectors(name);
   const std::string_view wrapper = "emulator::Symbol<";
   if (const size_t at = name.find(wrapper); at != std::string::npos) {
     name.erase(0, at + wrapper.size());
