@@ -17,6 +17,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -30,6 +31,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
+
+from foveate.bench.machine import describe
 
 
 async def one_stream(port: int, body: dict[str, Any]) -> list[float]:
@@ -168,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    machine = dataclasses.asdict(describe())
+    machine["threads"] = args.threads or machine["threads"]
     rows = []
     for streams in args.streams:
         http, library, llama, first, between = [], [], [], [], []
@@ -193,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             http.append(streams * args.tokens / seconds)
             first += [one[0] for one in times]
             between += [b - a for one in times for a, b in itertools.pairwise(one)]
-        row = {
+        row = machine | {
             "streams": streams,
             "http_tokens_per_s": round(statistics.median(http), 1),
             "library_tokens_per_s": round(statistics.median(library), 1),
