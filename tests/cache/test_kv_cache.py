@@ -11,7 +11,7 @@ import compare
 import foveate
 import poison
 from foveate.backend.reference import attention as reference
-from kv_cases import BF16, F8, F16, F32, I8, KvCase, bits, exact, forward_floors, in_torch, make_kv_inputs
+from kv_cases import BF16, F8, F16, F32, I8, KvCase, bits, check_case, exact, forward_floors, in_torch, make_kv_inputs
 
 pytestmark = [pytest.mark.kernels, pytest.mark.cuda]
 
@@ -78,18 +78,6 @@ CASES = [KvCase(**layout, **option) for layout in LAYOUTS for option in OPTIONS]
     KvCase(b=0),
     KvCase(sq=0, snew=3),
 ]
-
-
-def check_case(case: KvCase, seed: int, backend: str) -> None:
-    inputs = make_kv_inputs(case, seed)
-    expected, expected_lse = exact(inputs)
-    peer, peer_lse = in_torch(inputs) if case.b else (expected, expected_lse)
-    with poison.guarded_outputs():
-        out, lse = inputs.clone().run(backend)
-    assert out.dtype == case.dtype and lse.dtype == F32
-    floors = forward_floors(inputs)
-    compare.assert_as_good_as_torch(out, expected, peer, floor=floors["out"])
-    compare.assert_as_good_as_torch(lse, expected_lse, peer_lse, name="lse", floor=floors["lse"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -87,7 +87,7 @@ def test_counters_are_zero_again(monkeypatch, seed):
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((3, 9, 4, 2, 8), BF16), ((2, 90, 3), torch.int8), ((1, 9, 5, 1, 1000), torch.float32)],
+    [((3, 9, 4, 2, 8), BF16), ((2, 90, 3), torch.int8), ((2, 90, 12), torch.int8), ((1, 9, 5, 1, 1000), torch.float32)],
     ids=str,
 )
 def test_copies_of_pages(shape, dtype):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
+import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -113,5 +116,32 @@ def run_text(program: Path, folder: Path, body: str, words: np.ndarray, out_word
     return run_file(program, file, words, out_words, **options)
 
 
-if __name__ == "__main__":  # for .ci/ptx.sh
-    print(*kernels(), sep="\n")
+def entries() -> list[str]:
+    """The names of all kernels of the package, as launches are recorded."""
+    text = "".join(path.read_text() for path in kernels())
+    mangled = sorted(set(re.findall(r"^(?:\.visible )?\.entry (\w+)", text, re.MULTILINE)))
+    done = subprocess.run(["c++filt", "-p", *mangled], capture_output=True, text=True, check=True)
+    return [line.removeprefix("void ") for line in done.stdout.splitlines()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compiles the package's kernels to PTX and prints the files.")
+    parser.add_argument(
+        "--launched", type=Path, help="a file of FOVEATE_EMULATOR_PTX_LAUNCHED: say which kernels are not in it"
+    )
+    args = parser.parse_args()
+    if args.launched is None:
+        print(*kernels(), sep="\n")
+        return 0
+    known, launched = entries(), set(args.launched.read_text().splitlines())
+    missing = [name for name in known if name not in launched]
+    print(
+        *(f"not launched: {name}" for name in missing),
+        f"{len(known) - len(missing)} of {len(known)} kernels were launched",
+        sep="\n",
+    )
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":  # for .ci/ptx.sh and .ci/run
+    sys.exit(main())

@@ -17,7 +17,7 @@ def repro(case: AttentionCase | VarlenCase, check: str, seed: int, backend: str)
     code = (
         f"import torch; from cases import *; from {module} import {function}; {function}({case}, {seed}, '{backend}')"
     )
-    return f'PYTHONPATH=python:tests python -c "{code}"'
+    return f'PYTHONPATH=python:tests/support:tests/ops python -c "{code}"'
 
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import compare
 import foveate
+import poison
 from foveate.backend.reference import attention as reference
 from foveate.bench.tolerance import attention_forward_floors, largest
 
@@ -215,3 +216,16 @@ def _gather(cache: Tensor, scale: Any, b: int, length: int, table: Tensor | None
         return of(cache)
     scale = torch.as_tensor(scale)
     return of(cache.float()) * (of(scale) if scale.dim() > 1 else scale)[..., None]
+
+
+def check_case(case: KvCase, seed: int, backend: str) -> None:
+    """As good as torch in the same dtype, beside fp64; nothing outside the outputs is written."""
+    inputs = make_kv_inputs(case, seed)
+    expected, expected_lse = exact(inputs)
+    peer, peer_lse = in_torch(inputs) if case.b else (expected, expected_lse)
+    with poison.guarded_outputs():
+        out, lse = inputs.clone().run(backend)
+    assert out.dtype == case.dtype and lse.dtype == F32
+    floors = forward_floors(inputs)
+    compare.assert_as_good_as_torch(out, expected, peer, floor=floors["out"])
+    compare.assert_as_good_as_torch(lse, expected_lse, peer_lse, name="lse", floor=floors["lse"])
