@@ -15,11 +15,14 @@ from foveate.bench import machine, report, run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+of_a_build_with_cuda = pytest.mark.skipif(
+    not foveate.backend.native._C.has_cuda_kernels(),
+    reason="the tables of the README are those of a build with CUDA, which this one is not",
+)
 
 
+@of_a_build_with_cuda
 def test_generated_parts_are_up_to_date(monkeypatch) -> None:
-    if not foveate.backend.native._C.has_cuda_kernels():
-        pytest.skip("the support matrix of the README is that of a build with CUDA, which this one is not")
     monkeypatch.chdir(ROOT)
     assert readme.main(["--check"]) == 0, "run `python tools/readme.py`"
 
@@ -94,6 +97,7 @@ def test_picture_is_that_of_the_newest_results(tmp_path) -> None:
     assert readme.picture_is_current(ROOT), "run `python tools/readme.py`"
 
 
+@of_a_build_with_cuda
 def test_features_are_those_of_the_backends(monkeypatch) -> None:
     """An option that one backend lacks is no tick in the table of peers."""
     assert "| softcap | ✓ | ✓ |" in peers.table({}) and "differs" not in peers.table({})
