@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import generation_toys
+from foveate.files.data_files import CONTINUES, LONGEST_PIECE, PIECE, read_rows
 from foveate.models.sequences import PackedSequences
 from foveate.tokenizer import Tokenizer
 from foveate.tokenizer.characters import char_tokenizer
 from foveate.train import TrainConfig
 from foveate.train.data import chat
 from foveate.train.data.examples import Piece
-from foveate.train.data.files import CONTINUES, LONGEST_PIECE, PIECE, read_rows
 from foveate.train.data.plan import DataPlan, best_fit
 from foveate.train.data.token_store import TokenStore
 from foveate.train.data.tokenized import tokenized

@@ -11,7 +11,7 @@ import lzma
 
 import pytest
 
-from foveate.train.data.files import data_files, declared_labels, left_out, read_rows
+from foveate.files.data_files import data_files, declared_labels, left_out, read_rows
 
 ROWS = [{"text": f'row {i},\u2028 \x85 caf\u00e9 \U0001f600\n"quoted"', "label": str(i % 2)} for i in range(5)]
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foveate.files.data_files import read_rows, strings
 from foveate.models import open_checkpoint
 from foveate.tokenizer import Tokenizer
 from foveate.tokenizer.characters import char_tokenizer
@@ -22,7 +23,6 @@ from foveate.train.checkpoints.folder import Checkpoints
 from foveate.train.checkpoints.model import TrainedModel
 from foveate.train.config import TrainConfig
 from foveate.train.data.examples import Pieces
-from foveate.train.data.files import read_rows, strings
 from foveate.train.data.hold_out import hold_out
 from foveate.train.data.plan import DataPlan
 from foveate.train.data.token_store import TokenStore

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from foveate.files.data_files import data_files
 from foveate.models import open_checkpoint
 from foveate.nn import PackedLinear
 from foveate.train.config import TrainConfig
-from foveate.train.data.files import data_files
 
 _SAMPLES = 512  # values of each tensor: another training changes nearly all of them
 _BLOCK = 2**20

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from foveate.files.data_files import CONTINUES
 from foveate.tokenizer import Tokenizer
 from foveate.train.data import examples
 from foveate.train.data.chat_template import Spans, conversations, render
-from foveate.train.data.files import CONTINUES
 from foveate.train.data.formats import read_row
 
 __all__ = ["Sample", "render", "samples", "tokens_of"]

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from foveate.files.data_files import CONTINUES
 from foveate.train.config import TrainConfig
-from foveate.train.data.files import CONTINUES
 
 Columns = dict[str, list[np.ndarray]]
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foveate.files.data_files import data_files, left_out, read_rows
 from foveate.progress import ProgressBar
 from foveate.tokenizer import Tokenizer
 from foveate.train.data.examples import Columns, at_row
-from foveate.train.data.files import data_files, left_out, read_rows
 from foveate.train.data.token_store import TokenStore
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from foveate.files.data_files import declared_labels, read_rows
 from foveate.models.registry import architecture_of, find, model_types
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
-from foveate.train.data.files import declared_labels, read_rows
 from foveate.train.objectives.base import Objective
 from foveate.train.objectives.causal_lm import CausalLM
 from foveate.train.objectives.classification import Classification

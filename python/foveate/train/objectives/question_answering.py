@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.files.data_files import read_rows
 from foveate.ops.cross_entropy import cross_entropy
 from foveate.pipelines.question_answering import QuestionAnswerer
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.data.batch import Batch, join, layout
 from foveate.train.data.examples import Columns, Piece, Pieces, text_of
-from foveate.train.data.files import read_rows
 from foveate.train.data.token_store import TokenStore
 from foveate.train.objectives.base import Objective
 from foveate.train.objectives.squad_metric import scores

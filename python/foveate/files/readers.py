@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from foveate.train.data.class_labels import class_labels, named
+from foveate.files.class_labels import class_labels, named
 
 PIECE = 2**16  # characters of a text file that make a document, if a line ends there
 LONGEST_PIECE = 2**18

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from foveate.train.data import readers
-from foveate.train.data.class_labels import DATASET, class_labels
-from foveate.train.data.readers import CONTINUES, LONGEST_PIECE, PIECE, SUFFIXES, Row, kind_of
+from foveate.files import readers
+from foveate.files.class_labels import DATASET, class_labels
+from foveate.files.readers import CONTINUES, LONGEST_PIECE, PIECE, SUFFIXES, Row, kind_of
 
 __all__ = [
     "CONTINUES",
