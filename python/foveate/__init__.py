@@ -89,6 +89,7 @@ __all__ = [
     "apply_rotary",
     "attention",
     "attention_varlen",
+    "attention_weights",
     "attention_with_kv_cache",
     "backends",
     "cross_entropy",

@@ -12,6 +12,7 @@ from foveate.ops.attention.explain import explain
 from foveate.ops.attention.relative_bias import RelativeBias
 from foveate.ops.attention.sdpa import sdpa
 from foveate.ops.attention.varlen import attention_varlen
+from foveate.ops.attention.weights import attention_weights
 from foveate.ops.attention.with_kv_cache import attention_with_kv_cache
 from foveate.ops.cross_entropy import CrossEntropyOutput, cross_entropy, linear_cross_entropy
 from foveate.ops.glu import geglu, swiglu

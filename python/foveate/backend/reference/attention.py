@@ -80,6 +80,54 @@ def philox_keep(philox: Tensor, p: float, B: int, H: int, Sq: int, Skv: int, fir
     return words.flatten(-2)[..., :Skv] >= round(p * 2**32)
 
 
+def distances(rows: Tensor, Sq: int, Skv: int, kv_lens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """j - (i + L - Sq) of queries `rows` among Sq and keys 0..Skv - 1, and whether j < L, with L = kv_lens[b] or Skv.
+
+    rows: int64 [R] or [B, R]. Returns int64 [B or 1, 1, R, Skv] and bool [B or 1, 1, 1, Skv].
+    """
+    j = torch.arange(Skv, device=rows.device)
+    lens = torch.full((1,), Skv, device=rows.device) if kv_lens is None else kv_lens.to(rows.device, torch.int64)
+    lens = lens[:, None, None, None]
+    i = (rows[None] if rows.dim() == 1 else rows)[:, None, :, None]
+    return j - (i + lens - Sq), j < lens
+
+
+def masked_scores(
+    s: Tensor, distance: Tensor, inside: Tensor, *, causal: bool, window: tuple[int, int], softcap: float | Tensor, bias: Tensor | None,
+    mask: Tensor | None, alibi_slopes: Tensor | None, rel_table: Tensor | None, rel_bidirectional: bool, rel_max_distance: int,
+) -> Tensor:  # fmt: skip
+    """scale * q.k [B, Hq, R, Skv] after softcap, ALiBi, bias and relative bias, and -inf where the key is not visible.
+
+    distance, inside: as `distances` gives them; the options are those of `attention` for these rows.
+    """
+    if isinstance(softcap, Tensor) or softcap > 0:
+        s = softcap * torch.tanh(s / softcap)
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.to(s.dtype)[..., None, None] * distance.abs()
+    if bias is not None:
+        s = s + bias.to(s.dtype)
+    if rel_table is not None:
+        buckets = relative_buckets(distance.squeeze(1), rel_table.shape[0], rel_bidirectional, rel_max_distance)
+        s = s + rel_table.to(s.dtype)[buckets].movedim(-1, 1)  # [B or 1, R, Skv, Hq] -> [B or 1, Hq, R, Skv]
+    left, right = window
+    if causal:
+        right = 0 if right < 0 else min(right, 0)
+    visible = inside
+    if left >= 0:
+        visible = visible & (distance >= -left)
+    if right >= 0:
+        visible = visible & (distance <= right)
+    if mask is not None:
+        visible = visible & mask
+    return torch.where(visible, s, float("-inf"))
+
+
+def with_sinks(s: Tensor, sinks: Tensor) -> Tensor:
+    """s [B, Hq, R, Skv] with the logit of each head's sink, sinks [Hq], as one more column."""
+    B, Hq, R, _ = s.shape
+    return torch.cat([s, sinks.to(s.dtype).view(1, Hq, 1, 1).expand(B, -1, R, 1)], -1)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -117,45 +165,20 @@ def attention(
     dtype = compute_dtype(q)
     B, Sq, Hq, _ = q.shape
     Skv, Hkv = k.shape[1], k.shape[2]
-    i = torch.arange(Sq, device=q.device)[:, None]
-    j = torch.arange(Skv, device=q.device)[None, :]
-    lens = torch.full((1,), Skv, device=q.device) if kv_lens is None else kv_lens.to(q.device, torch.int64)
-    lens = lens[:, None, None, None]  # [B or 1, 1, 1, 1]
-    distance = j - (i + lens - Sq)  # [B or 1, 1, Sq, Skv]
-
+    distance, inside = distances(torch.arange(Sq, device=q.device), Sq, Skv, kv_lens)
     qc, kc, vc = q.to(dtype), k.to(dtype), v.to(dtype)
     if kv_lens is not None:
         # 0 * NaN is NaN, so what lies beyond kv_lens has to go before the products.
-        inside = (j < lens).view(B, Skv, 1, 1)
-        kc, vc = torch.where(inside, kc, 0.0), torch.where(inside, vc, 0.0)
+        keys = inside.view(B, Skv, 1, 1)
+        kc, vc = torch.where(keys, kc, 0.0), torch.where(keys, vc, 0.0)
     kc, vc = (t.repeat_interleave(Hq // max(Hkv, 1), dim=2) for t in (kc, vc))
-
-    s = scale * torch.einsum("bihd,bjhd->bhij", qc, kc)
-    if isinstance(softcap, Tensor) or softcap > 0:
-        s = softcap * torch.tanh(s / softcap)
-    if alibi_slopes is not None:
-        s = s - alibi_slopes.to(dtype)[..., None, None] * distance.abs()
-    if bias is not None:
-        s = s + bias.to(dtype)
-    if rel_table is not None:
-        buckets = relative_buckets(distance.squeeze(1), rel_table.shape[0], rel_bidirectional, rel_max_distance)
-        s = s + rel_table.to(dtype)[buckets].movedim(-1, 1)  # [B or 1, Sq, Skv, Hq] -> [B or 1, Hq, Sq, Skv]
-
-    left, right = window
-    if causal:
-        right = 0 if right < 0 else min(right, 0)
-    visible = j < lens
-    if left >= 0:
-        visible = visible & (distance >= -left)
-    if right >= 0:
-        visible = visible & (distance <= right)
-    if mask is not None:
-        visible = visible & mask
-    s = torch.where(visible, s, float("-inf"))
+    s = masked_scores(
+        scale * torch.einsum("bihd,bjhd->bhij", qc, kc), distance, inside, causal=causal, window=window, softcap=softcap, bias=bias,
+        mask=mask, alibi_slopes=alibi_slopes, rel_table=rel_table, rel_bidirectional=rel_bidirectional, rel_max_distance=rel_max_distance,
+    )  # fmt: skip
     p, lse = safe_softmax(s)
     if sinks is not None:
-        column = sinks.to(dtype).view(1, Hq, 1, 1).expand(B, -1, Sq, 1)
-        p = safe_softmax(torch.cat([s, column], -1))[0][..., :Skv]
+        p = safe_softmax(with_sinks(s, sinks))[0][..., :Skv]
     if dropout_p > 0:
         assert philox is not None, "dropout needs philox (seed, offset)"
         keep = philox_keep(philox.to(q.device), dropout_p, B, Hq, Sq, Skv, first_batch)

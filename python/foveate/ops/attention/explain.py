@@ -1,4 +1,4 @@
-"""foveate.explain: which backend a call of `attention` or `attention_varlen` would run on, and why not on the others."""
+"""foveate.explain: which backend a call of `attention` or its kin would run on, and why not on the others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from foveate.ops.attention import arguments as checks
 from foveate.ops.attention.dense import attention
 from foveate.ops.attention.operands import Used, query
 from foveate.ops.attention.varlen import attention_varlen
+from foveate.ops.attention.weights import attention_weights
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Explanation:
     query: Query
     forward: dict[str, str]
     backward: dict[str, str]
+    op: str = "attention"
 
     @property
     def chosen(self) -> str | None:
@@ -30,7 +32,8 @@ class Explanation:
 
     def __str__(self) -> str:
         D, Dv, *options = self.query.features
-        title = f"attention on {self.query.device}, {self.query.dtype}, head dims {D} and {Dv}"
+        dims = f"head dim {D}" if self.op == "attention_weights" else f"head dims {D} and {Dv}"
+        title = f"{self.op} on {self.query.device}, {self.query.dtype}, {dims}"
         title += f", with {', '.join(map(str, options))}" if options else ""
         rows = [("backend", "forward", "backward")]
         rows += [(name, self.forward[name], self.backward[name]) for name in self.forward]
@@ -39,14 +42,18 @@ class Explanation:
         return "\n".join([title, *lines])
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
-    """Answers for `attention(q, k, v, **options)`, or `attention_varlen` if options has its cu_seqlens, without running it.
+def explain(q: Tensor, k: Tensor, v: Tensor | None = None, **options: Any) -> Explanation:
+    """Answers for `attention(q, k, v, **options)`, for `attention_varlen` if options has its cu_seqlens, or for
+    `attention_weights(q, k, **options)` if it has `rows` and there is no v, without running it.
 
     Tensors may be on any device, meta and fake too. Raises the same ValueError or TypeError as the call for wrong shapes, dtypes
     and option names. `print(foveate.explain(q, k, v, causal=True))` shows a table.
     """
-    packed = "cu_seqlens_q" in options
-    bound = inspect.signature(attention_varlen if packed else attention).bind(q, k, v, **options)
+    packed, weights = "cu_seqlens_q" in options, v is None and "rows" in options
+    function = attention_weights if weights else attention_varlen if packed else attention
+    operands = (q, k) if v is None else (q, k, v)
+    bound = inspect.signature(function).bind(*operands, **options)
+    v = k if v is None else v
     bound.apply_defaults()
     o = bound.arguments
     if packed:
@@ -63,6 +70,9 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Explanation:
     }
     used = Used(*(answers.get(name, o.get(name) is not None) for name in Used._fields))
     call = query(q.device.type, q.dtype, q.shape[-1], v.shape[-1], used)
+    if weights:
+        both = _answers("attention_weights", call, o["backend"])
+        return Explanation(call, both, dict(both), "attention_weights")
     backward = call
     if o["score_mod"] is not None and o["score_mod_bwd"] is None:
         backward = call._replace(features=(*call.features, "no score_mod_bwd"))
