@@ -25,31 +25,41 @@ void check_rstd(const TensorView& rstd, const TensorView& x) {
 
 }  // namespace
 
-void rms_norm_forward(TensorView x, TensorView weight, TensorView out, TensorView rstd, double eps, Threads threads) {
+void rms_norm_forward(TensorView x, TensorView residual, TensorView weight, TensorView out, TensorView sum, TensorView rstd, double eps,
+                      Threads threads) {
   check_x_and_weight(x, weight);
   check_rows(out, "out", x);
   if (rstd.defined()) check_rstd(rstd, x);
+  check(residual.defined() == sum.defined(), "residual and sum belong together: give both or neither");
+  if (residual.defined()) {
+    expect(residual, "residual").rank(2).size(0, x.shape[0]).size(1, x.shape[1]).last_contiguous().dtype(x.dtype);
+    check_rows(sum, "sum", x);
+  }
   if (x.numel() == 0) return;
   const RmsNormParams p{.x = x.data,
                         .weight = weight.data,
+                        .residual = residual.data,
+                        .sum = sum.data,
                         .out = out.data,
                         .rstd = rstd.data,
                         .rows = x.shape[0],
                         .cols = x.shape[1],
                         .x_stride = x.stride[0],
+                        .residual_stride = residual.defined() ? residual.stride[0] : 0,
                         .eps = eps,
                         .dtype = x.dtype,
                         .weight_dtype = weight.defined() ? weight.dtype : x.dtype};
-  if (const CallDevice device = device_of({&x, &weight, &out, &rstd}); device.cuda)
+  if (const CallDevice device = device_of({&x, &residual, &weight, &out, &sum, &rstd}); device.cuda)
     cuda::kernels().rms_norm_forward(p, current_stream(device));
   else
     cpu::kernels().rms_norm_forward(p, threads);
 }
 
-void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorView rstd, TensorView dx, TensorView dweight_parts,
-                       Threads threads) {
+void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorView rstd, TensorView dsum, TensorView dx,
+                       TensorView dweight_parts, Threads threads) {
   check_x_and_weight(x, weight);
   check_rows(dout, "dout", x), check_rows(dx, "dx", x), check_rstd(rstd, x);
+  if (dsum.defined()) check_rows(dsum, "dsum", x);
   int64_t parts = threads;
   if (dweight_parts.defined()) {
     expect(dweight_parts, "dweight_parts").rank(2).size(1, x.shape[1]).contiguous().dtype(accumulator_of(x.dtype));
@@ -61,6 +71,7 @@ void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorV
                                 .x = x.data,
                                 .weight = weight.data,
                                 .rstd = rstd.data,
+                                .dsum = dsum.data,
                                 .dx = dx.data,
                                 .dweight_parts = dweight_parts.data,
                                 .rows = x.shape[0],
@@ -69,7 +80,7 @@ void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorV
                                 .parts = parts,
                                 .dtype = x.dtype,
                                 .weight_dtype = weight.defined() ? weight.dtype : x.dtype};
-  if (const CallDevice device = device_of({&dout, &x, &weight, &rstd, &dx, &dweight_parts}); device.cuda)
+  if (const CallDevice device = device_of({&dout, &x, &weight, &rstd, &dsum, &dx, &dweight_parts}); device.cuda)
     cuda::kernels().rms_norm_backward(p, current_stream(device));
   else
     cpu::kernels().rms_norm_backward(p, threads);

@@ -225,14 +225,17 @@ def rms_norm_backward(
     x: torch.Tensor | None,
     weight: torch.Tensor | None,
     rstd: torch.Tensor | None,
+    dsum: torch.Tensor | None,
     dx: torch.Tensor | None,
     dweight_parts: torch.Tensor | None,
     threads: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
 def rms_norm_forward(
     x: torch.Tensor | None,
+    residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     out: torch.Tensor | None,
+    sum: torch.Tensor | None,
     rstd: torch.Tensor | None,
     eps: typing.SupportsFloat | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,

@@ -17,6 +17,7 @@ from foveate.integrations.flash_attn import bert_padding
 from foveate.integrations.flash_attn.layers import rotary
 from foveate.integrations.flash_attn.losses.cross_entropy import CrossEntropyLoss
 from foveate.integrations.flash_attn.modules import mha
+from foveate.integrations.flash_attn.ops import layer_norm as fused_layer_norm
 from foveate.integrations.flash_attn.ops import rms_norm
 from foveate.integrations.flash_attn.ops.triton import layer_norm
 
@@ -220,6 +221,42 @@ def test_norms(rms: bool, residual: torch.dtype | None) -> None:
         near(out, F.rms_norm(total, (24,), weight, 1e-6), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rms", [False, True])
+def test_fused_norms(rms: bool, dtype: torch.dtype) -> None:
+    """flash_attn.ops.layer_norm and ops.rms_norm: the sum in the residual's dtype, and two norms of two parallel branches."""
+    x, x1 = torch.randn(5, 24).to(dtype), torch.randn(5, 24).to(dtype)
+    weight, weight1, bias, residual, scale = (torch.randn(s) for s in (24, 24, 24, (5, 24), 24))
+    tolerance = {"rtol": 2e-5 if dtype == torch.float32 else 1e-2, "atol": 2e-5 if dtype == torch.float32 else 2e-2}
+
+    def norm(y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        plain = F.rms_norm(y, (24,), weight, 1e-6) if rms else F.layer_norm(y, (24,), weight, None, 1e-6)
+        return (plain if bias is None else plain + bias).to(dtype)
+
+    ours = rms_norm if rms else fused_layer_norm
+    one = ours.dropout_add_rms_norm if rms else ours.dropout_add_layer_norm
+    two = ours.dropout_add_rms_norm_parallel_residual if rms else ours.dropout_add_layer_norm_parallel_residual
+    out, total = one(x, residual, weight, bias, 0.0, 1e-6, layerscale=scale, prenorm=True)
+    assert out.dtype == dtype and total.dtype == torch.float32
+    near(total, x * scale + residual)
+    near(out, norm(total, weight, bias), **tolerance)
+    assert one(x, None, weight, bias, 0.0, 1e-6, prenorm=True)[1].dtype == dtype
+    assert one(x, None, weight, bias, 0.0, 1e-6, prenorm=True, residual_in_fp32=True)[1].dtype == torch.float32
+    out, out1, total, mask, mask1 = two(
+        x, x1, residual, weight, bias, weight1, None, 0.3, 1e-6, prenorm=True, return_dropout_mask=True
+    )
+    assert mask.dtype == mask1.dtype == torch.bool and not torch.equal(mask, mask1)
+    near(total, x.masked_fill(~mask, 0) / 0.7 + x1.masked_fill(~mask1, 0) / 0.7 + residual, **tolerance)
+    near(out, norm(total, weight, bias), **tolerance)
+    near(out1, norm(total, weight1, None), **tolerance)
+    assert two(x, None, residual, weight, bias, None, None, 0.0, 1e-6)[1] is None
+    module = (ours.DropoutAddRMSNorm if rms else ours.DropoutAddLayerNorm)(24, prenorm=True, p=0.5).eval()
+    assert (module.bias is None) == rms
+    near(module(x.float(), residual)[0], norm(x.float() + residual, torch.ones(24), None).float(), rtol=1e-2, atol=2e-2)
+    if not rms:
+        near(ours.layer_norm(x, weight, bias, 1e-6), norm(x.float(), weight, bias), **tolerance)
+
+
 @pytest.mark.parametrize("kind", ["plain", "gqa", "rotary", "alibi", "window", "cross", "dwconv", "gqa dwconv"])
 def test_mha(kind: str) -> None:
     """Projections, attention and output by torch, with the weights of the module."""
@@ -324,6 +361,7 @@ from flash_attn import flash_attn_func
 from flash_attn.bert_padding import unpad_input
 from flash_attn.flash_attn_interface import flash_attn_varlen_func, _flash_attn_forward
 from flash_attn.layers.rotary import apply_rotary_emb
+from flash_attn.ops.layer_norm import DropoutAddLayerNorm
 from flash_attn.ops.triton.layer_norm import RMSNorm
 from flash_attn.modules.mha import MHA
 from flash_attn_interface import flash_attn_with_kvcache

@@ -68,7 +68,7 @@ import torch
 from foveate.backend.native import _C
 x, y = torch.randn(300, 1000), torch.zeros(300, 1000)
 for call in (lambda: _C.softmax_forward(x, None, None, y, 1.0, False, False, {threads}),
-             lambda: _C.rms_norm_backward(x, x, None, torch.ones(300), y, None, {threads})):
+             lambda: _C.rms_norm_backward(x, x, None, torch.ones(300), None, y, None, {threads})):
     y.zero_()
     try:
         call()

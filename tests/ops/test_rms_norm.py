@@ -120,8 +120,8 @@ def test_opcheck():
     ops = torch.ops.foveate
     out, rstd = ops.rms_norm.default(x, weight, 1e-5)
     torch.library.opcheck(ops.rms_norm.default, (x.transpose(0, 1), weight, 1e-5))
-    torch.library.opcheck(ops.rms_norm_backward.default, (out, x, weight, rstd, True))
-    torch.library.opcheck(ops.rms_norm_backward.default, (out, x, None, rstd, False))
+    torch.library.opcheck(ops.rms_norm_backward.default, (out, x, weight, rstd, None, True))
+    torch.library.opcheck(ops.rms_norm_backward.default, (out, x, None, rstd, out, False))
 
 
 def test_reference_is_the_definition():

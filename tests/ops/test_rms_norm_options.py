@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import foveate
 from op_compare import compare_op
+from poison import guarded_outputs, nan_padded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -41,10 +42,14 @@ def test_gemmas_offset(dtype):
     assert leaf.grad.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.kernels
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 @pytest.mark.parametrize("used", ["both", "out", "sum"])
-def test_with_the_residual_add(used, dtype):
-    x, residual, weight = (torch.randn(s).to(dtype) for s in ((2, 3, 16), (2, 3, 16), (16,)))
+@pytest.mark.parametrize("cols", [1, 16, 577, 9000])
+def test_with_the_residual_add(cols, used, dtype):
+    """One kernel, whose rows fit its registers or not."""
+    x, residual, weight = (torch.randn(s).to(dtype) for s in ((2, 3, cols), (2, 3, cols), (cols,)))
 
     def join(out, h):
         return {"both": out * 2 + h, "out": out, "sum": h + 0 * out}[used]
@@ -54,12 +59,67 @@ def test_with_the_residual_add(used, dtype):
 
     def peer(x, r, w):
         h = x + r
-        return join(F.rms_norm(h, (16,), 1 + w, 1e-5), h)
+        return join(F.rms_norm(h, (cols,), 1 + w, 1e-5), h)
 
     compare_op(ours, peer, x, residual, weight)
     out, h = foveate.rms_norm(x, weight, 1e-5, residual=residual)
     assert torch.equal(h, x + residual)
     assert torch.equal(out, foveate.rms_norm(h, weight, 1e-5))
+
+
+@pytest.mark.kernels
+@pytest.mark.cuda
+def test_residual_memory():
+    """Strided rows, NaN beside them, and every element of the results written."""
+    x, residual, weight = torch.randn(7, 65), torch.randn(7, 65), torch.randn(65, requires_grad=True)
+    with guarded_outputs() as guard:
+        leaves = [nan_padded(t).requires_grad_() for t in (x, residual)]
+        out, h = foveate.rms_norm(leaves[0], weight, 1e-5, residual=leaves[1])
+        (out + h).sum().backward()
+    guard.check()
+    assert torch.equal(h, x + residual) and torch.equal(out, foveate.rms_norm(x + residual, weight, 1e-5))
+    assert torch.equal(leaves[0].grad, leaves[1].grad) and leaves[0].grad.isfinite().all()
+
+
+def test_residual_of_torchs_tools():
+    """opcheck, compile, and vmap over each operand; test_derivatives.py has the derivatives."""
+    x, residual, weight = torch.randn(4, 3, 7), torch.randn(4, 3, 7), torch.randn(4, 7)
+    ops = torch.ops.foveate
+    torch.library.opcheck(ops.add_rms_norm.default, (x.transpose(0, 1), residual.transpose(0, 1), weight[0], 1e-5))
+
+    def loss(x, residual, weight):
+        out, h = foveate.rms_norm(x, weight, 1e-5, residual=residual)
+        return out.pow(3).sum() + h.pow(2).sum()
+
+    leaves = [t.clone().requires_grad_() for t in (x, residual, weight[0])]
+    eager = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
+    for in_dims, args in (
+        ((0, 0, None), (x, residual, weight[0])),
+        ((0, None, 0), (x, residual[0], weight)),
+        ((None, 0, None), (x[0], residual, weight[0])),
+    ):
+        grads = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims=in_dims)(*args)
+        for i in range(4):
+            one = [t[i] if d == 0 else t for t, d in zip(args, in_dims)]
+            for mapped, single in zip(grads, torch.func.grad(loss, argnums=(0, 1, 2))(*one)):
+                torch.testing.assert_close(mapped[i], single)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_residual_of_nothing(shape):
+    x = torch.randn(shape, requires_grad=True)
+    out, h = foveate.rms_norm(x, None, 1e-5, residual=x)
+    (out + h).sum().backward()
+    assert out.shape == h.shape == x.grad.shape == shape
+
+
+def test_residual_over_several_dimensions():
+    x, residual, weight = torch.randn(4, 3, 5), torch.randn(4, 3, 5), torch.randn(3, 5)
+    out, h = foveate.rms_norm(x, weight, 1e-5, normalized_shape=(3, 5), residual=residual)
+    assert torch.equal(h, x + residual)
+    torch.testing.assert_close(out, F.rms_norm(h, (3, 5), weight, 1e-5))
 
 
 def test_bad_input():

@@ -195,11 +195,22 @@ def rms_norm(rng: random.Random, backward: bool) -> Arguments:
             "x": x.clone(),
             "weight": weight,
             "rstd": rstd,
+            "dsum": rng.choice((None, torch.zeros_like(x))),
             "dx": torch.zeros_like(x),
             "dweight_parts": parts,
             "threads": 2,
         }
-    return {"x": x, "weight": weight, "out": torch.zeros_like(x), "rstd": rstd, "eps": 1e-5, "threads": 2}
+    added = rng.random() < 0.5
+    return {
+        "x": x,
+        "residual": x.clone() if added else None,
+        "weight": weight,
+        "out": torch.zeros_like(x),
+        "sum": torch.zeros_like(x) if added else None,
+        "rstd": rstd,
+        "eps": 1e-5,
+        "threads": 2,
+    }
 
 
 def rotary(rng: random.Random) -> Arguments:

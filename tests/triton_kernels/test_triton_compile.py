@@ -187,6 +187,7 @@ def test_rows(arch, tmp_path):
                 row, torch.zeros(4, dtype=torch.int64), softcap=5.0, backend="triton"
             ).sum().backward()
         foveate.rms_norm(x, weight, 1e-5, backend="triton").sum().backward()
+        sum(t.sum() for t in foveate.rms_norm(x, weight, 1e-5, residual=x, backend="triton")).backward()
         for interleaved in (False, True):
             turned = foveate.apply_rotary(
                 q, q, torch.zeros(4, 48), torch.zeros(4, 48), interleaved=interleaved, backend="triton"

@@ -88,6 +88,24 @@ def test_rms_norm(width, dtype):
     )
 
 
+@pytest.mark.parametrize("width", [1, 40, 9000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_with_the_residual_add(width, dtype):
+    x, residual, weight = (torch.randn(s).to(dtype) for s in ((5, width), (5, width), (width,)))
+
+    def ours(x, r, w):
+        out, h = foveate.rms_norm(x, w, 1e-3, residual=r, backend="triton")
+        return out * 2 + h
+
+    def peer(x, r, w):
+        h = x + r
+        return torch.rms_norm(h, (width,), w, 1e-3) * 2 + h
+
+    compare_op(ours, peer, x, residual, weight)
+    h = foveate.rms_norm(x, weight, 1e-3, residual=residual, backend="triton")[1]
+    assert torch.equal(h, x + residual)
+
+
 def test_rms_norm_without_weight():
     x = torch.randn(3, 33)
     compare_op(

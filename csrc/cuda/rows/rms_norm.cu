@@ -1,5 +1,5 @@
-// rms_norm and its gradient. Forward: x is read once where it fits its threads' registers, out written once. Backward: dout and x are read
-// once, dx written once; a block walks over one share of the rows and keeps its columns of dweight in registers, so that dweight needs no
+// rms_norm and its gradient. Forward: x (and the residual) is read once where it fits its threads' registers, out (and the sum) written once.
+// Backward: dout and x are read once, dx written once; a block walks over one share of the rows and keeps its columns of dweight in registers, so that dweight needs no
 // atomics and has bitwise the same result every time.
 #include "cuda/host/kernels.h"
 #include "cuda/rows/row.cuh"
@@ -15,6 +15,18 @@ __device__ __forceinline__ void load_weight(const void* weight, int64_t j, int64
   for (int i = 0; i < kCount; ++i) w[i] = 1.0f;
 }
 
+// h[j..] = x[j..], or x[j..] + residual[j..] rounded to T, which is also written to sum unless that is null; 0 from element `cols` on.
+template <Read kRead, class T>
+__device__ __forceinline__ void load_sum(const T* x, const T* residual, T* sum, int64_t j, int64_t cols, float (&h)[kVec<T>]) {
+  load_chunk<kRead>(x, j, cols, 0.0f, h);
+  if (!residual) return;
+  float r[kVec<T>];
+  load_chunk<Read::kOnce>(residual, j, cols, 0.0f, r);
+#pragma unroll
+  for (int i = 0; i < kVec<T>; ++i) h[i] = dev::to_float(dev::from_float<T>(h[i] + r[i]));
+  if (sum) store_chunk(sum, j, cols, h);
+}
+
 template <class T, class W, bool kKept>
 __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_forward_kernel(const __grid_constant__ RowWork<RmsNormParams> work) {
   constexpr int kChunks = kKept ? kKeptChunks : kKeptChunks / 2;
@@ -24,6 +36,8 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_forward_kernel(cons
     const bool mine = first + team.index < p.rows;
     const int64_t row = mine ? first + team.index : p.rows - 1;
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * p.residual_stride : nullptr;
+    T* sum = residual && mine ? static_cast<T*>(p.sum) + row * p.cols : nullptr;
     T* out = static_cast<T*>(p.out) + row * p.cols;
     const int64_t chunks = chunks_of(p.cols, kVec<T>);
     const auto column = [&](int64_t chunk) { return chunk * kVec<T>; };
@@ -45,21 +59,21 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_forward_kernel(cons
         store_chunk(out, j, p.cols, w);
       }
     };
-    // Load x [cols] and sum its squares: once where the row fits the team's registers, else chunk by chunk.
+    // Load h [cols] = x (+ residual) and sum its squares: once where the row fits the team's registers, else chunk by chunk.
     if constexpr (kKept) {
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) load_chunk<Read::kOnce>(x, column(team.thread + c * team.lanes), p.cols, 0.0f, v[c]);
+      for (int c = 0; c < kChunks; ++c) load_sum<Read::kOnce>(x, residual, sum, column(team.thread + c * team.lanes), p.cols, v[c]);
       add_squares();
     } else {
       for (int64_t chunk = team.thread; chunk < chunks; chunk += int64_t{kChunks} * team.lanes) {
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) load_chunk<Read::kCached>(x, column(chunk + c * team.lanes), p.cols, 0.0f, v[c]);
+        for (int c = 0; c < kChunks; ++c) load_sum<Read::kCached>(x, residual, sum, column(chunk + c * team.lanes), p.cols, v[c]);
         add_squares();
       }
     }
     squares = team.sum(squares);
     const float rstd = 1.0f / sqrtf(squares / static_cast<float>(p.cols) + static_cast<float>(p.eps));
-    // Write rstd and out [cols] = x * rstd * weight, reading x a second time where it was not kept.
+    // Write rstd and out [cols] = h * rstd * weight, reading h a second time where it was not kept: each thread what it has written itself.
     if (!mine) continue;
     if (p.rstd && team.thread == 0) dev::st_global(static_cast<float*>(p.rstd) + row, rstd);
     if constexpr (kKept) {
@@ -67,7 +81,13 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_forward_kernel(cons
     } else {
       for (int64_t chunk = team.thread; chunk < chunks; chunk += int64_t{kChunks} * team.lanes) {
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) load_chunk<Read::kOnce>(x, column(chunk + c * team.lanes), p.cols, 0.0f, v[c]);
+        for (int c = 0; c < kChunks; ++c) {
+          const int64_t j = column(chunk + c * team.lanes);
+          if (sum)
+            load_chunk<Read::kInPlace>(sum, j, p.cols, 0.0f, v[c]);
+          else
+            load_chunk<Read::kOnce>(x, j, p.cols, 0.0f, v[c]);
+        }
         store(chunk, rstd);
       }
     }
@@ -149,7 +169,7 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(con
 #pragma unroll
         for (int i = 0; i < kVec<T>; ++i) products += g[c][i] * w[c][i] * v[c][i];
     };
-    // dx [cols] = rstd * (dout * weight - x * rstd * mean); dweight takes dout * x * rstd.
+    // dx [cols] = rstd * (dout * weight - x * rstd * mean) + dsum; dweight takes dout * x * rstd.
     const auto finish = [&](int64_t chunk, float mean) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
@@ -158,6 +178,12 @@ __global__ void __launch_bounds__(kLargestBlock, 1) rms_norm_backward_kernel(con
           const float normed = v[c][i] * rstd;
           dweight[c][i] += g[c][i] * normed;
           g[c][i] = (g[c][i] * w[c][i] - normed * mean) * rstd;
+        }
+        if (p.dsum) {
+          float d[kVec<T>];
+          load_chunk<Read::kOnce>(static_cast<const T*>(p.dsum) + row * p.cols, column(chunk, c), p.cols, 0.0f, d);
+#pragma unroll
+          for (int i = 0; i < kVec<T>; ++i) g[c][i] += d[i];
         }
         store_chunk(static_cast<T*>(p.dx) + row * p.cols, column(chunk, c), p.cols, g[c]);
       }

@@ -132,10 +132,19 @@ def _rms_norm(x: Any, weight: Any, *rest: Any) -> Any:
     return _strategies([(x, names), (weight, None)], [(names, False), (names[:-1], False)], 2 + len(rest))
 
 
-def _rms_norm_backward(dout: Any, x: Any, weight: Any, rstd: Any, need: bool, *rest: Any) -> Any:
+def _add_rms_norm(x: Any, residual: Any, weight: Any, *rest: Any) -> Any:
     names = _dims(x)
-    inputs = [(dout, names), (x, names), (weight, None), (rstd, names[:-1])]
-    return _strategies(inputs, [(names, False), (None, bool(need))], 5 + len(rest))
+    inputs, outputs = (
+        [(x, names), (residual, names), (weight, None)],
+        [(names, False), (names, False), (names[:-1], False)],
+    )
+    return _strategies(inputs, outputs, 3 + len(rest))
+
+
+def _rms_norm_backward(dout: Any, x: Any, weight: Any, rstd: Any, dsum: Any, need: bool, *rest: Any) -> Any:
+    names = _dims(x)
+    inputs = [(dout, names), (x, names), (weight, None), (rstd, names[:-1]), (dsum, names)]
+    return _strategies(inputs, [(names, False), (None, bool(need))], 6 + len(rest))
 
 
 def _cross_entropy(logits: Any, target: Any, *rest: Any) -> Any:
@@ -174,6 +183,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "log_softmax": _rowwise,
     "softmax_backward": _rowwise,
     "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
     "rms_norm_backward": _rms_norm_backward,
     "cross_entropy": _cross_entropy,
     "cross_entropy_backward": _cross_entropy_backward,

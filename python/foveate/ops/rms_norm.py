@@ -59,7 +59,7 @@ def rms_norm(
     normalized_shape: the last dimensions of x, over all of which the mean goes, as in torch.nn.functional.rms_norm; weight has this shape.
     offset: a number added to weight in the compute dtype, 1 for Gemma's; only with a weight.
     residual: of x's shape and dtype; the norm is that of h = x + residual, rounded to x's dtype, and the result (out, h), as a
-    transformer block needs both. The sum is one pass of torch's, the norm then reads it from the cache where it is small.
+    transformer block needs both: one kernel, forward and backward, which reads each tensor once. Differentiable in residual too.
     Zhang and Sennrich 2019, arXiv 1910.07467.
     """
     check_floating("x", x)
@@ -69,11 +69,8 @@ def rms_norm(
         check_same_dtype("residual", residual, "x", x)
         if residual.shape != x.shape:
             raise ValueError(f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; they must be equal")
-        x = x + residual
-        options: dict[str, Any] = {"normalized_shape": normalized_shape, "offset": offset, "backend": backend}
-        return rms_norm(x, weight, eps, **options), x
     if normalized_shape is not None:
-        return _over_several(x, weight, eps, normalized_shape, offset, backend)
+        return _over_several(x, weight, eps, normalized_shape, offset, residual, backend)
     if weight is not None:
         check_dtype_or_compute("weight", weight, "x", x)
         if tuple(weight.shape) != (x.shape[-1],):
@@ -91,17 +88,28 @@ def rms_norm(
     if eps < 0:
         raise ValueError(f"eps={eps} must not be negative")
     chosen = chosen_backend("rms_norm", x.device.type, x.dtype, backend)
-    how = autograd.way(x, weight)
+    how = autograd.way(x, weight, residual)
     if chosen == "reference" or how == "definition":
-        return reference_rows.rms_norm(x, weight, eps)
+        h = x if residual is None else x + residual
+        out = reference_rows.rms_norm(h, weight, eps)
+        return out if residual is None else (out, h)
+    if residual is not None:
+        add_norm = functools.partial(autograd.apply, _AddRmsNorm) if how == "function" else _add_rms_norm
+        return add_norm(x, residual, weight, eps, chosen)[:2]
     if how == "function":
         return autograd.apply(_RmsNorm, x, weight, eps, chosen)[0]
     return _rms_norm(x, weight, eps, chosen)[0]
 
 
 def _over_several(
-    x: Tensor, weight: Tensor | None, eps: float | None, shape: int | Sequence[int], offset: float, backend: str | None
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    shape: int | Sequence[int],
+    offset: float,
+    residual: Tensor | None,
+    backend: str | None,
+) -> Any:
     """The last dimensions of x as one."""
     wanted = f"normalized_shape={shape!r} must be the last dimensions of x, of shape {tuple(x.shape)}"
     sizes = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
@@ -114,24 +122,56 @@ def _over_several(
         if tuple(weight.shape) != sizes:
             raise ValueError(f"weight has shape {tuple(weight.shape)}; normalized_shape needs {sizes}")
         weight = weight.flatten()
-    out = rms_norm(x.flatten(-len(sizes)), weight, eps, offset=offset, backend=backend)
-    return out.unflatten(-1, sizes)
+    options: dict[str, Any] = {"offset": offset, "backend": backend}
+    if residual is None:
+        return rms_norm(x.flatten(-len(sizes)), weight, eps, **options).unflatten(-1, sizes)
+    out, h = rms_norm(x.flatten(-len(sizes)), weight, eps, residual=residual.flatten(-len(sizes)), **options)
+    return out.unflatten(-1, sizes), h.unflatten(-1, sizes)
 
 
 def _rms_norm_impl(x: Tensor, weight: Tensor | None, eps: float, backend: str = "native") -> tuple[Tensor, Tensor]:
     out, rstd = _rms_norm_fake(x, weight, eps)
+    _forward(x, None, weight, eps, out, None, rstd, backend)
+    return out, rstd
+
+
+def _add_rms_norm_impl(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, backend: str = "native"
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, h, rstd = _add_rms_norm_fake(x, residual, weight, eps)
+    _forward(x, residual, weight, eps, out, h, rstd, backend)
+    return out, h, rstd
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    out: Tensor,
+    h: Tensor | None,
+    rstd: Tensor,
+    backend: str,
+) -> None:
+    """Fills out, h (with a residual) and rstd."""
     weight = None if weight is None else weight.contiguous()
+    rows = None if residual is None else matrix(residual)
+    sums = None if h is None else matrix(h)
     if backend == "triton":
         from foveate.backend.triton.rms_norm import rms_norm
 
-        rms_norm(matrix(x), weight, eps, matrix(out), rstd.view(-1))
-        return out, rstd
-    _C.rms_norm_forward(matrix(x), weight, matrix(out), rstd.view(-1), eps, torch.get_num_threads())
-    return out, rstd
+        return rms_norm(matrix(x), rows, weight, eps, matrix(out), sums, rstd.view(-1))
+    return _C.rms_norm_forward(matrix(x), rows, weight, matrix(out), sums, rstd.view(-1), eps, torch.get_num_threads())
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor | None, eps: float, *_: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=compute_dtype(x))
+
+
+def _add_rms_norm_fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *_: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=compute_dtype(x))
 
 
 def _dweight_parts(rows: int, num_sms: int) -> int:
@@ -142,16 +182,23 @@ def _dweight_parts(rows: int, num_sms: int) -> int:
 
 
 def _rms_norm_backward_impl(
-    dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dweight: bool, backend: str = "native"
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dsum: Tensor | None,
+    need_dweight: bool,
+    backend: str = "native",
 ) -> tuple[Tensor, Tensor]:
-    dx, dweight = _rms_norm_backward_fake(dout, x, weight, rstd, need_dweight)
+    dsum = None if dsum is None else matrix(dsum.contiguous())
+    dx, dweight = _rms_norm_backward_fake(dout, x, weight, rstd, dsum, need_dweight)
     if backend == "triton":
         from foveate.backend.triton.rms_norm import rms_norm_backward
 
         weight = None if weight is None else weight.contiguous()
         rstd = rstd.contiguous().view(-1)
         rms_norm_backward(
-            matrix(dout.contiguous()), matrix(x), weight, rstd, matrix(dx), dweight if need_dweight else None
+            matrix(dout.contiguous()), matrix(x), weight, rstd, dsum, matrix(dx), dweight if need_dweight else None
         )
         return dx, dweight
     threads = torch.get_num_threads()
@@ -159,14 +206,14 @@ def _rms_norm_backward_impl(
     parts = x.new_empty((shares, x.shape[-1]), dtype=compute_dtype(x)) if need_dweight else None
     weight = None if weight is None else weight.contiguous()
     dout, rstd = matrix(dout.contiguous()), rstd.contiguous().view(-1)
-    _C.rms_norm_backward(dout, matrix(x), weight, rstd, matrix(dx), parts, threads)
+    _C.rms_norm_backward(dout, matrix(x), weight, rstd, dsum, matrix(dx), parts, threads)
     if parts is not None:
         torch.sum(parts, 0, out=dweight)
     return dx, dweight
 
 
 def _rms_norm_backward_fake(
-    dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dweight: bool, *_: str
+    dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dsum: Tensor | None, need_dweight: bool, *_: str
 ) -> tuple[Tensor, Tensor]:
     dweight = x.new_empty(x.shape[-1] if need_dweight else 0, dtype=compute_dtype(x))
     return x.new_empty(x.shape), dweight
@@ -177,9 +224,15 @@ _rms_norm = library.define(
     impl=_rms_norm_impl,
     fake=_rms_norm_fake,
 )
-# dweight is empty unless needed, and in the compute dtype.
+_add_rms_norm = library.define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, str backend='native') "
+    "-> (Tensor out, Tensor h, Tensor rstd)",
+    impl=_add_rms_norm_impl,
+    fake=_add_rms_norm_fake,
+)
+# dweight is empty unless needed, and in the compute dtype. dsum is added to dx: the gradient of x where x is a result of its own.
 _rms_norm_backward = library.define(
-    "rms_norm_backward(Tensor dout, Tensor x, Tensor? weight, Tensor rstd, bool need_dweight, "
+    "rms_norm_backward(Tensor dout, Tensor x, Tensor? weight, Tensor rstd, Tensor? dsum, bool need_dweight, "
     "str backend='native') -> (Tensor dx, Tensor dweight)",
     impl=_rms_norm_backward_impl,
     fake=_rms_norm_backward_fake,
@@ -194,22 +247,41 @@ def _rms_norm_vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor | None, *o
     return tuple(torch.stack(t) for t in zip(*pairs)), (0, 0)
 
 
+def _add_rms_norm_vmap(
+    info: Any, in_dims: Any, x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any
+) -> tuple[Any, Any]:
+    x, residual = (batch_first(t, d, info.batch_size) for t, d in zip((x, residual), in_dims))
+    if weight is None or in_dims[2] is None:
+        return _add_rms_norm(x, residual, weight, *options), (0, 0, 0)
+    slices = zip(x, residual, weight.movedim(in_dims[2], 0))
+    results = [_add_rms_norm(a, r, w, *options) for a, r, w in slices]
+    return tuple(torch.stack(t) for t in zip(*results)), (0, 0, 0)
+
+
 def _rms_norm_backward_vmap(
-    info: Any, in_dims: Any, dout: Any, x: Any, weight: Any, rstd: Any, *options: Any
+    info: Any, in_dims: Any, dout: Any, x: Any, weight: Any, rstd: Any, dsum: Any, *options: Any
 ) -> tuple[Any, Any]:
     # Each slice has its own dweight, so each is one call.
     n = info.batch_size
-    slices = [None if t is None else batch_first(t, d, n) for t, d in zip((dout, x, weight, rstd), in_dims)]
+    slices = [None if t is None else batch_first(t, d, n) for t, d in zip((dout, x, weight, rstd, dsum), in_dims)]
     pairs = [_rms_norm_backward(*(None if t is None else t[i] for t in slices), *options) for i in range(n)]
     return tuple(torch.stack(t) for t in zip(*pairs)), (0, 0)
 
 
 library.vmap("rms_norm", _rms_norm_vmap)
+library.vmap("add_rms_norm", _add_rms_norm_vmap)
 library.vmap("rms_norm_backward", _rms_norm_backward_vmap)
 
 
 def _backward_definition(
-    eps: float, dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dweight: bool, backend: str
+    eps: float,
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dsum: Tensor | None,
+    need_dweight: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """rms_norm_backward in plain torch, which computes rstd again, as it depends on x."""
     dtype = compute_dtype(x)
@@ -219,6 +291,7 @@ def _backward_definition(
     dweight = (g * normed).reshape(-1, x.shape[-1]).sum(0) if need_dweight else x.new_empty(0, dtype=dtype)
     g = g if weight is None else g * weight.to(dtype)
     dx = scale * (g - normed * (g * normed).mean(-1, keepdim=True))
+    dx = dx if dsum is None else dx + dsum.to(dtype)
     return dx.to(x.dtype), dweight
 
 
@@ -239,6 +312,31 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         need_dweight = ctx.needs_input_grad[1]
-        args = (dout, x, weight, rstd, need_dweight, ctx.backend)
+        args = (dout, x, weight, rstd, None, need_dweight, ctx.backend)
         dx, dweight = differentiable(_rms_norm_backward, functools.partial(_backward_definition, ctx.eps), *args)
         return dx, dweight.to(weight.dtype) if need_dweight else None, None, None
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _add_rms_norm(x, residual, weight, eps, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, _, weight, ctx.eps, ctx.backend = inputs
+        _, h, rstd = output
+        ctx.save_for_backward(h, weight, rstd)
+        ctx.mark_non_differentiable(rstd)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dh: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        h, weight, rstd = ctx.saved_tensors
+        need_dweight = ctx.needs_input_grad[2]
+        args = (dout, h, weight, rstd, dh, need_dweight, ctx.backend)
+        dx, dweight = differentiable(_rms_norm_backward, functools.partial(_backward_definition, ctx.eps), *args)
+        return dx, dx, dweight.to(weight.dtype) if need_dweight else None, None, None

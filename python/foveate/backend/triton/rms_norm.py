@@ -1,4 +1,5 @@
-"""rms_norm over the last dimension: one program for a row; the gradient of the weight sums over shares of the rows, in one order."""
+"""rms_norm over the last dimension, with the residual added before: one program for a row; the gradient of the weight sums over shares
+of the rows, in one order."""
 
 from __future__ import annotations
 
@@ -15,32 +16,47 @@ _MAX_SHARES = 128  # of the rows, for dweight
 
 
 @triton.jit(do_not_specialize=["N"])
-def rms_norm_rows(x, weight, out, rstd, x_stride, N, eps, BLOCK: tl.constexpr):
-    """x [rows, N] with rows x_stride apart; out contiguous; rstd fp32 [rows] = 1 / sqrt(mean(x**2) + eps)."""
+def rms_norm_rows(x, residual, weight, out, sum, rstd, x_stride, residual_stride, N, eps, BLOCK: tl.constexpr):
+    """x [rows, N] with rows x_stride apart; out contiguous; rstd fp32 [rows] = 1 / sqrt(mean(h**2) + eps) with h = x, or, where there is
+    a residual, sum = x + residual, rounded to x's dtype."""
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     out += row * N
+    if residual is not None:
+        residual += row * residual_stride
+        sum += row * N
     step = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
     for first in range(0, N, BLOCK):
         a = tl.load(x + first + step, mask=first + step < N, other=0.0).to(tl.float32)
+        if residual is not None:
+            a += tl.load(residual + first + step, mask=first + step < N, other=0.0).to(tl.float32)
+            h = to(a, sum.dtype.element_ty)
+            tl.store(sum + first + step, h, mask=first + step < N)
+            a = h.to(tl.float32)
         squares += a * a
     r = 1 / tl.sqrt(tl.sum(squares, 0) / N + eps)
     tl.store(rstd + row, r)
     for first in range(0, N, BLOCK):
-        y = tl.load(x + first + step, mask=first + step < N, other=0.0).to(tl.float32) * r
+        y = tl.load(x + first + step, mask=first + step < N, other=0.0).to(tl.float32)
+        if residual is not None:  # the sum is not read again: another warp may have written it
+            y += tl.load(residual + first + step, mask=first + step < N, other=0.0).to(tl.float32)
+            y = to(y, sum.dtype.element_ty).to(tl.float32)
+        y *= r
         if weight is not None:
             y *= tl.load(weight + first + step, mask=first + step < N, other=0.0).to(tl.float32)
         tl.store(out + first + step, to(y, out.dtype.element_ty), mask=first + step < N)
 
 
 @triton.jit(do_not_specialize=["N"])
-def rms_norm_dx(dout, x, weight, rstd, dx, x_stride, N, BLOCK: tl.constexpr):
-    """dx = rstd * (g - y * mean(g * y)) with g = weight * dout and y = x * rstd."""
+def rms_norm_dx(dout, x, weight, rstd, dsum, dx, x_stride, N, BLOCK: tl.constexpr):
+    """dx = rstd * (g - y * mean(g * y)) + dsum with g = weight * dout and y = x * rstd."""
     row = tl.program_id(0).to(tl.int64)
     dout += row * N
     x += row * x_stride
     dx += row * N
+    if dsum is not None:
+        dsum += row * N
     r = tl.load(rstd + row)
     step = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
@@ -55,7 +71,10 @@ def rms_norm_dx(dout, x, weight, rstd, dx, x_stride, N, BLOCK: tl.constexpr):
         if weight is not None:
             g *= tl.load(weight + first + step, mask=first + step < N, other=0.0).to(tl.float32)
         y = tl.load(x + first + step, mask=first + step < N, other=0.0).to(tl.float32) * r
-        tl.store(dx + first + step, to(r * (g - y * mean), dx.dtype.element_ty), mask=first + step < N)
+        d = r * (g - y * mean)
+        if dsum is not None:
+            d += tl.load(dsum + first + step, mask=first + step < N, other=0.0).to(tl.float32)
+        tl.store(dx + first + step, to(d, dx.dtype.element_ty), mask=first + step < N)
 
 
 @triton.jit(do_not_specialize=["N", "rows", "share"])
@@ -77,18 +96,29 @@ def rms_norm_dweight(dout, x, rstd, parts, x_stride, N, rows, share, ROWS: tl.co
 
 
 @on_device
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, out: Tensor, rstd: Tensor) -> None:
-    """x [rows, N] with a last dim of stride 1; out [rows, N] and rstd [rows] contiguous."""
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, out: Tensor, sum: Tensor | None, rstd: Tensor
+) -> None:
+    """x and residual [rows, N] with a last dim of stride 1; out [rows, N], sum [rows, N] and rstd [rows] contiguous."""
     if x.shape[0] == 0 or x.shape[1] == 0:
         rstd.fill_(eps**-0.5 if eps > 0 else float("inf"))
         return
     block, warps = block_of(x.shape[1])
-    rms_norm_rows[(x.shape[0],)](x, weight, out, rstd, x.stride(0), x.shape[1], eps, BLOCK=block, num_warps=warps)
+    strides = x.stride(0), 0 if residual is None else residual.stride(0)
+    rms_norm_rows[(x.shape[0],)](
+        x, residual, weight, out, sum, rstd, *strides, x.shape[1], eps, BLOCK=block, num_warps=warps
+    )
 
 
 @on_device
 def rms_norm_backward(
-    dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, dweight: Tensor | None
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dsum: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor | None,
 ) -> None:
     rows, N = x.shape
     if rows == 0 or N == 0:
@@ -96,7 +126,7 @@ def rms_norm_backward(
             dweight.zero_()
         return
     block, warps = block_of(N)
-    rms_norm_dx[(rows,)](dout, x, weight, rstd, dx, x.stride(0), N, BLOCK=block, num_warps=warps)
+    rms_norm_dx[(rows,)](dout, x, weight, rstd, dsum, dx, x.stride(0), N, BLOCK=block, num_warps=warps)
     if dweight is not None:
         shares = min(_MAX_SHARES, -(-rows // 16))
         share = -(-rows // shares)

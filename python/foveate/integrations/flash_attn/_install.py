@@ -16,6 +16,7 @@ _MODULES = (
     ".losses",
     ".losses.cross_entropy",
     ".ops",
+    ".ops.layer_norm",
     ".ops.rms_norm",
     ".ops.triton",
     ".ops.triton.layer_norm",

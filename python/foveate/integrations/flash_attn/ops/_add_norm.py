@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,3 +56,62 @@ def norm(
         weight = weight.float()
     out = foveate.rms_norm(x, weight, eps)
     return (out if bias is None else out + bias).to(dtype)
+
+
+def dropout_add_norm(
+    x: Tensor,
+    x1: Tensor | None,
+    residual: Tensor | None,
+    affine: list[tuple[Tensor | None, Tensor | None]],
+    eps: float,
+    dropout_p: float,
+    *,
+    rms: bool,
+    rowscale: Tensor | None = None,
+    layerscale: Tensor | None = None,
+    prenorm: bool,
+    residual_in_fp32: bool,
+    return_dropout_mask: bool,
+) -> Any:
+    """norm(summed(...)) for each (weight, bias) of affine, None for a weight None; with prenorm also the sum, with return_dropout_mask
+    also the masks of x and x1."""
+    total, *masks = summed(x, x1, residual, rowscale, layerscale, dropout_p, residual_in_fp32)
+    results: list[Tensor | None] = [
+        None if weight is None else norm(total, weight, bias, eps, rms, False, x.dtype) for weight, bias in affine
+    ]
+    if prenorm:
+        results.append(total)
+    if return_dropout_mask:
+        for dropped, mask in zip((x,) if len(affine) == 1 else (x, x1), masks):
+            everything = None if dropped is None else torch.ones_like(dropped, dtype=torch.bool)
+            results.append(everything if mask is None else mask)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+class DropoutAddNorm(torch.nn.Module):
+    """`dropout_add_norm` with a weight [hidden_size], and a bias unless rms."""
+
+    rms: bool
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        prenorm: bool = False,
+        p: float = 0.0,
+        eps: float = 1e-5,
+        residual_in_fp32: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.prenorm, self.p, self.eps, self.residual_in_fp32 = prenorm, p, eps, residual_in_fp32
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        zeros = None if self.rms else torch.nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", zeros)
+
+    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Any:
+        return dropout_add_norm(
+            x0, None, residual, [(self.weight, self.bias)], self.eps, self.p if self.training else 0.0, rms=self.rms,
+            prenorm=self.prenorm, residual_in_fp32=self.residual_in_fp32, return_dropout_mask=False,
+        )  # fmt: skip

@@ -33,13 +33,32 @@ def dropout_add_rms_norm(
 
     The sum has the residual's dtype, or fp32 with residual_in_fp32 where there is none.
     """
-    total, mask, _ = _add_norm.summed(x0, None, residual, rowscale, layerscale, dropout_p, residual_in_fp32)
-    results = [_add_norm.norm(total, weight, bias, epsilon, True, False, x0.dtype)]
-    if prenorm:
-        results.append(total)
-    if return_dropout_mask:
-        results.append(torch.ones_like(x0, dtype=torch.bool) if mask is None else mask)
-    return results[0] if len(results) == 1 else tuple(results)
+    return _add_norm.dropout_add_norm(
+        x0, None, residual, [(weight, bias)], epsilon, dropout_p, rms=True, rowscale=rowscale, layerscale=layerscale,
+        prenorm=prenorm, residual_in_fp32=residual_in_fp32, return_dropout_mask=return_dropout_mask,
+    )  # fmt: skip
+
+
+def dropout_add_rms_norm_parallel_residual(
+    x0: Tensor,
+    x1: Tensor | None,
+    residual: Tensor | None,
+    weight0: Tensor,
+    bias0: Tensor | None,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> Any:
+    """(y0, y1): two rms_norms of dropout(x0) + dropout(x1) + residual, y1 None without weight1; with prenorm also the sum, with
+    return_dropout_mask also the masks of x0 and x1."""
+    return _add_norm.dropout_add_norm(
+        x0, x1, residual, [(weight0, bias0), (weight1, bias1)], epsilon, dropout_p, rms=True,
+        prenorm=prenorm, residual_in_fp32=residual_in_fp32, return_dropout_mask=return_dropout_mask,
+    )  # fmt: skip
 
 
 class RMSNorm(torch.nn.Module):
@@ -57,26 +76,7 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class DropoutAddRMSNorm(torch.nn.Module):
+class DropoutAddRMSNorm(_add_norm.DropoutAddNorm):
     """`dropout_add_rms_norm` with a weight [hidden_size]."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        prenorm: bool = False,
-        p: float = 0.0,
-        eps: float = 1e-5,
-        residual_in_fp32: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.prenorm, self.p, self.eps, self.residual_in_fp32 = prenorm, p, eps, residual_in_fp32
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", None)
-
-    def forward(self, x0: Tensor, residual: Tensor | None = None) -> Any:
-        return dropout_add_rms_norm(
-            x0, residual, self.weight, None, self.p if self.training else 0.0, self.eps,
-            prenorm=self.prenorm, residual_in_fp32=self.residual_in_fp32,
-        )  # fmt: skip
+    rms = True
