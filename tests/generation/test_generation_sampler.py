@@ -221,3 +221,17 @@ def test_wrong_parameters_are_sentences(options, sentence):
 def test_wrong_types_are_sentences():
     with pytest.raises(TypeError, match="max_tokens=1.5 must be an int, not float"):
         SamplingParams(max_tokens=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_most_probable_token_is_torchs_argmax(dtype):
+    logits = torch.randn(6, 501, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[0, [17, 400]] = 50  # of equal ones the first
+    logits[1, 100] = float("nan")
+    logits[2, 9] = float("inf")
+    logits[3] = -float("inf")
+    logits[4, :-1] = -float("inf")
+    rows = [Row(SamplingParams(temperature=0), [1]) for _ in logits]
+    expected = [17, -1, -1, -1, 500, int(logits[5].argmax())]
+    assert sample(logits, rows).tokens == expected
+    assert sample(logits[:, 1:].t().contiguous().t(), rows).tokens[4:] == [499, int(logits[5, 1:].argmax())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class NativeDecoder:
     with another kernel than shorter ones, so prompts in other chunks agree within rounding only. Not differentiable.
     Raises ValueError with `unsupported(model)`.
     """
+
+    # Called in each step just before the kernels, which leave the interpreter to other threads: so that these do not hold up the next
+    # step's Python.
+    before_kernels: Callable[[], None] | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -116,6 +121,8 @@ class NativeDecoder:
         threads, quantized = torch.get_num_threads(), pages.k_pages.dtype in QUANTIZED
         capacity = cache.block_table.shape[1] * pages.page_size
         plan = step_plan(B, S, Hq, Hkv, D, capacity, threads, quantized)
+        if self.before_kernels is not None:
+            self.before_kernels()
         decoder.step(
             x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, plan, threads
         )

@@ -32,6 +32,10 @@ class Writer:
         """What is new since the last time."""
         raise NotImplementedError
 
+    def events(self) -> bytes:
+        """Those of `chunks`."""
+        return b"".join(map(self.frame, self.chunks()))
+
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         """After everything else, such as the usage."""
         return iter(())
@@ -46,6 +50,25 @@ class Writer:
     def end(self, error: ApiError | None = None) -> bytes:
         """The last bytes of a stream; error: why it breaks off, as an event that clients raise."""
         return (b"" if error is None else dumps_event(error.body)) + dumps_event("[DONE]")
+
+
+class OfChoices(Writer):
+    """Of chunks that are the same but for their one choice, so the rest of them is encoded once.
+
+    head: what a chunk, and a whole answer, has beside its choices. usage: whether it is asked for; then chunks have it as null.
+    """
+
+    def __init__(self, head: dict[str, Any], usage: bool) -> None:
+        self._head, self._usage = head, usage
+        self._before = b"data: " + dumps(head)[:-1] + b',"choices":['
+        self._after = b'],"usage":null}\n\n' if usage else b"]}\n\n"
+
+    def choices(self) -> Iterator[dict[str, Any]]:
+        """What is new since the last time, of one choice each."""
+        raise NotImplementedError
+
+    def events(self) -> bytes:
+        return b"".join([self._before + dumps(choice) + self._after for choice in self.choices()])
 
 
 class Answer(Response):
@@ -135,7 +158,7 @@ class Answer(Response):
 
     async def _stream(self, send: Any) -> None:
         async for changed in self.call.changes(self.state.settings.keep_alive):
-            events = b"".join(map(self.writer.frame, self.writer.chunks())) if changed else _KEEP_ALIVE
+            events = self.writer.events() if changed else _KEEP_ALIVE
             if not self._started:  # only now: what the engine refuses is still an error with its own status
                 self._started = self.call.sent = True
                 await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})

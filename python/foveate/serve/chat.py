@@ -10,7 +10,7 @@ from typing import Any
 
 from foveate.generation.outputs import CompletionOutput, RequestOutput
 from foveate.generation.params import SamplingParams
-from foveate.serve.answer import Answer, Writer
+from foveate.serve.answer import Answer, OfChoices
 from foveate.serve.errors import bad_request
 from foveate.serve.jobs import Call, Job
 from foveate.serve.protocol import ChatBody, Message, NamedTool, Tool
@@ -108,45 +108,40 @@ def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
     return found
 
 
-class ChatWriter(Writer):
+class ChatWriter(OfChoices):
     operation = "chat"
 
     def __init__(self, name: str, served: ServedModel, body: ChatBody, call: Call, tags: bool | None) -> None:
         self._job, self._body = call.jobs[0], body
-        self._head = {
+        head = {
             "id": name, "object": "chat.completion.chunk" if body.stream else "chat.completion", "created": int(time.time()),
             "model": served.name, "system_fingerprint": served.fingerprint,
         }  # fmt: skip
-        self._usage = body.stream_options is not None and body.stream_options.include_usage
+        super().__init__(head, body.stream_options is not None and body.stream_options.include_usage)
         tokens = TokenText(served.llm.tokenizer, body.return_tokens_as_token_ids)
         self._choices = [_Choice(i, body, tags, tokens) for i in range(self._job.params.n)]
         self._begun = False
 
-    def chunks(self) -> Iterator[dict[str, Any]]:
-        output = self._job.output
-        if output is None:
-            return
-        if not self._begun:
-            self._begun = True
-            for choice in self._choices:
-                ids = {"prompt_token_ids": output.prompt_token_ids} if self._body.return_token_ids else {}
-                yield (
-                    self._chunk(
-                        {
-                            "index": choice.index,
-                            "delta": {"role": "assistant", "content": ""},
-                            "logprobs": None,
-                            "finish_reason": None,
-                        }
-                    )
-                    | ids
-                )
-        for choice, sample in zip(self._choices, output.outputs):
-            for part in choice.new(sample):
-                yield self._chunk(part)
+    def events(self) -> bytes:
+        begun = b"".join(map(self.frame, self._first_chunks())) if not self._begun else b""
+        return begun + super().events()
 
-    def _chunk(self, part: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "choices": [part], **({"usage": None} if self._usage else {})}
+    def _first_chunks(self) -> Iterator[dict[str, Any]]:
+        """The role, before any text; only then there are ids of the prompt."""
+        if self._job.output is None:
+            return
+        self._begun = True
+        ids = {"prompt_token_ids": self._job.output.prompt_token_ids} if self._body.return_token_ids else {}
+        usage = {"usage": None} if self._usage else {}
+        for choice in self._choices:
+            delta = {"role": "assistant", "content": ""}
+            part = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield {**self._head, "choices": [part], **usage, **ids}
+
+    def choices(self) -> Iterator[dict[str, Any]]:
+        if self._job.output is not None:
+            for choice, sample in zip(self._choices, self._job.output.outputs):
+                yield from choice.new(sample)
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         if self._usage:

@@ -9,7 +9,7 @@ from typing import Any
 
 from foveate.generation.detokenizer import detokenize
 from foveate.generation.outputs import CompletionOutput, RequestOutput
-from foveate.serve.answer import Answer, Writer
+from foveate.serve.answer import Answer, OfChoices
 from foveate.serve.errors import bad_request
 from foveate.serve.infill import FillInTheMiddle
 from foveate.serve.jobs import Call, Job
@@ -79,28 +79,28 @@ def _encode(llm: Any, text: str, special: bool) -> list[int]:
     return llm.tokenizer.encode(text, add_special_tokens=special)
 
 
-class CompletionWriter(Writer):
+class CompletionWriter(OfChoices):
     def __init__(
         self, name: str, served: ServedModel, body: CompletionBody, prompts: list[str | list[int]], call: Call
     ) -> None:
         self._call, self._body = call, body
-        self._head = {
+        head = {
             "id": name, "object": "text_completion", "created": int(time.time()), "model": served.name,
             "system_fingerprint": served.fingerprint,
         }  # fmt: skip
-        self._usage = body.stream_options is not None and body.stream_options.include_usage
+        super().__init__(head, body.stream_options is not None and body.stream_options.include_usage)
         tokenizer, n = served.llm.tokenizer, call.jobs[0].params.n
         self._choices = [
             [_Choice(i * n + k, body, prompts[i], job, tokenizer) for k in range(n)] for i, job in enumerate(call.jobs)
         ]
 
-    def chunks(self) -> Iterator[dict[str, Any]]:
+    def choices(self) -> Iterator[dict[str, Any]]:
         for job, choices in zip(self._call.jobs, self._choices):
             if job.output is not None:
                 for choice, sample in zip(choices, job.output.outputs):
                     part = choice.new(job.output, sample)
                     if part is not None:
-                        yield {**self._head, "choices": [part], **({"usage": None} if self._usage else {})}
+                        yield part
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         if self._usage:

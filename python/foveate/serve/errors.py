@@ -65,9 +65,12 @@ def error_response(error: ApiError) -> Response:
     return json_response(error.body, error.status, error.headers())
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 def dumps(value: Any) -> bytes:
     """JSON in UTF-8; ValueError for NaN and infinity, which JSON does not have."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encode(value).encode("utf-8", "replace")
 
 
 def refused(error: ValueError | TypeError, param: str | None = None) -> ApiError:

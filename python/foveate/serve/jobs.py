@@ -54,12 +54,14 @@ class Job:
 
     @property
     def generated(self) -> int:
-        return 0 if self.output is None else sum(len(sample.token_ids) for sample in self.output.outputs)
+        if self.output is None:
+            return 0
+        samples = self.output.outputs
+        return len(samples[0].token_ids) if len(samples) == 1 else sum(len(sample.token_ids) for sample in samples)
 
     def wake(self) -> None:
         if self.call is not None:
-            self.call.version += 1
-            self.call.changed.set()
+            self.call.wake()
 
 
 class Call:
@@ -67,8 +69,8 @@ class Call:
 
     def __init__(self, jobs: list[Job]) -> None:
         self.jobs = jobs
-        self.changed = asyncio.Event()
-        self.version = 0
+        self._version = 0  # of what there is to read
+        self._waiting: asyncio.Future[None] | None = None  # its reader
         self.sent = False  # something of it, to the client
         for job in jobs:
             job.call = self
@@ -96,6 +98,14 @@ class Call:
     def finished(self) -> bool:
         return all(job.finished for job in self.jobs)
 
+    def wake(self) -> None:
+        self._version += 1
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
     def raise_failed(self) -> None:
         for job in self.jobs:
             if job.error is not None:
@@ -104,18 +114,32 @@ class Call:
     async def changes(self, patience: float | None = None) -> AsyncIterator[bool]:
         """After a change True, after `patience` seconds without one False; ends after the last. Raises what a job failed with."""
         loop, seen = asyncio.get_running_loop(), 0
-        while True:
-            timer = None if patience is None else loop.call_later(patience, self.changed.set)
-            await self.changed.wait()
+        since, timer = loop.time(), None
+
+        def look() -> None:  # a timer for each `patience`, not for each change
+            nonlocal timer
+            assert patience is not None
+            left = since + patience - loop.time()
+            timer = loop.call_later(left if left > 0 else patience, look)
+            if left <= 0:
+                self._read_on()
+
+        if patience is not None:
+            timer = loop.call_later(patience, look)
+        try:
+            while True:
+                if self._version == seen:
+                    self._waiting = loop.create_future()
+                    await self._waiting
+                self.raise_failed()
+                changed, seen, since = self._version != seen, self._version, loop.time()
+                ended = self.finished
+                yield changed
+                if ended:
+                    return
+        finally:
             if timer is not None:
                 timer.cancel()
-            self.changed.clear()
-            self.raise_failed()
-            changed, seen = self.version != seen, self.version
-            ended = self.finished
-            yield changed
-            if ended:
-                return
 
     async def result(self) -> list[RequestOutput]:
         async for _ in self.changes():

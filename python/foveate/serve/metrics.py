@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter as Counts
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from foveate.serve.errors import ApiError
 from foveate.serve.jobs import Call, Job
 from foveate.serve.quality import EXPLAINED, RATINGS, Quality
 from foveate.serve.served import ServedModel
+from foveate.serve.token_times import TokenTimes
 from foveate.serve.worker import facts
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -57,7 +59,8 @@ class Metrics:
         )
         self.rejections = counter("vllm:admission_rejections", "Requests that were turned away.", [*model, "reason"])
         self.first_token = seconds("vllm:time_to_first_token_seconds", "From submission to the first token.")
-        self.between_tokens = seconds("vllm:inter_token_latency_seconds", "Between tokens of a request.")
+        self.between_tokens = TokenTimes("vllm:inter_token_latency_seconds", "Between tokens of a request.", _SECONDS)
+        self.registry.register(self.between_tokens)
         self.per_token = seconds(
             "vllm:request_time_per_output_token_seconds", "Mean over a request, after its first token."
         )
@@ -89,9 +92,10 @@ class Metrics:
     def _make_all(self, name: str) -> None:
         plain = [self.prompt_tokens, self.generation_tokens, self.cached_tokens, self.queried_tokens]
         timed = [
-            self.first_token, self.between_tokens, self.per_token, self.end_to_end, self.queue_time, self.request_prompt,
-            self.request_generation, self.step_seconds,
+            self.first_token, self.per_token, self.end_to_end, self.queue_time, self.request_prompt, self.request_generation,
+            self.step_seconds,
         ]  # fmt: skip
+        self.between_tokens.add(name)
         for metric in [*plain, *timed]:
             metric.labels(name)
         for reason in FINISH_REASONS:
@@ -121,6 +125,7 @@ class Metrics:
     def on_outputs(self, served: ServedModel, jobs: list[Job]) -> None:
         """In the event loop, after each step."""
         name, now = served.name, time.perf_counter()
+        generated: Counts[str] = Counts()  # by model; a counter of Prometheus costs more than all else of a token
         if served.worker is not None:
             self.step_seconds.labels(name).observe(served.worker.last_step_seconds)
         for job in jobs:
@@ -130,14 +135,17 @@ class Metrics:
             if model != name and job.counted_at is None:  # an adapter, whose tokenizer is its base's
                 self.quality.of(model).prompts.share_scripts(self.quality.of(name).prompts)
             if job.output is not None:
-                self._count(model, job, now)
+                generated[model] += self._count(model, job, now)
             if job.error is not None and not job.accounted:
                 job.accounted = True
                 self.success.labels(model, "error").inc()
+        for model, tokens in generated.items():
+            self.generation_tokens.labels(model).inc(tokens)
 
-    def _count(self, name: str, job: Job, now: float) -> None:
-        """Each step by its own time: the event loop may see several at once."""
+    def _count(self, name: str, job: Job, now: float) -> int:
+        """The new tokens; each step by its own time, as the event loop may see several at once."""
         assert job.output is not None
+        before = job.counted
         while job.progress:
             at, total = job.progress.popleft()
             new = total - job.counted
@@ -145,13 +153,12 @@ class Metrics:
                 if job.counted_at is None:
                     self._began(name, job, at)
                 else:
-                    for _ in range(new):
-                        self.between_tokens.labels(name).observe((at - job.counted_at) / new)
-                self.generation_tokens.labels(name).inc(new)
+                    self.between_tokens.observe(name, (at - job.counted_at) / new, new)
                 job.counted, job.counted_at = total, at
         if job.output.finished and not job.accounted:  # a later step's output may be here before an earlier one's call
             job.accounted = True
             self._ended(name, job, now)
+        return job.counted - before
 
     def _began(self, name: str, job: Job, now: float) -> None:
         assert job.output is not None

@@ -36,6 +36,7 @@ class ServedModel:
         self.path: str | Path | None = None  # that it was loaded from
         self.users = 0  # requests that have been given it and have not ended
         self.adapter: str | None = None  # its name in the engine, for one that is an adapter
+        self._fingerprint: tuple[tuple[Any, ...], str] | None = None  # of what it was made
 
     @property
     def base(self) -> ServedModel:
@@ -80,8 +81,11 @@ class ServedModel:
     @property
     def fingerprint(self) -> str:
         """Changes with the version, the model and what runs it."""
-        about = (foveate.__version__, self.name, getattr(self.llm, "runs_on", ""), str(getattr(self.llm, "config", "")))
-        return "fv_" + hashlib.sha256(repr(about).encode()).hexdigest()[:12]
+        about = (self.name, getattr(self.llm, "runs_on", ""), getattr(self.llm, "config", None))
+        if self._fingerprint is None or self._fingerprint[0] != about:
+            text = repr((foveate.__version__, *about[:2], str(about[2] or "")))
+            self._fingerprint = about, "fv_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+        return self._fingerprint[1]
 
     def stop(self) -> None:
         if self.worker is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import logging
 import threading
 import time
@@ -23,7 +24,9 @@ log = logging.getLogger("foveate.serve")
 class EngineWorker:
     """Steps `engine` while it has work. What is submitted or aborted takes effect before the next step, whatever runs.
 
-    on_outputs: called in the event loop after each step, with the jobs that changed.
+    on_outputs: called in the event loop after each step, with the jobs that changed. Where the model says when its kernels begin
+    (NativeDecoder), the event loop gets a step's outputs then, in the next step: while kernels run, it keeps no Python of the engine
+    waiting for the interpreter's lock.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class EngineWorker:
         self.last_step_seconds = 0.0
         self.failed_steps = 0
         self._turn = 0  # of the thread that steps; those of earlier ones are left behind
+        self._held: list[Job] = []  # that changed, of which the event loop has not been told
+        self._overlaps = False  # whether the step that runs, or was the last, had kernels to tell it in
         self._thread = self._new_thread()
 
     def start(self) -> None:
@@ -104,6 +109,7 @@ class EngineWorker:
         with self._condition:
             self._turn += 1
             old, self._jobs = self._jobs, {}
+            held, self._held = self._held, []
             self.engine = engine
             again = [
                 job for job in old.values() if not job.begun_again and not (job.call is not None and job.call.sent)
@@ -117,8 +123,8 @@ class EngineWorker:
             self._thread.start()
         for job in lost:
             job.error = watchdog.ended(job.id)
-        if lost:
-            self._deliver(lost)
+        if held or lost:
+            self._deliver(held + lost)
         return len(again), len(lost)
 
     def _new_thread(self) -> threading.Thread:
@@ -139,6 +145,8 @@ class EngineWorker:
                 self._deliver(refusals)
             if self.engine.has_work:
                 self._step(turn)
+            else:  # the last ones that ran were aborted
+                self._release(turn)
 
     def _obey(self, kind: str, job: Any) -> bool:
         """False for a job that the engine refuses."""
@@ -176,6 +184,9 @@ class EngineWorker:
     def _step(self, turn: int) -> None:
         began, engine = time.perf_counter(), self.engine
         lost: list[str] = []
+        self._overlaps = False
+        if hasattr(engine.model, "before_kernels"):
+            engine.model.before_kernels = functools.partial(self._release, turn)
         try:
             outputs = engine.step()
         except Exception:
@@ -185,29 +196,41 @@ class EngineWorker:
         with self._condition:
             if self._turn != turn:  # it took too long, and another thread has gone on
                 return
-            self.last_step_seconds = time.perf_counter() - began
+            now = time.perf_counter()
+            self.last_step_seconds = now - began
             for sample in engine.scheduler.running:
                 self._mark_started(sample.request.id, began)
-            changed = [job for output in outputs if (job := self._read(output, began)) is not None]
+            changed = [job for output in outputs if (job := self._read(output, began, now)) is not None]
             for request_id in lost:
                 job = self._jobs.pop(request_id, None)
                 if job is not None:
                     job.error = _failed(job)
                     changed.append(job)
-        self._deliver(changed)
+            self._held += changed
+        if not (self._overlaps and engine.has_work):
+            self._release(turn)
+
+    def _release(self, turn: int) -> None:
+        if self._turn != turn:
+            return
+        self._overlaps = True
+        held, self._held = self._held, []
+        if held:
+            self._deliver(held)
 
     def _mark_started(self, request_id: str, began: float) -> None:
         job = self._jobs.get(request_id)
         if job is not None and job.started is None:
             job.started = began
 
-    def _read(self, output: RequestOutput, began: float) -> Job | None:
-        self._mark_started(output.request_id, began)
+    def _read(self, output: RequestOutput, began: float, now: float) -> Job | None:
         job = self._jobs.get(output.request_id)
         if job is None:
             return None
+        if job.started is None:  # its first step was its last
+            job.started = began
         job.output = output
-        job.progress.append((time.perf_counter(), job.generated))
+        job.progress.append((now, job.generated))
         if output.finished:
             del self._jobs[output.request_id]
         return job

@@ -120,6 +120,17 @@ class Tokenizer:
 
         ValueError for an id that the tokenizer does not have.
         """
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._bytes[token] = self._bytes_of(token)
+        return found
+
+    @functools.cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        """What `id_to_bytes` has found."""
+        return {}
+
+    def _bytes_of(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].content.encode()
         text = self.backend.id_to_token(token)
