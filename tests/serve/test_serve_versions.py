@@ -153,6 +153,27 @@ def test_a_candidate_gets_its_share_and_is_promoted(versioned, expected):
     assert ask(versioned) == ("toy", expected["new"]) and list(versioned.state.models) == ["toy"]
 
 
+def test_a_candidate_is_removed(versioned, expected):
+    assert admin(versioned, "/v1/remove_candidate", model="toy").status_code == 400
+    assert admin(versioned, "/v1/set_candidate", model="toy", path="new", share=1).status_code == 200
+    candidate = versioned.state.models["toy@candidate"]
+    steps = serve_toys.Steps(versioned, candidate.worker.engine)
+    steps.hold_when(lambda: candidate.worker.engine.has_work)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, versioned)
+        steps.wait_held()
+        assert versioned.error(403, "/v1/remove_candidate", model="toy")["code"] == "not_admin"
+        removed = admin(versioned, "/v1/remove_candidate", model="toy")
+        assert removed.json() == {"removed": "toy@candidate"}
+        assert ask(versioned) == ("toy", expected["old"]) and list(versioned.state.models) == ["toy"]
+        steps.run()
+        assert running.result(60) == ("toy@candidate", expected["new"])  # it ends on what it began with
+    versioned.wait(lambda: candidate.worker is None, 60)
+    assert admin(versioned, "/v1/promote_candidate", model="toy").status_code == 400
+    assert versioned.error(404, model="toy@candidate", prompt="x")["code"] == "model_not_found"
+    assert admin(versioned, "/v1/set_candidate", model="toy", path="new", share=0.5).status_code == 200  # another one
+
+
 def test_a_candidate_from_the_start(folder, expected):
     load = {"toy": lambda: serve_toys.make_llm(folder), "new": lambda: other(folder)}
     with serve_toys.serving(load, models={"toy": "toy"}, candidates={"toy": ("new", 0.5)}) as running:

@@ -113,11 +113,13 @@ class Running:
 class Steps:
     """Holds the engine between two steps, so that a test decides in which phase something happens, however slow the machine is."""
 
-    def __init__(self, running: Running) -> None:
-        self._running, self._step = running, running.engine.step
+    def __init__(self, running: Running, engine: Any = None) -> None:
+        """engine: another one than the first model's."""
+        engine = engine or running.engine
+        self._running, self._step = running, engine.step
         self._condition: Callable[[], bool] = lambda: False
         self._held, self._go = threading.Event(), threading.Event()
-        running.engine.step = self._when_let
+        engine.step = self._when_let
 
     def _when_let(self) -> Any:
         if self._condition():

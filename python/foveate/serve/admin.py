@@ -43,7 +43,9 @@ class CandidateBody(Body):
     path: str | None = Field(None, min_length=1)
 
 
-class PromoteBody(Body):
+class OfCandidateBody(Body):
+    """model: the one that has it."""
+
     model: str
 
 
@@ -79,11 +81,18 @@ def admin_routes(state: ServerState) -> APIRouter:
         await state.versions.set_candidate(body.model, body.path, body.share)
         return json_response({"candidate": candidate_name(body.model), "share": body.share})
 
-    @routes.post("/v1/promote_candidate", openapi_extra=takes(PromoteBody))
+    @routes.post("/v1/promote_candidate", openapi_extra=takes(OfCandidateBody))
     async def promote_candidate(request: Request) -> Response:
         require_admin()
-        body = await parse_body(state, request, PromoteBody)
+        body = await parse_body(state, request, OfCandidateBody)
         await state.versions.promote(body.model)
         return json_response({"promoted": body.model})
+
+    @routes.post("/v1/remove_candidate", openapi_extra=takes(OfCandidateBody))
+    async def remove_candidate(request: Request) -> Response:
+        require_admin()
+        body = await parse_body(state, request, OfCandidateBody)
+        await state.versions.remove(body.model)
+        return json_response({"removed": candidate_name(body.model)})
 
     return routes

@@ -78,6 +78,20 @@ class Versions:
             candidate.name = name
             await self._replace(old, candidate)
 
+    async def remove(self, name: str) -> None:
+        """The candidate is served no more; its requests end on it. All traffic is the model's again."""
+        async with self._alone():
+            self._model(name)
+            candidate = self._state.models.get(candidate_name(name))
+            if candidate is None:
+                raise bad_request(f"{name} has no candidate to remove", "model")
+            if candidate.state in ("waiting", "loading"):
+                raise ApiError(409, f"{candidate.name} is being loaded; remove it when it is", code="busy")
+            del self._state.models[candidate.name]
+            self.shares.pop(name, None)
+            self._owed.pop(name, None)
+            self._retire(candidate)
+
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
         """ApiError 409 while another change is under way."""
