@@ -28,6 +28,7 @@ _LAZY = {
     "SamplingParams": "foveate.generation",
     "ring_attention": "foveate.ring",
 }
+_PACKAGES = ("inspect", "train")
 
 
 def _is_command() -> bool:
@@ -54,8 +55,8 @@ def load_public() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        return importlib.import_module("foveate.train")
+    if name in _PACKAGES:
+        return importlib.import_module(f"foveate.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     if COMMAND_LINE and name in __all__ and "foveate._public" not in sys.modules:
@@ -65,7 +66,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, "train"})
+    return sorted({*globals(), *_LAZY, *_PACKAGES})
 
 
 __all__ = [

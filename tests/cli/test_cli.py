@@ -19,7 +19,8 @@ from foveate.cli import main, options
 from foveate.cli.parser import lay_out
 
 COMMANDS = (
-    "", "generate", "chat", "answer", "classify", "embed", "rerank", "fill", "train", "search", "serve", "monitor", "info", "bench",
+    "", "generate", "chat", "answer", "classify", "embed", "rerank", "fill", "train", "search", "inspect", "serve", "monitor", "info",
+    "bench",
 )  # fmt: skip
 FOVEATE = [sys.executable, "-m", "foveate"]
 

@@ -18,6 +18,7 @@ from foveate.cli import (
     fill,
     generate,
     info,
+    inspect,
     monitor,
     options,
     rerank,
@@ -28,7 +29,7 @@ from foveate.cli import (
 from foveate.cli.options import UsageError
 from foveate.cli.parser import CommandParser
 
-COMMANDS = (generate, chat, answer, classify, embed, rerank, fill, train, search, serve, monitor, info, bench)
+COMMANDS = (generate, chat, answer, classify, embed, rerank, fill, train, search, inspect, serve, monitor, info, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -80,10 +80,10 @@ def add_encoder_option(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="PATH",
         help="a Hugging Face folder, the name of an installed package that holds one, or a folder with a LoRA adapter",
     )  # fmt: skip
-    _add_base(parser)
+    add_base_option(parser)
 
 
-def _add_base(group: Any) -> None:
+def add_base_option(group: Any) -> None:
     group.add_argument(
         "--base", metavar="PATH", help="the model that an adapter is for; by default the one that it names"
     )
@@ -129,7 +129,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
         + ("; NAME=PATH names it for requests; may be given several times" if several else ""),
     )  # fmt: skip
     if not several:
-        _add_base(group)
+        add_base_option(group)
         group.add_argument(
             "--adapter", metavar="PATH", help="a folder with a LoRA adapter of --model in peft's format, merged into it"
         )

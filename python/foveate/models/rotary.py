@@ -47,10 +47,11 @@ class Rotary:
         key = (device, dtype, long)
         if key not in self._tables or len(self._tables[key][0]) < needed:
             rows = min(self.max_positions, max(_FIRST_POSITIONS, 1 << max(needed - 1, 0).bit_length()))
-            positions = torch.arange(rows, dtype=torch.float32, device="cpu")
-            angles = positions[:, None] * (self._long_frequencies if long else self.frequencies)
-            cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
-            self._tables[key] = (cos.to(device, dtype), sin.to(device, dtype))
+            with torch.inference_mode(False):  # a later call may want gradients through the same table
+                positions = torch.arange(rows, dtype=torch.float32, device="cpu")
+                angles = positions[:, None] * (self._long_frequencies if long else self.frequencies)
+                cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
+                self._tables[key] = (cos.to(device, dtype), sin.to(device, dtype))
         return self._tables[key]
 
 

@@ -29,6 +29,16 @@ class _Example(NamedTuple):
     words: list[tuple[int, int]]  # the characters of each token's word
 
 
+class BestWindow(NamedTuple):
+    """The window of a text that the best answer is in, as the model reads it. start, end: the answer's first and last token there."""
+
+    ids: list[int]
+    types: list[int]
+    start: int
+    end: int
+    answer: dict[str, Any]
+
+
 class QuestionAnswerer:
     """Finds the part of a text that answers a question (Devlin et al. 2018, arXiv 1810.04805, section 4.2).
 
@@ -123,6 +133,23 @@ class QuestionAnswerer:
             found.sort(key=lambda answer: -answer["score"])
         results: list[Any] = [found[0] if top_k == 1 else found[:top_k] for found in answers]
         return results[0] if single else results
+
+    def best_window(self, question: str, context: str) -> BestWindow:
+        """Where the best single span of the context is, in windows of the default sizes of a call."""
+        questions, contexts, _ = _pair_up(question, context)
+        max_seq_len = min(384, self.model.config.max_positions)
+        examples, windows = self._windows(questions, contexts, max_seq_len, min(128, max_seq_len // 2), 64)
+        found = []
+        for window in windows:
+            [start], [end] = self._logits([window])
+            spans, _ = _spans(window, start, end, 1, 15)
+            found += [(score, window, first, last) for first, last, score in spans]
+        score, window, first, last = max(found, key=lambda one: one[0])
+        answers: list[dict[str, Any]] = []
+        _add(answers, examples[0], first, last, score, True)
+        types = [0] * window.context_start + [1] * (len(window.ids) - window.context_start)
+        place = window.context_start - window.first
+        return BestWindow(window.ids, types, place + first, place + last, answers[0])
 
     def _windows(
         self, questions: list[str], contexts: list[str], max_seq_len: int, doc_stride: int, max_question_len: int
