@@ -100,11 +100,15 @@ CASES: dict[str, dict[str, Any]] = {
     "bloom:six": {"n_layer": 2, "n_head": 6, "hidden_size": 48},
     "mpt": {"d_model": 64, "n_layers": 4, "n_heads": 4, "attn_config": {"clip_qkv": 2.0, "softmax_scale": 0.3}},
     "gptj": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
+    "gpt_neo": {
+        "hidden_size": 64, "num_layers": 4, "num_heads": 4, "window_size": 5, "attention_types": [[["global", "local"], 2]],
+        "max_position_embeddings": 64,
+    },
     "falcon": {},
     "falcon:groups": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon:serial": {"multi_query": False, "parallel_attn": False, "bias": True},
 }  # fmt: skip
-OWN_NAMES = ("bloom", "mpt", "gptj")
+OWN_NAMES = ("bloom", "mpt", "gptj", "gpt_neo")
 
 
 def theirs(case: str) -> Any:

@@ -132,7 +132,7 @@ def _four_times(config: dict[str, Any]) -> int:
     """Of hidden_size, in families whose configs do not say how wide their MLP is."""
     return (
         4 * config["hidden_size"]
-        if config["model_type"] in ("bloom", "mpt", "gptj", "falcon")
+        if config["model_type"] in ("bloom", "mpt", "gptj", "gpt_neo", "falcon")
         else need(config, "intermediate_size")
     )
 

@@ -294,6 +294,29 @@ def _gptj(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _gpt_neo(config: Config) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    kinds = config.get("attention_layers")
+    if kinds is None:  # [[["global", "local"], 12]]: these two, twelve times
+        kinds = []
+        for entry in config.get("attention_types") or ():
+            if len(entry) != 2 or not isinstance(entry[0], list) or not isinstance(entry[1], int):
+                raise CheckpointError(
+                    f"attention_types has {entry}, which is not a list of kinds and how often they come"
+                )
+            kinds += entry[0] * entry[1]
+    if len(kinds) != layers or set(kinds) - {"global", "local"}:
+        raise CheckpointError(
+            f"attention_types make {len(kinds)} layers of {sorted(set(kinds))}; this model has {layers}"
+        )
+    window = config.get("window_size") or 256
+    return {
+        "norm": "layer_bias", "norm_eps": config.get("layer_norm_epsilon", 1e-5), "gated": False, "o_bias": True, "mlp_bias": True,
+        "scale": 1.0, "learned_positions": 0, "activation": config.get("activation_function", "gelu_new"),
+        "windows": tuple(window if kind == "local" else None for kind in kinds),
+    }  # fmt: skip
+
+
 def _falcon(config: Config) -> dict[str, Any]:
     if config.get("alibi"):
         raise CheckpointError(
@@ -474,6 +497,18 @@ FAMILIES: dict[str, DecoderFamily] = {
             (r"\.attn\.out_proj\.", ".self_attn.o_proj."), (r"\.attn\.", ".self_attn."), (r"\.fc_in\.", ".up_proj."),
             (r"\.fc_out\.", ".down_proj."),
         ),
+    ),
+    "gpt_neo": DecoderFamily(
+        "GPTNeoForCausalLM", _gpt_neo, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
+        {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"},
+        names=(
+            (r"^(transformer\.)?wte\.", "model.embed_tokens."), (r"^(transformer\.)?wpe\.", "model.embed_positions."),
+            (r"^(transformer\.)?h\.", "model.layers."), (r"^(transformer\.)?ln_f\.", "model.norm."),
+            (r"\.ln_1\.", ".input_layernorm."), (r"\.ln_2\.", ".post_attention_layernorm."),
+            (r"\.attn\.attention\.out_proj\.", ".self_attn.o_proj."), (r"\.attn\.attention\.", ".self_attn."),
+            (r"\.mlp\.c_fc\.", ".mlp.up_proj."), (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
+        ),
+        without_rope=True,
     ),
     "falcon": DecoderFamily(
         "FalconForCausalLM", _falcon, {"tie_word_embeddings": True, "max_position_embeddings": 2048},

@@ -39,8 +39,16 @@ def model_class(config: dict[str, Any], head: str | None = None, new_head: bool 
     architecture = architecture_of(config)
     if architecture.heads:
         return _class_with_head(architecture, config, head, new_head)
+    name = next((name for name in config.get("architectures") or () if isinstance(name, str)), "")
+    if architecture.classifier is not None and name.endswith("ForSequenceClassification"):
+        if head not in (None, "sequence-classification"):
+            raise ValueError(f"the checkpoint is a {name}, whose head is not {head!r}")
+        return architecture.classifier
     if head is not None:
-        raise ValueError(f"head={head!r} is for encoders such as BERT; {config['model_type']} has one head only")
+        raise ValueError(
+            f"head={head!r} is for encoders such as BERT, and 'sequence-classification' for decoders whose checkpoint has it; "
+            f"this {config['model_type']} is a {name or 'causal language model'}"
+        )
     return architecture.model
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from foveate.files.checked import CheckpointError
-from foveate.models import bert, decoder_families, encoder_families, gpt2, llama, modernbert, t5
+from foveate.models import bert, decoder_classifier, decoder_families, encoder_families, gpt2, llama, modernbert, t5
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Architecture:
 
     layer: the module that is recomputed by gradient checkpointing and whose linear layers LoRA adapts. objectives: of training.
     dropouts: keys of config.json. suited: what of foveate uses such a model, for errors. heads: by the names that `load_model` takes,
-    and named_heads by those of a config's `architectures`; {} for a family with one head only. names, fused: what stored weights
-    become, see `RenamedWeights`.
+    and named_heads by those of a config's `architectures`; {} for a family with one head only. classifier: of a decoder, what its
+    checkpoints called ...ForSequenceClassification are. names, fused: what stored weights become, see `RenamedWeights`.
     """
 
     exported_as: Mapping[str, str]
@@ -40,6 +40,7 @@ class Architecture:
     tied_by_default: bool = False
     heads: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     named_heads: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    classifier: type[nn.Module] | None = None
     names: tuple[tuple[str, str], ...] = ()
     fused: Mapping[str, str] = field(default_factory=dict)
 
@@ -57,6 +58,7 @@ def _decoder(model_type: str) -> Architecture:
         llama.LlamaLayer,
         ("causal-lm",) if family.trains else (),  # exports have Llama's names
         "foveate.LLM",
+        classifier=decoder_classifier.LlamaForSequenceClassification,
         names=family.names,
         fused=family.fused,
     )

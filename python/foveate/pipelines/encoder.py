@@ -16,6 +16,7 @@ from foveate.models.sequences import PackedSequences
 from foveate.tokenizer import Tokenizer
 
 TOKENS_PER_BATCH = 4096  # in one forward pass, unless a single text is longer
+_DECODERS = model_types(classifier=True)  # which may have a head of classes
 
 
 @dataclass
@@ -51,7 +52,8 @@ def load_encoder(
         checkpoint = open_checkpoint(path_or_model)
         config, folder = checkpoint.config, checkpoint.path
         encoders = model_types(heads=True)
-        if config.get("model_type") not in encoders:
+        classifier = head == "sequence-classification" and config.get("model_type") in _DECODERS
+        if config.get("model_type") not in encoders and not classifier:
             raise ValueError(
                 f"{path_or_model} is of architecture {config.get('model_type')!r}; {task} needs "
                 f"{' or '.join(map(repr, encoders))}, fine-tuned for it"

@@ -69,6 +69,8 @@ CONFIG: dict[str, Rule] = ANY_CONFIG | {
     "global_attn_every_n_layers": integer(1, 4096), "local_attention": integer(0, 2**31 - 1), "global_rope_theta": _POSITIVE,
     "local_rope_theta": _POSITIVE, "norm_bias": flag(), "classifier_bias": flag(), "decoder_bias": flag(), "classifier_pooling": text(),
     "classifier_activation": text(),
+    "attention_types": list_of(list_of(either(list_of(text(), 64), integer(0, 4096)), 2), 64), "attention_layers": list_of(text(), 4096),
+    "window_size": _SIZE,
     "ffn_dim": _SIZE, "word_embed_proj_dim": _SIZE, "do_layer_norm_before": flag(), "enable_bias": flag(), "n_embed": _SIZE,
     "seq_length": _POSITIONS, "max_seq_len": _POSITIONS, "rotary_dim": integer(0, 2**14), "ffn_hidden_size": _SIZE, "num_kv_heads": _HEADS,
     "alibi": flag(), "new_decoder_architecture": flag(), "multi_query": flag(), "parallel_attn": flag(), "bias": flag(),
