@@ -1,17 +1,21 @@
 """What the server does for each token beside the model: once a step, in the time of the kernels, and with the same results."""
 
 import asyncio
+import importlib
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
+import serve_toys
 from foveate.generation.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from foveate.generation.params import SamplingParams
 from foveate.serve.jobs import Call, Job
+from foveate.serve.server import raise_open_files
 from foveate.serve.token_times import TokenTimes
 from foveate.serve.worker import EngineWorker
 
@@ -184,3 +188,37 @@ def test_silence_is_told_after_patience_and_not_after_each_change():
         assert not any(seen)
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_open_files_are_raised_to_the_hard_limit(monkeypatch):
+    resource = pytest.importorskip("resource")
+    found = []
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: found.append(limits))
+    for have in ((1024, 4096), (1024, 2**20), (4096, 4096), (1024, resource.RLIM_INFINITY)):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, have=have: have)
+        raise_open_files()
+    assert found == [(4096, 4096), (65_536, 2**20), (65_536, resource.RLIM_INFINITY)]
+
+
+def test_who_asks_for_the_load_is_not_part_of_it(toy):
+    assert toy.get("/load").json() == {"server_load": 0}
+
+
+def test_the_clients_of_the_benchmark(toy, monkeypatch):
+    """Streams that wait are told from those that were turned away, and a rate from what became of its requests."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    clients = importlib.import_module("serve_clients")
+    port = int(toy.url.rpartition(":")[2])
+    asked = {"prompt": [5, 6, 7], "temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
+    good, wrong = {**asked, "max_tokens": 4}, {**asked, "max_tokens": 4, "stop": 7}
+    seconds, streams = asyncio.run(clients.at_rate(port, [good, wrong, good], 50))
+    assert [stream.status for stream in streams] == [200, 400, 200] and seconds >= 0.04
+    assert [len(stream.times) for stream in streams] == [4, 0, 4] and streams[0].times == sorted(streams[0].times)
+    steps = serve_toys.Steps(toy)
+    steps.hold_when(lambda: True)
+    try:
+        running, state = asyncio.run(clients.waiting_streams(port, [good], [good, good, wrong], 0.5))
+    finally:
+        steps.run()
+    assert running == [] and state == {"open": 2, "400": 1}
+    toy.wait(toy.idle, 60)

@@ -18,7 +18,7 @@ from foveate.serve.state import ServerState, users
 log = logging.getLogger("foveate.serve")
 requests_log = logging.getLogger("foveate.serve.requests")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_NOT_LOGGED = OPEN_PATHS | {"/metrics"}
+_NOT_LOGGED = OPEN_PATHS | {"/metrics", "/load"}
 
 
 class Gate:

@@ -87,6 +87,7 @@ def run(state: ServerState) -> None:
             f"port {settings.port} of {settings.host} cannot be had: {error}; choose another --port"
         ) from None
     where = f"http{'s' if settings.certificate else ''}://{settings.host}:{listener.getsockname()[1]}/v1"
+    raise_open_files()
     print(f"foveate serves {', '.join(state.models)} at {where}", file=sys.stderr, flush=True)
     set_up_logs()
     server = make_server(state)
@@ -96,6 +97,18 @@ def run(state: ServerState) -> None:
         state.stop()
     if server.failed:
         raise RuntimeError("; ".join(f"{m.name}: {m.error}" for m in state.models.values() if m.error is not None))
+
+
+def raise_open_files(most: int = 65_536) -> None:
+    """Each stream is a file to the system, which lets a process have 1,024 at first, and as many as its hard limit if it asks."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def set_up_logs() -> None:
