@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import httpx2
@@ -153,6 +154,7 @@ def test_a_missing_package_is_named(name, monkeypatch, capsys):
 def test_the_benchmark_counts_every_token(folder, llm, capsys, monkeypatch):
     """With servers in threads in place of processes, which take seconds to start."""
     path = Path(__file__).parents[2] / "benchmarks" / "serve.py"
+    monkeypatch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location("serve_benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
@@ -163,17 +165,24 @@ def test_the_benchmark_counts_every_token(folder, llm, capsys, monkeypatch):
         assert server[0][2:4] == ["foveate", "serve"]
         load = {"bench": lambda: serve_toys.make_llm(folder)}
         with serve_toys.serving(load, port=port, log_requests=False) as running:
-            yield
+            yield types.SimpleNamespace(pid=os.getpid())
             asked.append(running.metric("vllm:generation_tokens_total", model_name="bench"))
 
     def in_process(args, given):
         outputs = llm.generate(given, foveate.SamplingParams(max_tokens=args.tokens, ignore_eos=True, temperature=0))
-        return sum(len(output.outputs[0].token_ids) for output in outputs) / 0.5
+        times = [[0.001 * (i + 1) for i in range(args.tokens)] for _ in given]
+        return sum(len(output.outputs[0].token_ids) for output in outputs) / 0.5, times
 
     monkeypatch.setattr(benchmark, "running", in_a_thread)
     monkeypatch.setattr(benchmark, "in_process", in_process)
     quick = ["--streams", "2", "--prompt", "5", "--tokens", "6", "--rounds", "1", "--threads", "1"]
-    assert benchmark.main(["--model", str(folder), *quick]) == 0
-    row = json.loads(capsys.readouterr().out)
-    assert asked == [18]  # two streams, and one before them
+    others = ["--idle", "3", "--rate", "50", "--seconds", "0.1"]
+    assert benchmark.main(["--model", str(folder), *quick, *others]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    row, idle, rate = map(json.loads, shown[:3])
+    # one stream before the two and before the five; those that waited may have begun when the 64 had ended
+    assert asked[0] == 18 and 64 * 24 <= asked[1] <= 67 * 24 and asked[2] == 24
+    assert idle["open"] == 3 and idle["left"] == 0 and rate["answered"] == 5 and rate["errors"] == 0
+    assert shown[3] == "" and len(shown) == 4 + len(benchmark.TARGETS)
+    assert row["added_ms_p50"] == pytest.approx(row["between_ms_p50"] - 1, abs=0.01)
     assert row["streams"] == 2 and row["http_tokens_per_s"] > 0 and row["first_ms_p50"] <= row["first_ms_p99"]
