@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a .gguf file, a Hugging Face folder, or random-gpt2")
     parser.add_argument("--quantization", choices=("q8_0", "q4_0"), help="what foveate packs the weights in")
     parser.add_argument("--label", help="goes into the names of the files; the README shows those without one")
-    parser.add_argument("--out", type=Path, help="folder for generate_DATE.csv and .md")
+    parser.add_argument("--out", type=Path, help="folder for generate_MACHINE_DATE.csv and .md")
     parser.add_argument("--llama", help="folder that llama_cpp is installed in")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
@@ -342,7 +342,7 @@ def main() -> None:
     if options.out is None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / "_".join(["generate", *([options.label] if options.label else []), where.date])
+    stem = options.out / where.stem("generate", options.label or "")
     stem.with_suffix(".md").write_text(text)
     with stem.with_suffix(".csv").open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")

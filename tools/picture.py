@@ -1,4 +1,4 @@
-"""The picture of README.md, drawn from committed results: kernels beside torch's, and a model beside other engines."""
+"""The picture of README.md, drawn from committed results, a row for each machine: kernels beside torch's, and a model beside engines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from foveate.bench.machine import Machine
 from foveate.bench.run import Row, geometric_mean
@@ -21,11 +22,25 @@ NAMES = {
 AHEAD, BEHIND, OTHERS = "#2a6f97", "#c1121f", ("#8d99ae", "#b8c0cc", "#d9dee6")
 
 
-def digest(sources: Sequence[Path]) -> str:
+class Results(Protocol):
+    """Of one machine; see tools/readme.py."""
+
+    @property
+    def machine(self) -> Machine: ...
+    @property
+    def rows(self) -> Sequence[Row]: ...
+    @property
+    def kernels(self) -> Path: ...
+    @property
+    def generation(self) -> Path | None: ...
+
+
+def digest(shown: Sequence[Results]) -> str:
     """What ties a picture to its data: of the files that it shows and of this one, which draws it."""
     data = hashlib.sha256()
-    for path in (*sources, Path(__file__)):
-        data.update(path.read_bytes())
+    for path in (*(path for one in shown for path in (one.kernels, one.generation)), Path(__file__)):
+        if path is not None:
+            data.update(path.read_bytes())
     return data.hexdigest()
 
 
@@ -39,18 +54,22 @@ def drawn_from(picture: Path) -> str:
         return image.info.get("Source", "")
 
 
-def draw(picture: Path, machine: Machine, rows: Sequence[Row], kernels: Path, generation: Path) -> None:
+def draw(picture: Path, shown: Sequence[Results]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 4.2), width_ratios=(2, 1), layout="constrained")
-    _draw_kernels(left, rows)
-    _draw_generation(right, generation)
-    figure.suptitle(machine.line, fontsize=10)
+    figure = pyplot.figure(figsize=(15, 4.2 * len(shown)), layout="constrained")
+    parts = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
+    for part, one in zip(parts, shown):
+        left, right = part.subplots(1, 2, width_ratios=(2, 1))
+        _draw_kernels(left, one.rows)
+        if one.generation is not None:
+            _draw_generation(right, one.generation)
+        part.suptitle(one.machine.line, fontsize=10)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110, metadata={"Source": digest([kernels, generation])})
+    figure.savefig(picture, dpi=110, metadata={"Source": digest(shown)})
     pyplot.close(figure)
 
 

@@ -1,4 +1,5 @@
-"""The generated parts of README.md and docs/support.md, between marker lines: numbers of the newest committed results, tables, a picture.
+"""The generated parts of README.md and docs/support.md, between marker lines: numbers of the newest committed results of each machine,
+tables, a picture.
 
 python tools/readme.py           writes them
 python tools/readme.py --check   fails if they are not what would be written
@@ -10,12 +11,14 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import peers
 import picture
 import support_matrix
 from foveate.bench import report, run
+from foveate.bench.machine import Machine
 
 FILES = ("README.md", "docs/support.md")
 PICTURE = "docs/images/cpu.png"
@@ -30,81 +33,110 @@ SPEED = {
 PEER_NAMES = {"sdpa": "torch SDPA"}
 
 
-def newest(folder: Path, pattern: str) -> Path | None:
-    """The newest result of a kind: names end in the date."""
-    return max(folder.glob(pattern), default=None)
+@dataclass(frozen=True)
+class Results:
+    """What is committed of one machine: the newest full run of `foveate bench`, and of benchmarks/generate.py where there is one."""
+
+    machine: Machine
+    rows: Sequence[run.Row]
+    kernels: Path
+    generation: Path | None
+
+    @property
+    def summaries(self) -> Sequence[run.Summary]:
+        return run.summarize(self.rows)
 
 
-def headline(summaries: Sequence[run.Summary], machine: str, generation: Path | None) -> str:
-    """Three numbers and where they come from."""
-    found = {(s.bench, s.dtype): s for s in summaries}
-
-    def beside(bench: str, what: str) -> str:
-        bf16, fp32 = found[bench, "bf16"], found[bench, "fp32"]
-        return (
-            f"| **{bf16.mean_ratio:.2g}x** torch SDPA | {what} in bf16: geometric mean of {bf16.cases} cases, lowest "
-            f"{bf16.min_ratio:.2g}x. In fp32 {fp32.mean_ratio:.2g}x, lowest {fp32.min_ratio:.2g}x. |"
-        )
-
-    lines = [
-        "| | |",
-        "|---|---|",
-        beside("attention", "attention forward"),
-        beside("decode", "decoding with a KV cache"),
-    ]
-    if generation is not None:
-        with generation.open(newline="") as file:
-            rates = {(r["case"], r["engine"]): float(r["tokens_per_s"]) for r in csv.DictReader(file)}
-        one, many = (rates[case, "foveate"] / rates[case, "llama.cpp"] for case in ("decode", "decode_16"))
-        lines.append(
-            f"| **{one:.2g}x** llama.cpp | SmolLM2-135M in 4-bit blocks, one request: {rates['decode', 'foveate']:.0f} "
-            f"tokens/s. With 16 requests at once {many:.2g}x, {rates['decode_16', 'foveate']:.0f} tokens/s. |"
-        )
-    return "\n".join([*lines, "", f"{machine}."])
+def newest(folder: Path, kind: str) -> list[Path]:
+    """The newest result of a kind on each machine, the last measured machine first. Names: `Machine.stem`, without a label."""
+    dated = [path for path in folder.glob(f"{kind}_*.csv") if path.stem[-10:-6].isdigit() and path.stem[-3] == "-"]
+    found: dict[str, Path] = {}
+    for path in sorted(dated, key=lambda path: path.stem[-10:], reverse=True):
+        found.setdefault(path.stem[:-11], path)
+    return list(found.values())
 
 
-def speeds(summaries: Sequence[run.Summary]) -> dict[str, dict[str, float]]:
+def committed(root: Path) -> list[Results]:
+    folder = root / "benchmarks" / "results"
+    generation = {path.stem[len("generate_") : -11]: path for path in newest(folder, "generate")}
+    results = []
+    for path in newest(folder, "cpu"):
+        rows = report.read_csv(path)
+        machine, measured = rows[0][0], [row for _, row in rows]
+        results.append(Results(machine, measured, path, generation.get(path.stem[len("cpu_") : -11])))
+    return results
+
+
+def headline(results: Sequence[Results]) -> str:
+    """Three pairs of numbers for each machine, and where they come from."""
+    lines: dict[str, list[str]] = {}
+    for here in results:
+        found = {(s.bench, s.dtype): s for s in here.summaries}
+        for bench, what in (("attention", "attention forward"), ("decode", "decoding with a KV cache")):
+            for dtype in ("bf16", "fp32"):
+                s = found[bench, dtype]
+                cell = f"**{s.mean_ratio:.2g}x**, lowest {s.min_ratio:.2g}x"
+                lines.setdefault(f"{what}, {dtype}, beside torch SDPA", []).append(cell)
+        rates = {}
+        if here.generation is not None:
+            with here.generation.open(newline="") as file:
+                rates = {(r["case"], r["engine"]): float(r["tokens_per_s"]) for r in csv.DictReader(file)}
+        for case, what in (("decode", "one request"), ("decode_16", "16 requests at once")):
+            ours, theirs = rates.get((case, "foveate")), rates.get((case, "llama.cpp"))
+            cell = "" if ours is None else f"{ours:.0f} tokens/s"
+            if ours is not None and theirs is not None:
+                cell = f"**{ours / theirs:.2g}x**, {cell}"
+            lines.setdefault(f"SmolLM2-135M in 4-bit blocks, {what}, beside llama.cpp", []).append(cell)
+    table = [f"| | {' | '.join(here.machine.name for here in results)} |", "|---" * (len(results) + 1) + "|"]
+    table += [f"| {what} | {' | '.join(cells)} |" for what, cells in lines.items()]
+    machines = "; ".join(here.machine.line for here in results)
+    note = "Ratios are geometric means over the cases of `foveate bench`; an empty cell was not measured."
+    return "\n".join([*table, "", f"{machines}.", note])
+
+
+def speeds(results: Sequence[Results]) -> dict[str, dict[str, float]]:
     """Lines of the table of peers: the time of each peer that was measured over foveate's."""
     lines: dict[str, dict[str, float]] = {}
-    for s in summaries:
-        if s.bench in SPEED and s.peer in PEER_NAMES:
-            lines.setdefault(f"{SPEED[s.bench]}, {s.dtype}", {})[PEER_NAMES[s.peer]] = s.mean_ratio
+    for here in results:
+        for s in here.summaries:
+            if s.bench in SPEED and s.peer in PEER_NAMES:
+                title = f"{SPEED[s.bench]}, {s.dtype}, {here.machine.name}"
+                lines.setdefault(title, {})[PEER_NAMES[s.peer]] = s.mean_ratio
     return lines
 
 
 def generated(root: Path) -> dict[str, str]:
     """The parts, from the backends of this build and from root/benchmarks/results."""
-    folder = root / "benchmarks" / "results"
-    kernels, generation = newest(folder, "cpu_[0-9]*.csv"), newest(folder, "generate_[0-9]*.csv")
+    results = committed(root)
     parts = {"support matrix": support_matrix.matrix(), "headline": NOTHING, "numbers": NOTHING, "generation": NOTHING}
-    summaries: Sequence[run.Summary] = []
-    if kernels is not None:
-        rows = report.read_csv(kernels)
-        machine, measured = rows[0][0], [row for _, row in rows]
-        summaries = run.summarize(measured)
-        if {"attention", "decode"} <= {s.bench for s in summaries}:
-            parts["headline"] = headline(summaries, machine.line, generation)
-        parts["numbers"] = report.summary_markdown(machine, measured)
-        if kernels.with_suffix(".png").exists():
-            file = kernels.with_suffix(".png").relative_to(root).as_posix()
-            parts["numbers"] += f"\n\n[A bar for every case]({file})"
-    if generation is not None:
-        parts["generation"] = generation.with_suffix(".md").read_text().strip()
-    return parts | {"peers": peers.table(speeds(summaries))}
+    if results:
+        parts["headline"] = headline(results)
+        numbers = []
+        for here in results:
+            numbers.append(report.summary_markdown(here.machine, here.rows))
+            if here.kernels.with_suffix(".png").exists():
+                file = here.kernels.with_suffix(".png").relative_to(root).as_posix()
+                numbers.append(f"[A bar for every case]({file})")
+        parts["numbers"] = "\n\n".join(numbers)
+    generation = [here.generation for here in results if here.generation is not None]
+    if generation:
+        parts["generation"] = "\n\n".join(path.with_suffix(".md").read_text().strip() for path in generation)
+    return parts | {"peers": peers.table(speeds(results))}
+
+
+def drawn(root: Path) -> list[Results]:
+    """The machines of the picture: those with a run of generation."""
+    return [here for here in committed(root) if here.generation is not None]
 
 
 def picture_is_current(root: Path) -> bool:
-    folder = root / "benchmarks" / "results"
-    sources = [path for path in (newest(folder, "cpu_[0-9]*.csv"), newest(folder, "generate_[0-9]*.csv")) if path]
-    return len(sources) < 2 or picture.drawn_from(root / PICTURE) == picture.digest(sources)
+    shown = drawn(root)
+    return not shown or picture.drawn_from(root / PICTURE) == picture.digest(shown)
 
 
 def draw_picture(root: Path) -> None:
-    folder = root / "benchmarks" / "results"
-    kernels, generation = newest(folder, "cpu_[0-9]*.csv"), newest(folder, "generate_[0-9]*.csv")
-    if kernels is not None and generation is not None:
-        rows = report.read_csv(kernels)
-        picture.draw(root / PICTURE, rows[0][0], [row for _, row in rows], kernels, generation)
+    if shown := drawn(root):
+        picture.draw(root / PICTURE, shown)
 
 
 def with_parts(texts: dict[str, str], parts: dict[str, str]) -> dict[str, str]:

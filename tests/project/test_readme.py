@@ -54,12 +54,12 @@ def test_check_sees_a_stale_document(tmp_path, monkeypatch, capsys) -> None:
     assert "| `softcap` | yes" in (tmp_path / "docs" / "support.md").read_text()
 
 
-def committed(folder: Path, date: str, ratio: float) -> None:
+def committed(folder: Path, date: str, ratio: float, cpu: str = "a CPU") -> None:
     """Results of a full run and of generation on a date."""
     results = folder / "benchmarks" / "results"
     results.mkdir(parents=True, exist_ok=True)
-    here = machine.Machine("abc", date, "a CPU", "avx2", 4, "2.13.0", "0.1.0")
-    file = report.CsvFile(results / f"cpu_{date}.csv", here)
+    here = machine.Machine("abc", date, cpu, "avx2", 4, "2.13.0", "0.1.0")
+    file = report.CsvFile(results / f"{here.stem('cpu')}.csv", here)
     for dtype, factor in (("fp32", 1.0), ("bf16", 2.0)):
         for bench in ("attention", "decode"):
             file.add(run.Row(bench, "B1", dtype, us=1.0, peer="sdpa", ratio=ratio * factor, percent_of_limit=70.0))
@@ -67,24 +67,38 @@ def committed(folder: Path, date: str, ratio: float) -> None:
     file.close()
     rates = [("decode", "foveate", 300.0), ("decode", "llama.cpp", 100.0), ("decode_16", "foveate", 900.0)]
     lines = [f"{case},{engine},{rate}" for case, engine, rate in [*rates, ("decode_16", "llama.cpp", 200.0)]]
-    (results / f"generate_{date}.csv").write_text("\n".join(["case,engine,tokens_per_s", *lines]) + "\n")
-    (results / f"generate_{date}.md").write_text("a table\n")
+    (results / f"{here.stem('generate')}.csv").write_text("\n".join(["case,engine,tokens_per_s", *lines]) + "\n")
+    (results / f"{here.stem('generate')}.md").write_text(f"a table of {cpu}\n")
 
 
 def test_numbers_come_from_the_newest_results(tmp_path) -> None:
     assert "No results" in readme.generated(tmp_path)["numbers"]
     committed(tmp_path, "2001-01-01", 1.0)
     committed(tmp_path, "2002-01-01", 3.0)
-    (tmp_path / "benchmarks" / "results" / "cpu_decode_2003-01-01.csv").write_text("not a full run")
+    (tmp_path / "benchmarks" / "results" / "cpu_a-avx2_2003-01-01_decode.csv").write_text("not a full run")
     parts = readme.generated(tmp_path)
     assert "a CPU, 4 threads, avx2, torch 2.13.0, 2002-01-01, commit `abc`." in parts["numbers"]
     assert "| attention forward | fp32 | sdpa | 1 | 3.00x | 3.00x | 70 (70) |" in parts["numbers"]
     assert "grows as S to the power of 1.01 (fp32)" in parts["numbers"]
-    assert "| **6x** torch SDPA | attention forward in bf16" in parts["headline"]
-    assert "| **3x** llama.cpp |" in parts["headline"] and "16 requests at once 4.5x, 900 tokens/s" in parts["headline"]
-    assert parts["headline"].endswith("a CPU, 4 threads, avx2, torch 2.13.0, 2002-01-01.")
-    assert "| CPU time, decode, bf16 | 1x |  |  |  | 6x |  |  |  |" in parts["peers"]
-    assert parts["generation"] == "a table"
+    assert "| attention forward, bf16, beside torch SDPA | **6x**, lowest 6x |" in parts["headline"]
+    assert "one request, beside llama.cpp | **3x**, 300 tokens/s |" in parts["headline"]
+    assert "16 requests at once, beside llama.cpp | **4.5x**, 900 tokens/s |" in parts["headline"]
+    assert "a CPU, 4 threads, avx2, torch 2.13.0, 2002-01-01.\n" in parts["headline"]
+    assert "| CPU time, decode, bf16, a, avx2 | 1x |  |  |  | 6x |  |  |  |" in parts["peers"]
+    assert parts["generation"] == "a table of a CPU"
+
+
+def test_every_machine_is_shown(tmp_path) -> None:
+    committed(tmp_path, "2001-01-01", 1.0, "Intel(R) Xeon(R) Processor @ 2.00GHz")
+    committed(tmp_path, "2002-01-01", 3.0, "AMD EPYC 9R45")
+    parts = readme.generated(tmp_path)
+    assert "| | AMD EPYC 9R45, avx2 | Intel Xeon, avx2 |" in parts["headline"]
+    assert "| attention forward, fp32, beside torch SDPA | **3x**, lowest 3x | **1x**, lowest 1x |" in parts["headline"]
+    assert parts["numbers"].count("commit `abc`") == 2
+    assert "| CPU time, decode, bf16, Intel Xeon, avx2 | 1x |  |  |  | 2x |  |  |  |" in parts["peers"]
+    assert parts["generation"].startswith("a table of AMD EPYC 9R45\n\na table of Intel")
+    readme.draw_picture(tmp_path)
+    assert readme.picture_is_current(tmp_path)
 
 
 def test_picture_is_that_of_the_newest_results(tmp_path) -> None:

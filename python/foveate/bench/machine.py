@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,17 @@ class Machine:
     def line(self) -> str:
         threads = f"{self.threads} thread" + ("" if self.threads == 1 else "s")
         return f"{self.cpu}, {threads}, {self.cpu_target}, torch {self.torch}, {self.date}"
+
+    @property
+    def name(self) -> str:
+        """Of the CPU and what runs on it, short: "AMD EPYC, avx512_bf16"."""
+        cpu = re.sub(r"\((r|tm|c)\)|\b(cpu|processor|\d+-core)\b|@.*", " ", self.cpu, flags=re.IGNORECASE)
+        return f"{' '.join(cpu.split()) or 'CPU'}, {self.cpu_target}"
+
+    def stem(self, kind: str, label: str = "") -> str:
+        """What a file of results is called: one for each machine and day, and a label for a run that is not the usual one."""
+        machine = re.sub(r"[^a-z0-9_]+", "-", self.name.lower()).strip("-")
+        return "_".join([kind, machine, self.date, *([label] if label else [])])
 
 
 def describe() -> Machine:

@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> None:
     here = machine.describe()
     limits = roofline.measure(args.quick)
     options = run.Options(benches, args.dtypes, args.against != "none", args.quick, args.seed)
-    name = "cpu_" + ("" if benches == BENCHES else "_".join(benches) + "_") + here.date
+    name = here.stem("cpu", "" if benches == BENCHES else "_".join(benches))
     csv_file = None if args.out is None else report.CsvFile(args.out / f"{name}.csv", here)
     rows = []
     for row in run.rows(options, limits):
