@@ -27,8 +27,8 @@ LAYERS = [
 ]
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}
 ROOT = {"__init__", "__main__", "_public", "_version", "_moved", "_C"}
-# `foveate bench` is a command over the folder bench.
-BESIDE = {("cli", "bench")}
+# `foveate bench` is a command over the folder bench; the server answers the field `inspect` by foveate.inspect.
+BESIDE = {("cli", "bench"), ("serve", "inspect")}
 
 
 def modules(package: Path) -> dict[str, Path]:

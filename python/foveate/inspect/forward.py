@@ -20,7 +20,7 @@ _ROWS_OF_LENS = 256  # distributions over the vocabulary in memory at a time
 
 
 class Pass:
-    """`step()` until it says True, then `result()`. tokens: int64 [S].
+    """`step()` until it says True, then `result()`. A step is a chunk of the text, or one layer's logit lens. tokens: int64 [S].
 
     texts: the text of some token ids, [] -> []. hidden: of a causal model, (tokens [1, n], cache) -> [1, n, hidden], in place of the
     model's own, for one that runs with an adapter.
@@ -38,11 +38,21 @@ class Pass:
         self.recorder = Recorder(parts, wanted, len(self.ids))
         self._cache = RecordingCache(self.recorder)
         self._hidden = hidden or (lambda tokens, cache: parts.model.hidden(tokens, cache))
+        self._read = False  # whether the whole text has been
+        self._lens: list[tuple[Tensor, Tensor, Tensor]] = []
         self._choices: list[TokenChoice | None] = [None] if parts.kind == "causal" else []
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Runs the next chunk; whether it was the last."""
+        """Runs the next one; whether it was the last."""
+        if self._read:
+            self._read_layer()
+        else:
+            self._read = self._run_chunk()
+        layers = self.parts.num_layers + 1 if self.wanted.lens_top else 0
+        return self._read and len(self._lens) == layers
+
+    def _run_chunk(self) -> bool:
         recorder = self.recorder
         with recorder.watching():
             if self.parts.kind != "causal":
@@ -80,29 +90,24 @@ class Pass:
         if wanted.rollout:
             found.rollout = rollout(self.recorder)
         if wanted.lens_top:
-            found.lens = self._lens()
+            found.lens = self._found_lens()
         return found
 
-    def _lens(self) -> Lens:
+    def _read_layer(self) -> None:
         assert self.recorder.stream is not None
-        stream = self.recorder.stream
-        dtype = next(p.dtype for p in self.parts.model.parameters() if p.is_floating_point())
-        ids, probabilities, entropies = [], [], []
-        for rows in stream.flatten(0, 1).split(_ROWS_OF_LENS):
+        dtype = next((p.dtype for p in self.parts.model.parameters() if p.is_floating_point()), torch.float32)
+        found = []
+        for rows in self.recorder.stream[len(self._lens)].split(_ROWS_OF_LENS):
             logprobs = self.parts.read(rows.to(dtype)).float().log_softmax(-1)
             best = logprobs.topk(min(self.wanted.lens_top, logprobs.shape[-1]))
-            ids.append(best.indices.cpu())
-            probabilities.append(best.values.exp().cpu())
-            entropies.append(_entropy(logprobs).cpu())
-        shape = stream.shape[:2]
-        found = torch.cat(ids).unflatten(0, shape)
-        flat = self.texts(found.flatten().tolist())
-        K = found.shape[-1]
-        rows = [flat[i : i + K] for i in range(0, len(flat), K)]
-        texts = [rows[i : i + shape[1]] for i in range(0, len(rows), shape[1])]
-        return Lens(
-            found, torch.cat(probabilities).unflatten(0, shape), torch.cat(entropies).unflatten(0, shape), texts
-        )
+            found.append((best.indices.cpu(), best.values.exp().cpu(), _entropy(logprobs).cpu()))
+        ids, probabilities, entropy = zip(*found)
+        self._lens.append((torch.cat(ids), torch.cat(probabilities), torch.cat(entropy)))
+
+    def _found_lens(self) -> Lens:
+        ids, probabilities, entropy = (torch.stack(part) for part in zip(*self._lens))
+        texts = [[self.texts(row) for row in layer] for layer in ids.tolist()]
+        return Lens(ids, probabilities, entropy, texts)
 
 
 def _entropy(logprobs: Tensor) -> Tensor:

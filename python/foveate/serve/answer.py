@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from foveate.generation.outputs import RequestOutput
 from foveate.serve.errors import ApiError, dumps, error_response, json_response, of_model
+from foveate.serve.inspection import Inspected
 from foveate.serve.jobs import Call
 from foveate.serve.keys import caller
 from foveate.serve.served import ServedModel
@@ -43,6 +44,10 @@ class Writer:
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         raise NotImplementedError
 
+    def beside(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """A chunk of these fields alone."""
+        return fields
+
     def frame(self, chunk: dict[str, Any]) -> bytes:
         """The server-sent event of a chunk."""
         return dumps_event(chunk)
@@ -67,6 +72,9 @@ class OfChoices(Writer):
         """What is new since the last time, of one choice each."""
         raise NotImplementedError
 
+    def beside(self, fields: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head, "choices": [], **fields}
+
     def events(self) -> bytes:
         return b"".join([self._before + dumps(choice) + self._after for choice in self.choices()])
 
@@ -74,8 +82,18 @@ class OfChoices(Writer):
 class Answer(Response):
     """What a route returns. Its places in the queue are taken and given back here, whatever happens."""
 
-    def __init__(self, state: ServerState, served: ServedModel, call: Call, writer: Writer, *, stream: bool) -> None:
+    def __init__(
+        self,
+        state: ServerState,
+        served: ServedModel,
+        call: Call,
+        writer: Writer,
+        *,
+        stream: bool,
+        inspected: Inspected | None = None,
+    ) -> None:
         self.state, self.served, self.call, self.writer, self.stream = state, served, call, writer, stream
+        self.inspected = inspected
         self.background = None  # all of a Response that FastAPI looks at
         for job in call.jobs:
             job.model = served.name
@@ -149,9 +167,12 @@ class Answer(Response):
                     code="request_timeout",
                 )
 
+    async def _inspected(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        return {} if self.inspected is None else {"inspect": await self.inspected.run(outputs)}
+
     async def _whole(self, send: Any) -> None:
         outputs = await self.call.result()
-        response = json_response(self.writer.whole(outputs))
+        response = json_response(self.writer.whole(outputs) | await self._inspected(outputs))
         self._started = True
         await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
         await self._send(send, bytes(response.body), more=False)
@@ -164,7 +185,9 @@ class Answer(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
             if events:
                 await self._send(send, events, more=True)
-        events = b"".join(map(self.writer.frame, self.writer.last_chunks()))
+        found = await self._inspected([job.output for job in self.call.jobs if job.output is not None])
+        last = [*([self.writer.beside(found)] if found else []), *self.writer.last_chunks()]
+        events = b"".join(map(self.writer.frame, last))
         await self._send(send, events + self.writer.end(), more=False)
 
     async def _send(self, send: Any, body: bytes, *, more: bool) -> None:

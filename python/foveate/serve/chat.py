@@ -12,6 +12,7 @@ from foveate.generation.outputs import CompletionOutput, RequestOutput
 from foveate.generation.params import SamplingParams
 from foveate.serve.answer import Answer, OfChoices
 from foveate.serve.errors import bad_request
+from foveate.serve.inspection import inspected
 from foveate.serve.jobs import Call, Job
 from foveate.serve.protocol import ChatBody, Message, NamedTool, Tool
 from foveate.serve.sampling import chat_params, check_finished, priority_of
@@ -25,7 +26,9 @@ async def chat(state: ServerState, body: ChatBody) -> Answer:
     served = state.open_model(body.model)
     name = f"chatcmpl-{uuid.uuid4().hex}"
     call, tags = await prepare_chat(state, served, body, name)
-    return Answer(state, served, call, ChatWriter(name, served, body, call, tags), stream=body.stream)
+    writer = ChatWriter(name, served, body, call, tags)
+    look = inspected(state, served, body.inspect, call)
+    return Answer(state, served, call, writer, stream=body.stream, inspected=look)
 
 
 async def prepare_chat(state: ServerState, served: ServedModel, body: ChatBody, name: str) -> tuple[Call, bool | None]:

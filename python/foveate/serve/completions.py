@@ -12,6 +12,7 @@ from foveate.generation.outputs import CompletionOutput, RequestOutput
 from foveate.serve.answer import Answer, OfChoices
 from foveate.serve.errors import bad_request
 from foveate.serve.infill import FillInTheMiddle
+from foveate.serve.inspection import inspected
 from foveate.serve.jobs import Call, Job
 from foveate.serve.protocol import CompletionBody
 from foveate.serve.sampling import check_finished, completion_params, priority_of
@@ -50,7 +51,9 @@ async def complete(state: ServerState, body: CompletionBody) -> Answer:
     call = Call(
         [Job(f"{name}-{i}", tokens, params, grammar=grammar, priority=priority) for i, tokens in enumerate(ids)]
     )
-    return Answer(state, served, call, CompletionWriter(name, served, body, prompts, call), stream=body.stream)
+    writer = CompletionWriter(name, served, body, prompts, call)
+    look = inspected(state, served, body.inspect, call)
+    return Answer(state, served, call, writer, stream=body.stream, inspected=look)
 
 
 def _prompts(given: Any) -> list[str | list[int]]:

@@ -65,6 +65,25 @@ class ResponseFormat(Body):
     json_schema: dict[str, Any] | None = None
 
 
+class InspectAttention(Body):
+    """None: all of them."""
+
+    layers: list[int] | None = None
+    heads: list[int] | None = None
+
+
+class InspectLens(Body):
+    top: int = Field(3, ge=1, le=20)
+
+
+class InspectBody(Body):
+    """foveate's: what of the model's inside comes with the answer. rows: tokens of prompt and reply, -1 the last."""
+
+    rows: list[int] = Field([-1], min_length=1)
+    attention: InspectAttention | None = None
+    logit_lens: InspectLens | None = None
+
+
 class Sampling(Body):
     """What completions and chat completions share."""
 
@@ -103,6 +122,7 @@ class Sampling(Body):
     return_tokens_as_token_ids: bool = False
     # foveate's
     prompt_lookup: int | None = None
+    inspect: InspectBody | None = None
 
 
 class CompletionBody(Sampling):

@@ -58,9 +58,9 @@ class EngineWorker:
         """The jobs leave the engine before its next step; their pages are free then. Those that have finished are left alone."""
         self._post([("abort", job) for job in jobs if not job.finished])
 
-    def between_steps(self, function: Callable[[], None]) -> concurrent.futures.Future[None]:
-        """Runs it in the engine's thread, after the step that runs now, if one does."""
-        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    def between_steps(self, function: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+        """What it returns, run in the engine's thread, after the step that runs now, if one does."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._post([("call", (function, future))])
         return future
 
