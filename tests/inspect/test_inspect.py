@@ -286,6 +286,16 @@ def test_only_what_is_asked_for_is_kept(tmp_path):
     assert run.recorder.attention is None and run.recorder.stream is None and not any(run.recorder.queries)
 
 
+def test_the_example(tmp_path, capsys):
+    import look_inside
+
+    look_inside.main(
+        ["--model", str(toys.folder(tmp_path)), "--prompt", "the quick", "--html", str(tmp_path / "p.html")]
+    )
+    shown = capsys.readouterr().out
+    assert shown.startswith("'the quick' goes on with") and "of 2 layers" in shown and (tmp_path / "p.html").exists()
+
+
 def test_the_command(tmp_path, capsys, monkeypatch, encoders):
     path = str(toys.folder(tmp_path))
     assert main(["inspect", "--model", path, "--text", "the quick", "--rollout", "--gradients"]) == 0
