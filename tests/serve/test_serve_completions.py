@@ -163,3 +163,11 @@ def test_parallel_requests_share_batches_and_do_not_show(toy, llm):
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         assert list(pool.map(ask, range(48))) == expected
     toy.wait(toy.idle)
+
+
+def test_letters_do_not_wait_for_the_character_after_them(toy):
+    """A character of several tokens comes whole, and what stands before it comes as soon as it is there."""
+    asked = {"prompt": PROMPT, "guided_regex": "a😀b", "max_tokens": 20, "temperature": 0}
+    pieces = [event["choices"][0]["text"] for event in toy.events("/v1/completions", **asked)]
+    assert "".join(pieces) == "a😀b" and all("\ufffd" not in piece for piece in pieces)
+    assert pieces[0] == "a"

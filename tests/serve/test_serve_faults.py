@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import socket
 import threading
@@ -294,3 +295,61 @@ def test_silence_is_filled_with_comments(toy):
                 steps.run()
     first = next(i for i, line in enumerate(lines) if line.startswith("data: "))
     assert [line for line in lines[:first] if line][:2] == [": keep-alive"] * 2 and lines[-2] == "data: [DONE]"
+
+
+def test_a_long_prompt_holds_up_nobody(toy):
+    """While it is read in chunks, the stream beside it gets a token in each step, so between its tokens is one chunk at the most."""
+    engine, step, seen = toy.engine, toy.engine.step, []
+
+    def watched():
+        outputs = step()
+        seen.append({s.prompt_length: (s.cached, _generated(s)) for s in engine.scheduler.running})
+        return outputs
+
+    engine.step = watched
+    victim = {"prompt": toys.prompts(1, 9, 9)[0], "max_tokens": 120, "temperature": 0, "ignore_eos": True}
+    expected = toy.text(**victim)
+    steps = serve_toys.Steps(toy)
+    steps.hold_when(lambda: any(_generated(s) == 3 for s in engine.scheduler.running))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        stream = pool.submit(toy.text, **victim)
+        steps.wait_held()
+        long = pool.submit(toy.text, prompt=toys.prompts(1, 200, 200)[0], max_tokens=1, ignore_eos=True)
+        steps.wait_inbox()
+        seen.clear()
+        steps.run()
+        assert long.result(60) is not None and stream.result(60) == expected
+    reading = [both for both in seen if 200 in both and both[200][1] == 0 and 9 in both]
+    assert len(reading) >= 20
+    for before, after in itertools.pairwise(reading):
+        assert after[9][1] == before[9][1] + 1 and after[200][0] - before[200][0] <= 8
+
+
+def test_probes_answer_while_every_place_is_taken(folder):
+    """In a time that has nothing to do with that of the requests; the engine is held, so those have no end."""
+    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder, max_batch=2)}, max_queue=20) as running:
+        steps = serve_toys.Steps(running)
+        steps.hold_when(lambda: len(running.engine.scheduler.running) == 2)
+        connections = [connect(running, LONG | {"stream": True}) for _ in range(22)]
+        steps.wait_held()
+        running.wait(lambda: running.state.in_flight == 22, 60)
+        assert running.error(429, prompt="x")["code"] == "queue_full"
+        for path in ("/health", "/ready", "/metrics"):
+            assert running.get(path).status_code == 200
+        for connection in connections:
+            connection.close()
+        steps.run()
+        running.wait(running.idle, 60)
+
+
+def test_the_hundredth_request_is_as_cheap_as_the_first(toy):
+    """Nothing of a request stays: no job, page or sample, and a request takes as many steps as ever."""
+    took = []
+    for i in range(120):
+        before = toy.engine.stats.steps
+        toy.text(prompt=[5 + i, 6, 7, 8, 9], max_tokens=6, temperature=0, ignore_eos=True)
+        toy.wait(lambda: toy.worker.idle)
+        took.append(toy.engine.stats.steps - before)
+    assert set(took) == {6}
+    assert toy.idle() and not toy.worker._held and not toy.engine.scheduler.waiting
+    assert len(toy.engine.scheduler.prefix) <= toy.engine.num_pages

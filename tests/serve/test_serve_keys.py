@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+import generation_toys as toys
 import serve_toys
 from foveate.serve.keys import Key, read_keys
 from foveate.serve.limits import Bucket, Turns
@@ -84,6 +85,8 @@ def keyed(folder):
         Key("small", digest("small-budget"), tokens=Bucket(60)),
         Key("other", digest("other-model"), models=frozenset({"elsewhere"})),
         Key("second", digest("second-class"), priority=5),
+        Key("mine", digest("shares-one"), cache="team"),
+        Key("yours", digest("shares-two"), cache="team"),
     )
     with serve_toys.serving(
         {"toy": lambda: serve_toys.make_llm(folder, max_batch=1)}, api_keys=keys, max_queue=8
@@ -94,6 +97,20 @@ def keyed(folder):
 def ask(running, key: str, **body):
     body = {"prompt": "x", "max_tokens": 2, "seed": 1, "ignore_eos": True} | body
     return running.client.post(running.url + "/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+
+
+def test_prompts_of_other_keys_are_not_in_the_cache(keyed):
+    """Else the time to a first token tells whether somebody has sent a text that begins in the same way."""
+    prompt = toys.prompts(1, 40, 40)[0]
+
+    def cached(key: str) -> int:
+        usage = ask(keyed, key, prompt=prompt).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert [cached("plain-key-1"), cached("few-requests"), cached("shares-one")] == [0, 0, 0]
+    assert (
+        cached("plain-key-1") == cached("few-requests") == cached("shares-two") == 36
+    )  # full pages of 4, without the last token
 
 
 def test_requests_a_minute(keyed):

@@ -142,12 +142,13 @@ class Engine:
         grammar: Grammar | None = None,
         priority: tuple[float, float] = (0.0, 0.0),
         adapter: str | None = None,
+        salt: str = "",
     ) -> None:
         """Takes a request in; ValueError, in a sentence, for one that cannot run. stream: an output after each of its tokens.
 
         grammar: what `compile` gave for these params, so that the lock is not held for as long as a grammar takes.
         priority: those of lower numbers get places and pages first, compared in order; equal ones as they come. adapter: the name of one
-        of `adapters`.
+        of `adapters`. salt: requests of different salts share no pages of the prefix cache, so the time of one tells nothing of another's.
         """
         if request_id in self._requests:
             raise ValueError(f"a request {request_id!r} is running already; choose another id")
@@ -159,7 +160,7 @@ class Engine:
         request = Request(
             request_id, prompt, tokens, params, arrival=self._arrivals, max_length=max_length, eos_ids=self.eos_ids,
             tokenizer=self.tokenizer, grammar=grammar or self._grammars.compile(params), stream=stream, priority=priority,
-            adapter=None if adapter is None else self.adapters[adapter],
+            adapter=None if adapter is None else self.adapters[adapter], salt=salt,
         )  # fmt: skip
         self._arrivals += 1
         self._requests[request_id] = request

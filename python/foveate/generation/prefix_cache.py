@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from foveate.cache.paged import PagedKVCache
@@ -12,7 +12,9 @@ from foveate.cache.paged import PagedKVCache
 
 @dataclass(eq=False)
 class Node:
-    key: tuple[int, tuple[int, ...]]  # id of the parent (at the beginning a root, 0 or below), tokens of the page
+    key: tuple[
+        Hashable, tuple[int, ...]
+    ]  # id of the parent (at the beginning a root, which is no id), tokens of the page
     id: int
     page: int
     parent: Node | None
@@ -22,8 +24,10 @@ class Node:
 
 
 class PrefixCache:
-    """Trees of full pages, one for each root, since other weights have other keys: a node is found by its parent and the tokens of its
-    page, so equal tokens after another beginning differ.
+    """Trees of full pages, one for each root, since other weights have other keys, and some callers share no pages: a node is found by
+    its parent and the tokens of its page, so equal tokens after another beginning differ.
+
+    A root is 0, a number below, or anything hashable that is no number.
 
     Each page of the tree is held (PagedKVCache.hold), so it outlives its sequence. `evict` gives back the least recently used pages
     that no sequence holds, the ends of branches first.
@@ -31,15 +35,16 @@ class PrefixCache:
 
     def __init__(self, cache: PagedKVCache) -> None:
         self.cache = cache
-        self._nodes: OrderedDict[tuple[int, tuple[int, ...]], Node] = OrderedDict()  # least recently used first
+        self._nodes: OrderedDict[tuple[Hashable, tuple[int, ...]], Node] = OrderedDict()  # least recently used first
         self._clock = 0
 
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def match(self, tokens: Sequence[int], most: int, root: int = 0) -> list[Node]:
+    def match(self, tokens: Sequence[int], most: int, root: Hashable = 0) -> list[Node]:
         """The full pages that hold the beginning of `tokens`, `most` tokens of it at the most."""
-        size, parent, chain = self.cache.page_size, root, []
+        size, chain = self.cache.page_size, []
+        parent: Hashable = root
         for at in range(0, most - size + 1, size):
             node = self._nodes.get((parent, tuple(tokens[at : at + size])))
             if node is None:
@@ -52,7 +57,7 @@ class PrefixCache:
             self._nodes.move_to_end(node.key)
         return chain
 
-    def insert(self, parent: Node | None, tokens: Sequence[int], page: int, root: int = 0) -> Node:
+    def insert(self, parent: Node | None, tokens: Sequence[int], page: int, root: Hashable = 0) -> Node:
         """The node of a full page with these tokens after `parent`. If equal tokens are there already, their page stays."""
         key = (root if parent is None else parent.id, tuple(tokens))
         node = self._nodes.get(key)

@@ -24,11 +24,11 @@ class Request:
     def __init__(
         self, id: str, prompt: str | None, tokens: Sequence[int], params: SamplingParams, *, arrival: int, max_length: int,
         eos_ids: Collection[int], tokenizer: Any, grammar: Any, stream: bool, priority: tuple[float, float] = (0.0, 0.0),
-        adapter: Any = None,
+        adapter: Any = None, salt: str = "",
     ) -> None:  # fmt: skip
         self.id, self.prompt, self.tokens, self.params = id, prompt, list(tokens), params
         self.arrival, self.max_length, self.stream, self.tokenizer = arrival, max_length, stream, tokenizer
-        self.priority, self.adapter = priority, adapter
+        self.priority, self.adapter, self.salt = priority, adapter, salt
         self.eos_ids = frozenset() if params.ignore_eos else frozenset(eos_ids)
         self.stop_ids = frozenset(params.stop_token_ids or ())
         self.bad_words = BadWords(params.bad_words, tokenizer) if params.bad_words else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Hashable
 from typing import NamedTuple
 
 from foveate.cache.paged import CacheFull, PagedKVCache
@@ -173,9 +174,10 @@ class Scheduler:
         sample.registered = sample.cached // size
 
 
-def _root(sample: Sample) -> int:
-    adapter = sample.request.adapter
-    return 0 if adapter is None else adapter.root
+def _root(sample: Sample) -> Hashable:
+    adapter, salt = sample.request.adapter, sample.request.salt
+    weights = 0 if adapter is None else adapter.root
+    return (salt, weights) if salt else weights
 
 
 def _without_preempted(group: Group) -> Group:

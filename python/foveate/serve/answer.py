@@ -95,9 +95,11 @@ class Answer(Response):
         self.state, self.served, self.call, self.writer, self.stream = state, served, call, writer, stream
         self.inspected = inspected
         self.background = None  # all of a Response that FastAPI looks at
+        key = caller.get()
         for job in call.jobs:
             job.model = served.name
             job.adapter = served.adapter
+            job.salt = "" if key is None else key.salt
         self._started = False
         self._sending: float | None = None  # since when the client takes no bytes
 

@@ -39,6 +39,7 @@ class Job:
         self.internal = internal  # the server's own, which metrics of requests leave out
         self.model: str | None = None  # under which metrics count it, None: its engine's
         self.adapter: str | None = None
+        self.salt = ""  # of its pages in the prefix cache
         self.priority, self.turn = priority, 0.0  # lower first; of equal priorities by their turn
         self.call: Call | None = None
         self.begun_again = False  # in another engine, since its own hung

@@ -28,6 +28,7 @@ class Key:
     """name: in logs and metrics. requests and tokens: what it may use in a minute, None without a limit. models: None for all.
 
     priority: of its requests, lower first. admin: whether it may load, reload and unload models and adapters.
+    cache: whose prompts it shares the prefix cache with, those of all keys with this word; None for its own alone.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Key:
     models: frozenset[str] | None = None
     priority: int = 0
     admin: bool = False
+    cache: str | None = None
+
+    @property
+    def salt(self) -> str:
+        """The time to a first token tells whether somebody's prompt began in the same way: only those with the same salt can see it."""
+        return f"key {self.digest.hex()}" if self.cache is None else f"group {self.cache}"
 
     @classmethod
     def of(cls, key: str) -> Key:
@@ -157,7 +164,7 @@ def _given(headers: list[tuple[bytes, bytes]]) -> bytes | None:
 _FIELDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "name": (str, "a name"), "sha256": (str, "64 hexadecimal digits"), "requests_per_minute": (int, "a whole number above 0"),
     "tokens_per_minute": (int, "a whole number above 0"), "models": (list, "a list of names"), "priority": (int, "a whole number"),
-    "admin": (bool, "true or false"),
+    "admin": (bool, "true or false"), "cache": (str, "a word"),
 }  # fmt: skip
 
 
@@ -203,4 +210,5 @@ def _described(entry: dict[str, Any]) -> Key:
     return Key(
         entry.get("name") or entry["sha256"][:8], bytes.fromhex(entry["sha256"]), bucket("requests_per_minute"),
         bucket("tokens_per_minute"), None if models is None else frozenset(models), entry.get("priority", 0), entry.get("admin", False),
+        entry.get("cache"),
     )  # fmt: skip

@@ -170,6 +170,7 @@ class EngineWorker:
                 grammar=job.grammar,
                 priority=(job.priority, job.turn),
                 adapter=job.adapter,
+                salt=job.salt,
             )
         except (ValueError, TypeError) as error:
             job.error = refused(error)
