@@ -10,7 +10,7 @@ import pytest
 
 import serve_toys
 from foveate.cli.options import UsageError
-from foveate.cli.serve import _models
+from foveate.cli.serve import _aliases, _models
 from foveate.serve.keys import OPEN_PATHS
 from foveate.serve.settings import ServeSettings
 
@@ -119,6 +119,26 @@ def test_names_on_the_command_line():
         _models(["x/a", "y/a"])
     with pytest.raises(UsageError, match="must be PATH"):
         _models(["a="])
+
+
+def test_aliases(folder):
+    """A client that asks for a name of its own gets the model, and the answer says which that is."""
+    load = {"toy": lambda: serve_toys.make_llm(folder)}
+    with serve_toys.serving(load, aliases={"gpt-4.1": "toy"}) as running:
+        asked = {"prompt": "x", "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+        answers = [running.post("/v1/completions", model=name, **asked).json() for name in ("gpt-4.1", "toy")]
+        assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["model"] == "toy"
+        assert running.get("/v1/models/gpt-4.1").json()["id"] == "toy"
+        assert [entry["id"] for entry in running.get("/v1/models").json()["data"]] == ["toy"]
+        assert running.error(404, model="gpt-5", prompt="x")["code"] == "model_not_found"
+    assert _aliases(["gpt-4.1=toy", "b=c"]) == {"gpt-4.1": "toy", "b": "c"}
+    for wrong in (["a"], ["=b"], ["a=b", "a=c"]):
+        with pytest.raises(UsageError, match="NAME=MODEL"):
+            _aliases(wrong)
+    with pytest.raises(ValueError, match="is the name of a model"):
+        ServeSettings(models={"a": "a", "b": "b"}, aliases={"a": "b"})
+    with pytest.raises(ValueError, match="there are a"):
+        ServeSettings(models={"a": "a"}, aliases={"x": "c"})
 
 
 def test_bodies_that_are_too_large(folder):

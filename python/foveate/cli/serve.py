@@ -39,6 +39,10 @@ def add_parser(commands: Any) -> None:
         "--candidate", action="append", default=[], metavar="NAME=PATH:N%",
         help="the next version of the model NAME, and the share of its requests that it gets, such as chat=./new:5%%",
     )  # fmt: skip
+    parser.add_argument(
+        "--alias", action="append", default=[], metavar="NAME=MODEL",
+        help="another name of a model or adapter that is served, for clients that ask for one of their own, such as gpt-4.1=chat",
+    )  # fmt: skip
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", metavar="NAME", help="127.0.0.1 by default: this machine only")
     network.add_argument("--port", type=int, default=8000, metavar="N", help="8000 by default; 0 takes a free one")
@@ -114,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         settings = ServeSettings(
             models=_models(args.model), adapters=_models(args.adapter, "adapters"), candidates=_candidates(args.candidate),
-            options=options.llm_options(args),
+            aliases=_aliases(args.alias), options=options.llm_options(args),
             host=args.host, port=args.port, api_keys=tuple(keys),
             insecure=args.insecure, canary=args.canary, canary_every=args.canary_every, log_requests=not args.no_request_log,
             quality_reference=args.quality_reference,
@@ -138,6 +142,16 @@ def _candidates(given: list[str]) -> dict[str, tuple[str | Path, float]]:
         if not name or not path or number is None:
             raise options.UsageError(f"--candidate {text} must be NAME=PATH:N%, such as chat=./new:5%")
         found[name] = (path, number / 100)
+    return found
+
+
+def _aliases(given: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, model = text.partition("=")
+        if not name or not model or name in found:
+            raise options.UsageError(f"--alias {text} must be NAME=MODEL, with each NAME once")
+        found[name] = model
     return found
 
 

@@ -15,6 +15,7 @@ class ServeSettings:
     """models: paths by the names that requests use; the first is also what `default` means. options: of `foveate.LLM`, for each.
     adapters: folders with LoRA adapters of the first model, by their names.
     candidates: by the name of a model the path of its next version, and the share of the requests that it gets, from 0 to 1.
+    aliases: of names that clients ask for, the model or adapter that they get.
 
     max_queue: samples that may wait beside those that run; max_queue_tokens: prompt tokens that may wait. Beyond: 429.
     max_body_bytes: of a request; body_timeout: seconds that it may take to arrive. request_timeout: seconds for a whole answer.
@@ -30,6 +31,7 @@ class ServeSettings:
     options: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, str | Path] = field(default_factory=dict)
     candidates: dict[str, tuple[str | Path, float]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str | Key, ...] = ()
@@ -60,6 +62,12 @@ class ServeSettings:
         twice = sorted(set(self.models) & set(self.adapters))
         if twice:
             raise ValueError(f"a model and an adapter are called {twice[0]}; name them apart")
+        for name, model in self.aliases.items():
+            if name in self.models or name in self.adapters:
+                raise ValueError(f"the alias {name} is the name of a model or adapter; choose another")
+            if model not in self.models and model not in self.adapters:
+                there = ", ".join([*self.models, *self.adapters])
+                raise ValueError(f"the alias {name} is for {model}, which is not served; there are {there}")
         for name, (_, share) in self.candidates.items():
             if name not in self.models:
                 raise ValueError(

@@ -115,6 +115,8 @@ class ServerState:
         return found
 
     def _named(self, name: str | None) -> ServedModel:
+        if name is not None:
+            name = self.settings.aliases.get(name, name)
         if name is None or (name == "default" and name not in self.models):
             return next(iter(self.models.values()))
         if name not in self.models:
