@@ -36,7 +36,7 @@ class Pass:
         self._tokens = torch.tensor([self.ids], device=self._device)
         check_positions(self._tokens, None, parts.model.config.max_positions, "; shorten the text")
         self.recorder = Recorder(parts, wanted, len(self.ids))
-        self._cache = RecordingCache(self.recorder)
+        self._cache = RecordingCache(self.recorder, self._device)
         self._hidden = hidden or (lambda tokens, cache: parts.model.hidden(tokens, cache))
         self._read = False  # whether the whole text has been
         self._lens: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -53,6 +53,7 @@ class Inspector:
     ) -> None:
         self._lock: Any = contextlib.nullcontext()
         config: dict[str, Any] = {}
+        self._owned = isinstance(source, (str, Path, Checkpoint))
         if isinstance(source, (str, Path, Checkpoint)):
             checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
             config = checkpoint.config
@@ -108,8 +109,10 @@ class Inspector:
             lens_top=(3 if vocabulary else 0) if lens_top is None else lens_top, top=top,
             choices=vocabulary if choices is None else choices, rollout=rollout, max_weights=max_weights,
         )  # fmt: skip
-        run = Pass(self.parts, ids, asked, self.texts, types=types, chunk=CHUNK)
         with self._lock:
+            if self._owned:  # RoPE with factors for short and for long texts; those of an LLM are its own affair
+                getattr(self.model, "set_context", lambda length: None)(len(ids))
+            run = Pass(self.parts, ids, asked, self.texts, types=types, chunk=CHUNK)
             while not run.step():
                 pass
             return run.result()

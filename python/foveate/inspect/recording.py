@@ -99,8 +99,8 @@ class Recorder:
 class RecordingCache:
     """Stands for a CacheView of one sequence: keys and values lie in memory of their own, as long as the text."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, recorder: Recorder, device: torch.device) -> None:
+        self._recorder, self._device = recorder, device
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self.new = 0
@@ -112,11 +112,11 @@ class RecordingCache:
 
     @property
     def lens(self) -> Tensor:
-        return torch.tensor([self._recorder.first], dtype=torch.int32)
+        return torch.tensor([self._recorder.first], dtype=torch.int32, device=self._device)
 
     def positions(self) -> Tensor:
         first = self._recorder.first
-        return torch.arange(first, first + self.new)[None]
+        return torch.arange(first, first + self.new, device=self._device)[None]
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, batch_invariant: bool = False, rotary_cos: Tensor | None = None,
