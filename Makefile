@@ -29,7 +29,7 @@ marked = $$(grep -rlE --include='test_*.py' 'pytest\.mark\.($(1))\b' tests)
 cpp_files = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build build-here demo check test fuzz sanitize lint format stubs docs page bench wheel clean
+.PHONY: help venv build build-here demo check test fuzz sanitize lint format stubs docs page bench clients wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,6 +118,9 @@ $(page_out): $(shell git ls-files web)
 	@command -v npm >/dev/null || { echo "the page needs Node.js 18 or later with npm, and there is none here: install the packages nodejs and npm"; exit 1; }
 	cd web && npm ci --silent && npm run --silent build
 page: $(page_out)  ## the chat page and the dashboard of foveate serve, from web/
+
+clients: build  ## foveate serve under clients that others wrote, from openai 0.28 to litellm, in an environment of their own
+	bash .ci/clients.sh $(PY) $(ARGS)
 
 wheel: $(venv_stamp) page  ## wheelhouse/*.whl, repaired and tried in a clean environment
 	bash .ci/wheel.sh $(PY)

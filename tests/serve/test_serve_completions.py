@@ -171,3 +171,14 @@ def test_letters_do_not_wait_for_the_character_after_them(toy):
     pieces = [event["choices"][0]["text"] for event in toy.events("/v1/completions", **asked)]
     assert "".join(pieces) == "a😀b" and all("\ufffd" not in piece for piece in pieces)
     assert pieces[0] == "a"
+
+
+def test_the_model_may_stand_in_the_path(toy):
+    """As openai 0.28 writes engine=, for completions and chats."""
+    asked = {"prompt": "the quick", "max_tokens": 5, "seed": 1}
+    found = toy.post("/v1/engines/toy/completions", **asked)
+    assert found.json()["choices"][0]["text"] == toy.text(**asked) and found.json()["model"] == "toy"
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+    assert toy.post("/v1/engines/toy/chat/completions", **chat).json()["object"] == "chat.completion"
+    assert toy.error(404, "/v1/engines/other/completions", **asked)["code"] == "model_not_found"
+    assert toy.error(400, "/v1/engines/toy/completions", model="other", **asked)["param"] == "model"

@@ -50,13 +50,19 @@ def test_embeddings(encoders, folders):
     assert list(struct.unpack("<32f", base64.b64decode(packed))) == pytest.approx(expected[0].tolist(), abs=1e-6)
     assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] > 4
     assert encoders.error(400, "/v1/embeddings", model="embed", input=[])["param"] == "input"
+    for ids in ([5, 6], [[5, 6]]):  # of OpenAI's tokenizer, as LangChain sends them
+        assert "send texts" in encoders.error(400, "/v1/embeddings", model="embed", input=ids)["message"]
+    by_path = encoders.post("/v1/engines/embed/embeddings", input=texts).json()  # as openai 0.28 writes engine=
+    assert by_path["data"] == found["data"]
 
 
-@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank"])
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
 def test_rerank(encoders, folders, path):
     documents = ["paris", "rome in ada", "x"]
     expected = foveate.Reranker(folders["rank"])("ada", documents)
-    found = encoders.post(path, model="rank", query="ada", documents=documents).json()["results"]
+    answer = encoders.post(path, model="rank", query="ada", documents=documents).json()
+    found = answer["results"]
+    assert answer["id"] and answer["usage"]["total_tokens"] > 4
     assert [(entry["index"], entry["document"]["text"]) for entry in found] == [
         (entry["index"], entry["text"]) for entry in expected
     ]

@@ -134,6 +134,7 @@ def test_bodies_that_are_no_request(toy, path, body):
 def test_a_prompt_that_is_too_long(toy):
     error = toy.error(400, **(GOOD | {"prompt": [5] * 1000}))
     assert error["code"] == "context_length_exceeded" and "1000" in error["message"] and "256" in error["message"]
+    assert error["message"].startswith("the prompt is too long: it has 1000 tokens")  # by which litellm knows it
     error = toy.error(400, "/v1/chat/completions", messages=[{"role": "user", "content": "fox " * 400}])
     assert error["code"] == "context_length_exceeded"
 

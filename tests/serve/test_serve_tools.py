@@ -132,8 +132,29 @@ def test_schemas_of_calls():
     shared = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}}
     found = call_schema([Tool(type="function", function={"name": "f", "parameters": shared})], None)
     assert found["$defs"] == shared["$defs"] and "$defs" not in found["properties"]["arguments"]
+    assert found["properties"]["arguments"]["additionalProperties"] is False
     assert (
         writes_tags(serve_toys.TOOL_TEMPLATE) is True
         and writes_tags("{{ tools }}") is False
         and writes_tags("{{ messages }}") is None is writes_tags(None)
     )
+
+
+def test_arguments_have_no_properties_of_their_own():
+    """Unless the schema speaks of others; clients such as LangChain leave additionalProperties out."""
+
+    def arguments(**parameters):
+        tool = Tool(type="function", function={"name": "f", "parameters": parameters})
+        return call_schema([tool], None)["properties"]["arguments"]
+
+    listed = {"properties": {"a": {"type": "object", "properties": {"properties": {"type": "string"}}}}}
+    found = arguments(type="object", **listed)
+    inner = found["properties"]["a"]
+    assert found["additionalProperties"] is inner["additionalProperties"] is False
+    assert inner["properties"] == {"properties": {"type": "string"}}
+    assert arguments(**listed, additionalProperties=True)["additionalProperties"] is True
+    assert "additionalProperties" not in arguments(type="object")
+    several = {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}
+    assert arguments(**several) == several
+    default = {"properties": {"a": {"default": {"properties": {}}}}}
+    assert arguments(**default)["properties"] == default["properties"]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic.json_schema import models_json_schema
 
+from foveate.serve.errors import bad_request
 from foveate.serve.protocol import Body
 from foveate.serve.state import ServerState
 
@@ -16,9 +17,15 @@ _described: dict[str, type[Body]] = {}
 
 
 async def parse_body(state: ServerState, request: Request, kind: type[T]) -> T:
-    """ApiError 400 for one that cannot be taken."""
-    body: bytes = request.scope["foveate_body"]
-    return await state.prepare(kind.parse, body, heavy=len(body) > _LARGE)
+    """ApiError 400 for one that cannot be taken. A model's name in the path, as openai 0.28 writes `engine=`, goes into the field."""
+    raw: bytes = request.scope["foveate_body"]
+    body = await state.prepare(kind.parse, raw, heavy=len(raw) > _LARGE)
+    engine, named = request.path_params.get("engine"), getattr(body, "model", None)
+    if engine is not None and named is not None and named != engine:
+        raise bad_request(
+            f"model={named[:100]!r} is not the {engine[:100]!r} of the path; leave the field out", "model"
+        )
+    return body if engine is None else body.model_copy(update={"model": engine})
 
 
 def takes(kind: type[Body]) -> dict[str, Any]:

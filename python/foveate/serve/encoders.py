@@ -23,6 +23,7 @@ def encoder_routes(state: ServerState) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/embeddings", openapi_extra=takes(EmbeddingBody))
+    @routes.post("/v1/engines/{engine:path}/embeddings", include_in_schema=False)
     async def embeddings(request: Request) -> Response:
         body = await parse_body(state, request, EmbeddingBody)
         served = state.open_model(body.model)
@@ -37,6 +38,7 @@ def encoder_routes(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/rerank", openapi_extra=takes(RerankBody))
     @routes.post("/rerank", include_in_schema=False)
+    @routes.post("/v2/rerank", include_in_schema=False)
     async def rerank(request: Request) -> Response:
         body = await parse_body(state, request, RerankBody)
         served = state.open_model(body.model)
@@ -48,7 +50,8 @@ def encoder_routes(state: ServerState) -> APIRouter:
             | ({"document": {"text": row["text"]}} if body.return_documents else {})
             for row in found
         ]
-        return json_response({"model": served.name, "results": results})
+        number = f"rerank-{uuid.uuid4().hex}"
+        return json_response({"id": number, "model": served.name, "results": results, "usage": _usage(count)})
 
     @routes.post("/v1/score", openapi_extra=takes(ScoreBody))
     @routes.post("/score", include_in_schema=False)

@@ -77,7 +77,12 @@ def refused(error: ValueError | TypeError, param: str | None = None) -> ApiError
     """A 400 for what the engine, the tokenizer or the template refuses, in its own sentence."""
     message = str(error)
     named = re.match(r"(\w+)[=\s]", message)
-    code = "context_length_exceeded" if "tokens and the context" in message else None
+    code = None
+    if "tokens and the context" in message:  # programs know it by the code, litellm by the first words
+        code, message = (
+            "context_length_exceeded",
+            message.replace("the prompt has", "the prompt is too long: it has", 1),
+        )
     if param is None and named is not None and named[1] in _NAMES:
         param = _NAMES[named[1]]
     return bad_request(message, param, code)

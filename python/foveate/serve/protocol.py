@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from foveate.serve.errors import invalid_fields
 
@@ -226,6 +226,17 @@ class EmbeddingBody(Body):
     input: str | Texts
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _no_ids(cls, value: Any) -> Any:
+        """Clients make them with a tokenizer of OpenAI's, and an embedding of the wrong words would look like any other."""
+        if isinstance(value, list) and value and isinstance(value[0], int | list):
+            raise ValueError(
+                "input has token ids, and nothing says that they are of this model's tokenizer; send texts "
+                "(LangChain does with check_embedding_ctx_length=False)"
+            )
+        return value
 
 
 class ScoreBody(Body):

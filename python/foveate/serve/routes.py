@@ -53,13 +53,15 @@ def api_routes(state: ServerState) -> APIRouter:
     async def model(name: str) -> Response:
         return json_response(described(state.model(name)))
 
-    @routes.post("/v1/completions", openapi_extra=takes(CompletionBody))
-    async def completions(request: Request) -> Any:
-        return await complete(state, await parsed(request, CompletionBody))
-
     @routes.post("/v1/chat/completions", openapi_extra=takes(ChatBody))
+    @routes.post("/v1/engines/{engine:path}/chat/completions", include_in_schema=False)
     async def chat_completions(request: Request) -> Any:
         return await chat(state, await parsed(request, ChatBody))
+
+    @routes.post("/v1/completions", openapi_extra=takes(CompletionBody))
+    @routes.post("/v1/engines/{engine:path}/completions", include_in_schema=False)  # after the chat's, which ends alike
+    async def completions(request: Request) -> Any:
+        return await complete(state, await parsed(request, CompletionBody))
 
     @routes.post("/v1/responses", openapi_extra=takes(ResponsesBody))
     async def responses(request: Request) -> Any:

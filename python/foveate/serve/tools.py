@@ -30,7 +30,7 @@ def call_schema(tools: list[Tool], name: str | None) -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     calls = []
     for tool in tools:
-        parameters = dict(tool.function.parameters or {"type": "object"})
+        parameters = _closed(tool.function.parameters or {"type": "object"})
         for key in ("$defs", "definitions"):
             for title, value in (parameters.pop(key, None) or {}).items():
                 if definitions.setdefault(key, {}).setdefault(title, value) != value:
@@ -47,6 +47,33 @@ def call_schema(tools: list[Tool], name: str | None) -> dict[str, Any]:
             }
         )
     return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), **definitions}
+
+
+# Beside one of these, "properties" need not be all that an object may have.
+_MAY_HAVE_MORE = {
+    "additionalProperties", "unevaluatedProperties", "patternProperties", "anyOf", "oneOf", "if", "$ref", "dependentSchemas",
+}  # fmt: skip
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """Where a schema lists an object's properties and says nothing of others, the model may write no others: the function would not take
+    them, and clients leave additionalProperties out. Not with allOf, each of whose parts may list some of the properties."""
+    if '"allOf"' in json.dumps(schema):
+        return dict(schema)
+
+    def close(value: Any, keyword: str = "") -> Any:
+        if isinstance(value, list):
+            return [close(one) for one in value]
+        if not isinstance(value, dict) or keyword in ("enum", "const", "default", "examples"):
+            return value
+        if keyword in ("properties", "$defs", "definitions"):  # by names, which may be those of keywords
+            return {name: close(one) for name, one in value.items()}
+        found = {name: close(one, name) for name, one in value.items()}
+        if isinstance(found.get("properties"), dict) and not _MAY_HAVE_MORE & set(found):
+            found["additionalProperties"] = False
+        return found
+
+    return close(schema)
 
 
 class ToolReader:
