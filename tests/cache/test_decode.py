@@ -63,12 +63,24 @@ def test_attention_takes_the_decode_kernel_for_few_plain_rows():
         assert call_plan(**empty)[0].blocked
 
 
-def test_attention_divides_heads_first_and_then_keys():
-    assert call_plan(threads=1) == (DecodePlan(1, 0, 4, 8, False), 1)
-    assert call_plan(threads=2) == (DecodePlan(1, 0, 4, 1, False), 2)
-    assert call_plan(threads=16)[0].num_splits == 8
-    assert call_plan(threads=16, B=8)[0].num_splits == 1
-    assert call_plan(threads=16, keys=300)[0].num_splits == 1  # too short to be divided
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.parametrize(
+    "shape", [{}, {"B": 8}, {"keys": 300}, {"Hq": 9, "Hkv": 3, "D": 64}, {"Sq": 4, "B": 3, "keys": 700}]
+)
+def test_attention_is_divided_as_decoding_from_a_cache(shape, threads):
+    assert call_plan(**shape, threads=threads) == (plan(**shape, threads=threads), threads)
+
+
+def test_keys_are_split_and_then_heads():
+    assert plan(threads=1) == DecodePlan(1, 0, 4, 8, False)
+    assert plan(threads=2) == DecodePlan(8, 0, 4, 8, False)
+    assert plan(threads=2, keys=256) == DecodePlan(
+        1, 0, 4, 4, False
+    )  # too few to be split: heads, a task for each thread
+    assert plan(threads=16, keys=300) == DecodePlan(2, 0, 4, 1, False)
+    assert (
+        plan(threads=2, keys=256, B=2).heads_per_task == 2
+    )  # two sequences may differ in length: four tasks for each thread
 
 
 def test_attention_of_little_work_stays_on_one_thread():

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import foveate
-from foveate.backend import native
+from foveate.backend import native, registry
 from foveate.ops.attention.operands import Operands
 
 forward_op = torch.ops.foveate.attention_forward.default
@@ -285,3 +285,44 @@ def test_functions_in_dispatch_modes_and_tracers_take_the_long_way():
     assert forward_op in seen.ops
     traced = torch.fx.experimental.proxy_tensor.make_fx(lambda *x: foveate.attention(*x))(*qkv())
     assert forward_op in {node.target for node in traced.graph.nodes}
+
+
+ROW_CALLS = {
+    "softmax": lambda x, **o: foveate.softmax(x, **o),
+    "log_softmax": lambda x, **o: foveate.log_softmax(x, **o),
+    "rms_norm": lambda x, **o: foveate.rms_norm(x, None, 1e-5, **o),
+    "glu": lambda x, **o: foveate.swiglu(x, x, **o),
+    "apply_rotary": lambda x, **o: foveate.apply_rotary(x[None, None], x[None, None], x[:1, :4], x[:1, 4:], **o)[0],
+    "cross_entropy": lambda x, **o: foveate.cross_entropy(x, torch.tensor([1, -100, 3]), **o),
+    "linear_cross_entropy": lambda x, **o: foveate.linear_cross_entropy(x, x, torch.tensor([1, -100, 2]), **o),
+}
+
+
+@pytest.mark.parametrize("name", ROW_CALLS)
+def test_the_backend_is_chosen_inside_the_op(name, monkeypatch):
+    """So a graph holds the same op whoever computes it, and it decides when it runs: by the table, or by the name that it is given."""
+    x, call = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), ROW_CALLS[name]
+    op = getattr(torch.ops.foveate, name).default
+    exact = call(x, backend="reference")
+    results = {}
+    for backend in (None, "reference"):
+        graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x, b=backend: call(x, backend=b))(x)
+        assert op in {node.target for node in graph.graph.nodes}
+        results[backend] = graph
+    torch.testing.assert_close(results["reference"](x), exact)
+    torch.testing.assert_close(results[None](x), exact)
+    asked = []
+    registry.forget_choices()
+    monkeypatch.setattr(registry, "why_not", lambda *query, real=registry.why_not: asked.append(query) or real(*query))
+    results["reference"](x)
+    assert {backend for _, backend, _ in asked} == {"reference"}
+    registry.forget_choices()
+    with pytest.raises(ValueError, match="backend='cudnn' is unknown"):
+        call(x, backend="cudnn")
+
+
+@pytest.mark.parametrize("name", [*ROW_CALLS, "attention_forward", "attention_with_kv_cache", "packed_linear"])
+def test_devices_without_kernels_have_the_reference(name):
+    """An op that torch has no implementation of for a device could not fall back to plain torch there."""
+    for key in ("CPU", "CUDA", "XPU", "MPS", "PrivateUse1"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"foveate::{name}", key), key

@@ -269,7 +269,6 @@ X = torch.zeros(2, 3)
             foveate.UnsupportedError,
             "backend='triton' cannot serve softmax",
         ),
-        (lambda: foveate.softmax(X.to("meta"), backend="native"), foveate.UnsupportedError, "the tensors are on meta"),
     ],
 )
 def test_bad_input(call, error, message):

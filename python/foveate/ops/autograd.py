@@ -17,26 +17,76 @@ _transforms_are_active = torch._C._are_functorch_transforms_active
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
-def way(*tensors: Tensor | None) -> str:
-    """How a call on these tensors has to run.
+# What may stand between a call and a kernel. A torch without one of these never takes the shortest way.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_tracing = getattr(torch._C, "_get_tracing_state", None)
+_profiled = torch.autograd._profiler_enabled
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
-    "op": nobody wants a derivative. "function": through the op's autograd.Function, which knows the reverse pass and torch.func's
-    levels of it. "definition": as plain torch, because a tangent goes through, or because torch.compile traces a transform of
-    torch.func: there it takes an autograd.Function for its forward pass alone, and the gradient would be zero without a word.
+
+def way(*tensors: Tensor | None) -> str:
+    """How a call on these tensors has to run; the first is there, and its device is that of all.
+
+    "kernel": straight to the op's implementation, where dispatcher and autograd would add nothing but their time: real tensors, no
+    gradient, no mode, tracer or profiler. "op": nobody wants a derivative. "function": through the op's autograd.Function, which
+    knows the reverse pass and torch.func's levels of it. "definition": as plain torch, because a tangent goes through, or because
+    torch.compile traces a transform of torch.func: there it takes an autograd.Function for its forward pass alone, and the gradient
+    would be zero without a word.
     """
+    if torch.compiler.is_compiling():
+        return _way_in_a_graph(tensors)
+    forward_mode = forward_ad._current_level >= 0
     if _transforms_are_active():
-        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-            return "definition"
-        return "function"
-    if forward_ad._current_level >= 0 and (
-        torch.compiler.is_compiling() or any(x is not None and has_tangent(x) for x in tensors)
-    ):
+        return "definition" if forward_mode else "function"
+    if forward_mode and any(x is not None and has_tangent(x) for x in tensors):
+        return "definition"
+    recording, plain = torch.is_grad_enabled(), not forward_mode
+    for x in tensors:  # not any(...): a generator costs as much again
+        if x is None:
+            continue
+        if recording and x.requires_grad:
+            return "function"
+        if type(x) not in PLAIN_TYPES or x.is_neg():
+            plain = False
+    first: Any = tensors[0]
+    if not plain or not (first.is_cpu or first.is_cuda) or _dispatch_modes is None or _tracing is None:
+        return "op"
+    return "op" if _dispatch_modes() or _tracing() is not None or _profiled() else "kernel"
+
+
+def _way_in_a_graph(tensors: Sequence[Tensor | None]) -> str:
+    if _transforms_are_active() or forward_ad._current_level >= 0:
         return "definition"
     if torch.is_grad_enabled():
-        for x in tensors:  # not any(...): a generator costs as much again
+        for x in tensors:
             if x is not None and x.requires_grad:
                 return "function"
     return "op"
+
+
+def is_traced() -> bool:
+    """Inside torch.jit.trace."""
+    return _tracing is not None and _tracing() is not None
+
+
+def run(how: str, kernel: Callable[..., Any], op: Callable[..., Any], function: Any, *args: Any) -> Any:
+    """A call by its `way`, but for "definition". kernel: the implementation that is registered for op. All three take the same
+    arguments, of which the last is the backend's name, "" for the best: each implementation chooses by `checks.chosen_backend`."""
+    if how == "kernel":
+        return kernel(*args)
+    return apply(function, *args) if how == "function" else op(*args)
+
+
+def in_plain_torch(definition: Callable[..., Any], *args: Any) -> Any:
+    """The reference backend inside an op: definition(*args), contiguous, without autocast and without a graph of its own."""
+    x = next(x for x in args if isinstance(x, Tensor))
+    # A dispatch mode (a FLOP counter, selective checkpointing) calls this with autograd excluded, which pull_back needs.
+    recordable = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with recordable, torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        results = definition(*args)
+    if isinstance(results, Tensor):
+        return results.contiguous()
+    return tuple(result.contiguous() for result in results)
 
 
 def has_tangent(x: Tensor) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.backend.registry import Query, UnsupportedError, choose
+from foveate.backend.registry import ORDER, Query, UnsupportedError, choose, forget_with_choices
 from foveate.ops import dtensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -114,9 +116,14 @@ def check_generator(generator: Any) -> None:
         )
 
 
-def check_backend_name(backend: Any) -> str | None:
-    if backend is not None and not isinstance(backend, str):
+def check_backend_name(backend: Any) -> str:
+    """The name, "" for None."""
+    if backend is None:
+        return ""
+    if not isinstance(backend, str):
         raise TypeError(f"backend={backend!r} must be the name of a backend, or None for the best that serves the call")
+    if backend not in ORDER:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(ORDER)} or None for the best")
     return backend
 
 
@@ -141,12 +148,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def chosen_backend(
-    op: str, device: str, dtype: torch.dtype, backend: str | None, features: tuple[str, ...] = ()
-) -> str:
-    """`choose`, as a constant for torch.compile: it need not trace the table."""
-    return choose(op, Query(device, dtype, features), check_backend_name(backend))
+def chosen_backend(op: str, x: Tensor, backend: str, features: tuple[Hashable, ...] = ()) -> str:
+    """The backend that serves op on tensors as x: the best if backend is "". Asked inside the ops, where torch.compile does not see it."""
+    return _choice(op, "cpu" if x.is_cpu else x.device.type, x.dtype, features, backend or None)
 
 
-# All that torch.compiler.assume_constant_result does, but that imports torch._dynamo: a second of `import foveate`.
-chosen_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@functools.lru_cache(maxsize=4096)
+def _choice(op: str, device: str, dtype: torch.dtype, features: tuple[Hashable, ...], backend: str | None) -> str:
+    """`choose`, without a Query to build and hash in every call."""
+    return choose(op, Query(device, dtype, features), backend)
+
+
+forget_with_choices(_choice.cache_clear)

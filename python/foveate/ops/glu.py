@@ -13,8 +13,8 @@ from foveate.backend import triton as triton_backend
 from foveate.backend.reference import rows as reference_rows
 from foveate.backend.registry import Query, register
 from foveate.ops import autograd, library
-from foveate.ops.autograd import batch_first, differentiable
-from foveate.ops.checks import check_floating, check_same_dtype, chosen_backend, compute_dtype
+from foveate.ops.autograd import batch_first, differentiable, in_plain_torch
+from foveate.ops.checks import check_backend_name, check_floating, check_same_dtype, chosen_backend, compute_dtype
 from foveate.ops.layout import matrix
 
 _C = native._C
@@ -58,8 +58,9 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh", backend: str |
         raise ValueError(f'approximate={approximate!r} must be "tanh" or "none", as in torch.nn.functional.gelu')
     if approximate == "none":
         _check(gate, up)
-        if backend not in (None, "reference"):
-            chosen_backend("geglu with approximate='none'", gate.device.type, gate.dtype, backend)
+        chosen_backend(
+            "geglu with approximate='none'", gate, check_backend_name(backend)
+        )  # raises for any other than the reference
         return reference_rows.glu(gate, up, "gelu")
     return _glu("geglu", gate, up, backend)
 
@@ -76,16 +77,20 @@ def _check(gate: Tensor, up: Tensor) -> None:
 
 def _glu(op: str, gate: Tensor, up: Tensor, backend: str | None) -> Tensor:
     _check(gate, up)
-    chosen = chosen_backend(op, gate.device.type, gate.dtype, backend)
-    how = autograd.way(gate, up)
-    if chosen == "reference" or how == "definition":
+    preferred, how = check_backend_name(backend), autograd.way(gate, up)
+    if how == "definition":
         return reference_rows.glu(gate, up, op)
-    if how == "function":
-        return autograd.apply(_Glu, gate, up, op == "geglu", chosen)
-    return _glu_op(gate, up, op == "geglu", chosen)
+    return autograd.run(how, _glu_impl, _glu_op, _Glu, gate, up, op == "geglu", preferred)
+
+
+def _name(gelu: bool) -> str:
+    return "geglu" if gelu else "swiglu"
 
 
 def _glu_impl(gate: Tensor, up: Tensor, gelu: bool, backend: str = "native") -> Tensor:
+    backend = chosen_backend(_name(gelu), gate, backend)
+    if backend == "reference":
+        return in_plain_torch(reference_rows.glu, gate, up, _name(gelu))
     out = _glu_fake(gate)
     if backend == "triton":
         from foveate.backend.triton.glu import glu
@@ -103,6 +108,9 @@ def _glu_fake(gate: Tensor, *_: Any) -> Tensor:
 def _glu_backward_impl(
     dout: Tensor, gate: Tensor, up: Tensor, gelu: bool, backend: str = "native"
 ) -> tuple[Tensor, Tensor]:
+    backend = chosen_backend(_name(gelu), gate, backend)
+    if backend == "reference":
+        return in_plain_torch(_backward_definition, dout, gate, up, gelu, backend)
     dgate, dup = _glu_backward_fake(dout, gate)
     rows = (matrix(dout.contiguous()), matrix(gate), matrix(up), matrix(dgate), matrix(dup))
     if backend == "triton":

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 
+# torch's names of the devices whose tensors have memory. "PrivateUse1" stands for those that an extension of torch brings.
+DEVICE_KEYS = ("CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1")
+
 _library = torch.library.Library("foveate", "DEF")
 
 
 def define(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `schema` with one implementation for tensors of CPUs and GPUs (the backend table chooses below it) and a fake
-    kernel for shapes; returns the overload to call."""
+    """Register `schema` with one implementation for every kind of device (the backend table chooses below it) and a fake kernel for
+    shapes; returns the overload to call."""
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA", "XPU"):
+    for key in DEVICE_KEYS:
         _library.impl(name, impl, key)
     torch.library.register_fake(f"foveate::{name}", fake, lib=_library)
     return getattr(torch.ops.foveate, name).default

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from foveate.backend import native
 from foveate.backend import triton as triton_backend
-from foveate.backend.registry import Query, register
+from foveate.backend.registry import Query, choose, register
 from foveate.ops import autograd, flops, library
 from foveate.ops.autograd import differentiable
-from foveate.ops.checks import chosen_backend
+from foveate.ops.checks import check_backend_name, chosen_backend
 from foveate.quantization.gguf_blocks import BLOCK, block_size
 from foveate.quantization.k_blocks import K_FORMATS
 from foveate.quantization.panels import FLOATS, packed_bytes, unpack_rows, unpack_weight
@@ -65,20 +65,18 @@ def packed_linear(
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} is on {t.device} and x on {x.device}; move one with .to(device)")
     flops.register()
-    chosen = chosen_backend("packed_linear", x.device.type, x.dtype, backend, (format,))
-    how = autograd.way(x)
+    preferred, how = check_backend_name(backend), autograd.way(x, data)
     if how == "definition":
-        return _with_tangent(x, data, format, out_features, bias, chosen)
+        return _with_tangent(x, data, format, out_features, bias, preferred)
     if bias is not None and autograd.is_tracked(bias):
         raise ValueError(
             "bias requires a gradient, which packed_linear does not compute; add it afterwards, or pass bias.detach()"
         )
-    if how == "function":
-        return _PackedLinear.apply(x, data, format, out_features, bias, chosen)
-    return _packed_linear(x, data, format, out_features, bias, chosen)
+    return autograd.run(how, _run, _packed_linear, _PackedLinear, x, data, format, out_features, bias, preferred)
 
 
 def _run(x: Tensor, data: Tensor, format: str, out_features: int, bias: Tensor | None, backend: str) -> Tensor:
+    backend = chosen_backend("packed_linear", x, backend, (format,))
     if backend == "reference":
         return _reference(x, data, format, out_features, bias)
     out = _fake(x, data, format, out_features, bias, backend)
@@ -172,7 +170,7 @@ def _with_tangent(x: Tensor, data: Tensor, format: str, out_features: int, bias:
 
 def packed_rows(data: Tensor, format: str, in_features: int, out_features: int, ids: Tensor) -> Tensor:
     """The rows `ids`, int64 [...], of a packed weight as fp32 [..., in]. IndexError for an id outside 0..out_features - 1 on the CPU."""
-    chosen = chosen_backend("packed_linear", data.device.type, torch.float32, None, (format,))
+    chosen = choose("packed_linear", Query(data.device.type, torch.float32, (format,)), None)
     if chosen == "reference":
         return unpack_rows(data, format, in_features, out_features, ids)
     out = torch.empty((*ids.shape, in_features), device=data.device)

@@ -15,8 +15,9 @@ from foveate.backend.native import num_sms, runs_cuda_kernels
 from foveate.backend.reference import rows as reference_rows
 from foveate.backend.registry import register
 from foveate.ops import autograd, library
-from foveate.ops.autograd import batch_first, differentiable
+from foveate.ops.autograd import batch_first, differentiable, in_plain_torch
 from foveate.ops.checks import (
+    check_backend_name,
     check_dtype_or_compute,
     check_floating,
     check_number,
@@ -87,18 +88,15 @@ def rms_norm(
     eps = torch.finfo(x.dtype).eps if eps is None else check_number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps={eps} must not be negative")
-    chosen = chosen_backend("rms_norm", x.device.type, x.dtype, backend)
-    how = autograd.way(x, weight, residual)
-    if chosen == "reference" or how == "definition":
+    preferred, how = check_backend_name(backend), autograd.way(x, weight, residual)
+    if how == "definition":
         h = x if residual is None else x + residual
-        out = reference_rows.rms_norm(h, weight, eps)
+        out, _ = reference_rows.rms_norm(h, weight, eps)
         return out if residual is None else (out, h)
     if residual is not None:
-        add_norm = functools.partial(autograd.apply, _AddRmsNorm) if how == "function" else _add_rms_norm
-        return add_norm(x, residual, weight, eps, chosen)[:2]
-    if how == "function":
-        return autograd.apply(_RmsNorm, x, weight, eps, chosen)[0]
-    return _rms_norm(x, weight, eps, chosen)[0]
+        ways = (_add_rms_norm_impl, _add_rms_norm, _AddRmsNorm)
+        return autograd.run(how, *ways, x, residual, weight, eps, preferred)[:2]
+    return autograd.run(how, _rms_norm_impl, _rms_norm, _RmsNorm, x, weight, eps, preferred)[0]
 
 
 def _over_several(
@@ -130,6 +128,9 @@ def _over_several(
 
 
 def _rms_norm_impl(x: Tensor, weight: Tensor | None, eps: float, backend: str = "native") -> tuple[Tensor, Tensor]:
+    backend = chosen_backend("rms_norm", x, backend)
+    if backend == "reference":
+        return in_plain_torch(reference_rows.rms_norm, x, weight, eps)
     out, rstd = _rms_norm_fake(x, weight, eps)
     _forward(x, None, weight, eps, out, None, rstd, backend)
     return out, rstd
@@ -138,6 +139,11 @@ def _rms_norm_impl(x: Tensor, weight: Tensor | None, eps: float, backend: str = 
 def _add_rms_norm_impl(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, backend: str = "native"
 ) -> tuple[Tensor, Tensor, Tensor]:
+    backend = chosen_backend("rms_norm", x, backend)
+    if backend == "reference":
+        h = in_plain_torch(torch.add, x, residual)
+        out, rstd = in_plain_torch(reference_rows.rms_norm, h, weight, eps)
+        return out, h, rstd
     out, h, rstd = _add_rms_norm_fake(x, residual, weight, eps)
     _forward(x, residual, weight, eps, out, h, rstd, backend)
     return out, h, rstd
@@ -190,6 +196,9 @@ def _rms_norm_backward_impl(
     need_dweight: bool,
     backend: str = "native",
 ) -> tuple[Tensor, Tensor]:
+    backend = chosen_backend("rms_norm", x, backend)
+    if backend == "reference":
+        return in_plain_torch(_gradients_of, dout, x, weight, rstd[..., None], dsum, need_dweight)
     dsum = None if dsum is None else matrix(dsum.contiguous())
     dx, dweight = _rms_norm_backward_fake(dout, x, weight, rstd, dsum, need_dweight)
     if backend == "triton":
@@ -284,10 +293,16 @@ def _backward_definition(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """rms_norm_backward in plain torch, which computes rstd again, as it depends on x."""
+    scale = torch.rsqrt(x.to(compute_dtype(x)).square().mean(-1, keepdim=True) + eps)
+    return _gradients_of(dout, x, weight, scale, dsum, need_dweight)
+
+
+def _gradients_of(
+    dout: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor, dsum: Tensor | None, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    """dx, dweight; scale [..., 1] is 1 / sqrt(mean(x**2) + eps)."""
     dtype = compute_dtype(x)
-    g, y = dout.to(dtype), x.to(dtype)
-    scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    normed = y * scale
+    g, normed = dout.to(dtype), x.to(dtype) * scale
     dweight = (g * normed).reshape(-1, x.shape[-1]).sum(0) if need_dweight else x.new_empty(0, dtype=dtype)
     g = g if weight is None else g * weight.to(dtype)
     dx = scale * (g - normed * (g * normed).mean(-1, keepdim=True))

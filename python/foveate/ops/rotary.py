@@ -12,8 +12,15 @@ from foveate.backend import triton as triton_backend
 from foveate.backend.reference import rows as reference_rows
 from foveate.backend.registry import register
 from foveate.ops import autograd, library
-from foveate.ops.autograd import batch_first, differentiable
-from foveate.ops.checks import check_dtype_or_compute, check_flag, check_floating, check_same_dtype, chosen_backend
+from foveate.ops.autograd import batch_first, differentiable, in_plain_torch
+from foveate.ops.checks import (
+    check_backend_name,
+    check_dtype_or_compute,
+    check_flag,
+    check_floating,
+    check_same_dtype,
+    chosen_backend,
+)
 from foveate.ops.layout import contiguous_rows
 
 _C = native._C
@@ -53,24 +60,24 @@ def apply_rotary(
             )
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         raise ValueError(f"cos and sin differ: {tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}")
-    chosen = chosen_backend("apply_rotary", q.device.type, q.dtype, backend)
-    how = autograd.way(q, k, cos, sin)
+    preferred, how = check_backend_name(backend), autograd.way(q, k, cos, sin)
     if how == "function":
         for name, table in (("cos", cos), ("sin", sin)):
             if autograd.is_tracked(table):
                 raise ValueError(
                     f"{name} requires a gradient, which apply_rotary does not compute; pass {name}.detach()"
                 )
-    if chosen == "reference" or how == "definition":
+    if how == "definition":
         return reference_rows.apply_rotary(q, k, cos, sin, interleaved)
-    if how == "function":
-        return autograd.apply(_Rotary, q, k, cos, sin, interleaved, chosen)
-    return _apply_rotary(q, k, cos, sin, interleaved, False, chosen)
+    return autograd.run(how, _rotary_impl, _apply_rotary, _Rotary, q, k, cos, sin, interleaved, False, preferred)
 
 
 def _rotary_impl(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, backend: str = "native"
 ) -> tuple[Tensor, Tensor]:
+    backend = chosen_backend("apply_rotary", q, backend)
+    if backend == "reference":
+        return in_plain_torch(_definition, q, k, cos, sin, interleaved, inverse, backend)
     out = _rotary_fake(q, k, cos, sin, interleaved, inverse)
     cos, sin = contiguous_rows(cos), contiguous_rows(sin)
     if backend == "triton":
@@ -117,30 +124,28 @@ def _rotary_vmap(info: Any, in_dims: Any, q: Any, k: Any, cos: Any, sin: Any, *f
 library.vmap("apply_rotary", _rotary_vmap)
 
 
-def _turn_back(
+def _definition(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """The op with inverse=True in plain torch."""
-    return reference_rows.apply_rotary(q, k, cos, -sin, interleaved)
+    """The op in plain torch."""
+    return reference_rows.apply_rotary(q, k, cos, -sin if inverse else sin, interleaved)
 
 
 class _Rotary(torch.autograd.Function):
     generate_vmap_rule = True  # the op has its own rule
 
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        return _apply_rotary(q, k, cos, sin, interleaved, False, backend)
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _apply_rotary(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, _, cos, sin, ctx.interleaved, ctx.backend = inputs
+        _, _, cos, sin, ctx.interleaved, ctx.inverse, ctx.backend = inputs
         ctx.save_for_backward(cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        args = (dq, dk, cos, sin, ctx.interleaved, True, ctx.backend)
-        dq, dk = differentiable(_apply_rotary, _turn_back, *args)
-        return dq, dk, None, None, None, None
+        args = (dq, dk, cos, sin, ctx.interleaved, not ctx.inverse, ctx.backend)
+        dq, dk = differentiable(_apply_rotary, _definition, *args)
+        return dq, dk, None, None, None, None, None

@@ -14,8 +14,9 @@ from foveate.backend.native import runs_cuda_kernels
 from foveate.backend.reference import rows as reference_rows
 from foveate.backend.registry import register
 from foveate.ops import autograd, library
-from foveate.ops.autograd import batch_first, differentiable
+from foveate.ops.autograd import batch_first, differentiable, in_plain_torch
 from foveate.ops.checks import (
+    check_backend_name,
     check_dtype_or_compute,
     check_flag,
     check_floating,
@@ -81,21 +82,19 @@ def softmax(
     if bias is not None:
         check_dtype_or_compute("bias", bias, "x", x)
         _check_broadcast("bias", bias, x)
-    chosen = chosen_backend("softmax", x.device.type, x.dtype, backend)
-    how = autograd.way(x, bias)
-    if chosen == "reference" or learned or how == "definition":
+    preferred, how = check_backend_name(backend), autograd.way(x, bias, mask)
+    if learned or how == "definition":
         return reference_rows.softmax(x, dim, scale, mask, bias, causal)
     if x.dim() == 0:
         return softmax(x[None], 0, scale=scale, mask=mask, bias=bias, backend=backend)[0]
     if mask is not None:
-        mask = mask[(None,) * (x.dim() - mask.dim())].movedim(dim, -1)
+        mask = _dim_last(mask, x, dim)
     if bias is not None:
-        bias = bias[(None,) * (x.dim() - bias.dim())].movedim(dim, -1)
+        bias = _dim_last(bias, x, dim)
+    if dim == x.dim() - 1:
+        return autograd.run(how, _softmax_impl, _softmax, _Softmax, x, bias, mask, scale, causal, preferred)
     x = x.movedim(dim, -1)
-    if how == "function":
-        out = autograd.apply(_Softmax, x, bias, mask, scale, causal, chosen)
-    else:
-        out = _softmax(x, bias, mask, scale, causal, chosen)
+    out = autograd.run(how, _softmax_impl, _softmax, _Softmax, x, bias, mask, scale, causal, preferred)
     return out.movedim(-1, dim).contiguous()
 
 
@@ -103,15 +102,20 @@ def log_softmax(x: Tensor, dim: int = -1, *, backend: str | None = None) -> Tens
     """x - logsumexp(x) over `dim`. Shapes, dtypes, copies and errors as `softmax`; a line of nothing but -inf stays -inf."""
     check_floating("x", x)
     dim = _check_dim(x, dim)
-    chosen = chosen_backend("log_softmax", x.device.type, x.dtype, backend)
-    how = autograd.way(x)
-    if chosen == "reference" or how == "definition":
+    preferred, how = check_backend_name(backend), autograd.way(x)
+    if how == "definition":
         return reference_rows.log_softmax(x, dim)
     if x.dim() == 0:
         return log_softmax(x[None], 0, backend=backend)[0]
-    x = x.movedim(dim, -1)
-    out = _LogSoftmax.apply(x, chosen) if how == "function" else _log_softmax(x, chosen)
+    if dim == x.dim() - 1:
+        return autograd.run(how, _log_softmax_impl, _log_softmax, _LogSoftmax, x, preferred)
+    out = autograd.run(how, _log_softmax_impl, _log_softmax, _LogSoftmax, x.movedim(dim, -1), preferred)
     return out.movedim(-1, dim).contiguous()
+
+
+def _dim_last(t: Tensor, x: Tensor, dim: int) -> Tensor:
+    """t, which broadcasts to x, with x's number of dimensions and `dim` moved to the end."""
+    return t[(None,) * (x.dim() - t.dim())].movedim(dim, -1)
 
 
 def _check_dim(x: Tensor, dim: int) -> int:
@@ -137,7 +141,9 @@ _MIN_INNER = 8
 
 def _columns(x: Tensor, backend: str) -> int | None:
     """For x whose last dimension has been moved there from place i of a contiguous tensor: i, if the kernel can read it in its place."""
-    if backend != "native" or not x.is_cpu or x.dim() < 2 or x.stride(-1) < _MIN_INNER or runs_cuda_kernels("cpu"):
+    if not x.is_cpu or x.dim() < 2 or x.stride(-1) < _MIN_INNER or runs_cuda_kernels("cpu"):
+        return None
+    if chosen_backend("softmax", x, backend) != "native":
         return None
     return next((i for i in range(x.dim() - 1) if x.movedim(-1, i).is_contiguous()), None)
 
@@ -150,6 +156,9 @@ def _as_columns(x: Tensor, place: int) -> Tensor:
 def _softmax_impl(
     x: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, causal: bool, backend: str = "native"
 ) -> Tensor:
+    backend = chosen_backend("softmax", x, backend)
+    if backend == "reference":
+        return in_plain_torch(reference_rows.softmax, x, -1, scale, mask, bias, causal)
     if backend == "triton":
         from foveate.backend.triton.softmax import softmax
 
@@ -168,6 +177,9 @@ def _softmax_impl(
 
 
 def _log_softmax_impl(x: Tensor, backend: str = "native") -> Tensor:
+    backend = chosen_backend("log_softmax", x, backend)
+    if backend == "reference":
+        return in_plain_torch(reference_rows.log_softmax, x)
     if backend == "triton":
         from foveate.backend.triton.softmax import log_softmax
 
@@ -185,6 +197,9 @@ def _log_softmax_impl(x: Tensor, backend: str = "native") -> Tensor:
 def _softmax_backward_impl(
     dout: Tensor, out: Tensor, scale: float, log: bool, wide: bool, backend: str = "native"
 ) -> Tensor:
+    backend = chosen_backend("log_softmax" if log else "softmax", out, backend)
+    if backend == "reference":
+        return in_plain_torch(_backward_definition, dout, out, scale, log, wide, backend)
     if backend == "triton":
         from foveate.backend.triton.softmax import softmax_backward
 

@@ -87,6 +87,21 @@ def cross_entropy(
     of other rows, so it is NaN when there are none, as in torch. The loss is fp32 (fp64 for fp64 logits), also for
     half-precision logits.
     """
+    loss, _ = cross_entropy_rows(logits, target, ignore_index, label_smoothing, z_loss, softcap)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
+
+
+def cross_entropy_rows(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float | Tensor,
+    z_loss: float | Tensor,
+    softcap: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row [...], and [..., 2], the maximum of x and lse minus it."""
     used = target != ignore_index
     x = torch.where(used[..., None], logits.to(compute_dtype(logits)), 0.0)
     if isinstance(softcap, Tensor) or softcap > 0:
@@ -98,10 +113,8 @@ def cross_entropy(
         loss = loss - label_smoothing * x.mean(-1)
     if isinstance(z_loss, Tensor) or z_loss != 0:
         loss = loss + z_loss * lse * lse
-    loss = torch.where(used, loss, 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / used.sum()
+    peak = x.detach().amax(-1)
+    return torch.where(used, loss, 0.0), torch.stack([peak, lse - peak], -1)
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, used: Tensor | None) -> Tensor:
@@ -132,13 +145,17 @@ def linear_cross_entropy(
     return cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, softcap, reduction)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight over the last dim (Zhang and Sennrich 2019). x: [..., N], weight: [N]."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """out = x * rstd * weight with rstd = 1 / sqrt(mean(x**2) + eps) over the last dim (Zhang and Sennrich 2019), and rstd.
+
+    x: [..., N], weight: [N], rstd: [...] in the compute dtype.
+    """
     y = x.to(compute_dtype(x))
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    rstd = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    y = y * rstd
     if weight is not None:
         y = y * weight.to(y.dtype)
-    return y.to(x.dtype)
+    return y.to(x.dtype), rstd.squeeze(-1)
 
 
 def glu(gate: Tensor, up: Tensor, kind: str) -> Tensor:

@@ -87,7 +87,7 @@ def normalised(
     return (
         q, k, v, bias, mask, alibi, table, sinks, kv_lens, cu_q, cu_k, philox, max_q, max_k, causal, left, right, scale, softcap,
         bidirectional, max_distance, dropout_p, deterministic or torch.are_deterministic_algorithms_enabled(),
-        check_backend_name(backend) or "",
+        check_backend_name(backend),
     )  # fmt: skip
 
 

@@ -58,30 +58,7 @@ def _backward_definition(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Te
 # Function.apply inspects the signature of forward on every call (20 us) for functorch's sake; below it is the part that autograd needs.
 _apply = super(torch.autograd.Function, Attention).apply
 
-# What may stand between a call and the CPU or CUDA kernel. A torch without one of these takes the long way.
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transforms = getattr(torch._C._functorch, "peek_interpreter_stack", None)
-_tracing = getattr(torch._C, "_get_tracing_state", None)
-_long_way = _dispatch_modes is None or _transforms is None or _tracing is None
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-
-
-def _leads_straight_to_forward(tensors: tuple[Any, ...]) -> bool:
-    """True if dispatcher and autograd would add nothing: real tensors, no gradient, no mode, transform, tracer or profiler."""
-    if torch.compiler.is_compiling() or _long_way:
-        return False
-    if _dispatch_modes() or _transforms() is not None or _tracing() is not None:  # type: ignore[misc]
-        return False
-    if torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
-        return False
-    q = tensors[0]
-    if not (q.is_cpu or q.is_cuda):
-        return False
-    recording = torch.is_grad_enabled()
-    for x in tensors:  # not all(...): a generator costs as much again
-        if x is not None and (type(x) not in _PLAIN_TYPES or (recording and x.requires_grad) or x.is_neg()):
-            return False
-    return True
 
 
 def run_unusual(values: tuple[Any, ...], mod: Any, mod_bwd: Any, aux: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -94,30 +71,24 @@ def run_unusual(values: tuple[Any, ...], mod: Any, mod_bwd: Any, aux: Sequence[T
 
 def run(values: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
     """out, lse of `Operands` by the shortest way that is right: dispatch and autograd cost as much as a decode step."""
-    tensors = values[:NUM_TENSORS]
-    if _leads_straight_to_forward(tensors):
+    way = autograd.way(*values[:NUM_TENSORS])
+    if way == "kernel":
         return forward(make(values), need_lse)
     c = Operands(*values)
     flops.register()
-    if type(c.q) not in _PLAIN_TYPES:
+    if type(c.q) not in autograd.PLAIN_TYPES:
         dtensor.notice(c.q)
-    way = autograd.way(*tensors)
     if way == "definition":
         return definition(c)
     # A graph without gradients has the op alone: torch.jit cannot save the autograd.Function, nor does a compiler gain from it.
-    if is_traced():  # where sizes are tensors, and so is the default D**-0.5
+    if autograd.is_traced():  # where sizes are tensors, and so is the default D**-0.5
         c = c._replace(scale=float(c.scale))
-    if (torch.compiler.is_compiling() or is_traced()) and way == "op":
+    if way == "op":
         return attention_forward(*c)
     args = autograd.distinct(c) if torch.compiler.is_compiling() else c
-    if torch.compiler.is_compiling() or _long_way or _transforms() is not None:  # type: ignore[misc]
+    if torch.compiler.is_compiling() or _transforms is None or _transforms() is not None:
         return Attention.apply(*args)
     return _apply(*args)
-
-
-def is_traced() -> bool:
-    """Inside torch.jit.trace."""
-    return _tracing is not None and _tracing() is not None
 
 
 def _vmapped() -> bool:

@@ -83,7 +83,6 @@ def explain(q: Tensor, k: Tensor, v: Tensor | None = None, **options: Any) -> Ex
 
 def _answers(op: str, call: Query, backend: str | None) -> dict[str, str]:
     reasons = {name: why_not(op, name, call) for name in ORDER}
-    if backend is not None and backend not in ORDER:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(ORDER)} or None for the best")
+    checks.check_backend_name(backend)
     able = [name for name in ORDER if reasons[name] is None and backend in (None, name)]
     return {name: "chosen" if able[:1] == [name] else reason or "able" for name, reason in reasons.items()}

@@ -41,11 +41,35 @@ def decode_plan(
 ) -> DecodePlan:  # fmt: skip
     """A pure function of the shapes, the thread count and the options; max_keys is what the cache can hold for a sequence.
 
-    All KV heads of a sequence belong to one task as long as their state fits the L2 cache: in the layout [B, S, H, D] that reads
-    memory in order. Keys are split where there would be too few tasks for the threads. With batch_invariant the splits depend
-    neither on the batch nor on the threads: they are 2048 keys long, and the heads are divided instead.
+    Tasks are those of `_tasks`. With batch_invariant the splits depend neither on the batch nor on the threads: they are 2048 keys long,
+    and the heads are divided instead.
     """
     rows = Sq * (Hq // max(Hkv, 1))
+    # A step of one query stays with the decode kernel: it is bound by memory, however many heads share a KV head.
+    many = Sq > 1 and rows >= BLOCKED_ROWS and not quantized and max(D, Dv) <= CPU_HEAD_DIM
+    if num_splits == 0 and many and not batch_invariant:
+        return _BLOCKED
+    if num_splits > 0:
+        return _tasks(B, rows, Hkv, D, Dv, 0, threads)._replace(num_splits=num_splits)
+    if not batch_invariant:
+        return _tasks(B, rows, Hkv, D, Dv, max_keys, threads)
+    plan = _tasks(B, rows, Hkv, D, Dv, 0, threads)
+    if rows > _MAX_ROWS:  # many queries: enough tasks, and partial results would take more memory than the cache
+        return plan
+    splits = max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS))
+    return plan._replace(num_splits=splits, keys_per_split=_INVARIANT_SPLIT_KEYS)
+
+
+_BLOCKED = DecodePlan(1, 0, 1, 1, True)
+
+
+def _tasks(B: int, rows: int, Hkv: int, D: int, Dv: int, keys: int, threads: int) -> DecodePlan:
+    """How the decode kernel of the CPU divides `rows` query rows of each KV head over `keys` keys, which are not split if there are 0.
+
+    All KV heads of a sequence belong to one task as long as their state fits the L2 cache: in the layout [B, S, H, D] that reads memory
+    in order. Keys are split where there would be too few tasks for the threads, heads where the keys are too few for that: to a task a
+    thread for one sequence, to several for more, since their lengths may differ.
+    """
     rows_per_task = max(1, min(rows, _MAX_ROWS))
     heads_per_task = max(1, min(Hkv, _STATE_BYTES // (rows_per_task * max(D + Dv, 1) * 4)))
 
@@ -53,20 +77,10 @@ def decode_plan(
         return max(1, B * -(-rows // rows_per_task) * -(-Hkv // heads_per_task))
 
     wanted = _TASKS_PER_THREAD * threads if threads > 1 else 1
-    if num_splits > 0:
-        return DecodePlan(num_splits, 0, rows_per_task, heads_per_task, False)
-    if not batch_invariant:
-        splits = max(1, min(-(-wanted // tasks()), -(-max_keys // _MIN_SPLIT_KEYS)))
-        # A step of one query stays with the decode kernel: it is bound by memory, however many heads share a KV head.
-        if Sq > 1 and rows >= BLOCKED_ROWS and not quantized and max(D, Dv) <= CPU_HEAD_DIM:
-            return DecodePlan(1, 0, rows_per_task, heads_per_task, True)
-        return DecodePlan(splits, 0, rows_per_task, heads_per_task, False)
-    while heads_per_task > 1 and tasks() < wanted:
+    splits = max(1, min(-(-wanted // tasks()), -(-keys // _MIN_SPLIT_KEYS)))
+    while heads_per_task > 1 and tasks() * splits < (threads if B == 1 else wanted):
         heads_per_task = -(-heads_per_task // 2)
-    if rows > _MAX_ROWS:  # many queries: enough tasks, and partial results would take more memory than the cache
-        return DecodePlan(1, 0, rows_per_task, heads_per_task, False)
-    splits = max(1, -(-max_keys // _INVARIANT_SPLIT_KEYS))
-    return DecodePlan(splits, _INVARIANT_SPLIT_KEYS, rows_per_task, heads_per_task, False)
+    return DecodePlan(splits, 0, rows_per_task, heads_per_task, False)
 
 
 # From this many tokens of a sequence on, the blocked kernel attends: a prompt. Below it, the decode kernel, whose rows are the same
@@ -86,26 +100,18 @@ def step_plan(B: int, S: int, Hq: int, Hkv: int, D: int, max_keys: int, threads:
 # head are few enough for it.
 _FEW_ROWS = 16
 _PRODUCTS_OF_A_TEAM = 1 << 17  # multiply-adds; less than that takes one thread less time than others need to start
-_BLOCKED = DecodePlan(1, 0, 1, 1, True)
 
 
 @functools.lru_cache(maxsize=4096)
 def attention_plan(
     B: int, Sq: int, Hq: int, Hkv: int, D: int, Dv: int, Skv: int, threads: int, plain: bool
 ) -> tuple[DecodePlan, int]:
-    """For foveate.attention on the CPU: the plan, and how many threads it is for. plain: no option that the decode kernel lacks.
-
-    All heads of a sequence in one task read [B, S, H, D] in order; heads and then keys are divided where that makes too few tasks.
-    """
+    """For foveate.attention on the CPU: the plan, and how many threads it is for. plain: no option that the decode kernel lacks."""
     team = 1 if B * Hq * Sq * Skv * (D + Dv) < _PRODUCTS_OF_A_TEAM else threads
     rows = Sq * (Hq // max(Hkv, 1))
     if not plain or rows > _FEW_ROWS or B * rows == 0:
         return _BLOCKED, team
-    wanted = _TASKS_PER_THREAD * team if team > 1 else 1
-    heads_per_task = -(-Hkv // min(-(-wanted // B), Hkv))
-    tasks = B * -(-Hkv // heads_per_task)
-    splits = min(-(-wanted // tasks), max(1, Skv // _MIN_SPLIT_KEYS))
-    return DecodePlan(splits, 0, rows, heads_per_task, False), team
+    return _tasks(B, rows, Hkv, D, Dv, Skv, team), team
 
 
 class CudaThresholds(NamedTuple):

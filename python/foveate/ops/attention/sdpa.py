@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.ops.attention.autograd import is_traced
 from foveate.ops.attention.dense import attention
+from foveate.ops.autograd import is_traced
 
 
 def sdpa(

@@ -113,7 +113,7 @@ def attention_with_kv_cache(
     flops.register()
     out, lse = kv_cache_op.op(
         q, k_cache, v_cache, k, v, kv_lens, block_table, rotary_cos, rotary_sin, rotary_interleaved, causal, left, right,
-        scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits, batch_invariant, check_backend_name(backend) or "",
+        scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits, batch_invariant, check_backend_name(backend),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

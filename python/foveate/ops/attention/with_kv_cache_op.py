@@ -21,6 +21,7 @@ from foveate.ops.attention.cache_operands import SCHEMA, WRITTEN, CacheOperands,
 from foveate.ops.attention.plan import TILE_ROWS, DecodePlan, cuda_decode_plan, cuda_thresholds, decode_plan
 from foveate.ops.attention.split_counters import counters
 from foveate.ops.autograd import each_slice
+from foveate.ops.checks import chosen_backend
 from foveate.ops.layout import contiguous_rows
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
@@ -61,7 +62,7 @@ def _empty_outputs(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
 
 def run(c: CacheOperands) -> tuple[Tensor, Tensor]:
     """out, lse: chooses the backend, allocates what it needs, runs."""
-    chosen = choose("attention_with_kv_cache", Query(c.q.device.type, c.q.dtype), c.backend or None)
+    chosen = chosen_backend("attention_with_kv_cache", c.q, c.backend)
     if c.k is not None and chosen != "reference":
         _bump_versions(c)
     if chosen == "reference":

@@ -18,10 +18,18 @@ from foveate.ops.autograd import (
     differentiable,
     each_slice,
     graph_is_freed,
+    in_plain_torch,
     no_second_derivative,
     nobody_keeps_saved_tensors,
 )
-from foveate.ops.checks import check_flag, check_floating, check_same_dtype, chosen_backend, compute_dtype
+from foveate.ops.checks import (
+    check_backend_name,
+    check_flag,
+    check_floating,
+    check_same_dtype,
+    chosen_backend,
+    compute_dtype,
+)
 from foveate.ops.cross_entropy import options as checks
 from foveate.ops.cross_entropy import reduction as results
 from foveate.ops.cross_entropy.logits import backward_into, forward
@@ -99,7 +107,7 @@ def linear_cross_entropy(
                 f"{name}={name}) has one but stores the logits"
             )
     options = checks.check_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
-    how = autograd.way(hidden, weight, bias)
+    preferred, how = check_backend_name(backend), autograd.way(hidden, weight, bias, target)
     extras = checks.extras_of(
         ce_weight, use_token_scaling, return_z_loss, return_token_accuracy, return_predicted_tokens, dtype
     )
@@ -112,30 +120,30 @@ def linear_cross_entropy(
     if soft or extras is not None:
         extras = extras or NO_EXTRAS
         checks.check_extras("ce_weight", extras, hidden, weight.shape[0], soft)
-        beyond = checks.features("linear_cross_entropy", options, extras, soft)
-        chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend, beyond)
-        if chosen == "reference" or how == "definition":
+        beyond = checks.beyond_kernels("linear_cross_entropy", options, extras, soft, hidden, preferred)
+        if beyond or how == "definition":
             logits = reference_rows.linear_logits(hidden, weight, bias, None if soft else target != ignore_index)
             return results.from_definition(logits, target, reduction, options, extras)
         loss = linear_cross_entropy(
             hidden, weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-            softcap=softcap, reduction="none", backend=chosen,
+            softcap=softcap, reduction="none", backend=backend,
         )  # fmt: skip
         return results.from_rows(loss, None, None, target, reduction, options, extras)
-    chosen = chosen_backend("linear_cross_entropy", hidden.device.type, hidden.dtype, backend)
-    if chosen == "reference" or how == "definition":
+    if how == "definition":
         with torch.autocast(hidden.device.type, enabled=False):
             return reference_rows.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
     flops.register()
     rows, labels = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
     needed = [t is not None and autograd.is_tracked(t) for t in (hidden, weight, bias)]
-    if how == "op" or not any(needed):
-        loss = linear_cross_entropy_rows(rows, weight, bias, labels, *options, chosen)
-    elif reduction == "none":
-        loss = autograd.apply(_LinearCrossEntropyRows, rows, weight, bias, labels, options, chosen)
-    else:
-        args = (rows, weight, bias, labels, _link(rows, weight, bias), options, reduction, chosen, *needed)
-        return autograd.apply(_LinearCrossEntropy, *args)[0]
+    if how == "function" and any(needed) and reduction != "none" and preferred != "reference":
+        link = _link(rows, weight, bias)
+        return autograd.apply(
+            _LinearCrossEntropy, rows, weight, bias, labels, link, options, reduction, preferred, *needed
+        )[0]
+    if how == "function" and not any(needed):
+        how = "op"
+    ways = (_linear, linear_cross_entropy_rows, _LinearCrossEntropyRows)
+    loss = autograd.run(how, *ways, rows, weight, bias, labels, *options, preferred)
     return results.reduced(loss.view(target.shape), target, ignore_index, reduction)
 
 
@@ -195,6 +203,9 @@ def _linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore: int, smoothing: float, z_loss: float,
     softcap: float, backend: str = "native",
 ) -> Tensor:  # fmt: skip
+    backend = chosen_backend("linear_cross_entropy", hidden, backend)
+    if backend == "reference":
+        return in_plain_torch(_definition, hidden, weight, bias, target, ignore, smoothing, z_loss, softcap)
     loss, dtype = hidden.new_zeros(target.shape, dtype=compute_dtype(hidden)), _product_dtype(hidden)
     weight, bias = _cast(weight, bias, dtype)
     for rows in _chunks(target, weight.shape[0], dtype.itemsize, ignore, backend):
@@ -202,6 +213,16 @@ def _linear(
         loss[rows] = forward(logits, target[rows], ignore, smoothing, z_loss, softcap, backend)[0]
         del logits  # before the next chunk's come to be
     return loss
+
+
+def _definition(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore: int, smoothing: float, z_loss: float,
+    softcap: float,
+) -> Tensor:  # fmt: skip
+    """The loss of each row in plain torch."""
+    return reference_rows.linear_cross_entropy(
+        hidden, weight, target, bias, ignore, smoothing, z_loss, softcap, reduction="none"
+    )
 
 
 def _linear_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *_: Any) -> Tensor:
@@ -253,7 +274,11 @@ def _gradients(
     softcap: float,
     backend: str = "native",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = (ignore, smoothing, z_loss, softcap, backend)
+    options = (ignore, smoothing, z_loss, softcap)
+    backend = chosen_backend("linear_cross_entropy", hidden, backend)
+    if backend == "reference":
+        needed = (need_hidden, need_weight, need_bias)
+        return in_plain_torch(_gradients_definition, hidden, weight, bias, target, dloss, factor, *needed, *options)
     compute, dtype = compute_dtype(hidden), _product_dtype(hidden)
     loss = hidden.new_zeros(target.shape, dtype=compute)
     dhidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=gradient_dtype(hidden))
@@ -265,8 +290,8 @@ def _gradients(
     for rows in _chunks(target, weight.shape[0], dtype.itemsize, ignore, backend):
         h, t = hidden[rows].to(dtype), target[rows]
         logits = product(h, weight, bias)
-        loss[rows], stats = forward(logits, t, *options)
-        dlogits = backward_into(logits, dloss[rows], logits, t, stats, *options)
+        loss[rows], stats = forward(logits, t, *options, backend)
+        dlogits = backward_into(logits, dloss[rows], logits, t, stats, *options, backend)
         if isinstance(rows, slice) and need_weight:
             h = torch.where((t != ignore)[:, None], h, 0)  # ignored tokens are among the rows, and may be NaN
         if need_hidden:
@@ -403,35 +428,33 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
     generate_vmap_rule = True  # the ops have their own rules
 
     @staticmethod
-    def forward(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: Options, backend: str
-    ) -> Tensor:
-        return linear_cross_entropy_rows(hidden, weight, bias, target, *options, backend)
+    def forward(*args: Any) -> Tensor:
+        return linear_cross_entropy_rows(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.options, ctx.backend = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.options = inputs[4:]
+        ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         factor = torch.ones((), dtype=dloss.dtype, device=dloss.device)
         saved = ctx.saved_tensors  # once: under checkpointing they are computed again for it
-        args = (*saved, dloss, factor, *needed, *ctx.options, ctx.backend)
+        args = (*saved, dloss, factor, *needed, *ctx.options)
         _, *grads = differentiable(linear_cross_entropy_gradients, _gradients_definition, *args)
         dtype = saved[0].dtype
-        return (*(g.to(dtype) if need else None for g, need in zip(grads, needed)), None, None, None)
+        return (*(g.to(dtype) if need else None for g, need in zip(grads, needed)), *(None,) * 6)
 
 
 def _gradients_definition(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, dloss: Tensor, factor: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     """linear_cross_entropy_gradients in plain torch."""
-    needed, named = options[:3], dict(zip(Options._fields, options[3:]))
+    needed, others = options[:3], options[3 : 3 + len(Options._fields)]
 
     def rows(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return reference_rows.linear_cross_entropy(h, w, target, b, **named, reduction="none")
+        return _definition(h, w, b, target, *others)
 
     wanted = [i for i, need in enumerate(needed) if need]
     found = dict(zip(wanted, autograd.pull_back(rows, (hidden, weight, bias), wanted, (dloss,))))

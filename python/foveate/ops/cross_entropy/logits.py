@@ -13,8 +13,16 @@ from foveate.backend import triton as triton_backend
 from foveate.backend.reference import rows as reference_rows
 from foveate.backend.registry import register
 from foveate.ops import autograd, library
-from foveate.ops.autograd import batch_first, differentiable
-from foveate.ops.checks import check_flag, check_floating, check_integer, check_learned, chosen_backend, compute_dtype
+from foveate.ops.autograd import batch_first, differentiable, in_plain_torch
+from foveate.ops.checks import (
+    check_backend_name,
+    check_flag,
+    check_floating,
+    check_integer,
+    check_learned,
+    chosen_backend,
+    compute_dtype,
+)
 from foveate.ops.cross_entropy import options as checks
 from foveate.ops.cross_entropy import reduction as results
 from foveate.ops.cross_entropy.options import NO_EXTRAS, SCHEMA, Options
@@ -94,6 +102,7 @@ def cross_entropy(
         checks.check_probabilities(target, logits, "logits", tuple(logits.shape), options.ignore_index)
     else:
         checks.check_target(target, logits, "logits", logits.shape[:-1])
+    preferred, how = check_backend_name(backend), autograd.way(logits, target)
     if soft or extras is not None:
         if learned:
             raise TypeError(
@@ -101,24 +110,19 @@ def cross_entropy(
             )
         extras = extras or NO_EXTRAS
         checks.check_extras("weight", extras, logits, logits.shape[-1], soft)
-        beyond = checks.features("cross_entropy", options, extras, soft)
-        chosen = chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend, beyond)
-        if chosen == "reference" or autograd.way(logits) == "definition":
+        beyond = checks.beyond_kernels("cross_entropy", options, extras, soft, logits, preferred)
+        if beyond or how == "definition":
             return results.from_definition(logits, target, reduction, options, extras)
-        loss, stats = _rows(logits, target, options, chosen)
+        loss, stats = _rows(how, logits, target, options, preferred)
         return results.from_rows(loss, stats.sum(-1), logits, target, reduction, options, extras)
-    chosen = chosen_backend("cross_entropy", logits.device.type, logits.dtype, backend)
-    how = autograd.way(logits)
-    if chosen == "reference" or learned or how == "definition":
+    if learned or how == "definition":
         return reference_rows.cross_entropy(logits, target, *options, reduction)
-    return results.reduced(_rows(logits, target, options, chosen)[0], target, ignore_index, reduction)
+    return results.reduced(_rows(how, logits, target, options, preferred)[0], target, ignore_index, reduction)
 
 
-def _rows(logits: Tensor, target: Tensor, options: Options, chosen: str) -> tuple[Tensor, Tensor]:
+def _rows(how: str, logits: Tensor, target: Tensor, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     """The losses, and the statistics of which the sum is lse."""
-    if autograd.way(logits) == "function":
-        return _CrossEntropy.apply(logits, target, options, chosen)
-    return cross_entropy_rows(logits, target, *options, chosen)
+    return autograd.run(how, forward, cross_entropy_rows, _CrossEntropy, logits, target, *options, backend)
 
 
 # logits [..., V], target [...] -> loss [...], stats [..., 2] (max and log of the sum of exp(x - max))
@@ -133,9 +137,12 @@ def forward(
     softcap: float,
     backend: str = "native",
 ) -> tuple[Tensor, Tensor]:
+    options = (ignore, smoothing, z_loss, softcap)
+    backend = chosen_backend("cross_entropy", logits, backend)
+    if backend == "reference":
+        return in_plain_torch(reference_rows.cross_entropy_rows, logits, target, *options)
     loss, stats = _forward_fake(logits, target)
     target = target.contiguous().view(-1)
-    options = (ignore, smoothing, z_loss, softcap)
     if backend == "triton":
         from foveate.backend.triton.cross_entropy import cross_entropy
 
@@ -165,8 +172,11 @@ def backward_into(
     softcap: float, backend: str,
 ) -> Tensor:  # fmt: skip
     """dlogits may be logits itself."""
-    dloss, target, stats = dloss.reshape(-1), target.contiguous().view(-1), stats.contiguous().view(-1, 2)
     options = (ignore, smoothing, z_loss, softcap)
+    backend = chosen_backend("cross_entropy", logits, backend)
+    if backend == "reference":
+        return dlogits.copy_(in_plain_torch(_backward_definition, dloss, logits, target, stats, *options))
+    dloss, target, stats = dloss.reshape(-1), target.contiguous().view(-1), stats.contiguous().view(-1, 2)
     if backend == "triton":
         from foveate.backend.triton.cross_entropy import cross_entropy_backward
 
@@ -221,17 +231,17 @@ class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True  # the ops have their own rules
 
     @staticmethod
-    def forward(logits: Tensor, target: Tensor, options: Options, backend: str) -> tuple[Tensor, Tensor]:
-        return cross_entropy_rows(logits, target, *options, backend)
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return cross_entropy_rows(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, target, ctx.options, ctx.backend = inputs
+        logits, target, *ctx.options = inputs
         ctx.save_for_backward(logits, target, output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        args = (dloss, *ctx.saved_tensors, *ctx.options, ctx.backend)
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        args = (dloss, *ctx.saved_tensors, *ctx.options)
         dlogits = differentiable(cross_entropy_backward, _backward_definition, *args)
-        return dlogits, None, None, None
+        return dlogits, *(None,) * 6

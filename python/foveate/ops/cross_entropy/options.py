@@ -15,6 +15,7 @@ from foveate.ops.checks import (
     check_integer,
     check_number,
     check_same_device,
+    chosen_backend,
 )
 
 
@@ -153,7 +154,13 @@ def kernels(shared: Supports) -> Supports:
     return supports
 
 
-def features(op: str, options: Options, extras: Extras, soft: bool) -> tuple[str, ...]:
+def beyond_kernels(op: str, options: Options, extras: Extras, soft: bool, x: Tensor, backend: str) -> bool:
+    """Whether the call has what only the definition knows; then any other backend by name raises the reason."""
+    beyond = _features(op, options, extras, soft)
+    return bool(beyond) and chosen_backend(op, x, backend, beyond) == "reference"
+
+
+def _features(op: str, options: Options, extras: Extras, soft: bool) -> tuple[str, ...]:
     """What of _REASONS the call has."""
     beyond = options.label_smoothing != 0 or options.z_loss != 0
     linear = op == "linear_cross_entropy"
