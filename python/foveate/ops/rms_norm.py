@@ -30,7 +30,7 @@ from foveate.ops.layout import matrix
 _C = native._C
 
 # dweight adds up over shares of the rows, then over the shares: less rounding than one long sum. On the CPU they are at most this
-# many, whatever the number of threads, so that the bits are the same; on a GPU two blocks for each multiprocessor take one each.
+# many, whatever the number of threads, so that the bits are the same; on a GPU two blocks for each SM take one each.
 _MAX_DWEIGHT_PARTS = 256
 _ROWS_PER_PART, _ROWS_PER_PART_CUDA = 64, 16
 

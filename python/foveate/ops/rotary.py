@@ -37,7 +37,7 @@ def apply_rotary(
 
     q: [B, S, Hq, D]; k: [B, S, Hkv, D]; one dtype of float32, bfloat16, float16 (computed in fp32) or float64. cos, sin:
     [S, rot / 2] or [B, S, rot / 2] with rot <= D, in q's dtype or the compute dtype. A pair is (x[c], x[c + rot / 2]), or
-    (x[2c], x[2c + 1]) with interleaved; elements from rot on stay. Returns the turned q and k as new contiguous tensors.
+    (x[2c], x[2c + 1]) with interleaved; elements from rot on stay. Returns the rotated q and k as new contiguous tensors.
     Differentiable in q and k, in both modes and any number of times; forward mode is computed in plain torch. Tables that require a
     gradient raise ValueError. Any strides; a last dimension that is not contiguous is copied. Raises TypeError for dtypes, ValueError
     for shapes.
@@ -83,11 +83,11 @@ def _rotary_impl(
     if backend == "triton":
         from foveate.backend.triton.rotary import rotary
 
-        for x, turned in zip((q, k), out):
-            rotary(contiguous_rows(x), cos, sin, turned, interleaved, inverse)
+        for x, rotated in zip((q, k), out):
+            rotary(contiguous_rows(x), cos, sin, rotated, interleaved, inverse)
         return out
-    for x, turned in zip((q, k), out):
-        _C.rotary(contiguous_rows(x), cos, sin, turned, interleaved, inverse, torch.get_num_threads())
+    for x, rotated in zip((q, k), out):
+        _C.rotary(contiguous_rows(x), cos, sin, rotated, interleaved, inverse, torch.get_num_threads())
     return out
 
 

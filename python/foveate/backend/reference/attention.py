@@ -287,7 +287,7 @@ def attention_with_kv_cache(
     q: [B, Sq, Hq, D]; k, v: [B, Snew, Hkv, D or Dv] or None (Snew = 0); kv_lens: int [B], the keys already there.
     k_cache, v_cache: [B, Smax, Hkv, D or Dv], or pages [pages, page_size, Hkv, D or Dv] with block_table int32
     [B, max_pages], where position t of sequence b lies in page block_table[b, t // page_size], row t % page_size.
-    rotary_cos, rotary_sin: [max_pos, rot / 2]; k row i is turned by position kv_lens[b] + i before it is stored, and q
+    rotary_cos, rotary_sin: [max_pos, rot / 2]; k row i is rotated by position kv_lens[b] + i before it is stored, and q
     row i by kv_lens[b] + i, without k by kv_lens[b] - Sq + i.
     An int8 or float8_e4m3fn cache holds value / scale, rounded to nearest even and clamped. k_scale, v_scale: fp32, one
     number, [Hkv], or one for each token and head, cache.shape[:-1]; the last kind is written at append as max|x| / 127
@@ -306,7 +306,7 @@ def attention_with_kv_cache(
             return torch.full_like(t, b), t
         return block_table[b].to(torch.int64)[t // page_size], t % page_size
 
-    def turned(x: Tensor, start: int) -> Tensor:
+    def rotated(x: Tensor, start: int) -> Tensor:
         if rotary_cos is None or rotary_sin is None:
             return x.to(dtype)
         here = slice(start, start + x.shape[1])
@@ -317,7 +317,7 @@ def attention_with_kv_cache(
     if k is not None and v is not None:
         for b in range(B):
             new = slots(b, lens[b], lens[b] + Snew)
-            _store(k_cache, new, turned(k[b : b + 1], lens[b])[0], k_scale)
+            _store(k_cache, new, rotated(k[b : b + 1], lens[b])[0], k_scale)
             _store(v_cache, new, v[b].to(dtype), v_scale)
 
     outs, lses = [q.new_empty(0, Sq, Hq, v_cache.shape[-1])], [q.new_empty(0, Hq, Sq, dtype=dtype)]
@@ -325,7 +325,7 @@ def attention_with_kv_cache(
         used = slots(b, 0, lens[b] + Snew)
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
         out, lse = attention(
-            turned(q[b : b + 1], lens[b] if Snew else lens[b] - Sq),
+            rotated(q[b : b + 1], lens[b] if Snew else lens[b] - Sq),
             _load(k_cache, used, k_scale, dtype)[None],
             _load(v_cache, used, v_scale, dtype)[None],
             causal=causal,

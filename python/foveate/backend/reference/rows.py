@@ -178,11 +178,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     x = x.to(compute_dtype(x))
     half = cos.shape[-1]
     cos, sin = (t.to(x.dtype).unsqueeze(-2) for t in (cos, sin))  # [(B,) S, 1, rot / 2]
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    a, b = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else (rotated[..., :half], rotated[..., half:])
     a, b = a * cos - b * sin, b * cos + a * sin
-    turned = torch.stack([a, b], -1).flatten(-2) if interleaved else torch.cat([a, b], -1)
-    return torch.cat([turned, rest], -1)
+    rotated = torch.stack([a, b], -1).flatten(-2) if interleaved else torch.cat([a, b], -1)
+    return torch.cat([rotated, rest], -1)
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 
 from .attention_statistics import load_statistics, tile_gradients
-from .scores import kept, key_ranges, sequence
+from .scores import dropout_mask, key_ranges, sequence
 from .tiles import dot_rows, load
 
 
 @triton.jit(do_not_specialize=["B", "Hq", "Sq", "Skv", "left", "right", "shared_b", "shared_h"])
 def attention_dbias(
     q, k, v, dout, dbias, rows, q_strides, k_strides, v_strides, dout_strides, dbias_strides, B, Hq, Sq, Skv, left, right,
-    shared_b, shared_h, opts, SHARE: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    shared_b, shared_h, opts, Q_PER_KV: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dbias [B / shared_b, Hq / shared_h, Sq, Skv]; with SUM_Q the third dimension has one sum for each block of queries instead, with
@@ -24,6 +24,7 @@ def attention_dbias(
     block_m, block_n = tile // blocks_n, tile % blocks_n
     heads = Hq // shared_h
     bias_b, bias_h = owner // heads, owner % heads
+    # dS [BLOCK_M, BLOCK_N], summed over the batches and heads that share this tile of the bias
     i = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -35,12 +36,13 @@ def attention_dbias(
         if block_n * BLOCK_N >= start and block_n * BLOCK_N < end:
             for h in range(bias_h * shared_h, bias_h * shared_h + shared_h):
                 sums += _tile(q, k, v, dout, rows, q_strides, k_strides, v_strides, dout_strides, b, h, Hq, i, j, block_n * BLOCK_N,
-                              queries, keys, left, right, opts, SHARE, D, DV, D0, D1, V0, V1, BLOCK_N)  # fmt: skip
+                              queries, keys, left, right, opts, Q_PER_KV, D, DV, D0, D1, V0, V1, BLOCK_N)  # fmt: skip
+    # Summed over rows or columns too, where the bias has one
     base = dbias + bias_b.to(tl.int64) * dbias_strides[0] + bias_h.to(tl.int64) * dbias_strides[1]
     i64, j64 = i.to(tl.int64) * dbias_strides[2], j.to(tl.int64) * dbias_strides[3]
     if SUM_Q and SUM_K:
-        total = tl.sum(tl.sum(sums, 1), 0)
-        tl.store(base + block_m.to(tl.int64) * dbias_strides[2] + block_n * dbias_strides[3], total)
+        tile_sum = tl.sum(tl.sum(sums, 1), 0)
+        tl.store(base + block_m.to(tl.int64) * dbias_strides[2] + block_n * dbias_strides[3], tile_sum)
     elif SUM_Q:
         tl.store(base + block_m.to(tl.int64) * dbias_strides[2] + j64, tl.sum(sums, 0), mask=j < Skv)
     elif SUM_K:
@@ -52,25 +54,25 @@ def attention_dbias(
 @triton.jit
 def _tile(
     q, k, v, dout, rows, q_strides, k_strides, v_strides, dout_strides, b, h, Hq, i, j, first_j, queries, keys, left, right, opts,
-    SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    Q_PER_KV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the scores of queries i and keys j of batch b and head h."""
     one = tl.full([], 1, tl.int64)
-    b64, head, kv_head = b * one, h * one, h // SHARE * one
+    b64, head, kv_head = b * one, h * one, h // Q_PER_KV * one
     i64, j64 = i.to(tl.int64), j.to(tl.int64)
     valid = i < queries
     q0, q1 = load(q + b64 * q_strides[0] + head * q_strides[1], i64 * q_strides[2], valid, D0, D1, D, True)
     g0, g1 = load(dout + b64 * dout_strides[0] + head * dout_strides[1], i64 * dout_strides[2], valid, V0, V1, DV, True)
     k0, k1 = load(k + b64 * k_strides[0] + kv_head * k_strides[1], j64 * k_strides[2], j < keys, D0, D1, D, True)
     v0, v1 = load(v + b64 * v_strides[0] + kv_head * v_strides[1], j64 * v_strides[2], j < keys, V0, V1, DV, True)
-    place = b64 * rows.strides[0] + head * rows.strides[1] + i64
-    total, delta, own, dlse = load_statistics(rows, place, valid, True)
+    index = b64 * rows.strides[0] + head * rows.strides[1] + i64
+    lse2, delta, keys_lse2, dlse = load_statistics(rows, index, valid, True)
     keep = None
     if opts.philox is not None:
-        keep = kept(i, b * Hq + h, first_j, opts, BLOCK_N, False)
+        keep = dropout_mask(i, b * Hq + h, first_j, opts, BLOCK_N, False)
     inside = valid[:, None] & (j < keys)[None, :]
     _, ds, _ = tile_gradients(
-        dot_rows(q0, q1, k0, k1, D1), dot_rows(g0, g1, v0, v1, V1), keep, total[:, None], delta[:, None], own[:, None], dlse[:, None],
+        dot_rows(q0, q1, k0, k1, D1), dot_rows(g0, g1, v0, v1, V1), keep, lse2[:, None], delta[:, None], keys_lse2[:, None], dlse[:, None],
         rows, i[:, None], j[None, :], inside, b, h, keys, keys - queries, left, right, opts, True)  # fmt: skip
     return ds

@@ -105,8 +105,8 @@ def options(c: Any, mod: ScoreMod | None = None, *, table_gradient: bool = False
         cu_k=None if c.cu_k is None else c.cu_k.contiguous(),
         totals=None if c.cu_q is None else (c.q.shape[0], c.k.shape[0]),
         philox=c.philox,
-        keep_from=round(c.dropout_p * 2**32) if c.dropout_p > 0 else None,
-        keep_scale=1 / (1 - c.dropout_p) if c.dropout_p > 0 else None,
+        dropout_threshold=round(c.dropout_p * 2**32) if c.dropout_p > 0 else None,
+        dropout_scale=1 / (1 - c.dropout_p) if c.dropout_p > 0 else None,
         score_mod=None if mod is None else mod.forward,
         score_mod_bwd=None if mod is None else mod.backward,
         aux=None if mod is None or not mod.aux else mod.aux,
@@ -180,11 +180,11 @@ def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None
     B = c.q.shape[0] if c.cu_q is None else c.cu_q.shape[0] - 1
     if out.numel() == 0 or B == 0 or c.max_q == 0:
         return
-    share, chip = Hq // Hkv, arch(c.q.device)
+    q_per_kv, chip = Hq // Hkv, arch(c.q.device)
     left, right = window(c)
     masked = left >= 0 or right >= 0
     chosen = config.forward(D, Dv, c.q.dtype, c.max_q, chip, masked)
-    group = share if config.packs(c.max_q, share, chosen.block_m) else 1
+    group = q_per_kv if config.packs(c.max_q, q_per_kv, chosen.block_m) else 1
     descriptors = chosen.variant != PLAIN and group == 1 and takes_descriptors(c, mod)
     if group > 1 or (chosen.variant != PLAIN and not descriptors):
         chosen = config.forward(D, Dv, c.q.dtype, c.max_q * group, chip, masked, False)
@@ -196,12 +196,13 @@ def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None
     if descriptors:
         ragged = c.kv_lens is not None or c.cu_q is not None or c.max_k % chosen.block_n != 0
         _with_scratch(
-            attention_forward_hopper[(blocks * B * Hq,)], *args, SHARE=share, D=D, DV=Dv, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
-            RAGGED=ragged, SPECIALIZE=chosen.variant == SPECIALIZED, num_warps=chosen.warps, num_stages=chosen.stages,
+            attention_forward_hopper[(blocks * B * Hq,)], *args, Q_PER_KV=q_per_kv, D=D, DV=Dv, BLOCK_M=chosen.block_m,
+            BLOCK_N=chosen.block_n, RAGGED=ragged, SPECIALIZE=chosen.variant == SPECIALIZED, num_warps=chosen.warps,
+            num_stages=chosen.stages,
         )  # fmt: skip
         return
     attention_forward[(blocks * B * (Hq // group),)](
-        *args, SHARE=share, GROUP=group, **widths(c),
+        *args, Q_PER_KV=q_per_kv, GROUP=group, **widths(c),
         BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
 
@@ -225,7 +226,7 @@ def backward(
         for grad in grads:
             grad.zero_()
         return grads
-    opts, share = options(c, mod, table_gradient=dtable is not None), Hq // Hkv
+    opts, q_per_kv = options(c, mod, table_gradient=dtable is not None), Hq // Hkv
     keys_kernel, queries_kernel = config.backward(D, Dv, c.q.dtype, c.max_q, arch(c.q.device))
     dims = widths(c)
     left, right = window(c)
@@ -233,10 +234,10 @@ def backward(
 
     both = c.sinks is not None and dlse is not None
     shape = (*lse.shape[:-1], max(2, lse.shape[-1]))  # so that no stride is 1: see Rows
-    total, delta, own, seed = (
+    lse2, delta, keys_lse2, seed = (
         torch.empty(shape, dtype=lse.dtype, device=lse.device) if use else None for use in (1, 1, both, both)
     )
-    rows = Rows(total, delta, own, seed, (0 if c.cu_q is not None else Hq * shape[-1], shape[-1]))
+    rows = Rows(lse2, delta, keys_lse2, seed, (0 if c.cu_q is not None else Hq * shape[-1], shape[-1]))
     block = 64
     blocks = -(-c.max_q // block)
     sink_parts = torch.empty((B * blocks, Hq), dtype=torch.float32, device=lse.device) if c.sinks is not None else None
@@ -257,7 +258,7 @@ def backward(
             table_parts = torch.empty((B * blocks, Hq, buckets), dtype=torch.float32, device=lse.device)
         target = torch.empty_like(c.q) if dq is None else dq
         attention_dq[(blocks * B * Hq,)](
-            *inputs, target, table_parts, rows, *input_strides, strides(target), *sizes, blocks, left, right, opts, SHARE=share,
+            *inputs, target, table_parts, rows, *input_strides, strides(target), *sizes, blocks, left, right, opts, Q_PER_KV=q_per_kv,
             **dims, BLOCK_M=m, BLOCK_N=n, BUCKETS=buckets, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if dtable is not None and table_parts is not None:
@@ -268,7 +269,7 @@ def backward(
         dk_out, dv_out = torch.empty_like(c.k) if dk is None else dk, torch.empty_like(c.v) if dv is None else dv
         attention_dkv[(blocks * B * Hkv,)](
             *inputs, dk_out, dv_out, rows, *input_strides, strides(dk_out), strides(dv_out), *sizes, blocks, left, right, opts,
-            SHARE=share, **dims, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
+            Q_PER_KV=q_per_kv, **dims, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if dbias is not None:
         m, n, warps, stages, _ = keys_kernel
@@ -278,7 +279,7 @@ def backward(
         shape = (nb, nh, blocks_m if sum_q else c.max_q, blocks_n if sum_k else c.max_k)
         parts_ = torch.empty(shape, dtype=torch.float32, device=lse.device)
         attention_dbias[(nb * nh * blocks_m * blocks_n,)](
-            *inputs, parts_, rows, *input_strides, parts_.stride(), B, *sizes, left, right, B // nb, Hq // nh, opts, SHARE=share,
+            *inputs, parts_, rows, *input_strides, parts_.stride(), B, *sizes, left, right, B // nb, Hq // nh, opts, Q_PER_KV=q_per_kv,
             SUM_Q=sum_q, SUM_K=sum_k, **dims, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         dbias.copy_(parts_.sum_to_size(dbias.shape))

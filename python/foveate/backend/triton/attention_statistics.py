@@ -7,19 +7,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .scores import LOG2E, clipped, fused, scores, sequence, to_log2, visible
+from .scores import LOG2E, clipped, fma, scores, sequence, to_log2, visible
 from .tiles import load
 
 
 class Rows(NamedTuple):
-    """fp32 tensors as lse, with (batch, head) strides of their own; rows are contiguous. No stride is 1: triton 3.6 takes an argument
+    """fp32 tensors as lse, with (batch, head) strides of their keys_lse2; rows are contiguous. No stride is 1: triton 3.6 takes an argument
     of 1 as a constant, and loses a constant of a nested tuple inside loops."""
 
-    total: (
-        Any  # log2 of the sum over a row, sink included; inf for a row that sees no key, so that exp2(s - total) is 0
-    )
-    delta: Any  # sum of dout * out, minus dlse where `own` is None
-    own: Any  # log2 of the sum without the sink, inf for an empty row; None unless there are both sinks and dlse
+    lse2: Any  # log2 of the sum over a row, sink included; inf for a row that sees no key, so that exp2(s - lse2) is 0
+    delta: Any  # sum of dout * out, minus dlse where `keys_lse2` is None
+    keys_lse2: Any  # log2 of the sum without the sink, inf for an empty row; None unless there are both sinks and dlse
     dlse: Any
     strides: Any
 
@@ -29,7 +27,7 @@ def attention_rows(
     out, dout, lse, dlse, dsinks, rows, out_strides, dout_strides, lse_strides, Hq, Sq, Skv, blocks, opts,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Fills `rows` and, with sinks, dsinks [B, blocks, Hq]: each block's part of the gradient, -sum(exp(sink - total) * dout . out)."""
+    """Fills `rows` and, with sinks, dsinks [B, blocks, Hq]: each block's part of the gradient, -sum(exp(sink - lse) * dout . out)."""
     block = tl.program_id(0) % blocks
     bh = tl.program_id(0) // blocks
     b, h = bh // Hq, (bh % Hq).to(tl.int64)
@@ -40,53 +38,56 @@ def attention_rows(
     b64 = b.to(tl.int64)
     o0, o1 = load(out + b64 * out_strides[0] + h * out_strides[1], row * out_strides[2], valid, V0, V1, DV, True)
     g0, g1 = load(dout + b64 * dout_strides[0] + h * dout_strides[1], row * dout_strides[2], valid, V0, V1, DV, True)
-    # fp64 for fp32 inputs: dp - delta cancels, entirely so in a row that sees one key, and here precision costs nothing.
+    # delta [BLOCK_M] = sum of dO * O. fp64 for fp32 inputs: dp - delta cancels, entirely so in a row that sees one key, and here precision
+    # costs nothing.
     WIDE: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float32 else tl.float32
     delta = tl.sum(o0.to(WIDE) * g0.to(WIDE), 1)
     if V1 > 0:
         delta += tl.sum(o1.to(WIDE) * g1.to(WIDE), 1)
     delta = delta.to(tl.float32)
-    place = b64 * rows.strides[0] + h * rows.strides[1] + row
-    lse_place = b64 * lse_strides[0] + h * lse_strides[1] + row
-    own = tl.load(lse + lse_place, mask=valid, other=float("-inf"))
-    empty = own == float("-inf")
-    own = tl.where(empty, float("inf"), to_log2(tl.where(empty, 0.0, own)))
-    total = own
+    # lse [BLOCK_M] in powers of two, without and with the sink, and the block's part of the sink's gradient
+    index = b64 * rows.strides[0] + h * rows.strides[1] + row
+    lse_index = b64 * lse_strides[0] + h * lse_strides[1] + row
+    keys_lse2 = tl.load(lse + lse_index, mask=valid, other=float("-inf"))
+    empty = keys_lse2 == float("-inf")
+    keys_lse2 = tl.where(empty, float("inf"), to_log2(tl.where(empty, 0.0, keys_lse2)))
+    lse2 = keys_lse2
     if opts.sinks is not None:
         sink = tl.load(opts.sinks + h) * LOG2E
-        larger = tl.maximum(tl.where(empty, sink, own), sink)
-        sum2 = larger + tl.log2(tl.exp2(tl.where(empty, float("-inf"), own) - larger) + tl.exp2(sink - larger))
-        total = tl.where(empty, float("inf"), sum2)
+        larger = tl.maximum(tl.where(empty, sink, keys_lse2), sink)
+        sum2 = larger + tl.log2(tl.exp2(tl.where(empty, float("-inf"), keys_lse2) - larger) + tl.exp2(sink - larger))
+        lse2 = tl.where(empty, float("inf"), sum2)
         tl.store(
             dsinks + bh // Hq * blocks * Hq + block * Hq + h,
-            -tl.sum(tl.where(valid, tl.exp2(sink - total) * delta, 0.0), 0),
+            -tl.sum(tl.where(valid, tl.exp2(sink - lse2) * delta, 0.0), 0),
         )
+    # dS = P * (dP - delta) + P_keys * dlse, with P_keys normalised without the sink: without one they are equal, and delta takes dlse in
     if dlse is not None:
-        g = tl.where(empty, 0.0, tl.load(dlse + lse_place, mask=valid, other=0.0))
-        if rows.own is not None:
-            tl.store(rows.own + place, own, mask=valid)
-            tl.store(rows.dlse + place, g, mask=valid)
+        g = tl.where(empty, 0.0, tl.load(dlse + lse_index, mask=valid, other=0.0))
+        if rows.keys_lse2 is not None:
+            tl.store(rows.keys_lse2 + index, keys_lse2, mask=valid)
+            tl.store(rows.dlse + index, g, mask=valid)
         else:
             delta -= g
-    tl.store(rows.total + place, total, mask=valid)
-    tl.store(rows.delta + place, tl.where(empty, 0.0, delta), mask=valid)
+    tl.store(rows.lse2 + index, lse2, mask=valid)
+    tl.store(rows.delta + index, tl.where(empty, 0.0, delta), mask=valid)
 
 
 @triton.jit
-def load_statistics(rows, place, valid, CHECK: tl.constexpr):
-    """total, delta, own, dlse of some rows, all of them valid without CHECK; the last two mean nothing without rows.own."""
+def load_statistics(rows, index, valid, CHECK: tl.constexpr):
+    """lse2, delta, keys_lse2, dlse of some rows, all of them valid without CHECK; the last two mean nothing without rows.keys_lse2."""
     if CHECK:
-        total = tl.load(rows.total + place, mask=valid, other=float("inf"))
-        delta = tl.load(rows.delta + place, mask=valid, other=0.0)
+        lse2 = tl.load(rows.lse2 + index, mask=valid, other=float("inf"))
+        delta = tl.load(rows.delta + index, mask=valid, other=0.0)
     else:
-        total, delta = tl.load(rows.total + place), tl.load(rows.delta + place)
-    if rows.own is None:
-        return total, delta, total, delta  # not used
+        lse2, delta = tl.load(rows.lse2 + index), tl.load(rows.delta + index)
+    if rows.keys_lse2 is None:
+        return lse2, delta, lse2, delta  # not used
     elif CHECK:
-        own = tl.load(rows.own + place, mask=valid, other=float("inf"))
-        return total, delta, own, tl.load(rows.dlse + place, mask=valid, other=0.0)
+        keys_lse2 = tl.load(rows.keys_lse2 + index, mask=valid, other=float("inf"))
+        return lse2, delta, keys_lse2, tl.load(rows.dlse + index, mask=valid, other=0.0)
     else:
-        return total, delta, tl.load(rows.own + place), tl.load(rows.dlse + place)
+        return lse2, delta, tl.load(rows.keys_lse2 + index), tl.load(rows.dlse + index)
 
 
 @triton.jit
@@ -94,9 +95,9 @@ def tile_gradients(
     qk,
     dp,
     keep,
-    total,
+    lse2,
     delta,
-    own,
+    keys_lse2,
     dlse,
     rows,
     i,
@@ -114,7 +115,7 @@ def tile_gradients(
     """Of one tile: the weights after dropout, the gradient of the scores before score_mod, and that of scale * q.k (the same without
     softcap).
 
-    qk = q.k and dp = dout.v; total, delta, own, dlse and i broadcast with j; keep is dropout's mask or None.
+    qk = q.k and dp = dout.v; lse2, delta, keys_lse2, dlse and i broadcast with j; keep is dropout's mask or None.
     """
     slope = 1.0
     if opts.plain:
@@ -125,14 +126,14 @@ def tile_gradients(
         factor = 1.0
     if MASKED:
         s = tl.where(visible(i, j, keys, offset, left, right, opts), s, float("-inf"))
-    p = tl.exp2(fused(s, factor, -total))
+    p = tl.exp2(fma(s, factor, -lse2))
     weights = p
     if keep is not None:
-        weights = tl.where(keep, p * opts.keep_scale, 0.0)
-        dp = tl.where(keep, dp * opts.keep_scale, 0.0)
+        weights = tl.where(keep, p * opts.dropout_scale, 0.0)
+        dp = tl.where(keep, dp * opts.dropout_scale, 0.0)
     ds = p * (dp - delta)
-    if rows.own is not None:
-        ds += tl.exp2(fused(s, factor, -own)) * dlse
+    if rows.keys_lse2 is not None:
+        ds += tl.exp2(fma(s, factor, -keys_lse2)) * dlse
     if opts.score_mod is not None:
         i_inside, j_inside = clipped(i, j, keys, offset)
         modified = opts.score_mod_bwd(unmodified, ds, b, h, i_inside, j_inside, opts.aux)

@@ -162,11 +162,11 @@ def forward(
 
 
 @functools.lru_cache(maxsize=4096)
-def packs(Sq: int, share: int, block_m: int) -> bool:
+def packs(Sq: int, q_per_kv: int, block_m: int) -> bool:
     """Whether the query heads that share a KV head become rows of one program: where that makes clearly fewer blocks."""
-    if share == 1:
+    if q_per_kv == 1:
         return False
-    return 10 * -(-Sq * share // block_m) < 9 * share * -(-Sq // block_m)
+    return 10 * -(-Sq * q_per_kv // block_m) < 9 * q_per_kv * -(-Sq // block_m)
 
 
 @functools.lru_cache(maxsize=4096)

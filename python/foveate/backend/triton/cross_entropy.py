@@ -27,36 +27,36 @@ def cross_entropy_rows(
     """loss fp32 [rows], stats fp32 [rows, 2]: the maximum and the log of the sum of exp(x - maximum)."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    wanted = tl.load(target + row)
-    if wanted == ignore_index:
+    label = tl.load(target + row)
+    if label == ignore_index:
         tl.store(loss + row, 0.0)
         tl.store(stats + 2 * row + tl.arange(0, 2), tl.zeros([2], tl.float32))
         return
     step = tl.arange(0, BLOCK)
-    tops = tl.full([BLOCK], float("-inf"), tl.float32)
-    totals = tl.zeros([BLOCK], tl.float32)
+    maxima = tl.full([BLOCK], float("-inf"), tl.float32)
+    lane_sums = tl.zeros([BLOCK], tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
     hit = tl.zeros([BLOCK], tl.float32)
     for first in range(0, V, BLOCK):
         columns = first + step
         x = _capped(logits, columns, V, softcap)
-        new = tl.maximum(tops, x)
-        base = tl.where(new == float("-inf"), 0.0, new)
-        totals = totals * tl.exp(tops - base) + tl.exp(x - base)
-        tops = new
+        new = tl.maximum(maxima, x)
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        lane_sums = lane_sums * tl.exp(maxima - shift) + tl.exp(x - shift)
+        maxima = new
         sums += tl.where(columns < V, x, 0.0)
-        hit += tl.where(columns == wanted, x, 0.0)
-    top = tl.max(tops, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    log_total = tl.log(tl.sum(totals * tl.exp(tops - base), 0))
-    lse = base + log_total
+        hit += tl.where(columns == label, x, 0.0)
+    row_max = tl.max(maxima, 0)
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    log_sum = tl.log(tl.sum(lane_sums * tl.exp(maxima - shift), 0))
+    lse = shift + log_sum
     value = lse - (1 - smoothing) * tl.sum(hit, 0) + z_loss * lse * lse
     if smoothing > 0:  # 0 * -inf would be NaN
         value -= smoothing * (tl.sum(sums, 0) / V)
-    outside = (wanted < 0) | (wanted >= V)
+    outside = (label < 0) | (label >= V)
     tl.store(loss + row, tl.where(outside, float("nan"), value))
-    tl.store(stats + 2 * row, base)
-    tl.store(stats + 2 * row + 1, tl.where(outside, float("nan"), log_total))
+    tl.store(stats + 2 * row, shift)
+    tl.store(stats + 2 * row + 1, tl.where(outside, float("nan"), log_sum))
 
 
 @triton.jit(do_not_specialize=["V", "ignore_index"])
@@ -66,15 +66,15 @@ def cross_entropy_drows(
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     dlogits += row * d_stride
-    wanted = tl.load(target + row)
+    label = tl.load(target + row)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if wanted == ignore_index:
+    if label == ignore_index:
         tl.store(dlogits + columns, tl.zeros([BLOCK], tl.float32).to(dlogits.dtype.element_ty), mask=columns < V)
         return
-    top, log_total = tl.load(stats + 2 * row), tl.load(stats + 2 * row + 1)
+    row_max, log_sum = tl.load(stats + 2 * row), tl.load(stats + 2 * row + 1)
     x = _capped(logits, columns, V, softcap)
-    p = tl.exp(x - top - log_total)
-    d = p * (1 + 2 * z_loss * (top + log_total)) - smoothing / V - tl.where(columns == wanted, 1 - smoothing, 0.0)
+    p = tl.exp(x - row_max - log_sum)
+    d = p * (1 + 2 * z_loss * (row_max + log_sum)) - smoothing / V - tl.where(columns == label, 1 - smoothing, 0.0)
     if softcap is not None:
         t = tl.where(columns < V, x, 0.0) / softcap
         d *= 1 - t * t

@@ -40,7 +40,7 @@ def decode_plan(
 ) -> DecodePlan:
     """A pure function of the shapes, the number of SMs and the options; max_keys is what the cache can hold.
 
-    Keys are split where there would be fewer than two programs for a multiprocessor, into parts of at least 256. With batch_invariant
+    Keys are split where there would be fewer than two programs for each SM, into parts of at least 256. With batch_invariant
     the splits are 2048 keys long, whatever the batch.
     """
     width = max(sum(parts(D)), sum(parts(Dv)))
@@ -86,7 +86,7 @@ def attention_with_kv_cache(c: Any, out: Tensor, lse: Tensor) -> None:
     Hkv, Dv = v_cache.shape[2:]
     if Hkv == 0:  # no heads: nothing is appended and nothing attends
         return
-    share, page_size, new = Hq // Hkv, k_cache.shape[1], 0 if k is None else k.shape[1]
+    q_per_kv, page_size, new = Hq // Hkv, k_cache.shape[1], 0 if k is None else k.shape[1]
     half = 0 if cos is None else cos.shape[-1]
     if cos is not None and sin is not None:
         cos, sin = _last_contiguous(cos), _last_contiguous(sin)
@@ -108,7 +108,7 @@ def attention_with_kv_cache(c: Any, out: Tensor, lse: Tensor) -> None:
         return
     if causal:
         right = 0 if right < 0 else min(right, 0)
-    plan = decode_plan(B, Sq * share, Hkv, D, Dv, capacity, num_sms(q.device), c.num_splits, c.batch_invariant)
+    plan = decode_plan(B, Sq * q_per_kv, Hkv, D, Dv, capacity, num_sms(q.device), c.num_splits, c.batch_invariant)
     part_out = part_lse = None
     if plan.num_splits > 1:
         part_out = torch.empty((plan.num_splits, B, Hq, Sq, Dv), dtype=torch.float32, device=q.device)
@@ -122,11 +122,11 @@ def attention_with_kv_cache(c: Any, out: Tensor, lse: Tensor) -> None:
         plain=tl.constexpr(False), guarded=tl.constexpr(True),
     )  # fmt: skip
     q = _last_contiguous(q)
-    blocks = -(-Sq * share // plan.block_m)
+    blocks = -(-Sq * q_per_kv // plan.block_m)
     wide = max(D, Dv) > 128
     decode_split[(blocks * B * Hkv, plan.num_splits)](
         q, keys, values, out, lse, part_out, part_lse, q.stride()[:3], out.stride()[:3], table, table_stride, rotary, Hq, Sq, new, blocks,
-        page_size, pages, capacity, plan.num_splits, plan.keys_per_split, left, right, opts, SHARE=share, D=D, DV=Dv, D0=parts(D)[0],
+        page_size, pages, capacity, plan.num_splits, plan.keys_per_split, left, right, opts, Q_PER_KV=q_per_kv, D=D, DV=Dv, D0=parts(D)[0],
         D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1], HALF=half, INTERLEAVED=interleaved, APPENDED=k is not None,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=8 if wide else 4,
         num_stages=2 if wide or config.shared_memory(attention_launch.arch(q.device)) < 200 << 10 else 3,

@@ -72,8 +72,8 @@ def _encoded(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def turned(row, columns, mask, rotary, position, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """fp32 values of row + columns, turned by the angles of `position`: x[c] cos - x[partner] sin, or + for a pair's second. Positions
+def rotated(row, columns, mask, rotary, position, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """fp32 values of row + columns, rotated by the angles of `position`: x[c] cos - x[partner] sin, or + for a pair's second. Positions
     that the tables do not have leave them as they are."""
     x = tl.load(row + columns, mask=mask, other=0.0).to(tl.float32)
     if rotary.cos is not None:
@@ -119,7 +119,7 @@ def append_rows(
     k, v, k_cache, v_cache, k_strides, v_strides, kv_lens, table, table_stride, rotary, new, heads, page_size, pages, capacity,
     D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program for one head of one new token: k [B, new, heads, D] turned and stored at kv_lens[b] + i, v as it is. A token that has
+    """One program for one head of one new token: k [B, new, heads, D] rotated and stored at kv_lens[b] + i, v as it is. A token that has
     no place in the cache is not stored."""
     token = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -141,7 +141,7 @@ def append_rows(
         head,
         columns,
         columns < D,
-        turned(source, columns, columns < D, rotary, t, HALF, INTERLEAVED),
+        rotated(source, columns, columns < D, rotary, t, HALF, INTERLEAVED),
     )
     columns = tl.arange(0, BLOCK_V)
     source = v + b * v_strides[0] + i * v_strides[1] + head * v_strides[2]

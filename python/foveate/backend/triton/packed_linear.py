@@ -30,7 +30,7 @@ _MAX_SHARES = 16
 
 @functools.lru_cache(maxsize=4096)
 def shares(in_features: int, out_features: int, num_sms: int) -> int:
-    """Parts of the input features: eight programs for each multiprocessor, at least 128 features each. The rows have no say."""
+    """Parts of the input features: eight programs for each SM, at least 128 features each. The rows have no say."""
     wanted = -(-8 * num_sms // -(-out_features // PANEL))
     return max(1, min(wanted, in_features // 128, _MAX_SHARES))
 
@@ -79,8 +79,8 @@ def _add_blocks(acc, q, dx, sums, data, headers, row, valid, panel, step, steps,
     scale = tl.load(dx + row * steps + step, mask=valid, other=0.0)
     acc = tl.fma(products, scale[:, None] * tl.load(header).to(tl.float32)[None, :], acc)
     if FORMAT == _Q4_1:
-        total = tl.load(sums + row * steps + step, mask=valid, other=0.0)
-        acc = tl.fma((scale * total)[:, None], tl.load(header + 32).to(tl.float32)[None, :], acc)
+        x_sum = tl.load(sums + row * steps + step, mask=valid, other=0.0)
+        acc = tl.fma((scale * x_sum)[:, None], tl.load(header + 32).to(tl.float32)[None, :], acc)
     return acc
 
 
@@ -94,10 +94,10 @@ def _add_floats(acc, x, x_stride, data, row, valid, panel, step, K, FORMAT: tl.c
         tl.float32
     )
     if FORMAT == _BF16:
-        places = panel * ((K + 1) // 2) * 64 + (k // 2 * 64 + k % 2)[:, None] + n * 2
+        pointers = panel * ((K + 1) // 2) * 64 + (k // 2 * 64 + k % 2)[:, None] + n * 2
     else:
-        places = panel * K * 32 + k[:, None] * 32 + n
-    b = tl.load(data + places, mask=inside[:, None], other=0.0)
+        pointers = panel * K * 32 + k[:, None] * 32 + n
+    b = tl.load(data + pointers, mask=inside[:, None], other=0.0)
     return dot(to(a, data.dtype.element_ty), b, acc)
 
 
@@ -116,7 +116,7 @@ def packed_product(
     if parts is not None:
         first_split = tl.program_id(0) // panels
         end_split = first_split + 1
-    total = tl.zeros([BLOCK_M, 32], tl.float32)
+    y = tl.zeros([BLOCK_M, 32], tl.float32)
     for split in range(first_split, end_split):
         acc = tl.zeros([BLOCK_M, 32], tl.float32)
         for step in range(split * share, tl.minimum(split * share + share, steps)):
@@ -126,27 +126,27 @@ def packed_product(
                 )
             else:
                 acc = _add_floats(acc, x, x_stride, data, row, valid, panel, step, K, FORMAT)
-        total += acc
+        y += acc
     n = panel * 32 + tl.arange(0, 32)
     mask = valid[:, None] & (n < OUT)[None, :]
     if parts is not None:
-        tl.store(parts + (first_split * rows + row)[:, None] * OUT + n[None, :], total, mask=mask)
+        tl.store(parts + (first_split * rows + row)[:, None] * OUT + n[None, :], y, mask=mask)
     else:
         if bias is not None:
-            total += tl.load(bias + n, mask=n < OUT, other=0.0)[None, :]
-        tl.store(out + row[:, None] * out_stride + n[None, :], to(total, out.dtype.element_ty), mask=mask)
+            y += tl.load(bias + n, mask=n < OUT, other=0.0)[None, :]
+        tl.store(out + row[:, None] * out_stride + n[None, :], to(y, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "OUT", "splits"])
 def add_shares(parts, bias, out, out_stride, rows, OUT, splits, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+    y = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
-        total += tl.load(parts + (split * rows + row) * OUT + n, mask=n < OUT, other=0.0)
+        y += tl.load(parts + (split * rows + row) * OUT + n, mask=n < OUT, other=0.0)
     if bias is not None:
-        total += tl.load(bias + n, mask=n < OUT, other=0.0)
-    tl.store(out + row * out_stride + n, to(total, out.dtype.element_ty), mask=n < OUT)
+        y += tl.load(bias + n, mask=n < OUT, other=0.0)
+    tl.store(out + row * out_stride + n, to(y, out.dtype.element_ty), mask=n < OUT)
 
 
 @triton.jit(do_not_specialize=["K", "OUT"])

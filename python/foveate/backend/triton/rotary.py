@@ -15,7 +15,7 @@ def rotary_heads(
     x, cos, sin, out, x_strides, cos_strides, sin_strides, S, H, D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """x [B, S, H, D] by its strides, out contiguous; cos, sin by (batch, position) strides. HALF pairs are turned, the rest copied."""
+    """x [B, S, H, D] by its strides, out contiguous; cos, sin by (batch, position) strides. HALF pairs are rotated, the rest copied."""
     token = tl.program_id(0)
     b, s = (token // S).to(tl.int64), (token % S).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)

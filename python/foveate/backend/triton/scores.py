@@ -31,15 +31,15 @@ class Options(NamedTuple):
     alibi_stride: Any  # of the batch
     rel: Any  # fp32 [Hq, distances]: the table, looked up for every distance j - (i + L - Sq), the lowest first
     rel_buckets: Any  # int32 [distances], only where the gradient of the table is wanted
-    rel_shape: Any  # (distances, place of distance 0)
+    rel_shape: Any  # (distances, index of distance 0)
     sinks: Any  # fp32 [Hq]
     kv_lens: Any  # [B]
     cu_q: Any  # [B + 1]
     cu_k: Any
     totals: Any  # (rows of q, rows of k) that cu_q and cu_k may point into
     philox: Any  # int64 [2]
-    keep_from: Any  # round(p * 2**32)
-    keep_scale: Any  # 1 / (1 - p)
+    dropout_threshold: Any  # round(p * 2**32)
+    dropout_scale: Any  # 1 / (1 - p)
     score_mod: Any  # the caller's @triton.jit functions
     score_mod_bwd: Any
     aux: Any  # their tensors
@@ -57,13 +57,13 @@ def to_log2(lse):
 
 
 @triton.jit
-def natural_lse(top, total):
-    """(top + log2(total)) * ln(2)"""
-    return ((top.to(tl.float64) + tl.log2(total).to(tl.float64)) * LN2).to(tl.float32)
+def natural_lse(row_max, row_sum):
+    """(row_max + log2(row_sum)) * ln(2)"""
+    return ((row_max.to(tl.float64) + tl.log2(row_sum).to(tl.float64)) * LN2).to(tl.float32)
 
 
 @triton.jit
-def fused(a, b, c):
+def fma(a, b, c):
     """a * b + c with one rounding: a GPU fuses the two, the interpreter does not."""
     if INTERPRETED:
         return (a.to(tl.float64) * b + c).to(tl.float32)
@@ -157,18 +157,18 @@ def scores(qk, i, j, inside, b, h, keys, offset, opts):
         alibi = tl.load(opts.alibi + b * opts.alibi_stride + h) * -LOG2E
         added = alibi * tl.abs(i + offset - j).to(tl.float32)
     if opts.rel is not None:
-        place = h * opts.rel_shape[0] + (j - i - offset + opts.rel_shape[1])
-        added = fused(tl.load(opts.rel + place, mask=inside, other=0.0), LOG2E, added)
+        index = h * opts.rel_shape[0] + (j - i - offset + opts.rel_shape[1])
+        added = fma(tl.load(opts.rel + index, mask=inside, other=0.0), LOG2E, added)
     if opts.bias is not None:
         bias = tl.load(_element(opts.bias, opts.bias_strides, b, h, i, j), mask=inside, other=0.0)
-        added = fused(bias.to(tl.float32), LOG2E, added)
+        added = fma(bias.to(tl.float32), LOG2E, added)
     slope = 1.0
     if opts.softcap is not None:
         t = tanh(qk * (opts.scale / opts.softcap))
         slope = 1 - t * t
-        s = fused(t, opts.softcap * LOG2E, added)
+        s = fma(t, opts.softcap * LOG2E, added)
     else:
-        s = fused(qk, opts.scale_log2, added)
+        s = fma(qk, opts.scale_log2, added)
     unmodified = s
     if opts.score_mod is not None:
         unmodified = s * LN2
@@ -193,7 +193,7 @@ def _element(base, strides, b, h, i, j):
 
 
 @triton.jit
-def kept(i, bh, first_key, opts, BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr):
+def dropout_mask(i, bh, first_key, opts, BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """Dropout's mask for queries i [BM], whose b * Hq + h is bh (one number or [BM]), and the keys first_key to first_key + BLOCK - 1:
     [BM, BLOCK], or [BLOCK, BM] with KEYS_FIRST. One call of Philox makes the words of four keys."""
     seed = tl.load(opts.philox)
@@ -213,4 +213,4 @@ def kept(i, bh, first_key, opts, BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr):
         words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), [BLOCK, i.shape[0]])
     else:
         words = tl.reshape(words, [i.shape[0], BLOCK])
-    return words.to(tl.int64) >= opts.keep_from
+    return words.to(tl.int64) >= opts.dropout_threshold

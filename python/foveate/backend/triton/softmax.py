@@ -45,29 +45,29 @@ def softmax_rows(
     step = tl.arange(0, BLOCK)
     if WHOLE:
         s = _scores(x, bias, mask, bias_step, mask_step, step, N, last, scale, CAUSAL)
-        top = tl.max(s, 0)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        e = tl.exp(s - base)
-        total = tl.sum(e, 0)
-        total = tl.where(total == 0, 1.0, total)
-        y = s - base - tl.log(total) if LOG else e / total
+        row_max = tl.max(s, 0)
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+        e = tl.exp(s - shift)
+        row_sum = tl.sum(e, 0)
+        row_sum = tl.where(row_sum == 0, 1.0, row_sum)
+        y = s - shift - tl.log(row_sum) if LOG else e / row_sum
         tl.store(out + step, to(y, out.dtype.element_ty), mask=step < N)
     else:
-        tops = tl.full([BLOCK], float("-inf"), tl.float32)
-        totals = tl.zeros([BLOCK], tl.float32)
+        maxima = tl.full([BLOCK], float("-inf"), tl.float32)
+        lane_sums = tl.zeros([BLOCK], tl.float32)
         for first in range(0, N, BLOCK):
             s = _scores(x, bias, mask, bias_step, mask_step, first + step, N, last, scale, CAUSAL)
-            new = tl.maximum(tops, s)
-            base = tl.where(new == float("-inf"), 0.0, new)
-            totals = totals * tl.exp(tops - base) + tl.exp(s - base)
-            tops = new
-        top = tl.max(tops, 0)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(totals * tl.exp(tops - base), 0)
-        total = tl.where(total == 0, 1.0, total)
+            new = tl.maximum(maxima, s)
+            shift = tl.where(new == float("-inf"), 0.0, new)
+            lane_sums = lane_sums * tl.exp(maxima - shift) + tl.exp(s - shift)
+            maxima = new
+        row_max = tl.max(maxima, 0)
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+        row_sum = tl.sum(lane_sums * tl.exp(maxima - shift), 0)
+        row_sum = tl.where(row_sum == 0, 1.0, row_sum)
         for first in range(0, N, BLOCK):
             s = _scores(x, bias, mask, bias_step, mask_step, first + step, N, last, scale, CAUSAL)
-            y = s - base - tl.log(total) if LOG else tl.exp(s - base) / total
+            y = s - shift - tl.log(row_sum) if LOG else tl.exp(s - shift) / row_sum
             tl.store(out + first + step, to(y, out.dtype.element_ty), mask=first + step < N)
 
 
@@ -85,11 +85,11 @@ def softmax_backward_rows(dout, out, dx, N, scale, BLOCK: tl.constexpr, LOG: tl.
         if not LOG:
             g *= tl.load(out + first + step, mask=first + step < N, other=0.0).to(tl.float32)
         sums += g
-    total = tl.sum(sums, 0)
+    row_sum = tl.sum(sums, 0)
     for first in range(0, N, BLOCK):
         g = tl.load(dout + first + step, mask=first + step < N, other=0.0).to(tl.float32)
         y = tl.load(out + first + step, mask=first + step < N, other=0.0).to(tl.float32)
-        d = g - tl.exp(y) * total if LOG else y * (g - total) * scale
+        d = g - tl.exp(y) * row_sum if LOG else y * (g - row_sum) * scale
         tl.store(dx + first + step, to(d, dx.dtype.element_ty), mask=first + step < N)
 
 

@@ -49,17 +49,17 @@ def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, positive):
 def load_part(base, rows, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr):
     """[rows, WIDTH] from column FIRST on; rows: int64 offsets. Zeros beyond DIM and, with CHECK, where valid is False."""
     columns = FIRST + tl.arange(0, WIDTH)
-    places = base + rows[:, None] + columns[None, :]
+    pointers = base + rows[:, None] + columns[None, :]
     if FIRST + WIDTH > DIM:
         if CHECK:
-            return tl.load(places, mask=valid[:, None] & (columns < DIM)[None, :], other=0.0)
+            return tl.load(pointers, mask=valid[:, None] & (columns < DIM)[None, :], other=0.0)
         else:
-            return tl.load(places, mask=(columns < DIM)[None, :], other=0.0)
+            return tl.load(pointers, mask=(columns < DIM)[None, :], other=0.0)
     else:
         if CHECK:
-            return tl.load(places, mask=valid[:, None], other=0.0)
+            return tl.load(pointers, mask=valid[:, None], other=0.0)
         else:
-            return tl.load(places)
+            return tl.load(pointers)
 
 
 @triton.jit
@@ -74,8 +74,8 @@ def load(base, rows, valid, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexp
 @triton.jit
 def store_part(base, rows, valid, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
     columns = FIRST + tl.arange(0, WIDTH)
-    places = base + rows[:, None] + columns[None, :]
-    tl.store(places, to(x, base.dtype.element_ty), mask=valid[:, None] & (columns < DIM)[None, :])
+    pointers = base + rows[:, None] + columns[None, :]
+    tl.store(pointers, to(x, base.dtype.element_ty), mask=valid[:, None] & (columns < DIM)[None, :])
 
 
 @triton.jit

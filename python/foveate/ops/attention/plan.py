@@ -118,7 +118,7 @@ class CudaThresholds(NamedTuple):
     """Where choices for a GPU tip. All are estimates: no GPU has measured both sides of one yet."""
 
     blocked_queries: int = 64  # from so many on, the blocked kernel attends;
-    # so it does from so many query rows on that share a KV head, if it has a block for each multiprocessor
+    # so it does from so many query rows on that share a KV head, if it has a block for each SM
     blocked_rows: int = 64
     blocks_per_sm: int = 2  # of the decode kernel, which splits keys where there would be fewer
     min_split_keys: int = 128  # enough to have all keys of a short split under way at once

@@ -48,7 +48,7 @@ def attention_with_kv_cache(
     k, v: [B, Snew, Hkv, D or Dv], written to positions kv_lens[b] + i; kv_lens: int32 or int64 [B], the keys that are there before.
     Returns out [B, Sq, Hq, Dv], or (out, lse [B, Hq, Sq]) with return_lse.
 
-    rotary_cos, rotary_sin: [max_pos, rot / 2], rot <= D, of q's dtype or fp32. k row i is turned by position kv_lens[b] + i before it
+    rotary_cos, rotary_sin: [max_pos, rot / 2], rot <= D, of q's dtype or fp32. k row i is rotated by position kv_lens[b] + i before it
     is stored, q row i by kv_lens[b] + i, without k by kv_lens[b] - Sq + i; pairs are (c, c + rot / 2), or (2c, 2c + 1) with
     rotary_interleaved.
 
