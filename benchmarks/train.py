@@ -154,7 +154,7 @@ def with_foveate(
     from foveate.train.checkpoints import model as model_files
     from foveate.train.checkpoints.folder import Checkpoints
     from foveate.train.data.token_store import TokenStore
-    from foveate.train.fitting import _data
+    from foveate.train.fitting import dataset
     from foveate.train.loop import Loop
     from foveate.train.modules.gradient_checkpointing import checkpoint_layers
     from foveate.train.objectives.choose import make_objective
@@ -174,13 +174,13 @@ def with_foveate(
             batch_size=batch, max_steps=args.steps + WARM, learning_rate=1e-4, precision=args.precision, log_every=1,
             gradient_checkpointing=args.gradient_checkpointing,
         )  # fmt: skip
-        trained = model_files.create(train_config, tokenizer, "masked-lm" if objective == "masked-lm" else None, None)
+        task = make_objective(train_config, tokenizer, config)
+        trained = model_files.create(train_config, tokenizer, task)
         if args.gradient_checkpointing:
             checkpoint_layers(trained.model)
-        task = make_objective(train_config, tokenizer, trained.config)
         report = Report(Path(folder), log_every=1, progress=False, tensorboard=False, active=True)
         loop = Loop(
-            train_config, trained.model, task, _data(train_config, task, store, shuffle=True), None,
+            train_config, trained.model, task, dataset(train_config, task, store, task.examples(store), shuffle=True), None,
             checkpoints=Checkpoints(Path(folder), Strategy()), report=report, strategy=Strategy(), export=trained.export,
         )  # fmt: skip
         seconds = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -306,7 +308,7 @@ def test_the_backend_is_chosen_inside_the_op(name, monkeypatch):
     exact = call(x, backend="reference")
     results = {}
     for backend in (None, "reference"):
-        graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x, b=backend: call(x, backend=b))(x)
+        graph = torch.fx.experimental.proxy_tensor.make_fx(functools.partial(call, backend=backend))(x)
         assert op in {node.target for node in graph.graph.nodes}
         results[backend] = graph
     torch.testing.assert_close(results["reference"](x), exact)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from foveate.train.batch_size import ROWS, choose
-from foveate.train.data.plan import DataPlan
+from foveate.train.data.plan import BatchPlan
 from train_toys import run, sentences, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def steps(lengths, max_length, *, packing=True, spread=1):
     rows, room = choose(lengths, max_length, packing=packing, spread=spread)
     assert 1 <= rows <= ROWS and room <= max_length and (not packing or room >= lengths.max())
-    plan = DataPlan(lengths, room, packing=packing, seed=0)
+    plan = BatchPlan(lengths, room, packing=packing, seed=0)
     return -(-len(plan) // (rows * spread)), rows, room
 
 
@@ -27,7 +27,7 @@ def test_a_pass_has_steps_and_a_step_sequences(count, spread):
     assert count / found >= 3 or count < 4  # a step is no single sequence
     if count >= 100 * spread:
         assert found >= 15
-    if len(DataPlan(lengths, 1024, packing=True, seed=0)) >= 160 * spread:
+    if len(BatchPlan(lengths, 1024, packing=True, seed=0)) >= 160 * spread:
         assert (rows, room) == (8, 1024)
 
 

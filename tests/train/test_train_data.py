@@ -15,8 +15,8 @@ from foveate.tokenizer import Tokenizer
 from foveate.tokenizer.characters import char_tokenizer
 from foveate.train import TrainConfig
 from foveate.train.data import chat
-from foveate.train.data.examples import Piece
-from foveate.train.data.plan import DataPlan, best_fit
+from foveate.train.data.examples import Example
+from foveate.train.data.plan import BatchPlan, best_fit
 from foveate.train.data.token_store import TokenStore
 from foveate.train.data.tokenized import tokenized
 from foveate.train.objectives.causal_lm import CausalLM, cut
@@ -148,12 +148,12 @@ def test_pieces_predict_every_token_once():
     task = objective(tokenizer, max_length=4, packing=False)
     columns = task.encode([{"text": text} for text in ("abcdefghij", "k", "lmno")])
     store = TokenStore({name: (np.concatenate(a), np.cumsum([len(x) for x in a])) for name, a in columns.items()})
-    found = task.pieces(store)
+    found = task.examples(store)
     assert found.lengths.tolist() == [4, 4, 2, 1, 4]
-    batch = task.collate(store, [Piece(int(d), int(s), int(n), (0, i)) for i, (d, s, n) in enumerate(zip(*found))])
+    batch = task.collate(store, [Example(int(d), int(s), int(n), (0, i)) for i, (d, s, n) in enumerate(zip(*found))])
     seen = sorted(batch["labels"][batch["labels"] != -100].tolist())
     expected = sorted(t for text in ("bcdefghij", "", "mno") for t in [*tokenizer.encode(text), *tokenizer.eos_ids])
-    assert seen == expected and batch.units == len(expected) and batch.tokens == 15
+    assert seen == expected and batch.target_count == len(expected) and batch.tokens == 15
     assert cut(np.array([0, 9]), 3).documents.tolist() == [1, 1, 1]
 
 
@@ -169,17 +169,19 @@ def test_best_fit_packs_tightly_and_loses_nothing():
 
 def test_a_plan_is_a_function_of_seed_and_step():
     lengths = np.arange(1, 30)
-    plan = DataPlan(lengths, 40, packing=True, seed=1)
+    plan = BatchPlan(lengths, 40, packing=True, seed=1)
     steps = [plan.step(i, 4) for i in range(10)]
-    again = DataPlan(lengths, 40, packing=True, seed=1)
+    again = BatchPlan(lengths, 40, packing=True, seed=1)
     assert [again.step(i, 4) for i in (9, 3)] == [steps[9], steps[3]]
     flat = [row for step in steps for row in step][: len(plan)]
     assert sorted(item for row in flat for item, _ in row) == list(range(29))
     halves = [[plan.step(i, 2, rank, 2) for rank in (0, 1)] for i in range(10)]
     for both, step in zip(halves, steps):
         assert sorted(both[0] + both[1]) == sorted(step)
-    assert DataPlan(lengths, 40, packing=True, seed=2).step(0, 4) != steps[0]
-    assert [row[0].epoch for row in (plan.row(0), plan.row(len(plan)), plan.row(5 * len(plan)))] == [0, 1, 5]
+    assert BatchPlan(lengths, 40, packing=True, seed=2).step(0, 4) != steps[0]
+    assert [
+        row[0].epoch for row in (plan.packed_row(0), plan.packed_row(len(plan)), plan.packed_row(5 * len(plan)))
+    ] == [0, 1, 5]
 
 
 @pytest.mark.parametrize("settings", [LLAMA, GPT2])

@@ -173,13 +173,13 @@ def gradients(strategy: Strategy, kind: str) -> dict[str, torch.Tensor]:
             rows.numel() * 18,
         )
         batches.append(strategy.share(batch))
-    units = int(strategy.sum(torch.tensor(sum(batch.units for batch in batches))))
-    assert units == int((labels != IGNORED).sum())
+    target_count = int(strategy.sum(torch.tensor(sum(batch.target_count for batch in batches))))
+    assert target_count == int((labels != IGNORED).sum())
     assert int(strategy.sum(torch.tensor(sum(batch.tokens for batch in batches)))) == 8 * 18
     module = strategy.wrap(LossModule(model, objective))
     for i, batch in enumerate(batches):
         with strategy.accumulating(module, last=i == 1):
-            (module(batch)[0] * (strategy.gradient_factor / units)).backward()
+            (module(batch)[0] * (strategy.gradient_factor / target_count)).backward()
     norm = strategy.clip(model.parameters(), 0.05)
     grads = {name: p.grad for name, p in model.named_parameters()}
     if kind == "fsdp":

@@ -18,9 +18,9 @@ with warnings.catch_warnings():
 
 from foveate.models import open_checkpoint
 from foveate.train import TrainConfig
-from foveate.train.data.plan import Sequence
+from foveate.train.data.plan import ExampleIndex
 from foveate.train.data.token_store import TokenStore
-from foveate.train.loop import Data
+from foveate.train.loop import Dataset
 from foveate.train.objectives.choose import make_objective
 from objective_toys import BERT, T5_CONFIG, squad, unigram, wordpiece
 from train_toys import GPT2, LLAMA, losses, options, run, sentences, write_jsonl
@@ -139,9 +139,9 @@ def test_encoder_decoders(tmp_path, objective, change, packing):
     checkpoint = open_checkpoint(folder)
     task = make_objective(TrainConfig(**options(tmp_path, **settings)), checkpoint.tokenizer(), checkpoint.config)
     store = TokenStore.write(tmp_path / "store", [task.encode(rows)])
-    pieces = task.pieces(store)
-    data = Data(store, pieces, None)  # type: ignore[arg-type]
-    pairs = [task.pair(store, data.row([Sequence(i, 0)])[0]) for i in range(5)]
+    examples = task.examples(store)
+    data = Dataset(store, examples, None)  # type: ignore[arg-type]
+    pairs = [task.pair(store, data.examples_of([ExampleIndex(i, 0)])[0]) for i in range(5)]
     source, target = ([pair[side].tolist() for pair in pairs] for side in (0, 1))
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
     mask = padded([[1] * len(row) for row in source], 0)
@@ -165,7 +165,9 @@ def test_encoders(tmp_path, objective):
     store = TokenStore.write(
         tmp_path / "store", [task.encode([json.loads(line) for line in Path(data).read_text().splitlines()])]
     )
-    batch = task.collate(store, Data(store, task.pieces(store), None).row([Sequence(i, 0) for i in range(5)]))  # type: ignore[arg-type]
+    batch = task.collate(
+        store, Dataset(store, task.examples(store), None).examples_of([ExampleIndex(i, 0) for i in range(5)])
+    )  # type: ignore[arg-type]
     longest = batch["tokens"].shape[1]
     given = {
         "input_ids": batch["tokens"],

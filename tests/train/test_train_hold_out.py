@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from foveate.train import loop as loops
-from foveate.train.data.examples import Parts, Pieces
+from foveate.train.data.examples import Examples, Parts
 from foveate.train.data.hold_out import hold_out
 from objective_toys import BERT, wordpiece
 from train_toys import run, sentences, texts, write_jsonl
@@ -16,10 +16,10 @@ from train_toys import run, sentences, texts, write_jsonl
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def documents(lengths: list[int], longest: int = 64) -> Pieces:
-    """Cut into pieces of `longest`."""
+def documents(lengths: list[int], longest: int = 64) -> Examples:
+    """Cut into examples of `longest`."""
     found = [(d, start, min(longest, n - start)) for d, n in enumerate(lengths) for start in range(0, n, longest)]
-    return Pieces(*(np.array(column, np.int64) for column in zip(*found)))
+    return Examples(*(np.array(column, np.int64) for column in zip(*found)))
 
 
 def parts(count: int, **changes) -> Parts:
@@ -32,22 +32,22 @@ def test_the_share_is_of_tokens_and_of_each_class(share):
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 64, 1000).tolist()
     classes = np.sort(rng.choice(3, 1000, p=[0.8, 0.15, 0.05]))  # as sorted files have them
-    pieces = documents(lengths)
-    out = hold_out(pieces, parts(1000, classes=classes), share, seed=3)
-    assert pieces.lengths[out].sum() == pytest.approx(share * pieces.lengths.sum(), rel=0.02)
+    examples = documents(lengths)
+    out = hold_out(examples, parts(1000, classes=classes), share, seed=3)
+    assert examples.lengths[out].sum() == pytest.approx(share * examples.lengths.sum(), rel=0.02)
     for each in range(3):
-        mine = classes[pieces.documents] == each
-        assert pieces.lengths[out & mine].sum() == pytest.approx(share * pieces.lengths[mine].sum(), abs=80)
+        mine = classes[examples.documents] == each
+        assert examples.lengths[out & mine].sum() == pytest.approx(share * examples.lengths[mine].sum(), abs=80)
         assert (mine & ~out).any()
-    assert np.array_equal(out, hold_out(pieces, parts(1000, classes=classes), share, seed=3))
-    assert not np.array_equal(out, hold_out(pieces, parts(1000, classes=classes), share, seed=4))
+    assert np.array_equal(out, hold_out(examples, parts(1000, classes=classes), share, seed=3))
+    assert not np.array_equal(out, hold_out(examples, parts(1000, classes=classes), share, seed=4))
     assert out[:-5].any()  # not the last ones only
 
 
 def test_groups_stay_together():
     groups = np.repeat(np.arange(40), 5)
-    pieces = documents([10] * 200)
-    out = hold_out(pieces, parts(200, groups=groups), 0.2, seed=0)
+    examples = documents([10] * 200)
+    out = hold_out(examples, parts(200, groups=groups), 0.2, seed=0)
     for each in range(40):
         assert len(set(out[groups == each].tolist())) == 1
     assert out.sum() == 40
@@ -58,22 +58,22 @@ def test_groups_stay_together():
 )
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.4])
 def test_few_long_texts_are_divided(lengths, share):
-    pieces = documents(lengths)
-    out = hold_out(pieces, parts(len(lengths), divisible=np.ones(len(lengths), bool)), share, seed=1)
-    assert pieces.lengths[out].sum() == pytest.approx(share * sum(lengths), rel=0.25)
+    examples = documents(lengths)
+    out = hold_out(examples, parts(len(lengths), divisible=np.ones(len(lengths), bool)), share, seed=1)
+    assert examples.lengths[out].sum() == pytest.approx(share * sum(lengths), rel=0.25)
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_nothing_can_be_held_out_of_one_row(count):
-    pieces = documents([10] * count) if count else Pieces(*(np.empty(0, np.int64) for _ in range(3)))
+    examples = documents([10] * count) if count else Examples(*(np.empty(0, np.int64) for _ in range(3)))
     with pytest.raises(ValueError, match=r"eval_fraction=0.5 of the data.* give eval_data, or more rows"):
-        hold_out(pieces, parts(count), 0.5, seed=0)
+        hold_out(examples, parts(count), 0.5, seed=0)
 
 
 def test_a_class_of_one_row_is_learnt():
-    pieces = documents([10] * 5)
+    examples = documents([10] * 5)
     for seed in range(5):
-        out = hold_out(pieces, parts(5, classes=np.array([0, 0, 0, 0, 1])), 0.4, seed)
+        out = hold_out(examples, parts(5, classes=np.array([0, 0, 0, 0, 1])), 0.4, seed)
         assert not out[4] and out.sum() == 2
 
 

@@ -22,12 +22,12 @@ from foveate.train.checkpoints.adapter import adapted, adapter_settings, merge_a
 from foveate.train.checkpoints.folder import Checkpoints
 from foveate.train.checkpoints.model import TrainedModel
 from foveate.train.config import TrainConfig
-from foveate.train.data.examples import Pieces
+from foveate.train.data.examples import Examples
 from foveate.train.data.hold_out import hold_out
-from foveate.train.data.plan import DataPlan
+from foveate.train.data.plan import BatchPlan
 from foveate.train.data.token_store import TokenStore
 from foveate.train.data.tokenized import tokenized
-from foveate.train.loop import Data, Loop
+from foveate.train.loop import Dataset, Loop
 from foveate.train.modules.gradient_checkpointing import checkpoint_layers
 from foveate.train.modules.lora import LoraConfig
 from foveate.train.objectives.base import Objective
@@ -107,11 +107,11 @@ def _run(
     chosen = config.batch_size is None
     if chosen:
         batch_size, room = choose(
-            train.pieces.lengths, room, packing=config.packing, spread=config.accumulation * strategy.world_size
+            train.examples.lengths, room, packing=config.packing, spread=config.accumulation * strategy.world_size
         )
         config = config.replace(batch_size=batch_size)
         if config.packing and room < objective.max_length:
-            plan = DataPlan(train.pieces.lengths, room, packing=True, seed=config.seed)
+            plan = BatchPlan(train.examples.lengths, room, packing=True, seed=config.seed)
             train = dataclasses.replace(train, plan=plan)
     checkpoints.check_space(_disk_bytes(config, trained.model))
     report = Report(
@@ -132,7 +132,7 @@ def _run(
     )  # fmt: skip
     if chosen and config.packing and (batch_size, room) != (ROWS, objective.max_length):
         rows = config.step_rows * strategy.world_size
-        report.note(sentence(train.pieces.lengths, rows, room, loop.epoch_steps, loop.steps))
+        report.note(sentence(train.examples.lengths, rows, room, loop.epoch_steps, loop.steps))
     if not (config.resume and loop.resume()):
         report.begin()
     try:
@@ -147,7 +147,7 @@ def _run(
             folder / "merged",
             base=trained.name,
             head=objective.head,
-            settings=trained.config,
+            hf_config=trained.config,
         )
     evaluations = [row for row in report.history if "eval_loss" in row]
     return TrainResult(
@@ -163,8 +163,8 @@ def _run(
 class _Opened:
     trained: TrainedModel
     objective: Objective
-    train: Data
-    evaluation: Data | None
+    train: Dataset
+    evaluation: Dataset | None
     notes: list[str]  # for the user: what of the data is not read, ...
 
 
@@ -172,36 +172,36 @@ def _open(config: TrainConfig) -> _Opened:
     """The model, and the tokenised data of training and evaluation. All that is cheap to check comes first."""
     adapter, config = _adapter(config)
     checkpoint = None if config.model is None else open_checkpoint(config.model)
-    settings = config.new_model if checkpoint is None else checkpoint.config
-    assert settings is not None
-    check_architecture(config.objective, settings)
+    hf_config = config.new_model if checkpoint is None else checkpoint.config
+    assert hf_config is not None
+    check_architecture(config.objective, hf_config)
     tokenizer = _tokenizer(config) if checkpoint is None else checkpoint.tokenizer()
     if tokenizer is None:
         raise ValueError(f"{config.model or config.tokenizer} has no tokenizer, so no text can be read for it")
-    objective = make_objective(config, tokenizer, settings)
+    objective = make_objective(config, tokenizer, hf_config)
     cache = None if config.cache_dir is None else Path(config.cache_dir).expanduser()
     store = tokenized(config.train_data, objective, tokenizer, cache=cache, progress=config.progress)
-    pieces = objective.pieces(store)
+    examples = objective.examples(store)
     notes = objective.notes(store)
     evaluation = None
     if config.eval_data:
         held_store = tokenized(config.eval_data, objective, tokenizer, cache=cache, progress=config.progress)
         try:
-            evaluation = _data(config, objective, held_store, objective.pieces(held_store), shuffle=False)
+            evaluation = dataset(config, objective, held_store, objective.examples(held_store), shuffle=False)
         except ValueError as error:
             raise ValueError(f"eval_data: {error}") from error
         notes += [f"eval_data: {note}" for note in objective.notes(held_store)]
     elif config.eval_fraction:
-        out = hold_out(pieces, objective.parts(store), config.eval_fraction, config.seed)
-        held = Pieces(*(values[out] for values in pieces))
-        pieces, whole = Pieces(*(values[~out] for values in pieces)), pieces
-        evaluation = _data(config, objective, store, held, shuffle=False)
+        out = hold_out(examples, objective.parts(store), config.eval_fraction, config.seed)
+        held = Examples(*(values[out] for values in examples))
+        examples, whole = Examples(*(values[~out] for values in examples)), examples
+        evaluation = dataset(config, objective, store, held, shuffle=False)
         share = held.lengths.sum() / whole.lengths.sum()
         notes.append(
             f"held out to evaluate on: {len(held.lengths)} of {len(whole.lengths)} sequences, {share:.1%} of the tokens"
             + (", the same share of each label" if config.objective == "sequence-classification" else "")
         )
-    train = _data(config, objective, store, pieces, shuffle=True)
+    train = dataset(config, objective, store, examples, shuffle=True)
     end = objective.end_of_turn(store)
     if end is not None and end not in tokenizer.eos_ids:
         tokenizer.eos_ids.add(end)  # for those who generate with what is exported
@@ -263,9 +263,12 @@ def _tokenizer(config: TrainConfig) -> Tokenizer | None:
     return char_tokenizer(text for row in read_rows(config.train_data) for text in strings(row))
 
 
-def _data(config: TrainConfig, objective: Objective, store: TokenStore, pieces: Pieces, *, shuffle: bool) -> Data:
-    plan = DataPlan(pieces.lengths, objective.max_length, packing=config.packing, seed=config.seed, shuffle=shuffle)
-    return Data(store, pieces, plan)
+def dataset(
+    config: TrainConfig, objective: Objective, store: TokenStore, examples: Examples, *, shuffle: bool
+) -> Dataset:
+    """The examples of `store` in the order in which a run reads them."""
+    plan = BatchPlan(examples.lengths, objective.max_length, packing=config.packing, seed=config.seed, shuffle=shuffle)
+    return Dataset(store, examples, plan)
 
 
 def _disk_bytes(config: TrainConfig, model: nn.Module) -> int:

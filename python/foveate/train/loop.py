@@ -21,8 +21,8 @@ from foveate.train.checkpoints.folder import Checkpoints
 from foveate.train.checkpoints.output_folder import STATE
 from foveate.train.config import TrainConfig
 from foveate.train.data.batch import Batch
-from foveate.train.data.examples import Piece, Pieces
-from foveate.train.data.plan import DataPlan, Sequence
+from foveate.train.data.examples import Example, Examples
+from foveate.train.data.plan import BatchPlan, ExampleIndex
 from foveate.train.data.token_store import TokenStore
 from foveate.train.interrupt import Interrupted, StopRequest
 from foveate.train.modules.linear import speed_up_linear
@@ -57,16 +57,16 @@ class LossModule(nn.Module):
 
 
 @dataclass(frozen=True)
-class Data:
-    """Tokenised data, the sequences in it, and the order in which they are read."""
+class Dataset:
+    """Tokenised data, the examples in it, and the order in which they are read."""
 
     store: TokenStore
-    pieces: Pieces
-    plan: DataPlan
+    examples: Examples
+    plan: BatchPlan
 
-    def row(self, row: list[Sequence]) -> list[Piece]:
-        documents, starts, lengths = self.pieces
-        return [Piece(int(documents[i]), int(starts[i]), int(lengths[i]), (epoch, i)) for i, epoch in row]
+    def examples_of(self, packed_row: list[ExampleIndex]) -> list[Example]:
+        documents, starts, lengths = self.examples
+        return [Example(int(documents[i]), int(starts[i]), int(lengths[i]), (epoch, i)) for i, epoch in packed_row]
 
 
 @dataclass
@@ -88,8 +88,8 @@ class Loop:
         config: TrainConfig,
         model: nn.Module,
         objective: Objective,
-        train: Data,
-        evaluation: Data | None,
+        train: Dataset,
+        evaluation: Dataset | None,
         *,
         checkpoints: Checkpoints,
         report: Report,
@@ -165,9 +165,9 @@ class Loop:
         if last is None:
             self.report.note(f"{self.checkpoints.folder} has no checkpoint to go on from, so the run begins at step 0")
             return False
-        numbers = self.strategy.load_state(last / STATE, self.model, self.optimizer)
-        fixed, free = self.config.changes(numbers["config"])
-        plan, before = self._plan(), numbers["plan"]
+        scalars = self.strategy.load_state(last / STATE, self.model, self.optimizer)
+        fixed, free = self.config.changes(scalars["config"])
+        plan, before = self._plan(), scalars["plan"]
         fixed += [f"{name}={value} (was {before.get(name)})" for name, value in plan.items()
                   if value != before.get(name) and name not in _MAY_CHANGE]  # fmt: skip
         if fixed:
@@ -177,13 +177,13 @@ class Loop:
             )
         if free:
             self.report.note(f"from here on other than before: {', '.join(free)}")
-        self.progress = Progress(**numbers["progress"])
+        self.progress = Progress(**scalars["progress"])
         self.report.note(f"going on from {last}")
-        if plan[_EVALUATION] != before.get(_EVALUATION) or self.config.best_by != numbers["config"].get("best_by"):
+        if plan[_EVALUATION] != before.get(_EVALUATION) or self.config.best_by != scalars["config"].get("best_by"):
             if self.progress.best is not None:
                 self.report.note("the evaluation is another than before, so the best checkpoint is looked for anew")
             self.progress.best, self.progress.stale = None, 0
-        if self.config.warmup == numbers["config"]["warmup"]:
+        if self.config.warmup == scalars["config"]["warmup"]:
             self.warmup_steps = before[
                 _WARMUP
             ]  # a share is of the run as it began: a longer one does not warm up again
@@ -194,31 +194,31 @@ class Loop:
         """One optimizer step. Whether a signal asks for an end after it, in any of the processes."""
         start = time.perf_counter()
         config, strategy = self.config, self.strategy
-        rate = config.learning_rate * rate_factor(
+        lr = config.learning_rate * rate_factor(
             step, self.steps, schedule=config.schedule, warmup_steps=self.warmup_steps, min_factor=config.min_rate,
             decay_share=config.decay_share,
         )  # fmt: skip
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         rows = self.train_data.plan.step(step, config.step_rows, strategy.rank, strategy.world_size)
         batches = [
             self._batch(self.train_data, rows[i : i + config.pass_rows]) for i in range(0, len(rows), config.pass_rows)
         ]
-        norms = [b.units if b.norm is None else b.norm for b in batches]
+        norms = [b.target_count if b.norm is None else b.norm for b in batches]
         counts = torch.tensor([sum(norms), sum(b.tokens for b in batches)], dtype=torch.float64, device=self.device)
-        units, tokens = strategy.sum(counts).tolist()
-        units = units or 1.0
+        target_count, tokens = strategy.sum(counts).tolist()
+        target_count = target_count or 1.0
         self.module.train()
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
             with strategy.accumulating(self.module, last=i == len(batches) - 1):
                 with self._autocast():
                     loss, _ = self.module(batch.to(self.device))
-                (loss * (strategy.gradient_factor / units)).backward()
+                (loss * (strategy.gradient_factor / target_count)).backward()
             total += loss.detach()
         norm = strategy.clip(self._parameters(), config.max_grad_norm or math.inf)
         summed, asked = strategy.sum(torch.stack([total, total.new_tensor(self._stop.signal)])).tolist()
-        mean = summed / units
+        mean = summed / target_count
         if not (math.isfinite(mean) and math.isfinite(float(norm))):
             self._stop_at(step, batches, mean, float(norm))
         self.optimizer.step()
@@ -231,7 +231,7 @@ class Loop:
             progress.seconds + seconds,
         )
         self.report.step(
-            step + 1, loss=mean, learning_rate=rate, grad_norm=float(norm), tokens=tokens, seconds=seconds,
+            step + 1, loss=mean, learning_rate=lr, grad_norm=float(norm), tokens=tokens, seconds=seconds,
             epoch=(step + 1) / self.epoch_steps,
         )  # fmt: skip
         return asked > 0
@@ -257,24 +257,24 @@ class Loop:
         return better
 
     @torch.no_grad()
-    def evaluate(self, data: Data) -> dict[str, float]:
-        """Means over all units of the data, and what the task measures as a whole."""
+    def evaluate(self, data: Dataset) -> dict[str, float]:
+        """Means over all targets of the data, and what the task measures as a whole."""
         self.module.eval()
         size, world = self.config.pass_rows, self.strategy.world_size
         sums: dict[str, Tensor] = {}
         # Each process makes the same number of calls; the rows that are missing at the end are read again, with weight 0.
         for first in range(0, len(data.plan), size * world):
-            numbers = [first + self.strategy.rank + i * world for i in range(size)]
-            present = [n for n in numbers if n < len(data.plan)]
-            batch = self._batch(data, [data.plan.row(n) for n in present or [0]])
+            mine = [first + self.strategy.rank + i * world for i in range(size)]
+            present = [row for row in mine if row < len(data.plan)]
+            batch = self._batch(data, [data.plan.packed_row(row) for row in present or [0]])
             with self._autocast():
                 loss, found = self.module(batch.to(self.device), evaluate=True)
-            found |= {"loss": loss, "units": torch.tensor(batch.units, device=self.device)}
+            found |= {"loss": loss, "target_count": torch.tensor(batch.target_count, device=self.device)}
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value.double() * bool(present)
         whole = {name: self.strategy.sum(value) for name, value in sorted(sums.items())}
-        units = max(float(whole.pop("units")), 1.0)
-        means = self.objective.metrics({name: (value / units).cpu() for name, value in whole.items()})
+        target_count = max(float(whole.pop("target_count")), 1.0)
+        means = self.objective.metrics({name: (value / target_count).cpu() for name, value in whole.items()})
         if self.objective.perplexity:
             # of an untrained model it may be more than a float holds
             means["perplexity"] = math.exp(min(means["loss"], 700.0))
@@ -285,15 +285,14 @@ class Loop:
             weights = self.strategy.weights(self.model)
             if self.strategy.is_main:
                 self.export(folder, weights)
-            numbers = {"progress": finite(vars(self.progress)), "plan": self._plan(), "config": self.config.as_dict()}
-            self.strategy.save_state(folder / STATE, self.model, self.optimizer, numbers)
+            scalars = {"progress": finite(vars(self.progress)), "plan": self._plan(), "config": self.config.as_dict()}
+            self.strategy.save_state(folder / STATE, self.model, self.optimizer, scalars)
 
         self.checkpoints.save(self.progress.step, write, best=best)
 
-    def _batch(self, data: Data, rows: list[list[Sequence]]) -> Batch:
-        return self.strategy.share(
-            self.objective.collate(data.store, [piece for row in rows for piece in data.row(row)])
-        )
+    def _batch(self, data: Dataset, packed_rows: list[list[ExampleIndex]]) -> Batch:
+        examples = [example for row in packed_rows for example in data.examples_of(row)]
+        return self.strategy.share(self.objective.collate(data.store, examples))
 
     def _parameters(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.grad is not None]

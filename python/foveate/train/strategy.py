@@ -68,13 +68,13 @@ class Strategy:
         return {name: p.detach() for name, p in model.named_parameters()}
 
     def save_state(
-        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
     ) -> None:
         """What a run needs to go on, beside the exported weights: the trained parameters, the optimizer's state, the random state."""
-        state.save(folder, model, optimizer, numbers)
+        state.save(folder, model, optimizer, scalars)
 
     def load_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The inverse of save_state, whatever the number of processes that saved it; returns `numbers`."""
+        """The inverse of save_state, whatever the number of processes that saved it; returns `scalars`."""
         if (folder / state.TENSORS).exists():
             return state.load(folder, model, optimizer)
         from foveate.train.checkpoints import sharded

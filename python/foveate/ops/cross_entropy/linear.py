@@ -107,7 +107,6 @@ def linear_cross_entropy(
                 f"{name}={name}) has one but stores the logits"
             )
     options = checks.check_options(ignore_index, label_smoothing, z_loss, softcap, reduction)
-    preferred, how = check_backend_name(backend), autograd.way(hidden, weight, bias, target)
     extras = checks.extras_of(
         ce_weight, use_token_scaling, return_z_loss, return_token_accuracy, return_predicted_tokens, dtype
     )
@@ -117,6 +116,7 @@ def linear_cross_entropy(
         checks.check_probabilities(target, hidden, "hidden", shape, options.ignore_index)
     else:
         checks.check_target(target, hidden, "hidden", hidden.shape[:-1])
+    preferred, how = check_backend_name(backend), autograd.way(hidden, weight, bias, target)
     if soft or extras is not None:
         extras = extras or NO_EXTRAS
         checks.check_extras("ce_weight", extras, hidden, weight.shape[0], soft)

@@ -174,12 +174,12 @@ def merge_adapter(
     *,
     base: str | Path | None = None,
     head: str | None = None,
-    settings: dict[str, Any] | None = None,
+    hf_config: dict[str, Any] | None = None,
 ) -> Path:
     """Writes base model and adapter as one model, a Hugging Face folder in the base's dtype, or in float32 if the adapter was trained on
     packed weights: then those that it was trained on, expanded, are what the folder has.
 
-    base: the one that the adapter names, if None. head: of a BERT, see `load_model`. settings: keys of config.json that are not the
+    base: the one that the adapter names, if None. head: of a BERT, see `load_model`. hf_config: keys of config.json that are not the
     base model's, such as the labels of a classifier.
     """
     known = adapter_settings(adapter)
@@ -188,7 +188,7 @@ def merge_adapter(
         raise ValueError(f"{adapter} does not say what it adapts; give base")
     checkpoint = open_checkpoint(base)
     dtype = torch.float32 if known["quantization"] else stored_dtype(checkpoint)
-    checkpoint.config |= settings or {}
+    checkpoint.config |= hf_config or {}
     if head == "sequence-classification":
         checkpoint = WithoutClassifier(**vars(checkpoint))  # the adapter has its own
     model = load_model(

@@ -112,9 +112,9 @@ def load(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, obje
     they are packed in the file, or are packed as config.quantization says; otherwise all are expanded.
     """
     head = objective.head
-    settings = _settings(config, checkpoint.config, objective)
+    hf_config = _hf_config(config, checkpoint.config, objective)
     classes = getattr(objective, "classes", None)
-    opened = dataclasses.replace(checkpoint, config=settings)
+    opened = dataclasses.replace(checkpoint, config=hf_config)
     if classes is not None and not classes.known:
         opened = WithoutClassifier(**vars(opened))
     torch.manual_seed(config.seed)  # of a new head
@@ -127,7 +127,7 @@ def load(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, obje
         if not config.lora_rank:
             p.data = p.data.clone()
     check_vocabulary(model, tokenizer, str(checkpoint.path))
-    return TrainedModel(model, settings, tokenizer, config.model, checkpoint, stored_dtype(checkpoint))
+    return TrainedModel(model, hf_config, tokenizer, config.model, checkpoint, stored_dtype(checkpoint))
 
 
 class WithoutClassifier(HuggingFaceCheckpoint):
@@ -171,27 +171,27 @@ def create(config: TrainConfig, tokenizer: Tokenizer, objective: Objective) -> T
         "eos_token_id": min(tokenizer.eos_ids, default=None),
         "pad_token_id": tokenizer.pad_id,
     }
-    settings = {"vocab_size": tokenizer.vocab_size, **ids, **config.new_model}
-    settings = _settings(config, settings, objective)
-    kind: Any = model_class(settings, objective.head)
-    model = kind(read_config(kind, settings, "new_model"))
+    hf_config = {"vocab_size": tokenizer.vocab_size, **ids, **config.new_model}
+    hf_config = _hf_config(config, hf_config, objective)
+    kind: Any = model_class(hf_config, objective.head)
+    model = kind(read_config(kind, hf_config, "new_model"))
     draw_weights(model, config.seed)
     tie_weights(model)
     check_vocabulary(model, tokenizer, "new_model")
-    return TrainedModel(model.to(checked_device(config.device)), settings, tokenizer)
+    return TrainedModel(model.to(checked_device(config.device)), hf_config, tokenizer)
 
 
-def _settings(config: TrainConfig, found: dict[str, Any], objective: Objective) -> dict[str, Any]:
+def _hf_config(config: TrainConfig, known: dict[str, Any], objective: Objective) -> dict[str, Any]:
     """config.json's keys with the labels of a classifier and the dropout of this run."""
-    settings = dict(found)
+    hf_config = dict(known)
     labels: list[str] | None = getattr(objective, "labels", None)
     if labels is not None:
-        settings["problem_type"] = f"{'multi' if objective.several else 'single'}_label_classification"  # type: ignore[attr-defined]
-        settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        settings["label2id"] = {label: i for i, label in enumerate(labels)}
+        hf_config["problem_type"] = f"{'multi' if objective.several else 'single'}_label_classification"  # type: ignore[attr-defined]
+        hf_config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        hf_config["label2id"] = {label: i for i, label in enumerate(labels)}
     if config.dropout is not None:
-        settings |= dict.fromkeys(architecture_of(settings).dropouts, config.dropout)
-    return settings
+        hf_config |= dict.fromkeys(architecture_of(hf_config).dropouts, config.dropout)
+    return hf_config
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Tokenizer, where: str) -> None:

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError, check, integer, is_there, library_errors, list_of, mapping
-from foveate.train.checkpoints.state import read_numbers, trained
+from foveate.train.checkpoints.state import read_scalars, trained
 
-_NUMBERS = "numbers.json"
+_SCALARS = "numbers.json"
 _SIZES = list_of(integer(0, 2**50), 16)
 _PIECE = mapping({"shape": _SIZES, "offset": _SIZES}, required=("shape", "offset"))
 
@@ -32,7 +32,7 @@ class _Piece(NamedTuple):
     size: tuple[int, ...]
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]) -> None:
     """Called by every rank. What all ranks hold alike is written once."""
     from safetensors.torch import save_file
 
@@ -48,7 +48,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbe
     stored = {name: tensor.detach().contiguous().cpu() for name, tensor in mine.items()}
     save_file(stored, folder / f"rank-{_rank():05d}.safetensors", metadata={"places": json.dumps(places)})
     if _rank() == 0:
-        (folder / _NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n")
+        (folder / _SCALARS).write_text(json.dumps(scalars, indent=1) + "\n")
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             if own is not None and (key == "random" or torch.cuda.is_available()):
                 with library_errors(f"{folder} has a random state that torch does not take"):
                     set_state(own[0].file.get_tensor(f"{key}.{_rank()}"))
-    return read_numbers(folder / _NUMBERS)
+    return read_scalars(folder / _SCALARS)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError, is_there, library_errors, read_json
 
-TENSORS, _NUMBERS = "state.safetensors", "state.json"
+TENSORS, _SCALARS = "state.safetensors", "state.json"
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -33,7 +33,7 @@ def set_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["random.cuda"])
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     tensors = random_state()
@@ -42,7 +42,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbe
         for key, value in optimizer.state[p].items():
             tensors[f"{key}.{name}"] = torch.as_tensor(value).contiguous()
     save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / TENSORS)
-    (folder / _NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n")
+    (folder / _SCALARS).write_text(json.dumps(scalars, indent=1) + "\n")
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -84,10 +84,10 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         raise CheckpointError(f"{folder} lacks random.cpu, the random state; resume from another checkpoint")
     with library_errors(f"{folder} has a random state that torch does not take"):
         set_random_state(tensors)
-    return read_numbers(folder / _NUMBERS)
+    return read_scalars(folder / _SCALARS)
 
 
-def read_numbers(file: Path) -> dict[str, Any]:
+def read_scalars(file: Path) -> dict[str, Any]:
     """The counters of a state. CheckpointError where they are not there or no object."""
     if not is_there(file):
         raise CheckpointError(f"{file} is not there, so the state is not whole; resume from another checkpoint")

@@ -20,8 +20,8 @@ STEP = 16
 
 @dataclass
 class Batch:
-    """tensors: int64, [1, total] if packed, else [B, S]. units: what the loss is a mean of: target tokens, examples, answers; norm: what
-    its sum is divided by in training if not by their number: the sum of their weights.
+    """tensors: int64, [1, total] if packed, else [B, S]. target_count: how many tokens, examples or answers the loss is a mean of;
+    norm: what its sum is divided by in training if not by that: the sum of their weights.
 
     packed: where the sequences lie, one entry for each side ("tokens"; "source" and "target"), empty when padded. The last one is
     filling, with ignored labels.
@@ -29,7 +29,7 @@ class Batch:
 
     tensors: dict[str, Tensor]
     packed: dict[str, PackedSequences]
-    units: int
+    target_count: int
     tokens: int  # read by the model, without padding
     norm: float | None = None
 
@@ -39,7 +39,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
         packed = {name: p.to(device) for name, p in self.packed.items()}
-        return Batch(tensors, packed, self.units, self.tokens, self.norm)
+        return Batch(tensors, packed, self.target_count, self.tokens, self.norm)
 
     def padding(self, side: str = "tokens") -> dict[str, Any]:
         """The options of an encoder's forward pass that say where the sequences are."""

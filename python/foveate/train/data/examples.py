@@ -12,7 +12,7 @@ from foveate.train.config import TrainConfig
 Columns = dict[str, list[np.ndarray]]
 
 
-class Pieces(NamedTuple):
+class Examples(NamedTuple):
     """Every sequence that a store gives: its document, its first token in it, and how many tokens the model reads; int64 each."""
 
     documents: np.ndarray
@@ -20,11 +20,11 @@ class Pieces(NamedTuple):
     lengths: np.ndarray
 
 
-class Piece(NamedTuple):
+class Example(NamedTuple):
     document: int
     start: int
     length: int
-    draw: tuple[int, int]  # (pass over the data, number of the piece): what masks are drawn from, with the run's seed
+    rng_key: tuple[int, int]  # (epoch, number of the example): masks are drawn from it and the run's seed
 
 
 class Parts(NamedTuple):
@@ -32,7 +32,7 @@ class Parts(NamedTuple):
 
     groups: np.ndarray  # int64; documents of one group, such as the replies of one chat, stay together
     classes: np.ndarray  # int64; each class is held out by the same share
-    divisible: np.ndarray  # bool; whether some of its pieces may be held out without the others
+    divisible: np.ndarray  # bool; whether some of its examples may be held out without the others
 
 
 def text_of(row: dict[str, Any], field: str, cure: str = ": set text_field, or name the field so") -> str:

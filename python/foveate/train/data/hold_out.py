@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from foveate.train.data.examples import Parts, Pieces
+from foveate.train.data.examples import Examples, Parts
 
 
-def hold_out(pieces: Pieces, parts: Parts, share: float, seed: int) -> np.ndarray:
-    """bool [pieces]: those that are held out, `share` of the tokens of each class, as near as whole groups come to it.
+def hold_out(examples: Examples, parts: Parts, share: float, seed: int) -> np.ndarray:
+    """bool [examples]: those that are held out, `share` of the tokens of each class, as near as whole groups come to it.
 
     Groups are drawn in random order. A class of one group is not held out, and neither are all. Where whole groups miss the share by more
     than a quarter of it, as with few long texts, the end of a divisible document is held out too.
     ValueError where nothing can be held out, or nothing would be left.
     """
-    lengths = pieces.lengths.astype(np.int64)
+    lengths = examples.lengths.astype(np.int64)
     rng = np.random.default_rng([seed, 1])
-    groups, which = np.unique(parts.groups[pieces.documents], return_inverse=True)
+    groups, which = np.unique(parts.groups[examples.documents], return_inverse=True)
     tokens = np.bincount(which, lengths, len(groups)).astype(np.int64)
     classes = np.zeros(len(groups), np.int64)
-    classes[which] = parts.classes[pieces.documents]
+    classes[which] = parts.classes[examples.documents]
     held = np.zeros(len(groups), bool)
     missing = 0.0  # of the classes before
     for each in rng.permutation(np.unique(classes)):
@@ -31,13 +31,13 @@ def hold_out(pieces: Pieces, parts: Parts, share: float, seed: int) -> np.ndarra
     out = held[which]
     total, wanted = lengths.sum(), share * lengths.sum()
     if abs(wanted - lengths[out].sum()) > wanted / 4:
-        _divide(out, pieces, parts.divisible, wanted, rng)
+        _divide(out, examples, parts.divisible, wanted, rng)
     if not out.any() and len(groups) > 1:
         out[which == np.argmin(tokens)] = True
     if out.all() or not out.any():
         raise ValueError(
-            f"eval_fraction={share} of the data, which are {len(groups)} texts of {total} tokens in {len(lengths)} pieces, leaves none to "
-            "train or to evaluate on; give eval_data, or more rows"
+            f"eval_fraction={share} of the data, which are {len(groups)} texts of {total} tokens in {len(lengths)} examples, leaves none "
+            "to train or to evaluate on; give eval_data, or more rows"
         )
     return out
 
@@ -53,17 +53,19 @@ def _nearest(members: np.ndarray, tokens: np.ndarray, wanted: float) -> list[int
     return chosen
 
 
-def _divide(out: np.ndarray, pieces: Pieces, divisible: np.ndarray, wanted: float, rng: np.random.Generator) -> None:
-    """Holds out the last pieces of documents that have several, until there are as many tokens as wanted; less if there are too many."""
-    documents, counts = np.unique(pieces.documents, return_counts=True)
+def _divide(
+    out: np.ndarray, examples: Examples, divisible: np.ndarray, wanted: float, rng: np.random.Generator
+) -> None:
+    """Holds out the last examples of documents that have several, until there are as many tokens as wanted; less if there are too many."""
+    documents, counts = np.unique(examples.documents, return_counts=True)
     long = documents[divisible[documents] & (counts > 1)]
-    if len(long) and pieces.lengths[out].sum() > wanted:
-        out[np.isin(pieces.documents, long)] = False
-    gap = wanted - pieces.lengths[out].sum()
+    if len(long) and examples.lengths[out].sum() > wanted:
+        out[np.isin(examples.documents, long)] = False
+    gap = wanted - examples.lengths[out].sum()
     for document in rng.permutation(long):
-        mine = np.flatnonzero((pieces.documents == document) & ~out)[1:]  # the first one stays
-        for piece in mine[np.argsort(-pieces.starts[mine])].tolist():
-            if gap <= pieces.lengths[piece] / 2:
+        mine = np.flatnonzero((examples.documents == document) & ~out)[1:]  # the first one stays
+        for example in mine[np.argsort(-examples.starts[mine])].tolist():
+            if gap <= examples.lengths[example] / 2:
                 return
-            out[piece] = True
-            gap -= pieces.lengths[piece]
+            out[example] = True
+            gap -= examples.lengths[example]

@@ -1,4 +1,4 @@
-"""Which sequences each step reads: packing into rows, the order of the rows, and the share of each process. Nothing else is state."""
+"""Which examples each step reads: packing into rows, the order of the rows, and the share of each process. Nothing else is state."""
 
 from __future__ import annotations
 
@@ -9,63 +9,63 @@ import numpy as np
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Sequences into rows of at most `capacity` tokens: longest first, each into the fullest row that has room for it.
+    """Examples into rows of at most `capacity` tokens: longest first, each into the fullest row that has room for it.
 
-    Best-fit decreasing needs at most 11/9 of the fewest rows, plus one (Johnson 1973); no sequence is cut. Lengths are in [1,
+    Best-fit decreasing needs at most 11/9 of the fewest rows, plus one (Johnson 1973); no example is cut. Lengths are in [1,
     capacity]. O(n log n) but for shifting the list of the rows that are not full.
     """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for item in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[item])
+    for example_id in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[example_id])
         place = bisect_left(room, (length, -1))
         if place == len(room):
             free, row = capacity, len(rows)
             rows.append([])
         else:
             free, row = room.pop(place)
-        rows[row].append(item)
+        rows[row].append(example_id)
         if free > length:
             insort(room, (free - length, row))
     return rows
 
 
-class Sequence(NamedTuple):
-    """One sequence of a pass over the data. The number of the pass is part of what its masks are drawn from."""
+class ExampleIndex(NamedTuple):
+    """One example of an epoch, which is part of what its masks are drawn from."""
 
-    item: int
+    example_id: int
     epoch: int
 
 
-class DataPlan:
-    """The rows of every step, a function of the seed and the step alone; so a run goes on anywhere without reading from the start.
+class BatchPlan:
+    """The packed rows of every step, a function of the seed and the step alone; so a run goes on anywhere without reading from the start.
 
-    lengths: tokens of each sequence. A row holds one sequence, or with packing several that fit into `capacity` tokens.
+    lengths: tokens of each example. A row holds one example, or with packing several that fit into `capacity` tokens.
     """
 
     def __init__(self, lengths: np.ndarray, capacity: int, *, packing: bool, seed: int, shuffle: bool = True) -> None:
         if len(lengths) == 0:
             raise ValueError("the data set is empty: no row gives a sequence to learn from")
         self.lengths = lengths
-        self.rows = best_fit(lengths, capacity) if packing else [[item] for item in range(len(lengths))]
+        self.rows = best_fit(lengths, capacity) if packing else [[example_id] for example_id in range(len(lengths))]
         self._seed, self._shuffle = seed, shuffle
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
-        """Rows of one pass."""
+        """Rows of one epoch."""
         return len(self.rows)
 
-    def row(self, number: int) -> list[Sequence]:
-        """Row `number` of an endless series of passes, each in an order of its own."""
+    def packed_row(self, number: int) -> list[ExampleIndex]:
+        """Row `number` of an endless series of epochs, each in an order of its own."""
         epoch, place = divmod(number, len(self.rows))
         if self._order[0] != epoch:
             order = np.arange(len(self.rows))
             if self._shuffle:
                 order = np.random.default_rng([self._seed, epoch]).permutation(order)
             self._order = (epoch, order)
-        return [Sequence(item, epoch) for item in self.rows[self._order[1][place]]]
+        return [ExampleIndex(example_id, epoch) for example_id in self.rows[self._order[1][place]]]
 
-    def step(self, step: int, rows: int, rank: int = 0, world_size: int = 1) -> list[list[Sequence]]:
+    def step(self, step: int, rows: int, rank: int = 0, world_size: int = 1) -> list[list[ExampleIndex]]:
         """The `rows` rows of one process in optimizer step `step`. All processes together read the next rows * world_size."""
         first = step * rows * world_size
-        return [self.row(first + rank + i * world_size) for i in range(rows)]
+        return [self.packed_row(first + rank + i * world_size) for i in range(rows)]

@@ -39,8 +39,8 @@ def spread(batch: Batch, group: dist.ProcessGroup | None) -> Batch:
     """This rank's part of a causal language model's batch, which is the same on each rank of the group.
 
     Rows are filled up at their end, without a label, to a length that can be split; no token before sees that, and in a packed row it
-    belongs to the filling. `units` counts this rank's labels and the group's first rank counts the tokens, so that sums over the ranks
-    are those of the whole batch.
+    belongs to the filling. `target_count` is that of this rank's labels and the group's first rank counts the tokens, so that sums over the
+    ranks are those of the whole batch.
     """
     if batch.tensors.keys() != {"tokens", "labels"}:
         raise ValueError(f"context parallelism is for causal-lm; this batch has {', '.join(batch.tensors)}")
@@ -59,5 +59,5 @@ def spread(batch: Batch, group: dist.ProcessGroup | None) -> Batch:
         positions = split_sequence(F.pad(packed.positions, (0, fill)), dim=0, group=group)
         ends = (*packed.cu_seqlens[:-1].tolist(), length + fill)
     place: Any = Spread(positions, length if packed is None else packed.longest, ends, group)
-    units, read = int((labels != IGNORED).sum()), batch.tokens if dist.get_rank(group) == 0 else 0
-    return Batch({"tokens": tokens, "labels": labels}, {"tokens": place}, units, read)
+    target_count, read = int((labels != IGNORED).sum()), batch.tokens if dist.get_rank(group) == 0 else 0
+    return Batch({"tokens": tokens, "labels": labels}, {"tokens": place}, target_count, read)

@@ -102,11 +102,11 @@ class Distributed(Strategy):
         dist.barrier()
 
     def save_state(
-        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
     ) -> None:
         from foveate.train.checkpoints import sharded  # which a torch without torch.distributed cannot import
 
-        sharded.save(folder, model, optimizer, numbers)
+        sharded.save(folder, model, optimizer, scalars)
 
 
 class DataParallel(Distributed):
@@ -168,10 +168,10 @@ class FullyShard(Distributed):
         return found
 
     def save_state(
-        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
     ) -> None:
         self._split()
-        super().save_state(folder, model, optimizer, numbers)
+        super().save_state(folder, model, optimizer, scalars)
 
     def load_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         if (folder / state.TENSORS).exists():

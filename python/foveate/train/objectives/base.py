@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.data.batch import Batch
-from foveate.train.data.examples import Columns, Parts, Piece, Pieces
+from foveate.train.data.examples import Columns, Example, Examples, Parts
 from foveate.train.data.token_store import TokenStore
 
 
 class Objective:
-    """A task's part in a run; a subclass says what is not said here. The loss is a mean over a batch's `units`: target tokens, windows,
-    examples."""
+    """A task's part in a run; a subclass says what is not said here. The loss is a mean over a batch's targets, which are tokens, windows
+    or examples: `target_count` of them."""
 
     perplexity = False  # whether exp(loss) is one
     head: str | None = None  # of load_model
@@ -33,12 +33,12 @@ class Objective:
         """Ragged columns, an array for each document."""
         raise NotImplementedError
 
-    def pieces(self, store: TokenStore) -> Pieces:
+    def examples(self, store: TokenStore) -> Examples:
         """ValueError for data that cannot be learnt from."""
         raise NotImplementedError
 
     def notes(self, store: TokenStore) -> list[str]:
-        """What `pieces` leaves out or cuts, a sentence each."""
+        """What `examples` leaves out or cuts, a sentence each."""
         return []
 
     def parts(self, store: TokenStore) -> Parts:
@@ -49,19 +49,19 @@ class Objective:
         """A token that the data teach as an end of answers, None for no other than the tokenizer has."""
         return None
 
-    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
+    def collate(self, store: TokenStore, examples: Sequence[Example]) -> Batch:
         raise NotImplementedError
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
-        """The sum over the batch's units."""
+        """The sum over the batch's targets."""
         raise NotImplementedError
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """ "loss" and other sums over the units of a batch of evaluation data, such as "accuracy"; numbers or vectors."""
+        """ "loss" and other sums over the targets of a batch of evaluation data, such as "accuracy"; numbers or vectors."""
         return {"loss": self.loss(model, batch)}
 
     def metrics(self, means: dict[str, Tensor]) -> dict[str, float]:
-        """What is reported of the means over all units of the evaluation data."""
+        """What is reported of the means over all targets of the evaluation data."""
         return {name: float(value) for name, value in means.items()}
 
     def task_metrics(self, model: nn.Module) -> dict[str, float]:

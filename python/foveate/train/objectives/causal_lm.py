@@ -15,7 +15,7 @@ from foveate.train.config import TrainConfig
 from foveate.train.data import chat
 from foveate.train.data.batch import IGNORED, Batch, join, layout
 from foveate.train.data.chat_template import end_of_turn
-from foveate.train.data.examples import Columns, Parts, Piece, Pieces, length_notes, too_long
+from foveate.train.data.examples import Columns, Example, Examples, Parts, length_notes, too_long
 from foveate.train.data.token_store import TokenStore
 from foveate.train.modules.lora import LoraLinear
 from foveate.train.objectives.base import Objective
@@ -28,7 +28,7 @@ _WHAT = "chats or prompts"
 class CausalLM(Objective):
     """Rows: {"text"}; {"prompt", "completion"}; or {"messages": [{"role", "content"}, ...]}, rendered by the chat template.
 
-    The end token follows each text and completion. Texts longer than max_length are cut into pieces that share one token, so that
+    The end token follows each text and completion. Texts longer than max_length are cut into examples that share one token, so that
     every token but the first is predicted once; chats and prompts are not. A chat may give several sequences, see `conversations`.
     """
 
@@ -42,7 +42,7 @@ class CausalLM(Objective):
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> Columns:
         """tokens int32; target uint8, 1 where the token is to be predicted; whole uint8 [1], 1 for a prompt with its completion and 2
-        for a chat, which are not cut into pieces; first uint8 [1], 1 for the first sequence of a row, 2 if
+        for a chat, which are not cut into examples; first uint8 [1], 1 for the first sequence of a row, 2 if
         the row has a chat or a completion beside its text."""
         samples, first = [], []
         for row in rows:
@@ -65,7 +65,7 @@ class CausalLM(Objective):
             columns["whole"].append(np.array([_CHAT if sample.rendered else sample.spans is not None], np.uint8))
         return columns
 
-    def pieces(self, store: TokenStore) -> Pieces:
+    def examples(self, store: TokenStore) -> Examples:
         whole, inputs, taught = self._documents(store)
         too_long(self.config, inputs[whole > 0], self.max_length, _WHAT)
         if not taught.any() and (whole > 0).any():
@@ -118,12 +118,12 @@ class CausalLM(Objective):
         # one that is too long and left out teaches too: it is counted as such
         return whole, inputs, taught | ((whole > 0) & (inputs > self.max_length) & (read == 0))
 
-    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
+    def collate(self, store: TokenStore, examples: Sequence[Example]) -> Batch:
         inputs, labels = [], []
-        for piece in pieces:
-            end = piece.start + piece.length + 1
-            tokens = store.get("tokens", piece.document)[piece.start : end]
-            target = store.get("target", piece.document)[piece.start + 1 : end]
+        for example in examples:
+            end = example.start + example.length + 1
+            tokens = store.get("tokens", example.document)[example.start : end]
+            target = store.get("target", example.document)[example.start + 1 : end]
             inputs.append(tokens[:-1])
             labels.append(np.where(target, tokens[1:], IGNORED))
         lengths = [len(x) for x in inputs]
@@ -139,12 +139,12 @@ class CausalLM(Objective):
         )
 
 
-def cut(lengths: np.ndarray, longest: int) -> Pieces:
-    """Documents of `lengths` tokens in pieces of up to `longest`; none of those without tokens."""
+def cut(lengths: np.ndarray, longest: int) -> Examples:
+    """Documents of `lengths` tokens in examples of up to `longest`; none of those without tokens."""
     count = -(-lengths // longest)
     documents = np.repeat(np.arange(len(lengths)), count)
     starts = (np.arange(len(documents)) - np.repeat(np.cumsum(count) - count, count)) * longest
-    return Pieces(documents, starts, np.minimum(lengths[documents] - starts, longest))
+    return Examples(documents, starts, np.minimum(lengths[documents] - starts, longest))
 
 
 def head_loss(head: Any, hidden: Tensor, labels: Tensor, config: TrainConfig, **options: Any) -> Tensor:

@@ -19,9 +19,9 @@ from foveate.train.objectives.seq2seq import Seq2Seq, SpanCorruption
 DEFAULT_LENGTH = 1024
 
 
-def check_architecture(objective: str, settings: dict[str, Any]) -> None:
+def check_architecture(objective: str, hf_config: dict[str, Any]) -> None:
     """ValueError for a checkpoint of another architecture than the objective's."""
-    kind, kinds = settings.get("model_type"), model_types(objectives=objective)
+    kind, kinds = hf_config.get("model_type"), model_types(objectives=objective)
     if kind not in kinds:
         architecture = find(kind)
         suited = () if architecture is None else architecture.objectives
@@ -31,11 +31,11 @@ def check_architecture(objective: str, settings: dict[str, Any]) -> None:
         )
 
 
-def sequence_length(config: TrainConfig, settings: dict[str, Any]) -> int:
+def sequence_length(config: TrainConfig, hf_config: dict[str, Any]) -> int:
     """max_length, held against the model's context, of which T5 has none."""
     names = ("max_position_embeddings", "n_positions", "n_ctx")
-    positions = next((settings[name] for name in names if settings.get(name)), None)
-    if not architecture_of(settings).limited_positions:
+    positions = next((hf_config[name] for name in names if hf_config.get(name)), None)
+    if not architecture_of(hf_config).limited_positions:
         positions = None
     longest = config.max_length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH // 2)
     if positions is not None and longest > positions:
@@ -43,26 +43,26 @@ def sequence_length(config: TrainConfig, settings: dict[str, Any]) -> int:
     return longest
 
 
-def make_objective(config: TrainConfig, tokenizer: Tokenizer, settings: dict[str, Any]) -> Objective:
-    """settings: the keys of config.json."""
-    length = sequence_length(config, settings)
+def make_objective(config: TrainConfig, tokenizer: Tokenizer, hf_config: dict[str, Any]) -> Objective:
+    """hf_config: the keys of config.json."""
+    length = sequence_length(config, hf_config)
     if config.objective == "masked-lm":
         return MaskedLM(config, tokenizer, length)
     if config.objective == "question-answering":
         return QuestionAnswering(config, tokenizer, length)
     if config.objective == "sequence-classification":
         declared = declared_labels(config.train_data, config.label_field)
-        found = find_classes(read_rows(config.train_data), config.label_field, known_classes(settings), declared or ())
+        found = find_classes(read_rows(config.train_data), config.label_field, known_classes(hf_config), declared or ())
         return Classification(config, tokenizer, length, found)
     if config.objective in ("seq2seq", "span-corruption"):
         kind = Seq2Seq if config.objective == "seq2seq" else SpanCorruption
-        return kind(config, tokenizer, length, settings)
+        return kind(config, tokenizer, length, hf_config)
     return CausalLM(config, tokenizer, length)
 
 
-def known_classes(settings: dict[str, Any]) -> list[str]:
+def known_classes(hf_config: dict[str, Any]) -> list[str]:
     """Of a checkpoint that is a classifier, in the order of their numbers; [] of others, whose config may have numbers as names."""
-    names = settings.get("id2label")
-    if "BertForSequenceClassification" not in (settings.get("architectures") or ()) or not isinstance(names, dict):
+    names = hf_config.get("id2label")
+    if "BertForSequenceClassification" not in (hf_config.get("architectures") or ()) or not isinstance(names, dict):
         return []
     return [names[i] for i in sorted(names, key=int)]

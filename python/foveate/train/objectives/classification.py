@@ -14,7 +14,7 @@ from foveate.ops.cross_entropy import cross_entropy
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.data.batch import Batch, join, layout
-from foveate.train.data.examples import Columns, Parts, Piece, Pieces, length_notes, text_of, too_long
+from foveate.train.data.examples import Columns, Example, Examples, Parts, length_notes, text_of, too_long
 from foveate.train.data.token_store import TokenStore
 from foveate.train.objectives.base import Objective
 from foveate.train.objectives.labels import Classes, class_weights, labels_of
@@ -69,13 +69,13 @@ class Classification(Objective):
         flags[numbers] = 1
         return flags
 
-    def pieces(self, store: TokenStore) -> Pieces:
+    def examples(self, store: TokenStore) -> Examples:
         lengths = store.lengths("tokens") if len(store) else np.empty(0, np.int64)
         longer = too_long(self.config, lengths, self.max_length, "texts")
         if self.config.too_long == "truncate":
             longer[:] = False
         documents = np.flatnonzero(~longer)
-        return Pieces(documents, np.zeros_like(documents), np.minimum(lengths[documents], self.max_length))
+        return Examples(documents, np.zeros_like(documents), np.minimum(lengths[documents], self.max_length))
 
     def notes(self, store: TokenStore) -> list[str]:
         lengths = store.lengths("tokens") if len(store) else np.empty(0, np.int64)
@@ -87,20 +87,21 @@ class Classification(Objective):
             return default
         return default._replace(classes=np.asarray(store.values("label"), np.int64))
 
-    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
+    def collate(self, store: TokenStore, examples: Sequence[Example]) -> Batch:
         packing = self.config.packing
-        packed, tensors = layout([piece.length for piece in pieces], packing)
+        packed, tensors = layout([example.length for example in examples], packing)
         kept = [
-            truncated(store.get("tokens", p.document), store.get("types", p.document), self.max_length) for p in pieces
+            truncated(store.get("tokens", p.document), store.get("types", p.document), self.max_length)
+            for p in examples
         ]
         tensors["tokens"] = join([tokens for tokens, _ in kept], packing)
         tensors["types"] = join([types for _, types in kept], packing)
-        labels = np.concatenate([store.get("label", piece.document) for piece in pieces]).astype(np.int64)
-        tensors["labels"] = torch.from_numpy(labels.reshape(len(pieces), -1) if self.several else labels)
+        labels = np.concatenate([store.get("label", example.document) for example in examples]).astype(np.int64)
+        tensors["labels"] = torch.from_numpy(labels.reshape(len(examples), -1) if self.several else labels)
         norm = None
         if self.weights is not None:
             norm = float(self.weights[tensors["labels"]].sum())
-        return Batch(tensors, packed, len(pieces), sum(piece.length for piece in pieces), norm)
+        return Batch(tensors, packed, len(examples), sum(example.length for example in examples), norm)
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         logits, labels = self._logits(model, batch), batch["labels"]

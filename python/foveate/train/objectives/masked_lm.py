@@ -12,16 +12,16 @@ from foveate.ops.cross_entropy import cross_entropy
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.data.batch import IGNORED, Batch, join, layout
-from foveate.train.data.examples import Columns, Parts, Piece, Pieces, empty_notes, text_of
+from foveate.train.data.examples import Columns, Example, Examples, Parts, empty_notes, text_of
 from foveate.train.data.token_store import TokenStore
 from foveate.train.objectives.base import Objective
 from foveate.train.objectives.causal_lm import cut, head_loss
 
 
 class MaskedLM(Objective):
-    """Rows: {"text"}, cut into pieces of max_length with [CLS] and [SEP] around each.
+    """Rows: {"text"}, cut into examples of max_length with [CLS] and [SEP] around each.
 
-    mask_share of a piece's tokens, one at least, are to be predicted; 80 % of them are replaced by [MASK], 10 % by a random token,
+    mask_share of a example's tokens, one at least, are to be predicted; 80 % of them are replaced by [MASK], 10 % by a random token,
     10 % stay. With whole_word all tokens of a word are hidden or none is; words are taken at random until the share is reached.
     Masks are drawn anew in each pass over the data.
     """
@@ -57,7 +57,7 @@ class MaskedLM(Objective):
             "begins": [np.diff(word, prepend=-2).astype(bool).astype(np.uint8) for word in words],
         }
 
-    def pieces(self, store: TokenStore) -> Pieces:
+    def examples(self, store: TokenStore) -> Examples:
         found = cut(store.lengths("tokens") if len(store) else np.empty(0, np.int64), self.max_length - 2)
         return found._replace(lengths=found.lengths + 2)
 
@@ -67,19 +67,21 @@ class MaskedLM(Objective):
     def parts(self, store: TokenStore) -> Parts:
         return super().parts(store)._replace(divisible=np.ones(len(store), bool))
 
-    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
+    def collate(self, store: TokenStore, examples: Sequence[Example]) -> Batch:
         inputs, labels = [], []
-        for piece in pieces:
-            part = slice(piece.start, piece.start + piece.length - 2)
-            tokens = store.get("tokens", piece.document)[part]
-            begins = store.get("begins", piece.document)[part]
-            changed, target = self.hide(tokens, begins, np.random.default_rng([self.config.seed, *piece.draw]))
+        for example in examples:
+            part = slice(example.start, example.start + example.length - 2)
+            tokens = store.get("tokens", example.document)[part]
+            begins = store.get("begins", example.document)[part]
+            changed, target = self.hide(tokens, begins, np.random.default_rng([self.config.seed, *example.rng_key]))
             inputs.append(np.concatenate([self._frame[:1], changed, self._frame[1:]]))
             labels.append(np.concatenate([[IGNORED], target, [IGNORED]]))
         packing = self.config.packing
-        packed, lens = layout([piece.length for piece in pieces], packing)
+        packed, lens = layout([example.length for example in examples], packing)
         tensors = {"tokens": join(inputs, packing), "labels": join(labels, packing, IGNORED), **lens}
-        return Batch(tensors, packed, int((tensors["labels"] != IGNORED).sum()), sum(piece.length for piece in pieces))
+        return Batch(
+            tensors, packed, int((tensors["labels"] != IGNORED).sum()), sum(example.length for example in examples)
+        )
 
     def hide(self, tokens: np.ndarray, begins: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The tokens as the model sees them, and the labels."""

@@ -15,7 +15,7 @@ from foveate.pipelines.question_answering import QuestionAnswerer
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.data.batch import Batch, join, layout
-from foveate.train.data.examples import Columns, Piece, Pieces, text_of
+from foveate.train.data.examples import Columns, Example, Examples, text_of
 from foveate.train.data.token_store import TokenStore
 from foveate.train.objectives.base import Objective
 from foveate.train.objectives.squad_metric import scores
@@ -86,10 +86,10 @@ class QuestionAnswering(Objective):
                 return
             start += room - self.config.doc_stride
 
-    def pieces(self, store: TokenStore) -> Pieces:
+    def examples(self, store: TokenStore) -> Examples:
         lengths = store.lengths("tokens") if len(store) else np.empty(0, np.int64)
         documents = np.flatnonzero(lengths)
-        return Pieces(documents, np.zeros_like(documents), lengths[documents])
+        return Examples(documents, np.zeros_like(documents), lengths[documents])
 
     def notes(self, store: TokenStore) -> list[str]:
         left_out = int((store.lengths("tokens") == 0).sum()) if len(store) else 0
@@ -99,15 +99,15 @@ class QuestionAnswering(Objective):
             else []
         )
 
-    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
-        tokens = [store.get("tokens", piece.document) for piece in pieces]
-        places = [store.get("places", piece.document) for piece in pieces]
+    def collate(self, store: TokenStore, examples: Sequence[Example]) -> Batch:
+        tokens = [store.get("tokens", example.document) for example in examples]
+        places = [store.get("places", example.document) for example in examples]
         types = [(np.arange(len(t)) >= p[0]).astype(np.int64) for t, p in zip(tokens, places)]
         packing = self.config.packing
         packed, lens = layout([len(t) for t in tokens], packing)
         targets = torch.from_numpy(np.stack(places)[:, 1:].astype(np.int64))
         tensors = {"tokens": join(tokens, packing), "types": join(types, packing), "targets": targets, **lens}
-        return Batch(tensors, packed, len(pieces), sum(map(len, tokens)))
+        return Batch(tensors, packed, len(examples), sum(map(len, tokens)))
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Half the sum of the losses of start and end."""

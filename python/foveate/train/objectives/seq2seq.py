@@ -13,7 +13,7 @@ from foveate.models.t5 import T5Cache
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.data.batch import IGNORED, Batch, join, layout
-from foveate.train.data.examples import Columns, Parts, Piece, Pieces, empty_notes, length_notes, text_of, too_long
+from foveate.train.data.examples import Columns, Example, Examples, Parts, empty_notes, length_notes, text_of, too_long
 from foveate.train.data.token_store import TokenStore
 from foveate.train.objectives.base import Objective
 from foveate.train.objectives.causal_lm import cut, head_loss
@@ -47,7 +47,7 @@ class Seq2Seq(Objective):
             columns[name] = [np.array([*e.ids, self.end_id], np.int32) for e in encodings]
         return columns
 
-    def pieces(self, store: TokenStore) -> Pieces:
+    def examples(self, store: TokenStore) -> Examples:
         if not len(store):
             return cut(np.empty(0, np.int64), self.max_length)
         source, target = store.lengths("source"), store.lengths("target")
@@ -62,15 +62,15 @@ class Seq2Seq(Objective):
         lengths = np.maximum(store.lengths("source"), store.lengths("target"))
         return length_notes(self.config, lengths, self.max_length, _WHAT)
 
-    def pair(self, store: TokenStore, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
-        """Source and target of a piece."""
-        source, target = store.get("source", piece.document), store.get("target", piece.document)
+    def pair(self, store: TokenStore, example: Example) -> tuple[np.ndarray, np.ndarray]:
+        """Source and target of an example."""
+        source, target = store.get("source", example.document), store.get("target", example.document)
         if len(source) > self.max_length:
             source = np.append(source[: self.max_length - 1], np.int32(self.end_id))
         return source, target[: self.max_length]
 
-    def collate(self, store: TokenStore, pieces: Sequence[Piece]) -> Batch:
-        pairs = [self.pair(store, piece) for piece in pieces]
+    def collate(self, store: TokenStore, examples: Sequence[Example]) -> Batch:
+        pairs = [self.pair(store, example) for example in examples]
         sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
         inputs = [np.concatenate([[self.start_id], target[:-1]]) for target in targets]
         packing = self.config.packing
@@ -79,8 +79,8 @@ class Seq2Seq(Objective):
         tensors |= {
             "source": join(sources, packing), "inputs": join(inputs, packing), "labels": join(targets, packing, IGNORED),
         }  # fmt: skip
-        units = sum(map(len, targets))
-        return Batch(tensors, packed, units, units + sum(map(len, sources)))
+        target_count = sum(map(len, targets))
+        return Batch(tensors, packed, target_count, target_count + sum(map(len, sources)))
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         source, target = batch.packed.get("source"), batch.packed.get("target")
@@ -94,9 +94,9 @@ class Seq2Seq(Objective):
 
 
 class SpanCorruption(Seq2Seq):
-    """T5's pre-training (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4). Rows: {"text"}, cut into pieces.
+    """T5's pre-training (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4). Rows: {"text"}, cut into examples.
 
-    mask_share of a piece's tokens lie in spans of mean length span_length, at random places. The source has a sentinel,
+    mask_share of an example's tokens lie in spans of mean length span_length, at random places. The source has a sentinel,
     <extra_id_0>, <extra_id_1>, ..., instead of each span; the target is each sentinel and the span that it stands for.
     """
 
@@ -107,7 +107,7 @@ class SpanCorruption(Seq2Seq):
         ids = [tokenizer.backend.token_to_id(f"<extra_id_{i}>") for i in range(spans)]
         if None in ids:
             raise ValueError(
-                f"the tokenizer lacks <extra_id_{ids.index(None)}>, and pieces of {self.length} tokens need {spans} sentinels; lower "
+                f"the tokenizer lacks <extra_id_{ids.index(None)}>, and examples of {self.length} tokens need {spans} sentinels; lower "
                 "max_length or mask_share, or raise span_length"
             )
         self._sentinels = np.array(ids, np.int32)
@@ -137,12 +137,12 @@ class SpanCorruption(Seq2Seq):
         encodings = self.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
         return {"tokens": [np.array(e.ids, np.int32) for e in encodings]}
 
-    def pieces(self, store: TokenStore) -> Pieces:
+    def examples(self, store: TokenStore) -> Examples:
         found = cut(store.lengths("tokens") if len(store) else np.empty(0, np.int64), self.length)
         enough = found.lengths > 1  # nothing is left to see of a single hidden token
         documents, starts, lengths = (values[enough] for values in found)
         # Rows are packed by the length of the source.
-        return Pieces(documents, starts, np.array([self._source_length(int(n)) for n in lengths], np.int64))
+        return Examples(documents, starts, np.array([self._source_length(int(n)) for n in lengths], np.int64))
 
     def notes(self, store: TokenStore) -> list[str]:
         return empty_notes(store.lengths("tokens") < 2) if len(store) else []
@@ -154,9 +154,9 @@ class SpanCorruption(Seq2Seq):
         hidden, spans = self._spans(length)
         return length - hidden + spans + 1
 
-    def pair(self, store: TokenStore, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
-        tokens = store.get("tokens", piece.document)[piece.start : piece.start + self.length]
-        return self.corrupt(tokens, np.random.default_rng([self.config.seed, *piece.draw]))
+    def pair(self, store: TokenStore, example: Example) -> tuple[np.ndarray, np.ndarray]:
+        tokens = store.get("tokens", example.document)[example.start : example.start + self.length]
+        return self.corrupt(tokens, np.random.default_rng([self.config.seed, *example.rng_key]))
 
     def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         hidden, spans = self._spans(len(tokens))
