@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -270,6 +270,16 @@ class PagedKVCache:
         """int32 [len(seqs)], the tokens of each sequence, those of the last `append` included."""
         return self._tables_of(seqs)[1]
 
+    @overload
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, seqs: Sequence[int],
+        return_lse: Literal[False] = False, **options: Any,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, seqs: Sequence[int],
+        return_lse: Literal[True], **options: Any,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     def attend(
         self,
         layer: int,
@@ -279,8 +289,8 @@ class PagedKVCache:
         *,
         seqs: Sequence[int],
         **options: Any,
-    ) -> Any:
-        """`attention_with_kv_cache` of q [len(seqs), Sq, Hq, D] on one layer.
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`attention_with_kv_cache` of q [len(seqs), Sq, Hq, D] on one layer, with its options.
 
         k, v [len(seqs), Snew, Hkv, D or Dv] become the last Snew tokens, for which `append(seqs, Snew)` has made room before.
         """

@@ -32,8 +32,9 @@ class CacheView:
         """int64 [B, new], the position of each new token in its sequence."""
         return self.lens[:, None].long() + torch.arange(self.new, device=self.lens.device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        """`attention_with_kv_cache` of q [B, new, Hq, D], after k, v [B, new, Hkv, D or Dv] were written."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """`attention_with_kv_cache` of q [B, new, Hq, D], after k, v [B, new, Hkv, D or Dv] were written; options: its own, but for
+        return_lse."""
         return self.cache.attend(layer, q, k, v, seqs=self.seqs, **options)
 
 
@@ -48,10 +49,10 @@ class StaticCacheView(CacheView):
         self.cache, self.new = cache, 1
         self.lens, self.block_table = lens, block_table
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         cache = self.cache
         return attention_with_kv_cache(
             q, cache.k_pages[layer], cache.v_pages[layer], k=k, v=v, kv_lens=self.lens, block_table=self.block_table,
             k_scale=None if cache.k_scale is None else cache.k_scale[layer],
-            v_scale=None if cache.v_scale is None else cache.v_scale[layer], **options,
+            v_scale=None if cache.v_scale is None else cache.v_scale[layer], return_lse=False, **options,
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -39,6 +39,28 @@ register("rms_norm", "triton", triton_backend.serves)
 register("rms_norm", "reference", lambda query: None)
 
 
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    *,
+    normalized_shape: int | Sequence[int] | None = None,
+    offset: float = 0.0,
+    residual: None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    *,
+    normalized_shape: int | Sequence[int] | None = None,
+    offset: float = 0.0,
+    residual: Tensor,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -48,7 +70,7 @@ def rms_norm(
     offset: float = 0.0,
     residual: Tensor | None = None,
     backend: str | None = None,
-) -> Any:  # out, or with residual (out, x + residual)
+) -> Tensor | tuple[Tensor, Tensor]:
     """x / sqrt(mean(x**2) + eps) * (offset + weight) over the last dimension.
 
     x: [..., N], float32, bfloat16, float16 (computed in fp32) or float64; weight: [N] in x's dtype or the compute dtype, or None.

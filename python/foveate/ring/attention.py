@@ -11,7 +11,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,18 @@ _NOT_SPREAD = {
 }
 
 
+@overload
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -55,7 +67,7 @@ def ring_attention(
     return_lse: bool = False,
     backend: str | None = None,
     **refused: Any,
-) -> Any:  # out, or with return_lse (out, lse)
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of the whole sequence, of which each of the n ranks of `group` holds a part: queries, keys and values.
 
     q: [B, Sq, Hq, D]; k: [B, Skv, Hkv, D]; v: [B, Skv, Hkv, Dv], this rank's tokens, the whole having n * Sq and n * Skv. Every rank has

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -34,7 +34,13 @@ from foveate.ops.cross_entropy import options as checks
 from foveate.ops.cross_entropy import reduction as results
 from foveate.ops.cross_entropy.logits import backward_into, forward
 from foveate.ops.cross_entropy.options import NO_EXTRAS, SCHEMA, Options
+from foveate.ops.cross_entropy.reduction import CrossEntropyOutput
 from foveate.ops.onednn_linear import product
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from foveate.ops.cross_entropy.options import LinearOptions
 
 register("linear_cross_entropy", "native", checks.kernels(native.supports()))
 register("linear_cross_entropy", "triton", checks.kernels(triton_backend.serves))
@@ -48,6 +54,16 @@ _MIN_CHUNK_TOKENS = 64
 _TERM_BYTES = 16 << 20  # of a chunk's part of the gradient of the weight, on the CPU
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, return_z_loss: Literal[False] = False, return_token_accuracy: Literal[False] = False,
+    return_predicted_tokens: Literal[False] = False, **options: Unpack[LinearOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, return_z_loss: bool = False, return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False, **options: Unpack[LinearOptions],
+) -> Tensor | CrossEntropyOutput: ...  # fmt: skip
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -67,7 +83,7 @@ def linear_cross_entropy(
     return_predicted_tokens: bool = False,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
-) -> Any:  # the loss, or with one of return_... CrossEntropyOutput
+) -> Tensor | CrossEntropyOutput:
     """cross_entropy(hidden @ weight.T + bias, target, ...) that never stores the [tokens, V] logits.
 
     hidden: [..., K]; weight: [V, K]; bias: [V] or None; one dtype, cast to autocast's under autocast; target: int64 [...].

@@ -3,7 +3,7 @@ backend/triton/cross_entropy.py."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,7 +26,13 @@ from foveate.ops.checks import (
 from foveate.ops.cross_entropy import options as checks
 from foveate.ops.cross_entropy import reduction as results
 from foveate.ops.cross_entropy.options import NO_EXTRAS, SCHEMA, Options
+from foveate.ops.cross_entropy.reduction import CrossEntropyOutput
 from foveate.ops.layout import matrix
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from foveate.ops.cross_entropy.options import LogitsOptions
 
 _C = native._C
 
@@ -35,6 +41,16 @@ register("cross_entropy", "triton", checks.kernels(triton_backend.serves))
 register("cross_entropy", "reference", lambda query: None)
 
 
+@overload
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, return_z_loss: Literal[False] = False, return_token_accuracy: Literal[False] = False,
+    return_predicted_tokens: Literal[False] = False, **options: Unpack[LogitsOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, return_z_loss: bool = False, return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False, **options: Unpack[LogitsOptions],
+) -> Tensor | CrossEntropyOutput: ...  # fmt: skip
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -53,7 +69,7 @@ def cross_entropy(
     return_predicted_tokens: bool = False,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
-) -> Any:  # the loss, or with one of return_... CrossEntropyOutput
+) -> Tensor | CrossEntropyOutput:
     """Per row lse - (1 - eps) * x[target] - eps * mean(x) + z_loss * lse**2, with x = softcap * tanh(logits / softcap), lse =
     logsumexp(x) and eps = label_smoothing. The classes are the last dimension, or `dim` (1 for torch's [N, C, d1, ...]).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,6 +17,32 @@ from foveate.ops.checks import (
     check_same_device,
     chosen_backend,
 )
+
+if TYPE_CHECKING:
+
+    class SharedOptions(TypedDict, total=False):
+        """The options that both losses share, for the overloads of return_..."""
+
+        ignore_index: int
+        reduction: str
+        class_probabilities: bool
+        use_token_scaling: bool
+        dtype: torch.dtype | None
+        backend: str | None
+
+    class LogitsOptions(SharedOptions, total=False):
+        label_smoothing: float | Tensor
+        z_loss: float | Tensor
+        softcap: float | Tensor | None
+        dim: int
+        weight: Tensor | None
+
+    class LinearOptions(SharedOptions, total=False):
+        bias: Tensor | None
+        label_smoothing: float
+        z_loss: float
+        softcap: float | None
+        ce_weight: Tensor | None
 
 
 class Options(NamedTuple):

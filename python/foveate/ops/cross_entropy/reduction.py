@@ -5,7 +5,7 @@ The losses of rows come from the kernels where those can give them (`from_rows`)
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ def reduced(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
     return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
 
 
-def from_definition(logits: Tensor, target: Tensor, reduction: str, options: Options, extras: Extras) -> Any:
+def from_definition(
+    logits: Tensor, target: Tensor, reduction: str, options: Options, extras: Extras
+) -> Tensor | CrossEntropyOutput:
     """Everything from the logits in plain torch."""
     loss, lse, at_target = _definition(logits, target, extras.weight, options)
     probability = (at_target - lse).detach().exp() if extras.token_scaling else None
@@ -56,7 +58,7 @@ def from_rows(
     reduction: str,
     options: Options,
     extras: Extras,
-) -> Any:
+) -> Tensor | CrossEntropyOutput:
     """From the row losses of a kernel, the z term inside; lse and logits where the call has them."""
     used = target != options.ignore_index
     index = torch.where(used, target, 0)
@@ -129,7 +131,7 @@ def _combine(
     reduction: str,
     options: Options,
     extras: Extras,
-) -> Any:
+) -> Tensor | CrossEntropyOutput:
     """The loss, or CrossEntropyOutput, of row losses. weight: of each row, to be applied and divided by; probability of the target:
     scales. z_rows: z_loss * lse**2, in `loss` already if z_is_inside."""
     soft = target.is_floating_point()
