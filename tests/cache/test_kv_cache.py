@@ -11,7 +11,21 @@ import compare
 import foveate
 import poison
 from foveate.backend.reference import attention as reference
-from kv_cases import BF16, F8, F16, F32, I8, KvCase, bits, check_case, exact, forward_floors, in_torch, make_kv_inputs
+from kv_cases import (
+    BF16,
+    F8,
+    F16,
+    F32,
+    I8,
+    KvCase,
+    bits,
+    check_append,
+    check_case,
+    exact,
+    forward_floors,
+    in_torch,
+    make_kv_inputs,
+)
 
 pytestmark = [pytest.mark.kernels, pytest.mark.cuda]
 
@@ -100,17 +114,7 @@ def test_float64_goes_to_the_reference(seed):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: KvCase(**layout).id)
 def test_append_writes_what_the_reference_writes_and_nothing_else(layout, seed):
-    """Bitwise, over the whole cache and its scales: values, positions, rounding."""
-    inputs = make_kv_inputs(KvCase(**layout, b=3, sq=9), seed)
-    inputs.options["k"][0, 1, 0] = 0  # an all-zero row has scale 0
-    native, reference = inputs.clone(), inputs.clone()
-    native.run("native"), reference.run("reference")
-    assert not torch.equal(bits(native.k_cache), bits(inputs.k_cache))
-    assert torch.equal(bits(native.k_cache), bits(reference.k_cache))
-    assert torch.equal(bits(native.v_cache), bits(reference.v_cache))
-    if isinstance(inputs.options["k_scale"], torch.Tensor):
-        assert torch.equal(native.options["k_scale"], reference.options["k_scale"])
-        assert torch.equal(native.options["v_scale"], reference.options["v_scale"])
+    check_append(layout, seed, "native")
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from device_programs import CODES, GOLDEN, SOURCES, bits, emulated, for_gpu
+from device_programs import CODES, GOLDEN, SOURCES, WIDENED, bits, check_widening, emulated, for_gpu
 
 pytestmark = pytest.mark.device
 
@@ -81,17 +81,9 @@ def test_golden_hopper(conformance_hopper: Program, case: str) -> None:
     assert conformance_hopper(case, np.array(words)).tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "name, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16), ("f8e4m3", torch.float8_e4m3fn)]
-)
-def test_widening_every_code(conformance: Program, name: str, dtype: torch.dtype) -> None:
-    codes = CODES[:256] if name == "f8e4m3" else CODES
-    integer = torch.uint8 if name == "f8e4m3" else torch.uint16
-    expected = torch.from_numpy(codes.astype(np.int32)).to(integer).view(dtype).float()
-    out = torch.from_numpy(conformance(f"widen_{name}", codes).view(np.float32).copy())
-    assert torch.equal(out.isnan(), expected.isnan())
-    number = ~expected.isnan()
-    assert np.array_equal(bits(out[number]), bits(expected[number]))
+@pytest.mark.parametrize("name", WIDENED)
+def test_widening_every_code(conformance: Program, name: str) -> None:
+    check_widening(conformance, name)
 
 
 def floats_around(dtype: torch.dtype) -> torch.Tensor:

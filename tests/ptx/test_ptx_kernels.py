@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from ptx_programs import compile_ptx, kernels
 
-from device_programs import CODES, GOLDEN, SOURCES, bits, emulated
+from device_programs import GOLDEN, SOURCES, WIDENED, check_widening, emulated
 
 
 def test_every_entry_of_the_package_decodes(machine: Path) -> None:
@@ -60,16 +59,9 @@ def test_golden_vectors_of_the_device_layer(conformance: Conformance, case: str)
     assert conformance(case, np.array(GOLDEN[case]["in"])).tolist() == GOLDEN[case]["out"]
 
 
-@pytest.mark.parametrize(
-    "name, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16), ("f8e4m3", torch.float8_e4m3fn)]
-)
-def test_widening_every_code(conformance: Conformance, name: str, dtype: torch.dtype) -> None:
-    codes = CODES[:256] if name == "f8e4m3" else CODES
-    integer = torch.uint8 if name == "f8e4m3" else torch.uint16
-    expected = torch.from_numpy(codes.astype(np.int32)).to(integer).view(dtype).float()
-    out = torch.from_numpy(conformance(f"widen_{name}", codes).view(np.float32).copy())
-    assert torch.equal(out.isnan(), expected.isnan())
-    assert np.array_equal(bits(out[~expected.isnan()]), bits(expected[~expected.isnan()]))
+@pytest.mark.parametrize("name", WIDENED)
+def test_widening_every_code(conformance: Conformance, name: str) -> None:
+    check_widening(conformance, name)
 
 
 # What the machine reports of the bugs of tests/native/device, compiled by nvcc; several where the schedule decides which comes first.

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,20 @@ CODES = np.arange(1 << 16, dtype=np.uint32)  # every 16-bit number
 
 def bits(x: torch.Tensor) -> np.ndarray:
     return x.contiguous().view(torch.int32).numpy().view(np.uint32)
+
+
+WIDENED = {"bf16": torch.bfloat16, "f16": torch.float16, "f8e4m3": torch.float8_e4m3fn}
+
+
+def check_widening(conformance: Callable[..., np.ndarray], name: str) -> None:
+    """The device layer widens every code of a narrow format to the float that torch reads in it."""
+    codes = CODES[:256] if name == "f8e4m3" else CODES
+    integer = torch.uint8 if name == "f8e4m3" else torch.uint16
+    expected = torch.from_numpy(codes.astype(np.int32)).to(integer).view(WIDENED[name]).float()
+    out = torch.from_numpy(conformance(f"widen_{name}", codes).view(np.float32).copy())
+    assert torch.equal(out.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert np.array_equal(bits(out[number]), bits(expected[number]))
 
 
 def _run(*command: str | Path, **options) -> None:

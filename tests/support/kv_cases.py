@@ -218,6 +218,20 @@ def _gather(cache: Tensor, scale: Any, b: int, length: int, table: Tensor | None
     return of(cache.float()) * (of(scale) if scale.dim() > 1 else scale)[..., None]
 
 
+def check_append(layout: dict[str, Any], seed: int, backend: str) -> None:
+    """The cache and its scales after a call are bitwise the reference backend's: values, positions, rounding, and nothing else written."""
+    inputs = make_kv_inputs(KvCase(**layout, b=3, sq=9), seed)
+    inputs.options["k"][0, 1, 0] = 0  # an all-zero row has scale 0
+    ours, reference = inputs.clone(), inputs.clone()
+    ours.run(backend), reference.run("reference")
+    assert not torch.equal(bits(ours.k_cache), bits(inputs.k_cache))
+    assert torch.equal(bits(ours.k_cache), bits(reference.k_cache))
+    assert torch.equal(bits(ours.v_cache), bits(reference.v_cache))
+    if isinstance(inputs.options["k_scale"], Tensor):
+        assert torch.equal(ours.options["k_scale"], reference.options["k_scale"])
+        assert torch.equal(ours.options["v_scale"], reference.options["v_scale"])
+
+
 def check_case(case: KvCase, seed: int, backend: str) -> None:
     """As good as torch in the same dtype, beside fp64; nothing outside the outputs is written."""
     inputs = make_kv_inputs(case, seed)

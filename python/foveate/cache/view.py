@@ -51,8 +51,9 @@ class StaticCacheView(CacheView):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         cache = self.cache
-        return attention_with_kv_cache(
+        out: Any = attention_with_kv_cache(
             q, cache.k_pages[layer], cache.v_pages[layer], k=k, v=v, kv_lens=self.lens, block_table=self.block_table,
             k_scale=None if cache.k_scale is None else cache.k_scale[layer],
             v_scale=None if cache.v_scale is None else cache.v_scale[layer], return_lse=False, **options,
         )  # fmt: skip
+        return out
