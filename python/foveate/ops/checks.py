@@ -153,6 +153,15 @@ def chosen_backend(op: str, x: Tensor, backend: str, features: tuple[Hashable, .
     return _choice(op, "cpu" if x.is_cpu else x.device.type, x.dtype, features, backend or None)
 
 
+def composition_backend(op: str, device: str, dtype: torch.dtype, backend: str) -> str:
+    """`chosen_backend` for a function that composes ops outside of them: a constant for torch.compile, which need not trace the table."""
+    return _choice(op, device, dtype, (), backend or None)
+
+
+# All that torch.compiler.assume_constant_result does, but that imports torch._dynamo: a second of `import foveate`.
+composition_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.lru_cache(maxsize=4096)
 def _choice(op: str, device: str, dtype: torch.dtype, features: tuple[Hashable, ...], backend: str | None) -> str:
     """`choose`, without a Query to build and hash in every call."""

@@ -22,7 +22,7 @@ from foveate.ops.attention import arguments as checks
 from foveate.ops.attention.definition import check_lengths
 from foveate.ops.attention.operands import Operands
 from foveate.ops.attention.relative_bias import RelativeBias
-from foveate.ops.checks import check_integer, check_strided, chosen_backend
+from foveate.ops.checks import check_integer, check_strided, composition_backend
 from foveate.ops.softmax import softmax
 
 register("attention_weights", "native", native.supports())
@@ -86,7 +86,7 @@ def attention_weights(
     )  # fmt: skip
     if kv_lens is not None and _has_values(kv_lens):
         check_lengths(c)
-    backend = chosen_backend("attention_weights", q.device.type, q.dtype, backend)
+    backend = composition_backend("attention_weights", q.device.type, q.dtype, c.backend)
     with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         return _weights(c, chosen_rows, chosen_heads, backend)
 
