@@ -61,7 +61,7 @@ struct AttentionGradOperands {
   }
 };
 
-// Of the blocked kernels; decode takes more. 576: the widest that models use (MLA).
+// Head dims that the blocked kernels take; decode takes more. 576: the widest that models use (MLA).
 constexpr int64_t kMaxHeadDim = 576, kMaxCudaHeadDim = 256;
 
 // A [batch, seq, head, dim] operand with contiguous dim; strides in elements. In varlen, batch is 0 and cu_seqlens move along seq.

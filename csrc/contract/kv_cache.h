@@ -61,7 +61,7 @@ struct CacheWorkspace {
   }
 };
 
-// Of int8 and fp8 storage: a value is stored * scale.
+// Scales of int8 and fp8 storage: a value is stored * scale.
 struct CacheScale {
   float* data = nullptr;                   // null: 1
   int64_t batch = 0, seq = 0, head = 0;    // strides: batch or page, token, KV head

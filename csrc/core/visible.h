@@ -27,7 +27,7 @@ template <class Int>
   return {static_cast<Int>(left), static_cast<Int>(right)};
 }
 
-// Of one batch entry or varlen sequence. Query i stands at key position i + shift.
+// Lengths of one batch entry or varlen sequence. Query i stands at key position i + shift.
 template <class Int>
 struct Lengths {
   Int q, k, shift;

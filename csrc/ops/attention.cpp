@@ -261,7 +261,7 @@ AttentionGrads read_output_grads(const AttentionParams& p, const TensorView& dou
   return g;
 }
 
-// Of q, k or v.
+// The gradient of q, k or v.
 Rows read_grad(const TensorView& grad, const char* what, const TensorView& of, DType dtype) {
   check_like(grad, what, of, of.shape[of.ndim - 1], dtype);
   return rows_of(grad, grad.ndim == 3);

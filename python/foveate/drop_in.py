@@ -53,7 +53,7 @@ def _is_nested(query: Any) -> bool:
 
 
 class _State:
-    """Of the process: torch's function is replaced while `enabled` or inside `blocks` with-blocks."""
+    """The state of this process: torch's function is replaced while `enabled` or inside `blocks` with-blocks."""
 
     lock = threading.Lock()
     enabled = False

@@ -72,7 +72,7 @@ void backward_rows(const CrossEntropyParams& p, int64_t begin, int64_t end, bool
     }
     const A dloss = static_cast<const A*>(p.dloss)[row * p.dloss_stride];
     const A max = static_cast<const A*>(p.stats)[2 * row], log_sum = static_cast<const A*>(p.stats)[2 * row + 1];
-    // Of x[j]: probability * dlse - dloss * smoothing / cols, and - dloss * (1 - smoothing) at the target.
+    // The gradient of x[j]: probability * dlse - dloss * smoothing / cols, and - dloss * (1 - smoothing) at the target.
     const A dlse = dloss * (1 + 2 * static_cast<A>(p.options.z_loss) * (max + log_sum));
     const A uniform = dloss * smoothing / static_cast<A>(p.cols);
     const auto gradient = [&](const Capped<A>& c, A at_target) {

@@ -31,7 +31,7 @@ __device__ __forceinline__ void add_scores(const BackwardParams& a, const Philox
   if (tile_kind(a.score.window, s, i, Tiles::kStationary, j, Tiles::kStreamed) == TileKind::kEmpty) return;
   const int columns = static_cast<int>(a.attention.head_dim), columns_v = static_cast<int>(a.attention.head_dim_v), hkv = h / a.group;
   const uint32_t q = dev::smem_base(), dout = q + Stationary::kBytes, k = dout + Stationary::kBytes, v = k + Streamed::kBytes;
-  dev::sync_threads();  // nobody reads the last tiles any more
+  dev::sync_threads();  // all warps are done with the last tiles
   load_rows<Stationary, kThreads>(q, a.attention.q, b, h, s.first_q, i, s.q, columns, a.vectors);
   load_rows<Stationary, kThreads>(dout, a.grads.dout, b, h, s.first_q, i, s.q, columns_v, a.vectors);
   load_rows<Streamed, kThreads>(k, a.attention.k, b, hkv, s.first_k, j, s.k, columns, a.vectors);

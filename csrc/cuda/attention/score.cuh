@@ -195,7 +195,7 @@ __device__ inline Philox philox(const AttentionParams& p) {
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), offset};
 }
 
-// Of the keys 4 * quad .. + 3 of query i: bit u is set if key u is kept. bh = b * Hq + h.
+// Dropout's bits for the keys 4 * quad .. + 3 of query i: bit u is set if key u is kept. bh = b * Hq + h.
 __device__ __forceinline__ uint32_t dropout_mask_of_quad(const Philox& philox, uint32_t dropout_threshold, int quad, int i, int bh) {
   uint32_t c0 = quad, c1 = i, c2 = bh, c3 = philox.offset, key0 = philox.key0, key1 = philox.key1;
 #pragma unroll

@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kLargestBlock, 1) cross_entropy_forward_kernel
   }
 }
 
-// Of x[j]: probability * dlse - dloss * smoothing / cols, and - dloss * (1 - smoothing) at the target; then times the softcap's slope.
+// The gradient of x[j]: probability * dlse - dloss * smoothing / cols, and - dloss * (1 - smoothing) at the target; then times the slope of
+// the softcap.
 template <class T>
 __global__ void __launch_bounds__(kLargestBlock, 1) cross_entropy_backward_kernel(const __grid_constant__ Work work) {
   const CrossEntropyParams& p = work.params;

@@ -123,7 +123,7 @@ struct Team {
         index(static_cast<int>(threadIdx.x) / lanes),
         count(static_cast<int>(blockDim.x) / lanes) {}
 
-  // Of the x of its threads, in an order that depends on `lanes` alone.
+  // The sum of x over its threads, in an order that depends on `lanes` alone.
   template <class Op>
   __device__ __forceinline__ float reduce(float x, const Op& op) const {
     for (int mask = (lanes < 32 ? lanes : 32) / 2; mask > 0; mask /= 2) x = op(x, dev::shfl_xor(x, mask));

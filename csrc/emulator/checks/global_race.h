@@ -37,7 +37,7 @@ struct BlockOrder {
   }
 };
 
-// Of one launch; its blocks share it.
+// The state of one launch; its blocks share it.
 class GlobalRace {
  public:
   void begin(bool enabled, bool several_threads);

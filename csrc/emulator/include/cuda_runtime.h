@@ -62,7 +62,7 @@ using float4 = FoveateVector4<float>;
 constexpr float2 make_float2(float x, float y) { return {x, y}; }
 constexpr float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// Of the thread that runs; set at each switch between threads and at each block.
+// Indices of the thread that runs; set at each switch between threads and at each block.
 // initial-exec: read often, and few enough bytes for the static part of thread-local storage.
 extern constinit thread_local uint3 threadIdx [[gnu::tls_model("initial-exec")]];
 extern constinit thread_local uint3 blockIdx [[gnu::tls_model("initial-exec")]];

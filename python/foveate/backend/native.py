@@ -35,7 +35,7 @@ def supports(*, cuda: bool = True) -> Supports:
         if missing_reason is not None:
             return missing_reason
         if query.device == "cuda" and torch.version.hip is not None:
-            return "the compiled CUDA kernels run on NVIDIA's GPUs, this torch is one for ROCm"
+            return "the compiled CUDA kernels run on NVIDIA's GPUs, this PyTorch is a ROCm build"
         if not runs_cuda_kernels(query.device):
             return (
                 None

@@ -67,7 +67,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """Of the repository that is the working directory, with "+" if files were changed; "" outside of foveate's repository."""
+    """The commit of the working directory, with "+" if files were changed; "" outside of foveate's repository."""
     if not Path("csrc/bindings/module.cpp").exists():
         return ""
     git = ["git", "status", "--porcelain", "--untracked-files=no"], ["git", "rev-parse", "--short=12", "HEAD"]

@@ -1,7 +1,7 @@
 """The limits that a kernel can reach on this machine, measured in the same run as the kernels. CPU only.
 
 multiply_add  independent chains on registers, fp32, and bf16 by the dot instruction or AMX where the CPU target has one
-read, copy    a buffer eight times as large as the last cache: sum of it; copy with stores past the caches, read + written bytes
+read, copy    a buffer eight times as large as the last-level cache: sum of it; copy with stores past the caches, read + written bytes
 """
 
 from __future__ import annotations

@@ -49,12 +49,12 @@ def largest(x: Tensor) -> float:
 
 
 def sum_floor(length: int, magnitude: float, dtype: torch.dtype) -> float:
-    """Of sums of `length` products whose absolute values add up to `magnitude`, from inputs of `dtype`."""
+    """The error bound of sums of `length` products whose absolute values add up to `magnitude`, from inputs of `dtype`."""
     return accumulation_eps(dtype) * length * magnitude
 
 
 def linear_floor(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:
-    """Of x @ weight.T + bias for x [..., K], weight [V, K]."""
+    """The error bound of x @ weight.T + bias for x [..., K], weight [V, K]."""
     magnitude = torch.nn.functional.linear(
         x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs()
     )
@@ -62,7 +62,7 @@ def linear_floor(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> float
 
 
 def model_floor(exact: Tensor, width: int, layers: int, dtype: torch.dtype) -> float:
-    """Of a whole network, whose norms keep what it adds up at the size of its result: sums of `width` elements in each layer."""
+    """The error bound of a whole network, whose norms keep what it adds up at its result's size: sums of `width` elements in each layer."""
     return sum_floor(width * layers, largest(exact), dtype)
 
 
@@ -74,7 +74,7 @@ def function_floors(
     *,
     products: bool = True,
 ) -> list[float]:
-    """Of each result of an op: how far the exact one moves when every input moves by length * eps of itself.
+    """For each result of an op, how far the exact one moves when every input moves by length * eps of itself.
 
     A sum's computed value is the exact one of such inputs (backward error), so this is the bound to first order, with the signs of the
     roundings drawn by chance. function: fp64 inputs -> results. length: of the longest sum. products: whether the inputs are
@@ -107,7 +107,7 @@ def attention_forward_floors(
 
 
 class AttentionBound(NamedTuple):
-    """Of attention's results. The gradients of q, k and v in their own layout; those of a score, [B, Hq, Sq, Skv], and of a sink,
+    """Bounds of attention's results. The gradients of q, k and v in their own layout; those of a score, [B, Hq, Sq, Skv], and of a sink,
     [B, Hq, Sq], before the sum over what shares them: the bound of each, and its absolute value."""
 
     out: float

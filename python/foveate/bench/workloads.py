@@ -159,7 +159,7 @@ def _backward(case: cases.AttentionCase, generator: torch.Generator) -> Workload
 def _gradient_floors(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Of dq, dk and dv of [B, H, S, D]: the largest of all heads, one at a time for the sake of memory, in fp32 as a bound may be."""
+    """Error bounds of dq, dk and dv of [B, H, S, D]: the largest of all heads, one at a time to save memory, in fp32 as a bound may be."""
     floors = {"dq": 0.0, "dk": 0.0, "dv": 0.0}
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
         one = [x.detach()[b, h].float()[None, :, None] for x in (q, k, v, dout)]

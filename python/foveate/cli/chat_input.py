@@ -13,7 +13,7 @@ _PAUSE = 0.03  # seconds without input after which a paste is over
 
 
 def messages() -> Iterator[str]:
-    """Of a pipe each line; in a terminal what was entered, a paste as one message. Ctrl-C at the prompt only empties the line."""
+    """Each line of a pipe; in a terminal what was entered, a paste as one message. Ctrl-C at the prompt only empties the line."""
     if not sys.stdin.isatty():
         yield from input_lines()
         return

@@ -30,7 +30,7 @@ def text(value: str) -> str:
 
 
 def read_text(file: Path | None = None) -> str:
-    """Of a file, or of the standard input: UTF-8, with or without the mark that some editors write first. Line ends are newlines."""
+    """Text of a file, or of the standard input: UTF-8, with or without the mark that some editors write first. Line ends are newlines."""
     name = "the standard input" if file is None else str(file)
     try:
         if file is not None:
@@ -99,7 +99,7 @@ def add_text_options(parser: argparse.ArgumentParser, what: str = "a text") -> N
 
 
 def lines_or_texts(args: argparse.Namespace) -> list[str]:
-    """Of --text, of the lines of --file, or of those of the standard input, at least one of which is not empty."""
+    """The texts of --text, the lines of --file, or those of the standard input, at least one of which is not empty."""
     if args.text is not None:
         return args.text
     if args.file is None and sys.stdin.isatty():

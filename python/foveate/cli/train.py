@@ -112,7 +112,7 @@ def _json(text: str) -> dict[str, Any]:
 
 
 def config_from(args: argparse.Namespace) -> TrainConfig:
-    """Of the given options; UsageError for those that do not go together."""
+    """The TrainConfig of the given options; UsageError for those that do not go together."""
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     try:
         return TrainConfig(**{name: value for name, value in vars(args).items() if name in names})

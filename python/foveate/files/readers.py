@@ -50,7 +50,7 @@ def kind_of(file: Path) -> str | None:
 
 
 def rows_of(file: Path) -> Iterator[Row]:
-    """Of a file of a known kind, or of a folder of the datasets library."""
+    """The rows of a file of a known kind, or of a folder of the datasets library."""
     labels = class_labels(file)
     for row in _dataset(file) if file.is_dir() else _READERS[kind_of(file) or ""](file):
         if labels:
@@ -127,7 +127,7 @@ def _byte_lines(file: Path) -> Iterator[bytes]:
 
 
 def _value(text: bytes, place: str) -> Any:
-    """Of JSON. A half of a surrogate pair, as cut texts have it, is refused: no token stands for it."""
+    """The value that JSON text stands for. A half of a surrogate pair, as cut texts have it, is refused: no token stands for it."""
     try:
         value = json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

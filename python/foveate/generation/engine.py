@@ -333,8 +333,7 @@ class Engine:
         self.stats.drafted_tokens += len(entry.draft)
         self.stats.accepted_tokens += accepted
         sample.cached = len(sample.tokens) - 1
-        assert sample.seq is not None
-        self.cache.truncate(sample.seq, sample.cached)
+        self.cache.truncate(sample.sequence, sample.cached)
         self.scheduler.register(sample)
 
     def _score_prompt(self, sample: Sample, hidden: Tensor) -> None:
@@ -344,8 +343,8 @@ class Engine:
         logits = self.model.logits(hidden[: len(following)])
         found = top_logprobs(logits, following, [request.params.prompt_logprobs] * len(following))
         for i, entries in enumerate(found):
-            assert entries is not None
-            request.prompt_logprobs[first + i] = request.describe(entries)
+            if entries is not None:
+                request.prompt_logprobs[first + i] = request.describe(entries)
 
     def _count(self, prefilled: int, chosen: int, seconds: float) -> None:
         stats = self.stats

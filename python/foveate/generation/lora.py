@@ -148,19 +148,12 @@ class Adapters:
         if plain is self.model or len(with_one) == len(chosen):
             return self._adapted(tokens, view, chosen)
         without = [i for i, adapter in enumerate(chosen) if adapter is None]
-        found: Tensor | None = None
-        for rows in (without, with_one):
-            part = CacheView(view.cache, [view.seqs[i] for i in rows], view.new)
-            some = (
-                plain.hidden(tokens[rows], part)
-                if rows is without
-                else self._adapted(tokens[rows], part, [chosen[i] for i in rows])
-            )
-            if found is None:
-                found = some.new_empty(len(chosen), *some.shape[1:])
-            found[rows] = some.to(found.dtype)
-        assert found is not None
-        return found
+        parts = [CacheView(view.cache, [view.seqs[i] for i in rows], view.new) for rows in (without, with_one)]
+        hidden = plain.hidden(tokens[without], parts[0])
+        adapted = self._adapted(tokens[with_one], parts[1], [chosen[i] for i in with_one])
+        rows_hidden = hidden.new_empty(len(chosen), *hidden.shape[1:])
+        rows_hidden[without], rows_hidden[with_one] = hidden, adapted.to(hidden.dtype)
+        return rows_hidden
 
     def _adapted(self, tokens: Tensor, view: CacheView, chosen: Sequence[Adapter | None]) -> Tensor:
         rows: dict[Adapter, list[int]] = {}

@@ -185,7 +185,7 @@ def _strings(values: Any) -> bool:
     return _is_list(values) and all(isinstance(text, str) and text for text in values)
 
 
-# Of each number: its type, the lowest and the highest value.
+# For each number, its type, the lowest and the highest value.
 _NUMBERS: dict[str, tuple[type, float, float]] = {
     "n": (numbers.Integral, 1, _INFINITY), "best_of": (numbers.Integral, 1, _INFINITY), "seed": (numbers.Integral, 0, 2**64 - 1),
     "presence_penalty": (numbers.Real, -2, 2), "frequency_penalty": (numbers.Real, -2, 2),

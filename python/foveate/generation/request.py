@@ -103,6 +103,15 @@ class Sample:
         return *self.request.priority, self.request.arrival, self.index
 
     @property
+    def sequence(self) -> int:
+        """Its sequence in the cache, which a sample that waits has not."""
+        if self.seq is None:
+            raise RuntimeError(
+                f"sample {self.index} of request {self.request.id} waits, so it has no sequence in the cache"
+            )
+        return self.seq
+
+    @property
     def started(self) -> bool:
         """Whether it has output."""
         return len(self.tokens) > self.prompt_length
@@ -139,20 +148,19 @@ class Sample:
         if self.matcher is not None and self.matcher.error is not None:
             self.finish_reason, self.stop_reason = "abort", self.matcher.error
         if self.detokenizer is not None:
-            self._read(token, may_stop)
+            self._read(self.detokenizer, token, may_stop)
 
-    def _read(self, token: int, may_stop: bool) -> None:
+    def _read(self, detokenizer: Detokenizer, token: int, may_stop: bool) -> None:
         """The text of the token, and the stop strings in it."""
-        assert self.detokenizer is not None
         ended_by_id = self.finish_reason == "stop" and self.matcher is None
         piece = ""
         if not ended_by_id or (self.request.params.include_stop_str_in_output and self.stop_reason is not None):
-            piece = self.detokenizer.push(token)
+            piece = detokenizer.push(token)
         if self.finish_reason is not None:
-            piece += self.detokenizer.flush()
+            piece += detokenizer.flush()
         found = self.stops.push(piece, may_stop)
         if not found and not ended_by_id and self.request.params.stop_strings:
-            found = self.stops.push(self.detokenizer.hidden(token), may_stop, hidden=True)
+            found = self.stops.push(detokenizer.hidden(token), may_stop, hidden=True)
         if found:
             self.finish_reason, self.stop_reason = "stop", self.stops.found
 

@@ -153,8 +153,7 @@ class Scheduler:
             if len(self.running) >= self.max_batch or sample not in self.waiting or sample.started:
                 continue
             self.waiting.remove(sample)
-            assert leader.seq is not None
-            sample.seq, sample.cached = self.cache.fork(leader.seq), leader.cached
+            sample.seq, sample.cached = self.cache.fork(leader.sequence), leader.cached
             sample.registered, sample.node = leader.registered, leader.node
             bisect.insort(self.running, sample, key=lambda s: s.priority)
             started.append(sample)
@@ -165,8 +164,7 @@ class Scheduler:
         size = self.cache.page_size
         if self.prefix is None or sample.cached // size == sample.registered:
             return
-        assert sample.seq is not None
-        pages = self.cache.pages(sample.seq)
+        pages = self.cache.pages(sample.sequence)
         for i in range(sample.registered, sample.cached // size):
             sample.node = self.prefix.insert(
                 sample.node, sample.tokens[i * size : (i + 1) * size], pages[i], _root(sample)

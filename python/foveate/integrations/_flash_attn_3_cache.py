@@ -63,10 +63,9 @@ def attend(
     lens = cache_seqlens - start
     first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
 
-    longest_q = q.shape[1] if cu_seqlens_q is None else None
+    longest_q = q.shape[1]
     if cu_seqlens_q is not None:
         longest_q = int(_packed.lengths_of(cu_seqlens_q).max()) if max_seqlen_q is None else int(max_seqlen_q)
-    assert longest_q is not None
     if rotary_cos is not None:
         if k is None or rotary_sin is None:
             raise ValueError(

@@ -72,7 +72,7 @@ def quantize(weight: Tensor, format: str) -> Tensor:
         rounded = rounded + (2 * (scaled.abs() - rounded)).floor()
         quants = (scaled.sign() * rounded).to(torch.int8).view(torch.uint8)
     else:
-        # Of several elements of the largest magnitude the first counts: it gives d its sign.
+        # The first of several elements of the largest magnitude counts: it gives d its sign.
         columns = torch.arange(BLOCK, device=blocks.device)
         first = torch.where(magnitude == magnitude.amax(1, keepdim=True), columns, BLOCK).amin(1, keepdim=True)
         d = blocks.gather(1, first) / -8

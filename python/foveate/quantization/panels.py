@@ -25,7 +25,7 @@ FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def block_bytes(format: str) -> int:
-    """Of the 32 blocks of a panel that share their elements of `in`."""
+    """Bytes of the 32 blocks of a panel that share their elements of `in`."""
     return PANEL * FORMATS[format].block_bytes
 
 

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _limit(nbytes: int) -> None:
-    """Of the address space, beyond what the process has now."""
+    """Limits the address space to nbytes beyond what the process has now."""
     with open("/proc/self/statm") as stream:
         have = int(stream.read().split()[0]) * resource.getpagesize()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -202,7 +202,7 @@ class TrainConfig:
 
     @property
     def best_is_least(self) -> bool:
-        """Of `best_by`."""
+        """Whether the lowest value of `best_by` is the best."""
         return self.best_by in ("loss", "perplexity")
 
     @property
@@ -213,7 +213,8 @@ class TrainConfig:
     @property
     def pass_rows(self) -> int:
         """batch_size, which `fit` has chosen where it was None."""
-        assert self.batch_size is not None
+        if self.batch_size is None:
+            raise ValueError("batch_size is None, which leaves the choice to foveate.train.fit; name a number")
         return self.batch_size
 
 
@@ -221,7 +222,7 @@ def _check_model(c: TrainConfig) -> None:
     if not c.output_dir:
         raise ValueError("there is no output_dir; name a folder for the checkpoints")
     if not c.train_data:
-        raise ValueError("there is no train_data; name files or folders to learn from")
+        raise ValueError("train_data is empty; pass files or folders to train on")
     if (c.model is None) == (c.new_model is None):
         raise ValueError("give either model, to fine-tune it, or new_model, to train from scratch")
     if c.new_model is not None and c.tokenizer is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Of matplotlib, without a display."""
+    """A figure of matplotlib, without a display."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

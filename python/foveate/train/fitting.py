@@ -140,7 +140,8 @@ def _run(
     finally:
         report.close()
     last = checkpoints.named("last")
-    assert last is not None
+    if last is None:
+        raise RuntimeError(f"the run has left no checkpoint in {folder}, though each ends with one")
     if config.merge and strategy.is_main:
         merge_adapter(
             checkpoints.named("best") or last,
@@ -172,8 +173,7 @@ def _open(config: TrainConfig) -> _Opened:
     """The model, and the tokenised data of training and evaluation. All that is cheap to check comes first."""
     adapter, config = _adapter(config)
     checkpoint = None if config.model is None else open_checkpoint(config.model)
-    hf_config = config.new_model if checkpoint is None else checkpoint.config
-    assert hf_config is not None
+    hf_config = (config.new_model or {}) if checkpoint is None else checkpoint.config
     check_architecture(config.objective, hf_config)
     tokenizer = _tokenizer(config) if checkpoint is None else checkpoint.tokenizer()
     if tokenizer is None:
@@ -257,7 +257,8 @@ def lora_config(config: TrainConfig) -> LoraConfig:
 
 
 def _tokenizer(config: TrainConfig) -> Tokenizer | None:
-    assert config.tokenizer is not None
+    if config.tokenizer is None:
+        return None
     if config.tokenizer != "char":
         return open_checkpoint(config.tokenizer).tokenizer()
     return char_tokenizer(text for row in read_rows(config.train_data) for text in strings(row))

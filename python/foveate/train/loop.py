@@ -38,7 +38,7 @@ _MAY_CHANGE = (_EVALUATION, _WARMUP)
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient is no number; the weights are those before the step, the batch lies in the output folder."""
+    """The loss or the gradient is not finite; the weights are those before the step, the batch lies in the output folder."""
 
 
 class LossModule(nn.Module):
@@ -139,7 +139,7 @@ class Loop:
                 done = step + 1
                 better = False
                 if self.evaluation is not None and (done % self.eval_every == 0 or done == self.steps):
-                    better = self._evaluate(done)
+                    better = self._evaluate(self.evaluation, done)
                 stop = self._is_stale()
                 if better or stop or asked or done % self.save_every == 0 or done == self.steps:
                     self._save(better)
@@ -236,13 +236,12 @@ class Loop:
         )  # fmt: skip
         return asked > 0
 
-    def _evaluate(self, step: int) -> bool:
+    def _evaluate(self, evaluation: Dataset, step: int) -> bool:
         """Whether the loss is the best so far."""
-        assert self.evaluation is not None
-        metrics = self.evaluate(self.evaluation)
+        metrics = self.evaluate(evaluation)
         self.report.evaluation(step, metrics)
         value, progress = metrics[self.config.best_by], self.progress
-        better = math.isfinite(value)  # one that is no number is never the best, and does not make another so
+        better = math.isfinite(value)  # NaN or inf is never the best, and does not make another so
         if not better:
             self.report.note(f"step {step}: the evaluation's {self.config.best_by} is {value}")
         elif progress.best is not None:

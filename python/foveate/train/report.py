@@ -85,7 +85,7 @@ class Report:
             self._line()
 
     def _line(self) -> None:
-        """Of the steps since the last line, if there are any."""
+        """Writes the means of the steps since the last line, if there are any."""
         sums, self._sums = self._sums, {}
         if not sums:
             return

@@ -234,9 +234,8 @@ def _study(
 
 
 def _points(r: Range, count: int = 5) -> list[Any]:
-    if r.choices:
+    if r.low is None or r.high is None:
         return list(r.choices)
-    assert r.low is not None and r.high is not None
     shares = [i / (count - 1) for i in range(count)]
     if r.log:
         points = [r.low * (r.high / r.low) ** share for share in shares]
@@ -307,7 +306,7 @@ def _work(
 
 
 class _Failed(Exception):
-    """Of one trial; the others go on."""
+    """The failure of one trial; the others go on."""
 
 
 def _work_beside(*arguments: Any) -> None:
@@ -317,7 +316,7 @@ def _work_beside(*arguments: Any) -> None:
 
 
 def _forget_weights(folder: Path) -> None:
-    """Of a trial its metrics and its curve are kept; the best values are trained again where the model is wanted."""
+    """Keeps the metrics and the curve of a trial alone; the best values are trained again where the model is wanted."""
     record = Record.read(folder) if folder.exists() else None
     if record is None:
         return

@@ -20,7 +20,7 @@ void add_integers(Table& table, const std::string& type) {
   table.lanes({"setp.ne." + type}, [](T a, T b) { return a != b; });
 }
 
-// Of a NaN every comparison is false, but those with u are true; ne, unlike C++'s, is false too.
+// Every comparison of a NaN is false, but those with u are true; ne, unlike C++'s, is false too.
 template <class T>
 void add_floats(Table& table, const std::string& type) {
   add_ordered<T>(table, type);

@@ -40,7 +40,7 @@ void add_float(Table& table) {
 
   table.lanes({"min.f32"}, [](float a, float b) { return least(a, b); });
   table.lanes({"max.f32"}, [](float a, float b) { return largest(a, b); });
-  // Of the sign bit alone, whatever the number.
+  // Changes the sign bit alone, whatever the number.
   table.lanes({"abs.f32"}, [](uint32_t a) { return a & 0x7fffffffu; });
   table.lanes({"neg.f32"}, [](uint32_t a) { return a ^ 0x80000000u; });
   table.lanes({"abs.f64"}, [](uint64_t a) { return a & ~(uint64_t{1} << 63); });

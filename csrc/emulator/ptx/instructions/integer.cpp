@@ -27,7 +27,7 @@ void add_division(Table& table, const char* name, Op) {
   table.add(name, {run, {slot}, {slot, slot}});
 }
 
-// Of lanes that do not take part the operands may be anything. The smallest number divided by -1 wraps around.
+// Operands of lanes that do not take part may be anything. The smallest number divided by -1 wraps around.
 template <class T>
 T quotient(T a, T b) {
   if (b == 0) return 0;

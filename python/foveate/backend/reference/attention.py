@@ -180,7 +180,8 @@ def attention(
     if sinks is not None:
         p = safe_softmax(with_sinks(s, sinks))[0][..., :Skv]
     if dropout_p > 0:
-        assert philox is not None, "dropout needs philox (seed, offset)"
+        if philox is None:
+            raise ValueError(f"dropout_p={dropout_p} needs philox, the seed and the offset that its mask is drawn from")
         keep = philox_keep(philox.to(q.device), dropout_p, B, Hq, Sq, Skv, first_batch)
         p = torch.where(keep, p, 0.0) / (1 - dropout_p)
     return torch.einsum("bhij,bjhd->bihd", p, vc).to(q.dtype), lse

@@ -112,7 +112,7 @@ def tile_gradients(
     opts,
     MASKED: tl.constexpr,
 ):
-    """Of one tile: the weights after dropout, the gradient of the scores before score_mod, and that of scale * q.k (the same without
+    """For one tile: the weights after dropout, the gradient of the scores before score_mod, and that of scale * q.k (the same without
     softcap).
 
     qk = q.k and dp = dout.v; lse2, delta, keys_lse2, dlse and i broadcast with j; keep is dropout's mask or None.

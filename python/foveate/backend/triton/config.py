@@ -171,7 +171,7 @@ def packs(Sq: int, q_per_kv: int, block_m: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def backward(D: int, Dv: int, dtype: torch.dtype, rows: int, arch: int) -> tuple[Config, Config]:
-    """Of the kernel for dq, where the queries stay and the keys pass, and of the one for dk and dv, where it is the other way round."""
+    """Configs of the kernel for dq, where queries stay and keys stream, and of that for dk and dv, where it is the other way round."""
     width = max(sum(parts(D)), sum(parts(Dv)))
     single = dtype == torch.float32
     dq = _rule(_DQ_FP32 if single else _DQ[family(arch)], width)

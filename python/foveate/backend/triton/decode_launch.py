@@ -57,7 +57,7 @@ def decode_plan(
 
 @functools.lru_cache(maxsize=16)
 def num_sms(device: torch.device) -> int:
-    """Of a GPU; for the interpreter a number that makes small cases split."""
+    """Number of SMs of a GPU; for the interpreter, a value small enough to force splitting."""
     if device.type == "cpu":
         return 16
     properties = getattr(torch, device.type).get_device_properties(device)

@@ -97,7 +97,7 @@ def _span(cu, total, longest):
 
 @triton.jit
 def sequence(opts, b, Sq, Skv):
-    """Of sequence b: its first row in q and in k, the number of queries, of keys, and of rows of k that belong to it.
+    """Where sequence b lies: its first row in q and in k, the number of queries, of keys, and of rows of k that belong to it.
 
     Lengths on a GPU are not checked by the host. What lies outside the tensors is cut off here, so no value makes a kernel leave them.
     """

@@ -289,7 +289,10 @@ def flash_attn_with_kvcache(
     _check_capacity(cache_seqlens, 0 if k is None else k.shape[1], block_table, page_size)
     one_position = not causal and window == (-1, -1) and q.shape[1] > 1
     if rotary_cos is not None and (one_position or cache_leftpad is not None):
-        assert k is not None and rotary_sin is not None
+        if k is None or rotary_sin is None:
+            raise ValueError(
+                "rotary_cos needs rotary_sin, and k and v to append; without them rotate q before the call"
+            )
         q, k = _rotated(q, k, rotary_cos, rotary_sin, cache_seqlens, rotary_interleaved, one_position)
         rotary_cos = rotary_sin = None
     if cache_leftpad is not None:

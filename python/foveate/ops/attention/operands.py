@@ -95,8 +95,8 @@ def tensors_of(values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 class Gradients(NamedTuple):
-    """Of each operand that has a gradient; the order of the backward op's results, of its argument `wanted`, and of what the compiled
-    module takes."""
+    """One entry for each operand that has a gradient, in the order of the backward op's results, of its argument `wanted`, and of what
+    the compiled module takes."""
 
     q: Any
     k: Any

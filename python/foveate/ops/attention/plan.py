@@ -7,11 +7,11 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Of the blocked kernels; the decode kernels take more. csrc/contract/attention.h has the same numbers.
+# Head dims that the blocked kernels take; the decode kernels take more. csrc/contract/attention.h has the same numbers.
 CPU_HEAD_DIM = 576
 GPU_HEAD_DIM = 256
 
-# Of the native CPU kernel. 64 rows of a head dim of 256 take 128 KiB for q and the output, which leaves the L2 cache to K and V.
+# Tasks of the CPU's decode kernel. 64 rows of a head dim of 256 take 128 KiB for q and the output, which leaves the L2 cache to K and V.
 _MAX_ROWS = 64
 _STATE_BYTES = 256 * 1024
 _MIN_SPLIT_KEYS = 256
@@ -19,7 +19,7 @@ _INVARIANT_SPLIT_KEYS = 2048
 _TASKS_PER_THREAD = 4
 BLOCKED_ROWS = 48
 
-# Of the CUDA kernel (csrc/cuda/kv_cache/decode.cu): a block takes 16 query rows and at most 256 columns of V.
+# Blocks of the CUDA kernel (csrc/cuda/kv_cache/decode.cu): a block takes 16 query rows and at most 256 columns of V.
 TILE_ROWS = 16
 _SLICE_COLUMNS = 256
 

@@ -19,7 +19,7 @@ _BLOCK = 2**20
 
 
 def frozen_checksum(model: nn.Module) -> str:
-    """Of the weights that are not trained, by samples of each; "" if all are."""
+    """A checksum of the weights that are not trained, by samples of each; "" if all are."""
     tensors = [(name, p.detach()) for name, p in model.named_parameters() if not p.requires_grad]
     tensors += [(f"{name}.packed", m.data) for name, m in model.named_modules() if isinstance(m, PackedLinear)]
     return _of_samples(tensors) if tensors else ""

@@ -72,7 +72,7 @@ class TrainedModel:
         export_tokenizer(self.tokenizer, folder, self.checkpoint, config.get("model_type"))
 
 
-# Of tokenizer_config.json: what tokenizer.json says itself, or names files or code that the export does not have.
+# Keys of tokenizer_config.json that are left out: what tokenizer.json says itself, or names files or code that the export does not have.
 _NOT_EXPORTED = ("added_tokens_decoder", "extra_special_tokens", "backend", "auto_map", "tokenizer_file", "name_or_path",
                  "special_tokens_map_file", "tokenizer_class")  # fmt: skip
 
@@ -150,7 +150,7 @@ class _Without:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Of most of the checkpoint's weights; float32 for GGUF files, whose matrices are blocks."""
+    """The dtype of most of the checkpoint's weights; float32 for GGUF files, whose matrices are blocks."""
     weights = checkpoint.weights()
     if weights.linear_layout:
         return torch.float32
@@ -165,13 +165,12 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def create(config: TrainConfig, tokenizer: Tokenizer, objective: Objective) -> TrainedModel:
     """A new model of config.new_model, a config.json's keys; vocab_size and the special tokens' ids are the tokenizer's."""
-    assert config.new_model is not None
     ids = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": min(tokenizer.eos_ids, default=None),
         "pad_token_id": tokenizer.pad_id,
     }
-    hf_config = {"vocab_size": tokenizer.vocab_size, **ids, **config.new_model}
+    hf_config = {"vocab_size": tokenizer.vocab_size, **ids, **(config.new_model or {})}
     hf_config = _hf_config(config, hf_config, objective)
     kind: Any = model_class(hf_config, objective.head)
     model = kind(read_config(kind, hf_config, "new_model"))

@@ -54,7 +54,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scala
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The inverse, on any number of ranks, or in one process without a group. ValueError where the state is not this model's.
 
-    Ranks that the writer did not have keep their random state, so only an equal number goes on bit for bit.
+    Ranks that the writer did not have keep their random state, so only an equal number of ranks resumes bit for bit.
     """
     parameters = trained(model)
     with ExitStack() as files, torch.no_grad():

@@ -20,7 +20,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def random_state() -> dict[str, Tensor]:
-    """Of torch's generators, from which dropout draws (also that of the attention kernels)."""
+    """The state of torch's generators, from which dropout draws (also that of the attention kernels)."""
     found = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         found["random.cuda"] = torch.cuda.get_rng_state()

@@ -133,9 +133,8 @@ def _marked_reply(messages: list[dict[str, Any]], tokenizer: Tokenizer, variable
         left, end, right = tag.groups()  # a block about the mark does to the white space beside it what the tag does
         return f"{{%{left} if true %}}{{{{ '{_END if end else _BEGIN}' }}}}{{% endif {right}%}}"
 
-    assert tokenizer.chat_template is not None
     marking = copy.copy(tokenizer)
-    marking.chat_template = _TAG.sub(mark, tokenizer.chat_template)
+    marking.chat_template = _TAG.sub(mark, tokenizer.chat_template or "")
 
     def marked(part: list[dict[str, Any]]) -> tuple[str, Spans]:
         before, *parts = marking.apply_chat_template(part, add_generation_prompt=False, **variables).split(_BEGIN)

@@ -28,14 +28,14 @@ class Example(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Of each document of a store: what data to evaluate on are taken by."""
+    """For each document of a store, what data to evaluate on are taken by."""
 
     groups: np.ndarray  # int64; documents of one group, such as the replies of one chat, stay together
     classes: np.ndarray  # int64; each class is held out by the same share
     divisible: np.ndarray  # bool; whether some of its examples may be held out without the others
 
 
-def text_of(row: dict[str, Any], field: str, cure: str = ": set text_field, or name the field so") -> str:
+def text_of(row: dict[str, Any], field: str, cure: str = ": set text_field, or rename the field") -> str:
     """ValueError for a row without it."""
     if isinstance(row.get(field), str):
         return row[field]

@@ -66,7 +66,7 @@ def _pair(row: dict[str, Any], given: dict[str, Any], ask: str, reply: str, temp
 
 
 def _conversation(row: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Of a prompt that is a list of messages, or a text, and a completion that is one; what only the completion says is learnt."""
+    """The messages of a prompt (messages or a text) and a completion that is one of both; only the completion's replies are learnt."""
     answer = next((name for name in ("completion", "response", "answer", "output") if name in given), None)
     if answer is None:
         raise ValueError(

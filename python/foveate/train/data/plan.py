@@ -45,7 +45,7 @@ class BatchPlan:
 
     def __init__(self, lengths: np.ndarray, capacity: int, *, packing: bool, seed: int, shuffle: bool = True) -> None:
         if len(lengths) == 0:
-            raise ValueError("the data set is empty: no row gives a sequence to learn from")
+            raise ValueError("the data set is empty: no row gives an example to train on")
         self.lengths = lengths
         self.rows = best_fit(lengths, capacity) if packing else [[example_id] for example_id in range(len(lengths))]
         self._seed, self._shuffle = seed, shuffle

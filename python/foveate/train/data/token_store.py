@@ -41,7 +41,7 @@ class TokenStore:
         return np.diff(self._columns[name][1], prepend=0)
 
     def values(self, name: str) -> np.ndarray:
-        """Of all documents, one after the other."""
+        """The values of a column, all documents one after the other."""
         return self._columns[name][0]
 
     @classmethod

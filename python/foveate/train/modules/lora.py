@@ -206,7 +206,7 @@ def target_names(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """Of all layers that can have an adapter, or have one."""
+    """The names of all layers that can have an adapter, or have one."""
     adapted = (LoraLinear, LoraEmbedding)
     kinds = (nn.Linear, PackedLinear, FrozenLinear, nn.Embedding, PackedEmbedding, *adapted)
     inside = (*adapted, FrozenLinear, PackedEmbedding)

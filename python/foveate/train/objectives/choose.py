@@ -39,7 +39,9 @@ def sequence_length(config: TrainConfig, hf_config: dict[str, Any]) -> int:
         positions = None
     longest = config.max_length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH // 2)
     if positions is not None and longest > positions:
-        raise ValueError(f"max_length={longest} is more than the model's context of {positions} tokens; lower it")
+        raise ValueError(
+            f"max_length={longest} is more than the model's context of {positions} tokens; choose a lower one"
+        )
     return longest
 
 
@@ -61,7 +63,7 @@ def make_objective(config: TrainConfig, tokenizer: Tokenizer, hf_config: dict[st
 
 
 def known_classes(hf_config: dict[str, Any]) -> list[str]:
-    """Of a checkpoint that is a classifier, in the order of their numbers; [] of others, whose config may have numbers as names."""
+    """The classes of a checkpoint that is a classifier, in the order of their numbers; [] for others, whose config may number them."""
     names = hf_config.get("id2label")
     if "BertForSequenceClassification" not in (hf_config.get("architectures") or ()) or not isinstance(names, dict):
         return []
