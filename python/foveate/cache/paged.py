@@ -305,7 +305,7 @@ class PagedKVCache:
                         f"k has {new} new tokens, but sequence {seq} has room for {self._lengths[seq]}; "
                         f"call append(seqs, {new}) first"
                     )
-            self._check_writable(seqs, new)
+            self.check_writable(seqs, new)
             lens = lens - new
         return attention_with_kv_cache(
             q, self.k_pages[layer], self.v_pages[layer], k=k, v=v, kv_lens=lens, block_table=table,
@@ -380,7 +380,7 @@ class PagedKVCache:
         if not 0 <= page < len(self._references) or self._references[page] == 0:
             raise ValueError(f"page {page} is not in use; only a page of a sequence can be held, released or shared")
 
-    def _check_writable(self, seqs: Sequence[int], new: int) -> None:
+    def check_writable(self, seqs: Sequence[int], new: int) -> None:
         """Tokens that another sequence shares must not be overwritten."""
         for seq in seqs:
             first = (self._lengths[seq] - new) // self.page_size

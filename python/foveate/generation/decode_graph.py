@@ -124,7 +124,7 @@ class DecodeGraph:
             if self.cache.length(seq) == 0:
                 raise ValueError(f"sequence {seq} has no room for its token; call cache.append(seqs) before the step")
         table, lens = self.cache.block_table(seqs), self.cache.kv_lens(seqs) - 1
-        self.cache._check_writable(seqs, 1)
+        self.cache.check_writable(seqs, 1)
         if self.eager is None and self._addresses.changed():
             self._buckets.clear()
             self._pool, self._tables, self._addresses = None, [], Addresses(self.model)

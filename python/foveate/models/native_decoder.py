@@ -113,7 +113,7 @@ class NativeDecoder:
                 f"tokens is {tokens.dtype} {list(tokens.shape)}; the step of the cache needs int64 {[len(cache.seqs), cache.new]}"
             )
         pages = cache.cache
-        pages._check_writable(cache.seqs, cache.new)
+        pages.check_writable(cache.seqs, cache.new)
         decoder, borrowed = self._current(cache.capacity)
         x = self._embed(tokens, cache)
         config, (B, S) = self.config, tokens.shape

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.backend.reference.rows import compute_dtype
 from foveate.backend.registry import ORDER, Query, UnsupportedError, choose, forget_with_choices
 from foveate.ops import dtensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class DtypeError(TypeError, ValueError):
+    """A tensor of a dtype that the op does not take. Attention raised ValueError for it before, and until 1.0 both are caught."""
 
 
 def check_floating(name: str, t: Tensor) -> None:
@@ -141,11 +146,6 @@ def check_strided(name: str, t: Any) -> None:
             "its values() to an op over rows"
         )
     raise ValueError(f"{name} has layout {t.layout}; convert it with {name}.to_dense()")
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that an op on x accumulates in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def chosen_backend(op: str, x: Tensor, backend: str, features: tuple[Hashable, ...] = ()) -> str:

@@ -22,6 +22,7 @@ from foveate.ops.attention import arguments as checks
 from foveate.ops.attention import op as attention_op
 from foveate.ops.attention.dense import attention, merge_attention
 from foveate.ops.attention.operands import DTYPES, Gradients, Operands
+from foveate.ops.checks import compute_dtype
 from foveate.ring.layout import Block, block, by_sequence, check_layout, spans
 
 _OF_QKV = list(Gradients(q=True, k=True, v=True, bias=False, rel_table=False, sinks=False))
@@ -247,7 +248,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tensor]:
-        acc = checks.accumulation_dtype(q)
+        acc = compute_dtype(q)
         out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=acc)
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=acc)
         scale, softcap, backend = ring.options[2:]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that an op on `x` calculates in: fp64 for fp64, fp32 for everything else."""
+    """The dtype that an op on `x` accumulates in: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

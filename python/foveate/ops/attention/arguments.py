@@ -14,6 +14,7 @@ from foveate.ops import autograd
 from foveate.ops.attention.operands import DTYPES
 from foveate.ops.attention.relative_bias import RelativeBias
 from foveate.ops.checks import (
+    DtypeError,
     check_backend_name,
     check_flag,
     check_floating,
@@ -22,6 +23,7 @@ from foveate.ops.checks import (
     check_learned,
     check_number,
     check_strided,
+    compute_dtype,
 )
 
 if TYPE_CHECKING:
@@ -167,17 +169,13 @@ def same_kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (x.to(to) if x.dtype in _AUTOCAST_DTYPES else x for x in (q, k, v))
         dtype = q.dtype
     if k.dtype is not dtype or v.dtype is not dtype:
-        raise ValueError(f"q, k and v have dtypes {dtype}, {k.dtype} and {v.dtype}; cast them to one with .to(q.dtype)")
+        raise DtypeError(f"q, k and v have dtypes {dtype}, {k.dtype} and {v.dtype}; cast them to one with .to(q.dtype)")
     if dtype not in DTYPES:
-        raise ValueError(f"q, k and v have dtype {dtype}; attention takes {', '.join(map(str, DTYPES))}")
+        raise DtypeError(f"q, k and v have dtype {dtype}; attention takes {', '.join(map(str, DTYPES))}")
     return q, k, v
 
 
 _AUTOCAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-
-
-def accumulation_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype is torch.float64 else torch.float32
 
 
 def scaled(q: Tensor, scale: Tensor, Hq: int) -> Tensor:
@@ -189,7 +187,7 @@ def scaled(q: Tensor, scale: Tensor, Hq: int) -> Tensor:
             f"scale has shape {_shape(scale)}; a learned one is a tensor of one number, of shape [], or of one for each of the {Hq} "
             f"query heads, [{Hq}]"
         )
-    dtype = accumulation_dtype(q)
+    dtype = compute_dtype(q)
     return (q.to(dtype) * scale.to(dtype)[..., None]).to(q.dtype)
 
 
@@ -199,7 +197,7 @@ def check_scale(scale: float) -> float:
 
 def check_learned_softcap(softcap: Tensor, q: Tensor, backend: str | None) -> Tensor:
     check_learned("softcap", softcap, "q", q, backend)
-    return softcap.to(accumulation_dtype(q))
+    return softcap.to(compute_dtype(q))
 
 
 def check_softcap(softcap: float) -> float:
@@ -278,7 +276,7 @@ def check_table(relative_bias: RelativeBias, q: Tensor, Hq: int) -> Tensor:
     if table.shape[1] != Hq:
         raise ValueError(f"the table of relative_bias has shape {_shape(table)}, [buckets, Hq]; q has {Hq} heads")
     _check_device("the table of relative_bias", table, q)
-    return table.to(accumulation_dtype(q)).contiguous()
+    return table.to(compute_dtype(q)).contiguous()
 
 
 def check_sinks(sinks: Tensor, q: Tensor, Hq: int) -> Tensor:
@@ -288,7 +286,7 @@ def check_sinks(sinks: Tensor, q: Tensor, Hq: int) -> Tensor:
     if tuple(sinks.shape) != (Hq,) or not sinks.is_floating_point():
         raise ValueError(f"sinks must be a float tensor [Hq] = [{Hq}], got {sinks.dtype} of shape {_shape(sinks)}")
     _check_device("sinks", sinks, q)
-    return sinks.to(accumulation_dtype(q)).contiguous()
+    return sinks.to(compute_dtype(q)).contiguous()
 
 
 def check_lengths(name: str, lengths: Tensor, q: Tensor, size: int | None) -> Tensor:

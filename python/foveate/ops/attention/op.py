@@ -22,6 +22,7 @@ from foveate.ops.attention import (
 from foveate.ops.attention.cache_operands import CacheOperands
 from foveate.ops.attention.operands import DIFFERENTIABLE, SCHEMA, Gradients, Operands, chosen, make, used
 from foveate.ops.attention.plan import DecodePlan, attention_plan, cuda_few_queries, cuda_thresholds
+from foveate.ops.checks import compute_dtype
 from foveate.ops.layout import contiguous_rows
 
 _EMULATED = runs_cuda_kernels("cpu")
@@ -183,7 +184,7 @@ def empty_out(q: Tensor, v: Tensor) -> Tensor:
 def empty_lse(q: Tensor, cu_q: Tensor | None) -> Tensor:
     shape = q.shape
     rows = (shape[0], shape[2], shape[1]) if cu_q is None else (shape[1], shape[0])
-    return torch.empty(rows, dtype=torch.float64 if q.dtype is torch.float64 else torch.float32, device=q.device)
+    return torch.empty(rows, dtype=compute_dtype(q), device=q.device)
 
 
 def empty_grads(c: Operands, wanted: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ from foveate.ops.attention import arguments as checks
 from foveate.ops.attention.definition import check_lengths
 from foveate.ops.attention.operands import Operands
 from foveate.ops.attention.relative_bias import RelativeBias
-from foveate.ops.checks import check_integer, check_strided, composition_backend
+from foveate.ops.checks import check_integer, check_strided, composition_backend, compute_dtype
 from foveate.ops.softmax import softmax
 
 register("attention_weights", "native", native.supports())
@@ -104,7 +104,7 @@ def _weights(c: Operands, rows: Tensor, heads: Sequence[int], backend: str) -> T
     def of_rows(x: Tensor | None, dim: int) -> Any:
         return x if x is None or x.shape[dim] == 1 != Sq else _take(x, rows, dim)
 
-    q = c.scale * of_rows(c.q, 1).to(checks.accumulation_dtype(c.q))
+    q = c.scale * of_rows(c.q, 1).to(compute_dtype(c.q))
     product = _product if backend == "reference" else _product_by_kv_head
     s = reference.masked_scores(
         product(q, c.k, heads, None if c.kv_lens is None else inside.view(B, Skv, 1)), distance, inside,

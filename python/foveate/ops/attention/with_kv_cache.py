@@ -12,7 +12,7 @@ from foveate.ops.attention import with_kv_cache_op as kv_cache_op
 from foveate.ops.attention.operands import DTYPES
 from foveate.ops.attention.with_kv_cache_op import QUANTIZED
 from foveate.ops.autograd import is_tracked, is_wrapped
-from foveate.ops.checks import check_backend_name, check_flag, check_integer, check_number, check_strided
+from foveate.ops.checks import DtypeError, check_backend_name, check_flag, check_integer, check_number, check_strided
 
 
 def attention_with_kv_cache(
@@ -179,11 +179,11 @@ def _check_tensors(
                 f"the last dimension of {name} has stride {x.stride(3)}; it must be contiguous, as the cache is written in place"
             )
     if q.dtype not in DTYPES:
-        raise ValueError(f"q is {q.dtype}; attention_with_kv_cache takes {', '.join(map(str, DTYPES))}")
+        raise DtypeError(f"q is {q.dtype}; attention_with_kv_cache takes {', '.join(map(str, DTYPES))}")
     if k_cache.dtype is not v_cache.dtype:
-        raise ValueError(f"k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}; they must be equal")
+        raise DtypeError(f"k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}; they must be equal")
     if k_cache.dtype is not q.dtype and k_cache.dtype not in QUANTIZED:
-        raise ValueError(
+        raise DtypeError(
             f"q is {q.dtype} and the cache {k_cache.dtype}; cast q to the cache's dtype, or store int8 or float8_e4m3fn"
         )
     if (k is None) != (v is None):
@@ -195,7 +195,7 @@ def _check_tensors(
                     f"{name} has shape {_shape(x)}; it must be [B, Snew, Hkv, head dim] = [{B}, Snew, {Hkv}, {dim}]"
                 )
             if x.dtype is not q.dtype:
-                raise ValueError(f"{name} is {x.dtype} and q {q.dtype}; cast it with .to(q.dtype)")
+                raise DtypeError(f"{name} is {x.dtype} and q {q.dtype}; cast it with .to(q.dtype)")
             _check_device(name, x, q)
     if not isinstance(kv_lens, Tensor):
         raise TypeError(f"kv_lens must be a torch.Tensor [B] of int32 or int64, got {type(kv_lens).__name__}")
@@ -258,7 +258,7 @@ def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
             f"rotary_cos is {cos.dtype} {_shape(cos)} and rotary_sin {sin.dtype} {_shape(sin)}; both must be [max_pos, rot / 2]"
         )
     if cos.dtype not in (torch.float32, q.dtype):
-        raise ValueError(f"rotary_cos and rotary_sin are {cos.dtype}; they must be float32 or {q.dtype}, as q is")
+        raise DtypeError(f"rotary_cos and rotary_sin are {cos.dtype}; they must be float32 or {q.dtype}, as q is")
     if 2 * cos.shape[1] > q.shape[3]:
         raise ValueError(f"rotary_cos turns 2 * {cos.shape[1]} elements of each head, but the head dim is {q.shape[3]}")
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):

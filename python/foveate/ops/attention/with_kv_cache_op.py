@@ -21,7 +21,7 @@ from foveate.ops.attention.cache_operands import SCHEMA, WRITTEN, CacheOperands,
 from foveate.ops.attention.plan import TILE_ROWS, DecodePlan, cuda_decode_plan, cuda_thresholds, decode_plan
 from foveate.ops.attention.split_counters import counters
 from foveate.ops.autograd import each_slice
-from foveate.ops.checks import chosen_backend
+from foveate.ops.checks import chosen_backend, compute_dtype
 from foveate.ops.layout import contiguous_rows
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
@@ -56,8 +56,7 @@ def not_capturable(device: str, dtype: torch.dtype) -> str | None:
 
 def _empty_outputs(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
     B, Sq, Hq, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((B, Sq, Hq, v_cache.shape[-1])), q.new_empty((B, Hq, Sq), dtype=dtype)
+    return q.new_empty((B, Sq, Hq, v_cache.shape[-1])), q.new_empty((B, Hq, Sq), dtype=compute_dtype(q))
 
 
 def run(c: CacheOperands) -> tuple[Tensor, Tensor]:
