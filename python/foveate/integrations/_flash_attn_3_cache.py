@@ -47,6 +47,7 @@ def attend(
     **tuning: Any,
 ) -> Any:
     """See `flash_attn_3.flash_attn_with_kvcache`. Every cache is read as pages of one key."""
+    # Where each sequence's keys lie: table [B, keys] of pages of one key, lens [B]
     B = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     page_size, device, window = k_cache.shape[1], q.device, window_of(window_size)
     if cache_seqlens is None:
@@ -63,6 +64,7 @@ def attend(
     lens = cache_seqlens - start
     first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
 
+    # Rotate q and k, append k and v
     longest_q = q.shape[1]
     if cu_seqlens_q is not None:
         longest_q = int(_packed.lengths_of(cu_seqlens_q).max()) if max_seqlen_q is None else int(max_seqlen_q)
@@ -78,6 +80,7 @@ def attend(
         new = _append(keys, values, k, v, table, lens, cu_seqlens_k_new)
         lens = lens + new
 
+    # Attend, a packed q as padded rows [B, longest_q, Hq, D]; in plain gathers where the cache's call lacks an option
     places = None
     if cu_seqlens_q is not None:
         places = _packed.padded_places(cu_seqlens_q, q.shape[0], longest_q, right=True)

@@ -117,6 +117,7 @@ def attention_forward(
     holds it already.
     """
     _refuse_unknown(module, output_attentions, kwargs)
+    # What the mask says: stored, causal from `offset` on, or every key
     Sq, Skv = query.shape[2], key.shape[2]
     causal, window = False, None
     if isinstance(attention_mask, CausalMask) and attention_mask.shape[-2:] == (Sq, Skv):
@@ -131,6 +132,7 @@ def attention_forward(
                     "which keys a query sees: pass a mask [B, 1, Sq, Skv] (transformers.masking_utils.create_causal_mask makes it)"
                 )
             offset = 0
+    # The same as options of attention, over the keys that are filled
     sparse = _sparse_mask(module, query.shape[1], Skv, indices, block_indices)
     if cu_seq_lens_q is not None:
         causal = offset is not None

@@ -155,12 +155,19 @@ def _check_tensors(
     block_table: Tensor | None,
 ) -> tuple[int, int, int]:
     """B, Hq, D."""
+    B, Hq, D = _check_cache(q, k_cache, v_cache)
+    _check_new(k, v, q, *v_cache.shape[2:])
+    _check_places(q, k_cache, kv_lens, block_table)
+    return B, Hq, D
+
+
+def _check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[int, int, int]:
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {_shape(x)}; it must have four dimensions, [B, S, H, D]")
         _check_device(name, x, q)
     B, _, Hq, D = q.shape
-    Hkv, Dv = v_cache.shape[2:]
+    Hkv = v_cache.shape[2]
     if k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(
             f"k_cache {_shape(k_cache)} and v_cache {_shape(v_cache)} must be equal but for the last dimension"
@@ -186,6 +193,12 @@ def _check_tensors(
         raise DtypeError(
             f"q is {q.dtype} and the cache {k_cache.dtype}; cast q to the cache's dtype, or store int8 or float8_e4m3fn"
         )
+    return B, Hq, D
+
+
+def _check_new(k: Tensor | None, v: Tensor | None, q: Tensor, Hkv: int, Dv: int) -> None:
+    """The keys and values to append."""
+    B, _, _, D = q.shape
     if (k is None) != (v is None):
         raise ValueError("k and v must be given together: both new keys and their values are appended")
     if k is not None and v is not None:
@@ -197,6 +210,11 @@ def _check_tensors(
             if x.dtype is not q.dtype:
                 raise DtypeError(f"{name} is {x.dtype} and q {q.dtype}; cast it with .to(q.dtype)")
             _check_device(name, x, q)
+
+
+def _check_places(q: Tensor, k_cache: Tensor, kv_lens: Tensor, block_table: Tensor | None) -> None:
+    """What says where each sequence's keys lie."""
+    B = q.shape[0]
     if not isinstance(kv_lens, Tensor):
         raise TypeError(f"kv_lens must be a torch.Tensor [B] of int32 or int64, got {type(kv_lens).__name__}")
     if kv_lens.shape != (B,) or kv_lens.dtype not in (torch.int32, torch.int64):
@@ -221,7 +239,6 @@ def _check_tensors(
         if k_cache.shape[1] == 0:
             raise ValueError("the pages of k_cache hold no keys: page_size (dimension 1) is 0")
         _check_device("block_table", block_table, q)
-    return B, Hq, D
 
 
 def _check_cache_scale(name: str, scale: Tensor | float | None, cache: Tensor) -> Tensor | None:
