@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveate.backend.registry import UnsupportedError
-from foveate.ops import flops
+from foveate.ops import autograd, flops
 from foveate.ops.attention import arguments as checks
 from foveate.ops.attention import with_kv_cache_op as kv_cache_op
 from foveate.ops.attention.operands import DTYPES
@@ -111,7 +111,11 @@ def attention_with_kv_cache(
             if scales is not None and scales.dim() == 3:
                 _check_writable(name, scales)
     flops.register()
-    out, lse = kv_cache_op.op(
+    how = autograd.way(
+        q, k_cache, v_cache, k, v, kv_lens, block_table, rotary_cos, rotary_sin, alibi_slopes, sinks, k_scale, v_scale
+    )
+    attend = kv_cache_op.attend if how == "kernel" else kv_cache_op.op
+    out, lse = attend(
         q, k_cache, v_cache, k, v, kv_lens, block_table, rotary_cos, rotary_sin, rotary_interleaved, causal, left, right,
         scale, softcap, alibi_slopes, sinks, k_scale, v_scale, num_splits, batch_invariant, check_backend_name(backend),
     )  # fmt: skip
@@ -156,7 +160,8 @@ def _check_tensors(
 ) -> tuple[int, int, int]:
     """B, Hq, D."""
     B, Hq, D = _check_cache(q, k_cache, v_cache)
-    _check_new(k, v, q, *v_cache.shape[2:])
+    if k is not None or v is not None:
+        _check_new(k, v, q, *v_cache.shape[2:])
     _check_places(q, k_cache, kv_lens, block_table)
     return B, Hq, D
 
