@@ -13,6 +13,7 @@ CARRIED = ["python/foveate/ops/attention", "csrc/contract", "csrc/ops", "csrc/bi
 MEANING = {
     "python/foveate/ops/attention/definition.py": "calls the definition of the reference backend",
     "python/foveate/ops/attention/op.py": "hands calls of few queries to the op with a KV cache",
+    "python/foveate/ops/attention/weights.py": "applies the options to the scores of chosen rows in plain torch",
 }
 OTHER_OP = re.compile(r"(with_kv_cache\w*|cache_operands)\.py|kv_cache\.(h|cpp)")
 
