@@ -322,3 +322,12 @@ class TestBackends:
 def test_positional_options_are_refused():
     with pytest.raises(TypeError, match="positional"):
         foveate.attention(*qkv(), True)
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError])  # the second until 1.0: attention raised it alone before
+def test_a_dtype_that_does_not_fit_is_a_type_error(error):
+    q, lens = torch.randn(1, 2, 2, 8), torch.tensor([2])
+    with pytest.raises(error, match="cast them to one"):
+        foveate.attention(q, q.half(), q)
+    with pytest.raises(error, match="cast q to the cache's dtype"):
+        foveate.attention_with_kv_cache(q, q.half(), q.half(), kv_lens=lens)

@@ -7,7 +7,8 @@ import torch
 
 import foveate
 from foveate.backend import native, registry
-from foveate.ops.attention import autograd, op
+from foveate.ops import softmax
+from foveate.ops.attention import autograd, op, with_kv_cache_op
 
 
 def plain_call(**options):
@@ -79,3 +80,22 @@ def test_python_allocates_nothing_but_the_output(monkeypatch):
     computing = {"empty", "empty_like", "clone", "contiguous", "to", "copy_", "new_empty", "randint"}
     if native.missing_reason is None:
         assert [name for name in count.functions if name in computing] == ["empty_like"]
+
+
+def refuse(*args):
+    raise AssertionError("the dispatcher was asked")
+
+
+def test_other_ops_without_gradient_skip_dispatch_too(monkeypatch):
+    """And take it where someone could see the difference: a gradient, or a dispatch mode."""
+    x = torch.randn(2, 8)
+    cache, lens = torch.randn(1, 4, 2, 8), torch.tensor([3], dtype=torch.int32)
+    expected = foveate.softmax(x), foveate.attention_with_kv_cache(cache[:, :1], cache, cache, kv_lens=lens)
+    monkeypatch.setattr(softmax, "_softmax", refuse)
+    monkeypatch.setattr(with_kv_cache_op, "op", refuse)
+    assert torch.equal(foveate.softmax(x), expected[0])
+    assert torch.equal(foveate.attention_with_kv_cache(cache[:, :1], cache, cache, kv_lens=lens), expected[1])
+    with torch.utils._python_dispatch.TorchDispatchMode(), pytest.raises(AssertionError, match="dispatcher"):
+        foveate.softmax(x)
+    with pytest.raises(AssertionError, match="dispatcher"):
+        foveate.softmax(x.requires_grad_())
