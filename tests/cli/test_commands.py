@@ -57,6 +57,16 @@ def test_generate_prints_the_text(path, llm, capsys, monkeypatch):
     assert capsys.readouterr().out == expected + "\n"
 
 
+def test_a_draft_model_changes_no_text(path, llm, capsys):
+    options = ["generate", "--model", path, *SMALL, "--temperature", "0", "--max-tokens", "12", "--prompt", "the quick"]
+    assert main([*options, "--draft-model", path, "--draft-tokens", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["outputs"][0]["completions"][0]["text"] == greedy(llm, "the quick", 12).text
+    assert found["stats"]["accepted_tokens"] > 0 and "are guessed by" in found["stats"]["runs_on"]
+    assert main(["serve", "--model", f"a={path}", "--model", f"b={path}", "--draft-model", path]) == 2
+    assert "--draft-model guesses for one model, and there are 2" in capsys.readouterr().err
+
+
 def test_several_prompts_and_samples_have_headings(path, capsys):
     options = ["generate", "--model", path, *SMALL, "--seed", "1", "--max-tokens", "4", "--n", "2"]
     assert main([*options, "--prompt", "the", "--prompt", "fox"]) == 0

@@ -147,6 +147,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
         "--max-prefill-tokens", type=int, default=512, metavar="N", help="prompt tokens in one step; 512 by default"
     )
     group.add_argument("--no-prefix-caching", action="store_true", help="do not share equal beginnings of prompts")
+    group.add_argument(
+        "--draft-model", metavar="PATH",
+        help="a smaller model with the same tokens that guesses ahead: changes the speed, never the text",
+    )  # fmt: skip
+    group.add_argument("--draft-tokens", type=int, default=4, metavar="N", help="its guesses in a step; 4 by default")
     group.add_argument("--threads", type=int, metavar="N", help="as torch.set_num_threads")
 
 
@@ -270,6 +275,7 @@ def llm_options(args: argparse.Namespace) -> dict[str, Any]:
         "quantization": args.quantization, "progress": sys.stderr.isatty(), "kv_cache_dtype": args.kv_cache_dtype,
         "max_model_len": args.max_model_len, "num_pages": args.num_pages, "max_batch": args.max_batch,
         "max_prefill_tokens": args.max_prefill_tokens, "enable_prefix_caching": not args.no_prefix_caching,
+        "draft_model": args.draft_model, "draft_tokens": args.draft_tokens,
     }  # fmt: skip
 
 

@@ -114,6 +114,10 @@ def run(args: argparse.Namespace) -> None:
     keys: list[Any] = [] if args.api_key_file is None else list(read_keys(args.api_key_file))
     if os.environ.get("FOVEATE_API_KEY"):
         keys.append(os.environ["FOVEATE_API_KEY"])
+    if args.draft_model is not None and len(args.model) > 1:
+        raise options.UsageError(
+            f"--draft-model guesses for one model, and there are {len(args.model)}; serve the one that it is for alone"
+        )
     limits = {flag[2:].replace("-", "_"): getattr(args, flag[2:].replace("-", "_")) for flag, *_ in _LIMITS}
     try:
         settings = ServeSettings(

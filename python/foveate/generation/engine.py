@@ -16,6 +16,7 @@ from foveate.cache.view import CacheView
 from foveate.files.locked import locked
 from foveate.generation.constrained import Grammar, GrammarCompiler
 from foveate.generation.decode_graph import DecodeGraph
+from foveate.generation.draft_model import DraftModel
 from foveate.generation.lora import Adapters, modules_of
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
@@ -61,6 +62,7 @@ class Engine:
     cache: a PagedKVCache that nothing else uses. max_length: tokens of prompt and output together, the model's max_positions by default.
     max_batch: samples that run at once. max_prefill_tokens: prompt tokens in one step, between which the others decode.
     decode: a DecodeGraph of this model and cache, for the groups of a step with one token per sample and no drafts.
+    draft: a smaller model that guesses what this one then checks.
 
     The tokens of a request depend on its prompt, parameters and seed alone: not on other requests, on chunks, on drafts, on preemption.
     A request whose tokens cannot be chosen, as the logits are NaN or all are forbidden, ends with "abort" and the reason; others go on.
@@ -81,6 +83,7 @@ class Engine:
         max_prefill_tokens: int = 512,
         enable_prefix_caching: bool = True,
         decode: DecodeGraph | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         if decode is not None and (decode.model is not model or decode.cache is not cache):
             raise ValueError(
@@ -96,7 +99,7 @@ class Engine:
         self.max_length = min(max_length or model.config.max_positions, model.config.max_positions)
         self.scheduler = Scheduler(
             cache, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens, prefix_caching=enable_prefix_caching,
-            max_length=self.max_length,
+            max_length=self.max_length, draft=draft,
         )  # fmt: skip
         self.device = cache.k_pages.device
         self.lock = threading.RLock()
@@ -121,7 +124,7 @@ class Engine:
         made = Engine(
             self.model, self.cache.fresh(), tokenizer=self.tokenizer, eos_ids=self.eos_ids, max_length=self.max_length,
             max_batch=scheduler.max_batch, max_prefill_tokens=scheduler.max_prefill_tokens,
-            enable_prefix_caching=scheduler.prefix is not None,
+            enable_prefix_caching=scheduler.prefix is not None, draft=None if scheduler.draft is None else scheduler.draft.fresh(),
         )  # fmt: skip
         made.adapters, made.on_chosen = self.adapters, self.on_chosen
         return made

@@ -16,10 +16,12 @@ from foveate.cache.view import CacheView
 from foveate.generation import memory
 from foveate.generation.beam_request import beam_request
 from foveate.generation.decode_graph import DecodeGraph
+from foveate.generation.draft_model import load_draft
 from foveate.generation.engine import Engine, EngineStats
 from foveate.generation.outputs import RequestOutput
 from foveate.generation.params import SamplingParams
 from foveate.generation.prompts import as_prompt, as_prompts, check_messages, conversations
+from foveate.generation.runner import fastest, graphs
 from foveate.models import Checkpoint, load_model, open_checkpoint
 from foveate.models.loading import checked_device, checked_dtype
 from foveate.models.registry import architecture_of
@@ -50,6 +52,8 @@ class LLM:
     max_batch, max_prefill_tokens, enable_prefix_caching: see Engine.
     cuda_graphs: on a CUDA device, replays decode steps from CUDA graphs (`DecodeGraph`), for one page of cache more; None: where that is
     possible, which `runs_on` says; True: ValueError where it is not; False: never.
+    draft_model: a smaller checkpoint with the same tokens, packed by `quantization` too, that guesses draft_tokens tokens at a time,
+    which this model checks in one step (speculative decoding): changes the speed, never the tokens. See `DraftModel`.
 
     default_params: what generate, stream and chat use for params=None: SamplingParams() with the checkpoint's generation_config
     (temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens; do_sample=false is temperature 0).
@@ -74,6 +78,8 @@ class LLM:
         max_prefill_tokens: int = 512,
         enable_prefix_caching: bool = True,
         cuda_graphs: bool | None = None,
+        draft_model: str | Path | Checkpoint | None = None,
+        draft_tokens: int = 4,
         progress: bool | None = None,
     ) -> None:
         if adapter is not None:
@@ -106,10 +112,10 @@ class LLM:
         self.config = module.config
         weights = (p for p in itertools.chain(module.parameters(), module.buffers()) if p.is_floating_point())
         model_dtype = next(weights).dtype
-        self.model, self.runs_on = _fastest(module, self.device)
-        graphs = False
+        self.model, self.runs_on = fastest(module, self.device)
+        in_graphs = False
         if self.device.type == "cuda":
-            graphs, sentence = _graphs(module, cuda_graphs)
+            in_graphs, sentence = graphs(module, cuda_graphs)
             self.runs_on += f"; {sentence}"
         kv_cache_dtype = None if kv_cache_dtype == "auto" else kv_cache_dtype
         cache_dtype = _CACHE_DTYPES.get(str(kv_cache_dtype), kv_cache_dtype) or model_dtype
@@ -121,13 +127,21 @@ class LLM:
         context = getattr(module, "set_context", lambda wanted: wanted or self.config.max_positions)(max_model_len)
         self.max_model_len = min(context, pages * page_size)
         cache = PagedKVCache(
-            pages + graphs, page_size, num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim,
+            pages + in_graphs, page_size, num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim,
             num_layers=self.config.num_layers, dtype=cache_dtype, device=self.device,
         )  # fmt: skip
+        draft = None
+        if draft_model is not None:
+            draft, sentence = load_draft(
+                draft_model, target=self.config, tokenizer=self.tokenizer, device=self.device, quantization=quantization,
+                num_pages=pages, page_size=page_size, tokens=draft_tokens, max_prefill_tokens=max_prefill_tokens,
+            )  # fmt: skip
+            self.runs_on += f"; {sentence}"
         self.engine = Engine(
             self.model, cache, tokenizer=self.tokenizer, eos_ids=_eos_ids(self.tokenizer, checkpoint.generation_config, checkpoint.config),
             max_length=self.max_model_len, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens,
-            enable_prefix_caching=enable_prefix_caching, decode=DecodeGraph(module, cache, graphs=True) if graphs else None,
+            enable_prefix_caching=enable_prefix_caching, decode=DecodeGraph(module, cache, graphs=True) if in_graphs else None,
+            draft=draft,
         )  # fmt: skip
         self._ids = itertools.count()
         self._inboxes: dict[str, list[RequestOutput]] = {}  # of the requests that run
@@ -372,32 +386,6 @@ def _eos_ids(tokenizer: Any, *configs: dict[str, Any]) -> set[int]:
         return tokenizer.eos_ids
     found: Any = next((c["eos_token_id"] for c in configs if c.get("eos_token_id") is not None), [])
     return {found} if isinstance(found, int) else set(found)
-
-
-def _fastest(module: torch.nn.Module, device: torch.device) -> tuple[Any, str]:
-    """What runs the model, and a sentence about it."""
-    if device.type != "cpu":
-        return module, f"torch modules with foveate's attention, on {device}"
-    try:
-        from foveate.models.native_decoder import NativeDecoder
-    except ImportError:
-        return module, "torch modules with foveate's attention, as this build has no native decoder"
-    reason = NativeDecoder.unsupported(module)
-    if reason is not None:
-        return module, f"torch modules with foveate's attention, as the native decoder cannot run this model: {reason}"
-    return NativeDecoder(module), "the native decoder"
-
-
-def _graphs(module: torch.nn.Module, wanted: bool | None) -> tuple[bool, str]:
-    """Whether decode steps run in CUDA graphs, and a sentence about it; ValueError if they are wanted and cannot."""
-    if wanted is False:
-        return False, "decode steps without CUDA graphs: cuda_graphs=False"
-    reason = DecodeGraph.unsupported(module)
-    if reason is None:
-        return True, "decode steps in CUDA graphs"
-    if wanted:
-        raise ValueError(f"cuda_graphs=True, but {reason}; leave cuda_graphs out to run without graphs")
-    return False, f"decode steps without CUDA graphs: {reason}"
 
 
 def _pages(

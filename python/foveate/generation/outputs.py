@@ -35,7 +35,7 @@ class RequestMetrics:
     finished_time: float | None = None
     cached_tokens: int = 0  # of the prompt, that the prefix cache had
     preemptions: int = 0
-    drafted_tokens: int = 0  # by prompt_lookup
+    drafted_tokens: int = 0  # by prompt_lookup or a draft model
     accepted_tokens: int = 0  # of those
 
 

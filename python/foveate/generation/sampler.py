@@ -49,6 +49,10 @@ class Row:
         self._counts: dict[int, int] = {}  # of the output, for the penalties
         self._counted = self.prompt_length
 
+    def begin_output(self, prompt_length: int) -> None:
+        """For `tokens` that have output in them from the beginning."""
+        self.prompt_length = self._counted = prompt_length
+
     def counts(self) -> dict[int, int]:
         """How often each token is in the output."""
         for token in self.tokens[self._counted :]:

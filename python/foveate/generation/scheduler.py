@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from foveate.cache.paged import CacheFull, PagedKVCache
 from foveate.generation.prefix_cache import Node, PrefixCache
 from foveate.generation.request import Sample
+
+if TYPE_CHECKING:
+    from foveate.generation.draft_model import DraftModel
 
 
 class Group(NamedTuple):
@@ -27,11 +30,13 @@ class Scheduler:
     """
 
     def __init__(
-        self, cache: PagedKVCache, *, max_batch: int, max_prefill_tokens: int, prefix_caching: bool, max_length: int
-    ) -> None:
+        self, cache: PagedKVCache, *, max_batch: int, max_prefill_tokens: int, prefix_caching: bool, max_length: int,
+        draft: DraftModel | None = None,
+    ) -> None:  # fmt: skip
         self.cache = cache
         self.prefix = PrefixCache(cache) if prefix_caching else None
         self.max_batch, self.max_prefill_tokens, self.max_length = max_batch, max_prefill_tokens, max_length
+        self.draft = draft
         self.waiting: list[Sample] = []  # both by priority
         self.running: list[Sample] = []
         self.preemptions = 0
@@ -46,7 +51,7 @@ class Scheduler:
             self._admit()
         decoding = [s for s in self.running if s.started and len(s.tokens) - s.cached == 1]
         prefilling = len(self.running) - len(decoding)
-        groups = self._drafts([s for s in decoding if s.lookup is not None])
+        groups = self._drafts([s for s in decoding if s.lookup is not None or self.draft is not None])
         guessed = groups[0].samples if groups else []
         if decoding and len(guessed) < len(decoding):
             groups.append(self._group([s for s in decoding if s not in guessed] if guessed else decoding, 1))
@@ -57,7 +62,7 @@ class Scheduler:
 
     def _drafts(self, samples: list[Sample]) -> list[Group]:
         """One group of those samples that have a draft, or none."""
-        found = [(s, draft) for s in samples if (draft := s.draft())]
+        found = [(s, draft) for s, draft in zip(samples, self._guesses(samples)) if draft]
         if not found:
             return []
         room = min(self.max_length - len(s.tokens) for s, _ in found)
@@ -69,6 +74,15 @@ class Scheduler:
         except CacheFull:  # a guess is not worth another sample's pages
             return []
         return [Group([s for s, _ in found], 1 + width, [draft[:width] for _, draft in found])]
+
+    def _guesses(self, samples: list[Sample]) -> list[list[int]]:
+        """What may follow each sample: repetitions of its text where it asks for them, else what the smaller model says."""
+        guesses = [sample.draft() for sample in samples]
+        rest = [i for i, draft in enumerate(guesses) if not draft]
+        if self.draft is not None and rest:
+            for i, draft in zip(rest, self.draft.drafts([samples[i] for i in rest])):
+                guesses[i] = draft
+        return guesses
 
     def _chunks(self) -> list[Group]:
         """Prompts, and preempted samples that are computed again, by priority; chunks of equal length run together."""
@@ -138,6 +152,8 @@ class Scheduler:
 
     def release(self, sample: Sample) -> None:
         """Takes a sample out and gives its pages back."""
+        if self.draft is not None:
+            self.draft.forget(sample)
         if sample.seq is not None:
             self.running.remove(sample)
             self.cache.free(sample.seq)
