@@ -19,8 +19,9 @@ from foveate.cli import main, options
 from foveate.cli.parser import lay_out
 
 COMMANDS = (
-    "", "generate", "chat", "answer", "classify", "embed", "rerank", "fill", "train", "search", "inspect", "serve", "monitor", "info",
-    "bench",
+    "", "generate", "chat", "answer", "classify", "embed", "rerank", "fill", "data", "train", "search", "inspect", "serve", "monitor",
+    "info", "bench", "data stats", "data clean", "data dedup", "data language", "data redact", "data decontaminate", "data mix",
+    "data split", "data tokenizer",
 )  # fmt: skip
 FOVEATE = [sys.executable, "-m", "foveate"]
 
@@ -35,7 +36,7 @@ def path(tmp_path_factory):
 def test_help_fits_the_terminal(command, columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as exit:
-        main([*([command] if command else []), "--help"])
+        main([*command.split(), "--help"])
     shown = capsys.readouterr().out
     assert exit.value.code == 0 and len(shown.splitlines()) > 3
     # what cannot be broken may be wider than a narrow terminal
@@ -54,7 +55,13 @@ def test_examples_in_help_are_still_commands():
 
 
 def test_help_and_wrong_flags_do_not_load_torch():
-    for arguments, code in ((["--help"], 0), (["train", "--help"], 0), (["generate", "--modle", "x"], 2), ([], 2)):
+    for arguments, code in (
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["data", "dedup", "--help"], 0),
+        (["generate", "--modle", "x"], 2),
+        ([], 2),
+    ):
         done = subprocess.run(
             [*FOVEATE[:1], "-X", "importtime", "-m", "foveate", *arguments], capture_output=True, text=True
         )

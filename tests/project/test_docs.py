@@ -245,7 +245,8 @@ def unknown_commands(text: str) -> list[str]:
         if match[1] not in commands():
             unknown.append(f"foveate {match[1]}")
             continue
-        flags = re.findall(r"--[a-z][\w-]*", help_text(match[1]))
+        step = re.match(r" ([a-z]+)", match[2]) if match[1] == "data" else None  # its commands have their own flags
+        flags = re.findall(r"--[a-z][\w-]*", help_text(match[1], *(step.groups() if step else ())))
         unknown += [
             f"foveate {match[1]} {flag}"
             for flag in re.findall(r"(?<!\S)(--[a-z][\w-]*)", match[2])

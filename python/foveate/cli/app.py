@@ -14,6 +14,7 @@ from foveate.cli import (
     bench,
     chat,
     classify,
+    data,
     embed,
     fill,
     generate,
@@ -29,7 +30,23 @@ from foveate.cli import (
 from foveate.cli.options import UsageError
 from foveate.cli.parser import CommandParser
 
-COMMANDS = (generate, chat, answer, classify, embed, rerank, fill, train, search, inspect, serve, monitor, info, bench)
+COMMANDS = (
+    generate,
+    chat,
+    answer,
+    classify,
+    embed,
+    rerank,
+    fill,
+    data,
+    train,
+    search,
+    inspect,
+    serve,
+    monitor,
+    info,
+    bench,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_streams()
     args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        if foveate.COMMAND_LINE:
+        if foveate.COMMAND_LINE and getattr(args, "torch", True):
             with options.loading("foveate"):
                 foveate.load_public()
         args.run(args)

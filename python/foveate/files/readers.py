@@ -20,6 +20,7 @@ from foveate.files.class_labels import class_labels, named
 
 PIECE = 2**16  # characters of a text file that make a document, if a line ends there
 LONGEST_PIECE = 2**18
+LONGEST_LINE = 2**28  # bytes
 # A field of the pieces of a file but the last one; no column of a user's has such a name.
 CONTINUES = "\0continues"
 _ENCODINGS = (
@@ -85,7 +86,7 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _characters(file: Path, newline: str | None = None) -> Iterator[IO[str]]:
+def characters(file: Path, newline: str | None = None) -> Iterator[IO[str]]:
     """UTF-8, with or without the mark that some editors write first, or UTF-16 or UTF-32 with it."""
     with _opened(file) as stream:
         start = stream.read(4)
@@ -103,7 +104,7 @@ def _no_utf8(place: Path | str, error: UnicodeError) -> ValueError:
 
 def _text(file: Path) -> Iterator[Row]:
     piece, number = "", 1
-    with _characters(file) as stream:
+    with characters(file) as stream:
         while line := stream.readline(PIECE):
             # not before white space, to which a tokenizer may join the line end; but a piece ends some time
             if len(piece) >= PIECE and (not line[0].isspace() or len(piece) >= LONGEST_PIECE):
@@ -114,16 +115,24 @@ def _text(file: Path) -> Iterator[Row]:
         yield Row({"text": piece}, f"document {number} of {file}")
 
 
-def _byte_lines(file: Path) -> Iterator[bytes]:
-    """The lines in UTF-8; those of a file in UTF-8 are not decoded, so that an error can name the line."""
+def _byte_lines(file: Path, longest: int = -2) -> Iterator[bytes]:
+    """The lines in UTF-8; those of a file in UTF-8 are not decoded, so that an error can name the line. longest: bytes of one."""
     with _opened(file) as stream:
         start = stream.read(4)
     if any(start.startswith(mark) for mark, name in _ENCODINGS[1:]):
-        with _characters(file, "\n") as text:
+        with characters(file, "\n") as text:
             yield from (line.encode() for line in text)
     else:
         with _opened(file) as stream:
-            yield from stream
+            number = 0
+            while line := stream.readline(longest + 1):
+                number += 1
+                if 0 < longest < len(line):
+                    raise ValueError(
+                        f"line {number} of {file} is longer than {longest >> 20} MiB; if the file is one list, name it .json, else cut "
+                        "the row into documents"
+                    )
+                yield line
 
 
 def _value(text: bytes, place: str) -> Any:
@@ -150,21 +159,31 @@ def _row(fields: Any, place: str, source: bytes) -> Row:
     return Row(fields, place)
 
 
-def _lines(file: Path) -> Iterator[Row]:
+def json_lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(line number, row number, bytes) of each line that is not empty, not yet read as JSON. ValueError for one beyond LONGEST_LINE."""
     count = 0
-    for number, line in enumerate(_byte_lines(file), 1):
+    for number, line in enumerate(_byte_lines(file, LONGEST_LINE), 1):
         text = line.strip().removeprefix(codecs.BOM_UTF8)
-        if not text:
-            continue
-        count += 1
+        if text:
+            count += 1
+            yield number, count, text
+
+
+def json_line_row(file: Path | str, number: int, count: int, text: bytes) -> Row:
+    """What a line of `json_lines` says. ValueError with its place for what is no JSON object."""
+    place = f"line {number} of {file}" if count == number else f"line {number} (row {count}) of {file}"
+    fields = _value(text, place)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place} must be a JSON object, not a {type(fields).__name__}")
+    return _row(fields, f"row {count} of {file}" + ("" if count == number else f" (line {number})"), text)
+
+
+def _lines(file: Path) -> Iterator[Row]:
+    for number, count, text in json_lines(file):
         if count == 1 and text.startswith(b"["):  # a list by the name of lines
             yield from _json(file)
             return
-        place = f"line {number} of {file}" if count == number else f"line {number} (row {count}) of {file}"
-        fields = _value(text, place)
-        if not isinstance(fields, dict):
-            raise ValueError(f"{place} must be a JSON object, not a {type(fields).__name__}")
-        yield _row(fields, f"row {count} of {file}" + ("" if count == number else f" (line {number})"), text)
+        yield json_line_row(file, number, count, text)
 
 
 def _json(file: Path) -> Iterator[Row]:
@@ -217,9 +236,9 @@ def _squad(articles: list[Any], file: Path) -> list[Any]:
 def _csv(file: Path) -> Iterator[Row]:
     tabs = kind_of(file) == ".tsv"
     csv.field_size_limit(_LARGEST_CELL)
-    with _characters(file, newline="") as stream:
+    with characters(file, newline="") as stream:
         head = stream.readline()
-    with _characters(file, newline="") as stream:
+    with characters(file, newline="") as stream:
         # in countries with a decimal comma, spreadsheets part by semicolons
         delimiter = "\t" if tabs else max(",;\t", key=head.count)
         reader = csv.reader(stream, delimiter=delimiter, strict=True)

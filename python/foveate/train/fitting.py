@@ -14,6 +14,7 @@ from torch import nn
 
 from foveate.files.data_files import read_rows, strings
 from foveate.models import open_checkpoint
+from foveate.models.checkpoint.huggingface import describe
 from foveate.tokenizer import Tokenizer
 from foveate.tokenizer.characters import char_tokenizer
 from foveate.train.batch_size import ROWS, choose, sentence
@@ -260,6 +261,11 @@ def _tokenizer(config: TrainConfig) -> Tokenizer | None:
     if config.tokenizer is None:
         return None
     if config.tokenizer != "char":
+        folder = Path(config.tokenizer).expanduser()
+        if (folder / "tokenizer.json").is_file() and not (
+            folder / "config.json"
+        ).exists():  # of `foveate data tokenizer`, without a model
+            return describe(folder, {}).tokenizer()
         return open_checkpoint(config.tokenizer).tokenizer()
     return char_tokenizer(text for row in read_rows(config.train_data) for text in strings(row))
 
