@@ -10,6 +10,7 @@ import torch
 from test_native_decoder import make
 
 import foveate
+from foveate.generation.engine import Engine
 from foveate.models.addresses import Addresses
 from foveate.models.native_decoder import NativeDecoder
 
@@ -120,3 +121,31 @@ def test_sequences_beyond_the_first_rotary_table():
         found = decoder.hidden(part[None], foveate.CacheView(cache, [seq], len(part)))
     expected = model.hidden(tokens[None])[:, -1000:]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_engine_looks_at_weights_when_a_request_comes(monkeypatch):
+    """Or before each step, unless who drives it says that nothing can change them in between."""
+    decoder, looks = NativeDecoder(make("llama")), []
+    changed = Addresses.changed
+    monkeypatch.setattr(Addresses, "changed", lambda self: looks.append(self) or changed(self))
+    c = decoder.config
+    shape = dict(num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, num_layers=c.num_layers, dtype=torch.float32)
+    engine = Engine(decoder, foveate.PagedKVCache(64, 4, **shape), enable_prefix_caching=False)
+
+    def generated(name: str) -> list[int]:
+        engine.add(name, [3, 5, 7], foveate.SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
+        looks.clear()
+        outputs = []
+        while engine.has_work:
+            outputs = engine.step()
+        return outputs[0].outputs[0].token_ids
+
+    before = generated("each")
+    assert len(looks) == 5
+    engine.weights_fixed = True
+    assert generated("fixed") == before and len(looks) == 1
+    decoder.model.load_state_dict(scaled(decoder.model), assign=True)
+    expected = int(fresh(decoder.model)[0, -1].argmax())
+    assert generated("changed")[0] == expected and len(looks) == 1
+    step(decoder)
+    assert len(looks) == 2  # without the engine it looks as before

@@ -90,6 +90,7 @@ class DecodeGraph:
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         self._pool: Any = None
         self._addresses = Addresses(model)
+        self.looks_at_weights = True  # see NativeDecoder
         self._tables: list[Any] = []  # rotary tables that graphs point to, also after the model has made longer ones
 
     @staticmethod
@@ -125,7 +126,7 @@ class DecodeGraph:
                 raise ValueError(f"sequence {seq} has no room for its token; call cache.append(seqs) before the step")
         table, lens = self.cache.block_table(seqs), self.cache.kv_lens(seqs) - 1
         self.cache.check_writable(seqs, 1)
-        if self.eager is None and self._addresses.changed():
+        if self.eager is None and self.looks_at_weights and self._addresses.changed():
             self._buckets.clear()
             self._pool, self._tables, self._addresses = None, [], Addresses(self.model)
         bucket = self._bucket(len(seqs), table.shape[1])

@@ -202,7 +202,7 @@ class LLM:
                     if p.num_beams == 1:
                         place[self._add(ids, p, text, inbox, adapter=adapter)] = i
                 while len(outputs) < len(place):
-                    for output in self._take(inbox):
+                    for output in self._take(inbox, weights_fixed=True):
                         outputs[place[output.request_id]] = output
                         written += len(output.outputs[0].token_ids)
                         bar.advance(1, f"{written} tokens")
@@ -334,11 +334,19 @@ class LLM:
             self._inboxes[request_id] = inbox
         return request_id
 
-    def _take(self, inbox: list[RequestOutput]) -> list[RequestOutput]:
-        """The outputs that have arrived, after a step if there are none; those of other calls, as a stream half read, wait in theirs."""
+    def _take(self, inbox: list[RequestOutput], *, weights_fixed: bool = False) -> list[RequestOutput]:
+        """The outputs that have arrived, after a step if there are none; those of other calls, as a stream half read, wait in theirs.
+
+        weights_fixed: of the Engine, where no code of the caller's runs between steps.
+        """
         with self.engine.lock:
             if not inbox:
-                for output in self.engine.step():
+                self.engine.weights_fixed = weights_fixed
+                try:
+                    outputs = self.engine.step()
+                finally:
+                    self.engine.weights_fixed = False
+                for output in outputs:
                     self._inboxes[output.request_id].append(output)
             taken = inbox[:]
             inbox.clear()

@@ -35,8 +35,9 @@ class NativeDecoder:
     call; the stream between the layers is fp32 whatever the weights are, and so is the result. The cache may store float32,
     bfloat16, float16, int8 or float8_e4m3fn whatever the weights are. Without a cache the model's own torch code runs.
 
-    The native object knows addresses of weights. Before each step they are compared with the model's (`Addresses`), and after
-    share_memory(), to(), load_state_dict or a new layer it is built again. A copy or a pickle is the model's, built where it arrives.
+    The native object knows addresses of weights. Before each step (of an Engine with weights_fixed: before the first step after each
+    new request) they are compared with the model's (`Addresses`), and after share_memory(), to(), load_state_dict or a new layer it is
+    built again. A copy or a pickle is the model's, built where it arrives.
 
     The result of a sequence has the same bits whatever its batch and the number of threads are. Steps of 32 tokens and more attend
     with another kernel than shorter ones, so prompts in other chunks agree within rounding only. Not differentiable.
@@ -46,6 +47,8 @@ class NativeDecoder:
     # Called in each step just before the kernels, which leave the interpreter to other threads: so that these do not hold up the next
     # step's Python.
     before_kernels: Callable[[], None] | None = None
+    # Whether weights are compared before each step; an Engine puts it off within calls in which nothing can change them.
+    looks_at_weights = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -72,7 +75,7 @@ class NativeDecoder:
 
     def _current(self, positions: int) -> tuple[Any, list[Tensor]]:
         """The native object for the weights as they are, for sequences of up to `positions`, and what it points to."""
-        if positions > self._positions or self._addresses.changed():
+        if positions > self._positions or (self.looks_at_weights and self._addresses.changed()):
             self._build(max(positions, self._positions))
         return self._native, self._borrowed
 

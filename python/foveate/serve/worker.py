@@ -36,6 +36,7 @@ class EngineWorker:
         on_outputs: Callable[[list[Job]], None] = lambda jobs: None,
     ) -> None:
         self.engine, self._loop, self._on_outputs = engine, loop, on_outputs
+        engine.weights_fixed = True
         self._condition = threading.Condition()
         self._inbox: list[tuple[str, Any]] = []
         self._jobs: dict[str, Job] = {}  # in the engine; the thread's own
@@ -111,6 +112,7 @@ class EngineWorker:
             old, self._jobs = self._jobs, {}
             held, self._held = self._held, []
             self.engine = engine
+            engine.weights_fixed = True
             again = [
                 job for job in old.values() if not job.begun_again and not (job.call is not None and job.call.sent)
             ]
