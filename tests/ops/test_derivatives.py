@@ -143,6 +143,11 @@ OPS = {
         packed,
         lambda: (randn(3, 2, 4), randn(3, 1, 4), randn(3, 1, 3)),
     ),
+    "attention_weights": Op(
+        lambda q, k: foveate.attention_weights(q, k, rows=[1, 0], heads=[1], causal=True),
+        lambda q, k: attention(q, k, torch.eye(3, dtype=D)[None, :, None])[:, [1, 0], 1:].transpose(1, 2),
+        lambda: QKV()[:2],
+    ),
     "sdpa": Op(foveate.sdpa, F.scaled_dot_product_attention, lambda: (randn(2, 3, 4), randn(2, 3, 4), randn(2, 3, 4))),
     "merge_attention": Op(
         lambda *x: foveate.merge_attention(*x)[0],
