@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,9 +57,3 @@ def supports(*, cuda: bool = True) -> Supports:
 def runs_cuda_kernels(device: str) -> bool:
     """True for what the native backend does with CUDA kernels: in the emulator's test build that is everything."""
     return device == "cuda" or (device == "cpu" and missing_reason is None and _C.cuda_emulated)
-
-
-@functools.lru_cache(maxsize=16)
-def num_sms(device: torch.device) -> int:
-    """Number of SMs of a GPU; for the emulator, a value small enough to force splitting."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16

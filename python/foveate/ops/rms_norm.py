@@ -11,7 +11,8 @@ from torch import Tensor
 
 from foveate.backend import native
 from foveate.backend import triton as triton_backend
-from foveate.backend.native import num_sms, runs_cuda_kernels
+from foveate.backend.devices import num_sms
+from foveate.backend.native import runs_cuda_kernels
 from foveate.backend.reference import rows as reference_rows
 from foveate.backend.registry import register
 from foveate.ops import autograd, library

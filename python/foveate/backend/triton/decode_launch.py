@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveate.backend.devices import num_sms
 from foveate.backend.triton import attention_launch, config
 
 from . import on_device
@@ -53,15 +54,6 @@ def decode_plan(
     programs = max(1, B * Hkv * -(-rows // block_m))
     splits = 1 if 10 * programs >= 8 * num_sms else -(-2 * num_sms // programs)
     return DecodePlan(block_m, block_n, max(1, min(splits, -(-max_keys // _MIN_SPLIT_KEYS), _MAX_SPLITS)), 0)
-
-
-@functools.lru_cache(maxsize=16)
-def num_sms(device: torch.device) -> int:
-    """Number of SMs of a GPU; for the interpreter, a value small enough to force splitting."""
-    if device.type == "cpu":
-        return 16
-    properties = getattr(torch, device.type).get_device_properties(device)
-    return properties.gpu_subslice_count if device.type == "xpu" else properties.multi_processor_count
 
 
 def _cache(data: Tensor, scale: Tensor | None) -> Cache:

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveate.backend.devices import num_sms
 from foveate.quantization.gguf_blocks import FORMATS
 from foveate.quantization.panels import PANEL, block_bytes
 
 from . import on_device
-from .decode_launch import num_sms
 from .tiles import ROUND, dot, to
 
 _F32, _BF16, _Q8_0, _Q4_0, _Q4_1 = (tl.constexpr(i) for i in range(5))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.backend.native import _C, num_sms, runs_cuda_kernels
+from foveate.backend.devices import num_sms
+from foveate.backend.native import _C, runs_cuda_kernels
 from foveate.backend.reference import attention as reference
 from foveate.ops import library
 from foveate.ops.attention import (

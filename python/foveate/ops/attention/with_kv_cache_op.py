@@ -13,7 +13,8 @@ from torch import Tensor
 
 from foveate.backend import native
 from foveate.backend import triton as triton_backend
-from foveate.backend.native import _C, num_sms, runs_cuda_kernels
+from foveate.backend.devices import num_sms
+from foveate.backend.native import _C, runs_cuda_kernels
 from foveate.backend.reference import attention as reference
 from foveate.backend.registry import Query, choose, register
 from foveate.ops import library
