@@ -21,6 +21,7 @@ from foveate.models import load_model, registry
 from foveate.models.checkpoint.gguf_names import ARCHITECTURES, MIXTRAL
 from foveate.models.checkpoint.reading import read_config
 from foveate.models.decoder_families import FAMILIES
+from foveate.models.encoder_decoder import DecoderCache
 from foveate.models.native_decoder import _ACTIVATIONS, _beyond
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +64,8 @@ def columns(model_type: str) -> list[str]:
 
 
 def kinds() -> list[str]:
-    return [*sorted(FAMILIES), *sorted(_tests("test_encoders").CHANGES)]
+    written = sorted({model_type for model_type, _ in _tests("encoder_decoder_toys").CASES.values()})
+    return [*sorted(FAMILIES), *sorted(_tests("test_encoders").CHANGES), *written]
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -72,6 +74,8 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def measured(model_type: str) -> float:
+    if registry.architecture_of({"model_type": model_type}).encoder_decoder:
+        return _encoder_decoder(model_type)
     decoder = model_type in FAMILIES
     theirs: Any = (
         _tests("test_decoder_families").theirs(model_type)
@@ -92,6 +96,25 @@ def measured(model_type: str) -> float:
             cache.append(seqs, end - first)
             steps.append(ours(tokens[:, first:end], foveate.CacheView(cache, seqs, end - first)))
         return max(_difference(ours(tokens), expected), _difference(torch.cat(steps, 1), expected))
+
+
+def _encoder_decoder(model_type: str) -> float:
+    """In one pass and with a cache, sources of unequal length in one batch; the worst of the family's cases."""
+    toys = _tests("encoder_decoder_toys")
+    found = []
+    for case in [name for name, (kind, _) in toys.CASES.items() if kind == model_type]:
+        theirs = toys.theirs(case)
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            ours: Any = load_model(folder)
+            tokens, target = torch.randint(3, 22, (2, 13)), torch.randint(3, 22, (2, 19))
+            tokens[1, 9:] = toys.PAD
+            mask = tokens != toys.PAD
+            expected = theirs(input_ids=tokens, attention_mask=mask.long(), decoder_input_ids=target).logits
+            cache = DecoderCache(ours, ours.encode(tokens, mask), mask)
+            steps = [ours.logits(ours.decode(part, cache)) for part in target.split([9, 1, 9], 1)]
+            found += [_difference(ours(tokens, target, mask), expected), _difference(torch.cat(steps, 1), expected)]
+    return max(found)
 
 
 def _rows(text: str) -> dict[str, list[str]]:

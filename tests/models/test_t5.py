@@ -19,7 +19,7 @@ import foveate.models.t5 as t5_module
 from compare import assert_as_good_as_torch
 from foveate.bench.tolerance import model_floor
 from foveate.models import load_model
-from foveate.models.t5 import T5Cache
+from foveate.models.encoder_decoder import DecoderCache
 from model_cases import assert_logits_close, randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,7 +113,7 @@ def test_decoding_step_by_step_is_one_pass(pair: tuple[Any, Any]) -> None:
     target = torch.randint(2, VOCAB, (B, 40))
     with torch.no_grad():
         whole = ours(tokens, target, mask)
-        cache = T5Cache(ours, ours.encode(tokens, mask), mask)
+        cache = DecoderCache(ours, ours.encode(tokens, mask), mask)
         pieces = [target[:, :2], *target[:, 2:].split(1, 1)]
         steps = [ours.logits(ours.decode(piece, cache)) for piece in pieces]
     assert_logits_close(torch.cat(steps, 1), whole)
@@ -130,7 +130,7 @@ def test_cross_attention_is_computed_once_and_shared_by_beams(
         calls = []
         for block in ours.decoder.block:
             block.layer[1].EncDecAttention.k.register_forward_hook(lambda *_: calls.append(1))
-        cache = T5Cache(ours, ours.encode(tokens, mask), mask)
+        cache = DecoderCache(ours, ours.encode(tokens, mask), mask)
         got = torch.cat([ours.logits(ours.decode(piece, cache)) for piece in beams.split(2, 1)], 1)
         assert_logits_close(got, expected)
         assert len(calls) == 3

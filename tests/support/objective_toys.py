@@ -18,6 +18,11 @@ T5_CONFIG: dict[str, Any] = {
     "model_type": "t5", "d_model": 32, "d_ff": 48, "d_kv": 16, "num_heads": 2, "num_layers": 2, "dropout_rate": 0.0,
     "pad_token_id": 0, "decoder_start_token_id": 0, "tie_word_embeddings": True,
 }  # fmt: skip
+BART_CONFIG: dict[str, Any] = {
+    "model_type": "bart", "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "dropout": 0.0,
+    "pad_token_id": 0, "decoder_start_token_id": 2, "forced_eos_token_id": None,
+}  # fmt: skip
 
 
 def wordpiece(folder: Path) -> str:

@@ -22,7 +22,7 @@ from foveate.train.data.plan import ExampleIndex
 from foveate.train.data.token_store import TokenStore
 from foveate.train.loop import Dataset
 from foveate.train.objectives.choose import make_objective
-from objective_toys import BERT, T5_CONFIG, squad, unigram, wordpiece
+from objective_toys import BART_CONFIG, BERT, T5_CONFIG, squad, unigram, wordpiece
 from train_toys import GPT2, LLAMA, losses, options, run, sentences, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,17 +122,24 @@ def test_smoothing_and_z_loss_count_target_tokens_only(tmp_path):
     compare(found, theirs)
 
 
+_V1_1 = T5_CONFIG | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(
-    "change", [{}, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}], ids=["v1.0", "v1.1"]
-)
-@pytest.mark.parametrize("objective", ["seq2seq", "span-corruption"])
-def test_encoder_decoders(tmp_path, objective, change, packing):
+    "objective, config",
+    [
+        ("seq2seq", T5_CONFIG), ("seq2seq", _V1_1), ("span-corruption", T5_CONFIG), ("span-corruption", _V1_1),
+        ("seq2seq", BART_CONFIG), ("seq2seq", BART_CONFIG | {"model_type": "pegasus", "scale_embedding": True}),
+    ],
+    ids=["t5", "t5-v1.1", "spans", "spans-v1.1", "bart", "pegasus"],
+)  # fmt: skip
+def test_encoder_decoders(tmp_path, objective, config, packing):
     """The decoder reads the targets shifted by one behind the start token; padding is masked in the source and has no label."""
     texts = sentences(5)
     rows = [{"source": text, "target": " ".join(text.split()[: 1 + i]), "text": text} for i, text in enumerate(texts)]
     settings = {
-        "objective": objective, "new_model": T5_CONFIG | change, "tokenizer": unigram(tmp_path), "packing": packing, "max_length": 60,
+        "objective": objective, "new_model": config, "tokenizer": unigram(tmp_path), "packing": packing, "max_length": 60,
         "train_data": [write_jsonl(tmp_path / "a.jsonl", rows)], "batch_size": 1 if packing else 5,
     }  # fmt: skip
     folder, loss, found = gradients(tmp_path, **settings)
@@ -143,11 +150,15 @@ def test_encoder_decoders(tmp_path, objective, change, packing):
     data = Dataset(store, examples, None)  # type: ignore[arg-type]
     pairs = [task.pair(store, data.examples_of([ExampleIndex(i, 0)])[0]) for i in range(5)]
     source, target = ([pair[side].tolist() for pair in pairs] for side in (0, 1))
-    theirs = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     mask = padded([[1] * len(row) for row in source], 0)
     out = theirs(input_ids=padded(source, 0), attention_mask=mask, labels=padded(target, -100))
     out.loss.backward()
     assert loss == pytest.approx(float(out.loss.detach()), rel=1e-5)
+    constant = found.pop("final_logits_bias", torch.zeros(1))
+    assert not constant.any()
+    if config["model_type"] == "pegasus":  # whose table of positions transformers holds as a weight that is not trained
+        found |= {name: torch.zeros_like(p) for name, p in theirs.named_parameters() if "embed_positions" in name}
     compare(found, theirs)
 
 

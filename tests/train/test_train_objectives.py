@@ -11,8 +11,9 @@ import torch
 import foveate
 from foveate.models import load_model, open_checkpoint
 from foveate.models.bert import BertConfig, BertForMaskedLM
+from foveate.models.encoder_decoder import DecoderCache
 from foveate.models.sequences import PackedSequences
-from foveate.models.t5 import T5, T5Cache, T5Config
+from foveate.models.t5 import T5, T5Config
 from foveate.train import TrainConfig
 from foveate.train.objectives.labels import find_classes
 from foveate.train.objectives.masked_lm import MaskedLM
@@ -263,12 +264,14 @@ def test_packed_encoder_decoders_leak_nothing():
     encoded = model.encode(tokens, packed=packed)
     embedded = kept[0]
     handle.remove()
-    out = model.decode(inputs, T5Cache(model, encoded, None, keep=False, packed=packed), PackedSequences.of(targets))
+    out = model.decode(
+        inputs, DecoderCache(model, encoded, None, keep=False, packed=packed), PackedSequences.of(targets)
+    )
     out[0, 2:6].square().sum().backward()
     grad = embedded.grad[0]
     assert (
         torch.count_nonzero(grad[:5]) == 0 and torch.count_nonzero(grad[8:]) == 0 and torch.count_nonzero(grad[5:8]) > 0
     )
     for part, source, target in zip(out.split(targets, 1), tokens.split(sources, 1), inputs.split(targets, 1)):
-        alone = model.decode(target, T5Cache(model, model.encode(source), None, keep=False))
+        alone = model.decode(target, DecoderCache(model, model.encode(source), None, keep=False))
         assert torch.allclose(part, alone, atol=1e-5)

@@ -25,7 +25,9 @@ from foveate.cli import (
     rerank,
     search,
     serve,
+    summarize,
     train,
+    translate,
 )
 from foveate.cli.options import UsageError
 from foveate.cli.parser import CommandParser
@@ -38,6 +40,8 @@ COMMANDS = (
     embed,
     rerank,
     fill,
+    translate,
+    summarize,
     data,
     train,
     search,

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Rules(Protocol):
+    """Those of an output, such as `TokenRules`."""
+
+    def forced(self, step: int) -> list[int]: ...
+
+    def forbidden(self, output: Sequence[int]) -> list[int]: ...
 
 
 def no_repeat_ngrams(size: int) -> Callable[[Sequence[int]], list[int]]:
@@ -23,21 +32,24 @@ def no_repeat_ngrams(size: int) -> Callable[[Sequence[int]], list[int]]:
 
 def apply(
     log_probs: Tensor,
-    rows: Sequence[Sequence[int]],
+    outputs: Sequence[Sequence[int]],
+    rules: Sequence[Rules],
     *,
+    start: int,
     repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
-    end_ids: Sequence[int] = (),
 ) -> Tensor:
-    """log_probs [len(rows), vocab] of the token after each row, changed in place. end_ids: those that must not come yet."""
-    forbidden = no_repeat_ngrams(no_repeat_ngram_size) if no_repeat_ngram_size else None
-    for scores, row in zip(log_probs, rows):
+    """log_probs [len(outputs), vocab] of the token after each output, changed in place.
+
+    start: the token before each output, which counts for the penalty. A forced token has the log-probability 0.
+    """
+    for scores, output, rule in zip(log_probs, outputs, rules):
         if repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(row)), device=scores.device)
+            seen = torch.tensor(sorted({start, *output}), device=scores.device)
             values = scores[seen]
             scores[seen] = torch.where(values < 0, values * repetition_penalty, values / repetition_penalty)
-        if forbidden is not None and (never := forbidden(row)):
+        if forced := rule.forced(len(output)):
+            scores.fill_(-torch.inf)
+            scores[forced] = 0
+        elif never := rule.forbidden(output):
             scores[never] = -torch.inf
-    if end_ids:
-        log_probs[:, list(end_ids)] = -torch.inf
     return log_probs

@@ -49,7 +49,18 @@ def model_class(config: dict[str, Any], head: str | None = None, new_head: bool 
             f"head={head!r} is for encoders such as BERT, and 'sequence-classification' for decoders whose checkpoint has it; "
             f"this {config['model_type']} is a {name or 'causal language model'}"
         )
+    if architecture.encoder_decoder:
+        _check_whole(config)
     return architecture.model
+
+
+def _check_whole(config: dict[str, Any]) -> None:
+    """CheckpointError for an encoder-decoder with another head than that of generation, or half of one."""
+    named = str((config.get("architectures") or [""])[0])
+    if named.endswith((*_CLASSIFIERS, "ForQuestionAnswering", "ForCausalLM", "EncoderModel")):
+        raise CheckpointError(
+            f"{named} is not supported: of {config['model_type']} only whole models that write text are, named ForConditionalGeneration"
+        )
 
 
 def _class_with_head(
@@ -255,7 +266,16 @@ def _fill(
             value = dequantize(value.blocks, value.format)
         wide = dtype is torch.float16 and _fits(getattr(model, "fp32_beside_fp16", None), name)
         _set_parameter(model, name, value.to(device=device, dtype=torch.float32 if wide else dtype))
+    for name, p in list(model.named_parameters()):
+        if _fits(_constants(model), name):
+            value = torch.zeros(p.shape, device=device, dtype=dtype) if p.is_meta else p.data
+            _set_parameter(model, name, nn.Parameter(value, requires_grad=False))
     tie_weights(model)
+
+
+def _constants(model: Any) -> Any:
+    """The pattern of weights that are never trained, and zeros where a checkpoint has none."""
+    return getattr(model, "constants", None)
 
 
 def _stored_name(weights: Weights, name: str) -> str:
@@ -323,7 +343,9 @@ def _match(model: Any, weights: Weights, where: str) -> dict[str, str]:
             setattr(model, part, None)
             parameters = {name: p for name, p in parameters.items() if not name.startswith(f"{part}.")}
     missing = sorted(
-        name for name, p in parameters.items() if p.is_meta and name not in sources and name not in model.tied
+        name
+        for name, p in parameters.items()
+        if p.is_meta and name not in sources and name not in model.tied and not _fits(_constants(model), name)
     )
     if missing:
         head = isinstance(model, bert.BertWithHead) and not any(name.startswith(model.prefix) for name in missing)

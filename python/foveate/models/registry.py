@@ -13,7 +13,18 @@ from typing import Any
 from torch import nn
 
 from foveate.files.checked import CheckpointError
-from foveate.models import bert, decoder_classifier, decoder_families, encoder_families, gpt2, llama, modernbert, t5
+from foveate.models import (
+    bart,
+    bert,
+    decoder_classifier,
+    decoder_families,
+    encoder_decoder_families,
+    encoder_families,
+    gpt2,
+    llama,
+    modernbert,
+    t5,
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,21 @@ def _encoder(model_type: str) -> Architecture:
     )
 
 
+def _encoder_decoder(model_type: str) -> Architecture:
+    family = encoder_decoder_families.FAMILIES[model_type]
+    return Architecture(
+        {model_type: family.name},
+        bart.Bart,
+        bart.BartLayer,
+        ("seq2seq",) if family.trains else (),
+        "foveate.Text2Text",
+        dropouts=("dropout", "attention_dropout", "activation_dropout"),
+        continues_text=False,
+        encoder_decoder=True,
+        layers_stand_alone=False,  # as of T5 the keys of the source are computed before the layers
+    )
+
+
 ARCHITECTURES = (
     *(_decoder(model_type) for model_type in decoder_families.FAMILIES),
     Architecture(
@@ -104,7 +130,12 @@ ARCHITECTURES = (
         named_heads=modernbert.NAMED_HEADS,
     ),
     Architecture(
-        {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"},
+        {
+            "t5": "T5ForConditionalGeneration",
+            "mt5": "MT5ForConditionalGeneration",
+            "umt5": "UMT5ForConditionalGeneration",
+            "longt5": "LongT5ForConditionalGeneration",
+        },
         t5.T5,
         t5.T5Block,
         ("seq2seq", "span-corruption"),
@@ -116,6 +147,7 @@ ARCHITECTURES = (
         # Its first table serves all blocks, and the decoder's keys of the source are computed before the blocks.
         layers_stand_alone=False,
     ),
+    *(_encoder_decoder(model_type) for model_type in encoder_decoder_families.FAMILIES),
 )
 LAYERS = tuple(architecture.layer for architecture in ARCHITECTURES)
 

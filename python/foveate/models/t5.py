@@ -1,4 +1,7 @@
-"""T5: encoder and decoder with bucketed relative positions (Raffel et al. 2020, arXiv 1910.10683); v1.0, v1.1, Flan-T5, mT5."""
+"""T5: encoder and decoder with bucketed relative positions (Raffel et al. 2020, arXiv 1910.10683); v1.0, v1.1, Flan-T5, mT5.
+
+UMT5 has a table of relative positions in every layer, and LongT5's encoder attends within a window.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError
+from foveate.models.encoder_decoder import CrossAttention, DecoderCache, EncoderDecoder, mask_option, padding_mask
 from foveate.models.layers import RMSNorm, activation, gated, need, split_heads
 from foveate.models.recompute import feed, recomputed
 from foveate.models.sequences import PackedSequences, attend
@@ -36,16 +40,24 @@ class T5Config:
     scaled: bool = True  # the head's input is multiplied by hidden_size**-0.5, as v1.0 was trained
     start_id: int = 0  # the decoder's first token
     pad_id: int = 0
+    table_per_layer: bool = False  # UMT5: each layer has a table of relative positions of its own
+    local_radius: int | None = None  # LongT5: how many tokens before and after itself a token of the source attends to
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> T5Config:
         """From config.json. transformers 5 writes `scale_decoder_outputs` and says of every T5 that it is tied."""
-        mt5 = config.get("model_type") == "mt5"
-        name = config.get("feed_forward_proj", "gated-gelu" if mt5 else "relu")
+        kind = config.get("model_type")
+        mt5 = kind == "mt5"
+        name = config.get("feed_forward_proj", "gated-gelu" if kind in ("mt5", "umt5") else "relu")
         gate, _, act = name.rpartition("-")
         if gate not in ("", "gated"):
             raise CheckpointError(
                 f"feed_forward_proj={name!r} is not understood; known are 'relu' or 'gated-gelu' and the like"
+            )
+        local = config.get("encoder_attention_type", "local")
+        if local != "local":
+            raise CheckpointError(
+                f"encoder_attention_type={local!r} is not supported for LongT5; load a checkpoint of 'local', such as long-t5-local-base"
             )
         tied = config.get("tie_word_embeddings") is not False
         layers = need(config, "num_layers")
@@ -69,6 +81,8 @@ class T5Config:
             scaled=bool(config.get("scale_decoder_outputs", tied and not mt5)),
             start_id=pad_id if start_id is None else start_id,
             pad_id=pad_id,
+            table_per_layer=kind == "umt5",
+            local_radius=config.get("local_radius", 127) if kind == "longt5" else None,
         )
 
 
@@ -83,7 +97,7 @@ class T5Attention(nn.Module):
         self.k = nn.Linear(config.hidden_size, inner, bias=False)
         self.v = nn.Linear(config.hidden_size, inner, bias=False)
         self.o = nn.Linear(inner, config.hidden_size, bias=False)
-        if relative:  # the first layer's table serves all layers of the stack
+        if relative:
             self.relative_attention_bias = nn.Embedding(config.buckets, config.num_heads)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,12 +162,19 @@ class T5Sublayer(nn.Module):
 class T5Block(nn.Module):
     def __init__(self, config: T5Config, relative: bool, decoder: bool) -> None:
         super().__init__()
-        parts = [T5Sublayer("SelfAttention", T5Attention(config, relative), config)]
+        local = config.local_radius is not None and not decoder
+        parts = [T5Sublayer("LocalSelfAttention" if local else "SelfAttention", T5Attention(config, relative), config)]
         if decoder:
             parts.append(T5Sublayer("EncDecAttention", T5Attention(config), config))
         parts.append(T5Sublayer("DenseReluDense", T5DenseReluDense(config), config))
         self.layer = nn.ModuleList(parts)
         self.dropout = nn.Dropout(config.dropout)
+        self.window = {"window": (config.local_radius, config.local_radius)} if local else {}
+
+    @property
+    def self_attention(self) -> T5Attention:
+        first: Any = self.layer[0]
+        return first.LocalSelfAttention if self.window else first.SelfAttention
 
     def forward(
         self,
@@ -161,24 +182,25 @@ class T5Block(nn.Module):
         bias: RelativeBias,
         index: int,
         mask: Tensor | None,
-        cache: T5Cache | None,
+        cache: DecoderCache | None,
         packed: PackedSequences | None,
     ) -> Tensor:
         """x [B, S, hidden]; index: of this block among the decoder's, for the cache."""
         layer: Any = self.layer
         y = _normed(layer[0].layer_norm, x)
         with recomputed(y, layer[0].layer_norm, x):
-            k, v = layer[0].SelfAttention.keys_values(y)
+            attention = self.self_attention
+            k, v = attention.keys_values(y)
             if cache is not None:
                 k, v = cache.append(index, k, v)
-            masks = _mask_option(mask) if cache is None else {"causal": True}
-            out = layer[0].SelfAttention(y, k, v, packed, relative_bias=bias, **masks)
+            masks: dict[str, Any] = {**mask_option(mask), **self.window} if cache is None else {"causal": True}
+            out = attention(y, k, v, packed, relative_bias=bias, **masks)
         x = x + self.dropout(out)
         if cache is not None:
             k, v = cache.cross[index]
             y = _normed(layer[1].layer_norm, x)
             with recomputed(y, layer[1].layer_norm, x):
-                out = layer[1].EncDecAttention(y, k, v, packed, cache.packed, **_mask_option(mask))
+                out = layer[1].EncDecAttention(y, k, v, packed, cache.packed, **mask_option(mask))
             x = x + self.dropout(out)
         y = _normed(layer[-1].layer_norm, x)
         with recomputed(y, layer[-1].layer_norm, x):
@@ -195,71 +217,28 @@ def _normed(norm: RMSNorm, x: Tensor) -> Tensor:
 class T5Stack(nn.Module):
     def __init__(self, config: T5Config, decoder: bool) -> None:
         super().__init__()
-        self.decoder, self.max_distance = decoder, config.max_distance
+        self.decoder, self.max_distance, self.table_per_layer = decoder, config.max_distance, config.table_per_layer
         layers = config.num_decoder_layers if decoder else config.num_layers
-        self.block = nn.ModuleList(T5Block(config, i == 0, decoder) for i in range(layers))
+        # the first layer's table serves all layers of the stack, unless each has its own
+        self.block = nn.ModuleList(T5Block(config, i == 0 or config.table_per_layer, decoder) for i in range(layers))
         self.final_layer_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, cache: T5Cache | None = None, packed: PackedSequences | None = None
+        self, x: Tensor, mask: Tensor | None, cache: DecoderCache | None = None, packed: PackedSequences | None = None
     ) -> Tensor:
         """x [B, S, hidden]. mask [B, 1, 1, source length] over the encoder's tokens. The decoder has a cache, also in training."""
-        first: Any = self.block[0]
-        table = first.layer[0].SelfAttention.relative_attention_bias.weight
-        bias = RelativeBias(table, bidirectional=not self.decoder, max_distance=self.max_distance)
         x = self.dropout(x.float() if x.dtype is torch.float16 else x)
-        for i, block in enumerate(self.block):
+        blocks: Any = self.block
+        for i, block in enumerate(blocks):
+            if i == 0 or self.table_per_layer:
+                table = block.self_attention.relative_attention_bias.weight
+                bias = RelativeBias(table, bidirectional=not self.decoder, max_distance=self.max_distance)
             x = block(x, bias, i, mask, cache, packed)
         return self.dropout(_normed(self.final_layer_norm, x))
 
 
-class T5Cache:
-    """Keys and values of the decoder: those of the source, computed once, and those of the tokens so far.
-
-    cross: for each layer k, v [B, source length, H, D]; mask: [B, 1, 1, source length] or None. The decoder's rows may be beams
-    times B. Without `keep`, nothing is kept after a call, which is then a whole decoder pass. packed: the sources' places.
-    """
-
-    def __init__(
-        self,
-        model: T5,
-        encoded: Tensor,
-        attention_mask: Tensor | None,
-        keep: bool = True,
-        packed: PackedSequences | None = None,
-    ) -> None:
-        blocks: Any = model.decoder.block
-        self.cross = [block.layer[1].EncDecAttention.keys_values(encoded) for block in blocks]
-        self.mask = _mask(attention_mask)
-        self.keep, self.packed = keep, packed
-        self._kept: list[tuple[Tensor, Tensor] | None] = [None] * len(self.cross)
-        self._lengths = [0] * len(self.cross)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of the layer so far, [B, length, H, D] each. Storage doubles when it is full."""
-        if not self.keep:
-            return k, v
-        start, length = self._lengths[layer], self._lengths[layer] + k.shape[1]
-        kept = self._kept[layer]
-        if kept is None or kept[0].shape[1] < length:
-            room = max(16, 2 * length)
-            grown = tuple(x.new_empty(x.shape[0], room, *x.shape[2:]) for x in (k, v))
-            if kept is not None:
-                for new, old in zip(grown, kept):
-                    new[:, :start] = old[:, :start]
-            kept = self._kept[layer] = (grown[0], grown[1])
-        kept[0][:, start:length] = k
-        kept[1][:, start:length] = v
-        self._lengths[layer] = length
-        return kept[0][:, :length], kept[1][:, :length]
-
-    def reorder(self, rows: Tensor) -> None:
-        """The decoder's row i goes on from what was row rows[i]: beam search. rows must stay with their text."""
-        self._kept = [None if kept is None else (kept[0][rows], kept[1][rows]) for kept in self._kept]
-
-
-class T5(nn.Module):
+class T5(EncoderDecoder):
     """Encoder-decoder with Hugging Face's parameter names.
 
     In float16 the `wo` of the feed-forward layers and the stream between the blocks are fp32: both outgrow float16 in trained models.
@@ -288,40 +267,12 @@ class T5(nn.Module):
     def encode(
         self, tokens: Tensor, attention_mask: Tensor | None = None, packed: PackedSequences | None = None
     ) -> Tensor:
-        """tokens int64 [B, S] -> [B, S, hidden]. attention_mask [B, S]: not 0 where there is text, None for everywhere.
+        return self.encoder(self.shared(tokens), padding_mask(attention_mask), packed=packed)
 
-        packed: tokens [1, total] are several sources.
-        """
-        return self.encoder(self.shared(tokens), _mask(attention_mask), packed=packed)
-
-    def decode(self, tokens: Tensor, cache: T5Cache, packed: PackedSequences | None = None) -> Tensor:
-        """The next tokens int64 [B * beams, S] of each target -> [B * beams, S, hidden], ready for `logits`.
-
-        packed: tokens [1, total] are the targets of the cache's packed sources.
-        """
+    def decode(self, tokens: Tensor, cache: DecoderCache, packed: PackedSequences | None = None) -> Tensor:
         hidden = self.decoder(self.shared(tokens), cache.mask, cache, packed)
         return hidden * self.config.hidden_size**-0.5 if self.config.scaled else hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] -> [..., vocab]"""
-        return self.lm_head(hidden)
-
-    def forward(self, tokens: Tensor, decoder_tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, target length, vocab] of each target token after decoder_tokens (see `shift_right`); differentiable."""
-        cache = T5Cache(self, self.encode(tokens, attention_mask), attention_mask, keep=False)
-        return self.logits(self.decode(decoder_tokens, cache))
-
-    def shift_right(self, labels: Tensor) -> Tensor:
-        """The decoder's input for labels [B, S]: the start token, then all labels but the last; -100 becomes padding."""
-        start = labels.new_full((labels.shape[0], 1), self.config.start_id)
-        shifted = torch.cat([start, labels[:, :-1]], 1)
-        return shifted.masked_fill(shifted == -100, self.config.pad_id)
-
-
-def _mask_option(mask: Tensor | None) -> dict[str, Tensor]:
-    """Packed attention takes no mask at all."""
-    return {} if mask is None else {"mask": mask}
-
-
-def _mask(attention_mask: Tensor | None) -> Tensor | None:
-    return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+    def cross_attention(self) -> list[CrossAttention]:
+        blocks: Any = self.decoder.block
+        return [block.layer[1].EncDecAttention for block in blocks]

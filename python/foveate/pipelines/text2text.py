@@ -1,159 +1,111 @@
-"""Text2Text: text in, text out with an encoder-decoder (T5): greedy, sampled, or by beam search."""
+"""Text2Text: text in, text out with an encoder-decoder (T5, BART, Marian, NLLB, ...): greedy, sampled, or by beam search."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate.files.checked import check
 from foveate.generation import repetition
+from foveate.generation.bad_words import BadWords
 from foveate.generation.beam import BeamSearch, Hypothesis
-from foveate.generation.detokenizer import Detokenizer
-from foveate.generation.params import SamplingParams
-from foveate.generation.sampler import Row, sample
+from foveate.generation.detokenizer import Detokenizer, special_ids
+from foveate.generation.sampler import Row, no_choice, sample
 from foveate.generation.stops import StopStrings
-from foveate.models import load_model, open_checkpoint
+from foveate.generation.token_rules import TokenRules
+from foveate.models import Checkpoint, load_model, open_checkpoint
+from foveate.models.checkpoint.schemas import GENERATION
+from foveate.models.encoder_decoder import DecoderCache, EncoderDecoder
 from foveate.models.registry import model_types
-from foveate.models.t5 import T5, T5Cache
+from foveate.models.t5 import T5
 from foveate.pipelines.encoder import as_texts
+from foveate.pipelines.languages import find_languages, prompt
+from foveate.pipelines.text2text_params import Text2TextParams, default_params, settings_names
 from foveate.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class Text2TextParams:
-    """How outputs are made; ValueError for values out of range and options that contradict each other.
-
-    temperature 0 is greedy; above it, ids are drawn from the top_k most probable (0: all) within the nucleus top_p; seed: the same
-    draws each time. num_beams > 1: beam search as in transformers' generate, with score = sum of log-probabilities /
-    length ** length_penalty and early_stopping True, False or "never" (see BeamSearch). num_return_sequences: outputs for each source,
-    the best beams or independent samples. min_new_tokens: no end before. repetition_penalty r: logits (of beams, log-probabilities) of
-    tokens that have come are divided by r if positive and multiplied if negative. no_repeat_ngram_size: no n-gram comes twice; 0: off.
-    stop: texts that end an output; they are not part of it.
-    """
-
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    num_return_sequences: int = 1
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    stop: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name, least in {
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "min_new_tokens": 0,
-            "no_repeat_ngram_size": 0,
-        }.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be {least} or more")
-        self.sampling()  # checks the others
-        if self.num_beams > 1 and self.temperature != 0:
-            raise ValueError(
-                f"num_beams={self.num_beams} searches and temperature={self.temperature} draws; choose one of them"
-            )
-        most = self.num_beams if self.temperature == 0 else self.num_return_sequences
-        if self.num_return_sequences > most:
-            raise ValueError(
-                f"num_return_sequences={self.num_return_sequences} needs as many beams, or a temperature: num_beams={self.num_beams}, "
-                f"temperature={self.temperature}"
-            )
-
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=self.max_new_tokens, min_tokens=self.min_new_tokens, temperature=self.temperature, top_k=self.top_k,
-            top_p=self.top_p, seed=self.seed, repetition_penalty=self.repetition_penalty, stop=list(self.stop) or None,
-        )  # fmt: skip
-
-
-def default_params(generation_config: dict[str, Any]) -> Text2TextParams:
-    """Those of a generation_config.json; max_length and min_length there count the decoder's first token."""
-    names = {field.name for field in dataclasses.fields(Text2TextParams)} - {
-        "seed",
-        "stop",
-        "temperature",
-        "top_k",
-        "top_p",
-    }
-    found = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
-    for new, old in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
-        if new not in found and generation_config.get(old):
-            found[new] = max(generation_config[old] - 1, 0)
-    if generation_config.get("do_sample"):
-        found["temperature"] = 1.0
-        drawing = ("temperature", "top_k", "top_p")
-        found |= {name: generation_config[name] for name in drawing if generation_config.get(name) is not None}
-    try:
-        return Text2TextParams(**found)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"the checkpoint's generation_config.json cannot be followed: {error}") from error
+__all__ = ["Text2Text", "Text2TextParams"]
 
 
 class Text2Text:
     """An encoder-decoder with its tokenizer.
 
-        translate = Text2Text("path to a T5")
-        translate("translate English to German: The house is small.")
+        write = Text2Text("path to a T5")
+        write("summarize: The house is small.")
+        translate = Text2Text("path to an NLLB", source_language="eng_Latn", target_language="deu_Latn")
+        translate("The house is small.")
 
-    path_or_model: what `load_model` takes, or a foveate.models.t5.T5 together with its tokenizer.
+    path_or_model: what `load_model` takes, or a foveate.models.encoder_decoder.EncoderDecoder together with its tokenizer.
+    source_language, target_language: of all calls that do not name others; see Text2TextParams.
     """
 
     def __init__(
         self,
-        path_or_model: str | Path | nn.Module,
+        path_or_model: str | Path | Checkpoint | nn.Module,
         tokenizer: Tokenizer | None = None,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         quantization: str | None = None,
         progress: bool | None = None,
+        source_language: str | None = None,
+        target_language: str | None = None,
     ) -> None:
         self.default_params = Text2TextParams()
+        self.task_params: dict[str, Any] = {}
+        model_type, tokenizer_config = None, {}
         if isinstance(path_or_model, nn.Module):
-            model = path_or_model
+            model: Any = path_or_model
         else:
             checkpoint = open_checkpoint(path_or_model)
-            if checkpoint.config.get("model_type") not in model_types(encoder_decoder=True):
+            model_type, known = checkpoint.config.get("model_type"), model_types(encoder_decoder=True)
+            if model_type not in known:
                 raise ValueError(
-                    f"{path_or_model} is of architecture {checkpoint.config.get('model_type')!r}; text to text needs 't5', an "
-                    "encoder-decoder; causal models generate with foveate.LLM"
+                    f"{path_or_model} is of architecture {model_type!r}; text to text needs an encoder-decoder, which are "
+                    f"{', '.join(known)}; causal models generate with foveate.LLM"
                 )
             model = load_model(checkpoint, device=device, dtype=dtype, quantization=quantization, progress=progress)
             tokenizer = tokenizer or checkpoint.tokenizer()
-            self.default_params = default_params(checkpoint.generation_config)
-        if not isinstance(model, T5):
-            raise TypeError(f"Text2Text takes a foveate.models.t5.T5, got {type(model).__name__}")
+            tokenizer_config = checkpoint.tokenizer_config
+            self.task_params = checkpoint.config.get("task_specific_params") or {}
+            self.default_params = default_params(_settings(checkpoint), getattr(model.config, "max_positions", None))
+        if not isinstance(model, EncoderDecoder):
+            raise TypeError(
+                f"Text2Text takes a foveate.models.encoder_decoder.EncoderDecoder, got {type(model).__name__}"
+            )
         if tokenizer is None:
             raise ValueError(f"there is no tokenizer: {path_or_model} has no tokenizer.json; pass tokenizer=")
         self.model, self.tokenizer = model, tokenizer
+        self._languages = find_languages(model_type, tokenizer, tokenizer_config)
+        target = target_language or (tokenizer_config.get("tgt_lang") if self.languages else None)
+        self.default_params = dataclasses.replace(
+            self.default_params, source_language=source_language, target_language=target
+        )
+        self._sources(self.default_params, [])  # the languages are checked
 
-    def __call__(self, text: str | Sequence[str], *, batch_size: int = 8, **options: Any) -> Any:
+    @property
+    def languages(self) -> list[str]:
+        """The codes that source_language and target_language may be; [] for a model that is not told languages by tokens."""
+        return [] if self._languages is None else self._languages.codes
+
+    def __call__(
+        self, text: str | Sequence[str], *, batch_size: int = 8, truncate: bool = False, **options: Any
+    ) -> Any:
         """The output for a text, a str, or for each of a list of texts, list[str], read `batch_size` at a time.
 
         options: the fields of Text2TextParams; those that are not given are `default_params`, the checkpoint's own. With
         num_return_sequences above 1, a list of outputs in place of an output. With a seed, a text's sample does not depend on the
-        batch size.
+        batch size. truncate: a text that is longer than the model's positions is cut, its end token kept; else it is a ValueError.
         """
         params = dataclasses.replace(self.default_params, **options)
         texts = as_texts(text)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be 1 or more")
-        sources = [self.tokenizer.encode(t) for t in texts]
+        sources = self._sources(params, texts, truncate)
         found: list[list[int]] = []
         for at in range(0, len(sources), batch_size):
             found += self._generate(sources[at : at + batch_size], params, first=at)
@@ -162,6 +114,66 @@ class Text2Text:
         outputs: list[Any] = written if n == 1 else [written[at : at + n] for at in range(0, len(written), n)]
         return outputs[0] if isinstance(text, str) else outputs
 
+    def count(self, text: str, **options: Any) -> int:
+        """The tokens of a source, with those that stand for its language and its end."""
+        return len(self._sources(dataclasses.replace(self.default_params, **options), [text])[0])
+
+    @property
+    def max_source_tokens(self) -> int | None:
+        """Of one text; None: any number."""
+        return getattr(self.model.config, "max_positions", None)
+
+    def _sources(self, params: Text2TextParams, texts: Sequence[str], truncate: bool = False) -> list[list[int]]:
+        source, target, known = params.source_language, params.target_language, self._languages
+        if known is not None:
+            if texts and target is None and known.needs_target and params.forced_bos_token_id is None:
+                raise ValueError(
+                    f"this model writes {len(known.codes)} languages; name one of `languages` by target_language={known.codes[0]!r}"
+                )
+            if source is None and target is None:
+                sources = [self.tokenizer.encode(text) for text in texts]
+            else:
+                known.check(source, target)
+                sources = [known.source(text, source, target) for text in texts]
+        else:
+            sources = [self.tokenizer.encode(self._prompt(source, target) + text) for text in texts or [""]][
+                : len(texts)
+            ]
+        longest = self.max_source_tokens
+        if longest is not None and truncate:
+            sources = [ids if len(ids) <= longest else self._cut(ids, longest) for ids in sources]
+        return sources
+
+    def _prompt(self, source: str | None, target: str | None) -> str:
+        """What stands before a text for a model that has no tokens of languages."""
+        if target is not None and isinstance(self.model, T5):
+            return prompt(source, target, self.task_params)
+        if target is not None or source is not None:
+            raise ValueError(
+                f"source_language={source!r} and target_language={target!r} mean nothing to this model: its tokenizer has no tokens of "
+                "languages; leave them away"
+            )
+        return ""
+
+    def _cut(self, ids: list[int], longest: int) -> list[int]:
+        """Without the last tokens of the text; what the tokenizer adds after it stays."""
+        ends = len(ids)
+        while ends > 0 and (ids[ends - 1] in self.tokenizer.eos_ids or ids[ends - 1] in special_ids(self.tokenizer)):
+            ends -= 1
+        after = ids[ends:]
+        return [*ids[: longest - len(after)], *after]
+
+    def _decided(self, params: Text2TextParams) -> Text2TextParams:
+        """With what the target's language decides."""
+        if self._languages is not None and params.target_language is not None:
+            params = dataclasses.replace(params, **self._languages.target(params.target_language))
+        longest = self.max_source_tokens  # of the target alike
+        if longest is not None and params.max_new_tokens > longest:
+            raise ValueError(
+                f"max_new_tokens={params.max_new_tokens} is more than the model's {longest} positions; lower it"
+            )
+        return params
+
     def stream(self, text: str, **options: Any) -> Iterator[str]:
         """The output of one text in pieces as they come; the pieces together are what a call gives. Not for beams."""
         params = dataclasses.replace(self.default_params, **options)
@@ -169,8 +181,8 @@ class Text2Text:
             raise ValueError(
                 f"num_beams={params.num_beams}, num_return_sequences={params.num_return_sequences}: only one output can be streamed"
             )
-        [source] = [self.tokenizer.encode(t) for t in as_texts([text])]
-        return self._stream(source, params)
+        [source] = self._sources(params, as_texts([text]))
+        return self._stream(source, self._decided(params))
 
     def _stream(self, source: list[int], params: Text2TextParams) -> Iterator[str]:
         shown, ids = "", list[int]()
@@ -196,6 +208,7 @@ class Text2Text:
             raise ValueError("a source has no tokens; an encoder needs at least the end token that the tokenizer adds")
         if not sources:
             return []
+        params = self._decided(params)
         if params.num_beams > 1:
             found = self.beam_search(sources, params)
             return [hypothesis.tokens for best in found for hypothesis in best[: params.num_return_sequences]]
@@ -214,19 +227,18 @@ class Text2Text:
         """The next token of each source, step by step; None for those that have ended."""
         sampling, ends = params.sampling(), self.tokenizer.eos_ids
         seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-        outputs = [[self.model.config.start_id] for _ in sources]
-        size = params.no_repeat_ngram_size
+        start = self._start(params)
+        outputs = [[start] for _ in sources]
+        rules = [self._rules(params, source) for source in sources]
+        ruled = _has_rules(params)
+        forced = params.forced_bos_token_id is not None or params.forced_eos_token_id is not None
         rows = [
             Row(
-                sampling,
-                output,
-                seed=seed,
-                sample=first + i,
-                end_ids=ends,
-                forbidden=_forbidden(output, size) if size else None,
+                sampling, output, seed=seed, sample=first + i, forbidden=_unless_forced(rule) if ruled else None,
+                mask=_Forced(rule, output, self._vocab, self._device) if forced else None,
             )
-            for i, output in enumerate(outputs)
-        ]
+            for i, (output, rule) in enumerate(zip(outputs, rules))
+        ]  # fmt: skip
         readers = [(Detokenizer(self.tokenizer), StopStrings(params.stop)) for _ in sources] if params.stop else []
         cache = self._encode(sources)
         running = set(range(len(sources)))
@@ -235,6 +247,8 @@ class Text2Text:
             logits = self.model.logits(self.model.decode(tokens, cache)[:, -1])
             chosen: list[int | None] = list(sample(logits, rows).tokens)
             for i, token in enumerate(chosen):
+                if token == -1 and i in running:
+                    raise ValueError(no_choice(logits[i], rows[i]))
                 if i not in running:
                     chosen[i] = None
                     outputs[i].append(self.model.config.pad_id)
@@ -256,20 +270,56 @@ class Text2Text:
             len(sources), params.num_beams, params.max_new_tokens, self.tokenizer.eos_ids, length_penalty=params.length_penalty,
             early_stopping=params.early_stopping, stops=(lambda ids: self._stopped(ids, params)) if params.stop else None,
         )  # fmt: skip
-        start = self.model.config.start_id
+        start = self._start(params)
+        rules = [self._rules(params, source) for source in sources for _ in range(params.num_beams)]
         cache = self._encode(sources)
         tokens = torch.full((len(sources) * params.num_beams,), start, device=self._device)
         while not search.done:
             logits = self.model.logits(self.model.decode(tokens[:, None], cache)[:, -1])
             log_probs = repetition.apply(
-                logits.float().log_softmax(-1), [[start, *row] for row in search.running], repetition_penalty=params.repetition_penalty,
-                no_repeat_ngram_size=params.no_repeat_ngram_size,
-                end_ids=sorted(self.tokenizer.eos_ids) if search.length < params.min_new_tokens else (),
-            )  # fmt: skip
+                logits.float().log_softmax(-1),
+                search.running,
+                rules,
+                start=start,
+                repetition_penalty=params.repetition_penalty,
+            )
+            if params.renormalize_logits:
+                log_probs = log_probs.log_softmax(-1)
             parents, tokens = search.step(log_probs)
             tokens = tokens.to(self._device)
             cache.reorder(parents.to(self._device))
         return search.results()
+
+    def _start(self, params: Text2TextParams) -> int:
+        start = params.decoder_start_token_id
+        return self.model.config.start_id if start is None else start
+
+    @property
+    def _vocab(self) -> int:
+        return getattr(self.model.config, "decoder_vocab_size", self.model.config.vocab_size)
+
+    def _rules(self, params: Text2TextParams, source: Sequence[int]) -> TokenRules:
+        return TokenRules(
+            start=self._start(params), end_ids=self.tokenizer.eos_ids, min_tokens=params.min_new_tokens,
+            forced_first=self._checked(params, "forced_bos_token_id"), forced_last=self._checked(params, "forced_eos_token_id"),
+            last=params.max_new_tokens - 1, no_repeat_ngram_size=params.no_repeat_ngram_size,
+            source_ngram_size=params.encoder_no_repeat_ngram_size, source=source, bad_words=params.bad_words_ids,
+            suppressed=[token for token in params.suppress_tokens if 0 <= token < self._vocab],
+            watch=self._bad_words(params),
+        )  # fmt: skip
+
+    def _bad_words(self, params: Text2TextParams) -> Callable[[Sequence[int]], list[int]] | None:
+        """Of any output: the rows of a beam search are not those of the step before."""
+        if not params.bad_words:
+            return None
+        words = BadWords(params.bad_words, self.tokenizer)
+        return lambda output: words.watch()(output)
+
+    def _checked(self, params: Text2TextParams, name: str) -> list[int]:
+        for token in params.forced(name):
+            if not 0 <= token < self._vocab:
+                raise ValueError(f"{name}={token} is not an id of the model's vocabulary of {self._vocab}")
+        return params.forced(name)
 
     def _stopped(self, ids: Sequence[int], params: Text2TextParams) -> bool:
         text = self.tokenizer.decode(ids)
@@ -282,9 +332,9 @@ class Text2Text:
 
     @property
     def _device(self) -> torch.device:
-        return self.model.encoder.final_layer_norm.weight.device  # an embedding may be packed, a norm never
+        return self.model.device
 
-    def _encode(self, sources: Sequence[Sequence[int]]) -> T5Cache:
+    def _encode(self, sources: Sequence[Sequence[int]]) -> DecoderCache:
         """Padded on the right."""
         device = self._device
         lengths = torch.tensor([len(source) for source in sources])
@@ -294,10 +344,42 @@ class Text2Text:
         mask: Tensor | None = None
         if int(lengths.min()) < tokens.shape[1]:
             mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
-        return T5Cache(self.model, self.model.encode(tokens.to(device), mask), mask)
+        return DecoderCache(self.model, self.model.encode(tokens.to(device), mask), mask)
 
 
-def _forbidden(tokens: list[int], size: int) -> Any:
-    """For the sampler, which passes the output only: n-grams count with the decoder's first token."""
-    rule = repetition.no_repeat_ngrams(size)
-    return lambda output: rule(tokens)
+class _Forced:
+    """For the sampler: which ids may come at this step of an output, whose list begins with the start token."""
+
+    def __init__(self, rules: TokenRules, output: list[int], vocab: int, device: torch.device) -> None:
+        self._rules, self._output = rules, output
+        self._all = torch.ones(vocab, dtype=torch.bool, device=device)
+
+    def __call__(self) -> Tensor:
+        forced = self._rules.forced(len(self._output) - 1)
+        if not forced:
+            return self._all
+        allowed = torch.zeros_like(self._all)
+        allowed[forced] = True
+        return allowed
+
+
+def _unless_forced(rules: TokenRules) -> Callable[[Sequence[int]], list[int]]:
+    return lambda output: [] if rules.forced(len(output)) else rules.forbidden(output)
+
+
+def _has_rules(params: Text2TextParams) -> bool:
+    """Whether any token may be forbidden."""
+    return bool(
+        params.min_new_tokens or params.no_repeat_ngram_size or params.encoder_no_repeat_ngram_size or params.bad_words
+        or params.bad_words_ids or params.suppress_tokens
+    )  # fmt: skip
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """generation_config.json, or, of a checkpoint from before it, what config.json says in its place."""
+    if checkpoint.generation_config:
+        return checkpoint.generation_config
+    found = {name: checkpoint.config[name] for name in settings_names() if checkpoint.config.get(name) is not None}
+    found.pop("decoder_start_token_id", None)  # the model's own
+    check(found, GENERATION, checkpoint.path)
+    return found

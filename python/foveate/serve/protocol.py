@@ -286,6 +286,9 @@ class Text2TextBody(Body):
     num_return_sequences: int | None = Field(None, le=32)
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
+    bad_words: list[str] | None = None
+    source_language: str | None = None
+    target_language: str | None = None
     stop: str | list[str] | None = None
 
 

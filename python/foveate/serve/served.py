@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import foveate
+from foveate.models.registry import find
 from foveate.serve.errors import ApiError, bad_request, of_model
 from foveate.serve.jobs import Job
 from foveate.serve.worker import EngineWorker
@@ -149,7 +150,8 @@ def loader(path: str | Path, options: dict[str, Any]) -> Callable[[], Any]:
 
 def _kind(config: dict[str, Any]) -> str:
     model_type = config.get("model_type")
-    if model_type == "t5":
+    architecture = find(model_type)
+    if architecture is not None and architecture.encoder_decoder:
         return "Text2Text"
     if model_type != "bert":
         return "LLM"

@@ -1,4 +1,4 @@
-"""Tokenizers of folders from before tokenizer.json: BERT's vocab.txt, and vocab.json with merges.txt of GPT-2 and Qwen 2."""
+"""Tokenizers of folders from before tokenizer.json: BERT's vocab.txt, vocab.json with merges.txt of GPT-2 and Qwen 2, SentencePiece's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from foveate.files.checked import CheckpointError, is_there, library_errors, read_text
 from foveate.tokenizer import NEED
 from foveate.tokenizer.gguf import pre_tokenizer
+from foveate.tokenizer.sentencepiece import read_sentencepiece
 
 _WORDPIECE = ("BertTokenizer", "BertTokenizerFast")
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
@@ -17,6 +18,8 @@ _OTHERS = ("tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
 
 def read_older_tokenizer(folder: Path, model_type: str | None, tokenizer_config: dict[str, Any]) -> Any:
     """A tokenizers.Tokenizer, or None where the folder has no such files. CheckpointError for those of other tokenizers."""
+    if (pieces := read_sentencepiece(folder, model_type, tokenizer_config)) is not None:
+        return pieces
     words, merges = folder / "vocab.txt", folder / "merges.txt"
     kind = tokenizer_config.get("tokenizer_class") or _class_of(model_type)
     try:

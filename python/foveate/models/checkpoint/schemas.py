@@ -80,8 +80,13 @@ CONFIG: dict[str, Rule] = ANY_CONFIG | {
     "num_hidden_groups": _LAYERS, "inner_group_num": _LAYERS, "dropout": _SHARE, "seq_classif_dropout": _SHARE, "qa_dropout": _SHARE,
     "classifier_dropout_prob": _SHARE,
     "relative_attention_num_buckets": integer(2, 2**16), "relative_attention_max_distance": integer(2, 2**31 - 1),
+    "encoder_layers": _LAYERS, "decoder_layers": _LAYERS, "encoder_attention_heads": _HEADS, "decoder_attention_heads": _HEADS,
+    "encoder_ffn_dim": _SIZE, "decoder_ffn_dim": _SIZE, "scale_embedding": flag(), "activation_dropout": _SHARE,
+    "share_encoder_decoder_embeddings": flag(), "decoder_vocab_size": integer(1, 2**24),
+    "local_radius": integer(1, 2**31 - 1), "encoder_attention_type": text(), "task_specific_params": mapping(),
 }  # fmt: skip
 
+_WORD = list_of(integer(0, 2**31 - 1), 2**16)
 _WHOLE = rule(
     "a whole number", lambda v: isinstance(v, float) and v.is_integer() and -1 <= v < 2**31
 )  # 50.0, as some files have it
@@ -89,6 +94,11 @@ GENERATION: dict[str, Rule] = SPECIAL_IDS | {
     "temperature": number(0, 1e6), "top_p": number(0, 1), "top_k": either(integer(-1, 2**31 - 1), _WHOLE), "min_p": number(0, 1),
     "repetition_penalty": number(1e-6, 1e6), "max_new_tokens": integer(1, 2**31 - 1), "do_sample": flag(),
     "num_beams": integer(1, 2**16), "length_penalty": number(-100, 100),
+    "forced_bos_token_id": _IDS, "forced_eos_token_id": _IDS, "suppress_tokens": list_of(_ID, 2**16),
+    "bad_words_ids": list_of(_WORD, 2**16),
+    "max_length": integer(0, 2**31 - 1), "min_length": integer(0, 2**31 - 1), "min_new_tokens": integer(0, 2**31 - 1),
+    "no_repeat_ngram_size": integer(0, 2**16), "encoder_no_repeat_ngram_size": integer(0, 2**16), "renormalize_logits": flag(),
+    "num_return_sequences": integer(1, 2**16), "early_stopping": either(flag(), text("never")),
 }  # fmt: skip
 
 _TOKEN = either(text(), mapping({"content": text()}, required=("content",)))
@@ -113,6 +123,7 @@ _ADDED = rule(
 TOKENIZER: dict[str, Rule] = SPECIAL_TOKENS | {
     "added_tokens_decoder": _ADDED, "tokenizer_class": text(),
     "chat_template": either(text(), list_of(mapping({"name": text(), "template": text()}, ("name", "template")), 256)),
+    "src_lang": text(), "tgt_lang": text(), "legacy_behaviour": flag(), "separate_vocabs": flag(), "language_codes": text(),
     "do_lower_case": flag(), "strip_accents": flag(), "tokenize_chinese_chars": flag(),
 }  # fmt: skip
 

@@ -35,6 +35,7 @@ _TASKS = {
     "BertForQuestionAnswering": "QUESTION_ANS",
     "BertForSequenceClassification": "SEQ_CLS",
     "T5": "SEQ_2_SEQ_LM",
+    "Bart": "SEQ_2_SEQ_LM",
     "Llama": "CAUSAL_LM",
     "GPT2": "CAUSAL_LM",
 }

@@ -42,6 +42,8 @@ class TrainedModel:
 
         model: Any = self.model
         transposed = model.transposed
+        constants = {name: p.detach() for name, p in model.named_parameters() if _is_constant(model, name)}
+        weights = {**constants, **weights}
         stored = {}
         for name, value in weights.items():
             swap = transposed is not None and transposed.fullmatch(name) is not None
@@ -70,6 +72,12 @@ class TrainedModel:
             config["scale_decoder_outputs"] = self.model.config.scaled
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         export_tokenizer(self.tokenizer, folder, self.checkpoint, config.get("model_type"))
+
+
+def _is_constant(model: Any, name: str) -> bool:
+    """Of a weight that belongs to the checkpoint and is never trained."""
+    constants = getattr(model, "constants", None)
+    return constants is not None and constants.fullmatch(name) is not None
 
 
 # Keys of tokenizer_config.json that are left out: what tokenizer.json says itself, or names files or code that the export does not have.

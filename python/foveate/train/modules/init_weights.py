@@ -30,7 +30,7 @@ def draw_weights(model: nn.Module, seed: int) -> None:
             if isinstance(module, (RMSNorm, nn.LayerNorm)):
                 offset: Any = getattr(module, "offset", 0.0)  # Gemma's norms multiply by 1 + weight
                 p.fill_(0.0 if leaf == "bias" else 1.0 - offset)
-            elif p.dim() < 2:
+            elif p.dim() < 2 or not p.requires_grad:  # a constant
                 p.zero_()
             else:
                 std = _t5_std(model, name) if isinstance(model, T5) else _STD

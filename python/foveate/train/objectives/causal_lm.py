@@ -156,4 +156,5 @@ def head_loss(head: Any, hidden: Tensor, labels: Tensor, config: TrainConfig, **
         head = head.base
     else:
         weight = head.weight
-    return linear_cross_entropy(hidden, weight, labels, bias=head.bias, reduction="sum", **options)
+    options.setdefault("bias", head.bias)
+    return linear_cross_entropy(hidden, weight, labels, reduction="sum", **options)

@@ -1,4 +1,4 @@
-"""Sequence to sequence with an encoder-decoder: rows of source and target, and T5's span corruption."""
+"""Sequence to sequence with an encoder-decoder, T5 or BART's kin: rows of source and target, and T5's span corruption."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.models.t5 import T5Cache
+from foveate.models.encoder_decoder import DecoderCache
+from foveate.models.encoder_decoder_families import FAMILIES
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.data.batch import IGNORED, Batch, join, layout
@@ -22,7 +23,10 @@ _WHAT = "sources or targets"
 
 
 class Seq2Seq(Objective):
-    """Rows: {"source", "target"}; the end token follows both. Neither is cut but by too_long="truncate", a target then without its end."""
+    """Rows: {"source", "target"}, with what the tokenizer adds to texts (BART's <s>); the end token follows both.
+
+    Neither is cut but by too_long="truncate", a target then without its end.
+    """
 
     perplexity = True
 
@@ -31,6 +35,9 @@ class Seq2Seq(Objective):
         if not tokenizer.eos_ids:
             raise ValueError("the tokenizer has no end token, without which an output would never end")
         self.end_id = min(tokenizer.eos_ids)
+        family = FAMILIES.get(settings.get("model_type", ""))
+        named = {name: value for name, value in settings.items() if value is not None}
+        settings = {**(family.defaults if family else {}), **named}
         pad = settings.get("pad_token_id") or 0
         start = settings.get("decoder_start_token_id")
         self.start_id = pad if start is None else start
@@ -43,9 +50,12 @@ class Seq2Seq(Objective):
         columns: Columns = {}
         for name in ("source", "target"):
             texts = [text_of(row, name, "") for row in rows]
-            encodings = self.tokenizer.backend.encode_batch(texts, add_special_tokens=False)
-            columns[name] = [np.array([*e.ids, self.end_id], np.int32) for e in encodings]
+            encodings = self.tokenizer.backend.encode_batch(texts)
+            columns[name] = [np.array(self._ended(e.ids), np.int32) for e in encodings]
         return columns
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if ids and ids[-1] in self.tokenizer.eos_ids else [*ids, self.end_id]
 
     def examples(self, store: TokenStore) -> Examples:
         if not len(store):
@@ -89,8 +99,11 @@ class Seq2Seq(Objective):
             places = torch.arange(batch["source"].shape[1], device=batch["source"].device)
             mask = places < batch["source_lens"][:, None]
         encoded = model.encode(batch["source"], mask, source)
-        cache = T5Cache(model, encoded, mask, keep=False, packed=source)
-        return head_loss(model.lm_head, model.decode(batch["inputs"], cache, target), batch["labels"], self.config)
+        cache = DecoderCache(model, encoded, mask, keep=False, packed=source)
+        hidden, options = model.decode(batch["inputs"], cache, target), {}
+        if model.logits_bias is not None:
+            options["bias"] = model.logits_bias
+        return head_loss(model.lm_head, hidden, batch["labels"], self.config, **options)
 
 
 class SpanCorruption(Seq2Seq):
