@@ -26,7 +26,7 @@ from foveate.models.native_decoder import _ACTIVATIONS, _beyond
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "guide" / "models.md"
-_BEGIN, _END = re.compile(r"<!-- families: generated .* -->\n"), "<!-- end of families -->"
+_BEGIN, _END = re.compile(r"<!-- families: generated [^>]*-->\n"), "<!-- end of families -->"
 _HEADER = ["| `model_type` | equal | trains | native decoder | GGUF |", "|---|---|---|---|---|"]
 
 

@@ -223,7 +223,7 @@ def help_text(*command: str) -> str:
 
 
 def commands() -> set[str]:
-    return set(re.findall(r"^ {4}([a-z]+)  ", help_text(), re.MULTILINE))
+    return set(re.findall(r"^ {4}([a-z]+)(?:  |$)", help_text(), re.MULTILINE))
 
 
 def unknown_commands(text: str) -> list[str]:

@@ -18,7 +18,7 @@ def test_every_model_type_has_one_architecture():
         assert issubclass(model_class({"model_type": kind}), nn.Module)
     for unknown in ("mamba", None, 3, []):
         assert registry.find(unknown) is None
-        with pytest.raises(CheckpointError, match=r"is not supported; known are albert, arcee, bert, bloom"):
+        with pytest.raises(CheckpointError, match=r"is not supported; known are albert, arcee, bart, bert, blenderbot"):
             registry.architecture_of({"model_type": unknown})
 
 
