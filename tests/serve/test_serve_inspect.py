@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+import generation_toys as toys
 import serve_toys
 from foveate.inspect import Inspector
 from foveate.serve import inspection
@@ -18,8 +19,9 @@ ASKED = {"rows": [-1, 0], "attention": {"layers": [1], "heads": [0, 3]}, "logit_
 
 
 @pytest.fixture(scope="module")
-def server(folder):
-    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}) as running:
+def server(folder, tmp_path_factory):
+    adapters = {"adapted": toys.adapter(tmp_path_factory.mktemp("adapter"), 1)}
+    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}, adapters=adapters) as running:
         yield running
 
 
@@ -45,6 +47,24 @@ def test_completions(server, monkeypatch):
     [choice] = found["choices"]
     assert choice["text"] == plain["choices"][0]["text"]
     check(server, found["inspect"], choice["prompt_token_ids"], choice["token_ids"])
+
+
+def test_the_lens_is_that_of_the_adapter_that_answered(server):
+    """After the last layer, the token before the last one of a greedy reply reads as the last one."""
+    rows = {"rows": [-2], "logit_lens": {"top": 1}}
+    body = {
+        "prompt": "the quick brown fox",
+        "max_tokens": 6,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    lenses = []
+    for model in ("toy", "adapted"):
+        found = server.post("/v1/completions", **body, model=model, inspect=rows).json()
+        lenses.append(found["inspect"]["logit_lens"])
+        assert lenses[-1]["ids"][-1] == [[found["choices"][0]["token_ids"][-1]]]
+    assert lenses[0]["probabilities"] != lenses[1]["probabilities"]
 
 
 def test_chat_and_streams(server):
