@@ -63,7 +63,8 @@ struct Norm {
   float eps = 0;
 };
 
-enum class Activation : uint8_t { kNone, kSilu, kGeluTanh, kRelu };
+// kClampedSilu, with a gate only: (up + 1) gate sigmoid(1.702 gate), the gate cut to at most `limit`, up to -limit..limit (gpt-oss).
+enum class Activation : uint8_t { kNone, kSilu, kGeluTanh, kRelu, kGelu, kRelu2, kTanh, kClampedSilu };
 
 struct LinearParams {
   const void* x = nullptr;  // [rows, in], row stride x_stride
@@ -76,8 +77,34 @@ struct LinearParams {
   int64_t out_stride[3] = {};
   Activation activation = Activation::kNone;
   bool gated = false;  // out[0] = activation(x weight[0]) * (x weight[1]), out[1] is not used
+  float limit = 0;  // of kClampedSilu
+  float clip = 0;  // outputs are cut to -clip..clip; 0: they are not
+  float scale = 1;  // of the outputs
   bool accumulate = false;  // out += instead of out =, fp32 only
   DType dtype = DType::kFloat32, out_dtype = DType::kFloat32;
+};
+
+// Rows [first, first + rows) of a product by groups, which meet weights of their own; weight[1] with a gate only.
+struct LinearGroup {
+  const PackedWeight* weight[2] = {};
+  int64_t first = 0, rows = 0;
+};
+
+// A product whose rows are sorted by the weight that they meet: the experts of a mixture, or the heads of a token.
+struct GroupedLinearParams {
+  LinearParams linear = {};  // weight[0] is that of any group: all have its sizes, and are blocks if it is, or else have its format
+  const int32_t* row_ids = nullptr;  // [rows], the row of x that each row reads; null: its own
+  const LinearGroup* groups = nullptr;
+  int64_t num_groups = 0;
+};
+
+// The norm of `heads` neighbours of `cols` elements of each token, in place.
+struct NormHeadsParams {
+  void* x = nullptr;  // [tokens, heads, cols], token stride x_stride
+  int64_t tokens = 0, heads = 0, cols = 0, x_stride = 0;
+  Norm norm = {};
+  int64_t weight_stride = 0;  // from a head's weight and bias to the next head's: 0 or cols
+  DType dtype = DType::kFloat32;
 };
 
 // out = norm(x), or out += norm(x), fp32.

@@ -12,6 +12,7 @@ CARRIED = ["python/foveate/ops/attention", "csrc/contract", "csrc/ops", "csrc/bi
 # Files in these folders that name `sinks` for another reason.
 MEANING = {
     "python/foveate/ops/attention/definition.py": "calls the definition of the reference backend",
+    "csrc/bindings/bind_decoder.cpp": "hands a layer's sinks to the decoder, which calls the op with a KV cache",
     "python/foveate/ops/attention/op.py": "hands calls of few queries to the op with a KV cache",
     "python/foveate/ops/attention/weights.py": "applies the options to the scores of chosen rows in plain torch",
 }

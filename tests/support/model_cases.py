@@ -28,8 +28,9 @@ def randomize(model: torch.nn.Module, std: float = 0.3) -> None:
 
 def new_cache(config: Any, dtype: torch.dtype = torch.float32, pages: int = 40) -> foveate.PagedKVCache:
     return foveate.PagedKVCache(
-        pages, 4, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, num_layers=config.num_layers, dtype=dtype
-    )
+        pages, 4, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, head_dim_v=getattr(config, "head_dim_v", None),
+        values_in_keys=getattr(config, "latent", None) is not None, num_layers=config.num_layers, dtype=dtype,
+    )  # fmt: skip
 
 
 def assert_logits_close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:

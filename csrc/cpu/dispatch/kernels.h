@@ -24,8 +24,12 @@ struct Kernels {
   void (*linear)(const LinearParams&, int threads);
   // The part of one thread of a team, with its barrier inside; the caller waits after it. scratch: linear_scratch_bytes, shared.
   void (*linear_share)(const LinearParams&, const Team&, char* scratch);
+  // The same for rows that meet weights of their own.
+  void (*grouped_linear)(const GroupedLinearParams&, int threads);
+  void (*grouped_linear_share)(const GroupedLinearParams&, const Team&, char* scratch);
   void (*packed_rows)(const PackedRowsParams&, int threads);
   void (*norm_rows)(const NormRowsParams&, int threads);
+  void (*norm_heads)(const NormHeadsParams&, int threads);
   void (*glu_forward)(const GluParams&, int threads);
   void (*glu_backward)(const GluParams&, int threads);
   void (*rms_norm_forward)(const RmsNormParams&, int threads);

@@ -14,6 +14,8 @@ namespace foveate::cpu::FOVEATE_ISA {
 using namespace FOVEATE_BASE;
 void linear(const LinearParams&, int threads);
 void linear_share(const LinearParams&, const Team&, char* scratch);
+void grouped_linear(const GroupedLinearParams&, int threads);
+void grouped_linear_share(const GroupedLinearParams&, const Team&, char* scratch);
 void packed_rows(const PackedRowsParams&, int threads);
 void norm_rows(const NormRowsParams&, int threads);
 #if defined(FOVEATE_TILES)
@@ -35,8 +37,11 @@ const Kernels table{
     .rotate_queries = rotate_queries,
     .linear = linear,
     .linear_share = linear_share,
+    .grouped_linear = grouped_linear,
+    .grouped_linear_share = grouped_linear_share,
     .packed_rows = packed_rows,
     .norm_rows = norm_rows,
+    .norm_heads = norm_heads,
     .glu_forward = glu_forward,
     .glu_backward = glu_backward,
     .rms_norm_forward = rms_norm_forward,

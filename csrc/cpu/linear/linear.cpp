@@ -3,8 +3,8 @@
 #include "core/dispatch.h"
 #include "cpu/dispatch/kernels.h"
 #include "cpu/linear/tile.inl.h"
+#include "cpu/rows/norm.inl.h"
 #include "cpu/simd/parallel.h"
-#include "cpu/simd/row.h"
 #include "cpu/simd/scratch.h"
 #include "cpu/simd/team.h"
 #if defined(FOVEATE_TILES)
@@ -15,30 +15,6 @@ namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
 constexpr int64_t kRowChunk = 128;  // prepared rows that pass a panel: they stay in L2
-
-// y = norm(x), or += it; in place is fine.
-void norm_row(const Norm& norm, const float* x, float* y, int64_t cols, bool accumulate) {
-  constexpr int n = kLanes<float>;
-  float mean = 0;
-  if (norm.kind == NormKind::kLayer)
-    mean = sum_row<float>(cols, [&](int64_t j, int64_t rest) { return load_n<float>(x + j, rest); }) / static_cast<float>(cols);
-  float scale = 1;
-  if (norm.kind != NormKind::kNone) {
-    const float squares = sum_row<float>(cols, [&](int64_t j, int64_t rest) {
-      const VecF v = load_n<float>(x + j, rest, mean) - mean;
-      return v * v;
-    });
-    scale = 1 / std::sqrt(squares / static_cast<float>(cols) + norm.eps);
-  }
-  for (int64_t j = 0; j < cols; j += n) {
-    const int64_t rest = cols - j;
-    VecF v = (load_n<float>(x + j, rest) - mean) * scale;
-    if (norm.weight) v *= load_n<float>(norm.weight + j, rest);
-    if (norm.bias) v += load_n<float>(norm.bias + j, rest);
-    if (accumulate) v += load_n<float>(y + j, rest);
-    store_n(y + j, v, rest);
-  }
-}
 
 // temp: [in] floats.
 void prepare_row(const LinearParams& p, int64_t row, float* temp, char* out) {
@@ -61,13 +37,44 @@ void prepare_row(const LinearParams& p, int64_t row, float* temp, char* out) {
     std::memcpy(out, x, static_cast<size_t>(in) * sizeof(float));
 }
 
+// x times the part of a normal distribution below x. erfc(|z|), z = x / sqrt(2), is computed itself, so that nothing cancels below 0.
+FOVEATE_INLINE VecF gelu(VecF x) {
+  const VecF z = vabs<float>(x) * 0.70710678118f, square = z * z;
+  VecF p = square * -0.0005631420734f + 0.004917551053f;  // erf(z) / z on 0..1
+  p = p * square - 0.02671131098f;
+  p = p * square + 0.112801801f;
+  p = p * square - 0.3761232619f;
+  p = p * square + 1.128379122f;
+  const VecF t = 1.0f / (1.0f + 0.4f * z);
+  VecF q = t * -0.1163304107f + 0.2436456334f;  // erfc(z) exp(z^2) beyond
+  q = q * t + 0.008450771043f;
+  q = q * t + 0.2127435877f;
+  q = q * t + 0.1989812837f;
+  q = q * t + 0.2266274682f;
+  q = q * t + 0.2256376634f;
+  q = q * t - 6.89082764e-07f;
+  const VecF half = 0.5f * (z < 1 ? 1.0f - p * z : q * expv<float>(-square));
+  return x * (x < 0 ? half : 1.0f - half);
+}
+
 // ---- epilogue of one row of a panel: c [32] -> bias, activation, gate, residual -> out -----------------------------------------
 
 FOVEATE_INLINE VecF activate(Activation activation, VecF x) {
   if (activation == Activation::kSilu) return x / (1.0f + expv<float>(-x));
   if (activation == Activation::kGeluTanh) return 0.5f * x * (1.0f + tanhv((x + x * x * x * 0.044715f) * 0.7978845608f));
   if (activation == Activation::kRelu) return x < 0 ? VecF{} : x;
+  if (activation == Activation::kGelu) return gelu(x);
+  if (activation == Activation::kRelu2) return x < 0 ? VecF{} : x * x;
+  if (activation == Activation::kTanh) return tanhv(x);
   return x;
+}
+
+FOVEATE_INLINE VecF clamp(VecF x, float low, float high) { return x < low ? splat(low) : x > high ? splat(high) : x; }
+
+FOVEATE_INLINE VecF gate_of(const LinearParams& p, VecF gate, VecF up) {
+  if (p.activation != Activation::kClampedSilu) return activate(p.activation, gate) * up;
+  gate = gate > p.limit ? splat(p.limit) : gate;
+  return (clamp(up, -p.limit, p.limit) + 1.0f) * (gate / (1.0f + expv<float>(gate * -1.702f)));
 }
 
 // Bias, activation, gate and residual of one row of a panel, on its way to `out`. gate: the row of weight[1]'s product.
@@ -79,12 +86,15 @@ void finish_row(const LinearParams& p, int which, int64_t panel, int64_t row, co
     const int64_t rest = count - j;
     VecF y = load<float>(c + j);
     if (w.bias) y += load_n<float>(w.bias + first + j, rest);
-    y = activate(p.activation, y);
     if (gate) {
-      VecF g = load<float>(gate + j);
-      if (p.weight[1].bias) g += load_n<float>(p.weight[1].bias + first + j, rest);
-      y *= g;
+      VecF up = load<float>(gate + j);
+      if (p.weight[1].bias) up += load_n<float>(p.weight[1].bias + first + j, rest);
+      y = gate_of(p, y, up);
+    } else {
+      y = activate(p.activation, y);
     }
+    if (p.clip > 0) y = clamp(y, -p.clip, p.clip);
+    y *= p.scale;
     const int64_t at = row * p.out_stride[which] + first + j;
     if (p.out_dtype == DType::kFloat32) {
       float* out = static_cast<float*>(p.out[which]) + at;
@@ -278,6 +288,73 @@ void linear_share(const LinearParams& p, const Team& team, char* scratch) {
   float* temp = reinterpret_cast<float*>(scratch + p.rows * linear_row_bytes(p.weight[0].in));
   const Work work(p, 0, p.rows, prepared_rows(p, scratch), temp, nullptr);
   work.prefetch_share(team);
+  work.prepare(team);
+  team.wait();
+  work.multiply(team);
+}
+
+// ---- products by groups -----------------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct GroupedWork {
+  const GroupedLinearParams& p;
+  PreparedRows prepared;
+  float* temp;  // as Work's
+  int8_t* expanded;
+
+  void prepare(const Team& team) const {
+    float* own = temp + team.id * round_up<int64_t>(p.linear.weight[0].in, 16);
+    for (int64_t i = team.begin(p.linear.rows); i < team.end(p.linear.rows); ++i)
+      prepare_row(p.linear, p.row_ids ? p.row_ids[i] : i, own, prepared.data + i * prepared.row_bytes);
+  }
+  // What a panel of a group costs: reading it as much as some rows.
+  static int64_t cost(const LinearGroup& g) { return max<int64_t>(g.rows, 4); }
+  // The panels of all groups, one after the other, divided by their cost.
+  void multiply(const Team& team) const {
+    const int64_t panels = ceil_div<int64_t>(p.linear.weight[0].out, kWeightPanel);
+    int64_t total = 0;
+    for (int64_t i = 0; i < p.num_groups; ++i) total += panels * cost(p.groups[i]);
+    const int64_t begin = team.begin(total), end = team.end(total);
+    LinearParams one = p.linear;
+    for (int64_t i = 0, at = 0; i < p.num_groups; at += panels * cost(p.groups[i]), ++i) {
+      const LinearGroup& g = p.groups[i];
+      // A panel belongs to the share that its beginning lies in.
+      const int64_t first = begin <= at ? 0 : ceil_div(begin - at, cost(g)), last = end <= at ? 0 : ceil_div(end - at, cost(g));
+      if (first >= min(last, panels)) continue;
+      one.weight[0] = *g.weight[0];
+      if (one.gated) one.weight[1] = *g.weight[1];
+      TileRows tiles(one, expanded ? expanded + team.id * 2 * expanded_bytes(one.weight[0].in) : nullptr);
+      for (int64_t panel = first; panel < min(last, panels); ++panel) tiles.panel_rows(0, panel, prepared, 0, g.first, g.rows);
+    }
+  }
+};
+
+}  // namespace
+
+void grouped_linear(const GroupedLinearParams& p, int threads) {
+  const PackedWeight& w = p.linear.weight[0];
+  PreparedRows a = prepared_rows(p.linear, nullptr);
+  Layout layout;
+  const int64_t at_rows = layout.add<char>(a.row_bytes * p.linear.rows);
+  const int64_t at_temp = layout.add<float>(round_up<int64_t>(w.in, 16) * threads);
+  const int64_t at_expanded = layout.add<int8_t>(is_blocks(w.format) ? 2 * expanded_bytes(w.in) * threads : 0);
+  Scratch scratch;
+  scratch.allocate(layout.total());
+  a.data = scratch.at<char>(at_rows);
+  const GroupedWork work{p, a, scratch.at<float>(at_temp), scratch.at<int8_t>(at_expanded)};
+#pragma omp parallel num_threads(threads)
+  {
+    const Team team{omp_get_thread_num(), omp_get_num_threads(), nullptr};
+    work.prepare(team);
+#pragma omp barrier
+    work.multiply(team);
+  }
+}
+
+void grouped_linear_share(const GroupedLinearParams& p, const Team& team, char* scratch) {
+  float* temp = reinterpret_cast<float*>(scratch + p.linear.rows * linear_row_bytes(p.linear.weight[0].in));
+  const GroupedWork work{p, prepared_rows(p.linear, scratch), temp, nullptr};
   work.prepare(team);
   team.wait();
   work.multiply(team);

@@ -52,6 +52,9 @@ class PagedKVCache:
         cache.append([seq], prompt_length)
         out = cache.attend(layer, q, k, v, seqs=[seq])      # for each layer
 
+    values_in_keys: values are the last Dv elements of the keys, and v_pages a view of k_pages: the latent of MLA, held once. v is then
+    given as what k ends with. int8 and float8_e4m3fn, whose keys and values have scales of their own, hold both.
+
     dtype: float32, bfloat16, float16 or float64, as q will have, or int8 or float8_e4m3fn for any q. Threads may share a cache, each with
     sequences of its own; a copy or a pickle of a cache is another one, with the same sequences.
     """
@@ -64,6 +67,7 @@ class PagedKVCache:
         num_kv_heads: int,
         head_dim: int,
         head_dim_v: int | None = None,
+        values_in_keys: bool = False,
         num_layers: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
@@ -78,12 +82,20 @@ class PagedKVCache:
                 raise ValueError(f"{name}={size} must be 1 or more")
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype} cannot be stored; choose one of {', '.join(map(str, _DTYPES))}")
+        if values_in_keys and head_dim_v > head_dim:
+            raise ValueError(
+                f"head_dim_v={head_dim_v} is more than the head_dim={head_dim} of the keys that hold the values"
+            )
         if num_pages > torch.iinfo(torch.int32).max:
             raise ValueError(f"num_pages={num_pages} does not fit the block table's int32; use a larger page_size")
         self.page_size = page_size
         shape = (num_layers, num_pages, page_size, num_kv_heads)
         self.k_pages = torch.empty((*shape, head_dim), dtype=dtype, device=device)
-        self.v_pages = torch.empty((*shape, head_dim_v), dtype=dtype, device=device)
+        self._values_in_keys = values_in_keys and dtype not in QUANTIZED
+        if self._values_in_keys:
+            self.v_pages = self._values_of_keys(head_dim_v)
+        else:
+            self.v_pages = torch.empty((*shape, head_dim_v), dtype=dtype, device=device)
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
         if dtype in QUANTIZED:
@@ -105,15 +117,21 @@ class PagedKVCache:
         """An empty cache of the same sizes, with memory of its own."""
         layers, pages, page_size, heads, width = self.k_pages.shape
         return PagedKVCache(
-            pages, page_size, num_kv_heads=heads, head_dim=width, head_dim_v=self.v_pages.shape[-1], num_layers=layers,
-            dtype=self.k_pages.dtype, device=self.k_pages.device,
+            pages, page_size, num_kv_heads=heads, head_dim=width, head_dim_v=self.v_pages.shape[-1],
+            values_in_keys=self._values_in_keys, num_layers=layers, dtype=self.k_pages.dtype, device=self.k_pages.device,
         )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+        state = {name: value for name, value in self.__dict__.items() if name != "lock"}
+        return state | {"v_pages": self.v_pages.shape[-1]} if self._values_in_keys else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
+        if self._values_in_keys:
+            self.v_pages = self._values_of_keys(state["v_pages"])
+
+    def _values_of_keys(self, head_dim_v: int) -> Tensor:
+        return self.k_pages[..., self.k_pages.shape[-1] - head_dim_v :]
 
     def create(self) -> int:
         """A new, empty sequence. It has no pages yet."""
@@ -314,7 +332,6 @@ class PagedKVCache:
         )  # fmt: skip
 
     def stats(self) -> CacheStats:
-        tensors = (self.k_pages, self.v_pages, self.k_scale, self.v_scale)
         return CacheStats(
             sequences=len(self._lengths),
             tokens=sum(self._lengths.values()),
@@ -322,8 +339,13 @@ class PagedKVCache:
             used_pages=len(self._references) - len(self._free),
             free_pages=len(self._free),
             shared_pages=sum(count > 1 for count in self._references),
-            nbytes=sum(x.numel() * x.element_size() for x in tensors if x is not None),
+            nbytes=sum(pool.nbytes for pool in self._pools()),
         )
+
+    def _pools(self) -> list[Tensor]:
+        """The memory of the pages."""
+        values = None if self._values_in_keys else self.v_pages
+        return [pool for pool in (self.k_pages, values, self.k_scale, self.v_scale) if pool is not None]
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)
@@ -349,7 +371,7 @@ class PagedKVCache:
     def _copy_last_pages(self, seqs: Sequence[int]) -> None:
         """Each sequence gets a last page of its own. The old ones keep other holders, so none of them is taken as a new one."""
         old, new = [self._pages[seq][-1] for seq in seqs], [self._take() for _ in seqs]
-        pools = [pool for pool in (self.k_pages, self.v_pages, self.k_scale, self.v_scale) if pool is not None]
+        pools = self._pools()
         query = Query(self.k_pages.device.type, torch.float32)  # bytes, whatever the dtype
         if runs_cuda_kernels(query.device) and _native_copies(query) is None:
             for pool in pools:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foveate.cache.paged import CacheFull, PagedKVCache
 from foveate.cache.view import CacheView
+from foveate.generation import memory
 from foveate.generation.request import Sample
 from foveate.generation.runner import fastest
 from foveate.generation.sampler import Row
@@ -178,13 +179,9 @@ def load_draft(
     if getattr(module, "lm_head", module) is None:
         raise ValueError(f"draft_model={str(path)!r} has no language-model head; it is one for foveate.Embedder")
     module.requires_grad_(False)
-    config = module.config
     dtype = next(p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()).dtype
     model, runs_on = fastest(module, device)
-    cache = PagedKVCache(
-        num_pages, page_size, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, num_layers=config.num_layers,
-        dtype=dtype, device=device,
-    )  # fmt: skip
+    cache = PagedKVCache(num_pages, page_size, dtype=dtype, device=device, **memory.cache_sizes(module.config))
     draft = DraftModel(model, cache, vocab_size=target.vocab_size, tokens=tokens, max_prefill_tokens=max_prefill_tokens)
     return draft, f"{tokens} tokens at a time are guessed by {Path(str(path)).name} ({runs_on})"
 

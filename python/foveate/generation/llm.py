@@ -99,7 +99,7 @@ class LLM:
             raise ValueError(
                 f'cuda_graphs=True, but the device is {self.device}; use device="cuda", or leave cuda_graphs out'
             )
-        memory.check_model_fits(checkpoint, self.device, dtype, quantization)
+        fits = memory.check_model_fits(checkpoint, self.device, dtype, quantization)
         module: Any = load_model(
             checkpoint, device=self.device, dtype=dtype, quantization=quantization, progress=progress
         )
@@ -112,7 +112,7 @@ class LLM:
         self.config = module.config
         weights = (p for p in itertools.chain(module.parameters(), module.buffers()) if p.is_floating_point())
         model_dtype = next(weights).dtype
-        self.model, self.runs_on = fastest(module, self.device)
+        self.model, self.runs_on = fastest(module, self.device, fits)
         in_graphs = False
         if self.device.type == "cuda":
             in_graphs, sentence = graphs(module, cuda_graphs)
@@ -127,9 +127,8 @@ class LLM:
         context = getattr(module, "set_context", lambda wanted: wanted or self.config.max_positions)(max_model_len)
         self.max_model_len = min(context, pages * page_size)
         cache = PagedKVCache(
-            pages + in_graphs, page_size, num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim,
-            num_layers=self.config.num_layers, dtype=cache_dtype, device=self.device,
-        )  # fmt: skip
+            pages + in_graphs, page_size, dtype=cache_dtype, device=self.device, **memory.cache_sizes(self.config)
+        )
         draft = None
         if draft_model is not None:
             draft, sentence = load_draft(

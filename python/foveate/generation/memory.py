@@ -87,12 +87,17 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def check_model_fits(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, quantization: str | None
-) -> None:
-    """ValueError, with what would fit, for a model larger than the memory that is free."""
+) -> bool:
+    """Whether the weights fit the memory that is free. False for a mixture of experts that does not, but stays a view of its mapped file.
+
+    ValueError, with what would fit, for any other model that is larger.
+    """
     have = available(device)
     need = model_bytes(checkpoint, dtype, quantization)
     if have is None or need <= have:
-        return
+        return True
+    if device.type == "cpu" and quantization is None and _experts_stay_mapped(checkpoint, dtype):
+        return False
     smaller = {q: model_bytes(checkpoint, dtype, q) for q in _BLOCK_BYTES if q != quantization}
     fits = [f'quantization="{q}" needs {gigabytes(size)}' for q, size in smaller.items() if size < need]
     cure = " and ".join(fits) if fits else "no quantization makes it smaller; choose a smaller model"
@@ -101,10 +106,28 @@ def check_model_fits(
     )
 
 
+def _experts_stay_mapped(checkpoint: Checkpoint, dtype: torch.dtype | None) -> bool:
+    """Not those of GGUF files, which are packed as they are loaded, nor gpt-oss's, whose rows change their order."""
+    config = read_config(model_class(checkpoint.config), checkpoint.config, checkpoint.path)
+    if getattr(config, "experts", None) is None or checkpoint.config.get("model_type") == "gpt_oss":
+        return False
+    return not checkpoint.weights().linear_layout and dtype in (None, _stored_dtype(checkpoint))
+
+
+def cache_sizes(config: Any) -> dict[str, Any]:
+    """What a PagedKVCache for the model is told."""
+    return {
+        "num_layers": config.num_layers, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim,
+        "head_dim_v": getattr(config, "head_dim_v", None), "values_in_keys": getattr(config, "latent", None) is not None,
+    }  # fmt: skip
+
+
 def token_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of cache for one token: keys and values of all layers, and a scale for each head of int8 and fp8."""
     scale = 4 if dtype.itemsize == 1 else 0
-    return 2 * config.num_layers * config.num_kv_heads * (config.head_dim * dtype.itemsize + scale)
+    sizes = cache_sizes(config)
+    values = 0 if sizes["values_in_keys"] and not scale else sizes["head_dim_v"] or config.head_dim
+    return config.num_layers * config.num_kv_heads * ((config.head_dim + values) * dtype.itemsize + 2 * scale)
 
 
 def gigabytes(size: float) -> str:

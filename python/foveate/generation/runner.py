@@ -9,10 +9,13 @@ import torch
 from foveate.generation.decode_graph import DecodeGraph
 
 
-def fastest(module: torch.nn.Module, device: torch.device) -> tuple[Any, str]:
-    """What runs the model, and a sentence about it."""
+def fastest(module: torch.nn.Module, device: torch.device, fits: bool = True) -> tuple[Any, str]:
+    """What runs the model, and a sentence about it. fits: its weights may be packed, which takes memory."""
     if device.type != "cpu":
         return module, f"torch modules with foveate's attention, on {device}"
+    if not fits:
+        why = "the weights are larger than the free memory: experts are read from the file as they are chosen"
+        return module, f"torch modules with foveate's attention, as {why}"
     try:
         from foveate.models.native_decoder import NativeDecoder
     except ImportError:

@@ -8,6 +8,7 @@ from typing import Any
 from foveate.files.checked import CheckpointError
 from foveate.models.decoder_families import FAMILIES
 from foveate.models.experts import ExpertsConfig
+from foveate.models.latent_config import LatentConfig
 from foveate.models.layers import need
 
 GLOBAL, LOCAL, NONE = "global", "local", "none"  # which rotary table a layer has
@@ -24,6 +25,7 @@ class LlamaConfig:
     head_dim: int
     max_positions: int
     norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6  # of the norms within latent attention
     activation: str = "silu"
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -60,6 +62,7 @@ class LlamaConfig:
     learned_positions: int | None = None  # OPT: by a table instead, whose rows begin so many before the first position
     sinks: bool = False
     clip_qkv: float | None = None
+    latent: LatentConfig | None = None  # then num_kv_heads is 1 and head_dim rope + rank, as the cache has them
     experts: ExpertsConfig | None = None
     expert_layers: tuple[bool, ...] = ()  # which layers have them; () for all
     attention_dropout: float = 0.0  # in training mode
@@ -118,6 +121,11 @@ class LlamaConfig:
             "attention_dropout": config.get("attention_dropout") or 0.0,
         } | family.knobs(config)
         return cls(**fields)
+
+    @property
+    def head_dim_v(self) -> int:
+        """Of the cache's values."""
+        return self.head_dim if self.latent is None else self.latent.rank
 
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and (not self.expert_layers or self.expert_layers[layer])

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foveate.files.checked import CheckpointError
+from foveate.models import older_families as older
 from foveate.models.experts import ExpertsConfig
+from foveate.models.latent_config import deepseek
 from foveate.models.layers import need
 
 Config = dict[str, Any]
@@ -250,90 +252,6 @@ def _exaone4(config: Config) -> dict[str, Any]:
     return {"qk_norm": "rms", "pre_norms": False, "post_norms": True, "windows": windows, "rope_layers": ropes}
 
 
-def _opt(config: Config) -> dict[str, Any]:
-    hidden = config["hidden_size"]
-    if not config.get("do_layer_norm_before", True) or config.get("word_embed_proj_dim", hidden) != hidden:
-        raise CheckpointError(
-            "OPT with norms after the blocks or projected embeddings (OPT 350M) is not supported; the other sizes are"
-        )
-    bias = bool(config.get("enable_bias", True))
-    return {
-        "norm": "layer_bias", "norm_eps": 1e-5, "gated": False, "qkv_bias": bias, "o_bias": bias, "mlp_bias": bias,
-        "activation": config.get("activation_function", "relu"), "learned_positions": 2, "num_kv_heads": config["num_attention_heads"],
-    }  # fmt: skip
-
-
-def _bloom(config: Config) -> dict[str, Any]:
-    if config.get("apply_residual_connection_post_layernorm"):
-        raise CheckpointError(
-            "apply_residual_connection_post_layernorm is not supported for bloom; the published models are without"
-        )
-    return {
-        "norm": "layer_bias", "norm_eps": config.get("layer_norm_epsilon", 1e-5), "embed_norm": True, "gated": False, "alibi": True,
-        "qkv_bias": True, "o_bias": True, "mlp_bias": True, "activation": "gelu_new",
-    }  # fmt: skip
-
-
-def _mpt(config: Config) -> dict[str, Any]:
-    attention = config.get("attn_config") or {}
-    if not attention.get("alibi", True) or attention.get("qk_ln") or not config.get("no_bias", True):
-        raise CheckpointError("MPT without ALiBi, with qk_ln or with biases is not supported; MPT 7B and 30B are")
-    return {
-        "norm": "layer", "norm_eps": config.get("layer_norm_epsilon", 1e-5), "gated": False, "alibi": True, "activation": "gelu",
-        "clip_qkv": attention.get("clip_qkv"), "scale": attention.get("softmax_scale"),
-    }  # fmt: skip
-
-
-def _gptj(config: Config) -> dict[str, Any]:
-    rotary = config.get("rotary_dim") or config["head_dim"]
-    if rotary % 2 or rotary > config["head_dim"]:
-        raise CheckpointError(f"rotary_dim={rotary} must be even and at most the head dim of {config['head_dim']}")
-    return {
-        "norm": "layer_bias", "norm_eps": config.get("layer_norm_epsilon", 1e-5), "gated": False, "parallel": "one", "mlp_bias": True,
-        "head_bias": True, "rope_interleaved": True, "rotary_dim": rotary, "activation": config.get("activation_function", "gelu_new"),
-    }  # fmt: skip
-
-
-def _gpt_neo(config: Config) -> dict[str, Any]:
-    layers = config["num_hidden_layers"]
-    kinds = config.get("attention_layers")
-    if kinds is None:  # [[["global", "local"], 12]]: these two, twelve times
-        kinds = []
-        for entry in config.get("attention_types") or ():
-            if len(entry) != 2 or not isinstance(entry[0], list) or not isinstance(entry[1], int):
-                raise CheckpointError(
-                    f"attention_types has {entry}, which is not a list of kinds and how often they come"
-                )
-            kinds += entry[0] * entry[1]
-    if len(kinds) != layers or set(kinds) - {"global", "local"}:
-        raise CheckpointError(
-            f"attention_types make {len(kinds)} layers of {sorted(set(kinds))}; this model has {layers}"
-        )
-    window = config.get("window_size") or 256
-    return {
-        "norm": "layer_bias", "norm_eps": config.get("layer_norm_epsilon", 1e-5), "gated": False, "o_bias": True, "mlp_bias": True,
-        "scale": 1.0, "learned_positions": 0, "activation": config.get("activation_function", "gelu_new"),
-        "windows": tuple(window if kind == "local" else None for kind in kinds),
-    }  # fmt: skip
-
-
-def _falcon(config: Config) -> dict[str, Any]:
-    if config.get("alibi"):
-        raise CheckpointError(
-            "Falcon with ALiBi (falcon-rw) is not supported; Falcon 7B, 40B and 180B, which have RoPE, are"
-        )
-    new, heads = bool(config.get("new_decoder_architecture")), config["num_attention_heads"]
-    kv = (config.get("num_kv_heads") or heads) if new else 1 if config.get("multi_query", True) else heads
-    norms = config.get("num_ln_in_parallel_attn") or (2 if new else 1)
-    parallel = config.get("parallel_attn", True)
-    bias = bool(config.get("bias"))
-    return {
-        "norm": "layer_bias", "norm_eps": config.get("layer_norm_epsilon", 1e-5), "gated": False, "num_kv_heads": kv, "qkv_bias": bias,
-        "o_bias": bias, "mlp_bias": bias, "parallel": "" if not parallel else "two" if norms == 2 else "one",
-        "activation": config.get("activation") or "gelu",
-    }  # fmt: skip
-
-
 _GPTJ_KEYS = {
     "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_positions": "max_position_embeddings",
     "n_inner": "intermediate_size",
@@ -350,6 +268,7 @@ _SANDWICH = (
     (r"\.post_mlp_layernorm\.", ".post_feedforward_layernorm."),
 )
 _PHI_QKV = {"self_attn.qkv_proj": "qkv", "mlp.gate_up_proj": "gate_up"}
+_SHARED_EXPERTS = ((r"\.shared_experts\.", ".shared_expert."),)
 _STACKED = {"mlp.experts.gate_up_proj": "experts_gate_up", "mlp.experts.down_proj": "experts_down"}
 
 FAMILIES: dict[str, DecoderFamily] = {
@@ -405,6 +324,8 @@ FAMILIES: dict[str, DecoderFamily] = {
         names=((r"\.block_sparse_moe\.router\.layer\.", ".mlp.gate."), (r"\.block_sparse_moe\.", ".mlp.")),
         fused={"mlp.input_linear": "experts_gate_up", "mlp.output_linear": "experts_down"},
     ),
+    "deepseek_v2": DecoderFamily("DeepseekV2ForCausalLM", deepseek, names=_SHARED_EXPERTS, fused=_STACKED),
+    "deepseek_v3": DecoderFamily("DeepseekV3ForCausalLM", deepseek, names=_SHARED_EXPERTS, fused=_STACKED),
     "smollm3": DecoderFamily("SmolLM3ForCausalLM", _smollm3, {"tie_word_embeddings": True, "rope_theta": 2e6}),
     "cohere": DecoderFamily("CohereForCausalLM", _cohere, {"tie_word_embeddings": True, "rope_theta": 5e5}),
     "cohere2": DecoderFamily("Cohere2ForCausalLM", _cohere, {"tie_word_embeddings": True}),
@@ -463,7 +384,7 @@ FAMILIES: dict[str, DecoderFamily] = {
         fused={"mlp.gate_up_proj": "gate_up"},
     ),
     "opt": DecoderFamily(
-        "OPTForCausalLM", _opt, {"tie_word_embeddings": True}, {"ffn_dim": "intermediate_size"},
+        "OPTForCausalLM", older.opt, {"tie_word_embeddings": True}, {"ffn_dim": "intermediate_size"},
         names=(
             (r"^(model\.)?decoder\.final_layer_norm\.", "model.norm."), (r"^(model\.)?decoder\.", "model."),
             (r"\.out_proj\.", ".o_proj."), (r"\.self_attn_layer_norm\.", ".input_layernorm."), (r"\.fc1\.", ".mlp.up_proj."),
@@ -472,13 +393,13 @@ FAMILIES: dict[str, DecoderFamily] = {
         without_rope=True,
     ),
     "bloom": DecoderFamily(
-        "BloomForCausalLM", _bloom, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
+        "BloomForCausalLM", older.bloom, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
         {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embed": "hidden_size",
          "seq_length": "max_position_embeddings"},
         names=_BLOOM_NAMES, fused={"self_attn.query_key_value": "qkv_by_group"}, without_rope=True,
     ),
     "mpt": DecoderFamily(
-        "MptForCausalLM", _mpt, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
+        "MptForCausalLM", older.mpt, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
         {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
          "max_seq_len": "max_position_embeddings"},
         names=(
@@ -490,7 +411,7 @@ FAMILIES: dict[str, DecoderFamily] = {
         fused={"self_attn.Wqkv": "qkv"}, without_rope=True,
     ),
     "gptj": DecoderFamily(
-        "GPTJForCausalLM", _gptj, keys=_GPTJ_KEYS,
+        "GPTJForCausalLM", older.gptj, keys=_GPTJ_KEYS,
         names=(
             (r"^(transformer\.)?wte\.", "model.embed_tokens."), (r"^(transformer\.)?h\.", "model.layers."),
             (r"^(transformer\.)?ln_f\.", "model.norm."), (r"\.ln_1\.", ".input_layernorm."),
@@ -499,7 +420,7 @@ FAMILIES: dict[str, DecoderFamily] = {
         ),
     ),
     "gpt_neo": DecoderFamily(
-        "GPTNeoForCausalLM", _gpt_neo, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
+        "GPTNeoForCausalLM", older.gpt_neo, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
         {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"},
         names=(
             (r"^(transformer\.)?wte\.", "model.embed_tokens."), (r"^(transformer\.)?wpe\.", "model.embed_positions."),
@@ -511,7 +432,7 @@ FAMILIES: dict[str, DecoderFamily] = {
         without_rope=True,
     ),
     "falcon": DecoderFamily(
-        "FalconForCausalLM", _falcon, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
+        "FalconForCausalLM", older.falcon, {"tie_word_embeddings": True, "max_position_embeddings": 2048},
         {"ffn_hidden_size": "intermediate_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"},
         names=(
             *_BLOOM_NAMES, (r"\.ln_attn\.", ".input_layernorm."), (r"\.ln_mlp\.", ".post_attention_layernorm."),

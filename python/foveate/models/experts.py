@@ -18,8 +18,9 @@ class ExpertsConfig:
 
     router: "softmax" takes the softmax of all logits and then the best, "top" the softmax of the best logits alone, "sigmoid" chooses by
     the sigmoid plus a stored bias and weighs by the sigmoid (DeepSeek V3). normalize: weights of a token add up to 1. scale: of them.
-    groups, top_groups: only experts of the best groups are chosen. shared_inner: width of an expert that every token goes through, 0 for
-    none; shared_gate: it is multiplied by the sigmoid of a learned score.
+    groups, top_groups: only experts of the best groups are chosen, by the sum of a group's best two scores with "sigmoid", by its best
+    otherwise. shared_inner: width of an expert that every token goes through, 0 for none; shared_gate: it is multiplied by the sigmoid of
+    a learned score.
     """
 
     count: int
@@ -44,6 +45,11 @@ class ExpertsConfig:
                 f"{self.count} experts in {self.groups} groups (n_group), of which {self.top_groups} are chosen (topk_group), cannot be: "
                 "groups are of one size, and no more are chosen than there are"
             )
+        if self.per_token > max(self.count, 1) // self.groups * self.top_groups:
+            raise CheckpointError(
+                f"num_experts_per_tok={self.per_token} is more than the experts in {self.top_groups} of {self.groups} groups of "
+                f"{self.count} experts (topk_group, n_group)"
+            )
 
 
 class Router(nn.Module):
@@ -65,7 +71,10 @@ class Router(nn.Module):
         if c.router == "top":
             best, experts = logits.topk(c.per_token, -1)
             return best.softmax(-1), experts
-        weights, experts = logits.softmax(-1).topk(c.per_token, -1)
+        scores = logits.softmax(-1)
+        if c.groups > 1:
+            scores = self._of_best_groups(scores, scores.unflatten(-1, (c.groups, -1)).amax(-1))
+        weights, experts = scores.topk(c.per_token, -1)
         if c.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights * c.scale, experts
@@ -77,14 +86,19 @@ class Router(nn.Module):
         choice = scores + self.e_score_correction_bias.float()
         if c.groups > 1:
             by_group = choice.unflatten(-1, (c.groups, -1))
-            best = by_group.topk(min(2, by_group.shape[-1]), -1).values.sum(-1).topk(c.top_groups, -1).indices
-            kept = torch.zeros_like(by_group[..., 0]).scatter_(-1, best, 1.0).bool()
-            choice = by_group.masked_fill(~kept[..., None], 0.0).flatten(-2)
+            choice = self._of_best_groups(choice, by_group.topk(min(2, by_group.shape[-1]), -1).values.sum(-1))
         experts = choice.topk(c.per_token, -1).indices
         weights = scores.gather(-1, experts)
         if c.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * c.scale, experts
+
+    def _of_best_groups(self, scores: Tensor, of_groups: Tensor) -> Tensor:
+        """scores [tokens, experts], -inf where the expert's group is not among the best; of_groups [tokens, groups]."""
+        c = self.config
+        best = of_groups.topk(c.top_groups, -1).indices
+        kept = torch.zeros_like(of_groups).scatter_(-1, best, 1.0).bool()
+        return scores.masked_fill(~kept.repeat_interleave(c.count // c.groups, -1), float("-inf"))
 
 
 class Experts(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from foveate.cache.view import CacheView
 from foveate.models.decoder_config import LOCAL, NONE, LlamaConfig
 from foveate.models.experts import Experts
+from foveate.models.latent_attention import LatentAttention
 from foveate.models.layers import LayerNorm, RMSNorm, activation, gated, split_heads
 from foveate.models.recompute import feed, recomputed
 from foveate.models.rotary import Rotary
@@ -145,7 +146,8 @@ class LlamaLayer(nn.Module):
         super().__init__()
         self.post_norms, self.pre_norms = config.post_norms, config.pre_norms
         self.parallel, self.residual_scale = config.parallel, config.residual_scale
-        self.self_attn = LlamaAttention(config, layer)
+        attention = LlamaAttention if config.latent is None else LatentAttention
+        self.self_attn = attention(config, layer)
         if config.has_experts(layer):
             assert config.experts is not None
             self.mlp: nn.Module = Experts(config.hidden_size, config.experts, lambda inner: LlamaMLP(config, inner))

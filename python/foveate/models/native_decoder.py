@@ -1,4 +1,4 @@
-"""NativeDecoder: a causal language model on the CPU with all its layers in one native call per step (csrc/decoder/decoder.cpp)."""
+"""NativeDecoder: a causal language model on the CPU with all its layers in one native call per step (csrc/decoder)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,15 @@ from torch import Tensor, nn
 from foveate.backend import native
 from foveate.cache.view import CacheView
 from foveate.models.addresses import Addresses
+from foveate.models.experts import Experts
 from foveate.models.gpt2 import GPT2
-from foveate.models.layers import LayerNorm, PackedEmbedding, RMSNorm
+from foveate.models.layers import PackedEmbedding
 from foveate.models.llama import Llama
+from foveate.models.native_layers import ACTIVATIONS, ALL_POSITIONS, NativeLayers
 from foveate.nn import PackedLinear
 from foveate.ops.attention.plan import step_plan
 from foveate.ops.attention.with_kv_cache_op import QUANTIZED
 from foveate.quantization.panels import FLOATS
-
-_C = native._C
-
-_ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "relu": "relu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}  # fmt: skip
 
 
 class NativeDecoder:
@@ -55,17 +50,20 @@ class NativeDecoder:
         self._build(1)
         self.config: Any = model.config
 
-    @torch.no_grad()
     def _build(self, positions: int) -> None:
-        """positions: of the rotary table, at least."""
+        """positions: of the rotary tables, at least."""
         reason = self.unsupported(self.model)
         if reason is not None:
             raise ValueError(reason)
-        self._borrowed: list[Tensor] = []  # what the native object points to
-        _pack(self.model)
-        self._positions = positions
-        self._native = self._llama(self.model) if isinstance(self.model, Llama) else self._gpt2(self.model)
+        with torch.no_grad():
+            _pack(self.model)
+        self._layers = NativeLayers(self.model, positions)
         self._addresses = Addresses(self.model)
+        self._long = self._has_long_factors()
+
+    def _has_long_factors(self) -> bool:
+        """Of RoPE, see Llama.set_context."""
+        return isinstance(self.model, Llama) and self.model.rotary.long
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model}
@@ -73,11 +71,16 @@ class NativeDecoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         NativeDecoder.__init__(self, state["model"])
 
-    def _current(self, positions: int) -> tuple[Any, list[Tensor]]:
-        """The native object for the weights as they are, for sequences of up to `positions`, and what it points to."""
-        if positions > self._positions or (self.looks_at_weights and self._addresses.changed()):
-            self._build(max(positions, self._positions))
-        return self._native, self._borrowed
+    def _current(self, positions: int) -> NativeLayers:
+        """Those for the weights as they are, for sequences of up to `positions`."""
+        layers = self._layers
+        if (
+            positions > layers.positions
+            or self._long != self._has_long_factors()
+            or (self.looks_at_weights and self._addresses.changed())
+        ):
+            self._build(max(positions, layers.positions) if layers.positions < ALL_POSITIONS else positions)
+        return self._layers
 
     @staticmethod
     def unsupported(model: nn.Module) -> str | None:
@@ -86,10 +89,10 @@ class NativeDecoder:
             return native.missing_reason
         if not isinstance(model, Llama | GPT2):
             return f"NativeDecoder runs the Llama family and GPT-2, not {type(model).__name__}; call the model itself"
-        if isinstance(model, Llama) and (part := _beyond(model.config)) is not None:
-            return f"NativeDecoder has no {part}; call the model itself"
-        if model.config.activation not in _ACTIVATIONS:
-            return f"NativeDecoder knows the activations {', '.join(_ACTIVATIONS)}, not {model.config.activation}; call the model itself"
+        if isinstance(model, Llama) and model.config.latent is not None:
+            return "NativeDecoder has no latent attention (MLA); call the model itself"
+        if model.config.activation not in ACTIVATIONS:
+            return f"NativeDecoder knows the activations {', '.join(ACTIVATIONS)}, not {model.config.activation}; call the model itself"
         for name, parameter in model.named_parameters():
             if parameter.device.type != "cpu":
                 return f"NativeDecoder runs on the CPU; {name} is on {parameter.device}"
@@ -100,6 +103,11 @@ class NativeDecoder:
                 )
         for name, module in model.named_modules():
             groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+            if isinstance(module, Experts):
+                for part in ("up_proj", "down_proj"):
+                    kinds = {_kind(expert.get_submodule(part)) for expert in module.experts}
+                    if len(kinds) > 1:
+                        return f"{part} of the experts of {name} are {' and '.join(sorted(kinds))}; they must share one kind of format"
             for group in groups:
                 kinds = {_kind(getattr(module, part)) for part in group if getattr(module, part, None) is not None}
                 if len(kinds) > 1:
@@ -117,7 +125,7 @@ class NativeDecoder:
             )
         pages = cache.cache
         pages.check_writable(cache.seqs, cache.new)
-        decoder, borrowed = self._current(cache.capacity)
+        layers = self._current(cache.capacity)
         x = self._embed(tokens, cache)
         config, (B, S) = self.config, tokens.shape
         Hq, Hkv, D = config.num_heads, config.num_kv_heads, config.head_dim
@@ -126,10 +134,10 @@ class NativeDecoder:
         plan = step_plan(B, S, Hq, Hkv, D, capacity, threads, quantized)
         if self.before_kernels is not None:
             self.before_kernels()
-        decoder.step(
+        layers.decoder.step(
             x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, plan, threads
         )
-        del borrowed  # alive until here, whatever another thread has built meanwhile
+        del layers  # alive until here, whatever another thread has built meanwhile
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -153,109 +161,9 @@ class NativeDecoder:
                 x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
             if self.config.learned_positions is not None:
                 x = x + self.model.model.embed_positions(cache.positions() + self.config.learned_positions)
+            if self.model.model.embed_norm is not None:
+                x = self.model.model.embed_norm(x)
         return x.float().contiguous()
-
-    def _keep(self, x: Tensor | None) -> Tensor | None:
-        """x in fp32 for the native object, which does not own it."""
-        if x is None:
-            return None
-        x = x.detach().float().contiguous()
-        self._borrowed.append(x)
-        return x
-
-    def _weight(self, linear: PackedLinear | None) -> tuple[Any, ...] | None:
-        if linear is None:
-            return None
-        if not isinstance(linear, PackedLinear):
-            raise ValueError(
-                f"NativeDecoder runs packed linear layers, not a {type(linear).__name__}; call the model itself"
-            )
-        self._borrowed.append(linear.data)
-        return linear.data, self._keep(linear.bias), linear.format, linear.in_features, linear.out_features
-
-    def _norm(self, norm: RMSNorm | LayerNorm | nn.LayerNorm) -> tuple[Any, ...]:
-        if isinstance(norm, LayerNorm):
-            assert norm.weight is not None
-            return "layer", self._keep(norm.weight.float() + norm.offset), self._keep(norm.bias), norm.eps
-        if isinstance(norm, nn.LayerNorm):
-            return "layer", self._keep(norm.weight), self._keep(norm.bias), norm.eps
-        return "rms", self._keep(norm.weight.float() + norm.offset if norm.offset else norm.weight), None, norm.eps
-
-    def _llama(self, model: Any) -> Any:
-        c = model.config
-        cos = sin = None
-        if c.learned_positions is None:
-            tables = model.rotary.tables(torch.device("cpu"), length=self._positions)
-            cos, sin = map(self._keep, tables)
-        # no more are needed
-        self._positions = 2**31 if cos is None or len(cos) == c.max_positions else len(cos)
-        decoder = _C.Decoder(
-            hidden=c.hidden_size, inner=c.intermediate_size, heads_q=c.num_heads, heads_kv=c.num_kv_heads, head_dim=c.head_dim,
-            softcap=c.attn_softcap or 0.0, activation=_ACTIVATIONS[c.activation], final_norm=self._norm(model.model.norm),
-            rotary_cos=cos, rotary_sin=sin,
-        )  # fmt: skip
-        for i, layer in enumerate(model.model.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            options: dict[str, Any] = {"mlp_norm": layer.post_attention_layernorm}
-            if layer.post_norms:
-                options = {
-                    "mlp_norm": layer.pre_feedforward_layernorm,
-                    "attention_out_norm": layer.post_attention_layernorm,
-                    "mlp_out_norm": layer.post_feedforward_layernorm,
-                }
-            options = {name: self._norm(norm) for name, norm in options.items()}
-            if c.qk_norm:
-                options["q_norm"], options["k_norm"] = (
-                    self._keep(attention.q_norm.weight + c.norm_offset),
-                    self._keep(attention.k_norm.weight + c.norm_offset),
-                )
-                options["head_norm_eps"] = c.norm_eps
-            decoder.add_layer(
-                attention_norm=self._norm(layer.input_layernorm), q=self._weight(attention.q_proj), k=self._weight(attention.k_proj),
-                v=self._weight(attention.v_proj), o=self._weight(attention.o_proj), gate=self._weight(mlp.gate_proj),
-                up=self._weight(mlp.up_proj), down=self._weight(mlp.down_proj), scale=c.scale or c.head_dim**-0.5,
-                window_left=-1 if c.windows[i] is None else c.windows[i] - 1, **options,
-            )  # fmt: skip
-        return decoder
-
-    def _gpt2(self, model: Any) -> Any:
-        c = model.config
-        self._positions = 2**31  # its positions are an embedding
-        decoder = _C.Decoder(
-            hidden=c.hidden_size, inner=c.intermediate_size, heads_q=c.num_heads, heads_kv=c.num_heads, head_dim=c.head_dim,
-            softcap=0.0, activation=_ACTIVATIONS[c.activation], final_norm=self._norm(model.transformer.ln_f),
-            rotary_cos=None, rotary_sin=None,
-        )  # fmt: skip
-        for layer, scale in zip(model.transformer.h, c.scales):
-            decoder.add_layer(
-                attention_norm=self._norm(layer.ln_1), q=self._weight(layer.attn.c_attn), o=self._weight(layer.attn.c_proj),
-                mlp_norm=self._norm(layer.ln_2), up=self._weight(layer.mlp.c_fc), down=self._weight(layer.mlp.c_proj), scale=scale,
-            )  # fmt: skip
-        return decoder
-
-
-def _beyond(config: Any) -> str | None:
-    """The first part of the config that csrc/decoder does not compute."""
-    parts = {
-        "mixture of experts": config.experts is not None,
-        "attention sinks": config.sinks,
-        "ALiBi": config.alibi,
-        "layer norms without a bias": config.norm not in ("rms", "layer_bias"),
-        "norm of the embedding": config.embed_norm,
-        "layers without a norm before them": not config.pre_norms,
-        "parallel blocks": bool(config.parallel),
-        "norms of q and k but RMSNorm of each head": config.qk_norm not in ("", False, True, "rms"),
-        "norms after RoPE": config.qk_norm_after_rope,
-        "clipped q, k and v": config.clip_qkv is not None,
-        "residual scale": config.residual_scale is not None,
-        "interleaved RoPE": config.rope_interleaved,
-        "RoPE of several kinds": any(kind != "global" for kind in config.rope_layers),
-        "RoPE with factors for long texts": (config.rope_scaling or {}).get(
-            "rope_type", (config.rope_scaling or {}).get("type")
-        )
-        in ("longrope", "su"),
-    }
-    return next((part for part, there in parts.items() if there), None)
 
 
 def _kind(linear: nn.Module) -> str:
