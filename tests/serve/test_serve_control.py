@@ -41,7 +41,7 @@ def test_loading_in_the_background(folder):
         )
         assert running.metric("vllm:admission_rejections_total", model_name="first", reason="loading") == 1
         let.set()
-        running.wait(lambda: running.get("/ready").status_code == 200)
+        running.wait(lambda: running.get("/ready").status_code == 200, 60)
         assert running.text(prompt="x", model="second", max_tokens=2, ignore_eos=True)
         assert [entry["id"] for entry in running.get("/v1/models").json()["data"]] == ["first", "second"]
 

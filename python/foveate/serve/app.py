@@ -36,11 +36,9 @@ def create_app(state: ServerState) -> Gate:
             state.stop()
 
     app = FastAPI(title="foveate", version=foveate.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.include_router(api_routes(state))
-    app.include_router(encoder_routes(state))
-    app.include_router(control_routes(state))
-    app.include_router(page_routes())
-    app.include_router(admin_routes(state))
+    parts = (api_routes(state), encoder_routes(state), control_routes(state), page_routes(), admin_routes(state))
+    for part in parts:  # not include_router, which looks through all routers anew for each request
+        app.router.routes.extend(part.routes)
 
     async def api_error(request: Request, error: Any) -> Response:
         request.scope["foveate"]["error"] = error.code or error.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -91,6 +92,7 @@ def run(state: ServerState) -> None:
     print(f"foveate serves {', '.join(state.models)} at {where}", file=sys.stderr, flush=True)
     set_up_logs()
     server = make_server(state)
+    state.on_loaded = settle_heap
     try:
         server.run(sockets=[listener])
     finally:
@@ -109,6 +111,13 @@ def raise_open_files(most: int = 65_536) -> None:
     wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def settle_heap() -> None:
+    """What is there now stays, so the collector of cycles need not look at it: with models loaded it took half of a request's time."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def set_up_logs() -> None:

@@ -67,6 +67,7 @@ class ServerState:
         self.watchdog = Watchdog(self, settings.hang_timeout, settings.max_engine_restarts)
         self._tasks: list[asyncio.Task[None]] = []
         self.on_failed_load: Callable[[], None] = lambda: None
+        self.on_loaded: Callable[[], None] = lambda: None  # in the thread that has loaded, or let go of, models
 
     def start(self) -> None:
         """In the event loop: the models load one after the other in a thread, while the server answers."""
@@ -79,6 +80,7 @@ class ServerState:
                     self.on_failed_load()
                 elif served.llm is not None and served.adapter is None:
                     self.metrics.quality.of(served.name).attach(served.llm)
+            self.on_loaded()
 
         threading.Thread(target=load_all, name="foveate-load", daemon=True).start()
         self._tasks.append(loop.create_task(self.watchdog.run()))

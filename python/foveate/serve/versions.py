@@ -149,6 +149,7 @@ class Versions:
                 await asyncio.sleep(0.05)
             await asyncio.get_running_loop().run_in_executor(None, old.stop)
             old.llm = old.pipeline = old.worker = None
+            await asyncio.get_running_loop().run_in_executor(None, self._state.on_loaded)
             log.info("the last request of the former %s has ended", old.name)
 
         task = asyncio.get_running_loop().create_task(drain())
