@@ -20,6 +20,6 @@ if [ ! -e "$stamp" ]; then
 fi
 timeout 120 npm ci --silent --prefix tests/serve/node_client
 # Nothing of this may be skipped here for want of a package.
-# The clients leave their connections to the garbage collector.
-FOVEATE_CLIENTS=$PWD/$venv $venv/bin/python -m pytest -q -n 2 -m clients \
+# A file stays in one process, which starts its server once. The clients leave their connections to the garbage collector.
+FOVEATE_CLIENTS=$PWD/$venv $venv/bin/python -m pytest -q -n 2 --dist loadfile -m clients \
   -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning "$@" $(grep -rl --include='test_*.py' 'pytest\.mark\.clients' tests)
