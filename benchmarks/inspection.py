@@ -48,7 +48,7 @@ def main() -> None:
     plain, inspection = (
         {key: statistics.median(run[key] for run in found[way]) for key in ("seconds", "megabytes")} for way in WAYS
     )
-    ratios = {key: round(inspection[key] / plain[key], 3) for key in plain}
+    ratios = {key: round(inspection[key] / max(plain[key], 1e-3), 3) for key in plain}
     print(json.dumps({"tokens": args.tokens, "ratio": ratios, "limit": args.limit}))
     sys.exit(any(ratio > args.limit for ratio in ratios.values()))
 
