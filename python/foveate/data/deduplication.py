@@ -178,7 +178,7 @@ def dedup(
     def tasks(folder: WorkFolder) -> Iterator[tuple[Chunk, Any]]:
         parts, units_of_part = _first_pass(folder, corpus, chosen, _Work(signatures, chosen.bad_rows))
         starts = np.concatenate([[0], np.cumsum(units_of_part)]).astype(np.int64)
-        kept_unit, similarity = _decide(parts, signatures, threshold if near else None, keep)
+        kept_unit, similarity = _read_signatures(parts, signatures, threshold if near else None, keep)
         groups["groups"] = len(np.unique(kept_unit[kept_unit >= 0]))
         places = _places(parts, starts, np.unique(kept_unit[kept_unit >= 0]), unit)
 
@@ -208,20 +208,28 @@ def _first_pass(folder: WorkFolder, corpus: Corpus, options: Options, work: _Wor
     return parts, [summary["units"] for summary in run(numbered(), work, workers=options.workers, bar=shown)]
 
 
-def _decide(
+def _read_signatures(
     parts: Sequence[Part], signatures: Signatures, threshold: float | None, keep: str
 ) -> tuple[np.ndarray, np.ndarray]:
     def column(name: str, dtype: type) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *[np.fromfile(part.file(f"{name}.bin"), dtype) for part in parts]])
 
-    lengths = column("lengths", np.int64)
+    near = None if threshold is None else column("near", np.uint32).reshape(-1, signatures.permutations)
     exact = column("exact", np.uint64).reshape(-1, 2)
-    rank = np.arange(len(lengths)) if keep == "first" else np.lexsort((np.arange(len(lengths)), -lengths)).argsort()
+    return decide(column("lengths", np.int64), exact, near, threshold=threshold or 1.0, keep=keep)
+
+
+def decide(
+    lengths: np.ndarray, exact: np.ndarray, near: np.ndarray | None, *, threshold: float, keep: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(kept_unit int64 [units]: -1 to keep, else the unit that is kept in its place; similarity float32 [units]: to that one, -1 for an
+    equal one). The arguments are those of `Signatures`, of all units; near is None for equal ones alone."""
+    count = np.arange(len(lengths))
+    rank = count if keep == "first" else np.lexsort((count, -lengths)).argsort()
     kept_unit = first_of_equal(exact, rank)
     similarity = np.full(len(lengths), -1, np.float32)
-    if threshold is not None and len(lengths):
-        near = column("near", np.uint32).reshape(-1, signatures.permutations)
-        bands, rows = bands_and_rows(threshold, signatures.permutations)
+    if near is not None and len(lengths):
+        bands, rows = bands_and_rows(threshold, near.shape[1])
         first_of_near(near, kept_unit, similarity, rank, threshold=threshold, bands=bands, rows=rows)
     return kept_unit, similarity
 
