@@ -7,9 +7,10 @@ it, foveate alone is measured. --input: JSON lines with {"id", "text"}; by defau
 changes. Both read the same uncompressed file and write compressed JSON lines (gzip), each step in a process of its own with one worker;
 the two take turns, and the median counts.
 
-clean: the rules of Gopher (quality, repetition), C4 and FineWeb; no repair of Unicode. dedup: 5-grams of words, 14 bands of 8 rows in
-datatrove (its default), 128 permutations and the bands for 0.8 in foveate, whole documents. Start of the process and imports are not in
-the times. The counts of kept documents are printed too: the two part words and sentences differently, so they differ a little.
+clean: the rules of Gopher (quality, repetition), C4 and FineWeb; no repair of Unicode. dedup: whole documents by 5-grams; datatrove's
+default of 14 bands of 8 rows, whose threshold is (1/14)^(1/8) = 0.72, and foveate's 128 permutations at the same threshold. Start of the
+process and imports are not in the times. The counts of kept documents are printed too: the two part words and sentences differently, and
+foveate compares whole signatures where datatrove takes every meeting in a band, so they differ a little.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ output = f"{folder}/o.jsonl.gz"
 if step == "clean":
     found = foveate.data.clean(source, output, unicode=False, whitespace=False, workers=1, progress=False)
 else:
-    found = foveate.data.dedup(source, output, workers=1, progress=False)
+    found = foveate.data.dedup(source, output, threshold=0.72, workers=1, progress=False)
 print(json.dumps({"seconds": time.perf_counter() - start, "kept": found["kept"]}))
 """
 _DATATROVE = """
@@ -50,15 +51,16 @@ reader = lambda: JsonlReader(os.path.dirname(source), glob_pattern=os.path.basen
 writer = lambda: JsonlWriter(f"{folder}/o")
 start = time.perf_counter()
 with contextlib.redirect_stdout(sys.stderr):
-    run = lambda *steps: LocalPipelineExecutor(list(steps), tasks=1, workers=1, skip_completed=False, logging_dir=f"{folder}/logs").run()
+    run = lambda *steps, tasks=1: LocalPipelineExecutor(list(steps), tasks=tasks, workers=1, skip_completed=False,
+                                                        logging_dir=f"{folder}/logs").run()
     if step == "clean":
         run(reader(), GopherRepetitionFilter(), GopherQualityFilter(), C4QualityFilter(filter_no_terminal_punct=False),
             FineWebQualityFilter(), writer())
     else:
         config = MinhashConfig()
         run(reader(), MinhashDedupSignature(f"{folder}/sig", config))
-        run(MinhashDedupBuckets(f"{folder}/sig", f"{folder}/buckets", config))
-        run(MinhashDedupCluster(f"{folder}/buckets", f"{folder}/remove", config))
+        run(MinhashDedupBuckets(f"{folder}/sig", f"{folder}/buckets", config=config), tasks=config.num_buckets)
+        run(MinhashDedupCluster(f"{folder}/buckets", f"{folder}/remove", config=config))
         run(reader(), MinhashDedupFilter(f"{folder}/remove"), writer())
 seconds = time.perf_counter() - start
 kept = sum(sum(1 for _ in gzip.open(f"{folder}/o/{name}")) for name in os.listdir(f"{folder}/o"))
