@@ -9,7 +9,8 @@
 //   q4_0, q4_1  [panels, in / 32] of: nibbles [4, 32, 4] bytes, d fp16 [32], q4_1 also m fp16 [32]
 //               byte (p, feature, j) holds elements 4 p + j (low nibble) and 16 + 4 p + j (high) of the feature's block of 32
 //   q8_0        [panels, in / 32] of: q + 128 as uint8 [8, 32, 4], d fp16 [32]
-//   q4_k, q5_k, q6_k  [panels, in / 256] of: 8 blocks of nibbles, upper bits, integer scales, and fp16 scales of these: quantization/k_blocks.py
+//   iq4_nl, mxfp4  as q4_0, each nibble an index into a table of integers
+//   q4_k, q5_k, q6_k, iq4_xs, q8_k  [panels, in / 256] of: 8 blocks of nibbles, upper bits, integer scales, and fp16 scales of these: quantization/k_blocks.py
 #pragma once
 
 #include "core/math.h"
@@ -17,7 +18,7 @@
 
 namespace foveate {
 
-enum class WeightFormat : uint8_t { kF32, kBf16, kF16, kQ8_0, kQ4_0, kQ4_1, kQ4K, kQ5K, kQ6K };
+enum class WeightFormat : uint8_t { kF32, kBf16, kF16, kQ8_0, kQ4_0, kQ4_1, kIq4Nl, kMxfp4, kQ4K, kQ5K, kQ6K, kIq4Xs, kQ8K };
 
 constexpr int64_t kWeightPanel = 32, kWeightBlock = 32, kSuperBlock = 256;
 
@@ -40,11 +41,15 @@ struct PackedWeight {
     case WeightFormat::kBf16: return kWeightPanel * 4 * ceil_div<int64_t>(in, 2);
     case WeightFormat::kF16: return kWeightPanel * 2 * in;
     case WeightFormat::kQ8_0: return kWeightPanel * 34 * (in / kWeightBlock);
+    case WeightFormat::kIq4Nl:
+    case WeightFormat::kMxfp4:
     case WeightFormat::kQ4_0: return kWeightPanel * 18 * (in / kWeightBlock);
     case WeightFormat::kQ4_1: return kWeightPanel * 20 * (in / kWeightBlock);
     case WeightFormat::kQ4K: return kWeightPanel * 148 * (in / kSuperBlock);
     case WeightFormat::kQ5K: return kWeightPanel * 180 * (in / kSuperBlock);
     case WeightFormat::kQ6K: return kWeightPanel * 210 * (in / kSuperBlock);
+    case WeightFormat::kIq4Xs: return kWeightPanel * 138 * (in / kSuperBlock);
+    case WeightFormat::kQ8K: return kWeightPanel * 276 * (in / kSuperBlock);
   }
   return 0;
 }

@@ -15,10 +15,14 @@ WeightFormat format_of(const std::string& text) {
   if (text == "q8_0") return WeightFormat::kQ8_0;
   if (text == "q4_0") return WeightFormat::kQ4_0;
   if (text == "q4_1") return WeightFormat::kQ4_1;
+  if (text == "iq4_nl") return WeightFormat::kIq4Nl;
+  if (text == "mxfp4") return WeightFormat::kMxfp4;
   if (text == "q4_k") return WeightFormat::kQ4K;
   if (text == "q5_k") return WeightFormat::kQ5K;
   if (text == "q6_k") return WeightFormat::kQ6K;
-  fail("format ", text, " is not one of f32, bf16, f16, q8_0, q4_0, q4_1, q4_k, q5_k, q6_k");
+  if (text == "iq4_xs") return WeightFormat::kIq4Xs;
+  if (text == "q8_k") return WeightFormat::kQ8K;
+  fail("format ", text, " is not one of f32, bf16, f16, q8_0, q4_0, q4_1, iq4_nl, mxfp4, q4_k, q5_k, q6_k, iq4_xs, q8_k");
 }
 
 }  // namespace

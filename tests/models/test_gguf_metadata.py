@@ -61,6 +61,6 @@ def test_tekken_parts_capitals_and_digits():
 
 def test_an_unknown_pre_tokenizer_is_named(tmp_path):
     with pytest.raises(
-        CheckpointError, match="asks for the pre-tokenizer 'superbpe'; known are gpt-2, smollm.*tokenizer.json"
+        CheckpointError, match="asks for the pre-tokenizer 'odd-bpe'; known are gpt-2, smollm.*tokenizer.json"
     ):
-        open_checkpoint(write_llama(tmp_path / "m.gguf", pre="superbpe")).tokenizer()
+        open_checkpoint(write_llama(tmp_path / "m.gguf", pre="odd-bpe")).tokenizer()

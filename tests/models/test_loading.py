@@ -126,7 +126,7 @@ def test_widths_that_blocks_do_not_divide_are_refused(folder: Path, tmp_path: Pa
         ValueError, match=r"model.layers.0.mlp.down_proj has 40 input features, but q4_0 packs blocks of 32"
     ):
         load_model(tmp_path / "odd", quantization="q4_0")
-    with pytest.raises(ValueError, match="quantization='int3' is not one of None, 'none', 'q8_0' and 'q4_0'"):
+    with pytest.raises(ValueError, match="quantization='int3' is not one of None, 'none', 'q8_0', 'q4_0', 'q4_1'"):
         load_model(folder, quantization="int3")
 
 

@@ -18,12 +18,18 @@ from gguf_files import write_llama
 gguf = pytest.importorskip("gguf")
 
 FORMATS = tuple(k_blocks.K_FORMATS)
-_HEADERS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q3_K": (108,)}  # where the fp16 scales lie
+_HEADERS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q3_K": (108,), "IQ4_XS": (0,)}  # where the fp16 scales lie
 
 
 def random_blocks(kind, rows, columns, seed=0):
     """Bytes of random super-blocks with scales of both signs, and their weights as the gguf library reads them."""
     rng = np.random.default_rng(seed)
+    if kind == "Q8_K":  # ours, in no file
+        d = rng.normal(scale=0.001, size=(rows * columns // 256, 1)).astype(np.float32)
+        scales, q = (rng.integers(-128, 128, (len(d), n), dtype=np.int8) for n in (16, 256))
+        data = np.concatenate([d.view(np.uint8), scales.view(np.uint8), q.view(np.uint8)], 1)
+        weights = (d * scales.astype(np.float32)).repeat(16, 1) * q.astype(np.float32)
+        return torch.from_numpy(data.reshape(rows, -1)), torch.from_numpy(weights.reshape(rows, -1))
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     data = rng.integers(0, 256, (rows * columns // elements, size), dtype=np.uint8)
     for at in _HEADERS[kind]:
@@ -75,12 +81,12 @@ def test_the_product_is_that_of_the_rounded_rows(format, rows, dtype):
 
 
 def _magnitude(blocks, format):
-    """fp64 [out, in]: |d sc q| + |dmin mn|, of q6_k |d sc| (q + 32)"""
+    """fp64 [out, in]: |d sc q| + |dmin mn|; of the others |d sc| times what is stored and its offset, at most"""
     parts = k_blocks._split(blocks.reshape(-1, k_blocks.K_FORMATS[format].block_bytes), format)
     headers, q = parts.headers.double().abs(), parts.q.double()
     if parts.mn is None:
-        scales = (headers * parts.sc.double().abs()).repeat_interleave(16, 1)
-        return (scales * (q + 32)).view(len(blocks), -1)
+        scales = (headers * parts.sc.double().abs()).repeat_interleave(256 // parts.sc.shape[1], 1)
+        return (scales * (256 if format in ("iq4_xs", "q8_k") else q + 32)).view(len(blocks), -1)
     scales, minima = headers[:, :1] * parts.sc.double(), headers[:, 1:] * parts.mn.double()
     return (scales.repeat_interleave(32, 1) * q + minima.repeat_interleave(32, 1)).view(len(blocks), -1)
 
@@ -119,9 +125,9 @@ def test_what_does_not_fit_is_said():
 
 # How a type is read: the format that it stays or is repacked in without loss, or None where it is expanded.
 TYPES = {
-    "Q4_K": "q4_k", "Q5_K": "q5_k", "Q6_K": "q6_k", "Q3_K": "q6_k", "Q5_0": "q8_0", "IQ4_NL": "q8_0", "TQ2_0": "q8_0", "Q5_1": None,
-    "Q2_K": None, "IQ4_XS": None, "IQ3_S": None, "IQ3_XXS": None, "IQ2_XXS": None, "IQ2_XS": None, "IQ2_S": None, "IQ1_S": None,
-    "IQ1_M": None, "TQ1_0": None, "MXFP4": None,
+    "Q4_K": "q4_k", "Q5_K": "q5_k", "Q6_K": "q6_k", "Q3_K": "q6_k", "Q5_0": "q8_0", "IQ4_NL": "iq4_nl", "TQ2_0": "q4_0",
+    "Q5_1": None, "Q2_K": None, "IQ4_XS": "iq4_xs", "IQ3_S": "q8_k", "IQ3_XXS": "q8_k", "IQ2_XXS": "q8_k", "IQ2_XS": "q8_k",
+    "IQ2_S": "q8_k", "IQ1_S": "q8_k", "IQ1_M": "q8_k", "TQ1_0": "q4_0", "MXFP4": "mxfp4",
 }  # fmt: skip
 _D = {
     "Q2_K": (80, 82),

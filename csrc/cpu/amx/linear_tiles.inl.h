@@ -34,15 +34,24 @@ FOVEATE_INLINE int64_t expanded_bytes(int64_t in) { return kWeightPanel * in; }
 template <WeightFormat kFormat>
 FOVEATE_INLINE void expand_panel(const uint8_t* panel, int64_t blocks, int8_t* out) {
   constexpr bool kNibbles = kFormat != WeightFormat::kQ8_0;
-  constexpr uint8_t kOffset = kFormat == WeightFormat::kQ8_0 ? 128 : kFormat == WeightFormat::kQ4_0 ? 8 : 0;
+  constexpr uint8_t kOffset = offset_of(kFormat);
+  const auto looked_up_bytes = [](Bytes64 nibbles) __attribute__((always_inline)) {
+    if constexpr (has_table(kFormat)) {
+      VecI parts[64 / kVecBytes];
+      std::memcpy(parts, &nibbles, 64);
+      for (VecI& part : parts) part = looked_up<kFormat>(part);
+      std::memcpy(&nibbles, parts, 64);
+    }
+    return nibbles;
+  };
   for (int64_t b = 0; b < blocks; ++b, panel += panel_bytes(kFormat, kWeightBlock), out += expanded_bytes(kWeightBlock))
     for (int half = 0; half < 2; ++half)
       for (int quad = 0; quad < (kNibbles ? 4 : 8); ++quad) {
         const auto q = load_raw<Bytes64>(panel + quad * 128 + half * 64);
         int8_t* to = out + (half * 8 + quad) * 64;
         if constexpr (kNibbles) {
-          store_raw(to, (q & 15) - kOffset);
-          store_raw(to + 4 * 64, (q >> 4) - kOffset);
+          store_raw(to, looked_up_bytes(q & 15) - kOffset);
+          store_raw(to + 4 * 64, looked_up_bytes(q >> 4) - kOffset);
         } else {
           store_raw(to, q - kOffset);
         }

@@ -2,7 +2,8 @@
 // rounded as for the other block formats. A super-block is 8 blocks of 32 input features and the fp16 scales of their integer scales:
 //
 //   q4_k, q5_k   sum_b dx_b (d sc_b dot_b - dmin mn_b sum(x_b))
-//   q6_k         sum_b d dx_b (sc_b0 dot_b0 + sc_b1 dot_b1), dot_b0 of the first 16 features of a block, dot_b1 of the others
+//   q6_k, q8_k   sum_b d dx_b (sc_b0 dot_b0 + sc_b1 dot_b1), dot_b0 of the first 16 features of a block, dot_b1 of the others
+//   iq4_xs       sum_b d dx_b sc_b dot_b
 #pragma once
 
 namespace foveate::cpu::FOVEATE_ISA {
@@ -10,22 +11,25 @@ namespace foveate::cpu::FOVEATE_ISA {
 constexpr int64_t kNibbleBytes = kWeightPanel * 16;  // of a block: [4, 32, 4]
 
 constexpr int64_t k_block_bytes(WeightFormat f) {
-  return kWeightPanel * (f == WeightFormat::kQ4K ? 18 : f == WeightFormat::kQ5K ? 22 : 26);
+  using enum WeightFormat;
+  return kWeightPanel * (f == kQ4K ? 18 : f == kQ5K ? 22 : f == kIq4Xs ? 17 : f == kQ8K ? 34 : 26);
 }
 
 template <WeightFormat kFormat, int kRows>
 FOVEATE_INLINE void k_tile(const uint8_t* panel, const PreparedRows& a, int64_t row, float* c) {
   using enum WeightFormat;
   constexpr int n = kLanes<float>;
-  constexpr bool kHalves = kFormat == kQ6K;  // a scale for each half of a block, and no minimum
+  constexpr bool kBytewise = kFormat == kQ8K, kHalves = kFormat == kQ6K || kBytewise;  // a scale for each half of a block
+  constexpr bool kMinima = kFormat == kQ4K || kFormat == kQ5K;
+  constexpr int kOffset = offset_of(kFormat);
   constexpr int64_t kBlockBytes = k_block_bytes(kFormat), kHeaders = 8 * kBlockBytes, kBytes = panel_bytes(kFormat, kSuperBlock);
-  constexpr int64_t kScales = kBlockBytes - 2 * kWeightPanel;  // sc and mn, or sc of the two halves
+  constexpr int64_t kScales = kBlockBytes - (kHalves || kMinima ? 2 : 1) * kWeightPanel;  // sc and mn, sc of the two halves, or sc
   const int64_t units = a.blocks * 8 * kQuadUnits, stride = a.row_bytes / 4;
   const auto bytes_to_floats = [](const uint8_t* p) __attribute__((always_inline)) {
-    if constexpr (kHalves)
-      return __builtin_convertvector(load_raw<vec<int8_t, n>>(p), VecF);
-    else
+    if constexpr (kMinima)
       return __builtin_convertvector(load_raw<vec<uint8_t, n>>(p), VecF);
+    else
+      return __builtin_convertvector(load_raw<vec<int8_t, n>>(p), VecF);
   };
   for (int64_t col = 0; col < kWeightPanel; col += kLinearStep) {
     VecF acc[kRows][kLinearVecs] = {};
@@ -45,8 +49,8 @@ FOVEATE_INLINE void k_tile(const uint8_t* panel, const PreparedRows& a, int64_t 
         [[maybe_unused]] const int32_t sum = scales[r * stride + 2 * a.blocks], first = scales[r * stride + 3 * a.blocks];
 #pragma GCC unroll 2
         for (int v = 0; v < kLinearVecs; ++v) {
-          dot[0][r][v] = kHalves ? splat_int(first * -32) : VecI{};
-          if constexpr (kHalves) dot[1][r][v] = splat_int((sum - first) * -32);
+          dot[0][r][v] = kOffset ? splat_int((kHalves ? first : sum) * -kOffset) : VecI{};
+          if constexpr (kHalves) dot[1][r][v] = splat_int((sum - first) * -kOffset);
         }
       }
 #pragma GCC unroll 2
@@ -54,13 +58,15 @@ FOVEATE_INLINE void k_tile(const uint8_t* panel, const PreparedRows& a, int64_t 
         const uint8_t* upper = w + kNibbleBytes + col * 4 + v * kVecBytes;
         [[maybe_unused]] VecI bits[2];
         if constexpr (kFormat == kQ5K) bits[0] = load_raw<VecI>(upper);
-        if constexpr (kHalves) bits[0] = load_raw<VecI>(upper), bits[1] = load_raw<VecI>(upper + kWeightPanel * 4);
+        if constexpr (kFormat == kQ6K) bits[0] = load_raw<VecI>(upper), bits[1] = load_raw<VecI>(upper + kWeightPanel * 4);
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
           const VecI q = load_raw<VecI>(w + p * kWeightPanel * 4 + col * 4 + v * kVecBytes);
           VecI low = q & 0x0f0f0f0f, high = (q >> 4) & 0x0f0f0f0f;
+          if constexpr (kBytewise) low = q, high = load_raw<VecI>(w + (p + 4) * kWeightPanel * 4 + col * 4 + v * kVecBytes);
+          if constexpr (has_table(kFormat)) low = looked_up<kFormat>(low), high = looked_up<kFormat>(high);
           if constexpr (kFormat == kQ5K) low |= ((bits[0] >> p) & 0x01010101) << 4, high |= (bits[0] >> p) & 0x10101010;
-          if constexpr (kHalves) low |= ((bits[0] >> 2 * p) & 0x03030303) << 4, high |= ((bits[1] >> 2 * p) & 0x03030303) << 4;
+          if constexpr (kFormat == kQ6K) low |= ((bits[0] >> 2 * p) & 0x03030303) << 4, high |= ((bits[1] >> 2 * p) & 0x03030303) << 4;
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
             dot[0][r][v] = dot4(dot[0][r][v], low, x + r * stride + p * kQuadUnits);
@@ -74,11 +80,12 @@ FOVEATE_INLINE void k_tile(const uint8_t* panel, const PreparedRows& a, int64_t 
 #pragma GCC unroll 2
       for (int v = 0; v < kLinearVecs; ++v) {
         const int64_t at = col + v * n;
-        const f16* header = reinterpret_cast<const f16*>(super + kHeaders) + at;
-        const VecF d = load<float>(header), first = bytes_to_floats(w + kScales + at),
-                   second = bytes_to_floats(w + kScales + kWeightPanel + at);
-        [[maybe_unused]] VecF minimum;
-        if constexpr (!kHalves) minimum = load<float>(header + kWeightPanel) * second;
+        using Header = std::conditional_t<kBytewise, float, f16>;
+        const Header* header = reinterpret_cast<const Header*>(super + kHeaders) + at;
+        const VecF d = load<float>(header), first = bytes_to_floats(w + kScales + at);
+        [[maybe_unused]] VecF second, minimum;
+        if constexpr (kHalves || kMinima) second = bytes_to_floats(w + kScales + kWeightPanel + at);
+        if constexpr (kMinima) minimum = load<float>(header + kWeightPanel) * second;
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const float* s = reinterpret_cast<const float*>(scales + r * stride);
@@ -87,7 +94,7 @@ FOVEATE_INLINE void k_tile(const uint8_t* panel, const PreparedRows& a, int64_t 
             acc[r][v] += (d * s[0]) * (whole * first + __builtin_convertvector(dot[1][r][v], VecF) * second);
           } else {
             acc[r][v] += (d * first) * (whole * s[0]);
-            acc[r][v] -= minimum * s[a.blocks];
+            if constexpr (kMinima) acc[r][v] -= minimum * s[a.blocks];
           }
         }
       }
@@ -106,6 +113,14 @@ inline float k_value(WeightFormat f, const uint8_t* panel, int64_t k, int64_t la
   const int64_t e = k % kWeightBlock, half = e / 16, p = e % 16 / 4, j = e % 4;
   const f16* header = reinterpret_cast<const f16*>(super + 8 * k_block_bytes(f)) + lane;
   const float d = to_float(load_raw<f16>(header));
+  if (f == WeightFormat::kIq4Xs || f == WeightFormat::kQ8K) {
+    const bool bytewise = f == WeightFormat::kQ8K;
+    const uint8_t* scale = w + k_block_bytes(f) - (bytewise ? 2 - half : 1) * kWeightPanel + lane;
+    const uint8_t stored = w[(bytewise ? e / 4 : p) * kWeightPanel * 4 + lane * 4 + j];
+    const int q = (bytewise ? stored : kTableIq4Nl[stored >> 4 * half & 15]) - 128;
+    const float unit = bytewise ? load_raw<float>(super + 8 * k_block_bytes(f) + 4 * lane) : d;
+    return unit * static_cast<float>(static_cast<int8_t>(*scale)) * static_cast<float>(q);
+  }
   const uint8_t* scales = w + k_block_bytes(f) - 2 * kWeightPanel + lane;
   int q = w[(p * kWeightPanel + lane) * 4 + j] >> 4 * half & 15;
   if (f == WeightFormat::kQ6K) {

@@ -165,6 +165,8 @@ class TileRows {
     using enum WeightFormat;
     if (w.format == kQ8_0) return expand_panel<kQ8_0>(data, blocks, out);
     if (w.format == kQ4_0) return expand_panel<kQ4_0>(data, blocks, out);
+    if (w.format == kIq4Nl) return expand_panel<kIq4Nl>(data, blocks, out);
+    if (w.format == kMxfp4) return expand_panel<kMxfp4>(data, blocks, out);
     expand_panel<kQ4_1>(data, blocks, out);
   }
   void product(const PackedWeight& w, int64_t panel, const PreparedRows& a, int64_t row, int64_t rows, const int8_t* expanded, float* c) {
@@ -173,6 +175,8 @@ class TileRows {
     if (w.format == kBf16) return bf16_tile(tiles_, data, a, row, rows, w.in, c);
     if (w.format == kQ8_0) return int8_tile<kQ8_0>(tiles_, data, expanded, a, row, rows, c);
     if (w.format == kQ4_0) return int8_tile<kQ4_0>(tiles_, data, expanded, a, row, rows, c);
+    if (w.format == kIq4Nl) return int8_tile<kIq4Nl>(tiles_, data, expanded, a, row, rows, c);
+    if (w.format == kMxfp4) return int8_tile<kMxfp4>(tiles_, data, expanded, a, row, rows, c);
     int8_tile<kQ4_1>(tiles_, data, expanded, a, row, rows, c);
   }
 
@@ -390,7 +394,9 @@ void packed_rows(const PackedRowsParams& p, int threads) {
             out[k] = half(block + kWeightPanel * 32) * static_cast<float>(block[(e / 4 * kWeightPanel + lane) * 4 + e % 4] - 128);
           } else {
             const uint8_t byte = block[(e % 16 / 4 * kWeightPanel + lane) * 4 + e % 4];
-            const int q = (e < 16 ? byte & 15 : byte >> 4) - (w.format == WeightFormat::kQ4_0 ? 8 : 0);
+            int q = e < 16 ? byte & 15 : byte >> 4;
+            if (has_table(w.format)) q = (w.format == WeightFormat::kMxfp4 ? kTableMxfp4 : kTableIq4Nl)[q];
+            q -= offset_of(w.format);
             const float m = w.format == WeightFormat::kQ4_1 ? half(block + kWeightPanel * 18) : 0.0f;
             out[k] = half(block + kWeightPanel * 16) * static_cast<float>(q) + m;
           }

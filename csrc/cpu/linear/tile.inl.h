@@ -7,6 +7,10 @@
 // Every row goes through the same operations however many share a tile: its bits do not depend on its neighbours.
 #pragma once
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "contract/linear.h"
 #include "cpu/simd/gemm.h"
 
@@ -75,6 +79,42 @@ FOVEATE_INLINE VecI dot4(VecI dot, VecI w, const int32_t* x) {
 #endif
 }
 
+// What a stored unsigned integer is more than the one that it stands for.
+constexpr int offset_of(WeightFormat f) {
+  using enum WeightFormat;
+  return f == kQ8_0 || f == kIq4Nl || f == kIq4Xs || f == kQ8K ? 128 : f == kQ4_0 ? 8 : f == kMxfp4 ? 12 : f == kQ6K ? 32 : 0;
+}
+
+// The integers, plus offset_of, that nibbles stand for: ggml-common.h's kvalues_iq4nl, and e2m1 doubled (OCP Microscaling Formats 1.0).
+constexpr bool has_table(WeightFormat f) { return f == WeightFormat::kIq4Nl || f == WeightFormat::kIq4Xs || f == WeightFormat::kMxfp4; }
+alignas(16) constexpr uint8_t kTableIq4Nl[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+alignas(16) constexpr uint8_t kTableMxfp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+template <WeightFormat kFormat>
+constexpr const uint8_t* kTable = kFormat == WeightFormat::kMxfp4 ? kTableMxfp4 : kTableIq4Nl;
+
+// Nibbles, one in each byte, as unsigned integers.
+template <WeightFormat kFormat>
+FOVEATE_INLINE VecI looked_up(VecI nibbles) {
+  if constexpr (!has_table(kFormat)) {
+    return nibbles;
+  } else {
+#if defined(__AVX512BW__)
+    const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kTable<kFormat>)));
+    return (VecI)_mm512_shuffle_epi8(table, (__m512i)nibbles);
+#elif defined(__AVX2__)
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kTable<kFormat>)));
+    return (VecI)_mm256_shuffle_epi8(table, (__m256i)nibbles);
+#elif defined(__aarch64__)
+    return (VecI)vqtbl1q_u8(vld1q_u8(kTable<kFormat>), (uint8x16_t)nibbles);
+#else
+    uint8_t bytes[kVecBytes];
+    store_raw(bytes, nibbles);
+    for (uint8_t& byte : bytes) byte = kTable<kFormat>[byte];
+    return load_raw<VecI>(bytes);
+#endif
+  }
+}
+
 FOVEATE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 constexpr int64_t kLinearAhead = 4096;  // bytes
 
@@ -82,7 +122,7 @@ template <WeightFormat kFormat, int kRows>
 FOVEATE_INLINE void block_tile(const uint8_t* panel, const PreparedRows& a, int64_t row, float* c) {
   constexpr int n = kLanes<float>;
   constexpr bool kNibbles = kFormat != WeightFormat::kQ8_0;
-  constexpr int kOffset = kFormat == WeightFormat::kQ8_0 ? 128 : kFormat == WeightFormat::kQ4_0 ? 8 : 0;
+  constexpr int kOffset = offset_of(kFormat);
   constexpr int64_t kQuants = kWeightPanel * (kNibbles ? 16 : 32), kBytes = panel_bytes(kFormat, kWeightBlock);
   const int64_t units = a.blocks * 8 * kQuadUnits;
   for (int64_t col = 0; col < kWeightPanel; col += kLinearStep) {
@@ -105,11 +145,13 @@ FOVEATE_INLINE void block_tile(const uint8_t* panel, const PreparedRows& a, int6
 #pragma GCC unroll 2
         for (int v = 0; v < kLinearVecs; ++v) {
           const VecI q = load_raw<VecI>(w + p * kWeightPanel * 4 + v * kVecBytes);
+          [[maybe_unused]] VecI low, high;
+          if constexpr (kNibbles) low = looked_up<kFormat>(q & 0x0f0f0f0f), high = looked_up<kFormat>((q >> 4) & 0x0f0f0f0f);
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
             if constexpr (kNibbles) {
-              dot[r][v] = dot4(dot[r][v], q & 0x0f0f0f0f, x + r * stride + p * kQuadUnits);
-              dot[r][v] = dot4(dot[r][v], (q >> 4) & 0x0f0f0f0f, x + r * stride + (p + 4) * kQuadUnits);
+              dot[r][v] = dot4(dot[r][v], low, x + r * stride + p * kQuadUnits);
+              dot[r][v] = dot4(dot[r][v], high, x + r * stride + (p + 4) * kQuadUnits);
             } else {
               dot[r][v] = dot4(dot[r][v], q, x + r * stride + p * kQuadUnits);
             }
@@ -206,9 +248,13 @@ inline void panel_product(const PackedWeight& w, int64_t panel, const PreparedRo
     if (w.format == kQ8_0) return block_tile<kQ8_0, kRows>(data, a, row, c);
     if (w.format == kQ4_0) return block_tile<kQ4_0, kRows>(data, a, row, c);
     if (w.format == kQ4_1) return block_tile<kQ4_1, kRows>(data, a, row, c);
+    if (w.format == kIq4Nl) return block_tile<kIq4Nl, kRows>(data, a, row, c);
+    if (w.format == kMxfp4) return block_tile<kMxfp4, kRows>(data, a, row, c);
     if (w.format == kQ4K) return k_tile<kQ4K, kRows>(data, a, row, c);
     if (w.format == kQ5K) return k_tile<kQ5K, kRows>(data, a, row, c);
     if (w.format == kQ6K) return k_tile<kQ6K, kRows>(data, a, row, c);
+    if (w.format == kIq4Xs) return k_tile<kIq4Xs, kRows>(data, a, row, c);
+    if (w.format == kQ8K) return k_tile<kQ8K, kRows>(data, a, row, c);
   }
 }
 

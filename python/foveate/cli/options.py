@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from foveate.quantization.names import QUANTISABLE
+
 DEFAULT_MAX_TOKENS = 256
 _EARLY: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
 
 
@@ -134,11 +136,17 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
             "--adapter", metavar="PATH", help="a folder with a LoRA adapter of --model in peft's format, merged into it"
         )
     group.add_argument("--device", metavar="NAME", help="cpu (the default), cuda, ...")
-    group.add_argument("--dtype", choices=sorted(_DTYPES), help="of the weights; the checkpoint's by default")
+    group.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights; the checkpoint's by default")
     group.add_argument(
-        "--quantization", choices=("q8_0", "q4_0", "none"),
-        help="pack the linear layers in 8 or 4 bits; none expands packed ones; by default they stay as they are stored",
+        "--quantization", choices=(*QUANTISABLE, "none"),
+        help="pack the linear layers in 4 to 8 bits; none expands packed ones; by default they stay as they are stored",
     )  # fmt: skip
+    group.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="a text that the model reads first, so that formats with a search keep what matters",
+    )
     group.add_argument("--kv-cache-dtype", choices=("int8", "fp8"), help="store keys and values in a byte each")
     group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and output together")
     group.add_argument("--num-pages", type=int, metavar="N", help="size of the cache, in pages of 16 tokens")
@@ -271,8 +279,8 @@ def llm_options(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--threads {args.threads} must be 1 or more")
         torch.set_num_threads(args.threads)
     return {
-        "device": args.device, "dtype": None if args.dtype is None else getattr(torch, _DTYPES[args.dtype]),
-        "quantization": args.quantization, "progress": sys.stderr.isatty(), "kv_cache_dtype": args.kv_cache_dtype,
+        "device": args.device, "dtype": None if args.dtype is None else getattr(torch, DTYPES[args.dtype]),
+        "quantization": args.quantization, "imatrix": args.imatrix, "progress": sys.stderr.isatty(), "kv_cache_dtype": args.kv_cache_dtype,
         "max_model_len": args.max_model_len, "num_pages": args.num_pages, "max_batch": args.max_batch,
         "max_prefill_tokens": args.max_prefill_tokens, "enable_prefix_caching": not args.no_prefix_caching,
         "draft_model": args.draft_model, "draft_tokens": args.draft_tokens,

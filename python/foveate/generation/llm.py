@@ -42,8 +42,8 @@ class LLM:
         [output] = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=40))
         print(output.outputs[0].text)
 
-    device, dtype, quantization, progress: as `foveate.models.load_model` takes them. On the CPU `NativeDecoder` runs the model where it
-    can; `runs_on` says what does, and why.
+    device, dtype, quantization, imatrix, progress: as `foveate.models.load_model` takes them. On the CPU `NativeDecoder` runs the model
+    where it can; `runs_on` says what does, and why.
 
     max_model_len: tokens of prompt and output together; by default what the model was made for, or what the cache holds if that is less.
     Models with RoPE factors for short and for long texts (Phi 3 and 4) take the short ones unless more than their first context is given.
@@ -69,6 +69,7 @@ class LLM:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         quantization: str | None = None,
+        imatrix: str | Path | None = None,
         kv_cache_dtype: str | torch.dtype | None = None,
         max_model_len: int | None = None,
         num_pages: int | None = None,
@@ -101,7 +102,7 @@ class LLM:
             )
         fits = memory.check_model_fits(checkpoint, self.device, dtype, quantization)
         module: Any = load_model(
-            checkpoint, device=self.device, dtype=dtype, quantization=quantization, progress=progress
+            checkpoint, device=self.device, dtype=dtype, quantization=quantization, imatrix=imatrix, progress=progress
         )
         if getattr(module, "lm_head", module) is None:
             raise ValueError(f"{checkpoint.path} has no language-model head; it is one for foveate.Embedder")

@@ -13,9 +13,12 @@ from torch import nn
 
 from foveate.models import Checkpoint
 from foveate.models.checkpoint.reading import check_layers, read_config
-from foveate.models.loading import checked_dtype, model_class, packed_format
+from foveate.models.loading import checked_dtype, model_class
+from foveate.models.quantizing import packed_format
+from foveate.quantization.gguf_blocks import block_size
+from foveate.quantization.names import QUANTISABLE
 
-_BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}  # for 32 weights
+_SMALLER = ("q8_0", "q4_0")  # what is proposed where a model does not fit
 
 
 def available(device: torch.device) -> int | None:
@@ -72,10 +75,12 @@ def model_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization:
         return stored.loaded_bytes
     size = (dtype or _stored_dtype(checkpoint)).itemsize
     total = sum(p.numel() for p in model.parameters())  # a tied head counts once
-    if quantization not in _BLOCK_BYTES:
+    if quantization not in QUANTISABLE:
         return total * size
-    linears = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    packed = sum(n // 32 * _BLOCK_BYTES[packed_format(name, quantization)] for name, n in linears.items())
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m.weight.numel() for name, m in layers.items()}
+    blocks = {name: block_size(packed_format(name, quantization, m.in_features)) for name, m in layers.items()}
+    packed = sum(n // blocks[name][0] * blocks[name][1] for name, n in linears.items())
     tied = sum(p.numel() for name, p in model.named_parameters() if name in model.tied.values())
     return packed + (total - sum(linears.values()) + tied) * size
 
@@ -98,7 +103,7 @@ def check_model_fits(
         return True
     if device.type == "cpu" and quantization is None and _experts_stay_mapped(checkpoint, dtype):
         return False
-    smaller = {q: model_bytes(checkpoint, dtype, q) for q in _BLOCK_BYTES if q != quantization}
+    smaller = {q: model_bytes(checkpoint, dtype, q) for q in _SMALLER if q != quantization}
     fits = [f'quantization="{q}" needs {gigabytes(size)}' for q, size in smaller.items() if size < need]
     cure = " and ".join(fits) if fits else "no quantization makes it smaller; choose a smaller model"
     raise ValueError(

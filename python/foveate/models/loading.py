@@ -21,14 +21,14 @@ from foveate.models.checkpoint.open import TEXT_NAMES, TEXT_PART, TEXT_WEIGHTS, 
 from foveate.models.checkpoint.reading import check_layers, read_config
 from foveate.models.checkpoint.renamed import RenamedWeights
 from foveate.models.layers import PackedEmbedding
+from foveate.models.quantizing import check_quantization, importance_of, quantize_model
 from foveate.models.registry import Architecture, architecture_of
 from foveate.nn import PackedLinear
 from foveate.progress import ProgressBar
-from foveate.quantization.gguf_blocks import dequantize
+from foveate.quantization.gguf_blocks import TABLES, dequantize, table_to_q8_0
 from foveate.quantization.k_blocks import K_FORMATS
+from foveate.quantization.names import QUANTISABLE
 
-_QUANTIZATIONS = (None, "none", "q8_0", "q4_0")
-_HEADS = ("lm_head", "cls.predictions.decoder")  # of causal models and T5, of BERT
 _TENSORFLOW_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")  # as Google's BERT checkpoints name them
 _NORM_NAMES = {"gamma": "weight", "beta": "bias"}
 _LARGE = 256 * 2**20  # bytes from which loading takes a second or more
@@ -151,35 +151,8 @@ def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def load_model(
-    checkpoint: Checkpoint | str | Path,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    quantization: str | None = None,
-    progress: bool | None = None,
-    head: str | None = None,
-    new_head: bool = False,
-) -> nn.Module:
-    """The model of a checkpoint (or of what `open_checkpoint` takes), filled, in eval mode.
-
-    device: the CPU if None. dtype of the weights, or its name: if None or "auto" the checkpoint's, and float32 for GGUF files.
-    quantization: None keeps what the file has: GGUF blocks stay blocks, in `foveate.nn.PackedLinear`. "q8_0" or "q4_0" quantises
-    every linear layer, a tied head too, but not the embedding; the head stays at "q8_0", as its 4-bit errors would reach every token
-    (SmolLM2: perplexity 49.9 against 45.8). "none" expands everything to dtype.
-    progress: a bar on stderr; None shows it in a terminal for files of 256 MB or more.
-    head: for BERT "encoder", "masked-lm", "sequence-classification", "token-classification" or "question-answering"; None: what the
-    config names.
-    new_head: draws the weights of a head that the file does not have from N(0, 0.02), biases 0, to be fine-tuned.
-
-    Weights that need no conversion stay views of the memory-mapped file. ValueError for an unknown architecture, missing,
-    unexpected or misshapen weights, truncated files, pickles.
-    """
-    dtype = checked_dtype(dtype)
-    if quantization not in _QUANTIZATIONS:
-        raise ValueError(f"quantization={quantization!r} is not one of None, 'none', 'q8_0' and 'q4_0'")
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(checkpoint)
+def unfilled_model(checkpoint: Checkpoint, head: str | None = None, new_head: bool = False) -> tuple[Any, Weights]:
+    """The model on the meta device, and the weights under its names or those of `match_names`; see `load_model`."""
     if foreign := _foreign_quantization(checkpoint):
         raise CheckpointError(
             f"{checkpoint.path} is quantised by {foreign}, which cannot be read; take the model's unquantised weights, with "
@@ -206,6 +179,42 @@ def load_model(
         setattr(model, "optional", ("lm_head",))  # noqa: B010 - an embedding model's checkpoint
     if new_head and _has_another_classifier(checkpoint.config, kind):
         weights = _WithoutClassifier(weights)
+    return model, weights
+
+
+def load_model(
+    checkpoint: Checkpoint | str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantization: str | None = None,
+    imatrix: str | Path | None = None,
+    progress: bool | None = None,
+    head: str | None = None,
+    new_head: bool = False,
+) -> nn.Module:
+    """The model of a checkpoint (or of what `open_checkpoint` takes), filled, in eval mode.
+
+    device: the CPU if None. dtype of the weights, or its name: if None or "auto" the checkpoint's, and float32 for GGUF files.
+    quantization: None keeps what the file has: GGUF blocks stay blocks, in `foveate.nn.PackedLinear`. "q8_0", "q4_0", "q4_1",
+    "q4_k", "q5_k", "q6_k" or "iq4_nl" quantises every linear layer, a tied head too, but not the embedding; the head has 6 bits or more,
+    as its 4-bit errors would reach every token (SmolLM2: perplexity 49.9 against 45.8). Rows that are no multiple of 256 take "q4_1" for
+    "q4_k", and "q8_0" for the other two. "none" expands everything to dtype.
+    imatrix: a text, or the path of a file with one, that a decoder reads before "q4_1", "q4_k", "q5_k", "q6_k" and "iq4_nl": errors are
+    then weighted by the mean square of what comes in at each column. It takes a pass over at most 65536 tokens.
+    progress: a bar on stderr; None shows it in a terminal for files of 256 MB or more.
+    head: for BERT "encoder", "masked-lm", "sequence-classification", "token-classification" or "question-answering"; None: what the
+    config names.
+    new_head: draws the weights of a head that the file does not have from N(0, 0.02), biases 0, to be fine-tuned.
+
+    Weights that need no conversion stay views of the memory-mapped file. ValueError for an unknown architecture, missing,
+    unexpected or misshapen weights, truncated files, pickles.
+    """
+    dtype = checked_dtype(dtype)
+    check_quantization(quantization, imatrix)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    model, weights = unfilled_model(checkpoint, head, new_head)
     dtype = dtype or _dtype_of(checkpoint, weights)
     device = checked_device(device)
     shown = weights.nbytes >= _LARGE and sys.stderr.isatty() if progress is None else progress
@@ -216,8 +225,12 @@ def load_model(
         _fill(model, weights, device, dtype, quantization, bar.advance, str(checkpoint.path))
         if quantization is None:
             _say_what_was_expanded(weights, dtype, str(checkpoint.path))
-    if quantization in ("q8_0", "q4_0"):
-        _quantize(model, quantization)
+    if quantization in QUANTISABLE:
+        model.eval()
+        found = None if imatrix is None else importance_of(model, checkpoint.tokenizer(), imatrix, shown)
+        count = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+        with ProgressBar(f"packing as {quantization}", "bar", "remaining", total=count, shown=shown) as bar:
+            quantize_model(model, quantization, found, bar.advance)
     return model.eval()
 
 
@@ -238,7 +251,7 @@ def _fill(
     model: Any, weights: Weights, device: torch.device, dtype: torch.dtype, quantization: str | None,
     advance: Callable[[int], None], where: str,
 ) -> None:  # fmt: skip
-    sources = _match(model, weights, where)
+    sources = match_names(model, weights, where)
     shapes = {name: tuple(model.get_parameter(name).shape) for name in sources}
     for name, stored in sources.items():
         value = weights.get(stored)
@@ -257,6 +270,8 @@ def _fill(
         if isinstance(value, Blocks):
             module = model.get_submodule(name.removesuffix(".weight"))
             kept = quantization is None or (quantization == value.format and isinstance(module, nn.Linear))
+            if kept and device.type != "cpu" and value.format in TABLES:
+                value = Blocks(table_to_q8_0(value.blocks, value.format), "q8_0", value.in_features)
             if kept and device.type != "cpu" and value.format in K_FORMATS:
                 weights.expanded[value.format.upper()] = weights.expanded.get(value.format.upper(), 0) + value.nbytes  # type: ignore[attr-defined]
                 kept = False
@@ -324,7 +339,7 @@ def tie_weights(model: Any) -> None:
             _set_parameter(model, alias, getattr(source, leaf))
 
 
-def _match(model: Any, weights: Weights, where: str) -> dict[str, str]:
+def match_names(model: Any, weights: Weights, where: str) -> dict[str, str]:
     """{parameter's name: stored name}. Checkpoints write the names with or without the model's prefix."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sources: dict[str, str] = {}
@@ -421,18 +436,3 @@ def _set_blocks(model: nn.Module, name: str, value: Blocks, device: torch.device
     if isinstance(module.bias, Tensor) and not module.bias.is_meta:  # it came before the weight
         packed.bias = module.bias.detach().float()
     model.set_submodule(where, packed)
-
-
-def _quantize(model: nn.Module, form: str) -> None:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            if module.in_features % 32:
-                raise ValueError(
-                    f"{name} has {module.in_features} input features, but {form} packs blocks of 32; use quantization='none'"
-                )
-            model.set_submodule(name, PackedLinear.from_linear(module, packed_format(name, form)))
-
-
-def packed_format(name: str, quantization: str) -> str:
-    """What `load_model` packs the linear layer of this name in."""
-    return "q8_0" if name in _HEADS else quantization

@@ -15,7 +15,8 @@ from foveate.quantization.panels import FLOATS, pack_blocks, pack_floats, unpack
 class PackedLinear(torch.nn.Module):
     """y = x @ W.T + bias with a packed, frozen W. No gradient reaches W; x gets dy @ W.
 
-    format "f32", "bf16", "f16"; "q8_0", "q4_0", "q4_1" (`foveate.quantization.gguf_blocks`); "q4_k", "q5_k", "q6_k" (`...k_blocks`).
+    format "f32", "bf16", "f16"; "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4" (`foveate.quantization.gguf_blocks`); "q4_k", "q5_k", "q6_k",
+    "iq4_xs", "q8_k" (`...k_blocks`).
     With block formats x is rounded to int8 for each block of 32 as well, one fp32 scale max|x| / 127 each; products are exact, sums
     are fp32. With "bf16" x is rounded to bf16.
     A row of y has the same bits whatever the other rows, their number and the number of threads are.
@@ -35,8 +36,10 @@ class PackedLinear(torch.nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     @staticmethod
-    def from_linear(linear: torch.nn.Linear, format: str | None = None) -> PackedLinear:
-        """format None: "f32", "bf16" or "f16" after the weight's dtype. "q8_0" and "q4_0" quantise the weight."""
+    def from_linear(
+        linear: torch.nn.Linear, format: str | None = None, importance: Tensor | None = None
+    ) -> PackedLinear:
+        """format None: "f32", "bf16" or "f16" after the weight's dtype. Those of `quantize` quantise the weight; importance: see there."""
         weight = linear.weight.detach()
         if format is None:
             format = next((name for name, dtype in FLOATS.items() if dtype is weight.dtype), None)
@@ -47,7 +50,7 @@ class PackedLinear(torch.nn.Module):
         if format in FLOATS:
             data = pack_floats(weight, format)
             return PackedLinear(data, format, linear.in_features, linear.out_features, linear.bias)
-        return PackedLinear.from_blocks(quantize(weight, format), format, linear.in_features, linear.bias)
+        return PackedLinear.from_blocks(quantize(weight, format, importance), format, linear.in_features, linear.bias)
 
     @staticmethod
     def from_blocks(blocks: Tensor, format: str, in_features: int, bias: Tensor | None = None) -> PackedLinear:

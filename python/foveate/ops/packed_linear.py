@@ -15,14 +15,13 @@ from foveate.ops import autograd, flops, library
 from foveate.ops.autograd import differentiable
 from foveate.ops.checks import check_backend_name, chosen_backend
 from foveate.quantization.gguf_blocks import BLOCK, block_size
-from foveate.quantization.k_blocks import K_FORMATS
 from foveate.quantization.panels import FLOATS, packed_bytes, unpack_rows, unpack_weight
 
 _C = native._C
 
 
 def _triton_serves(query: Query) -> str | None:
-    missing = [format for format in query.features if format in K_FORMATS or format == "f16"]
+    missing = [format for format in query.features if format not in ("f32", "bf16", "q8_0", "q4_0", "q4_1")]
     if missing:
         return f"the triton kernels have no {missing[0]}; load the model with quantization='q8_0', 'q4_0' or 'none'"
     return triton_backend.serves(query)

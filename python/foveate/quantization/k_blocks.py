@@ -4,14 +4,19 @@ With d and dmin fp16, sc and mn integers of each sub-block, and q integers (the 
     q4_k  144 bytes: d, dmin, sc and mn of 6 bits for each 32 weights, q of 4 bits       w = d sc q - dmin mn
     q5_k  176 bytes: the same with q of 5 bits
     q6_k  210 bytes: q of 6 bits, sc int8 for each 16 weights, d                         w = d sc (q - 32)
-q3_k (110 bytes: q of 3 bits, sc of 6 bits for each 16 weights, d) becomes q6_k by `q3_to_q6`, without a change of any weight.
+    iq4_xs  136 bytes: d, sc of 6 bits for each 32 weights, q of 4 bits                  w = d (sc - 32) t[q], t as of iq4_nl
+    q8_k  276 bytes, in no file: d fp32, sc int8 for each 16 weights, q int8                  w = d sc q
+The codebooks of IQ1, IQ2 and IQ3 become q8_k, and q3_k (110 bytes: q of 3 bits, sc of 6 bits for each 16 weights, d) becomes q6_k by
+`q3_to_q6`, without a change of any weight.
 
-In a panel of 32 features, each super-block of 256 input features is 8 blocks of 32 and then d and dmin, fp16 [32] each:
+In a panel of 32 features, each super-block of 256 input features is 8 blocks of 32 and then d and dmin, fp16 [32] each (of q8_k fp32):
     q4_k  nibbles [4, 32, 4] bytes as q4_0's; sc [32], mn [32] bytes
     q5_k  nibbles; [32, 4] bytes, of which bit p of byte (feature, j) is the fifth bit of element 4 p + j and bit p + 4 that of
           16 + 4 p + j; sc, mn
     q6_k  nibbles; [2, 32, 4] bytes, of which bits 2 p and 2 p + 1 of byte (half, feature, j) are the upper bits of element
           16 half + 4 p + j; sc int8 [2, 32], of the two halves
+    iq4_xs  nibbles; sc int8 [32]
+    q8_k  q + 128 as uint8 [8, 32, 4]; sc int8 [2, 32]
 """
 
 from __future__ import annotations
@@ -31,14 +36,21 @@ class KFormat(NamedTuple):
 
     block_bytes: int
     panel_bytes: int
-    bits: int
+    scales: int  # integers for each 32 weights in a panel
+    headers: int
 
 
-K_FORMATS = {"q4_k": KFormat(144, 148, 4), "q5_k": KFormat(176, 180, 5), "q6_k": KFormat(210, 210, 6)}
+K_FORMATS = {
+    "q4_k": KFormat(144, 148, 2, 2), "q5_k": KFormat(176, 180, 2, 2), "q6_k": KFormat(210, 210, 2, 1), "iq4_xs": KFormat(136, 138, 1, 1),
+    "q8_k": KFormat(276, 276, 2, 1),
+}  # fmt: skip
+# ggml-common.h's kvalues_iq4nl: what the nibbles of iq4_nl and iq4_xs stand for
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 class _Parts(NamedTuple):
-    """q uint8 [n, 256], sc uint8 [n, 8] or, of q6_k, int8 [n, 16], mn uint8 [n, 8] or None, headers fp16 [n, 2], of q6_k [n, 1]."""
+    """q uint8 [n, 256], mn uint8 [n, 8] or None, headers fp16 [n, 1 or 2]; sc uint8 [n, 8] or int8, of q6_k and q8_k [n, 16]. q of q8_k is
+    the integer plus 128."""
 
     q: Tensor
     sc: Tensor
@@ -48,7 +60,7 @@ class _Parts(NamedTuple):
 
 def dequantize_k(blocks: Tensor, format: str) -> Tensor:
     """fp32 [out, in] of super-blocks uint8 [out, in / 256 * bytes], bit-equal to the `gguf` library's."""
-    return _values(_split(blocks.reshape(-1, K_FORMATS[format].block_bytes), format)).view(len(blocks), -1)
+    return _values(_split(blocks.reshape(-1, K_FORMATS[format].block_bytes), format), format).view(len(blocks), -1)
 
 
 def pack_k(blocks: Tensor, format: str) -> Tensor:
@@ -62,7 +74,7 @@ def pack_k(blocks: Tensor, format: str) -> Tensor:
         return x.view(panels, _PANEL, -1, *x.shape[1:]).movedim(1, -1)
 
     q = of_panels(parts.q.view(-1, 8, 2, 4, 4))  # [.., block, half, p, j, feature]
-    nibbles = (q[:, :, :, 0] & 15) | (q[:, :, :, 1] & 15) << 4
+    nibbles = q.flatten(3, 4) if format == "q8_k" else (q[:, :, :, 0] & 15) | (q[:, :, :, 1] & 15) << 4
     pieces = [nibbles.transpose(-1, -2)]
     shifts = torch.arange(4, dtype=torch.uint8)[:, None, None]
     if format == "q5_k":
@@ -82,13 +94,18 @@ def unpack_k_rows(data: Tensor, format: str, in_features: int, panel: Tensor, la
     """fp32 [n, in] of the features (panel, lane), int64 [n] each."""
     f = K_FORMATS[format]
     supers = data.view(torch.uint8).view(-1, in_features // SUPER_BLOCK, _PANEL * f.panel_bytes)
-    count = 1 if format == "q6_k" else 2
-    inner, headers = supers.split([_PANEL * (f.panel_bytes - 2 * count), _PANEL * 2 * count], 2)
+    count = f.headers
+    size = 4 if format == "q8_k" else 2
+    inner, headers = supers.split([_PANEL * (f.panel_bytes - size * count), _PANEL * size * count], 2)
     inner = inner.unflatten(2, (8, -1))
-    headers = headers.unflatten(2, (count, _PANEL, 2))[panel, :, :, lane].flatten(2).contiguous().view(torch.float16)
-    nibbles, rest = inner.split([512, inner.shape[3] - 512], 3)
-    nibbles = nibbles.unflatten(3, (4, _PANEL, 4))[panel, :, :, :, lane]  # [n, super-blocks, 8, p, j]
-    q = torch.stack([nibbles & 15, nibbles >> 4], 3)  # [.., half, p, j]
+    headers = headers.unflatten(2, (count, _PANEL, size))[panel, :, :, lane].flatten(2).contiguous()
+    headers = headers.view(torch.float32 if format == "q8_k" else torch.float16)
+    size = 1024 if format == "q8_k" else 512
+    stored, rest = inner.split([size, inner.shape[3] - size], 3)
+    stored = stored.unflatten(3, (size // 128, _PANEL, 4))[
+        panel, :, :, :, lane
+    ]  # [n, super-blocks, 8, p, j], or all 8 p of both halves
+    q = stored if format == "q8_k" else torch.stack([stored & 15, stored >> 4], 3)  # [.., half, p, j]
     shifts = torch.arange(4, dtype=torch.uint8, device=data.device)[:, None]
     if format == "q5_k":
         fifth = rest[..., :128].unflatten(3, (_PANEL, 4))[panel, :, :, lane][:, :, :, None, :]  # [.., 1, j]
@@ -98,14 +115,14 @@ def unpack_k_rows(data: Tensor, format: str, in_features: int, panel: Tensor, la
         upper = rest[..., :256].unflatten(3, (2, _PANEL, 4))[panel, :, :, :, lane]  # [.., half, j]
         q = q | ((upper[:, :, :, :, None, :] >> 2 * shifts) & 3) << 4
         rest = rest[..., 256:]
-    scales = rest.unflatten(3, (2, _PANEL))[panel, :, :, :, lane].reshape(-1, 8, 2)
+    scales = rest.unflatten(3, (f.scales, _PANEL))[panel, :, :, :, lane].reshape(-1, 8, f.scales)
     headers = headers.reshape(-1, count)
     q = q.reshape(-1, SUPER_BLOCK)
-    if format == "q6_k":
-        parts = _Parts(q, scales.reshape(-1, 16).contiguous().view(torch.int8), None, headers)
+    if count == 1:
+        parts = _Parts(q, scales.flatten(1).contiguous().view(torch.int8), None, headers)
     else:
         parts = _Parts(q, scales[..., 0], scales[..., 1], headers)
-    return _values(parts).view(len(panel), in_features)
+    return _values(parts, format).view(len(panel), in_features)
 
 
 def q3_to_q6(blocks: Tensor) -> Tensor:
@@ -118,22 +135,43 @@ def q3_to_q6(blocks: Tensor) -> Tensor:
     lower = torch.stack([(half >> 2 * i) & 3 for half in qs.split(32, 1) for i in range(4)], 1)  # [n, 8, 32]
     third = torch.stack([(masks >> i) & 1 for i in range(8)], 1)
     q = (lower + (third << 2) + 28).to(torch.uint8)  # 32 + lower - 4 (1 - third)
-    return _join_q6(q.view(-1, SUPER_BLOCK), scales, d).view(len(blocks), -1)
+    return join_q6(q.view(-1, SUPER_BLOCK), scales, d).view(len(blocks), -1)
 
 
-def _join_q6(q: Tensor, scales: Tensor, d: Tensor) -> Tensor:
+def join_q6(q: Tensor, scales: Tensor, d: Tensor) -> Tensor:
+    """Super-blocks of q6_k: q uint8 [n, 256], scales int8 [n, 16], d as bytes [n, 2]."""
     chunks = q.view(-1, 2, 4, 32)  # of 128 weights, the quarters that share bytes of the upper bits
     lower = torch.stack([(chunks[:, :, i] & 15) | (chunks[:, :, i + 2] & 15) << 4 for i in range(2)], 2)
     upper = sum((chunks[:, :, i] >> 4) << 2 * i for i in range(4))
     return torch.cat([lower.flatten(1), upper.flatten(1), scales.view(torch.uint8), d], 1)  # type: ignore[union-attr]
 
 
-def _values(parts: _Parts) -> Tensor:
+def join_affine(q: Tensor, sc: Tensor, mn: Tensor, headers: Tensor, format: str) -> Tensor:
+    """Super-blocks of q4_k or q5_k: q uint8 [n, 256], sc and mn uint8 [n, 8], headers fp16 [n, 2]."""
+    packed = [
+        sc[:, :4] | (sc[:, 4:] >> 4) << 6,
+        mn[:, :4] | (mn[:, 4:] >> 4) << 6,
+        (sc[:, 4:] & 15) | (mn[:, 4:] & 15) << 4,
+    ]
+    blocks = q.view(-1, 4, 2, 32)
+    nibbles = (blocks[:, :, 0] & 15) | (blocks[:, :, 1] & 15) << 4
+    fifth = []
+    if format == "q5_k":
+        bits = torch.arange(8, dtype=torch.uint8, device=q.device)[:, None]
+        fifth = [((q.view(-1, 8, 32) >> 4) << bits).sum(1).to(torch.uint8)]
+    return torch.cat([headers.contiguous().view(torch.uint8), *packed, *fifth, nibbles.flatten(1)], 1)
+
+
+def _values(parts: _Parts, format: str) -> Tensor:
     """fp32 [n, 256]"""
     headers = parts.headers.float()
     if parts.mn is None:
         scales = headers * parts.sc.float()
-        return (scales[..., None] * (parts.q.view(-1, 16, 16).float() - 32)).flatten(1)
+        if format == "iq4_xs":
+            q = torch.tensor(IQ4_NL, dtype=torch.float32, device=parts.q.device)[parts.q.long()]
+        else:
+            q = parts.q.float() - (32 if format == "q6_k" else 128)
+        return (scales[..., None] * q.view(len(q), scales.shape[1], -1)).flatten(1)
     scales, minima = headers[:, :1] * parts.sc.float(), headers[:, 1:] * parts.mn.float()
     return (scales[..., None] * parts.q.view(-1, 8, 32).float() - minima[..., None]).flatten(1)
 
@@ -147,6 +185,16 @@ def _split(n: Tensor, format: str) -> _Parts:
             [(lower[:, :, i % 2] >> 4 * (i // 2) & 15) | ((upper >> 2 * i) & 3) << 4 for i in range(4)], 2
         ).flatten(1)
         return _Parts(q, scales.contiguous().view(torch.int8), None, d.contiguous().view(torch.float16))
+    if format == "q8_k":
+        d, scales, q = n.split([4, 16, 256], 1)
+        return _Parts(q ^ 128, scales.contiguous().view(torch.int8), None, d.contiguous().view(torch.float32))
+    if format == "iq4_xs":
+        d, high, low, quants = n.split([2, 2, 4, 128], 1)
+        upper = torch.stack([(high[:, i // 4] >> 2 * (i % 4)) & 3 for i in range(8)], 1)
+        lower = torch.stack([low & 15, low >> 4], 2).flatten(1)
+        quants = quants.reshape(-1, 8, 16)
+        q = torch.cat([quants & 15, quants >> 4], 2).flatten(1)
+        return _Parts(q, (lower | upper << 4).to(torch.int8) - 32, None, d.contiguous().view(torch.float16))
     headers, packed, quants = n[:, :4].contiguous().view(torch.float16), n[:, 4:16], n[:, 16:]
     a, b, c = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     sc = torch.cat([a & 63, (c & 15) | (a >> 6) << 4], 1)

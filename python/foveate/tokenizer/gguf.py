@@ -7,30 +7,10 @@ from typing import Any
 
 from foveate.files.checked import CheckpointError, library_errors
 from foveate.tokenizer import NEED
+from foveate.tokenizer.pre_tokenizers import kind_of, pre_tokenizer
 
 _NORMAL, CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
 _LONGEST = 1024  # characters of a SentencePiece token: its merges are found by trying each place to cut it
-
-# How text is cut before BPE. {digits} is how many digits stay together.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _WORDS.format(digits="{1,3}")
-_QWEN2 = _WORDS.format(digits="")
-# Mistral's: upper and lower case apart, so that a word's capitals are a piece of their own.
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PATTERNS = {"llama-bpe": _LLAMA3, "qwen2": _QWEN2, "tekken": _TEKKEN, "smaug-bpe": _LLAMA3}
-_SAME_AS = {
-    "default": "gpt-2", "gpt2": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "pixtral": "llama-bpe",
-    "deepseek-r1-qwen": "qwen2", "megrez": "qwen2", "kormo": "qwen2",
-}  # fmt: skip
-# Whole words that are tokens are not merged, and a text begins with BOS where the file does not say otherwise, as llama.cpp has it.
-_WHOLE_WORDS = ("llama-bpe", "tekken")
 
 
 def read_tokenizer(fields: dict[str, Any], path: Path | str = "the GGUF file") -> Any:
@@ -77,7 +57,8 @@ def _build(own: dict[str, Any], kind: str) -> Any:
     tokens, kinds = own["tokens"], own["token_type"]
     tokenizer.add_special_tokens([token for token, k in zip(tokens, kinds) if k == CONTROL])
     tokenizer.add_tokens([token for token, k in zip(tokens, kinds) if k == _USER_DEFINED])
-    by_itself = kind == "llama" or _SAME_AS.get(own.get("pre", ""), own.get("pre")) in _WHOLE_WORDS
+    cut = kind_of(own.get("pre", "default"))
+    by_itself = kind == "llama" or (cut is not None and cut.whole_words)
     bos = [_named(own, "bos")] if own.get("add_bos_token", by_itself and own.get("bos_token_id") is not None) else []
     eos = [_named(own, "eos")] if own.get("add_eos_token", False) else []
     if bos or eos:
@@ -99,12 +80,13 @@ def _byte_level(own: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     pre = own.get("pre", "default")
+    cut = kind_of(pre)
     merges = [tuple(merge.split(" ", 1)) for merge in own["merges"]]
     vocab = {token: i for i, token in enumerate(own["tokens"])}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=_SAME_AS.get(pre, pre) in _WHOLE_WORDS))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=cut is not None and cut.whole_words))
     tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
-    if _SAME_AS.get(pre, pre) == "qwen2":
+    if cut is not None and cut.nfc:
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
@@ -137,21 +119,3 @@ def _sentencepiece(own: dict[str, Any]) -> Any:
         tokenizer.normalizer = spaces
         tokenizer.decoder = decoders.Sequence(decoding)
     return tokenizer
-
-
-def pre_tokenizer(name: str) -> Any:
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
-
-    kind = _SAME_AS.get(name, name)
-    if kind == "gpt-2":
-        return ByteLevel(add_prefix_space=False)
-    if kind == "smollm":
-        return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    if kind in _PATTERNS:
-        return Sequence([Split(Regex(_PATTERNS[kind]), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
-    known = ", ".join(["gpt-2", "smollm", *_PATTERNS, *_SAME_AS])
-    raise CheckpointError(
-        f"the GGUF file asks for the pre-tokenizer {name!r}; known are {known}: use the model's Hugging Face folder, which has a "
-        "tokenizer.json"
-    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from foveate.files.checked import CheckpointError, is_there, library_errors, read_text
 from foveate.tokenizer import NEED
-from foveate.tokenizer.gguf import pre_tokenizer
+from foveate.tokenizer.pre_tokenizers import pre_tokenizer
 from foveate.tokenizer.sentencepiece import read_sentencepiece
 
 _WORDPIECE = ("BertTokenizer", "BertTokenizerFast")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foveate.quantization.names import QUANTISABLE
 from foveate.train.schedule import SCHEDULES
 
 OBJECTIVES = (
@@ -80,7 +81,7 @@ class TrainConfig:
         "model",
     )
     quantization: str | None = _option(
-        None, "pack the frozen weights under LoRA in 8 or 4 bits (QLoRA)", "model", choices=("q8_0", "q4_0")
+        None, "pack the frozen weights under LoRA in 8 or 4 bits (QLoRA)", "model", choices=QUANTISABLE
     )
     device: str | None = _option(None, "cpu (the default), cuda, ...", "model")
 

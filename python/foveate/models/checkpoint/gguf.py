@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from foveate.files.checked import CheckpointError, check
 from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
-from foveate.models.checkpoint.gguf_file import GgufFile
+from foveate.models.checkpoint.gguf_file import GgufFile, GgufTensor
 from foveate.models.checkpoint.gguf_names import ARCHITECTURES, MIXTRAL, GgufArchitecture
 from foveate.models.checkpoint.schemas import GGUF, GGUF_MODEL
 from foveate.quantization.gguf_types import BLOCKS, FLOATS, PACKED, REPACKED, expand, loaded_bytes
@@ -224,25 +225,21 @@ class GgufWeights:
             if self.architecture.plus_one and tensor.name.endswith("norm.weight"):
                 return data - 1
             return data[None] if tensor.name.endswith("ffn_gate_inp_shexp.weight") and data.dim() == 1 else data
-        if kind in BLOCKS:
-            experts = len(shape) == 3 and name.rpartition(".")[0].endswith(tuple(self.fused))
-            if len(shape) != 2 and not experts:
-                raise CheckpointError(
-                    f"{self.path} has {tensor.name} of type {kind} in shape {list(shape)}; only matrices have blocks"
-                )
-            out = math.prod(shape[:-1])  # experts one after the other
-            if kind in PACKED:
-                return Blocks(rows(data.view(out, -1)), PACKED[kind], shape[-1])
-            if kind in REPACKED:
-                format, convert = REPACKED[kind]
-                return Blocks(rows(convert(data.view(out, -1))), format, shape[-1])
-            self.expanded[kind] = self.expanded.get(kind, 0) + data.nbytes
-            return rows(expand(data, kind, shape))
-        supported = ", ".join(BLOCKS)
-        raise CheckpointError(
-            f"the tensor {tensor.name} of {self.path} is of type {kind}; supported are {supported}: requantise the file "
-            "(llama.cpp's llama-quantize) or take another of the model's files"
-        )
+        if kind not in BLOCKS:
+            raise CheckpointError(
+                f"the tensor {tensor.name} of {self.path} is of type {kind}; supported are {', '.join(BLOCKS)}: requantise the file "
+                "(llama.cpp's llama-quantize) or take another of the model's files"
+            )
+        experts = len(shape) == 3 and name.rpartition(".")[0].endswith(tuple(self.fused))
+        if len(shape) != 2 and not experts:
+            raise CheckpointError(
+                f"{self.path} has {tensor.name} of type {kind} in shape {list(shape)}; only matrices have blocks"
+            )
+        value = in_file_order(tensor)
+        if isinstance(value, Blocks):
+            return Blocks(rows(value.blocks), value.format, value.in_features)
+        self.expanded[kind] = self.expanded.get(kind, 0) + data.nbytes
+        return rows(value)
 
     def _row_order(self, stored: str) -> Callable[[Tensor], Tensor]:
         """In files of Llama and its like the rows of attn_q and attn_k are stored with the two of a rotary pair side by side."""
@@ -253,6 +250,21 @@ class GgufWeights:
         if rows % (2 * heads):
             raise CheckpointError(f"{self.path} has {stored} of {rows} rows, which are not {heads} heads of pairs")
         return lambda x: unpermute(x, heads)
+
+
+def in_file_order(tensor: GgufTensor) -> Tensor | Blocks:
+    """Floats as they are; blocks, of several matrices one after the other, where a packed format has exactly their weights; else fp32."""
+    kind, shape, data = tensor.kind, tensor.shape, tensor.data
+    if kind in FLOATS:
+        return data.view(FLOATS[kind]).view(shape)
+    rows = data.view(math.prod(shape[:-1]), -1)
+    if kind in PACKED:
+        return Blocks(rows, PACKED[kind], shape[-1])
+    if kind in REPACKED:
+        format, convert = REPACKED[kind]
+        with contextlib.suppress(ValueError):  # of scales that the format has no room for
+            return Blocks(convert(rows), format, shape[-1])
+    return expand(data, kind, shape)
 
 
 def unpermute(x: Tensor, heads: int) -> Tensor:

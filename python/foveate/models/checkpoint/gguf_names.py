@@ -55,6 +55,16 @@ class GgufArchitecture:
     fused: Mapping[str, str] = field(default_factory=dict)
     epsilon: str = "attention.layer_norm_rms_epsilon"
 
+    def layer_parts(self) -> tuple[str, ...]:
+        """What a layer's tensors may be called in files, "attn_q" and so on."""
+        if self.model_type == "gpt2":
+            return tuple(_GPT2_LAYER)
+        return ("attn_sinks", *{**_LLAMA_LAYER, **_EXPERTS, **self.layer})
+
+    def other_parts(self) -> tuple[str, ...]:
+        """Those outside of the layers."""
+        return tuple(_GPT2_OTHER if self.model_type == "gpt2" else _LLAMA_OTHER)
+
     def huggingface_name(self, name: str) -> str:
         """blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight; names outside of the table stay as they are."""
         gpt2 = self.model_type == "gpt2"

@@ -1,7 +1,6 @@
-"""gpt-oss's experts in MXFP4 (OCP Microscaling Formats 1.0): 4-bit floats with a power of two for each 32, as blocks of q8_0.
+"""gpt-oss's experts in MXFP4 (OCP Microscaling Formats 1.0): 4-bit floats with a power of two for each 32, as blocks of mxfp4.
 
-A value is t[q] * 2**(e - 128), where t holds the doubled e2m1 values 0 1 2 3 4 6 8 12 and their negatives: exactly what a block of
-q8_0 with the integers t[q] and the fp16 scale 2**(e - 128) is.
+A value is t[q] * 2**(e - 128), where t holds the doubled e2m1 values 0 1 2 3 4 6 8 12 and their negatives.
 """
 
 from __future__ import annotations
@@ -13,29 +12,29 @@ from torch import Tensor
 
 from foveate.files.checked import CheckpointError
 from foveate.models.checkpoint.base import Blocks, Weights
+from foveate.quantization.gguf_types import mxfp4_scale
 
-_TWICE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 _BLOCKS, _SCALES = "_blocks", "_scales"
-_LEAST, _MOST = 128 - 24, 128 + 15  # exponents whose power of two fp16 holds exactly
 
 
-def q8_0_of(blocks: Tensor, scales: Tensor, what: str) -> Tensor:
-    """uint8 [..., in / 32, 16] (even elements in the low nibbles) and [..., in / 32] -> blocks of q8_0, uint8 [rows, in / 32 * 34]."""
+def mxfp4_of(blocks: Tensor, scales: Tensor, what: str) -> Tensor:
+    """uint8 [..., in / 32, 16] (even elements in the low nibbles) and [..., in / 32] -> blocks of mxfp4, uint8 [rows, in / 32 * 18]."""
     if blocks.dtype is not torch.uint8 or scales.dtype is not torch.uint8 or blocks.shape != (*scales.shape, 16):
         raise CheckpointError(
             f"{what} has blocks of {blocks.dtype} {list(blocks.shape)} and scales of {scales.dtype} {list(scales.shape)}; MXFP4 needs "
             "uint8 [..., 16] and uint8 [...]"
         )
-    table = torch.tensor(_TWICE, dtype=torch.int8)
-    integers = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], -1).flatten(-2)
-    used = integers.ne(0).any(-1)
-    if bool(((scales < _LEAST) | (scales > _MOST))[used].any()):
+    # A byte has the neighbours 2 i and 2 i + 1; in a block it has i and i + 16.
+    nibbles = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    q = nibbles[..., :16] | nibbles[..., 16:] << 4
+    used = (q & 0x77).ne(0).any(-1, keepdim=True)  # +0 and -0 need no scale
+    try:
+        d = mxfp4_scale(scales[..., None], used)
+    except ValueError as error:
         raise CheckpointError(
-            f"{what} has scales beyond 2**-24 to 2**15, which cannot be packed here; take another file of the model"
-        )
-    exponents = torch.where(used, scales, torch.full_like(scales, 128)).float() - 128
-    d = torch.exp2(exponents).half()[..., None].view(torch.uint8)
-    return torch.cat([d, integers.view(torch.uint8)], -1).flatten(0, -3).flatten(-2)
+            f"{what} has {error}, which cannot be packed here; take another file of the model"
+        ) from None
+    return torch.cat([d, q], -1).flatten(0, -3).flatten(-2)
 
 
 class Mxfp4Weights:
@@ -65,5 +64,5 @@ class Mxfp4Weights:
         if self._last is None or self._last[0] != name:
             blocks, scales = self._weights.get(name + _BLOCKS), self._weights.get(name + _SCALES)
             assert isinstance(blocks, Tensor) and isinstance(scales, Tensor)
-            self._last = (name, Blocks(q8_0_of(blocks, scales, name), "q8_0", 32 * scales.shape[-1]))
+            self._last = (name, Blocks(mxfp4_of(blocks, scales, name), "mxfp4", 32 * scales.shape[-1]))
         return self._last[1]

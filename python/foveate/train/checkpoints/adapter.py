@@ -15,6 +15,7 @@ from foveate.files.checked import CheckpointError, is_there, library_errors, rea
 from foveate.models import Checkpoint, load_model, open_checkpoint
 from foveate.models.checkpoint.adapters import CONFIG, PREFIX, WEIGHTS, check_adapter
 from foveate.models.checkpoint.schemas import ADAPTER
+from foveate.quantization.names import QUANTISABLE
 from foveate.tokenizer import Tokenizer
 from foveate.train.checkpoints.model import TrainedModel, WithoutClassifier, export_tokenizer, stored_dtype
 from foveate.train.modules.lora import (
@@ -71,8 +72,8 @@ def adapter_settings(adapter: str | Path) -> dict[str, Any]:
     """adapter_config.json, with "quantization": that of the weights that it was trained on, None for those of the file."""
     file, packed = Path(adapter) / CONFIG, Path(adapter) / _PACKED
     found = read_json(packed).get("quantization") if is_there(packed) else None
-    if found not in (None, "q8_0", "q4_0"):
-        raise CheckpointError(f"{packed} has quantization={found!r:.40}; it must be q8_0 or q4_0")
+    if found not in (None, *QUANTISABLE):
+        raise CheckpointError(f"{packed} has quantization={found!r:.40}; it must be one of {', '.join(QUANTISABLE)}")
     return read_json(file, ADAPTER) | {"quantization": found}
 
 
