@@ -16,7 +16,7 @@ safetensors folder is what transformers reads, and foveate.
 
 What to choose: q8_0 is as good as the original and half of bf16; q6_k is hard to tell from it; q4_k_m is what most people download, q4_k
 and iq4_nl are a little smaller. --imatrix makes the small ones better: a text as the model will see it, some tens of kilobytes of it.
-docs/guide/quantization.md has the perplexity of each.
+docs/guide/quantization.md says how it is done.
 
   none     expand all weights to --dtype
   q8_0     8.5 bits a weight        q5_k     5.5
