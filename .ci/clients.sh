@@ -18,7 +18,7 @@ if [ ! -e "$stamp" ]; then
   $pip --target $venv/openai-0 -r requirements/openai-0.txt
   touch "$stamp"
 fi
-timeout 120 npm ci --silent --prefix tests/serve/node_client
+timeout 300 npm ci --silent --prefix tests/serve/node_client
 # Nothing of this may be skipped here for want of a package.
 # A file stays in one process, which starts its server once. The clients leave their connections to the garbage collector.
 FOVEATE_CLIENTS=$PWD/$venv $venv/bin/python -m pytest -q -n 2 --dist loadfile -m clients \
