@@ -12,7 +12,7 @@ import foveate
 import generation_toys as toys
 from foveate import SamplingParams
 from foveate.cache.view import StaticCacheView
-from foveate.generation import Engine, decode_graph, llm
+from foveate.generation import Engine, decode_graph, runner
 from foveate.generation.decode_graph import DecodeGraph
 from foveate.nn import PackedLinear
 from foveate.quantization.panels import packed_bytes
@@ -125,11 +125,11 @@ def test_what_reads_on_the_host_is_named_as_the_reason(monkeypatch):
 
 def test_llm_says_whether_it_uses_graphs(monkeypatch):
     model = toys.model()
-    assert llm._graphs(model, False) == (False, "decode steps without CUDA graphs: cuda_graphs=False")
-    assert llm._graphs(model, None) == (False, f"decode steps without CUDA graphs: {DecodeGraph.unsupported(model)}")
+    assert runner.graphs(model, False) == (False, "decode steps without CUDA graphs: cuda_graphs=False")
+    assert runner.graphs(model, None) == (False, f"decode steps without CUDA graphs: {DecodeGraph.unsupported(model)}")
     with pytest.raises(
         ValueError, match="cuda_graphs=True, but CUDA graphs need a CUDA device.*; leave cuda_graphs out"
     ):
-        llm._graphs(model, True)
+        runner.graphs(model, True)
     monkeypatch.setattr(DecodeGraph, "unsupported", lambda model: None)
-    assert llm._graphs(model, None) == llm._graphs(model, True) == (True, "decode steps in CUDA graphs")
+    assert runner.graphs(model, None) == runner.graphs(model, True) == (True, "decode steps in CUDA graphs")

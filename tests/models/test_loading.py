@@ -167,7 +167,7 @@ def test_wrong_configs_are_named(folder: Path) -> None:
     edit_config(folder, model_type="mamba")
     with pytest.raises(
         ValueError,
-        match=r"the architecture 'mamba' .* is not supported; known are .*gpt2, .*llama, ministral, .*qwen2",
+        match=r"the architecture 'mamba' .* is not supported; known are .*gpt2, .*llama, .*ministral, .*qwen2",
     ):
         load_model(folder)
     edit_config(folder, model_type="llama", hidden_size=None)
@@ -184,7 +184,7 @@ def test_wrong_configs_are_named(folder: Path) -> None:
         load_model(folder)
     edit_config(folder, hidden_act="silu", model_type="llama")
     with pytest.raises(
-        ValueError, match="head='question-answering' is for encoders such as BERT; llama has one head only"
+        ValueError, match="head='question-answering' is for encoders such as BERT, .* this llama is a LlamaForCausalLM"
     ):
         load_model(folder, head="question-answering")
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})

@@ -310,7 +310,9 @@ class TestRows:
 
     def test_rms_norm(self):
         weight = torch.randn(11, dtype=torch.float64)
-        torch.testing.assert_close(ops.rms_norm(self.x, weight, 1e-5), F.rms_norm(self.x, (11,), weight, 1e-5))
+        out, rstd = ops.rms_norm(self.x, weight, 1e-5)
+        torch.testing.assert_close(out, F.rms_norm(self.x, (11,), weight, 1e-5))
+        torch.testing.assert_close(rstd, (self.x.square().mean(-1) + 1e-5).rsqrt())
 
     @pytest.mark.parametrize("interleaved", [False, True])
     def test_rotary_is_a_complex_product(self, interleaved):

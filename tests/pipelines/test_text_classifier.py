@@ -62,7 +62,7 @@ def test_sentences_for_what_cannot_be_classified(trained, tmp_path):
     config = json.loads((trained.last / "config.json").read_text())
     shutil.copytree(trained.last, tmp_path, dirs_exist_ok=True)
     for change, sentence in (
-        ({"model_type": "llama"}, "classification needs 'bert' or 'roberta'"),
+        ({"model_type": "gpt2"}, "classification needs 'bert' or 'roberta'"),
         ({"problem_type": "ranking"}, "problem_type 'ranking'; known are single_label_classification"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))

