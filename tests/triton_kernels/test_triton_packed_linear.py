@@ -9,7 +9,7 @@ import foveate
 from compare import assert_as_good_as_torch
 from foveate.bench.tolerance import linear_floor
 from foveate.nn import PackedLinear
-from foveate.ops.packed_linear import packed_linear, quantize_activations
+from foveate.ops.packed_linear import TRITON_FORMATS, packed_linear, quantize_activations
 from foveate.quantization.gguf_blocks import FORMATS, quantize
 from poison import guarded_outputs, nan_padded
 
@@ -29,7 +29,6 @@ def _many_shares(monkeypatch):
     monkeypatch.setattr(launches, "shares", lambda in_features, *_: max(1, in_features // 64))
 
 
-ALL_FORMATS = ["f32", "bf16", *FORMATS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -74,7 +73,7 @@ def run(layer, x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format", ALL_FORMATS)
+@pytest.mark.parametrize("format", TRITON_FORMATS)
 def test_against_fp64_with_the_same_rounding(format, dtype, device):
     for in_features, out_features, rows in ((32, 1, 3), (96, 33, 1), (320, 70, 20), (160, 40, 70)):
         layer, x = on(device, format, in_features, out_features), random(rows, in_features, seed=rows).to(dtype)
@@ -94,7 +93,7 @@ def test_odd_sizes_of_float_formats(format, in_features, device):
     assert_as_good_as_torch(out, exact, peer, floor=floor(layer, x))
 
 
-@pytest.mark.parametrize("format", ALL_FORMATS)
+@pytest.mark.parametrize("format", TRITON_FORMATS)
 def test_rows_do_not_depend_on_their_batch(format, device):
     """Few rows and many take different ways."""
     layer, x = on(device, format, 192, 70), random(40, 192, seed=7).to(device)
@@ -109,7 +108,7 @@ def test_rows_do_not_depend_on_their_batch(format, device):
 
 
 @pytest.mark.parametrize("rows", [5, 20])
-@pytest.mark.parametrize("format", ALL_FORMATS)
+@pytest.mark.parametrize("format", TRITON_FORMATS)
 def test_reads_and_writes_only_its_own(format, rows, device):
     layer = on(device, format, 96, 45)
     for dtype in DTYPES:
@@ -122,7 +121,7 @@ def test_reads_and_writes_only_its_own(format, rows, device):
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("rows", [6, 20])
-@pytest.mark.parametrize("format", ALL_FORMATS)
+@pytest.mark.parametrize("format", TRITON_FORMATS)
 def test_not_finite_rows_show_and_stay_alone(format, rows, device):
     layer, x = on(device, format, 96, 45), random(rows, 96).to(device)
     clean = run(layer, x)
@@ -148,7 +147,7 @@ def test_activations_are_rounded_as_the_reference_does(device):
     assert torch.equal(sums, expected_q.sum(-1))
 
 
-@pytest.mark.parametrize("format", ALL_FORMATS)
+@pytest.mark.parametrize("format", TRITON_FORMATS)
 def test_rows_of_the_weight(format, device):
     layer = on(device, format, 96, 45)
     ids = torch.tensor([0, 44, 13, 2**40, -1, -(2**40)], device=device)
@@ -157,7 +156,7 @@ def test_rows_of_the_weight(format, device):
     assert torch.equal(out, layer.dequantize()[[0, 44, 13, 44, 0, 0]]), "what lies outside is cut off"
 
 
-@pytest.mark.parametrize("format", ALL_FORMATS)
+@pytest.mark.parametrize("format", TRITON_FORMATS)
 def test_gradient_of_x_and_empty_batches(format, device):
     layer, x = on(device, format, 64, 40), random(3, 64).to(device).requires_grad_()
     dout = random(3, 40, seed=1).to(device)

@@ -20,8 +20,11 @@ from foveate.quantization.panels import FLOATS, packed_bytes, unpack_rows, unpac
 _C = native._C
 
 
+TRITON_FORMATS = ("f32", "bf16", "q8_0", "q4_0", "q4_1")
+
+
 def _triton_serves(query: Query) -> str | None:
-    missing = [format for format in query.features if format not in ("f32", "bf16", "q8_0", "q4_0", "q4_1")]
+    missing = [format for format in query.features if format not in TRITON_FORMATS]
     if missing:
         return f"the triton kernels have no {missing[0]}; load the model with quantization='q8_0', 'q4_0' or 'none'"
     return triton_backend.serves(query)
