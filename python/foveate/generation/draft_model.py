@@ -39,8 +39,7 @@ class DraftModel:
     and sampled outputs are those without guesses, and where both models agree about the probabilities they agree about the token.
 
     model: as the Engine takes it. vocab_size: of the engine's model. tokens: guesses in a step. max_batch: with more samples in a step
-    nothing is guessed, as a step of many rows costs the model as much as the guesses save. max_prefill_tokens: tokens that this model
-    reads in one step before it guesses.
+    nothing is guessed. max_prefill_tokens: tokens that this model reads in one step before it guesses.
     """
 
     def __init__(

@@ -58,17 +58,16 @@ def norm(
     return (out if bias is None else out + bias).to(dtype)
 
 
-def dropout_add_norm(
+def _finished(
     x: Tensor,
     x1: Tensor | None,
     residual: Tensor | None,
     affine: list[tuple[Tensor | None, Tensor | None]],
     eps: float,
     dropout_p: float,
-    *,
+    rowscale: Tensor | None,
+    layerscale: Tensor | None,
     rms: bool,
-    rowscale: Tensor | None = None,
-    layerscale: Tensor | None = None,
     prenorm: bool,
     residual_in_fp32: bool,
     return_dropout_mask: bool,
@@ -86,6 +85,51 @@ def dropout_add_norm(
             everything = None if dropped is None else torch.ones_like(dropped, dtype=torch.bool)
             results.append(everything if mask is None else mask)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def dropout_add_norm(
+    x0: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    rowscale: Tensor | None = None,
+    layerscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+    *,
+    rms: bool,
+) -> Any:
+    """norm(dropout(x0 * rowscale * layerscale) + residual); with prenorm also that sum, with return_dropout_mask also the mask.
+
+    The sum has the residual's dtype, or fp32 with residual_in_fp32 where there is none.
+    """
+    tail = (rowscale, layerscale, rms, prenorm, residual_in_fp32, return_dropout_mask)
+    return _finished(x0, None, residual, [(weight, bias)], epsilon, dropout_p, *tail)
+
+
+def parallel_residual(
+    x0: Tensor,
+    x1: Tensor | None,
+    residual: Tensor | None,
+    weight0: Tensor,
+    bias0: Tensor | None,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+    *,
+    rms: bool,
+) -> Any:
+    """(y0, y1): two norms of dropout(x0) + dropout(x1) + residual, y1 None without weight1; with prenorm also the sum, with
+    return_dropout_mask also the masks of x0 and x1."""
+    tail = (None, None, rms, prenorm, residual_in_fp32, return_dropout_mask)
+    return _finished(x0, x1, residual, [(weight0, bias0), (weight1, bias1)], epsilon, dropout_p, *tail)
 
 
 class DropoutAddNorm(torch.nn.Module):
@@ -112,6 +156,6 @@ class DropoutAddNorm(torch.nn.Module):
 
     def forward(self, x0: Tensor, residual: Tensor | None = None) -> Any:
         return dropout_add_norm(
-            x0, None, residual, [(self.weight, self.bias)], self.eps, self.p if self.training else 0.0, rms=self.rms,
-            prenorm=self.prenorm, residual_in_fp32=self.residual_in_fp32, return_dropout_mask=False,
+            x0, residual, self.weight, self.bias, self.p if self.training else 0.0, self.eps, rms=self.rms,
+            prenorm=self.prenorm, residual_in_fp32=self.residual_in_fp32,
         )  # fmt: skip
