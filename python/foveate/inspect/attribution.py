@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from foveate.inspect.parts import Parts
 from foveate.inspect.results import Attribution
 from foveate.models.sequences import PackedSequences, check_positions
-
-if TYPE_CHECKING:
-    from foveate.inspect.inspector import Inspector
 
 _ROWS = 4096  # tokens of a batch of steps, unless the text is longer
 
@@ -117,22 +114,3 @@ def _integrated(subject: Subject, x: Tensor, base: Tensor, target: str, score: S
         here, there = (float(score(subject.outputs(point))) for point in (x, base))
     gap = float(values.sum()) - (here - there)
     return Attribution("integrated gradients", target, here, values, there, gap)
-
-
-def captum_function(
-    inspector: Inspector, text: str | Sequence[int], text_pair: str | None = None, *, target: Any = None, row: int = -1
-) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """For captum: a forward function, from embeddings [n, tokens, size] to scores [n], and the text's own embeddings [1, tokens, size].
-
-        function, embeddings = captum_function(inspector, "The capital of France is")
-        captum.attr.IntegratedGradients(function).attribute(embeddings, baselines=torch.zeros_like(embeddings))
-
-    text, text_pair, target, row: as `Inspector.attribute` takes them; the score is the first of those that it would attribute.
-    """
-    subject, scores = inspector.subject(text, text_pair, target=target, row=row)
-    score = scores[0][1]
-
-    def function(embeddings: Tensor) -> Tensor:
-        return score(subject.outputs(embeddings))
-
-    return function, subject.embeddings()

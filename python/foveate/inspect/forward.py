@@ -94,10 +94,12 @@ class Pass:
         return found
 
     def _read_layer(self) -> None:
-        assert self.recorder.stream is not None
+        stream = self.recorder.stream
+        if stream is None:
+            raise RuntimeError("the logit lens reads the stream between layers, and no layer has run under watching()")
         dtype = next((p.dtype for p in self.parts.model.parameters() if p.is_floating_point()), torch.float32)
         found = []
-        for rows in self.recorder.stream[len(self._lens)].split(_ROWS_OF_LENS):
+        for rows in stream[len(self._lens)].split(_ROWS_OF_LENS):
             logprobs = self.parts.read(rows.to(dtype)).float().log_softmax(-1)
             best = logprobs.topk(min(self.wanted.lens_top, logprobs.shape[-1]))
             found.append((best.indices.cpu(), best.values.exp().cpu(), _entropy(logprobs).cpu()))

@@ -160,7 +160,7 @@ class Inspector:
         return Inspection(type(self.model).__name__, ids, self.texts(ids), attributions=found, result=result)
 
     def subject(
-        self, text: str | Sequence[int], text_pair: str | None = None, *, target: Any = None, row: int = -1
+        self, text: str | Sequence[int], text_pair: str | None = None, *, target: str | int | None = None, row: int = -1
     ) -> tuple[Subject, list[tuple[str, Score]]]:
         """What `attribute` differentiates: the text before the model, and each score with its name."""
         kind = self.parts.kind

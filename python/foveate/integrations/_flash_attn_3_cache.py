@@ -2,54 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import foveate
-from foveate.integrations import flash_attn_3 as interface
+from foveate.integrations._flash_attn_3_operands import FLOAT8, Descales, Result, chunks, descaled, with_qv
 from foveate.integrations.flash_attn import _packed
-from foveate.integrations.flash_attn._options import Window, window_of
 from foveate.integrations.flash_attn.layers.rotary import apply_rotary_emb
+
+
+class Rotary(NamedTuple):
+    """rotary_cos, rotary_sin, rotary_interleaved and rotary_seqlens of a call."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    interleaved: bool
+    first: Tensor | None
+
+
+class _Keys(NamedTuple):
+    """Where the keys of each sequence lie: every cache is read as pages of one key."""
+
+    keys: Tensor  # [pages, 1, Hkv, D]
+    values: Tensor  # [pages, 1, Hkv, Dv]
+    table: Tensor  # [B, keys]
+    lens: Tensor  # [B]
 
 
 @torch.no_grad()
 def attend(
-    *,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    qv: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    cache_seqlens: int | Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    page_table: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k_new: Tensor | None,
-    max_seqlen_q: int | None,
-    rotary_seqlens: Tensor | None,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Window,
-    attention_chunk: int,
-    softcap: float,
-    rotary_interleaved: bool,
-    num_splits: int,
-    return_softmax_lse: bool,
-    **tuning: Any,
-) -> Any:
-    """See `flash_attn_3.flash_attn_with_kvcache`. Every cache is read as pages of one key."""
-    # Where each sequence's keys lie: table [B, keys] of pages of one key, lens [B]
-    B = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    page_size, device, window = k_cache.shape[1], q.device, window_of(window_size)
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, qv: Tensor | None, rotary: Rotary,
+    cache_seqlens: int | Tensor | None, cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, page_table: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k_new: Tensor | None, max_seqlen_q: int | None, descales: Descales,
+    scale: float | None, causal: bool, window: tuple[int, int], chunk: int, softcap: float, num_splits: int, return_lse: bool,
+) -> Result:  # fmt: skip
+    """See `flash_attn_3.flash_attn_with_kvcache`."""
+    B, longest_q, page_size = q.shape[0], q.shape[1], k_cache.shape[1]
+    if cu_seqlens_q is not None:
+        B = cu_seqlens_q.shape[0] - 1
+        longest_q = int(_packed.lengths_of(cu_seqlens_q).max()) if max_seqlen_q is None else int(max_seqlen_q)
     if cache_seqlens is None:
         if k is not None or page_table is not None or cache_leftpad is not None:
             raise ValueError(
@@ -57,58 +50,62 @@ def attend(
             )
         cache_seqlens = page_size
     if not isinstance(cache_seqlens, Tensor):
-        cache_seqlens = torch.full((B,), int(cache_seqlens), dtype=torch.int32, device=device)
+        cache_seqlens = torch.full((B,), int(cache_seqlens), dtype=torch.int32, device=q.device)
     start = torch.zeros_like(cache_seqlens) if cache_leftpad is None else cache_leftpad
-    table = _packed.key_table(cache_batch_idx, page_table, page_size, B, start)
-    keys, values = _packed.single_keys(k_cache, "k_cache"), _packed.single_keys(v_cache, "v_cache")
-    lens = cache_seqlens - start
-    first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
+    cache = _Keys(
+        _packed.single_keys(k_cache, "k_cache"), _packed.single_keys(v_cache, "v_cache"),
+        _packed.key_table(cache_batch_idx, page_table, page_size, B, start), cache_seqlens - start,
+    )  # fmt: skip
 
     # Rotate q and k, append k and v
-    longest_q = q.shape[1]
-    if cu_seqlens_q is not None:
-        longest_q = int(_packed.lengths_of(cu_seqlens_q).max()) if max_seqlen_q is None else int(max_seqlen_q)
-    if rotary_cos is not None:
-        if k is None or rotary_sin is None:
+    if rotary.cos is not None:
+        if k is None or rotary.sin is None:
             raise ValueError(
                 "rotary_cos needs rotary_sin, and k and v to append; without them rotate q before the call"
             )
-        one_position = not causal and window == (-1, -1) and attention_chunk <= 0
-        q = _rotated(q, rotary_cos, rotary_sin, first, rotary_interleaved, cu_seqlens_q, one_position)
-        k = _rotated(k, rotary_cos, rotary_sin, first, rotary_interleaved, cu_seqlens_k_new, False)
+        first = cache_seqlens if rotary.first is None else rotary.first
+        one_position = not causal and window == (-1, -1) and chunk <= 0
+        q = _rotated(q, rotary.cos, rotary.sin, first, rotary.interleaved, cu_seqlens_q, one_position)
+        k = _rotated(k, rotary.cos, rotary.sin, first, rotary.interleaved, cu_seqlens_k_new, False)
     if k is not None and v is not None:
-        new = _append(keys, values, k, v, table, lens, cu_seqlens_k_new)
-        lens = lens + new
+        cache = cache._replace(lens=cache.lens + _append(cache, k, v, cu_seqlens_k_new))
 
-    # Attend, a packed q as padded rows [B, longest_q, Hq, D]; in plain gathers where the cache's call lacks an option
-    places = None
-    if cu_seqlens_q is not None:
+    # Attend, a packed q as padded rows [B, longest_q, Hq, D]
+    options = {"causal": causal, "window": window, "softcap": softcap or None, "scale": scale}
+    if cu_seqlens_q is None:
+        out, lse = _attend(q, qv, cache, descales, chunk, num_splits, options)
+    else:
         places = _packed.padded_places(cu_seqlens_q, q.shape[0], longest_q, right=True)
-        q = _packed.pad(q, places, B, longest_q)
+        rows = _packed.pad(q, places, B, longest_q)
         qv = None if qv is None else _packed.pad(qv, places, B, longest_q)
-    plain = qv is None and attention_chunk <= 0 and keys.dtype is q.dtype and q.dtype not in interface._FLOAT8
-    options: dict[str, Any] = {"causal": causal, "window": window, "softcap": softcap or None, "scale": softmax_scale}
-    if plain and q_descale is None and k_descale is None and v_descale is None:
-        out, lse = foveate.attention_with_kv_cache(
+        out, lse = _attend(rows, qv, cache, descales, chunk, num_splits, options)
+        out, lse = out.flatten(0, 1)[places], lse.transpose(1, 2).flatten(0, 1)[places].T
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: Tensor, qv: Tensor | None, cache: _Keys, descales: Descales, chunk: int, num_splits: int, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """q [B, Sq, Hq, D] against the cache; on copies of the keys in use where the call over a cache lacks an option."""
+    keys, values, table, lens = cache
+    plain = qv is None and chunk <= 0 and keys.dtype is q.dtype and q.dtype not in FLOAT8
+    if plain and all(descale is None for descale in descales):
+        return foveate.attention_with_kv_cache(
             q, keys, values, kv_lens=lens.int(), block_table=table, num_splits=num_splits, return_lse=True, **options
         )
-    else:
-        longest = int(lens.max()) if lens.numel() else 0
-        rows = table[:, :longest].long()
-        descales = (q_descale, k_descale, v_descale)
-        q, own, v_own, qv = interface._descaled(q, keys[:, 0][rows], values[:, 0][rows], qv, descales)
-        q, own = interface._with_qv(q, own, v_own, qv)
-        mask = interface._chunks(attention_chunk, q.shape[1], longest, lens, device)
-        out, lse = foveate.attention(q, own, v_own, kv_lens=lens.int(), mask=mask, return_lse=True, **options)
-    if places is not None:
-        out, lse = out.flatten(0, 1)[places], lse.transpose(1, 2).flatten(0, 1)[places].T
-    return (out, lse) if return_softmax_lse else out
+    longest = int(lens.max()) if lens.numel() else 0
+    rows = table[:, :longest].long()
+    q, k, v, qv = descaled(q, keys[:, 0][rows], values[:, 0][rows], qv, descales)
+    q, k = with_qv(q, k, v, qv)
+    mask = chunks(chunk, q.shape[1], longest, lens, q.device)
+    return foveate.attention(q, k, v, kv_lens=lens.int(), mask=mask, return_lse=True, **options)
 
 
 def _rotated(
     x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, interleaved: bool, cu_seqlens: Tensor | None, one_position: bool
 ) -> Tensor:
-    x = x.to(torch.bfloat16) if x.dtype in interface._FLOAT8 else x
+    """x with the position of each row counted from `first` [B]; one_position: every row of a sequence stands at `first` itself."""
+    x = x.to(torch.bfloat16) if x.dtype in FLOAT8 else x
     if one_position:
         if cu_seqlens is not None:
             first = first[_packed.sequence_of(cu_seqlens, x.shape[0])]
@@ -118,20 +115,18 @@ def _rotated(
     return apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=first, cu_seqlens=cu_seqlens)
 
 
-def _append(
-    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, cu_seqlens: Tensor | None
-) -> Tensor | int:
+def _append(cache: _Keys, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor | int:
     """Writes k and v behind the keys of each sequence; the number of new ones."""
     if cu_seqlens is None:
         new: Tensor | int = k.shape[1]
         sequence = torch.arange(k.shape[0], device=k.device).repeat_interleave(k.shape[1])
-        place = lens.long()[:, None] + torch.arange(k.shape[1], device=k.device)
+        place = cache.lens.long()[:, None] + torch.arange(k.shape[1], device=k.device)
         place, k, v = place.flatten(), k.flatten(0, 1), v.flatten(0, 1)
     else:
         new = _packed.lengths_of(cu_seqlens)
         sequence = _packed.sequence_of(cu_seqlens, k.shape[0])
-        place = lens.long()[sequence] + _packed.positions_of(cu_seqlens, k.shape[0])
-    rows = table.long()[sequence, place]
-    keys[rows, 0] = k.to(keys.dtype)
-    values[rows, 0] = v.to(values.dtype)
+        place = cache.lens.long()[sequence] + _packed.positions_of(cu_seqlens, k.shape[0])
+    rows = cache.table.long()[sequence, place]
+    cache.keys[rows, 0] = k.to(cache.keys.dtype)
+    cache.values[rows, 0] = v.to(cache.values.dtype)
     return new

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 import foveate
+from foveate.integrations import _flash_attn_3_cache
+from foveate.integrations._flash_attn_3_operands import FLOAT8, Result, chunks, descaled, with_qv
 from foveate.integrations.flash_attn import _packed, flash_attn_interface
 from foveate.integrations.flash_attn._options import Window, window_of
 
@@ -29,8 +31,6 @@ __all__ = [
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
 ]
-
-Result = Tensor | tuple[Tensor, Tensor]
 
 
 def flash_attn_func(
@@ -53,9 +53,9 @@ def flash_attn_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """q [B, Sq, Hq, D]; k [B, Sk, Hkv, D]; v [B, Sk, Hkv, Dv] -> out [B, Sq, Hq, Dv], or (out, lse [B, Hq, Sq])."""
-    q, k, v, qv = _descaled(q, k, v, qv, (q_descale, k_descale, v_descale))
-    q, k = _with_qv(q, k, v, qv)
-    mask = _chunks(attention_chunk, q.shape[1], k.shape[1], None, q.device)
+    q, k, v, qv = descaled(q, k, v, qv, (q_descale, k_descale, v_descale))
+    q, k = with_qv(q, k, v, qv)
+    mask = chunks(attention_chunk, q.shape[1], k.shape[1], None, q.device)
     return foveate.attention(
         q, k, v, causal=causal, window=window_of(window_size), softcap=softcap or None, scale=softmax_scale, mask=mask,
         deterministic=deterministic, return_lse=return_attn_probs,
@@ -123,10 +123,10 @@ def flash_attn_varlen_func(
     """
     total_q = q.shape[0]
     descales = (q_descale, k_descale, v_descale)
-    if any(x is not None for x in descales) or q.dtype in _FLOAT8:
+    if any(x is not None for x in descales) or q.dtype in FLOAT8:
         of_q, of_k = _packed.sequence_of(cu_seqlens_q, total_q), _packed.sequence_of(cu_seqlens_k, k.shape[0])
-        q, k, v, qv = _descaled(q, k, v, qv, descales, of_q, of_k)
-    q, k = _with_qv(q, k, v, qv)
+        q, k, v, qv = descaled(q, k, v, qv, descales, of_q, of_k)
+    q, k = with_qv(q, k, v, qv)
     rows = None
     if seqused_q is not None:
         rows, cu_seqlens_q = _packed.used_rows(cu_seqlens_q, seqused_q, total_q)
@@ -190,16 +190,17 @@ def flash_attn_with_kvcache(
     odd = (qv, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, q_descale, k_descale, v_descale)
     if page_table is not None and cache_batch_idx is not None:
         page_table, cache_batch_idx = page_table[cache_batch_idx.long()], None
-    if all(x is None for x in odd) and attention_chunk <= 0 and k_cache.dtype not in _FLOAT8:
+    if all(x is None for x in odd) and attention_chunk <= 0 and k_cache.dtype not in FLOAT8:
         return flash_attn_interface.flash_attn_with_kvcache(
             q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
             softmax_scale, causal, window_size, softcap, rotary_interleaved, None, num_splits, return_softmax_lse,
         )  # fmt: skip
-    from foveate.integrations import _flash_attn_3_cache
-
     return _flash_attn_3_cache.attend(
-        **{name: x for name, x in locals().items() if name not in ("odd", "_flash_attn_3_cache")}
-    )
+        q, k_cache, v_cache, k, v, qv, _flash_attn_3_cache.Rotary(rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens),
+        cache_seqlens, cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q,
+        (q_descale, k_descale, v_descale), softmax_scale, causal, window_of(window_size), attention_chunk, softcap, num_splits,
+        return_softmax_lse,
+    )  # fmt: skip
 
 
 def flash_attn_combine(
@@ -214,48 +215,6 @@ def flash_attn_combine(
 
 def get_scheduler_metadata(*args: Any, **kwargs: Any) -> None:
     """None: foveate's kernels plan their work when they are called."""
-
-
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-def _descaled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    qv: Tensor | None,
-    descales: tuple[Tensor | None, Tensor | None, Tensor | None],
-    of_q: Tensor | None = None,
-    of_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The four with their factors [B, Hkv] multiplied in fp32; of_q, of_k: the sequence of each packed row."""
-    Hkv = k.shape[-2]
-
-    def one(x: Tensor, descale: Tensor | None, sequence: Tensor | None) -> Tensor:
-        dtype = torch.bfloat16 if x.dtype in _FLOAT8 else x.dtype
-        if descale is None:
-            return x.to(dtype)
-        factor = descale.repeat_interleave(x.shape[-2] // Hkv, 1)[..., None]
-        factor = factor[:, None] if sequence is None else factor[sequence]
-        return (x.float() * factor).to(dtype)
-
-    of_qv = None if qv is None else one(qv, descales[0], of_q)
-    return one(q, descales[0], of_q), one(k, descales[1], of_k), one(v, descales[2], of_k), of_qv
-
-
-def _with_qv(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q.k + qv.v is one product of longer heads, whose default scale is FlashAttention-3's."""
-    return (q, k) if qv is None else (torch.cat((q, qv.to(q.dtype)), -1), torch.cat((k, v), -1))
-
-
-def _chunks(chunk: int, Sq: int, Sk: int, kv_lens: Tensor | None, device: torch.device) -> Tensor | None:
-    """bool [Sq, Sk], or [B, 1, Sq, Sk] with kv_lens: the key is in the query's chunk. None without chunks."""
-    if chunk <= 0:
-        return None
-    last = torch.tensor([Sk], device=device) if kv_lens is None else kv_lens.long()
-    query = torch.arange(Sq, device=device)[:, None] + (last[:, None, None, None] - Sq)
-    key = torch.arange(Sk, device=device)
-    return torch.div(query, chunk, rounding_mode="floor") == key // chunk
 
 
 def _padded(
@@ -274,7 +233,7 @@ def _padded(
     places = _packed.padded_places(cu_q, q.shape[0], max_q, right=True)
     places_k = _packed.padded_places(cu_k, k.shape[0], max_k, right=False)
     kv_lens = _packed.lengths_of(cu_k)
-    mask = _chunks(chunk, max_q, max_k, kv_lens, q.device)
+    mask = chunks(chunk, max_q, max_k, kv_lens, q.device)
     padded = (_packed.pad(q, places, B, max_q), _packed.pad(k, places_k, B, max_k), _packed.pad(v, places_k, B, max_k))
     out, lse = foveate.attention(*padded, kv_lens=kv_lens, mask=mask, **options)
     return out.flatten(0, 1)[places], lse.transpose(1, 2).flatten(0, 1)[places].T

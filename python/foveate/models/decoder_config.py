@@ -127,8 +127,9 @@ class LlamaConfig:
         """Of the cache's values."""
         return self.head_dim if self.latent is None else self.latent.rank
 
-    def has_experts(self, layer: int) -> bool:
-        return self.experts is not None and (not self.expert_layers or self.expert_layers[layer])
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """None for a layer whose MLP is dense."""
+        return self.experts if not self.expert_layers or self.expert_layers[layer] else None
 
     def rope_of(self, layer: int) -> str:
         if self.alibi or self.learned_positions is not None:

@@ -65,8 +65,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [tokens, hidden] -> weights fp32 and experts int64, [tokens, per_token] each."""
         c = self.config
-        if c.router == "sigmoid":
-            return self._by_sigmoid(x)
+        if self.e_score_correction_bias is not None:
+            return self._by_sigmoid(x, self.e_score_correction_bias)
         logits = F.linear(x, self.weight, self.bias).float()
         if c.router == "top":
             best, experts = logits.topk(c.per_token, -1)
@@ -79,11 +79,10 @@ class Router(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         return weights * c.scale, experts
 
-    def _by_sigmoid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_sigmoid(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
-        assert self.e_score_correction_bias is not None
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        choice = scores + self.e_score_correction_bias.float()
+        choice = scores + bias.float()
         if c.groups > 1:
             by_group = choice.unflatten(-1, (c.groups, -1))
             choice = self._of_best_groups(choice, by_group.topk(min(2, by_group.shape[-1]), -1).values.sum(-1))

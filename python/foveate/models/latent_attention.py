@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from foveate.cache.view import CacheView
 from foveate.models.decoder_config import LlamaConfig
+from foveate.models.latent_config import LatentConfig
 from foveate.models.layers import RMSNorm
 from foveate.models.sequences import PackedSequences, attend
 from foveate.nn import PackedLinear
@@ -23,11 +24,10 @@ class LatentAttention(nn.Module):
     q (W c) = (q W) c, and that of the values behind the attention.
     """
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: LlamaConfig, latent: LatentConfig, layer: int) -> None:
         super().__init__()
-        assert config.latent is not None
-        self.config, self.layer, self.latent = config, layer, config.latent
-        c, hidden, heads = config.latent, config.hidden_size, config.num_heads
+        self.config, self.layer, self.latent = config, layer, latent
+        c, hidden, heads = latent, config.hidden_size, config.num_heads
         of_queries = heads * (c.nope + c.rope)
         if c.query_rank is None:
             self.q_proj = nn.Linear(hidden, of_queries, bias=False)
@@ -43,14 +43,13 @@ class LatentAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
         cache: CacheView | None,
         packed: PackedSequences | None = None,
     ) -> Tensor:
         """As LlamaAttention's."""
         c = self.latent
-        assert cos is not None and sin is not None
         q = self.q_proj(x) if c.query_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_rope = q.unflatten(-1, (self.config.num_heads, -1)).split([c.nope, c.rope], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.rank, c.rope], -1)

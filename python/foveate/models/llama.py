@@ -87,9 +87,8 @@ class LlamaAttention(nn.Module):
             options["sinks"] = self.sinks
         if config.alibi:
             options["alibi_slopes"] = alibi_slopes(config.num_heads, q.device)
-        rotate_here = cos is not None and (cache is None or config.qk_norm_after_rope)
-        if rotate_here:
-            assert cos is not None and sin is not None
+        rotate_here = cache is None or config.qk_norm_after_rope
+        if cos is not None and sin is not None and rotate_here:
             if cache is not None:
                 cos, sin = cos[cache.positions()], sin[cache.positions()]
             elif packed is None:
@@ -146,13 +145,14 @@ class LlamaLayer(nn.Module):
         super().__init__()
         self.post_norms, self.pre_norms = config.post_norms, config.pre_norms
         self.parallel, self.residual_scale = config.parallel, config.residual_scale
-        attention = LlamaAttention if config.latent is None else LatentAttention
-        self.self_attn = attention(config, layer)
-        if config.has_experts(layer):
-            assert config.experts is not None
-            self.mlp: nn.Module = Experts(config.hidden_size, config.experts, lambda inner: LlamaMLP(config, inner))
+        self.self_attn = (
+            LlamaAttention(config, layer) if config.latent is None else LatentAttention(config, config.latent, layer)
+        )
+        experts = config.experts_of(layer)
+        if experts is None:
+            self.mlp: nn.Module = LlamaMLP(config)
         else:
-            self.mlp = LlamaMLP(config)
+            self.mlp = Experts(config.hidden_size, experts, lambda inner: LlamaMLP(config, inner))
         if config.pre_norms:
             self.input_layernorm = _norm(config)
         # Llama calls the norm before the MLP post_attention_layernorm. In Gemma 2 that name is the norm of attention's output.

@@ -64,7 +64,10 @@ class NativeLayers:
         if not isinstance(norm, nn.LayerNorm) and norm.offset and weight is not None:
             weight = weight.float() + norm.offset
         if times != 1:
-            assert weight is not None, "a norm behind, which all families have with a weight"
+            if weight is None:
+                raise ValueError(
+                    "NativeDecoder scales the weights of a norm, and this one has none; call the model itself"
+                )
             weight = times * weight.float()
             bias = None if bias is None else times * bias.float()
         kind = "rms" if isinstance(norm, RMSNorm) else "layer"

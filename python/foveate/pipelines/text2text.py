@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +92,31 @@ class Text2Text:
         """The codes that source_language and target_language may be; [] for a model that is not told languages by tokens."""
         return [] if self._languages is None else self._languages.codes
 
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, text: str, *, num_return_sequences: int, batch_size: int = 8, truncate: bool = False, **options: Any
+    ) -> str | list[str]: ...
+    @overload
+    def __call__(
+        self,
+        text: Sequence[str],
+        *,
+        num_return_sequences: int,
+        batch_size: int = 8,
+        truncate: bool = False,
+        **options: Any,
+    ) -> list[str] | list[list[str]]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, text: str, *, batch_size: int = 8, truncate: bool = False, **options: Any
+    ) -> str: ...
+    @overload
+    def __call__(
+        self, text: Sequence[str], *, batch_size: int = 8, truncate: bool = False, **options: Any
+    ) -> list[str]: ...
     def __call__(
         self, text: str | Sequence[str], *, batch_size: int = 8, truncate: bool = False, **options: Any
-    ) -> Any:
+    ) -> str | list[str] | list[list[str]]:
         """The output for a text, a str, or for each of a list of texts, list[str], read `batch_size` at a time.
 
         options: the fields of Text2TextParams; those that are not given are `default_params`, the checkpoint's own. With

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,15 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class ClassScore(TypedDict):
+    """A class and how likely it is."""
+
+    label: str
+    score: float
+
+
 class TextClassifier:
-    """Sorts texts, or pairs of texts, into the classes that a BERT was fine-tuned for.
+    """Classifies texts, or pairs of texts, by the classes that a BERT was fine-tuned for.
 
         classify = TextClassifier("path to a BERT with a sequence classification head")
         classify("I liked it.")                     # {"label": "positive", "score": 0.98}
@@ -60,6 +67,21 @@ class TextClassifier:
             problem = "multi_label_classification" if len(self.labels) == 1 else "single_label_classification"
         self.scores = _SCORES[problem]
 
+    @overload
+    def __call__(self, text: str, text_pair: str | None = None, *, batch_size: int = 8) -> ClassScore: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(
+        self, text: Sequence[str], text_pair: Sequence[str] | None = None, *, batch_size: int = 8
+    ) -> list[ClassScore]: ...
+    @overload
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        text_pair: str | Sequence[str] | None = None,
+        *,
+        top_k: int,
+        batch_size: int = 8,
+    ) -> ClassScore | list[ClassScore] | list[list[ClassScore]]: ...
     def __call__(
         self,
         text: str | Sequence[str],
@@ -67,7 +89,7 @@ class TextClassifier:
         *,
         top_k: int = 1,
         batch_size: int = 8,
-    ) -> Any:
+    ) -> ClassScore | list[ClassScore] | list[list[ClassScore]]:
         """{"label", "score"} of the most probable class, with top_k > 1 a list of up to top_k of them; for a list of texts a list.
 
         text_pair: the second text of each, for models that compare two. score: the softmax over all classes; the sigmoid for a model
@@ -87,7 +109,7 @@ class TextClassifier:
         results: list[Any] = []
         for row in self.scores(self.logits(inputs, batch_size=batch_size)):
             best = row.topk(min(top_k, len(self.labels)))
-            found = [
+            found: list[ClassScore] = [
                 {"label": self.labels[i], "score": score}
                 for score, i in zip(best.values.tolist(), best.indices.tolist())
             ]

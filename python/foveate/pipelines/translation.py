@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -47,7 +47,15 @@ class Translator:
     def tokenizer(self) -> Tokenizer:
         return self.text2text.tokenizer
 
-    def __call__(self, text: str | Sequence[str], *, whole: bool = False, batch_size: int = 8, **options: Any) -> Any:
+    @overload
+    def __call__(self, text: str, *, whole: bool = False, batch_size: int = 8, **options: Any) -> str: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(
+        self, text: Sequence[str], *, whole: bool = False, batch_size: int = 8, **options: Any
+    ) -> list[str]: ...
+    def __call__(
+        self, text: str | Sequence[str], *, whole: bool = False, batch_size: int = 8, **options: Any
+    ) -> str | list[str]:
         """The translation of a text, a str, or of each of a list, list[str].
 
         Lines stay lines, and empty ones empty; a sentence that is too long for the model is cut between words. whole: each text is
@@ -108,9 +116,15 @@ class Summarizer:
     def tokenizer(self) -> Tokenizer:
         return self.text2text.tokenizer
 
+    @overload
+    def __call__(self, text: str, *, truncate: bool = False, batch_size: int = 4, **options: Any) -> str: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(
+        self, text: Sequence[str], *, truncate: bool = False, batch_size: int = 4, **options: Any
+    ) -> list[str]: ...
     def __call__(
         self, text: str | Sequence[str], *, truncate: bool = False, batch_size: int = 4, **options: Any
-    ) -> Any:
+    ) -> str | list[str]:
         """The summary of a text, a str, or of each of a list, list[str].
 
         options: the fields of Text2TextParams, such as min_new_tokens, max_new_tokens, num_beams and no_repeat_ngram_size. truncate:

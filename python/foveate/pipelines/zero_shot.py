@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, overload
 
 import torch
 from torch import nn
@@ -12,6 +12,14 @@ from torch import nn
 from foveate.pipelines.encoder import as_texts
 from foveate.pipelines.text_classification import TextClassifier
 from foveate.tokenizer import Tokenizer
+
+
+class Ranking(TypedDict):
+    """The labels of a text with their scores, best first."""
+
+    sequence: str
+    labels: list[str]
+    scores: list[float]
 
 
 class ZeroShotClassifier:
@@ -45,6 +53,16 @@ class ZeroShotClassifier:
         fallback = len(names) - 1 if self._entailment == 0 else 0
         self._contradiction = contradiction[0] if contradiction else fallback
 
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, sequences: str, candidate_labels: str | Sequence[str], *,
+        hypothesis_template: str = ..., multi_label: bool = ..., batch_size: int = ...,
+    ) -> Ranking: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, sequences: Sequence[str], candidate_labels: str | Sequence[str], *,
+        hypothesis_template: str = ..., multi_label: bool = ..., batch_size: int = ...,
+    ) -> list[Ranking]: ...  # fmt: skip
     def __call__(
         self,
         sequences: str | Sequence[str],
@@ -53,7 +71,7 @@ class ZeroShotClassifier:
         hypothesis_template: str = "This example is {}.",
         multi_label: bool = False,
         batch_size: int = 8,
-    ) -> Any:
+    ) -> Ranking | list[Ranking]:
         """{"sequence", "labels", "scores"}, best first; for a list of sequences a list.
 
         candidate_labels: a list, or one text with commas. Scores are the softmax of the entailment logits over the labels, or with
@@ -76,7 +94,7 @@ class ZeroShotClassifier:
             scores = logits[..., [self._contradiction, self._entailment]].softmax(-1)[..., 1]
         else:
             scores = logits[..., self._entailment].softmax(-1)
-        results = []
+        results: list[Ranking] = []
         for text, row in zip(texts, scores):
             order = torch.argsort(row, descending=True, stable=True).tolist()
             results.append({"sequence": text, "labels": [names[i] for i in order], "scores": row[order].tolist()})

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from foveate.quantization.k_blocks import IQ4_NL, SUPER_BLOCK, join_affine, join_q6
-from foveate.quantization.names import SEARCHED
 
 _CHUNK = 2**19  # weights at a time: what a candidate makes of them stays in a cache
 _TINY = 1e-30
@@ -215,4 +214,3 @@ _OF_FORMAT: dict[str, tuple[int, Callable[[Tensor, Tensor | None], Tensor]]] = {
     "q6_k": (SUPER_BLOCK, _of_q6_k),
     "iq4_nl": (32, _of_iq4_nl),
 }
-assert tuple(_OF_FORMAT) == SEARCHED

@@ -132,8 +132,7 @@ class Answer(Response):
                 self.state.tracing.record(self, scope, began, failure or sys.exc_info()[1])
 
     async def _run(self, receive: Any, send: Any) -> None:
-        worker = self.served.worker
-        assert worker is not None
+        _, worker = self.served.causal()
         worker.submit(self.call.jobs)
         gone = asyncio.ensure_future(_until_gone(receive))
         work = asyncio.ensure_future(self._stream(send) if self.stream else self._whole(send))

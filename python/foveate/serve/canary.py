@@ -76,8 +76,9 @@ def read_golden(file: Path) -> list[Golden]:
 
 
 def difference(golden: Golden, seen: Seen) -> str | None:
-    """Why what was seen is not what is expected; None where it is, up to the first tie that fell the other way."""
-    assert golden.token_ids is not None and golden.logprobs is not None and golden.margins is not None
+    """Why what was seen is not what is expected; None where it is, up to the first tie that fell the other way, and before a first run."""
+    if golden.token_ids is None or golden.logprobs is None or golden.margins is None:
+        return None
     for i, (wanted, got) in enumerate(zip(golden.token_ids, seen.token_ids)):
         if wanted != got:
             return None if golden.margins[i] < TIE else f"token {i} is {got}, not {wanted}"

@@ -42,20 +42,21 @@ class FillInTheMiddle:
     """What a tokenizer has for it. ApiError 400 for a model that was not made for it."""
 
     def __init__(self, served: ServedModel, param: str) -> None:
-        self._tokenizer = None if served.llm is None else served.llm.tokenizer
-        backend = getattr(self._tokenizer, "backend", None)
+        tokenizer = None if served.llm is None else served.llm.tokenizer
+        backend = getattr(tokenizer, "backend", None)
 
         def ids(family: _Family) -> list[int | None]:
             return [None if backend is None or token is None else backend.token_to_id(token) for token in family[1:]]
 
         fitting = [found for family in _FAMILIES if None not in (found := ids(family))[:3]]
-        if not fitting:
+        if tokenizer is None or not fitting:
             names = ", ".join(family.name for family in _FAMILIES)
             raise bad_request(
                 f"{served.name} has no tokens for fill-in-the-middle, so it cannot write before a suffix; known are those of {names}. "
                 f"Leave {param} out, or serve a model of code that was trained for it",
                 param,
             )
+        self._tokenizer = tokenizer
         # Of families with the same three, the one whose tokens for files the model has.
         found = max(fitting, key=lambda row: sum(token is not None for token in row))
         self._prefix, self._suffix, self._middle, self._repository, self._file = found
@@ -63,7 +64,6 @@ class FillInTheMiddle:
 
     def encode(self, before: str, after: str, files: list[tuple[str, str]] | None = None) -> list[int]:
         """files: (name, text) of others in the project."""
-        assert self._tokenizer is not None
         tokenizer = self._tokenizer
 
         def plain(text: str) -> list[int]:
@@ -136,8 +136,7 @@ class InfillWriter(Writer):
             yield {"index": 0, "content": text, "stop": False}
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
-        assert self._job.output is not None
-        yield {**self._facts(self._job.output), "content": ""}
+        yield {**self._facts(self._job.latest), "content": ""}
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         [sample] = outputs[0].outputs

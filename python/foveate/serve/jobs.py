@@ -54,6 +54,13 @@ class Job:
         return self.error is not None or (self.output is not None and self.output.finished)
 
     @property
+    def latest(self) -> RequestOutput:
+        """The output so far. RuntimeError before the first."""
+        if self.output is None:
+            raise RuntimeError(f"request {self.id} has no output yet")
+        return self.output
+
+    @property
     def generated(self) -> int:
         if self.output is None:
             return 0
@@ -117,16 +124,15 @@ class Call:
         loop, seen = asyncio.get_running_loop(), 0
         since, timer = loop.time(), None
 
-        def look() -> None:  # a timer for each `patience`, not for each change
+        def look(patience: float) -> None:  # a timer for each `patience`, not for each change
             nonlocal timer
-            assert patience is not None
             left = since + patience - loop.time()
-            timer = loop.call_later(left if left > 0 else patience, look)
+            timer = loop.call_later(left if left > 0 else patience, look, patience)
             if left <= 0:
                 self._read_on()
 
         if patience is not None:
-            timer = loop.call_later(patience, look)
+            timer = loop.call_later(patience, look, patience)
         try:
             while True:
                 if self._version == seen:

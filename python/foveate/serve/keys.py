@@ -68,9 +68,7 @@ class Key:
     def begin(self) -> None:
         """Counts a request. ApiError 429 when there have been too many in the last minute, or more tokens than the minute has."""
         self.reserve(0)
-        wait = 0 if self.requests is None else self.requests.take(1)
-        if wait:
-            assert self.requests is not None
+        if self.requests is not None and (wait := self.requests.take(1)):
             raise _limited(f"this key may make {self.requests.per_minute:g} requests a minute", wait)
 
     def reserve(self, tokens: int) -> None:

@@ -144,7 +144,6 @@ class Metrics:
 
     def _count(self, name: str, job: Job, now: float) -> int:
         """The new tokens; each step by its own time, as the event loop may see several at once."""
-        assert job.output is not None
         before = job.counted
         while job.progress:
             at, total = job.progress.popleft()
@@ -155,13 +154,12 @@ class Metrics:
                 else:
                     self.between_tokens.observe(name, (at - job.counted_at) / new, new)
                 job.counted, job.counted_at = total, at
-        if job.output.finished and not job.accounted:  # a later step's output may be here before an earlier one's call
+        if job.latest.finished and not job.accounted:  # a later step's output may be here before an earlier one's call
             job.accounted = True
             self._ended(name, job, now)
         return job.counted - before
 
     def _began(self, name: str, job: Job, now: float) -> None:
-        assert job.output is not None
         self.quality.began(name, job)
         self.first_token.labels(name).observe(now - job.submitted)
         self.queue_time.labels(name).observe(max(0.0, (job.started or now) - job.submitted))
@@ -169,18 +167,18 @@ class Metrics:
         self.request_prompt.labels(name).observe(len(job.tokens))
         if job.params.prompt_logprobs is None:
             self.queried_tokens.labels(name).inc(len(job.tokens))
-            self.cached_tokens.labels(name).inc(job.output.metrics.cached_tokens)
+            self.cached_tokens.labels(name).inc(job.latest.metrics.cached_tokens)
 
     def _ended(self, name: str, job: Job, now: float) -> None:
-        assert job.output is not None
-        reasons = {sample.finish_reason for sample in job.output.outputs}
+        output = job.latest
+        reasons = {sample.finish_reason for sample in output.outputs}
         self.success.labels(name, next((r for r in ("abort", "length") if r in reasons), "stop")).inc()
         self.end_to_end.labels(name).observe(now - job.submitted)
         self.request_generation.labels(name).observe(job.generated)
         self.quality.ended(name, job)
         if (job.params.json_schema or job.params.regex) is not None and "length" in reasons:
             self.schema_failures.labels(name, "unfinished").inc()
-        metrics = job.output.metrics
+        metrics = output.metrics
         if job.generated > 1 and metrics.first_token_time is not None and metrics.finished_time is not None:
             self.per_token.labels(name).observe(
                 (metrics.finished_time - metrics.first_token_time) / (job.generated - 1)

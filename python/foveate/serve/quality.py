@@ -102,8 +102,7 @@ class Quality:
 
     def ended(self, model: str, job: Job) -> None:
         """With its last token."""
-        assert job.output is not None
-        for sample in job.output.outputs:
+        for sample in job.latest.outputs:
             self.of(model).ended(sample)
 
     def rate(self, answer: str) -> str:

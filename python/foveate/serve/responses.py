@@ -77,10 +77,10 @@ class ResponseWriter(Writer):
         yield from self._new(sample)
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
-        assert self._job.output is not None
-        [sample] = self._job.output.outputs
+        output = self._job.latest
+        [sample] = output.outputs
         status = _status(sample)
-        yield {"type": f"response.{status}", "response": self._response(status, self._job.output)}
+        yield {"type": f"response.{status}", "response": self._response(status, output)}
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         [output] = outputs

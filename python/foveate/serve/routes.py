@@ -113,11 +113,10 @@ def _with_tokenizer(served: ServedModel) -> Any:
 
 
 def _tokenize(llm: Any, body: TokenizeBody) -> list[int]:
-    if (body.prompt is None) == (body.messages is None):
-        raise bad_request("give prompt or messages, one of them", "prompt")
-    if body.prompt is not None:
+    if body.prompt is not None and body.messages is None:
         return llm.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-    assert body.messages is not None
+    if body.messages is None or body.prompt is not None:
+        raise bad_request("give prompt or messages, one of them", "prompt")
     if body.add_special_tokens is not None:
         raise bad_request(
             "add_special_tokens is for a prompt; the chat template writes them for messages", "add_special_tokens"

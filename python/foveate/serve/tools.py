@@ -87,7 +87,7 @@ class ToolReader:
         self._tags = tags
         self._buffer = ""
         self._state = "text" if tags else "bare"
-        self._value: _JsonValue | None = None
+        self._value = _JsonValue()  # the arguments of the call that is being written
         self._raw = ""  # of the call so far, which becomes content if it is none
         self.calls: list[dict[str, str]] = []  # id, name, arguments
 
@@ -145,7 +145,6 @@ class ToolReader:
             yield {"content": self._raw + inner + closed}
 
     def _arguments(self, final: bool) -> Iterator[dict[str, Any]]:
-        assert self._value is not None
         taken = self._value.take(self._buffer)
         piece, self._buffer = self._buffer[:taken], self._buffer[taken:]
         if piece:

@@ -49,8 +49,7 @@ class Watchdog:
         return on_cpu and self.restarts.get(served.name, 0) < self._most
 
     def _restart(self, served: ServedModel) -> None:
-        worker = served.worker
-        assert worker is not None
+        _, worker = served.causal()
         seconds = worker.stalled_for
         engine = worker.engine.fresh()
         again, lost = worker.restart(engine)

@@ -12,12 +12,18 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from foveate.files.checked import CheckpointError
 
 SECONDS, MEGABYTES = 2.0, 256  # of the processor, and beyond what the process has at rest, for one rendering
 _WAIT = 60.0  # by the clock, for a process that gets no processor
+
+
+def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    if process.stdin is None or process.stdout is None:
+        raise RuntimeError("the process that renders chat templates was started without pipes")
+    return process.stdin, process.stdout
 
 
 class _Worker:
@@ -35,12 +41,12 @@ class _Worker:
             raise ValueError(f"messages and variables of a chat template must be what JSON can say: {error}") from None
         with self._lock:
             process = self._running()
-            assert process.stdin is not None and process.stdout is not None
+            stdin, stdout = _pipes(process)
             try:
-                process.stdin.write(line + "\n")
-                process.stdin.flush()
-                ready = select.select([process.stdout], [], [], _WAIT)[0]
-                answer = process.stdout.readline() if ready else ""
+                stdin.write(line + "\n")
+                stdin.flush()
+                ready = select.select([stdout], [], [], _WAIT)[0]
+                answer = stdout.readline() if ready else ""
             except BrokenPipeError:
                 answer = ""
             except BaseException:  # Ctrl-C: an answer that nobody has read must not be the next one's
@@ -67,9 +73,8 @@ class _Worker:
                 [sys.executable, "-I", str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 text=True, encoding="utf-8",
             )  # fmt: skip
-            assert self._process.stdin is not None
             start = {"path": list(map(str, sys.path)), "seconds": SECONDS, "bytes": MEGABYTES << 20}
-            self._process.stdin.write(json.dumps(start) + "\n")
+            _pipes(self._process)[0].write(json.dumps(start) + "\n")
         return self._process
 
     def _ended(self, process: subprocess.Popen[str]) -> CheckpointError:

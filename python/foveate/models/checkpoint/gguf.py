@@ -25,13 +25,12 @@ from foveate.tokenizer.gguf import CONTROL, read_tokenizer
 _TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GgufCheckpoint(Checkpoint):
-    file: GgufFile | None = None
-    architecture: GgufArchitecture | None = None
+    file: GgufFile
+    architecture: GgufArchitecture
 
     def tokenizer(self) -> Tokenizer:
-        assert self.file is not None
         backend = read_tokenizer(self.file.fields, self.path)
         return Tokenizer(backend, config=self.config, chat_template=self.chat_template)
 
@@ -199,7 +198,6 @@ class GgufWeights:
 
     def __init__(self, checkpoint: GgufCheckpoint) -> None:
         file, config = checkpoint.file, checkpoint.config
-        assert file is not None and checkpoint.architecture is not None
         self.architecture = checkpoint.architecture
         self.fused = checkpoint.architecture.fused
         self.heads: dict[str, Any] = {

@@ -63,6 +63,9 @@ class Mxfp4Weights:
             return self._weights.get(name)
         if self._last is None or self._last[0] != name:
             blocks, scales = self._weights.get(name + _BLOCKS), self._weights.get(name + _SCALES)
-            assert isinstance(blocks, Tensor) and isinstance(scales, Tensor)
+            if isinstance(blocks, Blocks) or isinstance(scales, Blocks):
+                raise CheckpointError(
+                    f"{name}: its blocks and scales are quantised once more; MXFP4 stores them as plain uint8"
+                )
             self._last = (name, Blocks(mxfp4_of(blocks, scales, name), "mxfp4", 32 * scales.shape[-1]))
         return self._last[1]

@@ -101,9 +101,8 @@ def _transposed(then: Part | None = None) -> Part:
             return value if then is None else then(value)
         if value.dim() != 2:
             raise CheckpointError(f"it has shape {list(value.shape)} for an expert, which must be [in, out]")
-        turned = value.t() if then is None else then(value.t())
-        assert isinstance(turned, Tensor)
-        return turned.contiguous()
+        expert = value.t() if then is None else then(value.t())
+        return expert.contiguous() if isinstance(expert, Tensor) else expert
 
     return part
 

@@ -85,7 +85,6 @@ def from_gguf(
     """A GGUF file as another: all of its metadata, and its tensors, those that stay as they are byte by byte."""
     import gguf
 
-    assert checkpoint.file is not None and checkpoint.architecture is not None
     reader = gguf.GGUFReader(checkpoint.path)
     arch = checkpoint.file.fields["general.architecture"]
     writer = gguf.GGUFWriter(None, arch)

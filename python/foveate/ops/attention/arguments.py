@@ -52,6 +52,27 @@ if TYPE_CHECKING:
         mask: Tensor | None
         kv_lens: Tensor | None
 
+    class CacheOptions(TypedDict, total=False):
+        """The options of `attention_with_kv_cache`, for its overloads of return_lse."""
+
+        k: Tensor | None
+        v: Tensor | None
+        block_table: Tensor | None
+        rotary_cos: Tensor | None
+        rotary_sin: Tensor | None
+        rotary_interleaved: bool
+        causal: bool
+        window: tuple[int | None, int | None] | None
+        scale: float | None
+        softcap: float | None
+        alibi_slopes: Tensor | None
+        sinks: Tensor | None
+        k_scale: Tensor | float | None
+        v_scale: Tensor | float | None
+        num_splits: int
+        batch_invariant: bool
+        backend: str | None
+
 
 _UNLIMITED = 2**40  # a longer window than this is as good as none, and keeps index arithmetic far from overflow
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,25 @@ from foveate.ops.attention.with_kv_cache_op import QUANTIZED
 from foveate.ops.autograd import is_tracked, is_wrapped
 from foveate.ops.checks import DtypeError, check_backend_name, check_flag, check_integer, check_number, check_strided
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from foveate.ops.attention.arguments import CacheOptions
+
+
+@overload
+def attention_with_kv_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, kv_lens: Tensor, return_lse: Literal[True], **options: Unpack[CacheOptions]
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention_with_kv_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, kv_lens: Tensor, return_lse: Literal[False] = False,
+    **options: Unpack[CacheOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention_with_kv_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, kv_lens: Tensor, return_lse: bool, **options: Unpack[CacheOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention_with_kv_cache(
     q: Tensor,
     k_cache: Tensor,
