@@ -5,16 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_statistics import load_statistics, tile_gradients
-from .scores import dropout_mask, key_ranges, sequence
+from .attention_statistics import load_statistics, of_rows, tile_gradients
+from .scores import Problem, dropout_mask, key_ranges, sequence
 from .tiles import dot_rows, load
 
 
 @triton.jit(do_not_specialize=["B", "Hq", "Sq", "Skv", "left", "right", "shared_b", "shared_h"])
 def attention_dbias(
     q, k, v, dout, dbias, rows, q_strides, k_strides, v_strides, dout_strides, dbias_strides, B, Hq, Sq, Skv, left, right,
-    shared_b, shared_h, opts, Q_PER_KV: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    shared_b, shared_h, opts, D, DV, Q_PER_KV: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dbias [B / shared_b, Hq / shared_h, Sq, Skv]; with SUM_Q the third dimension has one sum for each block of queries instead, with
     SUM_K the fourth one for each block of keys."""
@@ -32,11 +32,13 @@ def attention_dbias(
         _, _, queries, keys, _ = sequence(opts, b, Sq, Skv)
         offset = keys - queries
         last = tl.minimum(block_m * BLOCK_M + BLOCK_M, queries) - 1
-        start, _, _, end = key_ranges(block_m * BLOCK_M, last, keys, offset, left, right, opts, BLOCK_N)
+        batch = Problem(b, bias_h * shared_h, Hq, keys, offset, left, right)  # its first head
+        start, _, _, end = key_ranges(block_m * BLOCK_M, last, batch, opts, BLOCK_N)
         if block_n * BLOCK_N >= start and block_n * BLOCK_N < end:
             for h in range(bias_h * shared_h, bias_h * shared_h + shared_h):
-                sums += _tile(q, k, v, dout, rows, q_strides, k_strides, v_strides, dout_strides, b, h, Hq, i, j, block_n * BLOCK_N,
-                              queries, keys, left, right, opts, Q_PER_KV, D, DV, D0, D1, V0, V1, BLOCK_N)  # fmt: skip
+                problem = Problem(b, h, Hq, keys, offset, left, right)
+                sums += _tile(q, k, v, dout, rows, q_strides, k_strides, v_strides, dout_strides, i, j, block_n * BLOCK_N, queries,
+                              problem, opts, D, DV, Q_PER_KV, BLOCK_N)  # fmt: skip
     # Summed over rows or columns too, where the bias has one
     base = dbias + bias_b.to(tl.int64) * dbias_strides[0] + bias_h.to(tl.int64) * dbias_strides[1]
     i64, j64 = i.to(tl.int64) * dbias_strides[2], j.to(tl.int64) * dbias_strides[3]
@@ -53,26 +55,26 @@ def attention_dbias(
 
 @triton.jit
 def _tile(
-    q, k, v, dout, rows, q_strides, k_strides, v_strides, dout_strides, b, h, Hq, i, j, first_j, queries, keys, left, right, opts,
-    Q_PER_KV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q, k, v, dout, rows, q_strides, k_strides, v_strides, dout_strides, i, j, first_j, queries, problem, opts, D, DV,
+    Q_PER_KV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the scores of queries i and keys j of batch b and head h."""
+    """The gradient of the scores of queries i and keys j of one head."""
+    b, h, Hq, keys = problem.b, problem.h, problem.Hq, problem.keys
     one = tl.full([], 1, tl.int64)
     b64, head, kv_head = b * one, h * one, h // Q_PER_KV * one
     i64, j64 = i.to(tl.int64), j.to(tl.int64)
     valid = i < queries
-    q0, q1 = load(q + b64 * q_strides[0] + head * q_strides[1], i64 * q_strides[2], valid, D0, D1, D, True)
-    g0, g1 = load(dout + b64 * dout_strides[0] + head * dout_strides[1], i64 * dout_strides[2], valid, V0, V1, DV, True)
-    k0, k1 = load(k + b64 * k_strides[0] + kv_head * k_strides[1], j64 * k_strides[2], j < keys, D0, D1, D, True)
-    v0, v1 = load(v + b64 * v_strides[0] + kv_head * v_strides[1], j64 * v_strides[2], j < keys, V0, V1, DV, True)
+    q0, q1 = load(q + b64 * q_strides[0] + head * q_strides[1], i64 * q_strides[2], valid, D, True)
+    g0, g1 = load(dout + b64 * dout_strides[0] + head * dout_strides[1], i64 * dout_strides[2], valid, DV, True)
+    k0, k1 = load(k + b64 * k_strides[0] + kv_head * k_strides[1], j64 * k_strides[2], j < keys, D, True)
+    v0, v1 = load(v + b64 * v_strides[0] + kv_head * v_strides[1], j64 * v_strides[2], j < keys, DV, True)
     index = b64 * rows.strides[0] + head * rows.strides[1] + i64
-    lse2, delta, keys_lse2, dlse = load_statistics(rows, index, valid, True)
+    statistics = load_statistics(rows, index, valid, True)
     keep = None
     if opts.philox is not None:
         keep = dropout_mask(i, b * Hq + h, first_j, opts, BLOCK_N, False)
     inside = valid[:, None] & (j < keys)[None, :]
     _, ds, _ = tile_gradients(
-        dot_rows(q0, q1, k0, k1, D1), dot_rows(g0, g1, v0, v1, V1), keep, lse2[:, None], delta[:, None], keys_lse2[:, None], dlse[:, None],
-        rows, i[:, None], j[None, :], inside, b, h, keys, keys - queries, left, right, opts, True)  # fmt: skip
+        dot_rows(q0, q1, k0, k1, D), dot_rows(g0, g1, v0, v1, DV), keep, of_rows(statistics), rows, i[:, None], j[None, :], inside,
+        problem, opts, True)  # fmt: skip
     return ds

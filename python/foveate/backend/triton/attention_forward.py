@@ -9,36 +9,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import LOG2E, dropout_mask, fma, key_ranges, natural_lse, scores, sequence, visible
+from .scores import LOG2E, Problem, dropout_mask, fma, key_ranges, natural_lse, scores, sequence, visible
 from .tiles import add_product, dot_rows, load, store, zeros
 
 
 @triton.jit
 def _attend_range(
-    acc0, acc1, row_max, row_sum, q0, q1, k, v, k_stride, v_stride, start, end, i, valid, b, h, Hq, keys, offset, left, right,
-    opts, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    acc0, acc1, row_max, row_sum, q0, q1, k, v, k_stride, v_stride, start, end, i, valid, problem, opts, D, DV,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys start..end into acc, row_max and row_sum."""
+    b, h, Hq, keys = problem.b, problem.h, problem.Hq, problem.keys
     step = tl.arange(0, BLOCK_N)
     one = tl.full([], 1, tl.int64)
     for first in range(start, end, BLOCK_N):
         j = first + step
         here = step.to(tl.int64)
         # S [BLOCK_M, BLOCK_N] = Q K^T, in powers of two; -inf where invisible
-        k0, k1 = load(k + first * one * k_stride, here * k_stride, j < keys, D0, D1, D, MASKED)
-        qk = dot_rows(q0, q1, k0, k1, D1)
+        k0, k1 = load(k + first * one * k_stride, here * k_stride, j < keys, D, MASKED)
+        qk = dot_rows(q0, q1, k0, k1, D)
         i2, j2 = i[:, None], j[None, :]
         if opts.plain:
             factor = opts.scale_log2
             if MASKED:
-                qk = tl.where(visible(i2, j2, keys, offset, left, right, opts), qk, float("-inf"))
+                qk = tl.where(visible(i2, j2, problem, opts), qk, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(qk, 1) * factor)
         else:
             factor = 1.0
-            qk, _, _ = scores(qk, i2, j2, valid[:, None] & (j < keys)[None, :], b, h, keys, offset, opts)
+            qk, _, _ = scores(qk, i2, j2, valid[:, None] & (j < keys)[None, :], problem, opts)
             if MASKED:
-                qk = tl.where(visible(i2, j2, keys, offset, left, right, opts), qk, float("-inf"))
+                qk = tl.where(visible(i2, j2, problem, opts), qk, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(qk, 1))
         # P = exp2(S - row_max); row_max and row_sum [BLOCK_M] take the new keys in
         shift = new_max
@@ -54,21 +54,21 @@ def _attend_range(
                 bh = tl.reshape(bh, [bh.shape[0]])
             p = tl.where(dropout_mask(i, bh, first, opts, BLOCK_N, False), p, 0.0)
         # acc [BLOCK_M, Dv] = acc * rescale + P V
-        v0, v1 = load(v + first * one * v_stride, here * v_stride, j < keys, V0, V1, DV, MASKED)
+        v0, v1 = load(v + first * one * v_stride, here * v_stride, j < keys, DV, MASKED)
         acc0 = acc0 * rescale[:, None]
-        if V1 > 0:
+        if DV.second > 0:
             acc1 = acc1 * rescale[:, None]
-        acc0, acc1 = add_product(acc0, acc1, p, v0, v1, V1)
+        acc0, acc1 = add_product(acc0, acc1, p, v0, v1, DV)
     return acc0, acc1, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["Hq", "Sq", "Skv", "blocks", "left", "right"])
 def attention_forward(
-    q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides, Hq, Sq, Skv, blocks, left, right, opts,
-    Q_PER_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, lse_strides, Hq, Sq, Skv, blocks, left, right, opts, D, DV,
+    Q_PER_KV: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Strides: (batch, head, row). Q_PER_KV: query heads of a KV head; GROUP: how many of them are rows of one program, 1 or Q_PER_KV.
+    """Strides: (batch, head, row). D, DV: `Width`s of q and v. Q_PER_KV: query heads of a KV head; GROUP: how many of them are rows of
+    one program, 1 or Q_PER_KV.
 
     Row r of a program's rows is query r // GROUP of head r % GROUP in the group.
     """
@@ -94,29 +94,30 @@ def attention_forward(
     q += b64 * q_strides[0] + first_q * q_strides[2]
     k += b64 * k_strides[0] + first_k * k_strides[2] + kv_head * k_strides[1]
     v += b64 * v_strides[0] + first_k * v_strides[2] + kv_head * v_strides[1]
-    # Q [BLOCK_M, D0 + D1]; acc [BLOCK_M, V0 + V1], row_max and row_sum [BLOCK_M]
-    q0, q1 = load(q, i.to(tl.int64) * q_strides[2] + head * q_strides[1], valid, D0, D1, D, True)
+    # Q [BLOCK_M, D]; acc [BLOCK_M, DV] in its two parts, row_max and row_sum [BLOCK_M]
+    q0, q1 = load(q, i.to(tl.int64) * q_strides[2] + head * q_strides[1], valid, D, True)
 
-    acc0 = zeros(BLOCK_M, V0, Hq)
+    acc0 = zeros(BLOCK_M, DV.first, Hq)
     acc1 = acc0
-    if V1 > 0:
-        acc1 = zeros(BLOCK_M, V1, Hq)
+    if DV.second > 0:
+        acc1 = zeros(BLOCK_M, DV.second, Hq)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     # The keys: those that only some rows see, at the left end; those that all see, without masks; those at the right end
+    problem = Problem(b, h, Hq, keys, offset, left, right)
     first = block * BLOCK_M // GROUP
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
-    start, full_start, full_end, end = key_ranges(first, last, keys, offset, left, right, opts, BLOCK_N)
+    start, full_start, full_end, end = key_ranges(first, last, problem, opts, BLOCK_N)
     if opts.has_left:
         acc0, acc1, row_max, row_sum = _attend_range(
-            acc0, acc1, row_max, row_sum, q0, q1, k, v, k_strides[2], v_strides[2], start, full_start, i, valid, b, h, Hq, keys, offset,
-            left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, True)  # fmt: skip
+            acc0, acc1, row_max, row_sum, q0, q1, k, v, k_strides[2], v_strides[2], start, full_start, i, valid, problem, opts, D, DV,
+            BLOCK_N, True)  # fmt: skip
     acc0, acc1, row_max, row_sum = _attend_range(
-        acc0, acc1, row_max, row_sum, q0, q1, k, v, k_strides[2], v_strides[2], full_start, full_end, i, valid, b, h, Hq, keys, offset,
-        left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, False)  # fmt: skip
+        acc0, acc1, row_max, row_sum, q0, q1, k, v, k_strides[2], v_strides[2], full_start, full_end, i, valid, problem, opts, D, DV,
+        BLOCK_N, False)  # fmt: skip
     acc0, acc1, row_max, row_sum = _attend_range(
-        acc0, acc1, row_max, row_sum, q0, q1, k, v, k_strides[2], v_strides[2], full_end, end, i, valid, b, h, Hq, keys, offset,
-        left, right, opts, D, DV, D0, D1, V0, V1, BLOCK_N, True)  # fmt: skip
+        acc0, acc1, row_max, row_sum, q0, q1, k, v, k_strides[2], v_strides[2], full_end, end, i, valid, problem, opts, D, DV,
+        BLOCK_N, True)  # fmt: skip
 
     # lse without the sink, then out [BLOCK_M, Dv] = acc / row_sum with it
     if lse is not None:
@@ -131,7 +132,7 @@ def attention_forward(
     if opts.philox is not None:
         factor *= opts.dropout_scale
     acc0 = acc0 * factor[:, None]
-    if V1 > 0:
+    if DV.second > 0:
         acc1 = acc1 * factor[:, None]
     out += b64 * out_strides[0] + first_q * out_strides[2]
-    store(out, i.to(tl.int64) * out_strides[2] + head * out_strides[1], valid, acc0, acc1, V0, V1, DV)
+    store(out, i.to(tl.int64) * out_strides[2] + head * out_strides[1], valid, acc0, acc1, DV)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import LOG2E, fma, key_ranges, natural_lse, sequence
+from .scores import LOG2E, Problem, fma, key_ranges, natural_lse, sequence
 from .tiles import dot, store_part, to
 
 
@@ -71,7 +71,8 @@ def attention_forward_hopper(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     first, last = block * BLOCK_M, tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1
-    start, full_start, full_end, end = key_ranges(first, last, keys, offset, left, right, opts, BLOCK_N)
+    problem = Problem(b, h, Hq, keys, offset, left, right)
+    start, full_start, full_end, end = key_ranges(first, last, problem, opts, BLOCK_N)
     MASKED: tl.constexpr = opts.has_left or opts.has_right or RAGGED
     lowest = i + offset - left
     highest = tl.zeros([BLOCK_M], tl.int32) + keys

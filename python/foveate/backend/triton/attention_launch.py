@@ -23,7 +23,7 @@ from .attention_forward_hopper import attention_forward_hopper
 from .attention_statistics import Rows, attention_rows
 from .config import PLAIN, SPECIALIZED
 from .scores import Options
-from .tiles import parts
+from .tiles import Width, width
 
 
 @functools.lru_cache(maxsize=16)
@@ -117,11 +117,10 @@ def options(c: Any, mod: ScoreMod | None = None, *, table_gradient: bool = False
     )
 
 
-def widths(c: Any) -> dict[str, int]:
-    """The head dims and their parts as the kernels' constants."""
-    D, Dv, halves = c.q.shape[-1], c.v.shape[-1], c.q.dtype == torch.float32
-    (D0, D1), (V0, V1) = parts(D, halves), parts(Dv, halves)
-    return {"D": D, "DV": Dv, "D0": D0, "D1": D1, "V0": V0, "V1": V1}
+def widths(c: Any) -> tuple[Width, Width]:
+    """The kernels' D and DV."""
+    halves = c.q.dtype == torch.float32
+    return width(c.q.shape[-1], halves), width(c.v.shape[-1], halves)
 
 
 def window(c: Any) -> tuple[int, int]:
@@ -202,8 +201,8 @@ def forward(c: Any, out: Tensor, lse: Tensor | None, mod: ScoreMod | None = None
         )  # fmt: skip
         return
     attention_forward[(blocks * B * (Hq // group),)](
-        *args, Q_PER_KV=q_per_kv, GROUP=group, **widths(c),
-        BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, num_warps=chosen.warps, num_stages=chosen.stages,
+        *args, *widths(c), Q_PER_KV=q_per_kv, GROUP=group, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, num_warps=chosen.warps,
+        num_stages=chosen.stages,
     )  # fmt: skip
 
 
@@ -243,7 +242,7 @@ def backward(
     sink_parts = torch.empty((B * blocks, Hq), dtype=torch.float32, device=lse.device) if c.sinks is not None else None
     attention_rows[(blocks * B * Hq,)](
         out, dout, lse, None if dlse is None else dlse.contiguous(), sink_parts, rows, strides(out), strides(dout), lse_strides(c),
-        *sizes, blocks, opts, DV=Dv, V0=dims["V0"], V1=dims["V1"], BLOCK_M=block,
+        *sizes, blocks, opts, dims[1], BLOCK_M=block,
     )  # fmt: skip
     if dsinks is not None and sink_parts is not None:
         torch.sum(sink_parts, 0, out=dsinks)
@@ -258,8 +257,8 @@ def backward(
             table_parts = torch.empty((B * blocks, Hq, buckets), dtype=torch.float32, device=lse.device)
         target = torch.empty_like(c.q) if dq is None else dq
         attention_dq[(blocks * B * Hq,)](
-            *inputs, target, table_parts, rows, *input_strides, strides(target), *sizes, blocks, left, right, opts, Q_PER_KV=q_per_kv,
-            **dims, BLOCK_M=m, BLOCK_N=n, BUCKETS=buckets, num_warps=warps, num_stages=stages,
+            *inputs, target, table_parts, rows, *input_strides, strides(target), *sizes, blocks, left, right, opts, *dims,
+            Q_PER_KV=q_per_kv, BLOCK_M=m, BLOCK_N=n, BUCKETS=buckets, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if dtable is not None and table_parts is not None:
             dtable.copy_(table_parts.sum(0)[:, : dtable.shape[0]].t())
@@ -269,7 +268,7 @@ def backward(
         dk_out, dv_out = torch.empty_like(c.k) if dk is None else dk, torch.empty_like(c.v) if dv is None else dv
         attention_dkv[(blocks * B * Hkv,)](
             *inputs, dk_out, dv_out, rows, *input_strides, strides(dk_out), strides(dv_out), *sizes, blocks, left, right, opts,
-            Q_PER_KV=q_per_kv, **dims, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
+            *dims, Q_PER_KV=q_per_kv, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if dbias is not None:
         m, n, warps, stages, _ = keys_kernel
@@ -279,8 +278,8 @@ def backward(
         shape = (nb, nh, blocks_m if sum_q else c.max_q, blocks_n if sum_k else c.max_k)
         parts_ = torch.empty(shape, dtype=torch.float32, device=lse.device)
         attention_dbias[(nb * nh * blocks_m * blocks_n,)](
-            *inputs, parts_, rows, *input_strides, parts_.stride(), B, *sizes, left, right, B // nb, Hq // nh, opts, Q_PER_KV=q_per_kv,
-            SUM_Q=sum_q, SUM_K=sum_k, **dims, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
+            *inputs, parts_, rows, *input_strides, parts_.stride(), B, *sizes, left, right, B // nb, Hq // nh, opts, *dims,
+            Q_PER_KV=q_per_kv, SUM_Q=sum_q, SUM_K=sum_k, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         dbias.copy_(parts_.sum_to_size(dbias.shape))
     return grads

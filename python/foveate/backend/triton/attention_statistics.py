@@ -22,10 +22,19 @@ class Rows(NamedTuple):
     strides: Any
 
 
+class Statistics(NamedTuple):
+    """Those of the rows of a tile, [BM], or spread over its keys; keys_lse2 and dlse mean nothing where Rows.keys_lse2 is None."""
+
+    lse2: Any
+    delta: Any
+    keys_lse2: Any
+    dlse: Any
+
+
 @triton.jit(do_not_specialize=["Hq", "Sq", "Skv", "blocks"])
 def attention_rows(
-    out, dout, lse, dlse, dsinks, rows, out_strides, dout_strides, lse_strides, Hq, Sq, Skv, blocks, opts,
-    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_M: tl.constexpr,
+    out, dout, lse, dlse, dsinks, rows, out_strides, dout_strides, lse_strides, Hq, Sq, Skv, blocks, opts, DV,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Fills `rows` and, with sinks, dsinks [B, blocks, Hq]: each block's part of the gradient, -sum(exp(sink - lse) * dout . out)."""
     block = tl.program_id(0) % blocks
@@ -36,13 +45,13 @@ def attention_rows(
     valid = i < queries
     row = first_q + i
     b64 = b.to(tl.int64)
-    o0, o1 = load(out + b64 * out_strides[0] + h * out_strides[1], row * out_strides[2], valid, V0, V1, DV, True)
-    g0, g1 = load(dout + b64 * dout_strides[0] + h * dout_strides[1], row * dout_strides[2], valid, V0, V1, DV, True)
+    o0, o1 = load(out + b64 * out_strides[0] + h * out_strides[1], row * out_strides[2], valid, DV, True)
+    g0, g1 = load(dout + b64 * dout_strides[0] + h * dout_strides[1], row * dout_strides[2], valid, DV, True)
     # delta [BLOCK_M] = sum of dO * O. fp64 for fp32 inputs: dp - delta cancels, entirely so in a row that sees one key, and here precision
     # costs nothing.
     WIDE: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float32 else tl.float32
     delta = tl.sum(o0.to(WIDE) * g0.to(WIDE), 1)
-    if V1 > 0:
+    if DV.second > 0:
         delta += tl.sum(o1.to(WIDE) * g1.to(WIDE), 1)
     delta = delta.to(tl.float32)
     # lse [BLOCK_M] in powers of two, without and with the sink, and the block's part of the sink's gradient
@@ -75,85 +84,78 @@ def attention_rows(
 
 @triton.jit
 def load_statistics(rows, index, valid, CHECK: tl.constexpr):
-    """lse2, delta, keys_lse2, dlse of some rows, all of them valid without CHECK; the last two mean nothing without rows.keys_lse2."""
+    """The Statistics of some rows, all of them valid without CHECK."""
     if CHECK:
         lse2 = tl.load(rows.lse2 + index, mask=valid, other=float("inf"))
         delta = tl.load(rows.delta + index, mask=valid, other=0.0)
     else:
         lse2, delta = tl.load(rows.lse2 + index), tl.load(rows.delta + index)
     if rows.keys_lse2 is None:
-        return lse2, delta, lse2, delta  # not used
+        return Statistics(lse2, delta, lse2, delta)  # the last two are not used
     elif CHECK:
         keys_lse2 = tl.load(rows.keys_lse2 + index, mask=valid, other=float("inf"))
-        return lse2, delta, keys_lse2, tl.load(rows.dlse + index, mask=valid, other=0.0)
+        return Statistics(lse2, delta, keys_lse2, tl.load(rows.dlse + index, mask=valid, other=0.0))
     else:
-        return lse2, delta, tl.load(rows.keys_lse2 + index), tl.load(rows.dlse + index)
+        return Statistics(lse2, delta, tl.load(rows.keys_lse2 + index), tl.load(rows.dlse + index))
 
 
 @triton.jit
-def tile_gradients(
-    qk,
-    dp,
-    keep,
-    lse2,
-    delta,
-    keys_lse2,
-    dlse,
-    rows,
-    i,
-    j,
-    inside,
-    b,
-    h,
-    keys,
-    offset,
-    left,
-    right,
-    opts,
-    MASKED: tl.constexpr,
-):
+def of_rows(x):
+    """Statistics as columns [BM, 1], for tiles [queries, keys]."""
+    return Statistics(x.lse2[:, None], x.delta[:, None], x.keys_lse2[:, None], x.dlse[:, None])
+
+
+@triton.jit
+def of_columns(x):
+    """Statistics as rows [1, BM], for tiles [keys, queries]."""
+    return Statistics(x.lse2[None, :], x.delta[None, :], x.keys_lse2[None, :], x.dlse[None, :])
+
+
+@triton.jit
+def tile_gradients(qk, dp, keep, statistics, rows, i, j, inside, problem, opts, MASKED: tl.constexpr):
     """For one tile: the weights after dropout, the gradient of the scores before score_mod, and that of scale * q.k (the same without
     softcap).
 
-    qk = q.k and dp = dout.v; lse2, delta, keys_lse2, dlse and i broadcast with j; keep is dropout's mask or None.
+    qk = q.k and dp = dout.v; the statistics and i broadcast with j; keep is dropout's mask or None.
     """
     slope = 1.0
     if opts.plain:
         s = qk
         factor = opts.scale_log2
     else:
-        s, slope, unmodified = scores(qk, i, j, inside, b, h, keys, offset, opts)
+        s, slope, unmodified = scores(qk, i, j, inside, problem, opts)
         factor = 1.0
     if MASKED:
-        s = tl.where(visible(i, j, keys, offset, left, right, opts), s, float("-inf"))
-    p = tl.exp2(fma(s, factor, -lse2))
+        s = tl.where(visible(i, j, problem, opts), s, float("-inf"))
+    p = tl.exp2(fma(s, factor, -statistics.lse2))
     weights = p
     if keep is not None:
         weights = tl.where(keep, p * opts.dropout_scale, 0.0)
         dp = tl.where(keep, dp * opts.dropout_scale, 0.0)
-    ds = p * (dp - delta)
+    ds = p * (dp - statistics.delta)
     if rows.keys_lse2 is not None:
-        ds += tl.exp2(fma(s, factor, -keys_lse2)) * dlse
+        ds += tl.exp2(fma(s, factor, -statistics.keys_lse2)) * statistics.dlse
     if opts.score_mod is not None:
-        i_inside, j_inside = clipped(i, j, keys, offset)
-        modified = opts.score_mod_bwd(unmodified, ds, b, h, i_inside, j_inside, opts.aux)
+        i_inside, j_inside = clipped(i, j, problem)
+        modified = opts.score_mod_bwd(unmodified, ds, problem.b, problem.h, i_inside, j_inside, opts.aux)
         ds = tl.where(s == float("-inf"), 0.0, modified)  # where ds is 0, a derivative of inf would make it NaN
     return weights, ds, ds * slope
 
 
 @triton.jit
-def query_ranges(first, last, keys, queries, offset, left, right, opts, BLOCK: tl.constexpr):
+def query_ranges(first, last, queries, problem, opts, BLOCK: tl.constexpr):
     """As `key_ranges`: which queries see one of the keys first..last, in whole blocks, and which see all of them."""
+    keys, offset = problem.keys, problem.offset
     start = 0
     full_start = 0
     end = queries
     full_end = queries
     if opts.has_right:
-        start = tl.maximum(first - offset - right, 0) // BLOCK * BLOCK
-        full_start = tl.cdiv(tl.maximum(last - offset - right, 0), BLOCK) * BLOCK
+        start = tl.maximum(first - offset - problem.right, 0) // BLOCK * BLOCK
+        full_start = tl.cdiv(tl.maximum(last - offset - problem.right, 0), BLOCK) * BLOCK
     if opts.has_left:
-        end = tl.minimum(queries, tl.maximum(tl.minimum(last, keys - 1) - offset + left + 1, 0))
-        full_end = tl.minimum(queries, tl.maximum(first - offset + left + 1, 0))
+        end = tl.minimum(queries, tl.maximum(tl.minimum(last, keys - 1) - offset + problem.left + 1, 0))
+        full_end = tl.minimum(queries, tl.maximum(first - offset + problem.left + 1, 0))
     if last >= keys:
         full_end = 0
     if first >= keys:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .kv_append import decoded, rotated, slots
-from .scores import LOG2E, clamped, natural_lse, scores, visible
+from .scores import LOG2E, Problem, clamped, natural_lse, scores, visible
 from .tiles import add_product, dot_rows, load_part, store, to
 
 
@@ -24,13 +24,13 @@ def _query_part(q, rows, valid, rotary, position, FIRST: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
-def _cache_tile(
-    cache, page, row, head, valid, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr, dtype: tl.constexpr
-):
+def _cache_tile(cache, page, row, head, valid, width, dtype: tl.constexpr):
     pointers = page * cache.strides[0] + row * cache.strides[1] + head * cache.strides[2]
-    x0 = decoded(load_part(cache.data, pointers, valid, 0, W0, DIM, True), cache, dtype)
-    if W1 > 0:
-        return x0, decoded(load_part(cache.data, pointers, valid, W0, W1, DIM, True), cache, dtype)
+    x0 = decoded(load_part(cache.data, pointers, valid, 0, width.first, width.whole, True), cache, dtype)
+    if width.second > 0:
+        return x0, decoded(
+            load_part(cache.data, pointers, valid, width.first, width.second, width.whole, True), cache, dtype
+        )
     else:
         return x0, x0
 
@@ -47,13 +47,12 @@ _SIZES = ["Hq", "Sq", "new", "blocks", "page_size", "pages", "capacity", "splits
 @triton.jit(do_not_specialize=_SIZES)
 def decode_split(
     q, k_cache, v_cache, out, lse, part_out, part_lse, q_strides, out_strides, table, table_stride, rotary, Hq, Sq, new, blocks,
-    page_size, pages, capacity, splits, keys_per_split, left, right, opts, Q_PER_KV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    APPENDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    page_size, pages, capacity, splits, keys_per_split, left, right, opts, D, DV, Q_PER_KV: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr, APPENDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, Sq, Hq, DV] and lse [B, Hq, Sq], or with part_out [splits, B, Hq, Sq, DV] and part_lse [splits, B, Hq, Sq] (in powers of
-    two) the share of one split. keys_per_split: 0 for equal parts of each sequence. Keys beyond the capacity and those on pages that the
-    cache does not have are not seen."""
+    two) the part of one split. D, DV: `Width`s of q and v. keys_per_split: 0 for equal parts of each sequence. Keys beyond the capacity
+    and those on pages that the cache does not have are not seen."""
     # The rows of this program: r [BLOCK_M] of one KV head of one sequence, and the split of its keys
     split = tl.program_id(1)
     block = tl.program_id(0) % blocks
@@ -70,11 +69,11 @@ def decode_split(
     head = kv_head * Q_PER_KV + r % Q_PER_KV
     position = (before if APPENDED else before - Sq) + i
     rows = b * q_strides[0] + i.to(tl.int64) * q_strides[1] + head * q_strides[2]
-    # Q [BLOCK_M, D0 + D1], rotated
-    q0 = _query_part(q, rows, valid, rotary, position, 0, D0, D, HALF, INTERLEAVED)
+    # Q [BLOCK_M, D], rotated
+    q0 = _query_part(q, rows, valid, rotary, position, 0, D.first, D.whole, HALF, INTERLEAVED)
     q1 = q0
-    if D1 > 0:
-        q1 = _query_part(q, rows, valid, rotary, position, D0, D1, D, HALF, INTERLEAVED)
+    if D.second > 0:
+        q1 = _query_part(q, rows, valid, rotary, position, D.first, D.second, D.whole, HALF, INTERLEAVED)
 
     # The keys of the split that some row sees: start..end
     lowest = 0
@@ -89,28 +88,29 @@ def decode_split(
     start = tl.maximum(split * split_keys, lowest // BLOCK_N * BLOCK_N)
     end = tl.minimum(split * split_keys + split_keys, highest)
 
-    acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, DV.first], tl.float32)
     acc1 = acc0
-    if V1 > 0:
-        acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
+    if DV.second > 0:
+        acc1 = tl.zeros([BLOCK_M, DV.second], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     table_row = table
     if table is not None:
         table_row = table + b * table_stride
-    # acc [BLOCK_M, V0 + V1], row_max and row_sum [BLOCK_M] take BLOCK_N keys a step
+    # acc [BLOCK_M, DV], row_max and row_sum [BLOCK_M] take BLOCK_N keys a step
+    problem = Problem(b, head[:, None], Hq, keys, offset, left, right)
     for first in range(start, end, BLOCK_N):
         j = first + tl.arange(0, BLOCK_N)
         inside = (j >= lowest) & (j < keys)  # pages before the window may be gone
         page, row, inside = slots(table_row, b, j, page_size, pages, inside)
         # S [BLOCK_M, BLOCK_N] = Q K^T, dequantised, in powers of two; -inf where invisible
-        k0, k1 = _cache_tile(k_cache, page, row, kv_head, inside, D0, D1, D, q.dtype.element_ty)
-        qk = dot_rows(q0, q1, k0, k1, D1)
+        k0, k1 = _cache_tile(k_cache, page, row, kv_head, inside, D, q.dtype.element_ty)
+        qk = dot_rows(q0, q1, k0, k1, D)
         if k_cache.scale is not None:
             qk = qk * _cache_scale(k_cache, page, row, kv_head, inside)[None, :]
         i2, j2 = i[:, None], j[None, :]
-        s, _, _ = scores(qk, i2, j2, valid[:, None] & inside[None, :], b, head[:, None], keys, offset, opts)
-        s = tl.where(visible(i2, j2, keys, offset, left, right, opts) & inside[None, :], s, float("-inf"))
+        s, _, _ = scores(qk, i2, j2, valid[:, None] & inside[None, :], problem, opts)
+        s = tl.where(visible(i2, j2, problem, opts) & inside[None, :], s, float("-inf"))
         # P = exp2(S - row_max)
         new_max = tl.maximum(row_max, tl.max(s, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -121,11 +121,11 @@ def decode_split(
         # acc = acc * rescale + P V
         if v_cache.scale is not None:
             p = p * _cache_scale(v_cache, page, row, kv_head, inside)[None, :]
-        v0, v1 = _cache_tile(v_cache, page, row, kv_head, inside, V0, V1, DV, q.dtype.element_ty)
+        v0, v1 = _cache_tile(v_cache, page, row, kv_head, inside, DV, q.dtype.element_ty)
         acc0 = acc0 * rescale[:, None]
-        if V1 > 0:
+        if DV.second > 0:
             acc1 = acc1 * rescale[:, None]
-        acc0, acc1 = add_product(acc0, acc1, p, v0, v1, V1)
+        acc0, acc1 = add_product(acc0, acc1, p, v0, v1, DV)
 
     # lse, then out or this split's part of it
     some = row_sum > 0
@@ -141,15 +141,15 @@ def decode_split(
             row_sum += tl.exp2(tl.load(opts.sinks + head, mask=valid, other=0.0) * LOG2E - tl.where(some, row_max, 0.0))
     factor = (1 / tl.where(row_sum > 0, row_sum, 1.0))[:, None]
     acc0 = acc0 * factor
-    if V1 > 0:
+    if DV.second > 0:
         acc1 = acc1 * factor
     if part_out is None:
         pointers = b * out_strides[0] + i.to(tl.int64) * out_strides[1] + head * out_strides[2]
-        store(out, pointers, valid, acc0, acc1, V0, V1, DV)
+        store(out, pointers, valid, acc0, acc1, DV)
     else:
         index += split.to(tl.int64) * batches * Hq * Sq
         tl.store(part_lse + index, lse2, mask=valid)
-        store(part_out, index * DV, valid, acc0, acc1, V0, V1, DV)
+        store(part_out, index * DV.whole, valid, acc0, acc1, DV)
 
 
 @triton.jit(do_not_specialize=["Hq", "Sq", "rows", "splits"])

@@ -18,7 +18,7 @@ from . import on_device
 from .decode import decode_combine, decode_split
 from .kv_append import Cache, Rotary, append_rows
 from .scores import Options
-from .tiles import parts
+from .tiles import parts, width
 
 _INVARIANT_SPLIT_KEYS = 2048
 _MIN_SPLIT_KEYS = 256
@@ -44,9 +44,9 @@ def decode_plan(
     Keys are split where there would be fewer than two programs for each SM, into parts of at least 256. With batch_invariant
     the splits are 2048 keys long, whatever the batch.
     """
-    width = max(sum(parts(D)), sum(parts(Dv)))
-    block_m = min(64 if width <= 128 else 16, max(16, 1 << (rows - 1).bit_length()))
-    block_n = 64 if width <= 128 else 32 if width <= 256 else 16
+    widest = max(sum(parts(D)), sum(parts(Dv)))
+    block_m = min(64 if widest <= 128 else 16, max(16, 1 << (rows - 1).bit_length()))
+    block_n = 64 if widest <= 128 else 32 if widest <= 256 else 16
     if num_splits > 0:
         return DecodePlan(block_m, block_n, num_splits, 0)
     if batch_invariant:
@@ -118,8 +118,8 @@ def attention_with_kv_cache(c: Any, out: Tensor, lse: Tensor) -> None:
     wide = max(D, Dv) > 128
     decode_split[(blocks * B * Hkv, plan.num_splits)](
         q, keys, values, out, lse, part_out, part_lse, q.stride()[:3], out.stride()[:3], table, table_stride, rotary, Hq, Sq, new, blocks,
-        page_size, pages, capacity, plan.num_splits, plan.keys_per_split, left, right, opts, Q_PER_KV=q_per_kv, D=D, DV=Dv, D0=parts(D)[0],
-        D1=parts(D)[1], V0=parts(Dv)[0], V1=parts(Dv)[1], HALF=half, INTERLEAVED=interleaved, APPENDED=k is not None,
+        page_size, pages, capacity, plan.num_splits, plan.keys_per_split, left, right, opts, width(D), width(Dv),
+        Q_PER_KV=q_per_kv, HALF=half, INTERLEAVED=interleaved, APPENDED=k is not None,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=8 if wide else 4,
         num_stages=2 if wide or config.shared_memory(attention_launch.arch(q.device)) < 200 << 10 else 3,
     )  # fmt: skip

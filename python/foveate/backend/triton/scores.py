@@ -50,6 +50,18 @@ class Options(NamedTuple):
     guarded: Any  # a row may see no key of a block that the geometry shows it: there is a mask, or a bias of -inf
 
 
+class Problem(NamedTuple):
+    """One head of one sequence, as the device functions see it. Kernels make it of what `sequence` gives."""
+
+    b: Any
+    h: Any  # or [BM, 1], where the rows of a tile are of several heads
+    Hq: Any
+    keys: Any
+    offset: Any  # keys - queries: query i stands at key i + offset
+    left: Any  # the window: how far a query sees to either side; read if opts.has_left
+    right: Any  # read if opts.has_right
+
+
 @triton.jit
 def to_log2(lse):
     """lse * log2(e) with one rounding: an error of a row's sum is an error of all its weights, and one product in fp64 costs nothing."""
@@ -117,30 +129,30 @@ def sequence(opts, b, Sq, Skv):
 
 
 @triton.jit
-def visible(i, j, keys, offset, left, right, opts):
-    """offset = keys - queries: query i stands at key i + offset."""
-    seen = j < keys
+def visible(i, j, problem, opts):
+    seen = j < problem.keys
     if opts.has_left:
-        seen = seen & (j >= i + offset - left)
+        seen = seen & (j >= i + problem.offset - problem.left)
     if opts.has_right:
-        seen = seen & (j <= i + offset + right)
+        seen = seen & (j <= i + problem.offset + problem.right)
     return seen
 
 
 @triton.jit
-def key_ranges(first, last, keys, offset, left, right, opts, BLOCK: tl.constexpr):
+def key_ranges(first, last, problem, opts, BLOCK: tl.constexpr):
     """start <= full_start <= full_end <= end, multiples of BLOCK: keys outside start..end are seen by none of the queries first..last,
     keys in full_start..full_end by all."""
+    keys, offset = problem.keys, problem.offset
     start = 0
     full_start = 0
     end = keys
     full_end = keys
     if opts.has_left:
-        start = tl.maximum(first + offset - left, 0) // BLOCK * BLOCK
-        full_start = tl.cdiv(tl.maximum(last + offset - left, 0), BLOCK) * BLOCK
+        start = tl.maximum(first + offset - problem.left, 0) // BLOCK * BLOCK
+        full_start = tl.cdiv(tl.maximum(last + offset - problem.left, 0), BLOCK) * BLOCK
     if opts.has_right:
-        end = tl.minimum(keys, last + offset + right + 1)
-        full_end = tl.minimum(keys, tl.maximum(first + offset + right + 1, 0))
+        end = tl.minimum(keys, last + offset + problem.right + 1)
+        full_end = tl.minimum(keys, tl.maximum(first + offset + problem.right + 1, 0))
     end = tl.maximum(end, start)
     full_start = tl.minimum(full_start, tl.cdiv(end, BLOCK) * BLOCK)
     full_end = tl.maximum(full_end // BLOCK * BLOCK, full_start)
@@ -148,10 +160,11 @@ def key_ranges(first, last, keys, offset, left, right, opts, BLOCK: tl.constexpr
 
 
 @triton.jit
-def scores(qk, i, j, inside, b, h, keys, offset, opts):
+def scores(qk, i, j, inside, problem, opts):
     """The scores of q.k, their derivative by scale * q.k up to score_mod (1 without softcap), and what score_mod was given. inside:
     where bias and mask may be read."""
     # What is added comes first, so that the scaled product, often the largest term, is added to it without a rounding of its own.
+    b, h, offset = problem.b, problem.h, problem.offset
     added = 0.0
     if opts.alibi is not None:
         alibi = tl.load(opts.alibi + b * opts.alibi_stride + h) * -LOG2E
@@ -172,7 +185,7 @@ def scores(qk, i, j, inside, b, h, keys, offset, opts):
     unmodified = s
     if opts.score_mod is not None:
         unmodified = s * LN2
-        i_inside, j_inside = clipped(i, j, keys, offset)
+        i_inside, j_inside = clipped(i, j, problem)
         s = opts.score_mod(unmodified, b, h, i_inside, j_inside, opts.aux) * LOG2E
     if opts.mask is not None:
         keep = tl.load(_element(opts.mask, opts.mask_strides, b, h, i, j), mask=inside, other=0)
@@ -181,9 +194,9 @@ def scores(qk, i, j, inside, b, h, keys, offset, opts):
 
 
 @triton.jit
-def clipped(i, j, keys, offset):
+def clipped(i, j, problem):
     """Query and key indices of tiles that reach beyond the last ones: a score_mod may use them as addresses."""
-    return tl.minimum(i, keys - offset - 1), tl.minimum(j, keys - 1)
+    return tl.minimum(i, problem.keys - problem.offset - 1), tl.minimum(j, problem.keys - 1)
 
 
 @triton.jit

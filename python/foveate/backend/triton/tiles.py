@@ -5,7 +5,9 @@ Such a tile is two parts, of a power of two each: 96 = 64 + 32, 80 = 64 + 16, 19
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -29,6 +31,19 @@ def parts(width: int, halves: bool = False) -> tuple[int, int]:
     if first >= 16 and first + second < whole:
         return first, second
     return (first, first) if halves and first >= 16 else (whole, 0)
+
+
+class Width(NamedTuple):
+    """A head dim and the widths of its two parts, each a tl.constexpr."""
+
+    whole: Any
+    first: Any
+    second: Any  # 0 where one part is enough
+
+
+@functools.lru_cache(maxsize=256)
+def width(dim: int, halves: bool = False) -> Width:
+    return Width(tl.constexpr(dim), *map(tl.constexpr, parts(dim, halves)))
 
 
 @triton.jit
@@ -63,10 +78,11 @@ def load_part(base, rows, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: 
 
 
 @triton.jit
-def load(base, rows, valid, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr):
-    x0 = load_part(base, rows, valid, 0, W0, DIM, CHECK)
-    if W1 > 0:
-        return x0, load_part(base, rows, valid, W0, W1, DIM, CHECK)
+def load(base, rows, valid, width, CHECK: tl.constexpr):
+    """Both parts of a tile, [rows, width.first] and [rows, width.second]."""
+    x0 = load_part(base, rows, valid, 0, width.first, width.whole, CHECK)
+    if width.second > 0:
+        return x0, load_part(base, rows, valid, width.first, width.second, width.whole, CHECK)
     else:
         return x0, x0  # a function returns tensors only; nothing uses this one
 
@@ -79,10 +95,10 @@ def store_part(base, rows, valid, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, D
 
 
 @triton.jit
-def store(base, rows, valid, x0, x1, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr):
-    store_part(base, rows, valid, x0, 0, W0, DIM)
-    if W1 > 0:
-        store_part(base, rows, valid, x1, W0, W1, DIM)
+def store(base, rows, valid, x0, x1, width):
+    store_part(base, rows, valid, x0, 0, width.first, width.whole)
+    if width.second > 0:
+        store_part(base, rows, valid, x1, width.first, width.second, width.whole)
 
 
 @triton.jit
@@ -106,10 +122,10 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def dot_rows(a0, a1, b0, b1, W1: tl.constexpr):
+def dot_rows(a0, a1, b0, b1, width):
     """a @ b.T over both parts, fp32; of fp32 each part's sum by itself."""
     x = dot(a0, tl.trans(b0), tl.zeros([a0.shape[0], b0.shape[0]], tl.float32))
-    if W1 > 0:
+    if width.second > 0:
         if a0.dtype == tl.float32:
             x += dot(a1, tl.trans(b1), tl.zeros([a0.shape[0], b0.shape[0]], tl.float32))
         else:
@@ -118,10 +134,10 @@ def dot_rows(a0, a1, b0, b1, W1: tl.constexpr):
 
 
 @triton.jit
-def add_product(x0, x1, a, b0, b1, W1: tl.constexpr):
+def add_product(x0, x1, a, b0, b1, width):
     """x + a @ b for both parts of b, with a rounded to b's dtype."""
     a = to(a, b0.dtype)
     x0 = dot(a, b0, x0)
-    if W1 > 0:
+    if width.second > 0:
         x1 = dot(a, b1, x1)
     return x0, x1
