@@ -23,7 +23,7 @@ KvCacheParams heads_of(KvCacheParams p, int64_t b, int64_t head, int64_t heads) 
   return p;
 }
 
-// q and k of every token are normed, or turned and normed, before any is attended to: norms over all heads need them together.
+// q and k of every token are normed, or rotated and normed, before any is attended to: norms over all heads need them together.
 bool norms_first(const AttentionPart& a) { return a.norms_after_rotary || a.q_norm.joint || a.k_norm.joint; }
 
 // Heads [first, first + heads) of `tokens` tokens, in place.

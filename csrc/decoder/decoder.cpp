@@ -45,7 +45,7 @@ Decoder::Decoder(const DecoderSizes& sizes, const Norm& final_norm, const std::v
     const int64_t positions = table.cos.defined() ? table.cos.shape[0] : 0, pairs = table.cos.defined() ? table.cos.shape[1] : 0;
     for (const TensorView* t : {&table.cos, &table.sin})
       expect(*t, "a rotary table").rank(2).contiguous().dtype(DType::kFloat32).size(0, positions).size(1, pairs);
-    check(pairs >= 1 && 2 * pairs <= sizes.head_dim, "a rotary table turns ", 2 * pairs, " elements, the head dim is ", sizes.head_dim);
+    check(pairs >= 1 && 2 * pairs <= sizes.head_dim, "a rotary table rotates ", 2 * pairs, " elements, the head dim is ", sizes.head_dim);
   }
 }
 

@@ -28,7 +28,7 @@ struct RotaryTable {
   TensorView cos, sin;  // fp32 [positions, pairs]
 };
 
-// Of the heads of q or k. joint: over all heads of a token together; own_weights: weights [heads, head_dim], of each head its own.
+// The norm of the heads of q or k. joint: over all heads of a token together; own_weights: each head has weights, [heads, head_dim].
 struct HeadNorm {
   Norm norm = {};  // kind kNone: none
   bool joint = false, own_weights = false;

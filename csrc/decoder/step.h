@@ -23,7 +23,7 @@ struct StepNeeds {
   void add(const DecoderLayer& layer, const DecoderSizes& sizes);
 };
 
-// Of one chunk of tokens; rows are those of all its tokens' experts, sorted by expert.
+// Memory for one chunk of tokens; rows are those of all its tokens' experts, sorted by expert.
 struct ExpertMemory {
   float *normed = nullptr, *logits = nullptr, *weights = nullptr;  // [tokens, hidden], [tokens, experts], [tokens, per_token]
   int32_t *chosen = nullptr, *row_of = nullptr, *token_of = nullptr;  // [tokens, per_token] twice, [rows]

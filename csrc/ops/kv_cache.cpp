@@ -167,7 +167,7 @@ void read_rotary(KvCacheParams& p, const TensorView& cos, const TensorView& sin,
   if (!cos.defined()) return;
   expect(cos, "rotary_cos").rank(2).contiguous();
   p.rotary_positions = cos.shape[0], p.rotary_pairs = cos.shape[1], p.rotary_dtype = cos.dtype;
-  check(2 * p.rotary_pairs <= p.head_dim, "rotary_cos turns ", 2 * p.rotary_pairs, " elements, the head dim is ", p.head_dim);
+  check(2 * p.rotary_pairs <= p.head_dim, "rotary_cos rotates ", 2 * p.rotary_pairs, " elements, the head dim is ", p.head_dim);
   check(cos.dtype == DType::kFloat32 || cos.dtype == p.dtype, "rotary_cos is ", name(cos.dtype), ", expected float32 or ", name(p.dtype));
   expect(sin, "rotary_sin").shape({p.rotary_positions, p.rotary_pairs}).contiguous().dtype(cos.dtype);
   if (p.rotary_pairs > 0) p.rotary_cos = cos.data, p.rotary_sin = sin.data, p.rotary_interleaved = interleaved;

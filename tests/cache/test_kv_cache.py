@@ -364,7 +364,7 @@ BAD = [
     ),
     (changed(PAGED, block_table=torch.tensor([[0, 1, -1]] * 2).int()), r"block_table\[0, 2\] = -1 is not a page"),
     (changed(KvCase(rotary=4), rotary_sin=None), "rotary_cos and rotary_sin must be given together"),
-    (changed(KvCase(rotary=17)), "turns 2 \\* 17 elements of each head, but the head dim is 32"),
+    (changed(KvCase(rotary=17)), "rotates 2 \\* 17 elements of each head, but the head dim is 32"),
     (changed(KvCase(rotary=4, rotary_dtype=F16)), "they must be float32 or torch.float32"),
     (changed(KvCase(rotary=4), rotary_sin=lambda i: i.options["rotary_sin"][1:]), r"both must be \[max_pos, rot / 2\]"),
     (

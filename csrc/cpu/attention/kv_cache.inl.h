@@ -41,7 +41,7 @@ FOVEATE_INLINE void load_floats(float* out, const void* in, int64_t begin, int64
     load_floats<f16>(out, in, begin, n);
 }
 
-// Turns the pairs (x[c], x[c + pairs]), or (x[2c], x[2c + 1]) when interleaved, by the angles of one position. x: [>= 2 * pairs]
+// Rotates the pairs (x[c], x[c + pairs]), or (x[2c], x[2c + 1]) when interleaved, by the angles of one position. x: [>= 2 * pairs]
 FOVEATE_INLINE void rotate_row(float* x, const float* cos, const float* sin, int64_t pairs, bool interleaved) {
   const int64_t step = interleaved ? 2 : 1, other = interleaved ? 1 : pairs;
   for (int64_t c = 0; c < pairs; ++c) {

@@ -35,7 +35,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """Of the CPU and what runs on it, short: "AMD EPYC, avx512_bf16"."""
+        """The CPU and the instruction set that runs on it, short: "AMD EPYC, avx512_bf16"."""
         cpu = re.sub(r"\((r|tm|c)\)|\b(cpu|processor|\d+-core)\b|@.*", " ", self.cpu, flags=re.IGNORECASE)
         return f"{' '.join(cpu.split()) or 'CPU'}, {self.cpu_target}"
 

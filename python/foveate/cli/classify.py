@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "classify",
         help="the class of each text",
-        description="Sorts texts into the classes of a model.",
+        description="Classifies texts by the classes of a model.",
         epilog=_EXAMPLES,
     )
     add_encoder_option(parser)

@@ -46,7 +46,7 @@ last/ and best/ (models that every command takes; under LoRA adapters in peft's 
 
 Ctrl-C or SIGTERM ends a run after the step that is under way, with a checkpoint.
 
-exit status: 0, 1 after an error (no data, a loss that is no number, a full disk, ...), 2 for wrong arguments, 130 after Ctrl-C, 143
+exit status: 0, 1 after an error (no data, a non-finite loss, a full disk, ...), 2 for wrong arguments, 130 after Ctrl-C, 143
 after SIGTERM
 """
 

@@ -67,7 +67,7 @@ def writing(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def documents_or_texts(args: argparse.Namespace) -> list[str]:
-    """Of the files DOCUMENT as wholes, or what `lines_or_texts` reads."""
+    """The files DOCUMENT, each as one text, or what `lines_or_texts` reads."""
     if not args.documents:
         return lines_or_texts(args)
     if args.text is not None or args.file is not None:

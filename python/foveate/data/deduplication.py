@@ -38,7 +38,7 @@ def units(text: str, unit: str, min_words: int) -> list[tuple[int, int]]:
 
 
 class Signatures:
-    """Of the units of documents, in order: lengths, 128-bit hashes of their words, and MinHash signatures if permutations > 0."""
+    """What is compared of documents' units, in order: lengths, 128-bit hashes of words, and MinHash signatures if permutations > 0."""
 
     def __init__(self, field: str, unit: str, min_words: int, ngram: int, permutations: int, seed: int) -> None:
         self.field, self.unit, self.min_words, self.ngram = field, unit, min_words, ngram

@@ -100,7 +100,7 @@ def bar(description: str, total: float, shown: bool) -> ProgressBar:
 
 @dataclass
 class _Work:
-    """Of one chunk, in a worker."""
+    """The work on one chunk, in a worker."""
 
     step: Step
     formats: list[Format]

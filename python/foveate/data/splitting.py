@@ -54,7 +54,7 @@ class Split:
 
 
 class _Strata:
-    """Of each document: the number of its name, and its class."""
+    """The number of each document's name, and its class."""
 
     def __init__(self, step: Split, stratify: str, bad_rows: str) -> None:
         self.step, self.stratify, self.bad_rows = step, stratify, bad_rows

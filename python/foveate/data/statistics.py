@@ -25,7 +25,7 @@ _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 class _Count:
-    """Of a chunk, in a worker: sums, a histogram of lengths, hashes of the texts."""
+    """The statistics of a chunk, in a worker: sums, a histogram of lengths, hashes of the texts."""
 
     def __init__(self, field: str, bad_rows: str, tokenizer: str | None, languages: bool) -> None:
         self.field, self.bad_rows, self.tokenizer, self.languages = field, bad_rows, tokenizer, languages

@@ -39,7 +39,7 @@ def pyarrow() -> Any:
 
 
 class Format(NamedTuple):
-    """Of an output file. Compressed parts that follow one another are one file, in each of the compressions."""
+    """The format of an output file. Compressed parts that follow one another are one file, in each of the compressions."""
 
     kind: str
     compression: str | None
@@ -67,7 +67,10 @@ class Format(NamedTuple):
         return self.kind in _TABLES
 
     def encode(self, rows: Iterable[Fields], field: str, lines: bool) -> bytes:
-        """Of a format that needs no columns; empty for no rows. field: what a text file holds of a row. lines: a document in each line."""
+        """The bytes of rows in a format that needs no columns; empty for no rows.
+
+        field: what a text file holds of a row. lines: a document in each line.
+        """
         if self.kind == ".txt":
             data = "".join(_line(row[field]) if lines else _document(row, field) for row in rows).encode()
         else:
@@ -78,7 +81,7 @@ class Format(NamedTuple):
         return _COMPRESS[self.compression](data) if self.compression else data
 
     def write_table(self, file: Path, batches: Callable[[], Iterator[list[dict[str, Any]]]]) -> None:
-        """Of a format that needs all columns. batches: a new iterator over the rows, at each call."""
+        """Writes a file in a format that needs all columns. batches: a new iterator over the rows, at each call."""
         if self.kind == ".parquet":
             _write_parquet(file, batches)
             return

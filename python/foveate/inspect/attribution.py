@@ -33,7 +33,7 @@ class Subject:
             return self.parts.embedding(self._tokens).detach()
 
     def outputs(self, embeddings: Tensor) -> Any:
-        """Of n texts with these embeddings [n, tokens, size]: hidden states [n, tokens, hidden] of a causal or masked language model,
+        """The outputs for n texts with these embeddings [n, tokens, size]: hidden states [n, tokens, hidden] of a language model,
         logits [n, classes], or the logits of start and end, [n, tokens] each. Differentiable."""
         model, n, S = self.parts.model, embeddings.shape[0], len(self.ids)
         if self.parts.kind == "causal":

@@ -43,7 +43,7 @@ class Parts:
 
 
 def parts_of(model: Any) -> Parts:
-    """Of a model of foveate.models, or of what an LLM runs. ValueError for another one."""
+    """The parts of a model of foveate.models, or of what an LLM runs. ValueError for another one."""
     if not isinstance(model, nn.Module):  # a NativeDecoder stands before the modules that it was built from
         model = getattr(model, "model", model)
     kind = next((name for name, classes in _HEADS if isinstance(model, classes)), "encoder")

@@ -23,7 +23,7 @@ from foveate.ops.rotary import apply_rotary
 
 
 class Recorder:
-    """Of one text of `tokens` tokens, whose forward pass may come in chunks: `first` is where the one that runs begins.
+    """Records one text of `tokens` tokens, whose forward pass may come in chunks: `first` is where the one that runs begins.
 
     attention: fp32 [layers, heads, rows, tokens] on the CPU. stream: fp32 [layers of the model + 1, rows, hidden], the first one what
     the first layer reads. queries, keys: of each layer with its options, kept for a rollout.

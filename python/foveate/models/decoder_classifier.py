@@ -1,4 +1,4 @@
-"""A decoder of decoder_families.py that sorts texts into classes by its last token: reward models, rerankers, classifiers."""
+"""A decoder of decoder_families.py that classifies texts by its last token: reward models, rerankers, classifiers."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class LlamaConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
-    # Of each head of q and k: "" for none; "rms", "layer" and "layer_bias" over the head dim; "rms_all" over all heads together;
+    # The norm of each head of q and k: "" for none; "rms", "layer" and "layer_bias" over the head dim; "rms_all" over all heads together;
     # "layer_heads" with weights of each head's own
     qk_norm: str | bool = ""
     qk_norm_after_rope: bool = False
@@ -81,7 +81,7 @@ class LlamaConfig:
             raise CheckpointError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
         head_dim = config.get("head_dim") or hidden // heads
         if head_dim % 2 and not family.without_rope:
-            raise CheckpointError(f"head_dim={head_dim} is odd; RoPE turns pairs of elements")
+            raise CheckpointError(f"head_dim={head_dim} is odd; RoPE rotates pairs of elements")
         config |= {"head_dim": head_dim, "num_key_value_heads": config.get("num_key_value_heads") or heads}
         rope, local = _rope(config)
         positions = need(config, "max_position_embeddings")
@@ -124,7 +124,7 @@ class LlamaConfig:
 
     @property
     def head_dim_v(self) -> int:
-        """Of the cache's values."""
+        """The head dim of the cache's values."""
         return self.head_dim if self.latent is None else self.latent.rank
 
     def experts_of(self, layer: int) -> ExpertsConfig | None:
@@ -138,7 +138,7 @@ class LlamaConfig:
 
 
 def _four_times(config: dict[str, Any]) -> int:
-    """Of hidden_size, in families whose configs do not say how wide their MLP is."""
+    """The width of the MLP: 4 * hidden_size in families whose configs do not say it."""
     return (
         4 * config["hidden_size"]
         if config["model_type"] in ("bloom", "mpt", "gptj", "gpt_neo", "falcon")

@@ -42,7 +42,7 @@ class EncoderDecoder(nn.Module):
         raise NotImplementedError
 
     def cross_attention(self) -> Sequence[CrossAttention]:
-        """Of each layer of the decoder."""
+        """The cross-attention of each layer of the decoder."""
         raise NotImplementedError
 
     @property
@@ -52,7 +52,7 @@ class EncoderDecoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of a norm's weight, which is never packed."""
+        """The device of a norm's weight, which is never packed."""
         norms = (p for name, p in self.named_parameters() if "norm" in name)
         return next(norms).device
 

@@ -33,7 +33,7 @@ def deepseek(config: dict[str, Any]) -> dict[str, Any]:
         config.get("q_lora_rank"),
     )  # fmt: skip
     if latent.rope % 2:
-        raise CheckpointError(f"qk_rope_head_dim={latent.rope} is odd; RoPE turns pairs of elements")
+        raise CheckpointError(f"qk_rope_head_dim={latent.rope} is odd; RoPE rotates pairs of elements")
     bias = bool(config.get("attention_bias"))
     found: dict[str, Any] = {
         "latent": latent, "num_kv_heads": 1, "head_dim": latent.rope + latent.rank, "rotary_dim": latent.rope,

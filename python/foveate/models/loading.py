@@ -308,7 +308,7 @@ def _say_what_was_expanded(weights: Weights, dtype: torch.dtype, where: str) -> 
 
 
 def _is_mxfp4(config: dict[str, Any]) -> bool:
-    """Of gpt-oss, as it is published."""
+    """Whether the experts are in MXFP4, as gpt-oss is published."""
     settings = config.get("quantization_config") or {}
     return config.get("model_type") == "gpt_oss" and settings.get("quant_method") == "mxfp4"
 

@@ -62,7 +62,7 @@ class NativeDecoder:
         self._long = self._has_long_factors()
 
     def _has_long_factors(self) -> bool:
-        """Of RoPE, see Llama.set_context."""
+        """Whether RoPE runs with its factors for long texts, see Llama.set_context."""
         return isinstance(self.model, Llama) and self.model.rotary.long
 
     def __getstate__(self) -> dict[str, Any]:

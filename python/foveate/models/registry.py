@@ -158,7 +158,7 @@ def find(model_type: Any) -> Architecture | None:
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """Of a config.json. CheckpointError for an unknown one, with those that are known."""
+    """The architecture of a config.json. CheckpointError for an unknown one, with those that are known."""
     found = find(config.get("model_type"))
     if found is None:
         known = sorted(model_types())
@@ -172,7 +172,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def model_types(**wanted: Any) -> list[str]:
-    """Of the architectures whose fields have these values, or that list them; all without."""
+    """The model types of the architectures whose fields have these values, or list them; without values of all."""
     chosen = [a for a in ARCHITECTURES if all(_has(getattr(a, name), value) for name, value in wanted.items())]
     return [kind for a in chosen for kind in a.exported_as]
 

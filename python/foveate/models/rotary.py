@@ -39,7 +39,7 @@ class Rotary:
         """cos, sin on the device, of the first `length` positions at least, all if None; fp64 for models in fp64, fp32 for all others.
 
         Computed as far as they are asked for: a config that says 10 million positions must not cost gigabytes by itself.
-        cached: for steps with a cache, whose keys were turned by an earlier table: there `long` alone says which factors serve.
+        cached: for steps with a cache, whose keys were rotated by an earlier table: there `long` alone says which factors serve.
         """
         dtype = dtype if dtype is torch.float64 else torch.float32
         needed = self.max_positions if length is None else min(length, self.max_positions)
@@ -134,7 +134,7 @@ def _yarn(theta: float, exponents: Tensor, scaling: dict[str, Any], max_position
         raise CheckpointError(f"rope_theta={theta} with rope_scaling of type 'yarn' must be above 1")
 
     def element(turns: float) -> float:
-        """Which element turns so often within the first context."""
+        """Which element rotates so often within the first context."""
         return rot * math.log(first_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = element(scaling.get("beta_fast") or 32), element(scaling.get("beta_slow") or 1)

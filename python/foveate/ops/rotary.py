@@ -33,7 +33,7 @@ register("apply_rotary", "reference", lambda query: None)
 def apply_rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding: turns pairs (a, b) of the first `rot` elements of each head to (a cos - b sin, b cos + a sin).
+    """Rotary position embedding: rotates pairs (a, b) of the first `rot` elements of each head to (a cos - b sin, b cos + a sin).
 
     q: [B, S, Hq, D]; k: [B, S, Hkv, D]; one dtype of float32, bfloat16, float16 (computed in fp32) or float64. cos, sin:
     [S, rot / 2] or [B, S, rot / 2] with rot <= D, in q's dtype or the compute dtype. A pair is (x[c], x[c + rot / 2]), or
@@ -95,7 +95,7 @@ def _rotary_fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-# inverse turns back, which is the gradient.
+# inverse rotates back, which is the gradient.
 _apply_rotary = library.define(
     "apply_rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse, "
     "str backend='native') -> (Tensor q_out, Tensor k_out)",

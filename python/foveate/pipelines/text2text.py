@@ -142,7 +142,7 @@ class Text2Text:
 
     @property
     def max_source_tokens(self) -> int | None:
-        """Of one text; None: any number."""
+        """The most tokens of one text; None: any number."""
         return getattr(self.model.config, "max_positions", None)
 
     def _sources(self, params: Text2TextParams, texts: Sequence[str], truncate: bool = False) -> list[list[int]]:
@@ -331,7 +331,7 @@ class Text2Text:
         )  # fmt: skip
 
     def _bad_words(self, params: Text2TextParams) -> Callable[[Sequence[int]], list[int]] | None:
-        """Of any output: the rows of a beam search are not those of the step before."""
+        """The ids that may not follow the given ones; by whole outputs, as the rows of a beam search are not those of the step before."""
         if not params.bad_words:
             return None
         words = BadWords(params.bad_words, self.tokenizer)

@@ -70,9 +70,9 @@ def mxfp4_scale(e: Tensor, used: Tensor) -> Tensor:
     return torch.exp2(torch.where(used, e, 128).float() - 128).half().contiguous().view(torch.uint8)
 
 
-# Of the types with codebooks: where d lies in a block, the bytes of d = 1, what d is divided by, and the scales as integers.
+# The types with codebooks: where d lies in a block, the bytes of d = 1, what d is divided by, and the scales as integers.
 def _scales_in_words(at: int) -> Callable[[Tensor], Tensor]:
-    """Of 32 weights each, in the upper four bits of words."""
+    """Reads scales of 32 weights each, in the upper four bits of words."""
 
     def scales(blocks: Tensor) -> Tensor:
         words = blocks[:, at + 3 :: 8] if at == 6 else blocks[:, at + 3 :: 4]

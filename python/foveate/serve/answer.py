@@ -58,7 +58,7 @@ class Writer:
 
 
 class OfChoices(Writer):
-    """Of chunks that are the same but for their one choice, so the rest of them is encoded once.
+    """Writes chunks that are the same but for their one choice, so the rest of them is encoded once.
 
     head: what a chunk, and a whole answer, has beside its choices. usage: whether it is asked for; then chunks have it as null.
     """

@@ -57,7 +57,7 @@ class FillInTheMiddle:
                 param,
             )
         self._tokenizer = tokenizer
-        # Of families with the same three, the one whose tokens for files the model has.
+        # Among families with the same three, the one whose tokens for files the model has.
         found = max(fitting, key=lambda row: sum(token is not None for token in row))
         self._prefix, self._suffix, self._middle, self._repository, self._file = found
         self.stops = [token for token in found if token is not None]

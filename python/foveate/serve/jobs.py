@@ -93,7 +93,7 @@ class Call:
 
     @property
     def most_tokens(self) -> int:
-        """Of prompts and, as far as they have a limit, of outputs."""
+        """The tokens of prompts and, as far as they have a limit, of outputs."""
         new = sum(job.params.samples * (job.params.max_tokens or 0) for job in self.jobs)
         return self.prompt_tokens + new
 

@@ -72,7 +72,7 @@ class Key:
             raise _limited(f"this key may make {self.requests.per_minute:g} requests a minute", wait)
 
     def reserve(self, tokens: int) -> None:
-        """Of the minute's tokens. ApiError 429 when they are used up, 400 when a minute never has so many."""
+        """Takes tokens from the minute's. ApiError 429 when they are used up, 400 when a minute never has so many."""
         if self.tokens is None:
             return
         if tokens > self.tokens.per_minute:

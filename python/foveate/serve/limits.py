@@ -41,7 +41,7 @@ class Turns:
         self._ends: dict[str, float] = {}
 
     def tag(self, key: str, cost: float) -> float:
-        """Of a new request. Those of one key are in their order."""
+        """The place of a new request among those that wait; requests of one key keep their order."""
         start = max(self._now, self._ends.get(key, 0.0))
         self._ends = {name: end for name, end in self._ends.items() if end > self._now}
         self._ends[key] = start + cost

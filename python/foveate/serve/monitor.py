@@ -109,7 +109,7 @@ class History:
         return None if found is None or span <= 0 else found / span
 
     def quantile(self, name: str, q: float, **labels: str) -> float | None:
-        """Of a histogram's observations in the span, linear within a bucket; None without any."""
+        """The quantile of a histogram's observations in the span, linear within a bucket; None without any."""
         bounds = {has["le"] for has, _ in self.now.samples.get(f"{name}_bucket", ())}
         counts = [(float(le), self.increase(f"{name}_bucket", le=le, **labels) or 0.0) for le in bounds]
         counts.sort()

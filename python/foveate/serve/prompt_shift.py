@@ -74,7 +74,7 @@ class PromptShift:
         self._table = script_table(tokenizer)
 
     def share_scripts(self, other: PromptShift) -> None:
-        """Of another model with the same tokenizer."""
+        """Takes the table of another model with the same tokenizer."""
         self._table = other._table
 
     def add(self, tokens: Sequence[int]) -> None:
@@ -92,7 +92,7 @@ class PromptShift:
             self._recent.append((length, scripts))
 
     def indices(self) -> tuple[float, float]:
-        """Of lengths and of scripts; 0 and 0 while there are too few prompts to say."""
+        """How far lengths and scripts have shifted; 0 and 0 while there are too few prompts to say."""
         if self._missing or len(self._recent) < min(_FEWEST, self._window):
             return 0.0, 0.0
         lengths = np.bincount([length for length, _ in self._recent], minlength=_LENGTH_BINS)

@@ -34,7 +34,7 @@ def repeats_itself(tokens: Sequence[int]) -> bool:
 
 
 class ModelQuality:
-    """Of one model: windows of its last replies, prompts and tokens."""
+    """The quality of one model: windows of its last replies, prompts and tokens."""
 
     def __init__(self, owner: Quality, reference: dict[str, list[float]] | None = None) -> None:
         self._owner = owner
@@ -81,7 +81,7 @@ EXPLAINED = {
 
 
 class Quality:
-    """Of all models, and which answers can be rated."""
+    """The quality of all models, and which answers can be rated."""
 
     def __init__(self, reference_file: Path | None = None) -> None:
         self._references = {} if reference_file is None else read_references(reference_file)

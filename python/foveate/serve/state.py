@@ -56,7 +56,7 @@ class ServerState:
         self._encoder_pool = ThreadPoolExecutor(1, thread_name_prefix="foveate-encoder")
         self._encoding = 0
         self.inspecting = asyncio.Lock()  # an inspection keeps keys and values of its own, so there is one at a time
-        # Of its own, so that a grammar that takes for ever holds up other grammars only.
+        # A pool of its own: a grammar that takes for ever holds up other grammars only.
         self._grammar_pool = ThreadPoolExecutor(1, thread_name_prefix="foveate-grammar")
         self.started = time.time()
         self.draining = False

@@ -71,7 +71,7 @@ class TokenProbe:
 
 
 def _look(logits: Tensor, token: int) -> tuple[float, float]:
-    """Of one row, so that a CPU keeps it in its caches: four at once take three times as long as one after the other."""
+    """Log-probability and entropy in one row, which stays in a CPU's caches: four at once take three times as long as four by turns."""
     logprobs = logits.float().log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum()  # 0 for a probability of 0, not NaN
     return float(logprobs[token]), float(entropy)

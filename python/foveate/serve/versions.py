@@ -23,7 +23,7 @@ def candidate_name(model: str) -> str:
 
 
 class Versions:
-    """Of all models of a server. Both versions are in memory until the last request of the old one has ended."""
+    """The versions of all models of a server. Both versions are in memory until the last request of the old one has ended."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state

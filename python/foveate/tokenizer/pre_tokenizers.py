@@ -113,7 +113,7 @@ def kind_of(name: str) -> Kind | None:
 
 
 def pre_tokenizer(name: str) -> Any:
-    """Of the tokenizers library. CheckpointError for an unknown name."""
+    """A pre-tokenizer of the tokenizers library. CheckpointError for an unknown name."""
     kind = kind_of(name)
     if kind is None:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Rotary position embedding: one program turns some heads of one token."""
+"""Rotary position embedding: one program rotates some heads of one token."""
 
 from __future__ import annotations
 

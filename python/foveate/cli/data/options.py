@@ -92,7 +92,7 @@ def print_counts(
 
 
 def _written(found: Mapping[str, Any]) -> list[str]:
-    """Of the commands that remove."""
+    """Lines about what a command that removes has done."""
     seconds, size = max(found["seconds"], 1e-3), found["bytes_in"]
     lines = [
         f"{found['documents']:,} documents: {found['kept']:,} kept ({found['changed']:,} changed), {found['removed']:,} removed",
@@ -124,7 +124,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def numbers(given: list[str] | None, flag: str) -> dict[str, float]:
-    """Of NAME=NUMBER, ..."""
+    """{NAME: NUMBER} of the texts NAME=NUMBER."""
     found: dict[str, float] = {}
     for text in given or []:
         name, _, value = text.rpartition("=")

@@ -47,7 +47,7 @@ class Features:
         return np.array(ids, np.uint64) * np.uint64(0xD6E8FEB86659FD93)
 
     def duplicates(self, parts: list[str]) -> tuple[float, float]:
-        """Of lines or paragraphs that were there before: their share in number, and in characters."""
+        """The fractions that repeated lines or paragraphs have, by number and by characters."""
         seen: set[str] = set()
         again = characters = total = 0
         for part in parts:

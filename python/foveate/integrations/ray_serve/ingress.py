@@ -96,7 +96,7 @@ async def _until_left(receive: Any, answer: Any) -> None:
 
 
 async def _end_lost(headers: list[Any], send: Any) -> None:
-    """Of an answer whose replica died in the middle: a stream of events ends with the error, which clients raise; another is cut."""
+    """Ends an answer whose replica died in the middle: a stream of events with the error, which clients raise; another is cut."""
     if not any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers):
         raise ConnectionError("the replica died in the middle of its answer")
     lost = ApiError(503, "the replica that wrote this answer died; send the request again", code="replica_lost")

@@ -98,7 +98,7 @@ _OF_THE_WHOLE = (*SPECIAL_IDS, "tie_word_embeddings", "dtype", "torch_dtype", "q
 
 
 def _text_part(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Of a model that reads pictures or sounds too (Gemma 3, LLaVA, ...), if the text part is of a known architecture; else the config."""
+    """The config of the text part of a model that reads pictures or sounds too (Gemma 3, LLaVA, ...), if it is known; else the config."""
     text = config.get("text_config")
     if not isinstance(text, dict) or find(config.get("model_type")) is not None or find(text.get("model_type")) is None:
         return config

@@ -31,14 +31,14 @@ _ROPE_KEYS: dict[str, Rule] = {
 }  # fmt: skip
 _ROPE = mapping(_ROPE_KEYS | {"full_attention": mapping(_ROPE_KEYS), "sliding_attention": mapping(_ROPE_KEYS)})
 
-# Of config.json that a file has whatever its architecture: checked when it is opened.
+# Keys of config.json that a file has whatever its architecture: checked when it is opened.
 SPECIAL_IDS = {"eos_token_id": _IDS, "bos_token_id": _IDS, "pad_token_id": _ID, "decoder_start_token_id": _ID}
 ANY_CONFIG: dict[str, Rule] = SPECIAL_IDS | {
     "model_type": text(), "architectures": list_of(text(), 64), "quantization_config": mapping(), "compression_config": mapping(),
     "quantization": mapping(),
 }  # fmt: skip
 
-# Of config.json for the architectures that are known.
+# Keys of config.json for the architectures that are known.
 CONFIG: dict[str, Rule] = ANY_CONFIG | {
     "dtype": _DTYPE, "torch_dtype": _DTYPE, "vocab_size": integer(1, 2**24),
     "hidden_size": _SIZE, "n_embd": _SIZE, "d_model": _SIZE, "intermediate_size": _SIZE, "n_inner": _SIZE, "d_ff": _SIZE,

@@ -112,7 +112,7 @@ def _remove(path: Path) -> None:
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Of most of the weights that GGUF has a type for; bfloat16 where they are of other libraries' formats."""
+    """The dtype of most of the weights, if GGUF has a type for it; bfloat16 where they are of other libraries' formats."""
     weights = checkpoint.weights()
     sizes: dict[torch.dtype, int] = {}
     for name in weights.names():

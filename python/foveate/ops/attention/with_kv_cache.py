@@ -302,7 +302,9 @@ def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
     if cos.dtype not in (torch.float32, q.dtype):
         raise DtypeError(f"rotary_cos and rotary_sin are {cos.dtype}; they must be float32 or {q.dtype}, as q is")
     if 2 * cos.shape[1] > q.shape[3]:
-        raise ValueError(f"rotary_cos turns 2 * {cos.shape[1]} elements of each head, but the head dim is {q.shape[3]}")
+        raise ValueError(
+            f"rotary_cos rotates 2 * {cos.shape[1]} elements of each head, but the head dim is {q.shape[3]}"
+        )
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         _check_device(name, x, q)
         if not x.is_contiguous():

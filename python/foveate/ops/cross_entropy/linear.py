@@ -177,8 +177,8 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 def _chunks(
     target: Tensor, vocab: int, itemsize: int, ignore_index: int, backend: str = "native"
 ) -> Iterator[Tensor | slice]:
-    """The rows of the tokens that are not ignored, chunk by chunk; but of all tokens for triton and on a GPU, where to know them
-    is to wait for the device."""
+    """The rows of the tokens that are not ignored, chunk by chunk; those of all tokens for triton and on a GPU, where reading the
+    target would force a device sync."""
     tokens = max(_MIN_CHUNK_TOKENS, (_CHUNK_BYTES if target.is_cpu else _GPU_CHUNK_BYTES) // (vocab * itemsize))
     outside = ((target < 0) | (target >= vocab)) & (target != ignore_index)
     if target.is_cpu and outside.any():

@@ -75,7 +75,7 @@ class TrainedModel:
 
 
 def _is_constant(model: Any, name: str) -> bool:
-    """Of a weight that belongs to the checkpoint and is never trained."""
+    """Whether a weight belongs to the checkpoint and is never trained."""
     constants = getattr(model, "constants", None)
     return constants is not None and constants.fullmatch(name) is not None
 

@@ -32,7 +32,7 @@ def started(
     """
     if not dist.is_available():
         raise ValueError(
-            "this torch is built without torch.distributed; install one that has it, or train in one process"
+            "this PyTorch is built without torch.distributed; install one that has it, or train in one process"
         )
     missing = [variable for variable in _TORCHRUN if variable not in os.environ]
     if missing:
