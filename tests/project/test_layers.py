@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -119,6 +120,13 @@ def test_every_folder_has_a_layer() -> None:
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     files = {p.stem for p in PACKAGE.glob("*.py")}
     assert folders | files <= set(HEIGHT) | ROOT
+
+
+def test_the_design_names_the_layers_in_this_order() -> None:
+    text = (PACKAGE.parents[1] / "docs" / "develop" / "design.md").read_text()
+    block = text[text.index("python/foveate/  imports") : text.index("```", text.index("python/foveate/  imports"))]
+    rows = [set(re.findall(r"\b([a-z_]+)(?:/|\.py)", line)) for line in block.splitlines()[1:]]
+    assert [row - {"triton", "reference"} for row in rows] == [set(names) for names in LAYERS]
 
 
 def test_imports_run_downward() -> None:
