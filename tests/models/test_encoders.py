@@ -39,6 +39,21 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mpnet": {},  # transformers has 32 buckets whatever the config says
     "electra": {"embedding_size": 20},
     "albert": {"embedding_size": 20, "num_hidden_groups": 2, "hidden_act": "gelu_new"},
+    "deberta": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "max_relative_positions": 6,
+        "pad_token_id": 0,
+    },
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": "p2c|c2p",
+        "position_buckets": 4,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_biased_input": False,
+        "pad_token_id": 0,
+    },
     "modernbert": {
         "local_attention": 6,
         "global_attn_every_n_layers": 2,
@@ -47,6 +62,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
 }
 HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+OWN_CLASSES = {"deberta": "Deberta", "deberta-v2": "DebertaV2", "modernbert": "ModernBert"}
 LENGTHS = (7, 11, 4)
 
 
@@ -57,14 +73,14 @@ def theirs(model_type: str, head: str) -> Any:
         sizes = {k: v for k, v in sizes.items() if not k.startswith("num_") or k == "num_labels"}
     sizes["num_labels"] = 2 if head == "ForQuestionAnswering" else 3
     config = transformers.AutoConfig.for_model(model_type, **sizes, attn_implementation="eager")
-    classes = FAMILIES[model_type].classes if model_type in FAMILIES else "ModernBert"
+    classes = FAMILIES[model_type].classes if model_type in FAMILIES else OWN_CLASSES[model_type]
     model = getattr(transformers, f"{classes}{head}")(config)
     randomize(model)
     return model.eval()
 
 
 def test_every_family_has_a_case() -> None:
-    assert set(CHANGES) == {*FAMILIES, "modernbert"} == set(model_types(heads=True))
+    assert set(CHANGES) == {*FAMILIES, *OWN_CLASSES} == set(model_types(heads=True))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -117,7 +133,7 @@ def test_the_encoder_of_a_checkpoint_with_a_head(model_type: str, tmp_path: Path
     other.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     spare = {f"{model.base_model_prefix}.pooler.dense.{kind}": torch.ones(32) for kind in ("weight", "bias")}
-    if model_type != "modernbert" and not any("pooler" in name for name in weights):
+    if model_type not in OWN_CLASSES and not any("pooler" in name for name in weights):
         save_file(weights | spare, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with torch.no_grad():
         assert_logits_close(load_model(tmp_path)(tokens), other(tokens).logits)

@@ -162,12 +162,24 @@ def test_encoder_decoders(tmp_path, objective, config, packing):
     compare(found, theirs)
 
 
-@pytest.mark.parametrize("objective", ["masked-lm", "sequence-classification", "question-answering"])
-def test_encoders(tmp_path, objective):
+DEBERTA = BERT | {
+    "model_type": "deberta-v2", "relative_attention": True, "pos_att_type": "c2p|p2c", "position_buckets": 4, "share_att_key": True,
+    "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "objective, config",
+    [
+        ("masked-lm", BERT), ("sequence-classification", BERT), ("question-answering", BERT), ("masked-lm", DEBERTA),
+        ("masked-lm", DEBERTA | {"legacy": False}), ("sequence-classification", DEBERTA), ("question-answering", DEBERTA),
+    ],
+)  # fmt: skip
+def test_encoders(tmp_path, objective, config):
     rows = [{"text": text, "label": len(text) % 3} for text in sentences(5)]
     data = squad(tmp_path, 5) if objective == "question-answering" else write_jsonl(tmp_path / "a.jsonl", rows)
     settings = {
-        "objective": objective, "new_model": BERT, "tokenizer": wordpiece(tmp_path), "train_data": [data], "packing": False,
+        "objective": objective, "new_model": config, "tokenizer": wordpiece(tmp_path), "train_data": [data], "packing": False,
         "batch_size": 5,
     }  # fmt: skip
     folder, loss, found = gradients(tmp_path, **settings)
@@ -195,7 +207,8 @@ def test_encoders(tmp_path, objective):
         "sequence-classification": "SequenceClassification",
         "question-answering": "QuestionAnswering",
     }
-    theirs = getattr(transformers, f"BertFor{kinds[objective]}").from_pretrained(folder).eval()
+    classes = "Bert" if config is BERT else "DebertaV2"
+    theirs = getattr(transformers, f"{classes}For{kinds[objective]}").from_pretrained(folder).eval()
     out = theirs(**given)
     if (
         objective == "question-answering"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foveate.models import bert, gpt2, llama, modernbert
+from foveate.models import bert, deberta, gpt2, llama, modernbert
 
 _HEADS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
     ("causal", (llama.Llama, gpt2.GPT2)),
@@ -53,6 +53,8 @@ def parts_of(model: Any) -> Parts:
     if isinstance(model, gpt2.GPT2):
         return _parts(model, kind, model.transformer.wte, model.transformer.h, model.transformer.ln_f)
     encoder = getattr(model, "bert", model)
+    if isinstance(encoder, deberta.Deberta):
+        return _parts(model, kind, encoder.embeddings.word_embeddings, encoder.encoder.layer, None)
     if isinstance(encoder, bert.Bert):
         layers: Any = encoder.encoder["layer"]
         return _parts(model, kind, encoder.embeddings.word_embeddings, layers, None)

@@ -149,6 +149,9 @@ class RecordingSequences(PackedSequences):
             recorder.keys.append(k)
         return attention(q, k, v, **options)
 
+    def attend_batch(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return self.attend(q, k, v, **options)
+
 
 def recording_sequences(recorder: Recorder, device: torch.device) -> RecordingSequences:
     plain = PackedSequences.of([recorder.tokens]).to(device)

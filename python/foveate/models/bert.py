@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -249,6 +250,10 @@ class BertWithHead(nn.Module):
         self.tied: dict[str, str] = {}
         self.bert = Bert(config, pooler)
 
+    def pool(self, hidden: Tensor, packed: PackedSequences | None = None) -> Tensor:
+        """What a head of whole texts reads, see `Bert.pool`."""
+        return self.bert.pool(hidden, packed)
+
 
 class BertForMaskedLM(BertWithHead):
     def __init__(self, config: BertConfig) -> None:
@@ -263,7 +268,7 @@ class BertForMaskedLM(BertWithHead):
         self.cls["predictions"].bias = nn.Parameter(torch.zeros(vocab))
         self.tied = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
         if config.tied:
-            self.tied["cls.predictions.decoder.weight"] = "bert.embeddings.word_embeddings.weight"
+            self.tied["cls.predictions.decoder.weight"] = f"{self.prefix}embeddings.word_embeddings.weight"
         self.activation = activation(config.head_activation or config.activation)
 
     def forward(self, tokens: Tensor, *args: Tensor | None, **options: Any) -> Tensor:
@@ -272,8 +277,13 @@ class BertForMaskedLM(BertWithHead):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab]; pick the masked positions first, and this costs little."""
+        return self.decoder(self.transform(hidden))
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The linear layer that gives the logits."""
         predictions: Any = self.cls["predictions"]
-        return predictions["decoder"](self.transform(hidden))
+        return predictions["decoder"]
 
     def transform(self, hidden: Tensor) -> Tensor:
         """What the decoder, a linear layer, is applied to: [..., hidden] -> [..., hidden]."""
@@ -293,7 +303,24 @@ class BertForSequenceClassification(BertWithHead):
     ) -> Tensor:
         """As Bert's; returns logits [B, num_labels], B being the sequences if they are packed."""
         hidden = self.bert(tokens, *args, packed=packed, **options)
-        return self.classifier(self.dropout(self.bert.pool(hidden, packed)))
+        return self.classifier(self.dropout(self.pool(hidden, packed)))
+
+
+class BertForMultipleChoice(BertForSequenceClassification):
+    """Gives each of several texts a score; the best is the choice."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(dataclasses.replace(config, num_labels=1))
+
+    def forward(
+        self, tokens: Tensor, *args: Tensor | None, packed: PackedSequences | None = None, **options: Tensor | None
+    ) -> Tensor:
+        """As Bert's, of int64 [B, choices, S], other tensors likewise; returns logits [B, choices], or [choices] of packed ones."""
+        if packed is not None:
+            return super().forward(tokens, *args, packed=packed, **options)[:, 0]
+        flat = [None if arg is None else arg.flatten(0, 1) for arg in (tokens, *args)]
+        named = {name: None if arg is None else arg.flatten(0, 1) for name, arg in options.items()}
+        return super().forward(*flat, **named).view(tokens.shape[:2])  # type: ignore[arg-type]
 
 
 class BertForQuestionAnswering(BertWithHead):
@@ -342,6 +369,7 @@ HEADS: dict[str, type[nn.Module]] = {
     "masked-lm": BertForMaskedLM,
     "sequence-classification": BertForSequenceClassification,
     "token-classification": BertForTokenClassification,
+    "multiple-choice": BertForMultipleChoice,
     "question-answering": BertForQuestionAnswering,
 }
 _PRETRAINED: dict[str, type[nn.Module]] = {

@@ -94,7 +94,7 @@ def _has_another_classifier(config: dict[str, Any], kind: type[nn.Module]) -> bo
     return (
         bool(names)
         and kind.__name__.endswith(_CLASSIFIERS)
-        and not names[0].endswith(kind.__name__.removeprefix("Modern").removeprefix("Bert"))
+        and not names[0].endswith(kind.__name__[kind.__name__.index("For") :])
     )
 
 

@@ -16,6 +16,7 @@ from foveate.files.checked import CheckpointError
 from foveate.models import (
     bart,
     bert,
+    deberta,
     decoder_classifier,
     decoder_families,
     encoder_decoder_families,
@@ -57,8 +58,11 @@ class Architecture:
 
     def transformers_name(self, model: nn.Module, model_type: str) -> str:
         """What `architectures` of the config.json of an exported model says."""
-        name = type(model).__name__
-        return name if name in self.named_heads else self.exported_as[model_type]
+        named = (name for name, kind in self.named_heads.items() if kind is type(model))
+        return next(named, self.exported_as[model_type])
+
+
+_LEARNT_BY_ENCODERS = ("masked-lm", "question-answering", "sequence-classification")
 
 
 def _decoder(model_type: str) -> Architecture:
@@ -82,13 +86,28 @@ def _encoder(model_type: str) -> Architecture:
         {model_type: f"{family.classes}Model"},
         bert.Bert,
         bert.BertLayer,
-        ("masked-lm", "question-answering", "sequence-classification") if trained else (),
+        _LEARNT_BY_ENCODERS if trained else (),
         "foveate.QuestionAnswerer",
         dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         continues_text=False,
         heads=bert.HEADS,
         named_heads=bert.named_heads(model_type),
         names=family.names,
+    )
+
+
+def _deberta(model_type: str, classes: str, **options: Any) -> Architecture:
+    return Architecture(
+        {model_type: f"{classes}Model"},
+        deberta.Deberta,
+        deberta.DebertaLayer,
+        suited="foveate.ZeroShotClassifier",
+        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        continues_text=False,
+        layers_stand_alone=False,  # the norm of the position table and the convolution are the encoder's
+        heads=deberta.HEADS,
+        named_heads=deberta.named_heads(classes),
+        **options,
     )
 
 
@@ -119,6 +138,9 @@ ARCHITECTURES = (
         tied_by_default=True,
     ),
     *(_encoder(model_type) for model_type in encoder_families.FAMILIES),
+    _deberta("deberta-v2", "DebertaV2", objectives=_LEARNT_BY_ENCODERS),
+    # exports have the names of version 2
+    _deberta("deberta", "Deberta", objectives=(), names=deberta.FIRST_NAMES, fused=deberta.FIRST_FUSED),
     Architecture(
         {"modernbert": "ModernBertModel"},
         modernbert.ModernBert,

@@ -40,6 +40,10 @@ class PackedSequences:
         lengths = (self.cu_seqlens, keys.cu_seqlens, self.longest, keys.longest)
         return attention_varlen(q[0], k[0], v[0], *lengths, **options)[None]
 
+    def attend_batch(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """`attention` of some of these sequences that were laid out as a batch [n, S, H, D], for what `attention_varlen` has not."""
+        return attention(q, k, v, **options)
+
     @property
     def starts(self) -> Tensor:
         """int64 [sequences]: the first token of each."""

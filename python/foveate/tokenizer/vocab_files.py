@@ -1,4 +1,5 @@
-"""Tokenizers of folders from before tokenizer.json: BERT's vocab.txt, vocab.json with merges.txt of GPT-2 and Qwen 2, SentencePiece's."""
+"""Tokenizers of folders from before tokenizer.json: BERT's vocab.txt, vocab.json with merges.txt of GPT-2 and Qwen 2, SentencePiece's,
+DeBERTa's spm.model."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ from foveate.files.checked import CheckpointError, is_there, library_errors, rea
 from foveate.tokenizer import NEED
 from foveate.tokenizer.pre_tokenizers import pre_tokenizer
 from foveate.tokenizer.sentencepiece import read_sentencepiece
+from foveate.tokenizer.unigram import read_deberta
 
 _WORDPIECE = ("BertTokenizer", "BertTokenizerFast")
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _QWEN2 = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-_OTHERS = ("tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
+_DEBERTA = ("DebertaV2Tokenizer", "DebertaV2TokenizerFast")
+_OTHERS = ("tokenizer.model", "spiece.model", "spm.model", "vocab.txt", "vocab.json")
 
 
 def read_older_tokenizer(folder: Path, model_type: str | None, tokenizer_config: dict[str, Any]) -> Any:
@@ -26,6 +29,9 @@ def read_older_tokenizer(folder: Path, model_type: str | None, tokenizer_config:
         if kind in _WORDPIECE and is_there(words):
             with library_errors(f"{words} is not a vocabulary of BERT"):
                 return _wordpiece(words, tokenizer_config)
+        if kind in _DEBERTA and is_there(folder / "spm.model"):
+            with library_errors(f"{folder / 'spm.model'} makes no tokenizer"):
+                return read_deberta(folder, tokenizer_config)
         if kind in (*_GPT2, *_QWEN2) and is_there(merges) and is_there(folder / "vocab.json"):
             with library_errors(f"{folder} has a vocab.json and merges.txt that make no tokenizer"):
                 tokenizer = _byte_level(folder / "vocab.json", merges, tokenizer_config)
@@ -42,7 +48,9 @@ def read_older_tokenizer(folder: Path, model_type: str | None, tokenizer_config:
 
 
 def _class_of(model_type: str | None) -> str | None:
-    known = {"bert": _WORDPIECE[0], "gpt2": _GPT2[0], "qwen2": _QWEN2[0], "qwen3": _QWEN2[0]}
+    known = {
+        "bert": _WORDPIECE[0], "gpt2": _GPT2[0], "qwen2": _QWEN2[0], "qwen3": _QWEN2[0], "deberta-v2": _DEBERTA[0],
+    }  # fmt: skip
     return known.get(model_type or "")
 
 

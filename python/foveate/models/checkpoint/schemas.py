@@ -55,7 +55,7 @@ CONFIG: dict[str, Rule] = ANY_CONFIG | {
     "query_pre_attn_scalar": _POSITIVE, "attn_logit_softcapping": _POSITIVE, "final_logit_softcapping": _POSITIVE,
     "attention_dropout": _SHARE, "embd_pdrop": _SHARE, "resid_pdrop": _SHARE, "attn_pdrop": _SHARE, "hidden_dropout_prob": _SHARE,
     "attention_probs_dropout_prob": _SHARE, "classifier_dropout": _SHARE, "dropout_rate": _SHARE,
-    "type_vocab_size": integer(1, 2**16), "num_labels": integer(1, 2**20), "id2label": mapping(), "label2id": mapping(),
+    "type_vocab_size": integer(0, 2**16), "num_labels": integer(1, 2**20), "id2label": mapping(), "label2id": mapping(),
     "problem_type": text(), "position_embedding_type": text(),
     "original_max_position_embeddings": _POSITIONS, "rope_local_base_freq": _POSITIVE, "rotary_pct": _SHARE, "rotary_emb_base": _POSITIVE,
     "norm_epsilon": _EPSILON, "norm_eps": _EPSILON, "sliding_window_pattern": integer(1, 4096), "use_bidirectional_attention": flag(),
@@ -83,6 +83,10 @@ CONFIG: dict[str, Rule] = ANY_CONFIG | {
     "dim": _SIZE, "hidden_dim": _SIZE, "n_layers": _LAYERS, "n_heads": _HEADS, "activation": text(), "embedding_size": _SIZE,
     "num_hidden_groups": _LAYERS, "inner_group_num": _LAYERS, "dropout": _SHARE, "seq_classif_dropout": _SHARE, "qa_dropout": _SHARE,
     "classifier_dropout_prob": _SHARE,
+    "relative_attention": flag(), "max_relative_positions": integer(-1, 2**20), "position_buckets": integer(-1, 2**20),
+    "position_biased_input": flag(), "pos_att_type": either(text(), list_of(text(), 16)), "share_att_key": flag(), "norm_rel_ebd": text(),
+    "conv_kernel_size": integer(0, 2**10), "conv_groups": _HEADS, "conv_act": text(), "pooler_dropout": _SHARE, "pooler_hidden_act": text(),
+    "pooler_hidden_size": _SIZE, "cls_dropout": _SHARE, "legacy": flag(), "attention_head_size": _HEAD_DIM, "talking_head": flag(),
     "relative_attention_num_buckets": integer(2, 2**16), "relative_attention_max_distance": integer(2, 2**31 - 1),
     "encoder_layers": _LAYERS, "decoder_layers": _LAYERS, "encoder_attention_heads": _HEADS, "decoder_attention_heads": _HEADS,
     "encoder_ffn_dim": _SIZE, "decoder_ffn_dim": _SIZE, "scale_embedding": flag(), "activation_dropout": _SHARE,
@@ -128,7 +132,7 @@ TOKENIZER: dict[str, Rule] = SPECIAL_TOKENS | {
     "added_tokens_decoder": _ADDED, "tokenizer_class": text(),
     "chat_template": either(text(), list_of(mapping({"name": text(), "template": text()}, ("name", "template")), 256)),
     "src_lang": text(), "tgt_lang": text(), "legacy_behaviour": flag(), "separate_vocabs": flag(), "language_codes": text(),
-    "do_lower_case": flag(), "strip_accents": flag(), "tokenize_chinese_chars": flag(),
+    "do_lower_case": flag(), "split_by_punct": flag(), "strip_accents": flag(), "tokenize_chinese_chars": flag(),
 }  # fmt: skip
 
 

@@ -57,6 +57,13 @@ def _qkv_by_group(name: str, config: Any) -> Iterator[tuple[str, Part]]:
         yield part, _chosen(index.flatten(), rows.numel())
 
 
+def _qkv_by_head(name: str, config: Any) -> Iterator[tuple[str, Part]]:
+    """DeBERTa: each head's q, then its k, then its v."""
+    rows = torch.arange(3 * config.hidden_size, device="cpu").view(config.num_heads, 3, -1)
+    for i, part in enumerate(("query_proj", "key_proj", "value_proj")):
+        yield part, _chosen(rows[:, i].flatten(), rows.numel())
+
+
 def _gate_up(name: str, config: Any) -> Iterator[tuple[str, Part]]:
     inner = config.intermediate_size
     yield "gate_proj", _rows(0, inner, 2 * inner)
@@ -129,6 +136,7 @@ def _oss_down(name: str, config: Any) -> Iterator[tuple[str, Part]]:
 SPLITS: dict[str, Callable[[str, Any], Iterator[tuple[str, Part]]]] = {
     "qkv": _qkv,
     "qkv_by_group": _qkv_by_group,
+    "qkv_by_head": _qkv_by_head,
     "gate_up": _gate_up,
     "experts_gate_up": _experts_gate_up,
     "experts_gate": _experts("gate_proj", lambda config: config.experts.inner),

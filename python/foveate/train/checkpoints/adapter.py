@@ -35,6 +35,8 @@ _PACKED = "foveate_adapter.json"  # what peft's config has no place for
 _TASKS = {
     "BertForQuestionAnswering": "QUESTION_ANS",
     "BertForSequenceClassification": "SEQ_CLS",
+    "DebertaForQuestionAnswering": "QUESTION_ANS",
+    "DebertaForSequenceClassification": "SEQ_CLS",
     "T5": "SEQ_2_SEQ_LM",
     "Bart": "SEQ_2_SEQ_LM",
     "Llama": "CAUSAL_LM",

@@ -93,7 +93,7 @@ def export_tokenizer(
     known = {} if checkpoint is None else checkpoint.tokenizer_config
     settings = {name: value for name, value in known.items() if name not in _NOT_EXPORTED}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special}
-    if kind == "bert":  # else transformers would call every text of a pair the first
+    if kind in ("bert", "deberta-v2"):  # else transformers would call every text of a pair the first
         settings.setdefault("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
     _write(folder / "tokenizer_config.json", settings)
     if tokenizer.chat_template is not None and not settings.get("chat_template"):

@@ -21,10 +21,10 @@ from foveate.nn import PackedLinear
 _HEADS: dict[type[nn.Module], tuple[str, ...]] = {
     BertForQuestionAnswering: ("qa_outputs",),
     BertForSequenceClassification: ("classifier", "pooler"),
-    BertForMaskedLM: ("transform",),
+    BertForMaskedLM: ("transform", "lm_head.dense", "lm_head.LayerNorm"),
 }
 
-HEADS = ("lm_head", "cls.predictions.decoder")  # that may be the embedding's matrix
+HEADS = ("lm_head", "cls.predictions.decoder", "lm_predictions.lm_head.decoder")  # that may be the embedding's matrix
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def fits(name: str, target: str) -> bool:
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The parts of the head that are trained whole, by name."""
-    heads = _HEADS.get(type(model), ())
+    heads = next((names for kind, names in _HEADS.items() if isinstance(model, kind)), ())
     return {name: module for name, module in model.named_modules() if any(fits(name, head) for head in heads)}
 
 

@@ -65,6 +65,7 @@ def make_objective(config: TrainConfig, tokenizer: Tokenizer, hf_config: dict[st
 def known_classes(hf_config: dict[str, Any]) -> list[str]:
     """The classes of a checkpoint that is a classifier, in the order of their numbers; [] for others, whose config may number them."""
     names = hf_config.get("id2label")
-    if "BertForSequenceClassification" not in (hf_config.get("architectures") or ()) or not isinstance(names, dict):
+    classifier = any(str(name).endswith("ForSequenceClassification") for name in hf_config.get("architectures") or ())
+    if not classifier or not isinstance(names, dict):
         return []
     return [names[i] for i in sorted(names, key=int)]

@@ -99,11 +99,11 @@ class MaskedLM(Objective):
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         selected, labels = self._selected(model, batch)
-        return head_loss(model.cls["predictions"]["decoder"], selected, labels, self.config)
+        return head_loss(model.decoder, selected, labels, self.config)
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         selected, labels = self._selected(model, batch)
-        logits = model.cls["predictions"]["decoder"](selected)
+        logits = model.decoder(selected)
         return {"loss": cross_entropy(logits, labels, reduction="sum"), "accuracy": (logits.argmax(-1) == labels).sum()}
 
     def _selected(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
