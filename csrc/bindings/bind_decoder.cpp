@@ -60,6 +60,23 @@ MlpWeights mlp_of(const py::object& object) {
   return {weight_of(gate), weight_of(up), weight_of(down)};
 }
 
+// ((A, B) as of weight_of, or None) of each of a layer's products, in the order of Adapted; of all layers.
+Adapter adapter_of(const std::vector<std::vector<py::object>>& layers) {
+  Adapter made;
+  for (const std::vector<py::object>& products : layers) {
+    check(products.size() == kAdaptedProducts, "a layer of an adapter has ", products.size(), " products, expected ", +kAdaptedProducts);
+    LayerUpdates& updates = made.layers.emplace_back();
+    for (size_t i = 0; i < products.size(); ++i) {
+      if (products[i].is_none()) continue;
+      const auto [a, b] = products[i].cast<std::pair<py::object, py::object>>();
+      updates.of[i] = {weight_of(a), weight_of(b)};
+      check(updates.of[i].defined() && updates.of[i].b.data, "an adapter's A or B is missing");
+      made.rank = std::max(made.rank, updates.of[i].a.out);
+    }
+  }
+  return made;
+}
+
 RouterKind router_kind_of(const std::string& text) {
   if (text == "softmax") return RouterKind::kSoftmax;
   if (text == "top") return RouterKind::kTop;
@@ -70,6 +87,8 @@ RouterKind router_kind_of(const std::string& text) {
 }  // namespace
 
 void bind_decoder(py::module_& m) {
+  py::class_<Adapter>(m, "DecoderAdapter", "A LoRA adapter of all layers; python/foveate/models/native_adapter.py builds it")
+      .def(py::init(&adapter_of), py::arg("layers"));
   py::class_<Decoder>(m, "Decoder", "All layers of a causal language model in one call; python/foveate/models/native_decoder.py builds it")
       .def(py::init([](int64_t hidden, int64_t heads_q, int64_t heads_kv, int64_t head_dim, double softcap, const std::string& activation,
                        float activation_limit, py::object final_norm, const std::vector<std::pair<TensorView, TensorView>>& rotary) {
@@ -142,10 +161,16 @@ void bind_decoder(py::module_& m) {
       .def(
           "step",
           [](const Decoder& self, TensorView x, TensorView lens, TensorView block_table, TensorView k_pages, TensorView v_pages,
-             TensorView k_scale, TensorView v_scale, const DecodePlan& plan,
-             Threads threads) { self.step(x, lens, block_table, {k_pages, v_pages, k_scale, v_scale}, plan, threads); },
+             TensorView k_scale, TensorView v_scale, const DecodePlan& plan, Threads threads,
+             const std::vector<std::tuple<const Adapter*, int64_t, int64_t>>& adapters) {
+            std::vector<AdapterTokens> parts;
+            for (const auto& [adapter, first, tokens] : adapters)
+              check(adapter, "an adapter of the step is None"), parts.push_back({adapter, first, tokens});
+            self.step(x, lens, block_table, {k_pages, v_pages, k_scale, v_scale}, plan, threads, parts);
+          },
           py::arg("x"), py::arg("lens"), py::arg("block_table"), py::arg("k_pages"), py::arg("v_pages"), py::arg("k_scale"),
-          py::arg("v_scale"), py::arg("plan"), py::arg("threads"), release_gil());
+          py::arg("v_scale"), py::arg("plan"), py::arg("threads"),
+          py::arg("adapters") = std::vector<std::tuple<const Adapter*, int64_t, int64_t>>{}, release_gil());
 }
 
 }  // namespace foveate

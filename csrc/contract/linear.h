@@ -83,6 +83,9 @@ struct LinearParams {
   Activation activation = Activation::kNone;
   bool gated = false;  // out[0] = activation(x weight[0]) * (x weight[1]), out[1] is not used
   float limit = 0;  // of kClampedSilu
+  // fp32 [rows - addend_from, out], row strides addend_stride: added to the products of the rows from addend_from on; may be null
+  const float* addend[3] = {};
+  int64_t addend_stride[3] = {}, addend_from = 0;
   float clip = 0;  // outputs are cut to -clip..clip; 0: they are not
   float scale = 1;  // of the outputs
   bool accumulate = false;  // out += instead of out =, fp32 only

@@ -70,7 +70,7 @@ void run_projections(const Step& step, const AttentionPart& a) {
   in.weight[0] = a.q, in.weight[1] = a.k, in.weight[2] = a.v;
   in.out[0] = m.qkv, in.out[1] = m.qkv + m.tokens * q * size, in.out[2] = m.qkv + m.tokens * (q + kv) * size;
   in.out_stride[0] = a.q.out, in.out_stride[1] = in.out_stride[2] = kv;
-  step.workers.linear(in);
+  step.linear(in, kQ);
 }
 
 void run_attention(const Step& step, const AttentionPart& a, KvCacheParams p) {

@@ -111,12 +111,13 @@ KvCacheParams Decoder::cache_params(const TensorView& x, const std::vector<int32
   return p;
 }
 
-void Decoder::run_layers(const CachePages& pages, const KvCacheParams& p, const Step& step) const {
+void Decoder::run_layers(const CachePages& pages, const KvCacheParams& p, Step step) const {
   const StepMemory& m = step.m;
   KvCacheParams cache = p;
   for (size_t i = 0; i < layers_.size(); ++i) {
     const DecoderLayer& l = layers_[i];
     const int64_t layer = static_cast<int64_t>(i);
+    step.layer = i;
     cache.k = pages_of(pages.k, layer), cache.v = pages_of(pages.v, layer);
     cache.k_scale = scale_of(pages.k_scale, layer), cache.v_scale = scale_of(pages.v_scale, layer);
     cache.rotary_cos = cache.rotary_sin = nullptr;
@@ -127,21 +128,21 @@ void Decoder::run_layers(const CachePages& pages, const KvCacheParams& p, const 
 
     run_projections(step, l.attention);
     run_attention(step, l.attention, cache);
-    const auto mlp_in = [&] { step.workers.linear(step.inner_product(l.mlp, m.x, m.tokens, l.mlp_norm, m.inner)); };
+    const auto mlp_in = [&] { step.linear(step.inner_product(l.mlp, m.x, m.tokens, l.mlp_norm, m.inner), l.mlp.gate.data ? kGate : kUp); };
     if (l.parallel) mlp_in();
-    step.add_product(m.attended, m.dtype, l.attention.o, l.attention.out_norm, l.residual_scale);
+    step.add_product(m.attended, m.dtype, l.attention.o, kO, l.attention.out_norm, l.residual_scale);
     if (l.experts.defined()) {
       run_experts(step, l);
       continue;
     }
     if (!l.parallel) mlp_in();
-    step.add_product(m.inner, DType::kFloat32, l.mlp.down, l.mlp_out_norm, l.residual_scale);
+    step.add_product(m.inner, DType::kFloat32, l.mlp.down, kDown, l.mlp_out_norm, l.residual_scale);
   }
   step.workers.norm_rows({.x = m.x, .out = m.x, .rows = m.tokens, .cols = sizes_.hidden, .norm = final_norm_});
 }
 
-void Decoder::step(TensorView x, TensorView lens, TensorView block_table, const CachePages& pages, const DecodePlan& plan,
-                   Threads threads) const {
+void Decoder::step(TensorView x, TensorView lens, TensorView block_table, const CachePages& pages, const DecodePlan& plan, Threads threads,
+                   const std::vector<AdapterTokens>& adapters) const {
   for (const DecoderLayer& l : layers_) check(l.mlp.defined() || l.experts.defined(), "a layer has neither an MLP nor experts");
   check_step(x, lens, block_table, pages);
   std::vector<int32_t> kv_lens(x.shape[0]);
@@ -149,20 +150,22 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, const 
   KvCacheParams p = cache_params(x, kv_lens, block_table, pages, plan);
   const int64_t tokens = p.batch * p.seq_q;
   if (tokens == 0) return;
+  for (const AdapterTokens& part : adapters) check_adapter(*part.adapter, layers_);
+  const StepAdapters step_adapters(adapters, tokens);
 
   // One region where attention has little to divide; long contexts are divided by keys, many tokens have work enough for a region a phase.
   const bool together = tokens <= kTogether && p.num_splits == 1 && !plan.blocked;
-  StepMemory m(sizes_, needs_, p, plan.blocked, together ? static_cast<int>(threads) : 0);
+  StepMemory m(sizes_, needs_, p, plan.blocked, together ? static_cast<int>(threads) : 0, step_adapters);
   m.x = x.as<float>();
   p.partial_out = m.partial_out, p.partial_lse = m.partial_lse;
 
-  if (!together) return run_layers(pages, p, {sizes_, m, {.threads = threads}, plan.blocked});
+  if (!together) return run_layers(pages, p, {sizes_, m, {.threads = threads}, plan.blocked, &step_adapters});
   cpu::Barrier barrier;
   const int count = threads;
 #pragma omp parallel num_threads(count)
   {
     const cpu::Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
-    run_layers(pages, p, {sizes_, m, {1, &team, m.scratch}, false});
+    run_layers(pages, p, {sizes_, m, {1, &team, m.scratch}, false, &step_adapters});
   }
 }
 

@@ -26,13 +26,15 @@ class Decoder {
   const DecoderSizes& sizes() const { return sizes_; }
 
   // x: fp32 [B, S, hidden], the embeddings; becomes the hidden states after the final norm. lens: int32 [B], keys before the step.
-  void step(TensorView x, TensorView lens, TensorView block_table, const CachePages& pages, const DecodePlan& plan, Threads threads) const;
+  // adapters: of the last tokens, in order.
+  void step(TensorView x, TensorView lens, TensorView block_table, const CachePages& pages, const DecodePlan& plan, Threads threads,
+            const std::vector<AdapterTokens>& adapters = {}) const;
 
  private:
   void check_step(const TensorView& x, const TensorView& lens, const TensorView& block_table, const CachePages& pages) const;
   KvCacheParams cache_params(const TensorView& x, const std::vector<int32_t>& kv_lens, const TensorView& block_table,
                              const CachePages& pages, const DecodePlan& plan) const;
-  void run_layers(const CachePages& pages, const KvCacheParams& cache, const Step& step) const;
+  void run_layers(const CachePages& pages, const KvCacheParams& cache, Step step) const;
 
   DecoderSizes sizes_;
   Norm final_norm_;

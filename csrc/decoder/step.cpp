@@ -18,7 +18,8 @@ void StepNeeds::add(const DecoderLayer& l, const DecoderSizes& sizes) {
   most(widest, std::max({sizes.hidden, sizes.heads_q * sizes.head_dim, inner, expert_inner, shared_inner}));
 }
 
-StepMemory::StepMemory(const DecoderSizes& sizes, const StepNeeds& needs, const KvCacheParams& p, bool blocked, int team)
+StepMemory::StepMemory(const DecoderSizes& sizes, const StepNeeds& needs, const KvCacheParams& p, bool blocked, int team,
+                       const StepAdapters& adapters)
     : tokens(p.batch * p.seq_q), dtype(p.dtype) {
   const int64_t q = sizes.heads_q * sizes.head_dim, kv = sizes.heads_kv * sizes.head_dim, size = size_of(dtype);
   const int64_t splits = p.num_splits > 1 ? p.num_splits : 0;
@@ -33,6 +34,8 @@ StepMemory::StepMemory(const DecoderSizes& sizes, const StepNeeds& needs, const 
     place(qkv, tokens * (q + 2 * kv) * size), place(attended, tokens * q * size), place(rotated, blocked ? tokens * q * size : 0);
     place(inner, tokens * needs.inner), place(temp, needs.temp ? tokens * sizes.hidden : 0);
     place(partial_out, splits * tokens * q), place(partial_lse, splits * tokens * p.heads_q);
+    place(low, adapters.tokens * adapters.rank * 3), place(delta[0], adapters.tokens * std::max({q + 2 * kv, sizes.hidden, needs.inner}));
+    place(delta[1], adapters.tokens * std::max(kv, needs.inner)), place(delta[2], adapters.tokens * kv);
     int64_t rows = tokens;
     if (needs.experts > 0) {
       ExpertMemory& e = experts;
@@ -51,11 +54,11 @@ StepMemory::StepMemory(const DecoderSizes& sizes, const StepNeeds& needs, const 
   place_all();
 }
 
-void Step::add_product(const void* y, DType dtype, const PackedWeight& w, const Norm& out_norm, float scale) const {
+void Step::add_product(const void* y, DType dtype, const PackedWeight& w, Adapted product, const Norm& out_norm, float scale) const {
   const bool normed = out_norm.kind != NormKind::kNone;
   LinearParams p{.x = y, .rows = m.tokens, .x_stride = w.in, .scale = normed ? 1.0f : scale, .accumulate = !normed, .dtype = dtype};
   p.weight[0] = w, p.out[0] = normed ? m.temp : m.x, p.out_stride[0] = sizes.hidden;
-  workers.linear(p);
+  linear(p, product);
   if (normed) workers.norm_rows({.x = m.temp, .out = m.x, .rows = m.tokens, .cols = sizes.hidden, .norm = out_norm, .accumulate = true});
 }
 

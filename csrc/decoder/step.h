@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "decoder/adapters.h"
 #include "decoder/layer.h"
 #include "decoder/workers.h"
 #include "ops/kv_cache.h"
@@ -37,7 +38,8 @@ struct ExpertMemory {
 class StepMemory {
  public:
   // team: the threads that share one parallel region, 0 for a region in each kernel.
-  StepMemory(const DecoderSizes& sizes, const StepNeeds& needs, const KvCacheParams& p, bool blocked, int team);
+  StepMemory(const DecoderSizes& sizes, const StepNeeds& needs, const KvCacheParams& p, bool blocked, int team,
+             const StepAdapters& adapters);
 
   int64_t tokens = 0;
   DType dtype = DType::kFloat32;
@@ -46,6 +48,7 @@ class StepMemory {
   float *inner = nullptr, *temp = nullptr;  // [tokens, inner], [tokens, hidden]
   char* scratch = nullptr;  // of a team, linear_scratch_bytes
   float *partial_out = nullptr, *partial_lse = nullptr;  // as in KvCacheParams
+  float *low = nullptr, *delta[3] = {};  // of the adapters' tokens: 3 * rank each, and the updates of up to three products
   ExpertMemory experts;
 
  private:
@@ -60,9 +63,13 @@ struct Step {
   const StepMemory& m;
   Workers workers;
   bool blocked = false;
+  const StepAdapters* adapters = nullptr;  // null: none
+  size_t layer = 0;
 
+  // p, with the adapters' updates of `product` and those that follow it, for p.weight[0] and those that follow it.
+  void linear(LinearParams p, Adapted product) const;
   // x += scale y W, or x += norm(y W)
-  void add_product(const void* y, DType dtype, const PackedWeight& w, const Norm& out_norm, float scale) const;
+  void add_product(const void* y, DType dtype, const PackedWeight& w, Adapted product, const Norm& out_norm, float scale) const;
   // out = act(norm(x) Wgate) * norm(x) Wup, or act(norm(x) Wup)
   LinearParams inner_product(const MlpWeights& mlp, const float* x, int64_t rows, const Norm& norm, float* out) const;
 };

@@ -11,6 +11,7 @@ import torch
 
 __all__: list[str] = [
     "Decoder",
+    "DecoderAdapter",
     "attention_backward",
     "attention_forward",
     "attention_with_kv_cache",
@@ -40,6 +41,12 @@ __all__: list[str] = [
     "softmax_forward",
     "uses_dlpack_exchange",
 ]
+
+class DecoderAdapter:
+    """
+    A LoRA adapter of all layers; python/foveate/models/native_adapter.py builds it
+    """
+    def __init__(self, layers: collections.abc.Sequence[collections.abc.Sequence[typing.Any]]) -> None: ...
 
 class Decoder:
     """
@@ -109,6 +116,9 @@ class Decoder:
         v_scale: torch.Tensor | None,
         plan: tuple,
         threads: typing.SupportsInt | typing.SupportsIndex,
+        adapters: collections.abc.Sequence[
+            tuple[DecoderAdapter, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
+        ] = [],
     ) -> None: ...
 
 def attention_backward(

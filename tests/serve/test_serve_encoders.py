@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import json
+import shutil
 import struct
 
 import pytest
+import torch
 
 import foveate
+import generation_toys as toys
 import serve_toys
 from foveate.serve.served import loader
 
@@ -34,6 +38,27 @@ def encoders(folders):
     with serve_toys.serving(
         {name: loader(path, {"progress": False, "num_pages": 64}) for name, path in folders.items()}
     ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def decoders(folder, tmp_path_factory):
+    """A causal model; one whose folder has a pooling, as Qwen3-Embedding's; one without a tokenizer; and an adapter of the first."""
+    pooled, ids = tmp_path_factory.mktemp("pooled"), tmp_path_factory.mktemp("ids")
+    for copied in (pooled, ids):
+        shutil.copytree(folder, copied, dirs_exist_ok=True)
+    (ids / "tokenizer.json").unlink()
+    parts = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize")]
+    modules = [
+        {"idx": i, "name": i, "path": path, "type": f"sentence_transformers.models.{kind}"} for i, path, kind in parts
+    ]
+    (pooled / "modules.json").write_text(json.dumps(modules))
+    (pooled / "1_Pooling").mkdir()
+    (pooled / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    adapter = toys.adapter(tmp_path_factory.mktemp("adapter"), 1)
+    paths = {"toy": folder, "pooled": pooled, "ids": ids}
+    loaders = {name: loader(path, {"progress": False, "num_pages": 64}) for name, path in paths.items()}
+    with serve_toys.serving(loaders, adapters={"tuned": adapter}) as running:
         yield running
 
 
@@ -114,6 +139,32 @@ def test_text2text(encoders, folders):
     assert [row["texts"] for row in found["data"]] == expected and found["usage"]["completion_tokens"] > 0
     assert encoders.error(400, "/v1/text2text", **(asked | {"num_beams": 0}))["param"] is None
     assert "64" in encoders.error(400, "/v1/text2text", **(asked | {"num_beams": 64}))["message"]
+
+
+@pytest.mark.parametrize("name, pooling, normalize", [("toy", "lasttoken", False), ("pooled", "mean_tokens", True)])
+def test_embeddings_of_causal_models(decoders, folder, name, pooling, normalize):
+    """Of the last token, or as the folder says; beside what runs in the engine, whose tokens stay what they are."""
+    texts = ["Ada lives in Rome.", "Paris", "Bob lives in Paris, and Ada does not."]
+    expected = foveate.Embedder(folder, pooling=pooling, normalize=normalize).encode(texts)
+    if name == "toy":
+        before = decoders.text(model="toy", prompt="Ada", temperature=0, max_tokens=8)
+    found = decoders.post("/v1/embeddings", model=name, input=texts).json()
+    rows = torch.tensor([entry["embedding"] for entry in found["data"]])
+    torch.testing.assert_close(rows, expected, atol=1e-4, rtol=1e-4)
+    assert found["usage"]["prompt_tokens"] > 10
+    if name == "toy":
+        assert decoders.text(model="toy", prompt="Ada", temperature=0, max_tokens=8) == before
+
+
+def test_embeddings_that_a_causal_model_cannot_give(decoders, encoders):
+    def refused(model, text="x"):
+        return decoders.error(400, "/v1/embeddings", model=model, input=text)["message"]
+
+    assert "adapter" in refused("tuned") and "toy" in refused("tuned")
+    assert "no tokenizer" in refused("ids")
+    assert "max_seq_length is 256" in refused("toy", "word " * 300)
+    assert "Reranker" in encoders.error(400, "/v1/embeddings", model="rank", input="x")["message"]
+    assert "Embedder" in decoders.error(400, model="pooled", prompt="x")["message"]
 
 
 def test_the_wrong_kind_is_named(encoders):

@@ -57,7 +57,7 @@ FOVEATE_INLINE VecF gelu(VecF x) {
   return x * (x < 0 ? half : 1.0f - half);
 }
 
-// ---- epilogue of one row of a panel: c [32] -> bias, activation, gate, residual -> out -----------------------------------------
+// ---- epilogue of one row of a panel: c [32] -> bias, addend, activation, gate, residual -> out -----------------------------------------
 
 FOVEATE_INLINE VecF activate(Activation activation, VecF x) {
   if (activation == Activation::kSilu) return x / (1.0f + expv<float>(-x));
@@ -77,17 +77,24 @@ FOVEATE_INLINE VecF gate_of(const LinearParams& p, VecF gate, VecF up) {
   return (clamp(up, -p.limit, p.limit) + 1.0f) * (gate / (1.0f + expv<float>(gate * -1.702f)));
 }
 
-// Bias, activation, gate and residual of one row of a panel, on its way to `out`. gate: the row of weight[1]'s product.
+// Bias, addend, activation, gate and residual of one row of a panel, on its way to `out`. gate: the row of weight[1]'s product.
 void finish_row(const LinearParams& p, int which, int64_t panel, int64_t row, const float* c, const float* gate) {
   constexpr int n = kLanes<float>;
   const PackedWeight& w = p.weight[which];
   const int64_t first = panel * kWeightPanel, count = min(w.out - first, kWeightPanel);
+  // Zeros in place of no addend: every row takes the same instructions, so that its bits do not depend on the others' addends.
+  alignas(64) static constexpr float kZeros[kWeightPanel] = {};
+  const auto addend = [&](int i) {
+    const int64_t added = row - p.addend_from;
+    return p.addend[i] && added >= 0 ? p.addend[i] + added * p.addend_stride[i] + first : kZeros;
+  };
+  const float* addends[2] = {addend(which), gate ? addend(1) : kZeros};
   for (int64_t j = 0; j < count; j += n) {
     const int64_t rest = count - j;
-    VecF y = load<float>(c + j);
+    VecF y = load<float>(c + j) + load_n<float>(addends[0] + j, rest);
     if (w.bias) y += load_n<float>(w.bias + first + j, rest);
     if (gate) {
-      VecF up = load<float>(gate + j);
+      VecF up = load<float>(gate + j) + load_n<float>(addends[1] + j, rest);
       if (p.weight[1].bias) up += load_n<float>(p.weight[1].bias + first + j, rest);
       y = gate_of(p, y, up);
     } else {

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.backend import native
 from foveate.cache.view import CacheView
 from foveate.files.checked import CheckpointError, is_there, read_json
 from foveate.models.checkpoint.adapters import CONFIG, PREFIX, check_adapter, stored_weights
 from foveate.models.checkpoint.schemas import ADAPTER
+from foveate.models.native_adapter import NativeAdapter
+from foveate.models.native_decoder import NativeDecoder
 from foveate.nn import PackedLinear
 
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -26,7 +29,8 @@ _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
 class Adapter:
     """name: what requests call it. root: where its pages begin in the prefix cache, since other adapters' keys are others.
 
-    pairs: of each adapted layer A [rank, in] and scale * B [out, rank], whose rows do not depend on their batch.
+    pairs: of each adapted layer A [rank, in] and scale * B [out, rank], whose rows do not depend on their batch. native: the same for a
+    NativeDecoder; None where it cannot run it.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Adapter:
     rank: int
     root: int
     pairs: dict[str, tuple[nn.Module, nn.Module]] = field(repr=False)
+    native: NativeAdapter | None = field(default=None, repr=False)
 
 
 def modules_of(model: Any) -> Any:
@@ -97,7 +102,8 @@ class Adapters:
         if not layers:
             raise CheckpointError(f"{folder} has no weights of an adapter (*{_LORA_A})")
         pairs = {layer: self._pair(layer, stored, rank, scale, folder) for layer in layers}
-        return Adapter(name, folder, rank, next(self._roots), pairs)
+        runs = native.missing_reason is None and NativeAdapter.unsupported(self.model, pairs) is None
+        return Adapter(name, folder, rank, next(self._roots), pairs, NativeAdapter(self.model, pairs) if runs else None)
 
     def unload(self, name: str) -> None:
         self._loaded.pop(self[name].name)
@@ -142,8 +148,13 @@ class Adapters:
         self.model.get_submodule(layer).register_forward_hook(update)
 
     def hidden(self, plain: Any, tokens: Tensor, view: CacheView, chosen: Sequence[Adapter | None]) -> Tensor:
-        """As plain.hidden(tokens, view), with the adapter of each row. Rows without one run on `plain`, with the bits that they have
-        without others; those with adapters run on the model's modules, all of them in one pass."""
+        """As plain.hidden(tokens, view), with the adapter of each row, in one pass of a NativeDecoder that can run all of them.
+
+        Elsewhere those with adapters run on the model's modules, all of them in one pass, and the others on `plain`. Either way rows
+        without one have the bits that they have without others.
+        """
+        if isinstance(plain, NativeDecoder) and all(a is None or a.native is not None for a in chosen):
+            return self._native(plain, tokens, view, chosen)
         with_one = [i for i, adapter in enumerate(chosen) if adapter is not None]
         if plain is self.model or len(with_one) == len(chosen):
             return self._adapted(tokens, view, chosen)
@@ -154,6 +165,25 @@ class Adapters:
         rows_hidden = hidden.new_empty(len(chosen), *hidden.shape[1:])
         rows_hidden[without], rows_hidden[with_one] = hidden, adapted.to(hidden.dtype)
         return rows_hidden
+
+    @staticmethod
+    def _native(plain: NativeDecoder, tokens: Tensor, view: CacheView, chosen: Sequence[Adapter | None]) -> Tensor:
+        """Rows in the order that the native code takes: without an adapter first, then each adapter's together."""
+        roots = [0 if adapter is None else -adapter.root for adapter in chosen]
+        order = sorted(range(len(chosen)), key=roots.__getitem__)
+        groups = [list(rows) for _, rows in itertools.groupby(order, key=roots.__getitem__)]
+        parts = [
+            (adapter.native, len(rows))
+            for rows in groups
+            if (adapter := chosen[rows[0]]) is not None and adapter.native is not None
+        ]
+        if order == list(range(len(chosen))):
+            return plain.hidden(tokens, view, parts)
+        sorted_view = CacheView(view.cache, [view.seqs[i] for i in order], view.new)
+        sorted_hidden = plain.hidden(tokens[order], sorted_view, parts)
+        hidden = torch.empty_like(sorted_hidden)
+        hidden[order] = sorted_hidden
+        return hidden
 
     def _adapted(self, tokens: Tensor, view: CacheView, chosen: Sequence[Adapter | None]) -> Tensor:
         rows: dict[Adapter, list[int]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from foveate.models.experts import Experts
 from foveate.models.gpt2 import GPT2
 from foveate.models.layers import PackedEmbedding
 from foveate.models.llama import Llama
+from foveate.models.native_adapter import NativeAdapter
 from foveate.models.native_layers import ACTIVATIONS, ALL_POSITIONS, NativeLayers
 from foveate.nn import PackedLinear
 from foveate.ops.attention.plan import step_plan
@@ -115,9 +116,17 @@ class NativeDecoder:
         return None
 
     @torch.no_grad()
-    def hidden(self, tokens: Tensor, cache: CacheView | None = None) -> Tensor:
-        """tokens int64 [B, S] -> fp32 [B, S, hidden] after the final norm; see the model's hidden."""
+    def hidden(
+        self, tokens: Tensor, cache: CacheView | None = None, adapters: Sequence[tuple[NativeAdapter, int]] = ()
+    ) -> Tensor:
+        """tokens int64 [B, S] -> fp32 [B, S, hidden] after the final norm; see the model's hidden.
+
+        adapters: each with how many rows of the batch it has, one after the other up to the last row; the rows in front of them have
+        none, and the bits that they have without others. They need a cache.
+        """
         if cache is None:
+            if adapters:
+                raise ValueError("adapters run in a step of a cache; give the cache's view")
             return self.model.hidden(tokens).float()
         if tokens.dtype is not torch.int64 or tokens.shape != (len(cache.seqs), cache.new):
             raise ValueError(
@@ -132,11 +141,16 @@ class NativeDecoder:
         threads, quantized = torch.get_num_threads(), pages.k_pages.dtype in QUANTIZED
         capacity = cache.block_table.shape[1] * pages.page_size
         plan = step_plan(B, S, Hq, Hkv, D, capacity, threads, quantized)
+        first, parts = S * (B - sum(rows for _, rows in adapters)), []
+        for adapter, rows in adapters:
+            parts.append((adapter.native, first, S * rows))
+            first += S * rows
         if self.before_kernels is not None:
             self.before_kernels()
         layers.decoder.step(
-            x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, plan, threads
-        )
+            x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, plan, threads,
+            *([parts] if parts else ()),
+        )  # fmt: skip
         del layers  # alive until here, whatever another thread has built meanwhile
         return x
 

@@ -1,4 +1,4 @@
-"""The routes to encoders and to encoder-decoders: embeddings, scores, classes, answers, text to text."""
+"""The routes to encoders and to encoder-decoders, and the vectors of causal models: embeddings, scores, classes, answers, text to text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def encoder_routes(state: ServerState) -> APIRouter:
     async def embeddings(request: Request) -> Response:
         body = await parse_body(state, request, EmbeddingBody)
         served = state.open_model(body.model)
-        pipeline = _pipeline(served, "embeddings", "Embedder")
+        pipeline = served.embedder()
         rows, count = await state.encode(served, _embed, pipeline, _texts(body.input, "input"))
         data = [
             {"object": "embedding", "index": i, "embedding": row if body.encoding_format == "float" else _base64(row)}

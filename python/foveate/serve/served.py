@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import foveate
+from foveate.generation.lora import modules_of
 from foveate.models.registry import find
+from foveate.pipelines.embedding import Embedder, read_sentence_transformers
 from foveate.serve.errors import ApiError, bad_request, of_model
 from foveate.serve.jobs import Job
 from foveate.serve.worker import EngineWorker
@@ -38,6 +40,7 @@ class ServedModel:
         self.users = 0  # requests that have been given it and have not ended
         self.adapter: str | None = None  # its name in the engine, for one that is an adapter
         self._fingerprint: tuple[tuple[Any, ...], str] | None = None  # of what it was made
+        self._embedder: Embedder | None = None
 
     @property
     def base(self) -> ServedModel:
@@ -70,6 +73,30 @@ class ServedModel:
         if self.worker is None:
             raise bad_request(f"{self.name} does not continue text; it is a {type(self.pipeline).__name__}", "model")
         return self.llm, self.worker
+
+    def embedder(self) -> Embedder:
+        """The pipeline, or for an LLM one over its weights. ApiError where there is none."""
+        self.check_ready()
+        if isinstance(self.pipeline, Embedder):
+            return self.pipeline
+        if self.llm is None:
+            holds = type(self.pipeline).__name__
+            raise bad_request(
+                f"{self.name} gives no embeddings: it is of the kind {holds}, and they come from the kind Embedder or LLM",
+                "model",
+            )
+        if self.adapter is not None:
+            raise bad_request(
+                f"{self.name} gives no embeddings: it is an adapter beside its base; ask {self.base.name}, or serve the adapter as a model "
+                "of its own, which merges it",
+                "model",
+            )
+        if self.llm.tokenizer is None:
+            raise bad_request(f"{self.name} gives no embeddings: it has no tokenizer, and they are of texts", "model")
+        if self._embedder is None:
+            modules = modules_of(self.llm.engine.model)
+            self._embedder = Embedder(modules, self.llm.tokenizer, max_seq_length=self.llm.max_model_len)
+        return self._embedder
 
     def check_ready(self) -> None:
         if self.state == "failed":
@@ -125,19 +152,20 @@ class ServedAdapter(ServedModel):
         """The engine is the base's."""
 
 
-# What a checkpoint's config calls its architecture, and the pipeline of foveate that serves it; an Embedder else.
-_ENCODERS = {"QuestionAnswering": "QuestionAnswerer", "SequenceClassification": "TextClassifier"}
+# What a checkpoint's config calls its architecture, and the pipeline of foveate that serves it.
+_HEADS = {"QuestionAnswering": "QuestionAnswerer", "SequenceClassification": "TextClassifier"}
 
 
 def loader(path: str | Path, options: dict[str, Any]) -> Callable[[], Any]:
-    """What `ServedModel` calls: an LLM for a causal model, Text2Text for an encoder-decoder; for an encoder the pipeline of its head, a
-    Reranker where it classifies into one class, and an Embedder where it has none."""
+    """What `ServedModel` calls: an LLM for a causal model, Text2Text for an encoder-decoder; a TextClassifier where there is a head that
+    classifies, a Reranker where into one class; an Embedder for another encoder without a known head, and for a causal model whose folder
+    says how its vectors become one."""
 
     def load() -> Any:
         from foveate.models import open_checkpoint
 
         checkpoint = open_checkpoint(path)
-        kind = _kind(checkpoint.config)
+        kind = _kind(checkpoint.config, checkpoint.path)
         if kind == "LLM":
             return foveate.LLM(checkpoint, **options)
         shared = {
@@ -148,15 +176,14 @@ def loader(path: str | Path, options: dict[str, Any]) -> Callable[[], Any]:
     return load
 
 
-def _kind(config: dict[str, Any]) -> str:
-    model_type = config.get("model_type")
-    architecture = find(model_type)
+def _kind(config: dict[str, Any], folder: Path) -> str:
+    architecture = find(config.get("model_type"))
     if architecture is not None and architecture.encoder_decoder:
         return "Text2Text"
-    if model_type != "bert":
-        return "LLM"
     architectures = " ".join(map(str, config.get("architectures") or []))
-    found = next((kind for name, kind in _ENCODERS.items() if name in architectures), "Embedder")
+    if architecture is None or (architecture.continues_text and "SequenceClassification" not in architectures):
+        return "Embedder" if read_sentence_transformers(folder) else "LLM"
+    found = next((kind for name, kind in _HEADS.items() if name in architectures), "Embedder")
     if found == "TextClassifier" and len(config.get("id2label") or range(int(config.get("num_labels", 2)))) == 1:
         return "Reranker"
     return found
