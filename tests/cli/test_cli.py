@@ -88,6 +88,11 @@ def test_help_and_wrong_flags_do_not_load_torch():
             ["--temprature is not an option", "did you mean --temperature?"],
         ),
         (["chat", "--qqq"], ["--qqq is not an option", "no option is similar"]),
+        (["generate", "-model", "x"], ["foveate generate: -model is not an option", "did you mean --model?"]),
+        (
+            ["embed", "--model", "x", "a b"],
+            ["foveate embed: 'a b': the command takes no more arguments", "foveate embed --help explains all"],
+        ),
         (["chta"], ["foveate: 'chta' is not a command", "did you mean chat?"]),
         (["nonsense"], ["'nonsense' is not a command", "there are generate, chat, "]),
         (["train"], ["required: --output-dir, --train-data", "foveate train --help explains all"]),
@@ -173,6 +178,17 @@ def test_names_of_packages_may_have_hyphens(tmp_path, monkeypatch):
     (tmp_path / "a_model_package" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     assert open_checkpoint("a-model-package").path == open_checkpoint("a_model_package").path
+
+
+@pytest.mark.parametrize("command", ["translate", "summarize"])
+def test_a_text_in_the_place_of_a_file(command, capsys):
+    assert main([command, "--model", "x", "The house is small."]) == 2
+    assert "there is no file 'The house is small.'; DOCUMENTs are files" in capsys.readouterr().err
+
+
+def test_errors_of_the_file_system_name_the_file(capsys):
+    assert main(["classify", "--model", "x", "--file", "no/such.txt"]) == 1
+    assert capsys.readouterr().err == "foveate: no/such.txt: no such file or directory\n"
 
 
 def test_devices_that_there_are_not(path, capsys):

@@ -99,6 +99,13 @@ def test_wrong_options(tmp_path, source, options, sentence):
         foveate.data.tokenizer(source, **({"output": tmp_path / "tok"} | options))
 
 
+def test_without_text_there_is_no_tokenizer(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="there is no text to learn a tokenizer from"):
+        foveate.data.tokenizer(tmp_path / "empty.txt", tmp_path / "tok")
+    assert not (tmp_path / "tok").exists()
+
+
 def test_the_commands(tmp_path, source, capsys):
     """Each prints its counts, and with --json one object; wrong arguments are exit status 2, wrong files 1."""
     from foveate.cli import main

@@ -11,7 +11,7 @@ import pytest
 
 import fuzz
 
-KINDS = ("folders", "ggufs", "weights", "tokenizers", "adapters", "states", "requests")
+KINDS = tuple(fuzz.KINDS)
 
 
 @pytest.mark.fuzz

@@ -97,6 +97,22 @@ def test_a_trace_is_saved_and_runs_at_another_size(name):
     torch.testing.assert_close(torch.jit.load(file)(other), f(other))
 
 
+@pytest.mark.parametrize("heads_of_the_call", [None, [0, 3]])
+def test_attention_weights_are_exported_with_dynamic_lengths(heads_of_the_call):
+    class Weights(torch.nn.Module):
+        def forward(self, q, k):
+            return foveate.attention_weights(q, k, rows=[0, -1], heads=heads_of_the_call, causal=True)
+
+    def inputs(B, S):
+        return torch.randn(B, S, 4, 8), torch.randn(B, S + 1, 2, 8)
+
+    auto = torch.export.Dim.AUTO
+    dynamic = dict.fromkeys(range(4), auto)
+    graph = torch.export.export(Weights(), inputs(2, 6), dynamic_shapes=(dynamic, dynamic)).module()
+    other = inputs(3, 9)
+    torch.testing.assert_close(graph(*other), Weights()(*other))
+
+
 @pytest.mark.slow
 def test_aot_inductor(tmp_path):
     class Net(torch.nn.Module):

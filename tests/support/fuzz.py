@@ -7,6 +7,7 @@ whoever started it knows which one ended it.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+import fuzz_kinds
 from foveate import LLM, SamplingParams
 from foveate.models import load_model, open_checkpoint
 from hostile import CONFIG, gguf_file, llama_folder, put
@@ -159,6 +161,7 @@ def requests(draw: random.Random, folder: Path) -> None:
 KINDS: dict[str, Callable[[random.Random, Path], None]] = {
     "folders": folders, "ggufs": ggufs, "weights": weights, "tokenizers": tokenizers, "adapters": adapters, "states": states,
     "requests": requests,
+    **{name: functools.partial(kind, damaged=damaged, flipped=flipped) for name, kind in fuzz_kinds.KINDS.items()},
 }  # fmt: skip
 
 

@@ -94,6 +94,19 @@ def test_files_that_cannot_be_read(tmp_path, name, content, sentence):
         list(read_rows([str(tmp_path / name)]))
 
 
+def test_the_header_of_a_parquet_file_may_be_damaged(tmp_path):
+    """pyarrow has OSErrors without a number for these, beside its own errors."""
+    pyarrow, file = pytest.importorskip("pyarrow"), tmp_path / "a.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(ROWS), file)
+    whole = file.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    file.write_bytes(whole[:footer] + b"\xff" * 8 + whole[footer + 8 :])
+    with pytest.raises(
+        ValueError, match=r"a.parquet is not a Parquet file that pyarrow can read: Couldn't deserialize"
+    ):
+        list(read_rows([str(file)]))
+
+
 def objective(tokenizer: Tokenizer, max_length: int = 16, **changes) -> CausalLM:
     config = TrainConfig(output_dir="x", train_data=["x"], model="x", **changes)
     return CausalLM(config, tokenizer, max_length)

@@ -81,9 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("foveate: there is not enough memory for this", file=sys.stderr)
         return 1
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
-        print(f"foveate: {error}", file=sys.stderr)
+        print(f"foveate: {_sentence(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    """The error's own, or of the file system's: which file, and what is wrong with it."""
+    if not isinstance(error, OSError) or error.filename is None or not error.strerror:
+        return str(error)
+    return f"{os.fsdecode(error.filename)}: {error.strerror[:1].lower()}{error.strerror[1:]}"
 
 
 def _open_streams() -> None:

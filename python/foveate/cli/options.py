@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,15 @@ def read_text(file: Path | None = None) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: {error}; convert it, for instance with iconv") from None
     return found.replace("\r\n", "\n")
+
+
+def read_documents(files: Sequence[Path]) -> list[str]:
+    """Files that are each one text. UsageError for one that is not there: a newcomer gives the text itself."""
+    if missing := next((file for file in files if not file.exists()), None):
+        raise UsageError(
+            f"there is no file {str(missing)!r}; DOCUMENTs are files, and a text itself is given with --text"
+        )
+    return [read_text(file) for file in files]
 
 
 def input_lines() -> Iterator[str]:

@@ -58,9 +58,12 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        if self._subparsers is None and args is not None:
-            args = self._checked(list(args))
-        return super().parse_known_args(args, namespace)
+        if self._subparsers is not None or args is None:
+            return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(self._checked(list(args)), namespace)
+        if rest:
+            self._stop(f"{' '.join(map(repr, rest))}: the command takes no more arguments without an option", "")
+        return found, rest
 
     def _checked(self, args: list[str]) -> list[str]:
         """Each flag as it is spelt here, after those of a --config; one that is unknown ends the program before what it may have left
@@ -74,6 +77,8 @@ class CommandParser(argparse.ArgumentParser):
         for i, arg in enumerate(args):
             if arg == "--":
                 break
+            if self._is_short(arg):
+                self._stop(f"{arg} is not an option", self._meant(f"-{arg}".replace("_", "-")))
             if not arg.startswith("--") or " " in arg.partition("=")[0]:
                 continue
             flag, equals, value = arg.partition("=")
@@ -83,6 +88,11 @@ class CommandParser(argparse.ArgumentParser):
             else:
                 self._stop(f"{arg.partition('=')[0]} is not an option", self._meant(flag))
         return args
+
+    def _is_short(self, arg: str) -> bool:
+        """An option with one hyphen that there is not, such as -model; no number, and not "-", the standard input."""
+        known = self._option_string_actions
+        return re.fullmatch(r"-[A-Za-z_][\w-]*", arg) is not None and arg not in known and arg[:2] not in known
 
     def _meant(self, flag: str) -> str:
         """The question that names the option which is likely meant."""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from foveate.cli.options import UsageError, add_encoder_option, encoder, print_json, read_text, text
+from foveate.cli.options import UsageError, add_encoder_option, encoder, print_json, read_documents, read_text, text
 from foveate.cli.translate import add_writing_options, writing
 
 _EXAMPLES = """\
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.documents and args.text is not None:
         raise UsageError("texts come from DOCUMENTs or from --text; leave one of them away")
-    texts = args.text or [read_text(file) for file in args.documents] or [read_text()]
+    texts = args.text or read_documents(args.documents) or [read_text()]
     texts = [found.strip() for found in texts]
     if not all(texts):
         raise UsageError("there is no text in one of the inputs: it is empty")

@@ -103,8 +103,8 @@ def _argument(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
 def _json(text: str) -> dict[str, Any]:
     """A JSON object, in a file or as it is."""
     try:
-        value = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(text if text.lstrip().startswith(("{", "[")) else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"neither a file with JSON nor JSON itself: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, not a {type(value).__name__}")

@@ -13,7 +13,7 @@ from foveate.cli.options import (
     encoder,
     lines_or_texts,
     print_json,
-    read_text,
+    read_documents,
 )
 
 _EXAMPLES = """\
@@ -72,7 +72,7 @@ def documents_or_texts(args: argparse.Namespace) -> list[str]:
         return lines_or_texts(args)
     if args.text is not None or args.file is not None:
         raise UsageError("texts come from DOCUMENTs or from --text and --file; leave one of them away")
-    return [read_text(file).removesuffix("\n") for file in args.documents]
+    return [found.removesuffix("\n") for found in read_documents(args.documents)]
 
 
 def run(args: argparse.Namespace) -> None:

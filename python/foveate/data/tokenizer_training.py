@@ -126,7 +126,11 @@ def _trained(
     if lowercase and kind != "wordpiece":
         backend.normalizer = tk.normalizers.Lowercase()
     with bar("reading", corpus.size, shown) as progress:
-        backend.train_from_iterator(_batches(corpus, field, progress), trainer)
+        batches = _batches(corpus, field, progress)
+        first = next(batches, None)
+        if first is None:
+            raise ValueError("the documents are empty: there is no text to learn a tokenizer from")
+        backend.train_from_iterator(itertools.chain([first], batches), trainer)
     if kind == "unigram":
         backend = _with_bytes(backend, special)
     if kind == "wordpiece" and {"cls_token", "sep_token"} <= names.keys():

@@ -69,7 +69,7 @@ def _parquet_features(file: Path) -> Any:
         return {}  # the reader of the rows says what is wrong, here and below
     try:
         metadata = pyarrow.parquet.read_schema(file).metadata or {}
-    except pyarrow.ArrowException:
+    except (pyarrow.ArrowException, OSError):  # plain OSErrors too, of damaged headers
         return {}
     info = _json(metadata.get(b"huggingface", b"{}"), f"the description in {file}").get("info")
     return info.get("features") if isinstance(info, dict) else {}

@@ -287,7 +287,12 @@ def _parquet(file: Path) -> Iterator[Row]:
                 for fields in batch.to_pylist():
                     count += 1
                     yield Row(fields, f"row {count} of {file}")
-    except pyarrow.ArrowException as error:
+    except (
+        pyarrow.ArrowException,
+        OSError,
+    ) as error:  # OSErrors of a damaged header have no number, those of the file system have
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"{file} is not a Parquet file that pyarrow can read: {error}") from error
 
 

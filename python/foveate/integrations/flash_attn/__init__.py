@@ -4,7 +4,8 @@
     from foveate.integrations.flash_attn.bert_padding import unpad_input, pad_input
 
 Below it, as there: flash_attn_interface, bert_padding, layers.rotary, losses.cross_entropy, ops.layer_norm, ops.rms_norm,
-ops.triton.layer_norm, ops.triton.cross_entropy, modules.mha. FlashAttention-3's functions are in `foveate.integrations.flash_attn_3`.
+ops.triton.layer_norm, ops.triton.cross_entropy, ops.triton.rotary, modules.mha. FlashAttention-3's functions are in
+`foveate.integrations.flash_attn_3`.
 
 A program that says `import flash_attn` runs unmodified after
 

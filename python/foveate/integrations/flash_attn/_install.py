@@ -21,6 +21,7 @@ _MODULES = (
     ".ops.triton",
     ".ops.triton.layer_norm",
     ".ops.triton.cross_entropy",
+    ".ops.triton.rotary",
     ".modules",
     ".modules.mha",
 )

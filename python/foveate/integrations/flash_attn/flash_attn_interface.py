@@ -9,6 +9,8 @@ from torch import Tensor
 
 import foveate
 from foveate.integrations.flash_attn import _options, _packed
+from foveate.integrations.flash_attn._backward import _flash_attn_backward as _flash_attn_backward
+from foveate.integrations.flash_attn._backward import _flash_attn_varlen_backward as _flash_attn_varlen_backward
 from foveate.integrations.flash_attn._options import Result, Window
 from foveate.integrations.flash_attn.layers.rotary import apply_rotary_emb
 

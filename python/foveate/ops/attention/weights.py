@@ -77,6 +77,7 @@ def attention_weights(
     mask = None if mask is None else checks.check_scores_operand("mask", mask, q, (B, Hq, Sq, Skv))
     kv_lens = None if kv_lens is None else checks.check_lengths("kv_lens", kv_lens, q, B)
     chosen_rows = _check_rows(rows, q)
+    Hq = int(Hq)  # a graph is of this number of heads: torch.export makes sizes symbolic
     chosen_heads = range(Hq) if heads is None else _check_heads(heads, Hq)
     c = Operands(
         *checks.normalised(
@@ -121,7 +122,7 @@ def _weights(c: Operands, rows: Tensor, heads: Sequence[int], backend: str) -> T
 
 def _product(q: Tensor, k: Tensor, heads: Sequence[int], inside: Tensor | None) -> Tensor:
     """q.k of q [B, R, Hq, D] for some of its heads: [B, H, R, Skv]. inside: bool [B, Skv, 1], the keys that may be read."""
-    group = q.shape[2] // max(k.shape[2], 1)
+    group = int(q.shape[2] // max(k.shape[2], 1))
     keys = k.to(q.dtype) if inside is None else torch.where(inside[..., None], k.to(q.dtype), 0.0)
     chosen = list(heads)
     return torch.einsum("bihd,bjhd->bhij", q[:, :, chosen], keys[:, :, [h // group for h in chosen]])
@@ -130,7 +131,7 @@ def _product(q: Tensor, k: Tensor, heads: Sequence[int], inside: Tensor | None) 
 def _product_by_kv_head(q: Tensor, k: Tensor, heads: Sequence[int], inside: Tensor | None) -> Tensor:
     """`_product`, with one KV head at a time in the compute dtype."""
     B, R, Hq, D = q.shape
-    group = Hq // max(k.shape[2], 1)
+    group = int(Hq // max(k.shape[2], 1))
     found: dict[int, Tensor] = {}
     for kv_head in dict.fromkeys(h // group for h in heads):
         members = [h for h in dict.fromkeys(heads) if h // group == kv_head]

@@ -110,6 +110,41 @@ def dropout_add_norm(
     return _finished(x0, None, residual, [(weight, bias)], epsilon, dropout_p, *tail)
 
 
+def dropout_add_norm_subset(
+    x0: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    epsilon: float,
+    layerscale: Tensor | None = None,
+    x0_subset: Tensor | None = None,
+    out_subset: Tensor | None = None,
+    rowscale_const: float = 1.0,
+    out_numrows: int = 0,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+    *,
+    rms: bool,
+) -> Any:
+    """`dropout_add_norm` of some rows: x0 has those for which x0_subset [...] is not 0, which says their places in x0 from 1 on; the others
+    add nothing. The norm comes out of the rows for which out_subset is not 0 alone, [out_numrows, N]; the sum has all rows."""
+    x, mask, _ = summed(x0 * rowscale_const, None, None, None, layerscale, dropout_p, False)
+    if x0_subset is not None:
+        places = x0_subset.long()
+        rows = x.reshape(-1, x.shape[-1])[(places - 1).clamp(min=0)]
+        x = torch.where(places[..., None] > 0, rows, 0.0)
+    total, _, _ = summed(x, None, residual, None, None, 0.0, residual_in_fp32)
+    chosen = total if out_subset is None else total.reshape(-1, total.shape[-1])[out_subset.flatten() > 0]
+    results = [norm(chosen, weight, bias, epsilon, rms, False, x0.dtype)]
+    if prenorm:
+        results.append(total)
+    if return_dropout_mask:
+        results.append(torch.ones_like(x0, dtype=torch.bool) if mask is None else mask)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
 def parallel_residual(
     x0: Tensor,
     x1: Tensor | None,

@@ -15,6 +15,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
 
 
 dropout_add_layer_norm = functools.partial(_add_norm.dropout_add_norm, rms=False)
+dropout_add_layer_norm_subset = functools.partial(_add_norm.dropout_add_norm_subset, rms=False)
 dropout_add_layer_norm_parallel_residual = functools.partial(_add_norm.parallel_residual, rms=False)
 
 

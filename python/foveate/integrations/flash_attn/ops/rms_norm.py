@@ -18,6 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 dropout_add_rms_norm = functools.partial(_add_norm.dropout_add_norm, rms=True)
+dropout_add_rms_norm_subset = functools.partial(_add_norm.dropout_add_norm_subset, rms=True)
 dropout_add_rms_norm_parallel_residual = functools.partial(_add_norm.parallel_residual, rms=True)
 
 
