@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "python" / "foveate"
 LAYERS = [
     ["cli", "bench", "integrations"],
     ["serve", "evaluate", "inspect"],
+    ["guard"],
     ["train", "data"],
     ["pipelines"],
     ["generation"],

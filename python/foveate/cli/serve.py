@@ -79,6 +79,10 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="a saved answer of /quality; prompts are compared with those of its time, not with the first ones",
     )
+    watching.add_argument(
+        "--guard", type=Path, metavar="FILE",
+        help="a policy (.yaml, .json): what prompts and answers may not have is blocked, redacted or counted",
+    )  # fmt: skip
     watching.add_argument("--no-request-log", action="store_true", help="no line for each request on stderr")
     parser.set_defaults(run=run)
 
@@ -125,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
             aliases=_aliases(args.alias), options=options.llm_options(args),
             host=args.host, port=args.port, api_keys=tuple(keys),
             insecure=args.insecure, canary=args.canary, canary_every=args.canary_every, log_requests=not args.no_request_log,
-            quality_reference=args.quality_reference,
+            quality_reference=args.quality_reference, guard=args.guard,
             certificate=args.tls_certificate, certificate_key=args.tls_key, **limits,
         )  # fmt: skip
     except ValueError as error:

@@ -171,3 +171,7 @@ FINDERS: dict[str, Callable[[str], Iterator[Found]]] = {
     "key": _keys, "email": _emails, "iban": _ibans, "card": _cards, "ip": _ips,
 }  # fmt: skip
 """In the order of precedence where two overlap; telephone numbers come last."""
+PATTERNS: dict[str, tuple[re.Pattern[str], ...]] = {
+    "key": (_KEYS, _PEM, _NAMED_SECRET), "email": (_EMAIL,), "iban": (_IBAN,), "card": (_CARD,), "ip": (_IP4, _IP6), "phone": (_PHONE,),
+}  # fmt: skip
+"""Of each kind what every finding is within a match of, for who must tell from where on a growing text may still become one."""

@@ -38,15 +38,21 @@ async def prepare_chat(state: ServerState, served: ServedModel, body: ChatBody, 
     params = chat_params(body, llm.default_params, state.settings.max_logprobs)
     params, tags = _with_tools(body, params, llm, served.name)
     tools = None if tags is None and body.tool_choice in (None, "none") else body.tools
+    messages = body.messages
+    if state.guard is not None:
+        messages = await state.guard.messages(state, served, messages, name)
 
     def tokens() -> list[int]:
-        ids = llm.encode_chat(plain_messages(body.messages), **template_options(body, tools))
+        ids = llm.encode_chat(plain_messages(messages), **template_options(body, tools))
         worker.engine.check(ids, params)
         return ids
 
     ids = await state.prepare(tokens)
     grammar = await state.grammar(served, params)
-    return Call([Job(name, ids, params, grammar=grammar, priority=priority)]), tags
+    job = Job(name, ids, params, grammar=grammar, priority=priority)
+    if state.guard is not None:
+        state.guard.watch(served, body, [job])
+    return Call([job]), tags
 
 
 def _with_tools(body: ChatBody, params: SamplingParams, llm: Any, model: str) -> tuple[SamplingParams, bool | None]:

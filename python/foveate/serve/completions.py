@@ -32,13 +32,18 @@ async def complete(state: ServerState, body: CompletionBody) -> Answer:
     holes = _holes(served, body) if body.suffix else None
     if holes is not None:
         params = holes.params(params)
+    name = f"cmpl-{uuid.uuid4().hex}"
+    suffix = body.suffix or ""
+    if state.guard is not None:
+        prompts = [await state.guard.prompt(state, served, prompt, name) for prompt in prompts]
+        suffix = await state.guard.text(state, served, suffix, name, "suffix")
     size = sum(map(len, prompts))
 
     def tokens() -> list[list[int]]:
         found = []
         for prompt in prompts:
             if holes is not None:
-                ids = holes.encode(str(prompt), body.suffix or "")
+                ids = holes.encode(str(prompt), suffix)
             else:
                 ids = _encode(llm, prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
             worker.engine.check(ids, params)
@@ -47,10 +52,10 @@ async def complete(state: ServerState, body: CompletionBody) -> Answer:
 
     ids = await state.prepare(tokens, heavy=size > _SHORT)
     grammar = await state.grammar(served, params)
-    name = f"cmpl-{uuid.uuid4().hex}"
-    call = Call(
-        [Job(f"{name}-{i}", tokens, params, grammar=grammar, priority=priority) for i, tokens in enumerate(ids)]
-    )
+    jobs = [Job(f"{name}-{i}", tokens, params, grammar=grammar, priority=priority) for i, tokens in enumerate(ids)]
+    if state.guard is not None:
+        state.guard.watch(served, body, jobs)
+    call = Call(jobs)
     writer = CompletionWriter(name, served, body, prompts, call)
     look = inspected(state, served, body.inspect, call)
     return Answer(state, served, call, writer, stream=body.stream, inspected=look)

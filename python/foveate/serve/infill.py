@@ -101,14 +101,23 @@ async def infill(state: ServerState, body: InfillBody) -> Answer:
         params = holes.params(llm.default_params.with_(**given))
     except (ValueError, TypeError) as error:
         raise _of_infill(refused(error)) from None
+    name = f"infill-{uuid.uuid4().hex}"
+    before, after = body.input_prefix + body.prompt, body.input_suffix
+    if state.guard is not None:
+        before = await state.guard.text(state, served, before, name, "input_prefix")
+        after = await state.guard.text(state, served, after, name, "input_suffix")
+        files = [(file, await state.guard.text(state, served, text, name, "input_extra")) for file, text in files]
 
     def tokens() -> list[int]:
-        ids = holes.encode(body.input_prefix + body.prompt, body.input_suffix, files)
+        ids = holes.encode(before, after, files)
         worker.engine.check(ids, params)
         return ids
 
     ids = await state.prepare(tokens)
-    call = Call([Job(f"infill-{uuid.uuid4().hex}", ids, params, priority=priority_of(None))])
+    job = Job(name, ids, params, priority=priority_of(None))
+    if state.guard is not None:
+        state.guard.watch(served, body, [job])
+    call = Call([job])
     return Answer(state, served, call, InfillWriter(served, call, holes), stream=body.stream)
 
 

@@ -43,11 +43,14 @@ class Job:
         self.priority, self.turn = priority, 0.0  # lower first; of equal priorities by their turn
         self.call: Call | None = None
         self.begun_again = False  # in another engine, since its own hung
+        self.screen: Any = None  # an OutputScreen, through which the guard lets outputs
 
     def begin_again(self) -> None:
         self.begun_again = True
         self.output, self.started = None, None
         self.progress.clear()
+        if self.screen is not None:
+            self.screen = self.screen.again()
 
     @property
     def finished(self) -> bool:

@@ -85,6 +85,10 @@ class Metrics:
             [*model, "reason"],
         )
         self.feedback = counter("foveate:feedback", "Answers that were rated.", [*model, "rating"])
+        self.guard_findings = counter(
+            "foveate:guard_findings", "What rules of the guard have found.", [*model, "side", "rule", "action"]
+        )
+        self._guard_labels: list[tuple[str, str, str]] = []
         for served in self._models:
             self._make_all(served.name)
         self.registry.register(_Gauges(self._models, self.quality))
@@ -108,6 +112,17 @@ class Metrics:
             self.schema_failures.labels(name, reason)
         for rating in RATINGS:
             self.feedback.labels(name, rating)
+        self._make_guard(name)
+
+    def guards(self, rules: Iterable[Any]) -> None:
+        """The rules of the guard, whose counts begin at 0."""
+        self._guard_labels = [(side, rule.name, rule.action) for rule in rules for side in rule.on]
+        for served in self._models:
+            self._make_guard(served.name)
+
+    def _make_guard(self, name: str) -> None:
+        for labels in self._guard_labels:
+            self.guard_findings.labels(name, *labels)
 
     def add(self, served: ServedModel) -> None:
         """One that is served from now on."""

@@ -177,6 +177,12 @@ class ResponseWriter(Writer):
             yield done | {"arguments": item["arguments"]}
         yield {"type": "response.output_item.done", "output_index": len(self._items) - 1, "item": _copy(item)}
 
+    @staticmethod
+    def _why(output: RequestOutput | None) -> str:
+        """An answer is incomplete: OpenAI's word for why."""
+        blocked = output is not None and output.outputs[0].finish_reason == "content_filter"
+        return "content_filter" if blocked else "max_output_tokens"
+
     def _response(self, status: str, output: RequestOutput | None = None) -> dict[str, Any]:
         body, params = self._body, self._job.params
         form = None if body.text is None else body.text.format
@@ -184,7 +190,7 @@ class ResponseWriter(Writer):
         choice: Any = body.tool_choice or "auto"
         return {
             "id": self._name, "object": "response", "created_at": self._created, "status": status, "background": False,
-            "error": None, "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "error": None, "incomplete_details": {"reason": self._why(output)} if status == "incomplete" else None,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": self._model,
             "output": [_copy(item) for item in self._items], "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None, "service_tier": "default", "store": False, "temperature": params.temperature,
@@ -196,7 +202,7 @@ class ResponseWriter(Writer):
 
 
 def _status(sample: CompletionOutput) -> str:
-    return "incomplete" if sample.finish_reason == "length" else "completed"
+    return "incomplete" if sample.finish_reason in ("length", "content_filter") else "completed"
 
 
 def _text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:

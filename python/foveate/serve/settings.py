@@ -24,6 +24,7 @@ class ServeSettings:
     hang_timeout: from which the engine is restarted, max_engine_restarts times, and then /health fails.
     max_logprobs: alternatives per token that may be asked for.
     log_texts: prompts and replies in the log. canary: a file of golden prompts, run every canary_every seconds.
+    guard: a policy file, for prompts and answers.
     quality_reference: a saved answer of /quality, with whose prompts those of now are compared; the first ones by default.
     """
 
@@ -53,6 +54,7 @@ class ServeSettings:
     canary: Path | None = None
     canary_every: float = 300.0
     quality_reference: Path | None = None
+    guard: Path | None = None
     certificate: Path | None = None
     certificate_key: Path | None = None
 

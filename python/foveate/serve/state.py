@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from foveate.generation.params import SamplingParams
+from foveate.guard import Guard
 from foveate.serve.admission import Admission
 from foveate.serve.canary import Canary, read_golden
 from foveate.serve.errors import ApiError, bad_request, of_model, refused
+from foveate.serve.guarding import ServedGuard
 from foveate.serve.jobs import Job
 from foveate.serve.keys import Keys, caller
 from foveate.serve.metrics import Metrics
@@ -50,6 +52,9 @@ class ServerState:
         self.models |= {name: ServedAdapter(name, first, folder) for name, folder in settings.adapters.items()}
         self.keys = Keys(settings.api_keys)
         self.metrics = Metrics(self.models.values(), self.keys.names, Quality(settings.quality_reference))
+        self.guard = None if settings.guard is None else ServedGuard(Guard(settings.guard), self.metrics)
+        if self.guard is not None:
+            self.metrics.guards(self.guard.guard.rules)
         self._admissions: dict[str, Admission] = {}
         # Tokenizing, templates, grammars and encoders; the event loop does none of it for long texts.
         self.pool = ThreadPoolExecutor(4, thread_name_prefix="foveate-prepare")

@@ -232,10 +232,16 @@ class EngineWorker:
             return None
         if job.started is None:  # its first step was its last
             job.started = began
-        job.output = output
+        try:
+            job.output = output if job.screen is None else job.screen(output)
+        except Exception:
+            log.exception("the guard failed on a request", extra={"job": job.id})
+            job.error = _failed(job)
         job.progress.append((now, job.generated))
-        if output.finished:
+        if job.finished:
             del self._jobs[output.request_id]
+            if not output.finished:
+                self.engine.abort(output.request_id)
         return job
 
     def _deliver(self, jobs: list[Job]) -> None:
