@@ -200,7 +200,8 @@ def test_what_is_not_supported_is_said(tmp_path: Path) -> None:
         ours(torch.zeros(1, 25, dtype=torch.long))
     with pytest.raises(
         ValueError,
-        match="head='ner' is not one of encoder, masked-lm, sequence-classification, token-classification, question-answering",
+        match="head='ner' is not one of encoder, masked-lm, sequence-classification, token-classification, "
+        "multiple-choice, question-answering",
     ):
         load_model(tmp_path, head="ner")
     with pytest.raises(ValueError, match="new_head=True is for BERT's heads; Bert has none"):

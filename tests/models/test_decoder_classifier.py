@@ -82,7 +82,7 @@ def test_what_it_is_not_for(tmp_path: Path) -> None:
     tokenizer().backend.save(str(tmp_path / "text/tokenizer.json"))
     with pytest.raises(
         ValueError,
-        match="'sequence-classification' for decoders whose checkpoint has it; this llama is a LlamaForCausalLM",
+        match="'sequence-classification' for checkpoints of llama that have it; this llama is a LlamaForCausalLM",
     ):
         foveate.TextClassifier(tmp_path / "text")
     config = json.loads((tmp_path / "classes/config.json").read_text())

@@ -42,6 +42,9 @@ class BartConfig:
     tied: bool = True  # the head is the decoder's embedding
     start_id: int = 0  # the decoder's first token
     pad_id: int = 0
+    eos_id: int = 2  # whose last one stands for a whole text
+    num_labels: int = 3
+    classifier_dropout: float = 0.0
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> BartConfig:
@@ -81,9 +84,16 @@ class BartConfig:
             activation_dropout=config["activation_dropout"],
             shared=shared,
             tied=config["tie_word_embeddings"],
-            start_id=start[0] if isinstance(start, list) else start,
+            start_id=_first(start),
             pad_id=config["pad_token_id"],
+            eos_id=_first(config.get("eos_token_id", 2)),
+            num_labels=len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 3),
+            classifier_dropout=config.get("classifier_dropout", 0.0),
         )
+
+
+def _first(ids: int | list[int]) -> int:
+    return ids[0] if isinstance(ids, list) else ids
 
 
 class BartAttention(nn.Module):
@@ -273,33 +283,25 @@ class BartModel(nn.Module):
         self.decoder = BartStack(config, decoder=True)
 
 
-class Bart(EncoderDecoder):
-    """BART, PLBart, mBART, PEGASUS, Marian, M2M-100 (NLLB) and BlenderBot, with Hugging Face's parameter names.
-
-    Texts of up to max_positions tokens, sources and targets alike: ValueError beyond. In training no layers are dropped.
-    """
+class BartWithoutHead(EncoderDecoder):
+    """Encoder, decoder and the embedding that they may share."""
 
     config_class = BartConfig
     prefix = "model."
     # Tables that are made anew, and what a fairseq checkpoint says of itself.
     ignored = re.compile(r"(model\.)?(encoder|decoder)\.(embed_positions\.(weight|weights|_float_tensor)|version)")
     transposed = None
-    constants = re.compile(r"final_logits_bias")  # never trained, and zeros in a checkpoint without it
 
     def __init__(self, config: BartConfig) -> None:
         super().__init__()
         self.config = config
         self.model = BartModel(config)
-        vocab = config.decoder_vocab_size
-        self.final_logits_bias = (
-            nn.Parameter(torch.zeros(1, vocab), requires_grad=False) if config.family.logits_bias else None
-        )
-        self.lm_head = nn.Linear(config.hidden_size, vocab, bias=False)
         self.tied: dict[str, str] = {}
-        if config.tied:
-            self.tied["lm_head.weight"] = f"model.{'shared' if config.shared else 'decoder.embed_tokens'}.weight"
         if config.shared:
             self.tied |= {f"model.{part}.embed_tokens.weight": "model.shared.weight" for part in ("encoder", "decoder")}
+        self._tie()
+
+    def _tie(self) -> None:
         for alias, name in self.tied.items():
             self.get_submodule(alias.removesuffix(".weight")).weight = self.get_parameter(name)
 
@@ -315,10 +317,6 @@ class Bart(EncoderDecoder):
         layers: Any = self.model.decoder.layers
         return [layer.encoder_attn for layer in layers]
 
-    @property
-    def logits_bias(self) -> Tensor | None:
-        return None if self.final_logits_bias is None else self.final_logits_bias[0]
-
     def shift_right(self, labels: Tensor) -> Tensor:
         """As the other encoder-decoders', but that of mBART and PLBart begins with the last token of each row, its language."""
         if not self.config.family.wraps_labels:
@@ -326,3 +324,28 @@ class Bart(EncoderDecoder):
         labels = labels.masked_fill(labels == -100, self.config.pad_id)
         last = (labels != self.config.pad_id).sum(1, keepdim=True) - 1
         return torch.cat([labels.gather(1, last), labels[:, :-1]], 1)
+
+
+class Bart(BartWithoutHead):
+    """BART, PLBart, mBART, PEGASUS, Marian, M2M-100 (NLLB) and BlenderBot, with Hugging Face's parameter names.
+
+    Texts of up to max_positions tokens, sources and targets alike: ValueError beyond. In training no layers are dropped.
+    """
+
+    constants = re.compile(r"final_logits_bias")  # never trained, and zeros in a checkpoint without it
+
+    def __init__(self, config: BartConfig) -> None:
+        super().__init__(config)
+        vocab = config.decoder_vocab_size
+        self.final_logits_bias = (
+            nn.Parameter(torch.zeros(1, vocab), requires_grad=False) if config.family.logits_bias else None
+        )
+        self.lm_head = nn.Linear(config.hidden_size, vocab, bias=False)
+        if config.tied:
+            head = f"model.{'shared' if config.shared else 'decoder.embed_tokens'}.weight"
+            self.tied = {"lm_head.weight": head} | self.tied
+            self._tie()
+
+    @property
+    def logits_bias(self) -> Tensor | None:
+        return None if self.final_logits_bias is None else self.final_logits_bias[0]

@@ -40,18 +40,26 @@ def model_class(config: dict[str, Any], head: str | None = None, new_head: bool 
     if architecture.heads:
         return _class_with_head(architecture, config, head, new_head)
     name = next((name for name in config.get("architectures") or () if isinstance(name, str)), "")
-    if architecture.classifier is not None and name.endswith("ForSequenceClassification"):
-        if head not in (None, "sequence-classification"):
-            raise ValueError(f"the checkpoint is a {name}, whose head is not {head!r}")
-        return architecture.classifier
+    for known, kind in architecture.readers.items():
+        if name.endswith(_head_of(kind)):
+            if head not in (None, known):
+                raise ValueError(f"the checkpoint is a {name}, whose head is not {head!r}")
+            return kind
     if head is not None:
+        others = " and ".join(map(repr, architecture.readers))
         raise ValueError(
-            f"head={head!r} is for encoders such as BERT, and 'sequence-classification' for decoders whose checkpoint has it; "
-            f"this {config['model_type']} is a {name or 'causal language model'}"
+            f"head={head!r} is for encoders such as BERT"
+            + (f", and {others} for checkpoints of {config['model_type']} that have it" if others else "")
+            + f"; this {config['model_type']} is a {name or 'model that writes text'}"
         )
     if architecture.encoder_decoder:
         _check_whole(config)
     return architecture.model
+
+
+def _head_of(kind: type[nn.Module]) -> str:
+    """What the names of a head's classes end with, such as "ForSequenceClassification"."""
+    return kind.__name__[kind.__name__.index("For") :]
 
 
 def _check_whole(config: dict[str, Any]) -> None:
@@ -91,11 +99,7 @@ _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForMulti
 
 def _has_another_classifier(config: dict[str, Any], kind: type[nn.Module]) -> bool:
     names = [name for name in (config.get("architectures") or ())[:1] if name.endswith(_CLASSIFIERS)]
-    return (
-        bool(names)
-        and kind.__name__.endswith(_CLASSIFIERS)
-        and not names[0].endswith(kind.__name__[kind.__name__.index("For") :])
-    )
+    return bool(names) and kind.__name__.endswith(_CLASSIFIERS) and not names[0].endswith(_head_of(kind))
 
 
 class _WithoutClassifier:

@@ -15,6 +15,7 @@ from torch import nn
 from foveate.files.checked import CheckpointError
 from foveate.models import (
     bart,
+    bart_heads,
     bert,
     deberta,
     decoder_classifier,
@@ -34,8 +35,9 @@ class Architecture:
 
     layer: the module that is recomputed by gradient checkpointing and whose linear layers LoRA adapts. objectives: of training.
     dropouts: keys of config.json. suited: what of foveate uses such a model, for errors. heads: by the names that `load_model` takes,
-    and named_heads by those of a config's `architectures`; {} for a family with one head only. classifier: of a decoder, what its
-    checkpoints called ...ForSequenceClassification are. names, fused: what stored weights become, see `RenamedWeights`.
+    and named_heads by those of a config's `architectures`; {} for a family with one head only. readers: of models that write text, what
+    their checkpoints with another head are, by the names that `load_model` takes for it. names, fused: what stored weights become, see
+    `RenamedWeights`.
     """
 
     exported_as: Mapping[str, str]
@@ -52,7 +54,7 @@ class Architecture:
     tied_by_default: bool = False
     heads: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     named_heads: Mapping[str, type[nn.Module]] = field(default_factory=dict)
-    classifier: type[nn.Module] | None = None
+    readers: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     names: tuple[tuple[str, str], ...] = ()
     fused: Mapping[str, str] = field(default_factory=dict)
 
@@ -73,7 +75,7 @@ def _decoder(model_type: str) -> Architecture:
         llama.LlamaLayer,
         ("causal-lm",) if family.trains else (),  # exports have Llama's names
         "foveate.LLM",
-        classifier=decoder_classifier.LlamaForSequenceClassification,
+        readers={"sequence-classification": decoder_classifier.LlamaForSequenceClassification},
         names=family.names,
         fused=family.fused,
     )
@@ -123,6 +125,7 @@ def _encoder_decoder(model_type: str) -> Architecture:
         continues_text=False,
         encoder_decoder=True,
         layers_stand_alone=False,  # as of T5 the keys of the source are computed before the layers
+        readers=bart_heads.HEADS,
     )
 
 

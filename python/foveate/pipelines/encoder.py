@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models import load_model, open_checkpoint
-from foveate.models.registry import model_types
+from foveate.models.registry import find, model_types
 from foveate.models.sequences import PackedSequences
 from foveate.tokenizer import Tokenizer
 
 TOKENS_PER_BATCH = 4096  # in one forward pass, unless a single text is longer
-_DECODERS = model_types(classifier=True)  # which may have a head of classes
 
 
 @dataclass
@@ -52,8 +51,9 @@ def load_encoder(
         checkpoint = open_checkpoint(path_or_model)
         config, folder = checkpoint.config, checkpoint.path
         encoders = model_types(heads=True)
-        classifier = head == "sequence-classification" and config.get("model_type") in _DECODERS
-        if config.get("model_type") not in encoders and not classifier:
+        architecture = find(config.get("model_type"))
+        reads = architecture is not None and head in architecture.readers
+        if config.get("model_type") not in encoders and not reads:
             raise ValueError(
                 f"{path_or_model} is of architecture {config.get('model_type')!r}; {task} needs "
                 f"{' or '.join(map(repr, encoders))}, fine-tuned for it"

@@ -14,7 +14,7 @@ from foveate.tokenizer import Tokenizer
 
 
 class _Window(NamedTuple):
-    """[CLS] question [SEP] part of the context [SEP]"""
+    """[CLS] question [SEP] part of the context [SEP], with as many separators as the tokenizer has."""
 
     example: int
     ids: list[int]
@@ -46,7 +46,7 @@ class QuestionAnswerer:
         answerer(question="Who wrote it?", context="It was written by Ada.")
         # {"score": 0.98, "start": 18, "end": 21, "answer": "Ada"}
 
-    path_or_model: what `load_model` takes, or a BertForQuestionAnswering together with its tokenizer.
+    path_or_model: what `load_model` takes, an encoder or a BART, or a BertForQuestionAnswering together with its tokenizer.
     """
 
     def __init__(
@@ -64,12 +64,7 @@ class QuestionAnswerer:
             quantization=quantization, progress=progress,
         )  # fmt: skip
         self.model, self.tokenizer = found.model, found.tokenizer
-        frame = self.tokenizer.backend.encode("", "").ids
-        if len(frame) != 3 or frame[1] != frame[2]:
-            raise ValueError(
-                f"the tokenizer frames a pair of texts with the ids {frame}; needed is [CLS] question [SEP] context [SEP]"
-            )
-        self._cls, self._sep = frame[:2]
+        self._frame = _pair_frame(self.tokenizer)
 
     def __call__(
         self,
@@ -165,7 +160,8 @@ class QuestionAnswerer:
             if context not in read:
                 read[context] = self._read(context)
             context_ids, example = read[context]
-            room = max_seq_len - len(ids) - 3
+            before, between, after = self._frame
+            room = max_seq_len - len(ids) - len(before) - len(between) - len(after)
             if room <= doc_stride and len(context_ids) > room:
                 raise ValueError(
                     f"max_seq_len={max_seq_len} leaves {room} tokens for the context beside a question of {len(ids)}; windows that "
@@ -175,8 +171,8 @@ class QuestionAnswerer:
             start = 0
             while True:
                 part = context_ids[start : start + room]
-                whole = [self._cls, *ids, self._sep, *part, self._sep]
-                windows.append(_Window(i, whole, len(ids) + 2, start, len(part)))
+                head = [*before, *ids, *between]
+                windows.append(_Window(i, [*head, *part, *after], len(head), start, len(part)))
                 if start + room >= len(context_ids):
                     break
                 start += room - doc_stride
@@ -206,6 +202,20 @@ class QuestionAnswerer:
         lengths = torch.tensor([len(window.ids) for window in windows], dtype=torch.int32)
         start, end = self.model(tokens.to(device), types.to(device), kv_lens=lengths.to(device))
         return start.float().cpu(), end.float().cpu()
+
+
+def _pair_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+    """The ids before, between and after a pair of texts: BERT has one separator between them, RoBERTa and BART have two."""
+    pair = tokenizer.backend.encode("a", "a")
+    texts = getattr(pair, "sequence_ids", [])
+    if 0 not in texts or 1 not in texts or texts[0] is not None or texts[texts.index(1) - 1] is not None:
+        frame = [i for i, text in zip(pair.ids, texts) if text is None]
+        raise ValueError(
+            f"the tokenizer frames a pair of texts with the ids {frame}; needed is [CLS] question [SEP] context [SEP]"
+        )
+    first, second = texts.index(0), texts.index(1)
+    between = first + texts.count(0)
+    return pair.ids[:first], pair.ids[between:second], pair.ids[second + texts.count(1) :]
 
 
 def _pair_up(question: str | Sequence[str], context: str | Sequence[str]) -> tuple[list[str], list[str], bool]:

@@ -73,7 +73,7 @@ class Text2Text:
             tokenizer_config = checkpoint.tokenizer_config
             self.task_params = checkpoint.config.get("task_specific_params") or {}
             self.default_params = default_params(_settings(checkpoint), getattr(model.config, "max_positions", None))
-        if not isinstance(model, EncoderDecoder):
+        if not isinstance(model, EncoderDecoder) or not hasattr(model, "lm_head"):
             raise TypeError(
                 f"Text2Text takes a foveate.models.encoder_decoder.EncoderDecoder, got {type(model).__name__}"
             )
