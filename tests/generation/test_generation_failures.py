@@ -14,7 +14,7 @@ import torch
 
 from foveate import LLM, QuestionAnswerer, SamplingParams
 from foveate.generation import Engine
-from foveate.generation.sampler import Row, sample
+from foveate.generation.sampler import SamplingState, sample
 from generation_toys import cache, engine, model, tokenizer
 from hostile import llama_folder
 
@@ -93,12 +93,12 @@ def test_logits_that_are_not_finite_end_their_request(bad, options):
 def test_temperatures_below_fp32_are_their_limit(temperature, options):
     """argmax, and an even draw among ties."""
     logits = torch.randn(4, 300)
-    rows = [Row(SamplingParams(temperature=temperature, **options), [1, 2], seed=i) for i in range(4)]
+    rows = [SamplingState(SamplingParams(temperature=temperature, **options), [1, 2], seed=i) for i in range(4)]
     assert sample(logits, rows).tokens == logits.argmax(-1).tolist()
     ties = torch.zeros(1, 300)
     ties[0, [7, 90]] = 5.0
     drawn = {
-        sample(ties, [Row(SamplingParams(temperature=temperature, **options), [1], seed=i)]).tokens[0]
+        sample(ties, [SamplingState(SamplingParams(temperature=temperature, **options), [1], seed=i)]).tokens[0]
         for i in range(60)
     }
     assert drawn == {7, 90}

@@ -10,7 +10,7 @@ import torch
 from foveate.backend.reference import attention as reference
 from foveate.generation.params import SamplingParams
 from foveate.generation.random_numbers import philox4x32, uniform
-from foveate.generation.sampler import Row, _invert, _sample_block, sample
+from foveate.generation.sampler import SamplingState, _invert, _sample_block, sample
 
 VOCAB = 300
 
@@ -19,7 +19,7 @@ def row(tokens=(5, 6, 7), prompt=2, **options):
     """A sample whose output is tokens[prompt:]."""
     extra = {key: options.pop(key) for key in ("end_ids", "forbidden", "mask", "sample", "seed") if key in options}
     growing = list(tokens[:prompt])
-    made = Row(SamplingParams(**options), growing, **extra)
+    made = SamplingState(SamplingParams(**options), growing, **extra)
     growing.extend(tokens[prompt:])
     return made
 
@@ -231,7 +231,7 @@ def test_the_most_probable_token_is_torchs_argmax(dtype):
     logits[2, 9] = float("inf")
     logits[3] = -float("inf")
     logits[4, :-1] = -float("inf")
-    rows = [Row(SamplingParams(temperature=0), [1]) for _ in logits]
+    rows = [SamplingState(SamplingParams(temperature=0), [1]) for _ in logits]
     expected = [17, -1, -1, -1, 500, int(logits[5].argmax())]
     assert sample(logits, rows).tokens == expected
     assert sample(logits[:, 1:].t().contiguous().t(), rows).tokens[4:] == [499, int(logits[5, 1:].argmax())]

@@ -12,16 +12,11 @@ from foveate.cache.paged import PagedKVCache
 from foveate.ops.attention.with_kv_cache import attention_with_kv_cache
 
 
-class CacheView:
-    """One step of the sequences `seqs` of a PagedKVCache, in the order of the batch. `cache.append(seqs, new)` has been called.
+class _Step:
+    """One step of a batch over a cache. lens: int32 [B], the tokens of each sequence before it; block_table: int32 [B, pages]."""
 
-    lens: int32 [B], the tokens of each sequence before this step. block_table: int32 [B, pages].
-    """
-
-    def __init__(self, cache: PagedKVCache, seqs: Sequence[int], new: int) -> None:
-        self.cache, self.seqs, self.new = cache, list(seqs), new
-        self.block_table = cache.block_table(self.seqs)
-        self.lens = cache.kv_lens(self.seqs) - new
+    def __init__(self, cache: PagedKVCache, lens: Tensor, block_table: Tensor, new: int) -> None:
+        self.cache, self.lens, self.block_table, self.new = cache, lens, block_table, new
 
     @property
     def capacity(self) -> int:
@@ -32,13 +27,24 @@ class CacheView:
         """int64 [B, new], the position of each new token in its sequence."""
         return self.lens[:, None].long() + torch.arange(self.new, device=self.lens.device)
 
+
+class CacheView(_Step):
+    """One step of the sequences `seqs` of a PagedKVCache, in the order of the batch. `cache.append(seqs, new)` has been called.
+
+    lens: int32 [B], the tokens of each sequence before this step. block_table: int32 [B, pages].
+    """
+
+    def __init__(self, cache: PagedKVCache, seqs: Sequence[int], new: int) -> None:
+        self.seqs = list(seqs)
+        super().__init__(cache, cache.kv_lens(self.seqs) - new, cache.block_table(self.seqs), new)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`attention_with_kv_cache` of q [B, new, Hq, D], after k, v [B, new, Hkv, D or Dv] were written; options: its own, but for
         return_lse."""
         return self.cache.attend(layer, q, k, v, seqs=self.seqs, **options)
 
 
-class StaticCacheView(CacheView):
+class StaticCacheView(_Step):
     """One new token of each of B rows of a cache, told by tensors alone, so that a CUDA graph can hold the step.
 
     lens: int32 [B], the tokens before this one; block_table: int32 [B, pages], as `attention_with_kv_cache` takes them. Nothing here
@@ -46,14 +52,12 @@ class StaticCacheView(CacheView):
     """
 
     def __init__(self, cache: PagedKVCache, lens: Tensor, block_table: Tensor) -> None:
-        self.cache, self.new = cache, 1
-        self.lens, self.block_table = lens, block_table
+        super().__init__(cache, lens, block_table, 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         cache = self.cache
-        out: Any = attention_with_kv_cache(
+        return attention_with_kv_cache(
             q, cache.k_pages[layer], cache.v_pages[layer], k=k, v=v, kv_lens=self.lens, block_table=self.block_table,
             k_scale=None if cache.k_scale is None else cache.k_scale[layer],
             v_scale=None if cache.v_scale is None else cache.v_scale[layer], return_lse=False, **options,
         )  # fmt: skip
-        return out

@@ -16,7 +16,7 @@ from foveate.cache.view import CacheView
 from foveate.generation import memory
 from foveate.generation.request import Sample
 from foveate.generation.runner import fastest
-from foveate.generation.sampler import Row
+from foveate.generation.sampler import SamplingState
 from foveate.generation.sampler import sample as sample_tokens
 from foveate.models import load_model, open_checkpoint
 from foveate.models.registry import architecture_of
@@ -150,10 +150,10 @@ class DraftModel:
         return hidden
 
 
-def _row(sample: Sample) -> Row:
+def _row(sample: Sample) -> SamplingState:
     """What the sampler has to know for guesses: the sample's parameters without what only the output needs."""
     params = sample.request.params
-    row = Row(
+    row = SamplingState(
         params if params.logprobs is None else params.with_(logprobs=None), list(sample.tokens), seed=sample.request.seed,
         sample=sample.index, end_ids=sample.request.eos_ids | sample.request.stop_ids,
     )  # fmt: skip

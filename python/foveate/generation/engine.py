@@ -42,10 +42,10 @@ class EngineStats:
 
 
 class _Ready(NamedTuple):
-    """A sample whose next token comes from row `row` of the step's logits, and, while they are right, its drafts from those after it."""
+    """A sample whose next token comes from this row of the step's logits, and, while they are right, its drafts from those after it."""
 
     sample: Sample
-    row: int
+    logits_row: int
     draft: list[int]
 
 
@@ -104,7 +104,9 @@ class Engine:
         self.device = cache.k_pages.device
         self.lock = threading.RLock()
         self.decode = decode
-        self.num_pages = cache.num_pages - (decode is not None)  # that sequences can have: a DecodeGraph keeps one
+        self.num_pages = cache.num_pages - (
+            0 if decode is None else 1
+        )  # that sequences can have: a DecodeGraph keeps one
         self._requests: dict[str, Request] = {}
         self._grammars = GrammarCompiler(tokenizer, model.config.vocab_size)
         self._arrivals = 0
@@ -321,16 +323,18 @@ class Engine:
         chosen = depth = 0
         entries = ready
         while entries:
-            rows = [entry.row + depth for entry in entries]
+            rows = [entry.logits_row + depth for entry in entries]
             whole = len(rows) == len(logits) and rows == list(range(len(rows)))
-            tokens, logprobs = sample_tokens(logits if whole else logits[rows], [entry.sample.row for entry in entries])
+            tokens, logprobs = sample_tokens(
+                logits if whole else logits[rows], [entry.sample.sampling for entry in entries]
+            )
             if self.on_chosen is not None:
                 self.on_chosen(logits, rows, tokens, [entry.sample.request for entry in entries])
             right = []
             for i, (entry, token, found) in enumerate(zip(entries, tokens, logprobs)):
                 changed[entry.sample.request] = None
                 if token < 0:
-                    entry.sample.fail(no_choice(logits[rows[i]], entry.sample.row))
+                    entry.sample.fail(no_choice(logits[rows[i]], entry.sample.sampling))
                     continue
                 entry.sample.accept(token, found)
                 if depth < len(entry.draft) and token == entry.draft[depth] and entry.sample.finish_reason is None:

@@ -90,16 +90,16 @@ class LLM:
         checkpoint = open_checkpoint(path, base)
         _check_causal(checkpoint)
         dtype = checked_dtype(dtype)
-        for name, value in {"max_model_len": max_model_len, "max_batch": max_batch, "page_size": page_size}.items():
-            if value is not None and not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be an integer")
+        _check_integers(max_model_len=max_model_len, max_batch=max_batch, page_size=page_size)
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be 1 or more")
         self.device = checked_device(device)
         if cuda_graphs and self.device.type != "cuda":
             raise ValueError(
-                f'cuda_graphs=True, but the device is {self.device}; use device="cuda", or leave cuda_graphs out'
+                f'cuda_graphs=True, but the device is {self.device}; use device="cuda", or omit cuda_graphs'
             )
+
+        # The weights, and what runs them
         fits = memory.check_model_fits(checkpoint, self.device, dtype, quantization)
         module: Any = load_model(
             checkpoint, device=self.device, dtype=dtype, quantization=quantization, imatrix=imatrix, progress=progress
@@ -111,25 +111,27 @@ class LLM:
         self.generation_config = checkpoint.generation_config
         self.default_params = default_params(checkpoint.generation_config)
         self.config = module.config
-        weights = (p for p in itertools.chain(module.parameters(), module.buffers()) if p.is_floating_point())
-        model_dtype = next(weights).dtype
+        cache_dtype = _cache_dtype(kv_cache_dtype, module)  # before its weights are packed
         self.model, self.runs_on = fastest(module, self.device, fits)
         in_graphs = False
         if self.device.type == "cuda":
             in_graphs, sentence = graphs(module, cuda_graphs)
             self.runs_on += f"; {sentence}"
-        kv_cache_dtype = None if kv_cache_dtype == "auto" else kv_cache_dtype
-        cache_dtype = _CACHE_DTYPES.get(str(kv_cache_dtype), kv_cache_dtype) or model_dtype
-        if not isinstance(cache_dtype, torch.dtype):
-            raise ValueError(f'kv_cache_dtype={kv_cache_dtype!r} must be "int8", "fp8", a torch.dtype or None')
+
+        # The cache; padding rows of CUDA graphs write to a scratch page of their own
         pages = _pages(
             self.config, cache_dtype, self.device, page_size, num_pages, kv_cache_bytes, max_model_len, max_batch
         )
         context = getattr(module, "set_context", lambda wanted: wanted or self.config.max_positions)(max_model_len)
         self.max_model_len = min(context, pages * page_size)
         cache = PagedKVCache(
-            pages + in_graphs, page_size, dtype=cache_dtype, device=self.device, **memory.cache_sizes(self.config)
+            pages + (1 if in_graphs else 0),
+            page_size,
+            dtype=cache_dtype,
+            device=self.device,
+            **memory.cache_sizes(self.config),
         )
+
         draft = None
         if draft_model is not None:
             draft, sentence = load_draft(
@@ -378,6 +380,23 @@ def default_params(generation_config: dict[str, Any]) -> SamplingParams:
         return SamplingParams(**found)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the checkpoint's generation_config.json cannot be followed: {error}") from error
+
+
+def _check_integers(**values: Any) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be an integer")
+
+
+def _cache_dtype(wanted: str | torch.dtype | None, module: torch.nn.Module) -> torch.dtype:
+    """That of keys and values; None and "auto" are the model's own."""
+    if wanted in (None, "auto"):
+        weights = itertools.chain(module.parameters(), module.buffers())
+        return next(x.dtype for x in weights if x.is_floating_point())
+    dtype = _CACHE_DTYPES.get(str(wanted), wanted)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f'kv_cache_dtype={wanted!r} must be "int8", "fp8", a torch.dtype or None')
+    return dtype
 
 
 def _check_causal(checkpoint: Checkpoint) -> None:

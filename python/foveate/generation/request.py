@@ -14,7 +14,7 @@ from foveate.generation.outputs import CompletionOutput, Logprob, RequestMetrics
 from foveate.generation.params import SamplingParams
 from foveate.generation.prefix_cache import Node
 from foveate.generation.prompt_lookup import PromptLookup
-from foveate.generation.sampler import Row
+from foveate.generation.sampler import SamplingState
 from foveate.generation.stops import StopStrings
 
 
@@ -83,7 +83,7 @@ class Sample:
         self.node: Node | None = None  # of the last full page in the prefix cache
         self.registered = 0  # full pages in the prefix cache
         self.matcher = None if grammar is None else grammar.matcher()
-        self.row = Row(
+        self.sampling = SamplingState(
             request.sampler_params, self.tokens, seed=request.seed, sample=index, end_ids=request.eos_ids | request.stop_ids,
             forbidden=None if request.bad_words is None else request.bad_words.watch(),
             mask=None if self.matcher is None else self.matcher.allowed,

@@ -17,7 +17,7 @@ _COLDEST = 1.2e-38  # the smallest normal fp32: below it a temperature would be 
 _CANDIDATES = 128  # of the most probable tokens, first looked at for top_k and top_p
 
 
-class Row:
+class SamplingState:
     """What the sampler knows of one sample: parameters, its tokens, and what its logits go through.
 
     tokens: the list of prompt and output, which grows outside. end_ids: those that min_tokens forbids. forbidden: None, or
@@ -73,7 +73,7 @@ class Sampled(NamedTuple):
     logprobs: list[list[tuple[int, float, int]] | None]
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
+def sample(logits: Tensor, rows: Sequence[SamplingState]) -> Sampled:
     """The next token of each row from logits [len(rows), vocab], which stay as they are. The order: see SamplingParams."""
     if all(row.plain for row in rows):
         return Sampled(_most_probable(logits), [None] * len(rows))
@@ -91,7 +91,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
     return Sampled(tokens, logprobs)
 
 
-def _sample_block(logits: Tensor, rows: Sequence[Row]) -> Sampled:
+def _sample_block(logits: Tensor, rows: Sequence[SamplingState]) -> Sampled:
     work = logits.float()
     if work is logits and any(row.processed for row in rows):
         work = logits.clone()
@@ -123,7 +123,7 @@ def _most_probable(logits: Tensor) -> list[int]:
     return best.masked_fill_(~logits.gather(-1, best).isfinite(), -1)[:, 0].tolist()
 
 
-def no_choice(logits: Tensor, row: Row) -> str:
+def no_choice(logits: Tensor, row: SamplingState) -> str:
     """Why `sample` gave -1 for a row, logits [vocab]."""
     if logits.isfinite().all():
         return "no token is allowed to come next: bad_words, min_tokens, logit_bias or the grammar forbid all of them"
@@ -131,7 +131,7 @@ def no_choice(logits: Tensor, row: Row) -> str:
     return f"the model's logits are not finite ({float(logits[bad])} for the token {bad}): its weights are damaged, or they overflow"
 
 
-def _process(logits: Tensor, row: Row) -> None:
+def _process(logits: Tensor, row: SamplingState) -> None:
     """Penalties, bias and prohibitions, in place, on one row [vocab]."""
     params = row.params
     if row.penalised:
@@ -147,7 +147,7 @@ def _process(logits: Tensor, row: Row) -> None:
         logits.masked_fill_(~row.mask(), -_INFINITY)
 
 
-def _penalise(logits: Tensor, row: Row) -> None:
+def _penalise(logits: Tensor, row: SamplingState) -> None:
     params = row.params
     if params.repetition_penalty != 1:
         seen = torch.tensor(list(set(row.tokens)), device=logits.device)
@@ -161,7 +161,7 @@ def _penalise(logits: Tensor, row: Row) -> None:
         logits[ids] -= params.frequency_penalty * times + params.presence_penalty
 
 
-def _draw_greedy(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+def _draw_greedy(logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
     return _most_probable(logits)
 
 
@@ -169,7 +169,7 @@ def _column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float3
     return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
 
 
-def _invert(weights: Tensor, rows: Sequence[Row]) -> Tensor:
+def _invert(weights: Tensor, rows: Sequence[SamplingState]) -> Tensor:
     """Per row the first place whose cumulative weight exceeds the row's random number times the sum. int64 [rows, 1].
 
     Sums are in fp64: then how torch divides them among threads, which may depend on the batch, does not show.
@@ -179,7 +179,7 @@ def _invert(weights: Tensor, rows: Sequence[Row]) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True)
 
 
-def _draw_from_all(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+def _draw_from_all(logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
     """Rows that have a temperature and perhaps min_p. logits [rows, vocab]."""
     best = logits.amax(-1, keepdim=True)
     weights = logits - best
@@ -189,7 +189,7 @@ def _draw_from_all(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     return _invert(weights, rows).masked_fill_(~best.isfinite(), -1)[:, 0].tolist()
 
 
-def _draw_from_candidates(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+def _draw_from_candidates(logits: Tensor, rows: Sequence[SamplingState]) -> list[int]:
     """Rows that have top_k or top_p too: from the most probable tokens, as many as it takes to have all that are kept.
 
     Weights are probabilities over the highest one. The kept tokens are put in the order of ids, so that their number and the order of

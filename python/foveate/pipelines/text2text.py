@@ -15,7 +15,7 @@ from foveate.generation import repetition
 from foveate.generation.bad_words import BadWords
 from foveate.generation.beam import BeamSearch, Hypothesis
 from foveate.generation.detokenizer import Detokenizer, special_ids
-from foveate.generation.sampler import Row, no_choice, sample
+from foveate.generation.sampler import SamplingState, no_choice, sample
 from foveate.generation.stops import StopStrings
 from foveate.generation.token_rules import TokenRules
 from foveate.models import Checkpoint, load_model, open_checkpoint
@@ -255,7 +255,7 @@ class Text2Text:
         ruled = _has_rules(params)
         forced = params.forced_bos_token_id is not None or params.forced_eos_token_id is not None
         rows = [
-            Row(
+            SamplingState(
                 sampling, output, seed=seed, sample=first + i, forbidden=_unless_forced(rule) if ruled else None,
                 mask=_Forced(rule, output, self._vocab, self._device) if forced else None,
             )
