@@ -21,6 +21,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from foveate.ops.attention import op as attention_op
 from foveate.ops.attention.sdpa import _is_causal_bias
 from foveate.ops.attention.sdpa import sdpa as _foveate_sdpa
+from foveate.ops.torch_internals import without_torch_function
 
 _torch_sdpa = F.scaled_dot_product_attention
 
@@ -48,7 +49,7 @@ def scaled_dot_product_attention(
 
 def _is_nested(query: Any) -> bool:
     """Nested tensors' own handler knows the call by its name, and would run torch's function."""
-    with torch._C.DisableTorchFunction():
+    with without_torch_function():
         return isinstance(query, torch.Tensor) and query.is_nested
 
 

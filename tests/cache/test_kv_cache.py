@@ -320,7 +320,7 @@ BAD = [
     ),
     (changed(q=lambda i: i.q.bfloat16()), "q is torch.bfloat16 and the cache torch.float32; cast q"),
     (changed(q=lambda i: i.q.int()), "q is torch.int32; attention_with_kv_cache takes"),
-    (changed(q=lambda i: i.q.to("meta")), "k_cache is on cpu, the other tensors on meta; move it with"),
+    (changed(q=lambda i: i.q.to("meta")), "k_cache is on cpu and q on meta; move it with"),
     (changed(q=lambda i: i.q[:1]), "k has shape"),
     (changed(q=lambda i: i.q[:1], k=None, v=None, kv_lens=torch.tensor([1])), "q has batch size 1 and the cache 2"),
     (

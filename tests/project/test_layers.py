@@ -138,6 +138,12 @@ def test_no_circles() -> None:
     assert circles(PACKAGE) == []
 
 
+def test_what_torch_does_not_promise_is_named_in_one_file() -> None:
+    private = re.compile(r"torch\._C\b|torch\._subclasses\b|forward_ad\._(?!current_level)|torch\._dynamo\.")
+    users = [file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py") if private.search(file.read_text())]
+    assert users == ["ops/torch_internals.py"]
+
+
 def test_no_module_has_the_name_of_a_public_function() -> None:
     import foveate
 

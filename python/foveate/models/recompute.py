@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.ops.autograd import no_second_derivative
+from foveate.ops.torch_internals import transforms_are_active
 
 _ONCE = "what is computed again in the backward pass has no second derivative; call the model within foveate.models.recompute.kept()"
 
@@ -54,7 +55,7 @@ def _applies(x: Tensor) -> bool:
     """Not where torch takes no hooks for saved tensors: in torch.compile and torch.func."""
     if not (torch.is_grad_enabled() and x.requires_grad) or _state.off:
         return False
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return not (torch.compiler.is_compiling() or transforms_are_active())
 
 
 class _Recomputed(torch.autograd.Function):

@@ -11,16 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-_transforms_are_active = torch._C._are_functorch_transforms_active
-is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+from foveate.ops.torch_internals import (
+    dispatch_modes,
+    forward_ad,
+    graph_is_kept,
+    is_batched_tensor,
+    is_legacy_batched_tensor,
+    is_wrapped,
+    profiler_is_on,
+    recordable,
+    saved_tensors_hooks,
+    tracing_state,
+    transforms_are_active,
+    unwrapped,
+)
 
-
-# What may stand between a call and a kernel. A torch without one of these never takes the shortest way.
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_tracing = getattr(torch._C, "_get_tracing_state", None)
-_profiled = torch.autograd._profiler_enabled
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -36,7 +42,7 @@ def way(*tensors: Tensor | None) -> str:
     if torch.compiler.is_compiling():
         return _way_in_a_graph(tensors)
     forward_mode = forward_ad._current_level >= 0
-    if _transforms_are_active():
+    if transforms_are_active():
         return "definition" if forward_mode else "function"
     if forward_mode and any(x is not None and has_tangent(x) for x in tensors):
         return "definition"
@@ -49,13 +55,13 @@ def way(*tensors: Tensor | None) -> str:
         if type(x) not in PLAIN_TYPES or x.is_neg():
             plain = False
     first: Any = tensors[0]
-    if not plain or not (first.is_cpu or first.is_cuda) or _dispatch_modes is None or _tracing is None:
+    if not plain or not (first.is_cpu or first.is_cuda) or dispatch_modes is None or tracing_state is None:
         return "op"
-    return "op" if _dispatch_modes() or _tracing() is not None or _profiled() else "kernel"
+    return "op" if dispatch_modes() or tracing_state() is not None or profiler_is_on() else "kernel"
 
 
 def _way_in_a_graph(tensors: Sequence[Tensor | None]) -> str:
-    if _transforms_are_active() or forward_ad._current_level >= 0:
+    if transforms_are_active() or forward_ad._current_level >= 0:
         return "definition"
     if torch.is_grad_enabled():
         for x in tensors:
@@ -66,7 +72,7 @@ def _way_in_a_graph(tensors: Sequence[Tensor | None]) -> str:
 
 def is_traced() -> bool:
     """Inside torch.jit.trace."""
-    return _tracing is not None and _tracing() is not None
+    return tracing_state is not None and tracing_state() is not None
 
 
 def run(how: str, kernel: Callable[..., Any], op: Callable[..., Any], function: Any, *args: Any) -> Any:
@@ -80,9 +86,11 @@ def run(how: str, kernel: Callable[..., Any], op: Callable[..., Any], function: 
 def in_plain_torch(definition: Callable[..., Any], *args: Any) -> Any:
     """The reference backend inside an op: definition(*args), contiguous, without autocast and without a graph of its own."""
     x = next(x for x in args if isinstance(x, Tensor))
-    # A dispatch mode (a FLOP counter, selective checkpointing) calls this with autograd excluded, which pull_back needs.
-    recordable = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with recordable, torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with (
+        recordable(),
+        torch.no_grad(),
+        torch.autocast(x.device.type, enabled=False),
+    ):  # recordable, as pull_back records
         results = definition(*args)
     if isinstance(results, Tensor):
         return results.contiguous()
@@ -95,19 +103,19 @@ def has_tangent(x: Tensor) -> bool:
 
 def is_tracked(x: Tensor) -> bool:
     """True if x has a gradient or a tangent at any level of torch.func's transforms, where x.requires_grad shows the innermost alone."""
-    if not _transforms_are_active():
+    if not transforms_are_active():
         tangent = forward_ad._current_level >= 0 and not torch.compiler.is_compiling() and has_tangent(x)
         return tangent or (x.requires_grad and torch.is_grad_enabled())
     if torch.compiler.is_compiling():
         return x.requires_grad  # the levels cannot be seen there
     while True:
         # The tangent of a mapped tensor is below its wrapper.
-        tangent = forward_ad._current_level >= 0 and not torch._C._functorch.is_batchedtensor(x) and has_tangent(x)
+        tangent = forward_ad._current_level >= 0 and not is_batched_tensor(x) and has_tangent(x)
         if x.requires_grad or tangent:
             return True
         if not is_wrapped(x):
             return False
-        x = torch._C._functorch.get_unwrapped(x)
+        x = unwrapped(x)
 
 
 def differentiable(fast: Callable[..., Any], definition: Callable[..., Any], *args: Any) -> Any:
@@ -216,23 +224,19 @@ def each_slice(op: Callable[..., Any], size: int, args: Sequence[Any], dims: Seq
     return tuple(torch.stack(results) for results in zip(*slices)), (0,) * len(slices[0])
 
 
-_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-
-
 def nobody_keeps_saved_tensors() -> bool:
     """Where tensors are saved for a backward pass: whether no hook (torch.autograd.graph.saved_tensors_hooks, save_on_cpu) can keep
     them beyond it. False where this torch cannot say."""
-    return not torch.compiler.is_compiling() and _saving_hooks is not None and _saving_hooks(False) is None
+    return not torch.compiler.is_compiling() and saved_tensors_hooks is not None and saved_tensors_hooks(False) is None
 
 
 def is_batched(x: Tensor) -> bool:
     """Under torch.func.vmap, or the older vmap of autograd.grad(is_grads_batched=True)."""
-    return is_wrapped(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+    return is_wrapped(x) or is_legacy_batched_tensor(x)
 
 
 def graph_is_freed() -> bool:
     """Inside a backward pass: whether it is the last one through its graph, so that what is saved there may be overwritten."""
-    if torch.compiler.is_compiling() or _transforms_are_active():
+    if torch.compiler.is_compiling() or transforms_are_active():
         return False
-    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return kept is not None and not kept()
+    return graph_is_kept is not None and not graph_is_kept()

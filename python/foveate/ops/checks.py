@@ -31,8 +31,8 @@ def check_floating(name: str, t: Tensor) -> None:
 
 
 def check_same_device(name: str, t: Tensor, x_name: str, x: Tensor) -> None:
-    if t.device != x.device:
-        raise ValueError(f"{name} is on {t.device} and {x_name} on {x.device}; move one with .to(device)")
+    if not (t.is_cpu and x.is_cpu) and t.device != x.device:  # two torch.device objects cost more than the flags
+        raise ValueError(f"{name} is on {t.device} and {x_name} on {x.device}; move it with .to({x_name}.device)")
 
 
 def check_same_dtype(name: str, t: Tensor, x_name: str, x: Tensor) -> None:

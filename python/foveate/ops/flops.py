@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveate.ops.attention.cache_operands import CacheOperands
 from foveate.ops.attention.operands import Operands
+from foveate.ops.torch_internals import FakeTensor
 
 _registered = False
 
@@ -54,7 +55,7 @@ def _formulas() -> dict[Any, Any]:
 
 def _known(lengths: Tensor | None) -> list[int] | None:
     """The values, unless the tensor has none (meta, fake)."""
-    if lengths is None or lengths.is_meta or isinstance(lengths, torch._subclasses.FakeTensor):
+    if lengths is None or lengths.is_meta or isinstance(lengths, FakeTensor):
         return None
     return lengths.tolist()
 

@@ -13,7 +13,7 @@ from foveate.backend import triton as triton_backend
 from foveate.backend.registry import Query, choose, register
 from foveate.ops import autograd, flops, library
 from foveate.ops.autograd import differentiable
-from foveate.ops.checks import check_backend_name, chosen_backend
+from foveate.ops.checks import check_backend_name, check_same_device, chosen_backend
 from foveate.quantization.gguf_blocks import BLOCK, block_size
 from foveate.quantization.panels import FLOATS, packed_bytes, unpack_rows, unpack_weight
 
@@ -64,8 +64,8 @@ def packed_linear(
     if bias is not None and (bias.dtype is not torch.float32 or tuple(bias.shape) != (out_features,)):
         raise ValueError(f"bias is {bias.dtype} of shape {list(bias.shape)}; it must be float32 [{out_features}]")
     for name, t in (("data", data), ("bias", bias)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name} is on {t.device} and x on {x.device}; move one with .to(device)")
+        if t is not None:
+            check_same_device(name, t, "x", x)
     flops.register()
     preferred, how = check_backend_name(backend), autograd.way(x, data)
     if how == "definition":

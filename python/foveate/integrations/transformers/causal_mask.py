@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from foveate.ops.torch_internals import no_torch_function
+
 
 class _Content:
     """What aliases of one mask share: the offset, and the stored mask once an operation has asked for it."""
@@ -44,7 +46,7 @@ class CausalMask(Tensor):
         mask.content = content
         return mask
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

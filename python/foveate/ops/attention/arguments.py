@@ -22,6 +22,7 @@ from foveate.ops.checks import (
     check_integer,
     check_learned,
     check_number,
+    check_same_device,
     check_strided,
     compute_dtype,
 )
@@ -202,7 +203,7 @@ _AUTOCAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 def scaled(q: Tensor, scale: Tensor, Hq: int) -> Tensor:
     """q [..., Hq, D] times a learned scale of shape () or [Hq], rounded once to q's dtype."""
     check_floating("scale", scale)
-    _check_device("scale", scale, q)
+    check_same_device("scale", scale, "q", q)
     if tuple(scale.shape) not in ((), (Hq,)):
         raise ValueError(
             f"scale has shape {_shape(scale)}; a learned one is a tensor of one number, of shape [], or of one for each of the {Hq} "
@@ -262,7 +263,7 @@ def check_scores_operand(name: str, x: Tensor, q: Tensor, shape: tuple[int, int,
         )
     if name == "bias" and x.dtype not in DTYPES:
         raise ValueError(f"bias has dtype {x.dtype}; it must be floating (a bool mask goes to mask)")
-    _check_device(name, x, q)
+    check_same_device(name, x, "q", q)
     if x.dim() < 4:
         x = x[(None,) * (4 - x.dim())]
     if x.dim() > 4 or any(size != 1 and size != full for size, full in zip(x.shape, shape)):
@@ -282,7 +283,7 @@ def check_alibi(slopes: Tensor, q: Tensor, B: int, Hq: int) -> Tensor:
             f"alibi_slopes must be float32 of shape [Hq] = [{Hq}] or [B, Hq] = [{B}, {Hq}]; "
             f"got {slopes.dtype} of shape {_shape(slopes)}"
         )
-    _check_device("alibi_slopes", slopes, q)
+    check_same_device("alibi_slopes", slopes, "q", q)
     if autograd.is_tracked(slopes):
         raise ValueError("alibi_slopes has no gradient; pass alibi_slopes.detach(), or learn a bias")
     slopes = slopes.to(torch.float32).contiguous()
@@ -296,7 +297,7 @@ def check_table(relative_bias: RelativeBias, q: Tensor, Hq: int) -> Tensor:
     table = relative_bias.table
     if table.shape[1] != Hq:
         raise ValueError(f"the table of relative_bias has shape {_shape(table)}, [buckets, Hq]; q has {Hq} heads")
-    _check_device("the table of relative_bias", table, q)
+    check_same_device("the table of relative_bias", table, "q", q)
     return table.to(compute_dtype(q)).contiguous()
 
 
@@ -306,7 +307,7 @@ def check_sinks(sinks: Tensor, q: Tensor, Hq: int) -> Tensor:
         raise TypeError(f"sinks must be a torch.Tensor, got {_type(sinks)}")
     if tuple(sinks.shape) != (Hq,) or not sinks.is_floating_point():
         raise ValueError(f"sinks must be a float tensor [Hq] = [{Hq}], got {sinks.dtype} of shape {_shape(sinks)}")
-    _check_device("sinks", sinks, q)
+    check_same_device("sinks", sinks, "q", q)
     return sinks.to(compute_dtype(q)).contiguous()
 
 
@@ -320,7 +321,7 @@ def check_lengths(name: str, lengths: Tensor, q: Tensor, size: int | None) -> Te
         )
     if size is not None and lengths.shape[0] != size:
         raise ValueError(f"{name} has {lengths.shape[0]} entries for a batch of {size}")
-    _check_device(name, lengths, q)
+    check_same_device(name, lengths, "q", q)
     return lengths.contiguous()
 
 
@@ -336,11 +337,6 @@ def draw_philox(device: torch.device, generator: torch.Generator | None) -> Tens
     check_generator(generator)
     where = device if generator is None else generator.device
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=where, generator=generator).to(device)
-
-
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name} is on {x.device} and q on {q.device}; move it with .to(q.device)")
 
 
 def _rank_cure(*tensors: Tensor) -> str:

@@ -13,6 +13,7 @@ from foveate.ops.attention import score_mod
 from foveate.ops.attention.definition import definition
 from foveate.ops.attention.op import attention_backward, attention_forward, forward
 from foveate.ops.attention.operands import DIFFERENTIABLE, NUM_TENSORS, Operands, make, per_operand, wanted_of
+from foveate.ops.torch_internals import VMAP, innermost_transform
 
 
 class Attention(torch.autograd.Function):
@@ -58,8 +59,6 @@ def _backward_definition(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Te
 # Function.apply inspects the signature of forward on every call (20 us) for functorch's sake; below it is the part that autograd needs.
 _apply = super(torch.autograd.Function, Attention).apply
 
-_transforms = getattr(torch._C._functorch, "peek_interpreter_stack", None)
-
 
 def run_unusual(values: tuple[Any, ...], mod: Any, mod_bwd: Any, aux: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """out, lse of `Operands` as a plain tuple, with a score_mod or a learned softcap."""
@@ -86,14 +85,14 @@ def run(values: tuple[Any, ...], need_lse: bool) -> tuple[Any, ...]:
     if way == "op":
         return attention_forward(*c)
     args = autograd.distinct(c) if torch.compiler.is_compiling() else c
-    if torch.compiler.is_compiling() or _transforms is None or _transforms() is not None:
+    if torch.compiler.is_compiling() or innermost_transform is None or innermost_transform() is not None:
         return Attention.apply(*args)
     return _apply(*args)
 
 
 def _vmapped() -> bool:
     """True right below torch.vmap."""
-    if torch.compiler.is_compiling() or _transforms is None:
+    if torch.compiler.is_compiling() or innermost_transform is None:
         return False
-    level = _transforms()
-    return level is not None and level.key() == torch._C._functorch.TransformType.Vmap
+    level = innermost_transform()
+    return level is not None and level.key() == VMAP

@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate.backend.reference import attention as reference
 from foveate.ops import autograd
 from foveate.ops.attention.operands import DIFFERENTIABLE, Operands
+from foveate.ops.torch_internals import recordable
 
 
 def definition(c: Operands) -> tuple[Tensor, Tensor]:
@@ -77,9 +78,7 @@ def backward(dout: Tensor, dlse: Tensor | None, c: Operands, wanted: Sequence[bo
         if want:
             leaves[i] = leaves[i].detach().requires_grad_()
     inputs = [leaves[i] for i, want in zip(DIFFERENTIABLE, wanted) if want]
-    # A dispatch mode (a FLOP counter, selective checkpointing) calls this with autograd excluded, whatever grad mode says.
-    recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with recording, torch.enable_grad(), torch.autocast(c.q.device.type, enabled=False):
+    with recordable(), torch.enable_grad(), torch.autocast(c.q.device.type, enabled=False):
         out, lse = forward(Operands(*leaves))
         outputs, seeds = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
         found = iter(torch.autograd.grad(outputs, inputs, seeds, allow_unused=True, materialize_grads=True))

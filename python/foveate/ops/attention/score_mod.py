@@ -15,7 +15,9 @@ from foveate.backend.registry import UnsupportedError, choose
 from foveate.ops import autograd
 from foveate.ops.attention.op import checked_rows, empty_grads, empty_lse, empty_out
 from foveate.ops.attention.operands import NUM_TENSORS, Operands, per_operand, query_of, tensors_of, wanted_of
+from foveate.ops.checks import check_same_device
 from foveate.ops.layout import contiguous_rows
+from foveate.ops.torch_internals import transforms_are_active
 
 
 def run(c: Operands, forward: Any, backward: Any, aux: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -26,7 +28,7 @@ def run(c: Operands, forward: Any, backward: Any, aux: Sequence[Tensor]) -> tupl
     if torch.compiler.is_compiling():
         raise UnsupportedError("score_mod runs outside of torch.compile; wrap the call in torch.compiler.disable")
     how = autograd.way(*tensors_of(c))
-    if how == "definition" or torch._C._are_functorch_transforms_active() or isinstance(c.softcap, Tensor):
+    if how == "definition" or transforms_are_active() or isinstance(c.softcap, Tensor):
         raise UnsupportedError(
             "score_mod has its first gradient alone, by backward(): neither tangents nor torch.func's transforms go through it, and "
             "softcap beside it is a Python number"
@@ -55,8 +57,7 @@ def _checked_aux(aux: Sequence[Tensor], q: Tensor) -> tuple[Tensor, ...]:
     for n, x in enumerate(aux):
         if not isinstance(x, Tensor):
             raise TypeError(f"score_mod_aux[{n}] must be a torch.Tensor, got {type(x).__name__}")
-        if x.device != q.device:
-            raise ValueError(f"score_mod_aux[{n}] is on {x.device} and q on {q.device}; move it with .to(q.device)")
+        check_same_device(f"score_mod_aux[{n}]", x, "q", q)
         if autograd.is_tracked(x):
             raise ValueError(f"score_mod_aux[{n}] has no gradient; pass it detached, or use bias or relative_bias")
     return tuple(aux)

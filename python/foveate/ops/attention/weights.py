@@ -22,8 +22,9 @@ from foveate.ops.attention import arguments as checks
 from foveate.ops.attention.definition import check_lengths
 from foveate.ops.attention.operands import Operands
 from foveate.ops.attention.relative_bias import RelativeBias
-from foveate.ops.checks import check_integer, check_strided, composition_backend, compute_dtype
+from foveate.ops.checks import check_integer, check_same_device, check_strided, composition_backend, compute_dtype
 from foveate.ops.softmax import softmax
+from foveate.ops.torch_internals import FakeTensor
 
 register("attention_weights", "native", native.supports())
 register("attention_weights", "triton", triton_backend.serves)
@@ -166,8 +167,7 @@ def _check_rows(rows: int | Sequence[int] | Tensor, q: Tensor) -> Tensor:
         raise TypeError(f"rows is {rows.dtype}; it must have integers, the places of queries (mask.nonzero()[:, 0])")
     if rows.dim() not in (1, 2) or (rows.dim() == 2 and rows.shape[0] != B):
         raise ValueError(f"rows has shape {list(rows.shape)}; it must be [R], or [B, R] with B = {B}")
-    if rows.device != q.device:
-        raise ValueError(f"rows is on {rows.device} and q on {q.device}; move it with .to(q.device)")
+    check_same_device("rows", rows, "q", q)
     rows = rows.to(torch.int64)
     if _has_values(rows):
         wrong = rows[(rows < -Sq) | (rows >= Sq)]
@@ -199,4 +199,4 @@ def _has_values(x: Tensor) -> bool:
     """Whether they can be read here without waiting for a device."""
     if torch.compiler.is_compiling() or autograd.is_wrapped(x):
         return False
-    return x.is_cpu and not isinstance(x, torch._subclasses.FakeTensor)
+    return x.is_cpu and not isinstance(x, FakeTensor)

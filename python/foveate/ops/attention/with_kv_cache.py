@@ -14,7 +14,16 @@ from foveate.ops.attention import with_kv_cache_op as kv_cache_op
 from foveate.ops.attention.operands import DTYPES
 from foveate.ops.attention.with_kv_cache_op import QUANTIZED
 from foveate.ops.autograd import is_tracked, is_wrapped
-from foveate.ops.checks import DtypeError, check_backend_name, check_flag, check_integer, check_number, check_strided
+from foveate.ops.checks import (
+    DtypeError,
+    check_backend_name,
+    check_flag,
+    check_integer,
+    check_number,
+    check_same_device,
+    check_strided,
+)
+from foveate.ops.torch_internals import forward_ad, transforms_are_active
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,13 +124,11 @@ def attention_with_kv_cache(
     batch_invariant, return_lse = check_flag("batch_invariant", batch_invariant), check_flag("return_lse", return_lse)
     if num_splits < 0:
         raise ValueError(f"num_splits={num_splits} must be 0 (chosen for you) or more")
-    transformed = torch._C._are_functorch_transforms_active()
-    if torch.is_grad_enabled() or transformed or torch.autograd.forward_ad._current_level >= 0:
+    transformed, forward_mode = transforms_are_active(), forward_ad._current_level >= 0
+    if torch.is_grad_enabled() or transformed or forward_mode:
         for name, leaf in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("sinks", sinks),
                         ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("k_scale", k_scale), ("v_scale", v_scale)):  # fmt: skip
-            if leaf is not None and (
-                leaf.requires_grad or transformed or torch.autograd.forward_ad._current_level >= 0
-            ):
+            if leaf is not None and (leaf.requires_grad or transformed or forward_mode):
                 _refuse_derivative(name, leaf)
     if k is not None:
         if 0 in k_cache.stride() or 0 in v_cache.stride():
@@ -143,7 +150,7 @@ def attention_with_kv_cache(
 
 
 def _refuse_derivative(name: str, x: Tensor) -> None:
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() and transforms_are_active():
         raise UnsupportedError(
             "attention_with_kv_cache has no derivative, and inside torch.compile cannot see whether this transform of torch.func wants "
             "one; call it outside of the transform"
@@ -190,7 +197,7 @@ def _check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[int, int,
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {_shape(x)}; it must have four dimensions, [B, S, H, D]")
-        _check_device(name, x, q)
+        check_same_device(name, x, "q", q)
     B, _, Hq, D = q.shape
     Hkv = v_cache.shape[2]
     if k_cache.shape[:3] != v_cache.shape[:3]:
@@ -234,7 +241,7 @@ def _check_new(k: Tensor | None, v: Tensor | None, q: Tensor, Hkv: int, Dv: int)
                 )
             if x.dtype is not q.dtype:
                 raise DtypeError(f"{name} is {x.dtype} and q {q.dtype}; cast it with .to(q.dtype)")
-            _check_device(name, x, q)
+            check_same_device(name, x, "q", q)
 
 
 def _check_places(q: Tensor, k_cache: Tensor, kv_lens: Tensor, block_table: Tensor | None) -> None:
@@ -244,7 +251,7 @@ def _check_places(q: Tensor, k_cache: Tensor, kv_lens: Tensor, block_table: Tens
         raise TypeError(f"kv_lens must be a torch.Tensor [B] of int32 or int64, got {type(kv_lens).__name__}")
     if kv_lens.shape != (B,) or kv_lens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"kv_lens is {kv_lens.dtype} of shape {_shape(kv_lens)}; it must be int32 or int64 [{B}]")
-    _check_device("kv_lens", kv_lens, q)
+    check_same_device("kv_lens", kv_lens, "q", q)
     if block_table is None:
         if k_cache.shape[0] != B:
             raise ValueError(
@@ -263,7 +270,7 @@ def _check_places(q: Tensor, k_cache: Tensor, kv_lens: Tensor, block_table: Tens
             raise ValueError("the last dimension of block_table must be contiguous; pass block_table.contiguous()")
         if k_cache.shape[1] == 0:
             raise ValueError("the pages of k_cache hold no keys: page_size (dimension 1) is 0")
-        _check_device("block_table", block_table, q)
+        check_same_device("block_table", block_table, "q", q)
 
 
 def _check_cache_scale(name: str, scale: Tensor | float | None, cache: Tensor) -> Tensor | None:
@@ -284,7 +291,7 @@ def _check_cache_scale(name: str, scale: Tensor | float | None, cache: Tensor) -
             f"{name} is {scale.dtype} of shape {_shape(scale)}; it must be float32 and a number, [Hkv] = [{cache.shape[2]}], or "
             f"{_shape(cache)[:3]}, one for each token and head"
         )
-    _check_device(name, scale, cache)
+    check_same_device(name, scale, name[0] + "_cache", cache)
     return scale
 
 
@@ -306,16 +313,9 @@ def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
             f"rotary_cos rotates 2 * {cos.shape[1]} elements of each head, but the head dim is {q.shape[3]}"
         )
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
-        _check_device(name, x, q)
+        check_same_device(name, x, "q", q)
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous; pass {name}.contiguous()")
-
-
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if not (x.is_cpu and q.is_cpu) and x.device != q.device:
-        raise ValueError(
-            f"{name} is on {x.device}, the other tensors on {q.device}; move it with .to({str(q.device)!r})"
-        )
 
 
 def _shape(x: Tensor) -> list[int]:
