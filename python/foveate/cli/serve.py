@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
             type=kind,
             default=default,
             metavar="N" if kind is int else "S",
-            help=f"{text}; {default:g} by default",
+            help=f"{text}; {default:.15g} by default",
         )
     watching = parser.add_argument_group("watching")
     watching.add_argument(
