@@ -8,6 +8,7 @@ roofline.py   multiply-add, read and copy rate of this machine, now
 memory.py     peak memory of forward + backward, one process for each length
 run.py        all of it together: cases -> rows
 report.py     rows -> table, CSV, picture
-support.py    the support matrix of README.md, from what the backends answer
-readme.py     the numbers of README.md, from the committed CSV
+machine.py    what the rows say of the machine
+tolerance.py  the rule for how exact a result has to be, which the tests use too
+tune.py       block sizes of Triton's kernels, measured
 """

@@ -181,10 +181,12 @@ class PagedKVCache:
 
     @property
     def num_pages(self) -> int:
+        """All pages, free or not."""
         return len(self._references)
 
     @property
     def free_pages(self) -> int:
+        """Pages that no sequence holds."""
         return len(self._free)
 
     @locked
@@ -269,6 +271,7 @@ class PagedKVCache:
         del self._pages[seq], self._lengths[seq]
 
     def length(self, seq: int) -> int:
+        """The tokens of a sequence, those of the last `append` included. ValueError for one that is not there."""
         self._check([seq])
         return self._lengths[seq]
 
@@ -332,6 +335,7 @@ class PagedKVCache:
         )  # fmt: skip
 
     def stats(self) -> CacheStats:
+        """How many sequences, tokens and pages there are now, and the bytes of the tensors."""
         return CacheStats(
             sequences=len(self._lengths),
             tokens=sum(self._lengths.values()),

@@ -137,6 +137,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
         return bool(self._requests)
 
     @locked

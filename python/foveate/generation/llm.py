@@ -150,6 +150,7 @@ class LLM:
 
     @property
     def stats(self) -> EngineStats:
+        """The engine's counters since the LLM was made."""
         return self.engine.stats
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
@@ -283,6 +284,7 @@ class LLM:
         return self.tokenizer.encode(prompt, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
+        """The token ids of a prompt, with those that the model puts before one. ValueError without a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer; pass token ids instead of text")
         return self.tokenizer.encode(text)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 
 class Logprob(NamedTuple):
+    """How probable a token was."""
+
     logprob: float  # log_softmax of the model's raw logits
     rank: int  # 1 for the most probable token
     decoded_token: str
@@ -41,6 +43,8 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
+    """A request and what it has given so far."""
+
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]

@@ -161,6 +161,7 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> list[str]:
+        """`stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @property
