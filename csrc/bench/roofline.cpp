@@ -36,7 +36,8 @@ void read_memory(TensorView x, TensorView sums, Threads threads) {
 }
 
 void copy_memory(TensorView x, TensorView out, Threads threads) {
-  check_floats(x, "x"), check_floats(out, "out");
+  check_floats(x, "x");
+  check_floats(out, "out");
   expect(out, "out").size(0, x.shape[0]);
   cpu::kernels().copy_memory({.x = x.as<float>(), .out = out.as<float>(), .n = x.numel()}, threads);
 }

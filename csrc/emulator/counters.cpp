@@ -31,11 +31,13 @@ Counters::Count Counters::cost_of(const Key& key, const std::vector<Access>& lan
       addresses.insert(lane.address);
       for (uint64_t s = lane.address / kSectorBytes; s <= (lane.address + key.bytes - 1) / kSectorBytes; ++s) sectors.insert(s);
     }
-    count.cost = sectors.size(), count.least = (addresses.size() * key.bytes + kSectorBytes - 1) / kSectorBytes;
+    count.cost = sectors.size();
+    count.least = (addresses.size() * key.bytes + kSectorBytes - 1) / kSectorBytes;
   } else if (key.memory == Memory::kSharedAtomic) {
     std::array<uint64_t, kBanks> additions{};
     for (const Access& lane : lanes) ++additions[lane.address / kWordBytes % kBanks];
-    count.cost = *std::max_element(additions.begin(), additions.end()), count.least = 1;
+    count.cost = *std::max_element(additions.begin(), additions.end());
+    count.least = 1;
   } else {
     // 128 bytes of neighbouring lanes at a time: a warp, its halves (8 bytes) or quarters (16 bytes).
     const uint32_t together = key.bytes <= kWordBytes ? 32 : 128 / key.bytes;
@@ -68,7 +70,9 @@ void Counters::flush(int warp) {
     Count& count = counts_[key];
     for (const auto& lanes : times) {
       const Count one = cost_of(key, lanes);
-      count.requests += one.requests, count.cost += one.cost, count.least += one.least;
+      count.requests += one.requests;
+      count.cost += one.cost;
+      count.least += one.least;
     }
   }
   pending_[warp].clear();
@@ -77,7 +81,9 @@ void Counters::flush(int warp) {
 void Counters::merge(const Counters& other) {
   for (const auto& [key, count] : other.counts_) {
     Count& sum = counts_[key];
-    sum.requests += count.requests, sum.cost += count.cost, sum.least += count.least;
+    sum.requests += count.requests;
+    sum.cost += count.cost;
+    sum.least += count.least;
   }
 }
 

@@ -137,8 +137,10 @@ void AttentionCall::read_sizes(const TensorView& out) {
   for (const auto& [t, what] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}})
     expect(*t, what).rank(ndim).floating().last_contiguous().dtype(q.dtype);
   p.dtype = q.dtype;
-  p.heads_q = q.shape[ndim - 2], p.heads_kv = k.shape[ndim - 2];
-  p.head_dim = q.shape[ndim - 1], p.head_dim_v = v.shape[ndim - 1];
+  p.heads_q = q.shape[ndim - 2];
+  p.heads_kv = k.shape[ndim - 2];
+  p.head_dim = q.shape[ndim - 1];
+  p.head_dim_v = v.shape[ndim - 1];
   check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, k has ", p.heads_kv,
         ", which does not divide them");
   const int64_t most = device.cuda ? kMaxCudaHeadDim : kMaxHeadDim;
@@ -146,22 +148,29 @@ void AttentionCall::read_sizes(const TensorView& out) {
   expect(k, "k").size(ndim - 1, p.head_dim);
   for (int i = 0; i + 1 < ndim; ++i) expect(v, "v").size(i, k.shape[i]);
   check_like(out, "out", q, p.head_dim_v, q.dtype);
-  p.q = rows_of(q, varlen_), p.k = rows_of(k, varlen_), p.v = rows_of(v, varlen_), p.out = rows_of(out, varlen_);
+  p.q = rows_of(q, varlen_);
+  p.k = rows_of(k, varlen_);
+  p.v = rows_of(v, varlen_);
+  p.out = rows_of(out, varlen_);
 }
 
 void AttentionCall::read_sequences() {
   AttentionParams& p = params;
   const TensorView &q = o_.q, &k = o_.k;
   if (!varlen_) {
-    p.batch = q.shape[0], p.seq_q = q.shape[1], p.seq_kv = k.shape[1];
+    p.batch = q.shape[0];
+    p.seq_q = q.shape[1];
+    p.seq_kv = k.shape[1];
     expect(k, "k").size(0, p.batch);
     return;
   }
   check(o_.cu_k.defined() && o_.cu_q.ndim == 1 && o_.cu_k.ndim == 1 && o_.cu_q.shape[0] >= 1 && o_.cu_k.shape[0] == o_.cu_q.shape[0],
         "cu_seqlens_q and cu_seqlens_k must both be [batch + 1]");
   p.batch = o_.cu_q.shape[0] - 1;
-  p.seq_q = o_.max_q, p.seq_kv = o_.max_k;
-  p.total_q = q.shape[0], p.total_k = k.shape[0];
+  p.seq_q = o_.max_q;
+  p.seq_kv = o_.max_k;
+  p.total_q = q.shape[0];
+  p.total_k = k.shape[0];
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   check(p.seq_q >= 0 && p.seq_kv >= 0 && p.seq_q <= kMost && p.seq_kv <= kMost, "max_seqlen_q = ", p.seq_q,
         " and max_seqlen_k = ", p.seq_kv, " must be within 0..", kMost);
@@ -192,7 +201,9 @@ void AttentionCall::read_score_operands() {
   if (!o_.alibi.defined()) return;
   expect(o_.alibi, "alibi_slopes").rank(2).dtype(DType::kFloat32).size(1, p.heads_q);
   check(o_.alibi.shape[0] == 1 || o_.alibi.shape[0] == p.batch, "alibi_slopes has ", o_.alibi.shape[0], " rows for a batch of ", p.batch);
-  p.alibi = o_.alibi.as<const float>(), p.alibi_batch = o_.alibi.broadcast_stride(0), p.alibi_head = o_.alibi.stride[1];
+  p.alibi = o_.alibi.as<const float>();
+  p.alibi_batch = o_.alibi.broadcast_stride(0);
+  p.alibi_head = o_.alibi.stride[1];
 }
 
 void AttentionCall::read_relative_bias(const TensorView& buckets) {
@@ -205,7 +216,8 @@ void AttentionCall::read_relative_bias(const TensorView& buckets) {
     const int32_t bucket = buckets.as<int32_t>()[i];
     check(bucket >= 0 && bucket < p.rel_num_buckets, "relative bucket ", bucket, " is outside the table of ", p.rel_num_buckets);
   }
-  p.rel_table = o_.rel_table.data, p.rel_buckets = buckets.as<int32_t>();
+  p.rel_table = o_.rel_table.data;
+  p.rel_buckets = buckets.as<int32_t>();
 }
 
 void AttentionCall::read_dropout() {
@@ -216,15 +228,21 @@ void AttentionCall::read_dropout() {
   expect(o_.philox, "philox").shape({2}).dtype(DType::kInt64).contiguous();
   p.dropout_p = o_.dropout_p;
   p.philox = o_.philox.as<const int64_t>();
-  if (device.readable) p.philox_seed = static_cast<uint64_t>(p.philox[0]), p.philox_offset = static_cast<uint32_t>(p.philox[1]);
+  if (device.readable) {
+    p.philox_seed = static_cast<uint64_t>(p.philox[0]);
+    p.philox_offset = static_cast<uint32_t>(p.philox[1]);
+  }
 }
 
 void AttentionCall::read_scalars() {
   AttentionParams& p = params;
   check(std::isfinite(o_.scale) && std::isfinite(o_.softcap) && o_.softcap >= 0, "scale = ", o_.scale, " and softcap = ", o_.softcap,
         " must be finite, softcap not negative");
-  p.scale = o_.scale, p.softcap = o_.softcap, p.causal = o_.causal;
-  p.window_left = usable_window(o_.window_left), p.window_right = usable_window(o_.window_right);
+  p.scale = o_.scale;
+  p.softcap = o_.softcap;
+  p.causal = o_.causal;
+  p.window_left = usable_window(o_.window_left);
+  p.window_right = usable_window(o_.window_right);
 }
 
 // Few queries for each KV head and nothing but what the decode kernel knows, divided as ops/attention/plan.py says.
@@ -240,7 +258,8 @@ void decode_forward(const AttentionParams& p, const Division& division, int thre
   if (d.num_splits > 1) {
     const int64_t rows = d.num_splits * p.batch * p.heads_q * p.seq_q;
     partial.resize(rows * (p.head_dim_v + 1));
-    d.partial_out = partial.data(), d.partial_lse = partial.data() + rows * p.head_dim_v;
+    d.partial_out = partial.data();
+    d.partial_lse = partial.data() + rows * p.head_dim_v;
   }
   cpu::kernels().decode(d, threads);
 }
@@ -277,7 +296,8 @@ void read_option_grads(AttentionGrads& g, const AttentionParams& p, const Attent
       expect(dbias, "dbias").size(i, o.bias.shape[i]);
       g.dbias_stride[i] = dbias.broadcast_stride(i);
     }
-    g.dbias = dbias.data, g.dbias_numel = dbias.numel();
+    g.dbias = dbias.data;
+    g.dbias_numel = dbias.numel();
   }
   if (drel_table.defined()) {
     check(o.rel_table.defined(), "drel_table without a relative bias");

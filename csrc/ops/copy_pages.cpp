@@ -29,7 +29,9 @@ void copy_pages(TensorView pool, const std::vector<int64_t>& from, const std::ve
   }
   if (pool.numel() == 0) return;
   CopyPagesParams p{};
-  p.pool = pool.data, p.layers = pool.shape[0], p.pages = pool.shape[1];
+  p.pool = pool.data;
+  p.layers = pool.shape[0];
+  p.pages = pool.shape[1];
   p.page_bytes = pool.numel() / (p.layers * p.pages) * size_of(pool.dtype);
   const CallDevice device = device_of({&pool});
   for (size_t first = 0; first < from.size(); first += kMaxPageCopies) {

@@ -81,7 +81,8 @@ void set_division(KvCacheParams& p, const Division& d) {
         " and heads_per_task = ", d.heads_per_task, " are not a division of the work");
   check(d.keys_per_split == 0 || d.num_splits * d.keys_per_split >= p.seq_kv, d.num_splits, " splits of ", d.keys_per_split,
         " keys do not cover the cache's ", p.seq_kv);
-  p.num_splits = d.num_splits, p.keys_per_split = d.keys_per_split;
+  p.num_splits = d.num_splits;
+  p.keys_per_split = d.keys_per_split;
   const int64_t rows = p.heads_kv > 0 ? p.seq_q * (p.heads_q / p.heads_kv) : 0;
   p.rows_per_task = std::min(d.rows_per_task, std::max<int64_t>(1, rows));
   p.heads_per_task = std::min(d.heads_per_task, std::max<int64_t>(1, p.heads_kv));
@@ -121,14 +122,20 @@ void append_and_attend_on_gpu(KvCacheParams p, bool blocked, void* q_rotated, cu
 
 void read_queries_and_cache(KvCacheParams& p, const CacheOperands& o, const TensorView& out, const TensorView& lse) {
   const TensorView &q = o.q, &k_cache = o.k_cache, &v_cache = o.v_cache;
-  p.q = rows_of(q, "q"), p.out = rows_of(out, "out");
+  p.q = rows_of(q, "q");
+  p.out = rows_of(out, "out");
   p.k = rows_of(k_cache, "k_cache");
   p.k_scale = scale_of(k_cache, o.k_scale, "k_cache", "k_scale");
   p.v = rows_of(v_cache, "v_cache");
   p.v_scale = scale_of(v_cache, o.v_scale, "v_cache", "v_scale");
-  p.batch = q.shape[0], p.seq_q = q.shape[1], p.heads_q = q.shape[2], p.head_dim = q.shape[3];
-  p.heads_kv = k_cache.shape[2], p.head_dim_v = v_cache.shape[3];
-  p.dtype = q.dtype, p.kv_dtype = k_cache.dtype;
+  p.batch = q.shape[0];
+  p.seq_q = q.shape[1];
+  p.heads_q = q.shape[2];
+  p.head_dim = q.shape[3];
+  p.heads_kv = k_cache.shape[2];
+  p.head_dim_v = v_cache.shape[3];
+  p.dtype = q.dtype;
+  p.kv_dtype = k_cache.dtype;
   check(p.heads_kv > 0 ? p.heads_q % p.heads_kv == 0 : p.heads_q == 0, "q has ", p.heads_q, " heads, the cache has ", p.heads_kv,
         ", which must divide it");
   expect(k_cache, "k_cache").size(3, p.head_dim);
@@ -144,20 +151,24 @@ void read_queries_and_cache(KvCacheParams& p, const CacheOperands& o, const Tens
 void read_new_keys(KvCacheParams& p, const TensorView& k, const TensorView& v) {
   check(k.defined() == v.defined(), "k and v must be given together");
   if (!k.defined()) return;
-  p.new_k = rows_of(k, "k"), p.new_v = rows_of(v, "v");
+  p.new_k = rows_of(k, "k");
+  p.new_v = rows_of(v, "v");
   p.new_keys = k.shape[1];
   expect(k, "k").shape({p.batch, p.new_keys, p.heads_kv, p.head_dim}).dtype(p.dtype);
   expect(v, "v").shape({p.batch, p.new_keys, p.heads_kv, p.head_dim_v}).dtype(p.dtype);
 }
 
 void read_pages(KvCacheParams& p, const TensorView& k_cache, const TensorView& table) {
-  p.pages = k_cache.shape[0], p.seq_kv = k_cache.shape[1];
+  p.pages = k_cache.shape[0];
+  p.seq_kv = k_cache.shape[1];
   if (!table.defined()) {
     expect(k_cache, "k_cache").size(0, p.batch);
     return;
   }
   expect(table, "block_table").rank(2).size(0, p.batch).dtype(DType::kInt32).last_contiguous();
-  p.block_table = table.as<const int32_t>(), p.block_table_stride = table.stride[0], p.page_size = k_cache.shape[1];
+  p.block_table = table.as<const int32_t>();
+  p.block_table_stride = table.stride[0];
+  p.page_size = k_cache.shape[1];
   check(p.page_size >= 1, "the pages of k_cache hold no keys: page_size is ", p.page_size);
   p.seq_kv = table.shape[1] * p.page_size;
 }
@@ -166,25 +177,36 @@ void read_rotary(KvCacheParams& p, const TensorView& cos, const TensorView& sin,
   check(cos.defined() == sin.defined(), "rotary_cos and rotary_sin must be given together");
   if (!cos.defined()) return;
   expect(cos, "rotary_cos").rank(2).contiguous();
-  p.rotary_positions = cos.shape[0], p.rotary_pairs = cos.shape[1], p.rotary_dtype = cos.dtype;
+  p.rotary_positions = cos.shape[0];
+  p.rotary_pairs = cos.shape[1];
+  p.rotary_dtype = cos.dtype;
   check(2 * p.rotary_pairs <= p.head_dim, "rotary_cos rotates ", 2 * p.rotary_pairs, " elements, the head dim is ", p.head_dim);
   check(cos.dtype == DType::kFloat32 || cos.dtype == p.dtype, "rotary_cos is ", name(cos.dtype), ", expected float32 or ", name(p.dtype));
   expect(sin, "rotary_sin").shape({p.rotary_positions, p.rotary_pairs}).contiguous().dtype(cos.dtype);
-  if (p.rotary_pairs > 0) p.rotary_cos = cos.data, p.rotary_sin = sin.data, p.rotary_interleaved = interleaved;
+  if (p.rotary_pairs > 0) {
+    p.rotary_cos = cos.data;
+    p.rotary_sin = sin.data;
+    p.rotary_interleaved = interleaved;
+  }
 }
 
 void read_score_options(KvCacheParams& p, const CacheOperands& o) {
   if (const TensorView& alibi = o.alibi_slopes; alibi.defined()) {
     expect(alibi, "alibi_slopes").rank(2).dtype(DType::kFloat32).size(1, p.heads_q);
     check(alibi.shape[0] == 1 || alibi.shape[0] == p.batch, "alibi_slopes has ", alibi.shape[0], " rows for a batch of ", p.batch);
-    p.alibi = alibi.as<const float>(), p.alibi_batch = alibi.broadcast_stride(0), p.alibi_head = alibi.stride[1];
+    p.alibi = alibi.as<const float>();
+    p.alibi_batch = alibi.broadcast_stride(0);
+    p.alibi_head = alibi.stride[1];
   }
   if (o.sinks.defined()) {
     expect(o.sinks, "sinks").shape({p.heads_q}).dtype(DType::kFloat32).contiguous();
     p.sinks = o.sinks.data;
   }
-  p.scale = o.scale, p.softcap = o.softcap, p.causal = o.causal;
-  p.window_left = usable_window(o.window_left), p.window_right = usable_window(o.window_right);
+  p.scale = o.scale;
+  p.softcap = o.softcap;
+  p.causal = o.causal;
+  p.window_left = usable_window(o.window_left);
+  p.window_right = usable_window(o.window_right);
 }
 
 void read_splits(KvCacheParams& p, const CacheWorkspace& workspace, const Division& division) {
@@ -195,7 +217,8 @@ void read_splits(KvCacheParams& p, const CacheWorkspace& workspace, const Divisi
   expect(partial_lse, "partial_lse").shape({p.num_splits, p.batch, p.heads_q, p.seq_q}).contiguous();
   expect(partial_out, "partial_out").dtype(DType::kFloat32);
   expect(partial_lse, "partial_lse").dtype(DType::kFloat32);
-  p.partial_out = partial_out.as<float>(), p.partial_lse = partial_lse.as<float>();
+  p.partial_out = partial_out.as<float>();
+  p.partial_lse = partial_lse.as<float>();
   if (!counters.defined()) return;
   const int64_t rows = p.heads_kv > 0 ? p.seq_q * (p.heads_q / p.heads_kv) : 0;
   const int64_t needed = p.batch * p.heads_kv * ceil_div(rows, p.rows_per_task);

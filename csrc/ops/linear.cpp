@@ -54,8 +54,13 @@ void packed_linear(TensorView x, TensorView data, const std::string& format, Ten
   if (out.numel() == 0) return;
   LinearParams p;
   p.weight[0] = packed_weight(data, bias, format, x.shape[1], out.shape[1]);
-  p.x = x.data, p.rows = x.shape[0], p.x_stride = x.stride[0], p.dtype = x.dtype;
-  p.out[0] = out.data, p.out_stride[0] = out.shape[1], p.out_dtype = out.dtype;
+  p.x = x.data;
+  p.rows = x.shape[0];
+  p.x_stride = x.stride[0];
+  p.dtype = x.dtype;
+  p.out[0] = out.data;
+  p.out_stride[0] = out.shape[1];
+  p.out_dtype = out.dtype;
   cpu::kernels().linear(p, threads);
 }
 

@@ -24,9 +24,14 @@ void check_target(const TensorView& target, int64_t classes, int64_t ignore_inde
 
 CrossEntropyParams params(const TensorView& logits, const TensorView& target, const TensorView& stats, const CrossEntropyOptions& options) {
   CrossEntropyParams p{};
-  p.logits = logits.data, p.target = target.as<int64_t>(), p.stats = stats.data;
-  p.rows = logits.shape[0], p.cols = logits.shape[1], p.logits_stride = logits.stride[0];
-  p.options = options, p.dtype = logits.dtype;
+  p.logits = logits.data;
+  p.target = target.as<int64_t>();
+  p.stats = stats.data;
+  p.rows = logits.shape[0];
+  p.cols = logits.shape[1];
+  p.logits_stride = logits.stride[0];
+  p.options = options;
+  p.dtype = logits.dtype;
   return p;
 }
 
@@ -57,7 +62,8 @@ void cross_entropy_backward(TensorView dloss, TensorView logits, TensorView targ
   if (device.readable) check_target(target, logits.shape[1], options.ignore_index);
   if (logits.numel() == 0) return;
   CrossEntropyParams p = params(logits, target, stats, options);
-  p.dloss = dloss.data, p.dloss_stride = dloss.stride[0];
+  p.dloss = dloss.data;
+  p.dloss_stride = dloss.stride[0];
   p.dlogits = dlogits.data;
   if (device.cuda)
     cuda::kernels().cross_entropy_backward(p, current_stream(device));

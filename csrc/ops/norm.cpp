@@ -58,7 +58,9 @@ void rms_norm_forward(TensorView x, TensorView residual, TensorView weight, Tens
 void rms_norm_backward(TensorView dout, TensorView x, TensorView weight, TensorView rstd, TensorView dsum, TensorView dx,
                        TensorView dweight_parts, Threads threads) {
   check_x_and_weight(x, weight);
-  check_rows(dout, "dout", x), check_rows(dx, "dx", x), check_rstd(rstd, x);
+  check_rows(dout, "dout", x);
+  check_rows(dx, "dx", x);
+  check_rstd(rstd, x);
   if (dsum.defined()) check_rows(dsum, "dsum", x);
   int64_t parts = threads;
   if (dweight_parts.defined()) {

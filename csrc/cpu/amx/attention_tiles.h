@@ -27,7 +27,8 @@ struct MathTiles : MathBf16 {
     const auto column = [&](int64_t p) { return columns + p / panel * panel * units + p % panel; };
     for (int64_t p = begin; p < end; p += 2 * side) {
       const Unit *left = column(p), *right = column(p + side);
-      Tiles::zero<4>(), Tiles::zero<5>();
+      Tiles::zero<4>();
+      Tiles::zero<5>();
       if (two) Tiles::zero<6>(), Tiles::zero<7>();
       for (int64_t u = 0; u < units; u += side) {
         Tiles::load<0>(a + u, a_stride * 4);

@@ -65,8 +65,10 @@ FOVEATE_INLINE void int8_tile(TileScope& tiles, const uint8_t* panel, const int8
   static_assert(kQuadUnits == 1, "rows are prepared as int8");
   constexpr int64_t kBytes = panel_bytes(kFormat, kWeightBlock), kQuants = kWeightPanel * (kFormat == WeightFormat::kQ8_0 ? 32 : 16);
   tiles.configure(rows, [&](TileConfig& config) {
-    TileConfig::set(config, 0, rows, kWeightBlock), TileConfig::set(config, 1, rows, kWeightBlock);
-    TileConfig::set(config, 2, 8, 64), TileConfig::set(config, 3, 8, 64);
+    TileConfig::set(config, 0, rows, kWeightBlock);
+    TileConfig::set(config, 1, rows, kWeightBlock);
+    TileConfig::set(config, 2, 8, 64);
+    TileConfig::set(config, 3, 8, 64);
     for (int i = 0; i < kDotSlots; ++i) TileConfig::set(config, 4 + i, rows, 64);
   });
   const char* x = PreparedRows::at<char>(a, row);
@@ -97,8 +99,10 @@ FOVEATE_INLINE void int8_tile(TileScope& tiles, const uint8_t* panel, const int8
     // What a tile stores can be loaded once the stores have left the core's queue, so that the multiplications run kDotSlots - 1 blocks
     // ahead.
     const auto each_slot = [&](const auto& f) __attribute__((always_inline)) {
-      f(std::integral_constant<int, 0>{}), f(std::integral_constant<int, 1>{}), f(std::integral_constant<int, 2>{}),
-          f(std::integral_constant<int, 3>{});
+      f(std::integral_constant<int, 0>{});
+      f(std::integral_constant<int, 1>{});
+      f(std::integral_constant<int, 2>{});
+      f(std::integral_constant<int, 3>{});
     };
     each_slot([&]<int kSlot>(std::integral_constant<int, kSlot> slot) __attribute__((always_inline)) {
       if (kSlot < kDotSlots - 1 && kSlot < a.blocks) block(slot, kSlot);
@@ -119,13 +123,18 @@ FOVEATE_INLINE void bf16_tile(TileScope& tiles, const uint8_t* panel, const Prep
                               float* c) {
   const int64_t first = min<int64_t>(rows, kTileSide), second = rows - first, units = ceil_div<int64_t>(in, 2);
   tiles.configure(rows, [&](TileConfig& config) {
-    TileConfig::set(config, 0, first, 64), TileConfig::set(config, 1, second, 64);
-    TileConfig::set(config, 2, 16, 64), TileConfig::set(config, 3, 16, 64);
-    TileConfig::set(config, 4, first, 64), TileConfig::set(config, 5, first, 64);
-    TileConfig::set(config, 6, second, 64), TileConfig::set(config, 7, second, 64);
+    TileConfig::set(config, 0, first, 64);
+    TileConfig::set(config, 1, second, 64);
+    TileConfig::set(config, 2, 16, 64);
+    TileConfig::set(config, 3, 16, 64);
+    TileConfig::set(config, 4, first, 64);
+    TileConfig::set(config, 5, first, 64);
+    TileConfig::set(config, 6, second, 64);
+    TileConfig::set(config, 7, second, 64);
   });
   const char* x = PreparedRows::at<char>(a, row);
-  Tiles::zero<4>(), Tiles::zero<5>();
+  Tiles::zero<4>();
+  Tiles::zero<5>();
   if (second > 0) Tiles::zero<6>(), Tiles::zero<7>();
   alignas(64) uint8_t tail[kTileSide * 128];
   for (int64_t k = 0; k < units; k += kTileSide) {
@@ -149,7 +158,8 @@ FOVEATE_INLINE void bf16_tile(TileScope& tiles, const uint8_t* panel, const Prep
     }
   }
   constexpr int64_t stride = kWeightPanel * 4;
-  Tiles::store<4>(c, stride), Tiles::store<5>(c + kTileSide, stride);
+  Tiles::store<4>(c, stride);
+  Tiles::store<5>(c + kTileSide, stride);
   float* below = c + kTileSide * kWeightPanel;
   if (second > 0) Tiles::store<6>(below, stride), Tiles::store<7>(below + kTileSide, stride);
 }

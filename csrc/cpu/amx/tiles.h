@@ -19,7 +19,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 
   FOVEATE_INLINE void set(TileConfig& c, int tile, int64_t rows, int64_t bytes) {
-    c.rows[tile] = static_cast<uint8_t>(rows), c.row_bytes[tile] = static_cast<uint16_t>(rows > 0 ? bytes : 0);
+    c.rows[tile] = static_cast<uint8_t>(rows);
+    c.row_bytes[tile] = static_cast<uint16_t>(rows > 0 ? bytes : 0);
   }
 };
 static_assert(sizeof(TileConfig) == 64);

@@ -70,7 +70,8 @@ struct ShimTiles {
   template <int kC, int kA, int kB>
   static State& shapes() {
     static_assert(kC != kA && kC != kB && kA != kB, "the three tiles of a product must differ");
-    valid<kC>(), valid<kA>();
+    valid<kC>();
+    valid<kA>();
     State& s = valid<kB>();
     require(s.rows[kA] == s.rows[kC] && s.bytes[kB] == s.bytes[kC] && s.bytes[kA] % 4 == 0 && s.bytes[kB] % 4 == 0 &&
                 s.bytes[kA] / 4 == s.rows[kB],

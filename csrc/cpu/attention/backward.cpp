@@ -53,15 +53,27 @@ struct Backward {
     const int64_t temp = max(k_units, v_units), width = max(k_width, v_width);
     const int64_t staged = max<int64_t>(w, kTileRows);  // rows in temp
     const int64_t chunk_keys = ceil_div(key_blocks, chunks) * kBlockKeys, tile = kBlockQueries * kBlockKeys;
-    piece(x.q_panels, padded_q * k_units), piece(x.dout_panels, padded_q * v_units);
-    piece(x.q_stacked, padded_q / kPair * k_width), piece(x.dout_stacked, padded_q / kPair * v_width);
-    piece(x.k_columns, kBlockKeys * k_units), piece(x.v_columns, kBlockKeys * v_units), piece(x.k_stacked, kBlockKeys / kPair * k_width);
+    piece(x.q_panels, padded_q * k_units);
+    piece(x.dout_panels, padded_q * v_units);
+    piece(x.q_stacked, padded_q / kPair * k_width);
+    piece(x.dout_stacked, padded_q / kPair * v_width);
+    piece(x.k_columns, kBlockKeys * k_units);
+    piece(x.v_columns, kBlockKeys * v_units);
+    piece(x.k_stacked, kBlockKeys / kPair * k_width);
     piece(x.temp, max(temp * staged, width));
-    piece(x.lse, padded_q), piece(x.lse_rest, padded_q), piece(x.delta, padded_q), piece(x.dq, chunks == 1 ? padded_q * k_width : 0);
-    piece(x.dk, chunk_keys * k_width), piece(x.dv, chunk_keys * v_width);
-    piece(x.s, tile), piece(x.dp, tile), piece(x.slope, p.softcap > 0 ? kBlockKeys : 0), piece(x.dropout_factors, kBlockKeys);
-    piece(x.p_pairs, kPair == 1 ? 0 : tile / kPair), piece(x.ds, kPair == 1 ? 0 : tile / kPair),
-        piece(x.ds_pairs, kPair == 1 ? 0 : tile / kPair);
+    piece(x.lse, padded_q);
+    piece(x.lse_rest, padded_q);
+    piece(x.delta, padded_q);
+    piece(x.dq, chunks == 1 ? padded_q * k_width : 0);
+    piece(x.dk, chunk_keys * k_width);
+    piece(x.dv, chunk_keys * v_width);
+    piece(x.s, tile);
+    piece(x.dp, tile);
+    piece(x.slope, p.softcap > 0 ? kBlockKeys : 0);
+    piece(x.dropout_factors, kBlockKeys);
+    piece(x.p_pairs, kPair == 1 ? 0 : tile / kPair);
+    piece(x.ds, kPair == 1 ? 0 : tile / kPair);
+    piece(x.ds_pairs, kPair == 1 ? 0 : tile / kPair);
   }
   int64_t local_bytes() const {
     Layout l;
@@ -73,7 +85,10 @@ struct Backward {
     Layout l;
     Local x;
     pieces(x, [&]<class T>(T*& pointer, int64_t count) { pointer = scratch.at<T>(base + l.add<T>(count)); });
-    if constexpr (kPair == 1) x.p_pairs = x.s, x.ds = x.ds_pairs = x.dp;
+    if constexpr (kPair == 1) {
+      x.p_pairs = x.s;
+      x.ds = x.ds_pairs = x.dp;
+    }
     if (!(p.softcap > 0)) x.slope = nullptr;
     return x;
   }
@@ -98,7 +113,8 @@ struct Backward {
     const int64_t drelative_at = layout.add<Acc>(g.drel_table ? chunks * heads * distances : 0), dsinks_at = layout.add<Acc>(heads);
     const int64_t locals_at = layout.total(), bytes = local_bytes();
     scratch.allocate(locals_at + threads * bytes);
-    dq_chunks = scratch.at<Acc>(dq_at), dsinks = scratch.at<Acc>(dsinks_at);
+    dq_chunks = scratch.at<Acc>(dq_at);
+    dsinks = scratch.at<Acc>(dsinks_at);
     if (p.rel_table) expand_relative(p, scratch.at<Acc>(relative_at)), relative = scratch.at<Acc>(relative_at);
     if (g.drel_table)
       drelative = scratch.at<Acc>(drelative_at), std::memset(static_cast<void*>(drelative), 0, chunks * heads * distances * sizeof(Acc));
@@ -143,7 +159,8 @@ struct Backward {
       load_head(b, h, s, chunk, head);
       for (int64_t j = first_block; j < last_block && j * kBlockKeys < s.k; ++j) {
         Local block = head;
-        block.dk += (j - first_block) * kBlockKeys * k_width, block.dv += (j - first_block) * kBlockKeys * v_width;
+        block.dk += (j - first_block) * kBlockKeys * k_width;
+        block.dv += (j - first_block) * kBlockKeys * v_width;
         key_block(b, hkv, h, s, chunk, j * kBlockKeys, block);
       }
       if (chunks == 1 && g.dq.data)
@@ -386,7 +403,8 @@ struct Backward {
           store_raw(x.p_pairs + r / 2 * kBlockKeys + c, bits(load_raw<V>(s0)) | bits(load_raw<V>(s0 + kBlockKeys)) << 16);
           store_raw(x.ds_pairs + r / 2 * kBlockKeys + c, bits(dlow) | bits(dhigh) << 16);
           bf16* ds = reinterpret_cast<bf16*>(x.ds) + r * kBlockKeys + c;
-          store(ds, dlow), store(ds + kBlockKeys, dhigh);
+          store(ds, dlow);
+          store(ds + kBlockKeys, dhigh);
         }
     }
   }

@@ -80,19 +80,25 @@ int64_t scratch_floats(const KvCacheParams& p) {
 
 template <class T>
 void carve(Scratch& s, const KvCacheParams& p, float* memory) {
-  s.dim = round_up<int64_t>(p.head_dim, Chunk<T>::kElements), s.dim_v = round_up<int64_t>(p.head_dim_v, Chunk<T>::kElements);
+  s.dim = round_up<int64_t>(p.head_dim, Chunk<T>::kElements);
+  s.dim_v = round_up<int64_t>(p.head_dim_v, Chunk<T>::kElements);
   const int64_t states = p.heads_per_task * p.rows_per_task;
   const auto take = [&](int64_t n) { return std::exchange(memory, memory + n); };
-  s.q = take(states * s.dim), s.out = take(states * s.dim_v);
-  s.scores = take(states * kTile), s.k_scale = take(kTile), s.v_scale = take(kTile);
-  s.row_max = take(states), s.row_sum = take(states);
+  s.q = take(states * s.dim);
+  s.out = take(states * s.dim_v);
+  s.scores = take(states * kTile);
+  s.k_scale = take(kTile);
+  s.v_scale = take(kTile);
+  s.row_max = take(states);
+  s.row_sum = take(states);
   s.row = take(max(s.dim, s.dim_v) + 2 * p.rotary_pairs);
 }
 
 void choose_keys(const KvCacheParams& p, Task& task) {
   const int64_t group = p.heads_q / p.heads_kv;
   const Range seen = visible_keys(window(p), sequence(p, task.b), task.row0 / group, (task.row0 + task.rows - 1) / group);
-  task.begin = seen.begin, task.end = seen.end;
+  task.begin = seen.begin;
+  task.end = seen.end;
   const int64_t first = p.keys_per_split ? 0 : task.begin / kTile * kTile;
   const int64_t part =
       p.keys_per_split ? p.keys_per_split : round_up<int64_t>(ceil_div(max<int64_t>(0, task.end - first), p.num_splits), kTile);
@@ -137,7 +143,8 @@ void advance(const KvCacheParams& p, const Task& task, int64_t begin, Tile& tile
   };
   tile.begin = begin;
   if (tile.next_keys > 0) {
-    std::copy_n(tile.k + kTile, kTile, tile.k), std::copy_n(tile.v + kTile, kTile, tile.v);
+    std::copy_n(tile.k + kTile, kTile, tile.k);
+    std::copy_n(tile.v + kTile, kTile, tile.v);
     tile.keys = tile.next_keys;
   } else {
     tile.keys = fill(begin, 0);
@@ -146,7 +153,8 @@ void advance(const KvCacheParams& p, const Task& task, int64_t begin, Tile& tile
     tile.next_keys = fill(begin + tile.keys, kTile);
   } else {
     tile.next_keys = 0;
-    std::fill_n(tile.k + kTile, kTile, tile.k[kTile - 1]), std::fill_n(tile.v + kTile, kTile, tile.v[kTile - 1]);
+    std::fill_n(tile.k + kTile, kTile, tile.k[kTile - 1]);
+    std::fill_n(tile.v + kTile, kTile, tile.v[kTile - 1]);
   }
 }
 
@@ -339,7 +347,8 @@ void run(const KvCacheParams& p, Task task, Scratch& s) {
   load_queries<T>(p, task, s);
   const int64_t states = task.heads * p.rows_per_task;
   std::fill(s.out, s.out + states * s.dim_v, 0.0f);
-  std::fill(s.row_max, s.row_max + states, -kInf), std::fill(s.row_sum, s.row_sum + states, 0.0f);
+  std::fill(s.row_max, s.row_max + states, -kInf);
+  std::fill(s.row_sum, s.row_sum + states, 0.0f);
   if (task.begin < task.end) {
     // The order of (tile, head) follows memory: where a key's heads are neighbours, all heads of a tile come before the next tile.
     const bool heads_inside = p.k.head <= p.k.seq;

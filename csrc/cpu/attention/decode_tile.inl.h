@@ -95,7 +95,8 @@ FOVEATE_INLINE void pack(float* x, int64_t size) {
   else if constexpr (Chunk<T>::kVecs == 2)
     for (int64_t i = 0; i < size; i += 2 * n) {
       const VecF a = load<float>(x + i), b = load<float>(x + i + n);
-      store(x + i, even_lanes(a, b, Lanes{})), store(x + i + n, odd_lanes(a, b, Lanes{}));
+      store(x + i, even_lanes(a, b, Lanes{}));
+      store(x + i + n, odd_lanes(a, b, Lanes{}));
     }
 }
 // out from what value_block leaves to plain order.
@@ -105,7 +106,8 @@ FOVEATE_INLINE void unpack(float* x, int64_t size) {
   if constexpr (Chunk<T>::kVecs == 2)
     for (int64_t i = 0; i < size; i += 2 * n) {
       const VecF even = load<float>(x + i), odd = load<float>(x + i + n);
-      store(x + i, zip_lanes<0, kGroup>(even, odd, Lanes{})), store(x + i + n, zip_lanes<n, kGroup>(even, odd, Lanes{}));
+      store(x + i, zip_lanes<0, kGroup>(even, odd, Lanes{}));
+      store(x + i + n, zip_lanes<n, kGroup>(even, odd, Lanes{}));
     }
 }
 

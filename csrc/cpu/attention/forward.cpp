@@ -86,8 +86,13 @@ struct Forward {
   }
   int64_t local_bytes(int64_t block_rows) const {
     Layout l;
-    l.add<Unit>(block_rows * kQueryStride), l.add<Acc>(block_rows * v_width), l.add<Acc>(block_rows), l.add<Acc>(block_rows),
-        l.add<Unit>(temp_units()), l.add<Acc>(kRows * kStride), l.add<Unit>(M::kPair == 1 ? 0 : kRows * kStride / M::kPair);
+    l.add<Unit>(block_rows * kQueryStride);
+    l.add<Acc>(block_rows * v_width);
+    l.add<Acc>(block_rows);
+    l.add<Acc>(block_rows);
+    l.add<Unit>(temp_units());
+    l.add<Acc>(kRows * kStride);
+    l.add<Unit>(M::kPair == 1 ? 0 : kRows * kStride / M::kPair);
     return l.total();
   }
 

@@ -125,12 +125,19 @@ FOVEATE_INLINE void apply_dropout(const AttentionParams& p, uint32_t threshold, 
       U high0, low0, high1, low1;
       mul(kPhiloxMul0, c0, high0, low0);
       mul(kPhiloxMul1, c2, high1, low1);
-      c0 = high1 ^ c1 ^ key0, c1 = low1, c2 = high0 ^ c3 ^ key1, c3 = low0;
-      key0 += kPhiloxKey0, key1 += kPhiloxKey1;
+      c0 = high1 ^ c1 ^ key0;
+      c1 = low1;
+      c2 = high0 ^ c3 ^ key1;
+      c3 = low0;
+      key0 += kPhiloxKey0;
+      key1 += kPhiloxKey1;
     }
     const int64_t count = min<int64_t>(n - t, 4 * w);
     uint32_t draws[4][w];
-    store_raw(draws[0], c0), store_raw(draws[1], c1), store_raw(draws[2], c2), store_raw(draws[3], c3);
+    store_raw(draws[0], c0);
+    store_raw(draws[1], c1);
+    store_raw(draws[2], c2);
+    store_raw(draws[3], c3);
     for (int64_t u = 0; u < count; ++u) x[t + u] = draws[u % 4][u / 4] >= threshold ? x[t + u] : Acc{0};
   }
 }

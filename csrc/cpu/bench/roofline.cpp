@@ -36,7 +36,9 @@ float run_chains(int64_t steps, int64_t& flops) {
   vec<typename M::Unit, kWidth<M>> pairs{};
   if constexpr (kDot) pairs += 0x3f803f80;  // two bf16 of 1
   for (int64_t i = 0; i < steps; ++i) {
-    hide(one), hide(half), hide(pairs);
+    hide(one);
+    hide(half);
+    hide(pairs);
 #pragma GCC unroll 32
     for (int c = 0; c < kChains; ++c) {
       if constexpr (kDot)
@@ -64,11 +66,18 @@ float run_tiles(int64_t steps, int64_t& flops) {
   scope.configure(0, [](TileConfig& c) {
     for (int t = 0; t < 8; ++t) TileConfig::set(c, t, kTileSide, 64);
   });
-  Tiles::load<0>(ones, 64), Tiles::load<1>(ones, 64);
-  Tiles::zero<4>(), Tiles::zero<5>(), Tiles::zero<6>(), Tiles::zero<7>();
+  Tiles::load<0>(ones, 64);
+  Tiles::load<1>(ones, 64);
+  Tiles::zero<4>();
+  Tiles::zero<5>();
+  Tiles::zero<6>();
+  Tiles::zero<7>();
   for (int64_t i = 0; i < steps; ++i)
     Tiles::dot_bf16<4, 0, 1>(), Tiles::dot_bf16<5, 0, 1>(), Tiles::dot_bf16<6, 0, 1>(), Tiles::dot_bf16<7, 0, 1>();
-  Tiles::store<4>(sums, 64), Tiles::store<5>(sums + 256, 64), Tiles::store<6>(sums + 512, 64), Tiles::store<7>(sums + 768, 64);
+  Tiles::store<4>(sums, 64);
+  Tiles::store<5>(sums + 256, 64);
+  Tiles::store<6>(sums + 512, 64);
+  Tiles::store<7>(sums + 768, 64);
   float total = 0;
   for (float x : sums) total += x;
   flops = int64_t{2} * kElements * 32;

@@ -58,13 +58,22 @@ FOVEATE_INLINE void k_tile(const uint8_t* panel, const PreparedRows& a, int64_t 
         const uint8_t* upper = w + kNibbleBytes + col * 4 + v * kVecBytes;
         [[maybe_unused]] VecI bits[2];
         if constexpr (kFormat == kQ5K) bits[0] = load_raw<VecI>(upper);
-        if constexpr (kFormat == kQ6K) bits[0] = load_raw<VecI>(upper), bits[1] = load_raw<VecI>(upper + kWeightPanel * 4);
+        if constexpr (kFormat == kQ6K) {
+          bits[0] = load_raw<VecI>(upper);
+          bits[1] = load_raw<VecI>(upper + kWeightPanel * 4);
+        }
 #pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
           const VecI q = load_raw<VecI>(w + p * kWeightPanel * 4 + col * 4 + v * kVecBytes);
           VecI low = q & 0x0f0f0f0f, high = (q >> 4) & 0x0f0f0f0f;
-          if constexpr (kBytewise) low = q, high = load_raw<VecI>(w + (p + 4) * kWeightPanel * 4 + col * 4 + v * kVecBytes);
-          if constexpr (has_table(kFormat)) low = looked_up<kFormat>(low), high = looked_up<kFormat>(high);
+          if constexpr (kBytewise) {
+            low = q;
+            high = load_raw<VecI>(w + (p + 4) * kWeightPanel * 4 + col * 4 + v * kVecBytes);
+          }
+          if constexpr (has_table(kFormat)) {
+            low = looked_up<kFormat>(low);
+            high = looked_up<kFormat>(high);
+          }
           if constexpr (kFormat == kQ5K) low |= ((bits[0] >> p) & 0x01010101) << 4, high |= (bits[0] >> p) & 0x10101010;
           if constexpr (kFormat == kQ6K) low |= ((bits[0] >> 2 * p) & 0x03030303) << 4, high |= ((bits[1] >> 2 * p) & 0x03030303) << 4;
 #pragma GCC unroll 8

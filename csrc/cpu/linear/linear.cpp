@@ -278,7 +278,8 @@ void linear(const LinearParams& p, int threads) {
     const int64_t wanted = min<int64_t>(useful, work.items());
     const int count = static_cast<int>(min<int64_t>(wanted, threads));
     if (count <= 1) {
-      work.prepare({}), work.multiply({});
+      work.prepare({});
+      work.multiply({});
       continue;
     }
     const bool alone = work.rows * p.weight[0].in < 4096;  // dividing the preparation would cost more than it saves

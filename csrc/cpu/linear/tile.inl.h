@@ -146,7 +146,10 @@ FOVEATE_INLINE void block_tile(const uint8_t* panel, const PreparedRows& a, int6
         for (int v = 0; v < kLinearVecs; ++v) {
           const VecI q = load_raw<VecI>(w + p * kWeightPanel * 4 + v * kVecBytes);
           [[maybe_unused]] VecI low, high;
-          if constexpr (kNibbles) low = looked_up<kFormat>(q & 0x0f0f0f0f), high = looked_up<kFormat>((q >> 4) & 0x0f0f0f0f);
+          if constexpr (kNibbles) {
+            low = looked_up<kFormat>(q & 0x0f0f0f0f);
+            high = looked_up<kFormat>((q >> 4) & 0x0f0f0f0f);
+          }
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
             if constexpr (kNibbles) {
@@ -283,7 +286,8 @@ FOVEATE_INLINE void prepare_blocks(const float* x, int64_t blocks, char* out) {
 #pragma GCC unroll 8
     for (int v = 0; v < vecs; ++v) {
       const VecF f = load<float>(x + v * n);
-      top = vmax(top, vabs<float>(f)), zero += f * 0.0f;
+      top = vmax(top, vabs<float>(f));
+      zero += f * 0.0f;
     }
     const float largest = hmax(top), inverse = largest > 0x1p-100f ? 127.0f / largest : 0.0f;
     int8_t q[kWeightBlock];

@@ -47,7 +47,8 @@ void forward_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     });
     const A log_sum = std::log(sum), lse = max + log_sum;
     const A at_target = capped_at<kSoftcap, A>(logits + target, softcap).x[0];
-    stats[0] = max, stats[1] = log_sum;
+    stats[0] = max;
+    stats[1] = log_sum;
     loss = log_sum - (1 - smoothing) * (at_target - max);
     if (smoothing > 0) {
       const A total =

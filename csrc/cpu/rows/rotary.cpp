@@ -24,7 +24,8 @@ void load_angles(Angles<A>& angles, const R* cos, const R* sin, int64_t pairs, b
       angles.cos[2 * c] = angles.cos[2 * c + 1] = cosine;
       angles.sin[2 * c] = -sine, angles.sin[2 * c + 1] = sine;
     } else {
-      angles.cos[c] = cosine, angles.sin[c] = sine;
+      angles.cos[c] = cosine;
+      angles.sin[c] = sine;
     }
   }
 }

@@ -63,7 +63,9 @@ FOVEATE_INLINE Offsets offsets_of(const SoftmaxParams& p, int64_t row) {
   for (int d = p.ndim - 1; d >= 0; --d) {
     const int64_t index = row % p.shape[d];
     row /= p.shape[d];
-    at.x += index * p.x_stride[d], at.bias += index * p.bias_stride[d], at.mask += index * p.mask_stride[d];
+    at.x += index * p.x_stride[d];
+    at.bias += index * p.bias_stride[d];
+    at.mask += index * p.mask_stride[d];
   }
   return at;
 }

@@ -149,8 +149,13 @@ bool vectors(const AttentionParams& p, const AttentionGrads& g) {
 
 BackwardParams backward_params(const AttentionParams& p, const AttentionGrads& g) {
   BackwardParams a{};
-  a.attention = p, a.grads = g, a.score = score_params(p), a.vectors = vectors(p, g);
-  a.batch = static_cast<int>(p.batch), a.heads_q = static_cast<int>(p.heads_q), a.heads_kv = static_cast<int>(p.heads_kv);
+  a.attention = p;
+  a.grads = g;
+  a.score = score_params(p);
+  a.vectors = vectors(p, g);
+  a.batch = static_cast<int>(p.batch);
+  a.heads_q = static_cast<int>(p.heads_q);
+  a.heads_kv = static_cast<int>(p.heads_kv);
   a.group = a.heads_kv > 0 ? a.heads_q / a.heads_kv : 1;
   a.rows = round_up<int64_t>(p.seq_q, kRowAlign);
   return a;
@@ -174,10 +179,12 @@ int64_t attention_backward_workspace(const AttentionParams& p, const AttentionGr
 
 void attention_backward(const AttentionParams& p, const AttentionGrads& g, void* workspace, Stream stream) {
   BackwardParams a = backward_params(p, g);
-  a.lse = static_cast<float*>(workspace), a.delta = a.lse + statistics_size(a);
+  a.lse = static_cast<float*>(workspace);
+  a.delta = a.lse + statistics_size(a);
   float* rest = a.delta + statistics_size(a);
   if (dq_sum_size(a) > 0) a.dq_sum = rest, rest += dq_sum_size(a);
-  a.sink_parts = rest, rest += sink_parts_size(a);
+  a.sink_parts = rest;
+  rest += sink_parts_size(a);
   a.tiles = static_cast<int>(a.rows / kRowAlign);
   const dim3 grid = one_dimensional(int64_t{a.batch} * a.heads_q * a.tiles), block(kStatisticsThreads);
   if (p.dtype == DType::kBFloat16)

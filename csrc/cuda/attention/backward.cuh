@@ -160,8 +160,10 @@ __device__ __forceinline__ void multiply_rows(float (&x)[n][4], uint32_t own, in
 #pragma unroll
         for (int c = 0; c < n; ++c) {
           const float4 b0 = four<Streamed>(other, 8 * c + other_row, d), b1 = four<Streamed>(other, 8 * c + other_row + 1, d);
-          part[c][0] = dot4(a0, b0, part[c][0]), part[c][1] = dot4(a0, b1, part[c][1]);
-          part[c][2] = dot4(a1, b0, part[c][2]), part[c][3] = dot4(a1, b1, part[c][3]);
+          part[c][0] = dot4(a0, b0, part[c][0]);
+          part[c][1] = dot4(a0, b1, part[c][1]);
+          part[c][2] = dot4(a1, b0, part[c][2]);
+          part[c][3] = dot4(a1, b1, part[c][3]);
         }
       }
 #pragma unroll
@@ -208,8 +210,10 @@ __device__ __forceinline__ void accumulate(float (&acc)[m][4], const float (&x)[
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
           const float2 b = dev::ld_shared<float2>(other + Streamed::offset(8 * block + k, 2 * c + column / 4) + column % 4 * 4);
-          sum[0] = fmaf(x0[k], b.x, sum[0]), sum[1] = fmaf(x0[k], b.y, sum[1]);
-          sum[2] = fmaf(x1[k], b.x, sum[2]), sum[3] = fmaf(x1[k], b.y, sum[3]);
+          sum[0] = fmaf(x0[k], b.x, sum[0]);
+          sum[1] = fmaf(x0[k], b.y, sum[1]);
+          sum[2] = fmaf(x1[k], b.x, sum[2]);
+          sum[3] = fmaf(x1[k], b.y, sum[3]);
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc[c][e] += sum[e];

@@ -106,9 +106,10 @@ BiasParams bias_params(const AttentionParams& p, const AttentionGrads& g) {
                             ceil_div<int64_t>(p.seq_kv, Tiles::kStreamed)};
   int64_t blocks = 1, steps = 1;
   for (int i = 0; i < 4; ++i) {
-    r.owned[i] = g.dbias_stride[i] == 0 ? 1 : static_cast<int>(tiles[i]),
+    r.owned[i] = g.dbias_stride[i] == 0 ? 1 : static_cast<int>(tiles[i]);
     r.walked[i] = g.dbias_stride[i] == 0 ? static_cast<int>(tiles[i]) : 1;
-    blocks *= r.owned[i], steps *= r.walked[i];
+    blocks *= r.owned[i];
+    steps *= r.walked[i];
   }
   r.splits = blocks == 0 ? 1 : static_cast<int>(std::clamp<int64_t>(kDesiredBlocks / blocks, 1, std::max<int64_t>(steps, 1)));
   return r;
@@ -256,7 +257,8 @@ void backward_bias_gradients(const BackwardParams& a, float* workspace, const St
   visit_walk(a.attention, [&]<class Tiles>(Tiles) {
     if (a.grads.dbias) {
       BiasParams r = bias_params<Tiles>(a.attention, a.grads);
-      r.a = a, r.to = r.splits > 1 ? workspace : static_cast<float*>(a.grads.dbias);
+      r.a = a;
+      r.to = r.splits > 1 ? workspace : static_cast<float*>(a.grads.dbias);
       workspace += bias_parts(r, a.grads);
       const int64_t blocks = int64_t{r.owned[0]} * r.owned[1] * r.owned[2] * r.owned[3];
       launch<bias_gradient<Tiles>>(one_dimensional(blocks * r.splits), dim3(Tiles::kThreads), kWalkSharedBytes<Tiles>, stream, r);
@@ -265,7 +267,8 @@ void backward_bias_gradients(const BackwardParams& a, float* workspace, const St
     }
     if (a.grads.drel_table) {
       RelativeParams r = relative_params<Tiles>(a.attention);
-      r.a = a, r.parts = workspace;
+      r.a = a;
+      r.parts = workspace;
       const int64_t heads = int64_t{a.batch} * a.heads_q;
       launch<relative_distances<Tiles>>(one_dimensional(heads * r.diagonals), dim3(Tiles::kThreads), kWalkSharedBytes<Tiles>, stream, r);
       launch<sum_buckets<Tiles>>(one_dimensional(int64_t{a.attention.rel_num_buckets} * a.heads_q), dim3(kSumThreads), kSumThreads * 4,

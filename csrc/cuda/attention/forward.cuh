@@ -81,7 +81,8 @@ __device__ __forceinline__ void raise_step(ForwardState<C>& state, float factor)
       top = fmaxf(top, dev::shfl_xor(top, 2));
       rise[m][half] = (top - before) * factor;  // NaN where both are infinite
       const bool stays = rise[m][half] <= kRise<typename C::T> || top == before;
-      state.row_max[m][half] = stays ? before : top, rise[m][half] = stays ? 0.0f : rise[m][half];
+      state.row_max[m][half] = stays ? before : top;
+      rise[m][half] = stays ? 0.0f : rise[m][half];
       raised |= !stays;
     }
   }
@@ -245,7 +246,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm) attention
 #pragma unroll
   for (int m = 0; m < C::kFragments; ++m) state.row_max[m][0] = state.row_max[m][1] = -kInfinity;
 
-  if (!some.empty()) look_up(begin), load_queries<C>(f, s, rows, q_tile), load_k(begin);
+  if (!some.empty()) {
+    look_up(begin);
+    load_queries<C>(f, s, rows, q_tile);
+    load_k(begin);
+  }
 #pragma unroll 1
   for (int key0 = begin; key0 < some.end; key0 += C::kKeys) {
     dev::cp_async_wait<0>();

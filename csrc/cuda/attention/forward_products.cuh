@@ -100,7 +100,9 @@ __device__ __forceinline__ void multiply_qk_by_fma(ForwardState<C>& state, uint3
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               float& s = part[m][n][2 * half + e];
-              s = fmaf(q[m][half].x, k.x, s), s = fmaf(q[m][half].y, k.y, s), s = fmaf(q[m][half].z, k.z, s),
+              s = fmaf(q[m][half].x, k.x, s);
+              s = fmaf(q[m][half].y, k.y, s);
+              s = fmaf(q[m][half].z, k.z, s);
               s = fmaf(q[m][half].w, k.w, s);
             }
         }

@@ -33,8 +33,12 @@ struct ScoreParams {
 inline ScoreParams score_params(const AttentionParams& p) {
   const double drop = std::nearbyint(p.dropout_p * 0x1p32);  // half to even, as Python's round
   ScoreParams s{};
-  s.scale = static_cast<float>(p.scale), s.scale_log2 = static_cast<float>(p.scale * kLog2e);
-  if (p.softcap > 0) s.softcap = static_cast<float>(p.softcap), s.softcap_inner = static_cast<float>(p.scale / p.softcap);
+  s.scale = static_cast<float>(p.scale);
+  s.scale_log2 = static_cast<float>(p.scale * kLog2e);
+  if (p.softcap > 0) {
+    s.softcap = static_cast<float>(p.softcap);
+    s.softcap_inner = static_cast<float>(p.scale / p.softcap);
+  }
   s.window = window_of<int>(p.causal, p.window_left, p.window_right);
   s.dropout_threshold = drop >= 0x1p32 ? 0xffffffffu : static_cast<uint32_t>(drop);
   s.dropout_scale = static_cast<float>(1 / (1 - p.dropout_p));
@@ -202,8 +206,12 @@ __device__ __forceinline__ uint32_t dropout_mask_of_quad(const Philox& philox, u
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint32_t high0 = __umulhi(kPhiloxMul0, c0), low0 = kPhiloxMul0 * c0;
     const uint32_t high1 = __umulhi(kPhiloxMul1, c2), low1 = kPhiloxMul1 * c2;
-    c0 = high1 ^ c1 ^ key0, c1 = low1, c2 = high0 ^ c3 ^ key1, c3 = low0;
-    key0 += kPhiloxKey0, key1 += kPhiloxKey1;
+    c0 = high1 ^ c1 ^ key0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ key1;
+    c3 = low0;
+    key0 += kPhiloxKey0;
+    key1 += kPhiloxKey1;
   }
   return (c0 >= dropout_threshold ? 1u : 0u) | (c1 >= dropout_threshold ? 2u : 0u) | (c2 >= dropout_threshold ? 4u : 0u) |
          (c3 >= dropout_threshold ? 8u : 0u);

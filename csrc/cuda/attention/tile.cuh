@@ -155,8 +155,10 @@ __device__ __forceinline__ int fragment_column(int e) { return dev::lane() % 4 *
 // Two neighbouring C fragments [16 x 8] become the A fragment [16 x 16] of the next product: the layouts agree.
 template <class T>
 __device__ __forceinline__ void pack_a(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
-  a[0] = dev::pack<T>(left[0], left[1]), a[1] = dev::pack<T>(left[2], left[3]);
-  a[2] = dev::pack<T>(right[0], right[1]), a[3] = dev::pack<T>(right[2], right[3]);
+  a[0] = dev::pack<T>(left[0], left[1]);
+  a[1] = dev::pack<T>(left[2], left[3]);
+  a[2] = dev::pack<T>(right[0], right[1]);
+  a[3] = dev::pack<T>(right[2], right[3]);
 }
 
 // ---- fragments -> tile -> global memory --------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ struct RowState {
       const int64_t row = task.row0 + dev::lane() / 4 + 8 * r;
       const Span<int64_t> visible = visible_to(p, s, row / group, row / group);
       const bool used = row < p.seq_q * group;
-      begin[r] = visible.begin < task.begin ? task.begin : visible.begin, end[r] = used ? min(visible.end, task.end) : 0;
+      begin[r] = visible.begin < task.begin ? task.begin : visible.begin;
+      end[r] = used ? min(visible.end, task.end) : 0;
       position[r] = row / group + s.shift;
       slope[r] = p.alibi && used
                      ? dev::ld_global_nc<float>(p.alibi + task.b * p.alibi_batch + (task.head * group + row % group) * p.alibi_head)
@@ -71,13 +72,16 @@ __device__ __forceinline__ void softmax_tile(const KvCacheParams& p, RowState& r
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) tile_sum += scores[n][2 * r + c] = dev::exp2_approx((scores[n][2 * r + c] - shift) * kLog2eF);
-    rows.row_max[r] = new_max, rows.row_sum[r] = rows.row_sum[r] * alpha[r] + tile_sum;
+    rows.row_max[r] = new_max;
+    rows.row_sum[r] = rows.row_sum[r] * alpha[r] + tile_sum;
   }
   if (!dev::any(alpha[0] != 1 || alpha[1] != 1)) return;
 #pragma unroll
   for (int n = 0; n < kOut; ++n) {
-    out[n][0] *= alpha[0], out[n][1] *= alpha[0];
-    out[n][2] *= alpha[1], out[n][3] *= alpha[1];
+    out[n][0] *= alpha[0];
+    out[n][1] *= alpha[0];
+    out[n][2] *= alpha[1];
+    out[n][3] *= alpha[1];
   }
 }
 
@@ -209,7 +213,8 @@ __device__ __forceinline__ void merge_warps(const DecodeWork& work, const Decode
     for (int w = 0; w < work.warps; ++w) {
       const float2 stats = dev::ld_shared<float2>(stats_at(w, r));
       const float weight = dev::exp2_approx((stats.x - shift) * kLog2eF);
-      row_sum += stats.y * weight, value += dev::ld_shared<float>(out_at(w, r, d)) * weight;
+      row_sum += stats.y * weight;
+      value += dev::ld_shared<float>(out_at(w, r, d)) * weight;
     }
     const float lse = row_sum == 0 ? -kInfinity : row_max + logf(row_sum);
     value = row_sum == 0 ? 0.0f : value / row_sum;
@@ -316,7 +321,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, (kBlocks<T, kColumns>)) decode
   };
   task.first_column = static_cast<int>(next(work.slices)) * kColumns;
   task.row0 = next(work.row_blocks) * kTileRows;
-  task.head = next(p.heads_kv), task.split = next(p.num_splits), task.b = block;
+  task.head = next(p.heads_kv);
+  task.split = next(p.num_splits);
+  task.b = block;
   const Lengths<int64_t> s = sequence(p, task.b);
   task = task_of(work, s, task);
   const bool empty = p.num_splits > 1 && task.begin >= task.end;
@@ -355,7 +362,8 @@ void decode_columns(const KvCacheParams& p, Stream stream) {
   const int64_t rows = p.seq_q * (p.heads_q / p.heads_kv);
   work.row_blocks = static_cast<int>(ceil_div<int64_t>(rows, kTileRows));
   work.slices = static_cast<int>(ceil_div<int64_t>(p.head_dim_v, kColumns));
-  work.k_copy_bytes = copy_bytes(p.k, p.head_dim, sizeof(S)), work.v_copy_bytes = copy_bytes(p.v, p.head_dim_v, sizeof(S));
+  work.k_copy_bytes = copy_bytes(p.k, p.head_dim, sizeof(S));
+  work.v_copy_bytes = copy_bytes(p.v, p.head_dim_v, sizeof(S));
 
   check(work.shared_bytes <= kMostSharedMemory, "decode on a GPU needs ", work.shared_bytes, " bytes of shared memory for head dims ",
         p.head_dim, " and ", p.head_dim_v, " in ", name(p.dtype), ", more than ", kMostSharedMemory,

@@ -35,7 +35,8 @@ constexpr DecodeLayout decode_layout(int64_t head_dim, int64_t head_dim_v, int c
   d.dim = static_cast<int>(round_up<int64_t>(head_dim, 16));
   d.slice_columns = static_cast<int>(round_up<int64_t>(std::min<int64_t>(head_dim_v, columns), 16));
   d.q_row_bytes = tile_row_bytes(d.dim * q_size);
-  d.k_row_bytes = tile_row_bytes(d.dim * kv_size), d.v_row_bytes = tile_row_bytes(d.slice_columns * kv_size);
+  d.k_row_bytes = tile_row_bytes(d.dim * kv_size);
+  d.v_row_bytes = tile_row_bytes(d.slice_columns * kv_size);
   const bool widen = kv_size == 1;
   d.wide_row_bytes = widen ? tile_row_bytes(std::max(d.dim, d.slice_columns) * q_size) : 0;
   d.stage_bytes = kTileKeys * (d.k_row_bytes + d.v_row_bytes) + (widen ? 2 * kTileKeys * 4 : 0);
@@ -43,7 +44,8 @@ constexpr DecodeLayout decode_layout(int64_t head_dim, int64_t head_dim_v, int c
     int warps, stages;
   } kChoices[] = {{kMaxWarps, kMaxStages}, {2, kMaxStages}, {1, kMaxStages}, {1, 1}};
   for (const auto& [warps, stages] : kChoices) {
-    d.warps = warps, d.stages = stages;
+    d.warps = warps;
+    d.stages = stages;
     d.warp_bytes = stages * d.stage_bytes + kTileKeys * d.wide_row_bytes;
     // Outputs, maxima and sums of the warps, at the end, over everything else.
     const int merge_bytes = warps * kTileRows * (d.slice_columns + kMergePadding + 2) * 4;

@@ -25,7 +25,8 @@ __device__ __forceinline__ void score_tile(float (&scores)[2][4], uint32_t q, in
 #pragma unroll 4
     for (int d = 0; d < dim; d += 16, q_at += 32, k_at += 32) {
       uint32_t a[4], b[4];
-      dev::ldmatrix_x4(a, q_at), dev::ldmatrix_x4(b, k_at);
+      dev::ldmatrix_x4(a, q_at);
+      dev::ldmatrix_x4(b, k_at);
       dev::mma_m16n8k16<T>(scores[0], a, b[0], b[1]);
       dev::mma_m16n8k16<T>(scores[1], a, b[2], b[3]);
     }
@@ -75,8 +76,10 @@ __device__ __forceinline__ void value_tile(float (&out)[kColumns / 8][4], const 
           for (int n = 0; n < kColumns / 8; ++n) {
             if (8 * n >= dim) break;
             const float2 value = dev::ld_shared<float2>(v_at + 32 * n);
-            out[n][0] += p0 * value.x, out[n][1] += p0 * value.y;
-            out[n][2] += p1 * value.x, out[n][3] += p1 * value.y;
+            out[n][0] += p0 * value.x;
+            out[n][1] += p0 * value.y;
+            out[n][2] += p1 * value.x;
+            out[n][3] += p1 * value.y;
           }
         }
   }
@@ -117,7 +120,8 @@ __device__ __forceinline__ void copy_tile(uint32_t to, int to_row_bytes, const c
         dev::st_shared<Raw>(target, at < 0 ? Raw{0} : dev::ld_global<Raw>(source));
       }
     }
-    row += row_step, part += part_step;
+    row += row_step;
+    part += part_step;
     if (part >= parts) part -= parts, ++row;
   }
 }

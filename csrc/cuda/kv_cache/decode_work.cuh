@@ -37,7 +37,8 @@ __device__ __forceinline__ DecodeTask task_of(const DecodeWork& work, const Leng
   const KvCacheParams& p = work.params;
   const int64_t group = p.heads_q / p.heads_kv, rows = p.seq_q * group, last = min(task.row0 + kTileRows, rows) - 1;
   const Span<int64_t> seen = visible_to(p, s, task.row0 / group, last / group);
-  task.begin = seen.begin, task.end = seen.end;
+  task.begin = seen.begin;
+  task.end = seen.end;
   const int64_t first = p.keys_per_split ? 0 : task.begin / kSplitMultiple * kSplitMultiple;
   int64_t part = p.keys_per_split;
   if (part == 0) {

@@ -58,13 +58,16 @@ __global__ void __launch_bounds__(kLargestBlock, 1) cross_entropy_forward_kernel
     float *loss = static_cast<float*>(p.loss) + row, *stats = static_cast<float*>(p.stats) + 2 * row;
     float value = ignored ? 0.0f : kNaN, max = value, log_sum = value;
     if (cols > 0) {
-      max = all.max, log_sum = logf(all.sum);
+      max = all.max;
+      log_sum = logf(all.sum);
       value = log_sum - (1 - smoothing) * (capped(dev::to_float(dev::ld_global_nc<T>(logits + target)), softcap) - max);
       if (smoothing > 0) value -= smoothing * (centred / static_cast<float>(p.cols));
       const float lse = max + log_sum;
       if (p.options.z_loss != 0) value += static_cast<float>(p.options.z_loss) * lse * lse;
     }
-    dev::st_global(loss, value), dev::st_global(stats, max), dev::st_global(stats + 1, log_sum);
+    dev::st_global(loss, value);
+    dev::st_global(stats, max);
+    dev::st_global(stats + 1, log_sum);
   }
 }
 

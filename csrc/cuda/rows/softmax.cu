@@ -22,7 +22,9 @@ struct Scores {
     for (int d = p.ndim - 1; d >= 0; --d) {
       const int64_t index = d > 0 ? row % p.shape[d] : row;
       if (d > 0) row /= p.shape[d];
-      x += index * p.x_stride[d], bias_at += index * p.bias_stride[d], mask_at += index * p.mask_stride[d];
+      x += index * p.x_stride[d];
+      bias_at += index * p.bias_stride[d];
+      mask_at += index * p.mask_stride[d];
     }
     if (p.bias) {
       const int64_t bytes = p.bias_dtype == DType::kFloat32 ? 4 : sizeof(T);

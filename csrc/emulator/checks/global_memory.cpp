@@ -58,7 +58,10 @@ void GlobalMemory::find(uintptr_t address, size_t bytes, const char* what, Site 
   for (const Span& span : spans_) {
     const int64_t offset = static_cast<int64_t>(address - span.data), beyond = offset - static_cast<int64_t>(span.bytes);
     const int64_t distance = offset < 0 ? -offset : std::max<int64_t>(beyond, 0);  // 0: its first bytes are inside
-    if (distance < least) nearest = &span, least = distance;
+    if (distance < least) {
+      nearest = &span;
+      least = distance;
+    }
   }
   kernel_error(what, " of ", bytes, " bytes at ", name(site), " is outside every tensor; the nearest is ", nearest->name, " of ",
                nearest->bytes, " bytes, and the access is at its byte ", static_cast<int64_t>(address - nearest->data));

@@ -31,11 +31,13 @@ void merge(std::vector<BlockOrder::Learned>& known, uint32_t block, const Clock&
 }  // namespace
 
 void GlobalRace::begin(bool enabled, bool several_threads) {
-  enabled_ = enabled, several_threads_ = several_threads;
+  enabled_ = enabled;
+  several_threads_ = several_threads;
   for (auto& [number, page] : pages_) {
     if (unused_.size() < kKeptPages) unused_.push_back(std::move(page));
   }
-  pages_.clear(), variables_.clear();
+  pages_.clear();
+  variables_.clear();
   recent_.fill({});
 }
 
@@ -67,7 +69,8 @@ GlobalRace::Page& GlobalRace::page_of(uintptr_t address) {
     unused_.pop_back();
     found->fill({});
   }
-  recent = number, page = found.get();
+  recent = number;
+  page = found.get();
   return *page;
 }
 

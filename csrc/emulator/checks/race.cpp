@@ -41,7 +41,8 @@ void RaceDetector::begin(bool enabled, int warps, uint32_t bytes) {
   if (!enabled) return;
   const uint32_t granules = (bytes + 15) / 16;
   if (warps != warps_ || granules > granules_.size() || latest_ > UINT32_MAX / 2) {
-    warps_ = warps, latest_ = 0;
+    warps_ = warps;
+    latest_ = 0;
     granules_.assign(granules, {});
     reads_.assign(static_cast<size_t>(granules) * warps, {});
   }

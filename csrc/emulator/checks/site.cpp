@@ -35,7 +35,8 @@ uint32_t site_number(Site site) {
     uint32_t i = 1;
     while (i < files().size() && std::strcmp(files()[i], site.file) != 0) ++i;
     if (i == files().size() && i < 1u << kFileBits) files().push_back(site.file);
-    last_file = site.file, last_number = i < files().size() ? i : 0;
+    last_file = site.file;
+    last_number = i < files().size() ? i : 0;
   }
   return last_number << kLineBits | (static_cast<uint32_t>(site.line) & ((1u << kLineBits) - 1));
 }

@@ -47,8 +47,14 @@ void Block::begin(const Launch& launch, uint64_t index) {
   const dim3 grid = launch.grid, block = launch.block;
   const Options& options = launch.options;
   const int threads = static_cast<int>(block.x), warps = threads / kWarpSize;
-  kernel_ = launch.kernel, options_ = options, live_threads_ = threads, spins_ = 0, error_ = nullptr, host_ = Fiber();
-  gridDim = grid, blockDim = block;
+  kernel_ = launch.kernel;
+  options_ = options;
+  live_threads_ = threads;
+  spins_ = 0;
+  error_ = nullptr;
+  host_ = Fiber();
+  gridDim = grid;
+  blockDim = block;
   blockIdx = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
               static_cast<unsigned>(index / grid.x / grid.y)};
   shared.begin(launch.smem_bytes);
@@ -63,12 +69,14 @@ void Block::begin(const Launch& launch, uint64_t index) {
   warps_.resize(warps);
   for (int w = 0; w < warps; ++w) {
     warps_[w] = {};
-    warps_[w].id = w, warps_[w].threads = &threads_[w * kWarpSize];
+    warps_[w].id = w;
+    warps_[w].threads = &threads_[w * kWarpSize];
     warps_[w].live = warps_[w].ready = kAllLanes;
   }
   for (int t = 0; t < threads; ++t) {
     Thread& thread = threads_[t];
-    thread.warp = &warps_[t / kWarpSize], thread.lane = t % kWarpSize;
+    thread.warp = &warps_[t / kWarpSize];
+    thread.lane = t % kWarpSize;
     thread.index = {static_cast<unsigned>(t), 0, 0};
     thread.copies.clear();
     thread.fiber.start(stacks_[t], Stacks::kBytes, &thread_main);
@@ -79,7 +87,8 @@ void Block::run(const Launch& launch, uint64_t index) {
   begin(launch, index);
   current_block = this;
   switch_to(next(), host_);
-  current_block = nullptr, current_thread = nullptr;
+  current_block = nullptr;
+  current_thread = nullptr;
   if (!error_) return;
   race.forget();
   std::rethrow_exception(error_);
@@ -114,7 +123,8 @@ void Block::leave() {
   }
   hopper.tma.check_done(live_threads_ == 1);
   hopper.wgmma[warp.id].check_done();
-  warp.live &= ~lane_bit(self), warp.ready &= ~lane_bit(self);
+  warp.live &= ~lane_bit(self);
+  warp.ready &= ~lane_bit(self);
   if (!warp.live && counters.enabled()) counters.flush(warp.id);
   --live_threads_, spins_ = 0;
   if (warp.arrived && warp.request.id < 0) {
@@ -148,7 +158,8 @@ void Block::switch_to(Thread& thread, Fiber& from) {
 
 void Block::wait(const char* what, Site site) {
   Thread& self = *current_thread;
-  self.waits_in = what, self.waits_at = site;
+  self.waits_in = what;
+  self.waits_at = site;
   self.warp->ready &= ~lane_bit(self);
   spins_ = 0;
   Thread& thread = next();
@@ -208,7 +219,8 @@ bool Block::join(const char* operation, Site site, void* mine, Lanes lanes) {
                    std::countr_one(warp.live), " has returned from the kernel");
     }
   }
-  warp.operation = operation, warp.site = site;
+  warp.operation = operation;
+  warp.site = site;
   warp.brought[self.lane] = mine;
   warp.arrived |= lane_bit(self);
   if (warp.arrived == warp.live) {
@@ -254,7 +266,8 @@ void Block::arrive(Warp& warp) {
   race.release(warp.id, barrier.clock);
   warp.arrived = 0;
   if (request.waits) {
-    barrier.waiting |= 1u << warp.id, warp.ready = 0;
+    barrier.waiting |= 1u << warp.id;
+    warp.ready = 0;
   } else {
     race.tick(warp.id);
     warp.ready = warp.live;

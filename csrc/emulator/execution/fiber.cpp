@@ -66,7 +66,9 @@ void Fiber::exchange(Fiber& from, Fiber& to) { swapcontext(&from.context_, &to.c
 #if defined(__SANITIZE_ADDRESS__)
 
 void Fiber::start(void* stack, size_t bytes, void (*entry)()) {
-  stack_ = stack, bytes_ = bytes, fake_stack_ = nullptr;
+  stack_ = stack;
+  bytes_ = bytes;
+  fake_stack_ = nullptr;
   __asan_unpoison_memory_region(stack, bytes);  // what ran here before was left in the middle of its functions
   prepare(stack, bytes, entry);
 }
@@ -104,7 +106,8 @@ Stacks::~Stacks() { release(); }
 
 void Stacks::release() {
   if (memory_) munmap(memory_, count_ * kStride);
-  memory_ = nullptr, count_ = 0;
+  memory_ = nullptr;
+  count_ = 0;
 }
 
 void Stacks::reserve(int count) {
@@ -112,7 +115,8 @@ void Stacks::reserve(int count) {
   release();
   void* memory = mmap(nullptr, count * kStride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  memory_ = static_cast<char*>(memory), count_ = count;
+  memory_ = static_cast<char*>(memory);
+  count_ = count;
   for (int i = 0; i < count; ++i) mprotect(memory_ + i * kStride, kGuard, PROT_NONE);
 }
 

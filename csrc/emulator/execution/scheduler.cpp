@@ -13,7 +13,11 @@ constexpr int kSweepsBetweenPriorityChanges = 64;  // on average
 }
 
 void Scheduler::begin(Schedule schedule, uint64_t seed, int warps) {
-  schedule_ = schedule, state_ = seed, warp_ = warps - 1, sweep_ = 0, first_lane_ = 0;
+  schedule_ = schedule;
+  state_ = seed;
+  warp_ = warps - 1;
+  sweep_ = 0;
+  first_lane_ = 0;
   priorities_.resize(warps);
   std::iota(priorities_.begin(), priorities_.end(), 0);
   for (int i = warps - 1; i > 0; --i) std::swap(priorities_[i], priorities_[random() % (i + 1)]);

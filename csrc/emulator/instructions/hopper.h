@@ -15,7 +15,8 @@ struct Hopper {
   std::array<WgmmaQueue, kMaxWarps> wgmma;
 
   void clear() {
-    barriers.clear(), tma.clear();
+    barriers.clear();
+    tma.clear();
     for (WgmmaQueue& queue : wgmma) queue.clear();
   }
   // Throws if the four warps of a warpgroup have not multiplied the same; when the block's `warps` warps have ended.

@@ -85,7 +85,10 @@ void find_joins(std::vector<Instruction>& code) {
       int found = -1;
       for (const int s : blocks[block].successors)
         if (dominator[s] != -1) found = found == -1 ? s : common(found, s);
-      if (found != dominator[block]) dominator[block] = found, changed = true;
+      if (found != dominator[block]) {
+        dominator[block] = found;
+        changed = true;
+      }
     }
   }
   for (int b = 0; b < exit; ++b) {

@@ -71,17 +71,21 @@ class Decoder {
     const Statement& statement = *statement_;
     Instruction i;
     if (!statement.guard.empty()) {
-      i.guard = register_row(statement.guard).first, i.guard_negated = statement.guard_negated;
+      i.guard = register_row(statement.guard).first;
+      i.guard_negated = statement.guard_negated;
       if (register_row(statement.guard).second != 0) bad(statement.guard, " is no predicate");
     }
     if (statement.opcode == "bra" || statement.opcode == "bra.uni") {
       const auto target = statement.operands.size() == 1 ? labels_.find(statement.operands[0].name) : labels_.end();
       if (target == labels_.end()) bad("its label does not exist");
-      i.flow = Flow::kBranch, i.target = target->second, i.name = "bra";
+      i.flow = Flow::kBranch;
+      i.target = target->second;
+      i.name = "bra";
       return i;
     }
     if (statement.opcode == "ret" || statement.opcode == "exit") {
-      i.flow = Flow::kExit, i.name = "ret";
+      i.flow = Flow::kExit;
+      i.name = "ret";
       return i;
     }
     const auto* known = instructions().find(statement.opcode);
@@ -101,13 +105,15 @@ class Decoder {
     to.back().second = {};
     if (!operand.second.empty()) {
       to.push_back({});
-      to.back().kind = Kind::kRegister, to.back().name = operand.second;
+      to.back().kind = Kind::kRegister;
+      to.back().name = operand.second;
     }
   }
 
   bool bind(const Semantics& semantics, const std::vector<TextOperand>& operands, Instruction& i) {
     if (operands.size() != semantics.results.size() + semantics.sources.size()) return false;
-    i.data_bytes = i.address_bytes = 0, i.offset = 0;
+    i.data_bytes = i.address_bytes = 0;
+    i.offset = 0;
     std::vector<Row> rows;
     for (size_t k = 0; k < operands.size(); ++k) {
       const bool result = k < semantics.results.size();
@@ -119,9 +125,12 @@ class Decoder {
     program_->operands.push_back(std::make_unique<Row[]>(rows.size()));
     std::copy(rows.begin(), rows.end(), program_->operands.back().get());
     i.rows = program_->operands.back().get();
-    i.run = semantics.run, i.flow = semantics.flow;
-    i.pure = semantics.pure, i.selects = std::string_view(i.name).starts_with("selp.");
-    i.results = static_cast<uint8_t>(semantics.results.size()), i.sources = static_cast<uint8_t>(semantics.sources.size());
+    i.run = semantics.run;
+    i.flow = semantics.flow;
+    i.pure = semantics.pure;
+    i.selects = std::string_view(i.name).starts_with("selp.");
+    i.results = static_cast<uint8_t>(semantics.results.size());
+    i.sources = static_cast<uint8_t>(semantics.sources.size());
     return true;
   }
 

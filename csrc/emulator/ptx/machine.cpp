@@ -19,7 +19,8 @@ void MachineBlock::begin(const MachineLaunch& launch, uint64_t index) {
   launch_ = &launch;
   const dim3 grid = launch.grid;
   const int threads = static_cast<int>(launch.block.x), warps = (threads + kWarpSize - 1) / kWarpSize;
-  gridDim = grid, blockDim = launch.block;
+  gridDim = grid;
+  blockDim = launch.block;
   blockIdx = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
               static_cast<unsigned>(index / grid.x / grid.y)};
   memories.shared.begin(launch.smem_bytes);
@@ -29,13 +30,16 @@ void MachineBlock::begin(const MachineLaunch& launch, uint64_t index) {
   current_block = &memories;
   barriers_.fill({});
   random_ = launch.options.seed * 0x100000001b3u + index;
-  warp_ = 0, live_warps_ = warps;
-  threads_.resize(warps * kWarpSize), shadow_warps_.resize(warps);
+  warp_ = 0;
+  live_warps_ = warps;
+  threads_.resize(warps * kWarpSize);
+  shadow_warps_.resize(warps);
   for (int w = 0; w < warps; ++w) {
     shadow_warps_[w].id = w;
     for (int l = 0; l < kWarpSize; ++l) {
       Thread& thread = threads_[w * kWarpSize + l];
-      thread.warp = &shadow_warps_[w], thread.lane = l;
+      thread.warp = &shadow_warps_[w];
+      thread.lane = l;
       thread.copies.clear();
     }
   }
@@ -65,7 +69,8 @@ int64_t MachineBlock::run(const MachineLaunch& launch, uint64_t index) {
   }
   int64_t executed = 0;
   for (int w = 0; w < static_cast<int>(shadow_warps_.size()); ++w) executed += warps_[w]->executed;
-  current_block = nullptr, current_thread = nullptr;
+  current_block = nullptr;
+  current_thread = nullptr;
   return executed;
 }
 

@@ -57,7 +57,8 @@ class Cursor {
     size_t prefix = 0;
     operand.kind = TextOperand::Kind::kInteger;
     if (digits.size() > 2 && digits[0] == '0' && !(digits[1] >= '0' && digits[1] <= '9')) {
-      base = 16, prefix = 2;
+      base = 16;
+      prefix = 2;
       if (digits[1] == 'f' || digits[1] == 'F')
         operand.kind = TextOperand::Kind::kFloat;
       else if (digits[1] == 'd' || digits[1] == 'D')
@@ -186,7 +187,8 @@ void parse_parameter(Entry& entry, std::string_view line, const std::string& whe
       const int64_t value = cursor.number().value;
       if (size == 0) alignment = value;  // behind .ptr it is that of the memory
     } else if (const int64_t bytes = bytes_of(word)) {
-      size = bytes, alignment = std::max(alignment, bytes);
+      size = bytes;
+      alignment = std::max(alignment, bytes);
     } else if (word != ".ptr" && word != ".global") {
       cursor.bad("'", word, "' is not known");
     }
@@ -220,7 +222,8 @@ class Scopes {
   }
   void rename(TextOperand& operand) const {
     const std::string_view before = operand.name;
-    rename(operand.name), rename(operand.second);
+    rename(operand.name);
+    rename(operand.second);
     // These need not begin with %.
     if (operand.kind == TextOperand::Kind::kName && operand.name.data() != before.data()) operand.kind = TextOperand::Kind::kRegister;
     for (TextOperand& part : operand.parts) rename(part);
@@ -238,7 +241,8 @@ void parse_registers(Entry& entry, Scopes& scopes, std::string_view statement, c
     std::string_view name = cursor.name();
     if (cursor.take('<')) {
       if (scopes.inside()) cursor.bad("a range of registers inside braces is not known");
-      cursor.number(), cursor.expect('>');
+      cursor.number();
+      cursor.expect('>');
     } else if (scopes.inside()) {
       name = scopes.declare(entry, name);
     }
@@ -285,7 +289,8 @@ Statement parse_statement(std::string_view text, const std::string& where) {
 
 Entry parse(const Source& source, const EntryText& text) {
   Entry entry;
-  entry.source = &source, entry.name = text.name;
+  entry.source = &source;
+  entry.name = text.name;
   Lines lines(source);
   Scopes scopes;
   std::string_view label;
@@ -338,7 +343,9 @@ Entry parse(const Source& source, const EntryText& text) {
       Statement& last = entry.statements.back();
       scopes.rename(last.guard);
       for (TextOperand& operand : last.operands) scopes.rename(operand);
-      last.label = label, last.line = number, last.site = lines.site();
+      last.label = label;
+      last.line = number;
+      last.site = lines.site();
       label = {};
     }
   }

@@ -56,7 +56,9 @@ void Source::index() {
     const bool external = first == ".extern";
     if (first == ".visible" || first == ".extern" || first == ".weak") first = word(rest);
     if (first == ".entry") {
-      entry_name = word(rest), entry_start = start, entry_line = number;
+      entry_name = word(rest);
+      entry_start = start;
+      entry_line = number;
     } else if (first == ".func") {
       check(false, path_, ", line ", number, ": a device function that was not inlined; the machine knows entries only");
     } else if (line.starts_with("}") && !entry_name.empty()) {

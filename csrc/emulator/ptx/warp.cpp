@@ -10,7 +10,8 @@
 namespace foveate::emulator::ptx {
 
 void Warp::begin(const Program& entry, MachineBlock& owner, int number, uint32_t threads) {
-  block = &owner, id = number;
+  block = &owner;
+  id = number;
   if (filled_ != &entry) {  // else constants are still there from the last block
     filled_ = &entry, program = &entry;
     registers_.reset(static_cast<unsigned char*>(operator new[](static_cast<size_t>(entry.rows + 1) * kRowBytes, std::align_val_t{64})));
@@ -19,7 +20,10 @@ void Warp::begin(const Program& entry, MachineBlock& owner, int number, uint32_t
   written_.assign(entry.rows + 1, 0);
   fill_constants(threads);
   live = active_ = threads >= 32 ? kAllLanes : (1u << threads) - 1;
-  pc_ = 0, join_ = kNowhere, executed = 0, result_row = 0;
+  pc_ = 0;
+  join_ = kNowhere;
+  executed = 0;
+  result_row = 0;
   others_.clear();
   state = State::kReady;
 }
@@ -125,7 +129,8 @@ void Warp::go_on(bool predicate) {
 
 void Warp::leave() {
   block->lanes_return(*this);
-  live &= ~lanes, active_ &= ~lanes;
+  live &= ~lanes;
+  active_ &= ~lanes;
 }
 
 void Warp::branch(const Instruction& i) {
@@ -145,15 +150,19 @@ void Warp::branch(const Instruction& i) {
   const bool taken_waits = i.join != kNowhere && static_cast<int32_t>(target) == i.join;
   const bool stay_waits = i.join != kNowhere && static_cast<int32_t>(next) == i.join;
   if (taken_waits) {
-    pc_ = next, active_ = stay;
+    pc_ = next;
+    active_ = stay;
   } else if (stay_waits) {
-    pc_ = target, active_ = taken;
+    pc_ = target;
+    active_ = taken;
   } else if (block->draws_side()) {
     others_.push_back({target, join_, taken});
-    pc_ = next, active_ = stay;
+    pc_ = next;
+    active_ = stay;
   } else {
     others_.push_back({next, join_, stay});
-    pc_ = target, active_ = taken;
+    pc_ = target;
+    active_ = taken;
   }
 }
 
@@ -165,7 +174,9 @@ bool Warp::next_path() {
     const Path path = *chosen;
     others_.erase(std::next(chosen).base());
     if (!(path.lanes & live)) continue;
-    pc_ = path.pc, join_ = path.join, active_ = path.lanes & live;
+    pc_ = path.pc;
+    join_ = path.join;
+    active_ = path.lanes & live;
     return true;
   }
   return false;

@@ -37,13 +37,15 @@ u32 permute(u32 a, u32 b, u32 c) {
 }
 
 u32 insert(u32 from, u32 into, u32 position, u32 length) {
-  position &= 0xff, length &= 0xff;
+  position &= 0xff;
+  length &= 0xff;
   const u32 mask = left<u32>(left<u32>(1, length) - 1, position);
   return (into & ~mask) | (left<u32>(from, position) & mask);
 }
 
 u32 extract(u32 a, u32 position, u32 length) {
-  position &= 0xff, length &= 0xff;
+  position &= 0xff;
+  length &= 0xff;
   return right<u32>(a, position) & (left<u32>(1, length) - 1);
 }
 

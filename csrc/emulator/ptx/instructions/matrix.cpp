@@ -42,7 +42,8 @@ void mma_of_16_bits(Warp& warp, const Instruction& i) {
     const uint32_t* pairs = warp.row<uint32_t>(i.rows[4 + k]);
     for (int l = 0; l < kWarpSize; ++l) {
       float* at = &a[l / 4 + k % 2 * 8][2 * (l % 4) + k / 2 * 8];
-      at[0] = widen(pairs[l] & 0xffff), at[1] = widen(pairs[l] >> 16);
+      at[0] = widen(pairs[l] & 0xffff);
+      at[1] = widen(pairs[l] >> 16);
     }
   }
   for (int k = 0; k < 2; ++k) {

@@ -62,7 +62,8 @@ void add_access(Table& table, const std::string& before, const std::string& afte
   table.add("ld." + before + after, read);
   if constexpr (space == Space::kShared || space == Space::kGlobal) {
     Semantics write{store<space, T, count>, {}, std::vector<Slot>(count + 1, Slot::kData)};
-    write.sources[0] = Slot::kAddress, write.access_bytes = sizeof(T);
+    write.sources[0] = Slot::kAddress;
+    write.access_bytes = sizeof(T);
     table.add("st." + before + after, write);
   }
 }
