@@ -177,7 +177,7 @@ def test_translate_and_summarize_on_the_command_line(tmp_path: Path, capsys: Any
     assert main(call) == 0 and capsys.readouterr().out == expected + "\n"
     assert main(["translate", "--model", str(tmp_path), "--languages"]) == 0
     assert capsys.readouterr().out.split() == translate.text2text.languages
-    assert main([*call, "--text", "w9", str(document)]) == 2 and "leave one of them away" in capsys.readouterr().err
+    assert main([*call, "--text", "w9", str(document)]) == 2 and "omit one of them" in capsys.readouterr().err
     assert main([*call[:6], "german", "--text", "w9", "--from", "german"]) == 1
     folder = tmp_path / "bart"
     folder.mkdir()
@@ -195,9 +195,9 @@ def test_translate_and_summarize_on_the_command_line(tmp_path: Path, capsys: Any
     assert main([*call, "--text", " "]) == 2 and "it is empty" in capsys.readouterr().err
 
 
-def test_serving_takes_encoder_decoders() -> None:
+def test_serving_takes_encoder_decoders(tmp_path) -> None:
     for model_type in ("t5", "mt5", "umt5", "bart", "marian", "m2m_100"):
-        assert _kind({"model_type": model_type}) == "Text2Text"
-    assert _kind({"model_type": "llama"}) == "LLM"
+        assert _kind({"model_type": model_type}, tmp_path) == "Text2Text"
+    assert _kind({"model_type": "llama"}, tmp_path) == "LLM"
     fields = set(Text2TextBody.model_fields) - {"model", "input"}
     assert fields <= set(Text2TextParams.__dataclass_fields__) and "target_language" in fields

@@ -162,7 +162,7 @@ def test_the_ranges_of_a_search_in_a_file(tmp_path, capsys, monkeypatch):
         ({"weight_decay": "nan"}, "weight_decay=nan must be 0 or more"),
         ({"beta1": 1}, "beta1=1.0 must be from 0 to below 1"),
         ({"lora_alpha": 32}, "lora_alpha is for adapters; give a lora_rank too"),
-        ({"whole_word": True}, "whole_word is for masked-lm; leave it away for causal-lm"),
+        ({"whole_word": True}, "whole_word is for masked-lm; omit it for causal-lm"),
         ({"patience": 2}, "patience needs something to evaluate on"),
         ({"epochs": 2}, "epochs and max_steps both say how long to train"),
         ({"objective": "question-answering", "eval_fraction": 0.1}, "question-answering is evaluated by whole answers"),

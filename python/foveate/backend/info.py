@@ -33,18 +33,18 @@ class Info(dict[str, object]):
 
 def info() -> Info:
     """What is compiled and what this machine can run: versions, backends, instruction sets, CUDA, threads. Printable."""
-    found = Info(foveate=__version__, torch=torch.__version__, python=platform.python_version())
-    found.update({f"backend {name}": answer or "available" for name, answer in backends().items()})
+    facts = Info(foveate=__version__, torch=torch.__version__, python=platform.python_version())
+    facts.update({f"backend {name}": answer or "available" for name, answer in backends().items()})
     if native.missing_reason is None:
-        found["cpu target"] = native._C.cpu_target()
-        found["cpu targets"] = ", ".join(
+        facts["cpu target"] = native._C.cpu_target()
+        facts["cpu targets"] = ", ".join(
             name if runs_here else f"{name} (not on this CPU)" for name, runs_here in native._C.cpu_targets()
         )
         cuda = native._C.cuda_info() if hasattr(native._C, "cuda_info") else {"compiled": False}
-        found.update({f"cuda {name}": value for name, value in cuda.items()})
-        found["cuda kernels"] = (
+        facts.update({f"cuda {name}": value for name, value in cuda.items()})
+        facts["cuda kernels"] = (
             "tested in an emulator, not yet run on a GPU" if native._C.has_cuda_kernels() else "none"
         )
-    found["triton kernels"] = "tested in triton's interpreter, not yet run on a GPU"
-    found["threads"] = torch.get_num_threads()
-    return found
+    facts["triton kernels"] = "tested in triton's interpreter, not yet run on a GPU"
+    facts["threads"] = torch.get_num_threads()
+    return facts

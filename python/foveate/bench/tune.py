@@ -37,7 +37,7 @@ def candidates(kind: str, D: int, arch: int) -> list[Any]:
     if kind in ("dq", "dkv"):
         blocks = [(128, 64), (64, 64), (64, 128), (128, 32), (32, 128), (32, 64)]
         return [Config(m, n, warps, 2) for m, n in blocks for warps in ((4, 8) if m * n > 2048 else (4,))]
-    found = [
+    configs = [
         Config(128, 128, 8, 2),
         Config(128, 64, 8, 3),
         Config(128, 64, 4, 3),
@@ -45,9 +45,9 @@ def candidates(kind: str, D: int, arch: int) -> list[Any]:
         Config(128, 32, 8, 3),
     ]
     if arch // 10 == 9:
-        found += [Config(128, n, 8, stages, DESCRIPTORS) for n, stages in ((128, 2), (64, 3))]
-        found += [Config(128, n, 4, stages, SPECIALIZED) for n, stages in ((128, 2), (64, 2), (64, 3))]
-    return found
+        configs += [Config(128, n, 8, stages, DESCRIPTORS) for n, stages in ((128, 2), (64, 3))]
+        configs += [Config(128, n, 4, stages, SPECIALIZED) for n, stages in ((128, 2), (64, 2), (64, 3))]
+    return configs
 
 
 def tensors(case: Case, device: str) -> list[torch.Tensor]:
@@ -80,10 +80,10 @@ def milliseconds(case: Case, inputs: list[torch.Tensor]) -> float:
 def agrees(case: Case, inputs: list[torch.Tensor], expected: Any) -> bool:
     """Whether a config's result is that of the rules; one that cannot be launched is left to the timing."""
     try:
-        found = run(case, inputs)()
+        results = run(case, inputs)()
     except Exception:  # whatever the compiler or the driver says of this config
         return True
-    pairs = zip(found, expected) if isinstance(found, tuple) else [(found, expected)]
+    pairs = zip(results, expected) if isinstance(results, tuple) else [(results, expected)]
     return all(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE) for a, b in pairs)
 
 

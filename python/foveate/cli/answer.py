@@ -58,11 +58,11 @@ def run(args: argparse.Namespace) -> None:
 
     context = _context(args)
     answerer = encoder(foveate.QuestionAnswerer, args)
-    found = answerer(
+    results = answerer(
         args.questions, context, top_k=args.top_k, max_answer_len=args.max_answer_len, doc_stride=args.doc_stride,
         handle_impossible_answer=args.impossible,
     )  # fmt: skip
-    best = [answers if isinstance(answers, list) else [answers] for answers in found]
+    best = [answers if isinstance(answers, list) else [answers] for answers in results]
     rows = [{"question": question, **answer} for question, answers in zip(args.questions, best) for answer in answers]
     if args.json:
         print_json({"answers": rows})

@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> None:
     if not args.json:
         report.need_extra("rich", "the table", "ask for --json")
     if args.out is not None:
-        report.need_extra("matplotlib", "the picture of --out", "leave --out away")
+        report.need_extra("matplotlib", "the picture of --out", "omit --out")
         args.out.mkdir(parents=True, exist_ok=True)
     machine.keep_freed_memory()
     here = machine.describe()

@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> None:
 
     texts = lines_or_texts(args)
     classifier = encoder(foveate.TextClassifier, args)
-    found = iter(classifier([text for text in texts if text.strip()], top_k=args.top_k))
+    results = iter(classifier([text for text in texts if text.strip()], top_k=args.top_k))
     # an empty line has no class, but its place, so that line n of the output is about line n
-    rows = [(text, next(found) if text.strip() else []) for text in texts]
+    rows = [(text, next(results) if text.strip() else []) for text in texts]
     classes = [best if isinstance(best, list) else [best] for _, best in rows]
     if args.json:
         print_json({"texts": [{"text": text, "classes": best} for text, best in zip(texts, classes)]})

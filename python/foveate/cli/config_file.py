@@ -32,7 +32,7 @@ def arguments(args: Sequence[str], actions: Mapping[str, argparse.Action], meant
 
 
 def _options(file: Path, actions: Mapping[str, argparse.Action], meant: Callable[[str], str]) -> list[str]:
-    found: list[str] = []
+    arguments: list[str] = []
     for key, value in _read(file).items():
         flag = f"--{str(key).replace('_', '-')}"
         action = actions.get(flag)
@@ -41,8 +41,8 @@ def _options(file: Path, actions: Mapping[str, argparse.Action], meant: Callable
                 f"{file}: {key} is not an option that a file can set; {meant(flag).replace('--', '').replace('-', '_')}"
             )
         if value is not None:
-            found += _argument(f"{file}: {key}", action, value)
-    return found
+            arguments += _argument(f"{file}: {key}", action, value)
+    return arguments
 
 
 def _argument(name: str, action: argparse.Action, value: Any) -> list[str]:
@@ -80,11 +80,11 @@ def _read(file: Path) -> dict[Any, Any]:
     kind = file.suffix.lower()
     try:
         if kind == ".json":
-            found = json.loads(text)
+            options = json.loads(text)
         elif kind == ".toml":
-            found = _toml(file)(text)
+            options = _toml(file)(text)
         elif kind in (".yaml", ".yml"):
-            found = _yaml(file)(text)
+            options = _yaml(file)(text)
         else:
             raise ValueError(f"the name must end in {_KINDS}")
     except ImportError:
@@ -93,9 +93,9 @@ def _read(file: Path) -> dict[Any, Any]:
         raise ValueError(
             f"--config {file} cannot be read as {kind.lstrip('.').upper() or 'a configuration'}: {error}"
         ) from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold options and their values, and holds a {type(found).__name__}")
-    return found
+    if not isinstance(options, dict):
+        raise ValueError(f"{file} must hold options and their values, and holds a {type(options).__name__}")
+    return options
 
 
 def _toml(file: Path) -> Callable[[str], Any]:

@@ -41,10 +41,13 @@ def run(args: argparse.Namespace) -> None:
     if args.top_k < 1:
         raise UsageError(f"--top-k {args.top_k} must be 1 or more")
     fill = encoder(foveate.FillMask, args)
-    masks = [found if isinstance(found[0], list) else [found] for found in fill(texts, top_k=args.top_k)]
+    masks = [
+        predictions if isinstance(predictions[0], list) else [predictions]
+        for predictions in fill(texts, top_k=args.top_k)
+    ]
     if args.json:
-        print_json({"texts": [{"text": line, "masks": found} for line, found in zip(texts, masks)]})
+        print_json({"texts": [{"text": line, "masks": predictions} for line, predictions in zip(texts, masks)]})
         return
-    for found in masks:
-        for tokens in found:
+    for predictions in masks:
+        for tokens in predictions:
             print("\t".join(f"{token['token_str'].strip()} {token['score']:.4f}" for token in tokens))

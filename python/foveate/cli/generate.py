@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     single = given.get("n", 1) == given.get("best_of", 1) == given.get("num_beams", 1) == 1
     if args.stream and (args.json or not single or len(args.prompts or ()) > 1):
         raise options.UsageError(
-            "--stream shows one sample of one prompt as text; leave it away, or --json and the other samples"
+            "--stream shows one sample of one prompt as text; omit it, or --json and the other samples"
         )
     prompts = args.prompts or [_standard_input()]
     llm = options.load(args)
@@ -118,13 +118,13 @@ def _as_json(model: str, prompts: list[str], outputs: list[Any], llm: Any) -> di
     }
 
 
-def _logprobs(found: Any) -> Any:
+def _logprobs(entries: Any) -> Any:
     """Per token, {"token", "text", "logprob", "rank"} of the chosen one and the most probable ones."""
-    if found is None:
+    if entries is None:
         return None
     return [
         None
         if entry is None
         else [{"token": t, "text": x.decoded_token, "logprob": x.logprob, "rank": x.rank} for t, x in entry.items()]
-        for entry in found
+        for entry in entries
     ]

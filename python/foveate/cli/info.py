@@ -16,8 +16,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    found = foveate.info()
+    info = foveate.info()
     if args.json:
-        print_json(found, indent=1)
+        print_json(info, indent=1)
     else:
-        print(found)
+        print(info)

@@ -76,19 +76,19 @@ def add_parser(commands: Any) -> None:
 
 def places(given: str) -> list[int]:
     """0,3-5,-1 as integers."""
-    found: list[int] = []
+    chosen: list[int] = []
     for part in given.split(","):
         first, dash, last = part.strip().rpartition("-")
         try:
             if dash and first and not first.endswith("-"):
-                found += range(int(first), int(last) + 1)
+                chosen += range(int(first), int(last) + 1)
             else:
-                found.append(int(part))
+                chosen.append(int(part))
         except ValueError:
             raise argparse.ArgumentTypeError(f"{given!r} must be numbers and ranges, such as 0,3-5,-1") from None
-    if not found:
+    if not chosen:
         raise argparse.ArgumentTypeError(f"{given!r} has no numbers")
-    return found
+    return chosen
 
 
 def run(args: argparse.Namespace) -> None:
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.model} answers questions: give --question and --context")
     first = args.question if args.question is not None else args.text if args.text is not None else read_text(args.file)
     second = args.context if args.question is not None else args.text_pair
-    found = inspector.inspect(
+    inspection = inspector.inspect(
         first, second, attention=not args.no_attention, layers=args.layers, heads=args.heads, rows=args.rows, lens_top=args.lens_top,
         top=args.top, rollout=args.rollout,
     )  # fmt: skip
@@ -122,52 +122,55 @@ def run(args: argparse.Namespace) -> None:
             first, second, method=method, target=args.target, steps=steps,
             baseline=args.baseline if method == "integrated gradients" else None,
         )  # fmt: skip
-        if one.token_ids != found.token_ids:
-            found = one  # the window of a long context that the answer is in
-            found.notes = [f"the window of {len(one.token_ids)} tokens that has the answer; attention is left out"]
+        if one.token_ids != inspection.token_ids:
+            inspection = one  # the window of a long context that the answer is in
+            inspection.notes = [f"the window of {len(one.token_ids)} tokens that has the answer; attention is left out"]
         else:
-            found.attributions, found.result = found.attributions + one.attributions, one.result
+            inspection.attributions, inspection.result = inspection.attributions + one.attributions, one.result
     if args.html is not None:
-        found.to_html(args.html, f"{Path(args.model).name}: {first[:60]}")
+        inspection.to_html(args.html, f"{Path(args.model).name}: {first[:60]}")
     if args.png is not None:
-        found.to_png(args.png)
+        inspection.to_png(args.png)
     if args.json:
-        print_json(found.to_dict())
+        print_json(inspection.to_dict())
     else:
-        print("\n".join(lines(found)))
+        print("\n".join(lines(inspection)))
 
 
-def lines(found: Any) -> list[str]:
+def lines(inspection: Any) -> list[str]:
     """An inspection for a terminal: a line for each token, then the rest for the last row."""
-    header = ["token", *(["log p", "rank", "entropy", "instead"] if found.choices else [])]
-    header += [f"{one.method}, {one.target}" for one in found.attributions]
+    header = ["token", *(["log p", "rank", "entropy", "instead"] if inspection.choices else [])]
+    header += [f"{one.method}, {one.target}" for one in inspection.attributions]
     rows: list[list[str]] = []
-    for i, name in enumerate(found.tokens):
+    for i, name in enumerate(inspection.tokens):
         row = [repr(name)]
-        if found.choices:
-            row += _choice(found.choices[i])
-        rows.append(row + [f"{float(one.values[i]):+.4f}" for one in found.attributions])
-    if found.choices and len(found.choices) > len(found.tokens):
-        rows.append(["(next)", *_choice(found.choices[-1]), *[""] * len(found.attributions)])
+        if inspection.choices:
+            row += _choice(inspection.choices[i])
+        rows.append(row + [f"{float(one.values[i]):+.4f}" for one in inspection.attributions])
+    if inspection.choices and len(inspection.choices) > len(inspection.tokens):
+        rows.append(["(next)", *_choice(inspection.choices[-1]), *[""] * len(inspection.attributions)])
     out = _table([header, *rows])
-    if found.attention is not None:
-        out += ["", f"attention of token {found.rows[-1]}, mean of the heads"]
+    if inspection.attention is not None:
+        out += ["", f"attention of token {inspection.rows[-1]}, mean of the heads"]
         out += _table(
-            [[f"layer {n}", *_most(w, found)] for n, w in zip(found.layers, found.attention[:, :, -1].mean(1))]
+            [
+                [f"layer {n}", *_most(w, inspection)]
+                for n, w in zip(inspection.layers, inspection.attention[:, :, -1].mean(1))
+            ]
         )
-    if found.rollout is not None:
-        out += ["", f"rollout of token {found.rows[-1]}", "  ".join(_most(found.rollout[-1], found))]
-    if found.lens is not None:
-        out += ["", f"logit lens at token {found.rows[-1]}"]
-        for n, texts in enumerate(found.lens.texts):
-            shares = found.lens.probabilities[n, -1].tolist()
+    if inspection.rollout is not None:
+        out += ["", f"rollout of token {inspection.rows[-1]}", "  ".join(_most(inspection.rollout[-1], inspection))]
+    if inspection.lens is not None:
+        out += ["", f"logit lens at token {inspection.rows[-1]}"]
+        for n, texts in enumerate(inspection.lens.texts):
+            shares = inspection.lens.probabilities[n, -1].tolist()
             best = [f"{name!r} {share:.3f}" for name, share in zip(texts[-1], shares)]
             out.append("  ".join(["embedding" if n == 0 else f"layer {n - 1:<3}", *best]))
-    for one in found.attributions:
+    for one in inspection.attributions:
         if one.gap is not None:
             out += ["", f"{one.target}: {one.score:.4f}, of the baseline {one.baseline_score:.4f}, gap {one.gap:+.4f}"]
-    if found.result is not None:
-        out += ["", "  ".join(f"{key}: {value}" for key, value in found.result.items())]
+    if inspection.result is not None:
+        out += ["", "  ".join(f"{key}: {value}" for key, value in inspection.result.items())]
     return out
 
 
@@ -179,9 +182,9 @@ def _choice(choice: Any) -> list[str]:
     return [*own, f"{choice.entropy:.3f}", "  ".join(others)]
 
 
-def _most(weights: Any, found: Any) -> list[str]:
+def _most(weights: Any, inspection: Any) -> list[str]:
     best = weights.topk(min(4, len(weights)))
-    return [f"{i} {found.tokens[i]!r} {w:.3f}" for w, i in zip(best.values.tolist(), best.indices.tolist())]
+    return [f"{i} {inspection.tokens[i]!r} {w:.3f}" for w, i in zip(best.values.tolist(), best.indices.tolist())]
 
 
 def _table(rows: list[list[str]]) -> list[str]:

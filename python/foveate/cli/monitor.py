@@ -93,21 +93,21 @@ def _live(source: Any, history: Any, every: float) -> None:
 def _first_key(file: Path) -> str:
     """ValueError for a file of digests, of which the server alone can make use."""
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    found = next((line for line in lines if line and not line.startswith(("#", "{"))), None)
-    if found is None:
+    key = next((line for line in lines if line and not line.startswith(("#", "{"))), None)
+    if key is None:
         raise ValueError(
             f"{file} has no key itself in a line; the server's file may have digests, from which no key follows"
         )
-    return found
+    return key
 
 
-def _show_once(found: dict[str, Any], as_json: bool) -> None:
+def _show_once(reading: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        options.print_json(found)
+        options.print_json(reading)
         return
     from rich.console import Console
 
-    Console().print(_screen(found))
+    Console().print(_screen(reading))
 
 
 def _seconds(value: float) -> str:
@@ -151,24 +151,24 @@ _PANELS: tuple[tuple[str, tuple[tuple[str, str, Callable[[float], str], float | 
 )  # fmt: skip
 
 
-def _screen(found: dict[str, Any], fault: str | None = None) -> Any:
+def _screen(reading: dict[str, Any], fault: str | None = None) -> Any:
     from rich.columns import Columns
     from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
 
-    ready, canary = found["ready"]["status"], found["canary"]["status"]
+    ready, canary = reading["ready"]["status"], reading["canary"]["status"]
     head = Text.assemble(
-        found["url"], "  ", (ready, "green" if ready == "ready" else "yellow"), "  canary ",
-        (canary, {"same": "green", "off": "dim"}.get(canary, "red")), f"  {(found['memory_bytes'] or 0) / 2**30:.2f} GiB",
+        reading["url"], "  ", (ready, "green" if ready == "ready" else "yellow"), "  canary ",
+        (canary, {"same": "green", "off": "dim"}.get(canary, "red")), f"  {(reading['memory_bytes'] or 0) / 2**30:.2f} GiB",
     )  # fmt: skip
     parts: list[Any] = [
         head,
         *([] if fault is None else [Text(f"  {fault}", "red")]),
-        *(Text(f"  {reason}", "yellow") for reason in found["ready"]["waiting_for"]),
+        *(Text(f"  {reason}", "yellow") for reason in reading["ready"]["waiting_for"]),
     ]
-    for model, facts in found["models"].items():
+    for model, facts in reading["models"].items():
         panels = []
         for heading, rows in _PANELS:
             table = Table.grid(padding=(0, 2))

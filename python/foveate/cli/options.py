@@ -39,10 +39,10 @@ def read_text(file: Path | None = None) -> str:
             data: Any = file.read_bytes()
         else:
             data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
-        found = data if isinstance(data, str) else data.removeprefix(codecs.BOM_UTF8).decode()
+        decoded = data if isinstance(data, str) else data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: {error}; convert it, for instance with iconv") from None
-    return found.replace("\r\n", "\n")
+    return decoded.replace("\r\n", "\n")
 
 
 def read_documents(files: Sequence[Path]) -> list[str]:
@@ -273,10 +273,10 @@ def params(llm: Any, given: dict[str, Any]) -> Any:
 
 def load(args: argparse.Namespace) -> Any:
     """The LLM."""
-    found = llm_options(args)
+    arguments = llm_options(args)
     with loading(args.model):
         from foveate.generation.llm import LLM
-    return LLM(args.model, base=args.base, adapter=args.adapter, **found)
+    return LLM(args.model, base=args.base, adapter=args.adapter, **arguments)
 
 
 def llm_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -312,15 +312,15 @@ def rates(llm: Any) -> dict[str, Any]:
 
 
 def print_rates(llm: Any) -> None:
-    found = rates(llm)
+    measured = rates(llm)
     lines = [
-        f"runs on   {found['runs_on']}",
-        f"prefill   {found['prefill_tokens']} tokens, {found['prefill_tokens_per_second'] or 0:.1f} tokens/s"
-        + (f", {found['cached_tokens']} more from the prefix cache" if found["cached_tokens"] else ""),
-        f"decode    {found['decode_tokens']} tokens, {found['decode_tokens_per_second'] or 0:.1f} tokens/s",
+        f"runs on   {measured['runs_on']}",
+        f"prefill   {measured['prefill_tokens']} tokens, {measured['prefill_tokens_per_second'] or 0:.1f} tokens/s"
+        + (f", {measured['cached_tokens']} more from the prefix cache" if measured["cached_tokens"] else ""),
+        f"decode    {measured['decode_tokens']} tokens, {measured['decode_tokens_per_second'] or 0:.1f} tokens/s",
     ]
-    if found["drafted_tokens"]:
-        lines.append(f"drafts    {found['accepted_tokens']} of {found['drafted_tokens']} tokens were right")
+    if measured["drafted_tokens"]:
+        lines.append(f"drafts    {measured['accepted_tokens']} of {measured['drafted_tokens']} tokens were right")
     print("\n".join(lines), file=sys.stderr)
 
 
@@ -348,16 +348,16 @@ def _bias(text: str) -> tuple[int, float]:
 
 def _schema(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+        schema = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
     except OSError as error:
         raise argparse.ArgumentTypeError(
             f"{text} cannot be read ({error.strerror}); give a file, or the schema itself"
         ) from None
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(schema, dict):
         raise argparse.ArgumentTypeError(f"{text} must hold a JSON object")
-    return found
+    return schema
 
 
 def _early(text: str) -> bool | str:

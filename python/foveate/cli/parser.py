@@ -168,20 +168,20 @@ def lay_out(text: str, width: int) -> str:
 
 
 def _blocks(text: str) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+    blocks: list[tuple[str, str]] = []
     for line in text.rstrip("\n").split("\n"):
         indent = len(line) - len(line.lstrip())
         if not line.strip():
-            found.append(("text", ""))
-        elif indent > 2 and found and found[-1][0] == "line":
-            found[-1] = ("line", f"{found[-1][1].removesuffix(chr(92)).rstrip()} {line.strip()}")
+            blocks.append(("text", ""))
+        elif indent > 2 and blocks and blocks[-1][0] == "line":
+            blocks[-1] = ("line", f"{blocks[-1][1].removesuffix(chr(92)).rstrip()} {line.strip()}")
         elif indent:
-            found.append(("line", line))
-        elif found and found[-1][0] == "text" and found[-1][1] and not found[-1][1].endswith(":"):
-            found[-1] = ("text", f"{found[-1][1]} {line}")
+            blocks.append(("line", line))
+        elif blocks and blocks[-1][0] == "text" and blocks[-1][1] and not blocks[-1][1].endswith(":"):
+            blocks[-1] = ("text", f"{blocks[-1][1]} {line}")
         else:
-            found.append(("text", line))
-    return found
+            blocks.append(("text", line))
+    return blocks
 
 
 def _command(line: str, width: int) -> list[str]:
@@ -205,8 +205,8 @@ def _command(line: str, width: int) -> list[str]:
             lines.append(f"{now.rstrip()} \\")
             now = "      "
         now += f"{piece} "
-    found = [*lines, now.rstrip()]
-    return [part for item in found for part in _quoted(item, width)]
+    items = [*lines, now.rstrip()]
+    return [part for item in items for part in _quoted(item, width)]
 
 
 def _quoted(line: str, width: int) -> list[str]:

@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> None:
 
     documents = [line for line in lines_or_texts(args) if line.strip()]
     rank = encoder(foveate.Reranker, args)
-    found = rank(args.query, documents, top_k=args.top_k, raw=args.raw)
+    ranked = rank(args.query, documents, top_k=args.top_k, raw=args.raw)
     if args.json:
-        print_json({"query": args.query, "documents": found})
+        print_json({"query": args.query, "documents": ranked})
         return
-    for document in found:
+    for document in ranked:
         print(f"{document['score']:.4f}\t{document['text']}")

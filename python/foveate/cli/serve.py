@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _candidates(given: list[str]) -> dict[str, tuple[str | Path, float]]:
     """NAME=PATH:N%."""
-    found: dict[str, tuple[str | Path, float]] = {}
+    candidates: dict[str, tuple[str | Path, float]] = {}
     for text in given:
         name, _, rest = text.partition("=")
         path, _, share = rest.rpartition(":")
@@ -149,30 +149,30 @@ def _candidates(given: list[str]) -> dict[str, tuple[str | Path, float]]:
             number = None
         if not name or not path or number is None:
             raise options.UsageError(f"--candidate {text} must be NAME=PATH:N%, such as chat=./new:5%")
-        found[name] = (path, number / 100)
-    return found
+        candidates[name] = (path, number / 100)
+    return candidates
 
 
 def _aliases(given: list[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    aliases: dict[str, str] = {}
     for text in given:
         name, _, model = text.partition("=")
-        if not name or not model or name in found:
+        if not name or not model or name in aliases:
             raise options.UsageError(f"--alias {text} must be NAME=MODEL, with each NAME once")
-        found[name] = model
-    return found
+        aliases[name] = model
+    return aliases
 
 
 def _models(given: list[str], what: str = "models") -> dict[str, str | Path]:
     """NAME=PATH, or PATH, whose last part is the name."""
-    found: dict[str, str | Path] = {}
+    models: dict[str, str | Path] = {}
     for text in given:
         name, equals, path = text.partition("=")
         if not equals or "/" in name:
             name, path = Path(text).name.removesuffix(".gguf"), text
         if not name or not path:
             raise options.UsageError(f"{text}, among the {what}, must be PATH or NAME=PATH")
-        if name in found:
+        if name in models:
             raise options.UsageError(f"two {what} are called {name}; name them apart, as NAME=PATH")
-        found[name] = path
-    return found
+        models[name] = path
+    return models

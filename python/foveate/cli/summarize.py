@@ -41,15 +41,15 @@ def run(args: argparse.Namespace) -> None:
     from foveate.pipelines.translation import Summarizer
 
     if args.documents and args.text is not None:
-        raise UsageError("texts come from DOCUMENTs or from --text; leave one of them away")
+        raise UsageError("texts come from DOCUMENTs or from --text; omit one of them")
     texts = args.text or read_documents(args.documents) or [read_text()]
-    texts = [found.strip() for found in texts]
+    texts = [text.strip() for text in texts]
     if not all(texts):
         raise UsageError("there is no text in one of the inputs: it is empty")
     summarize = encoder(Summarizer, args)
-    found = summarize(texts, truncate=args.truncate, **writing(args))
+    summaries = summarize(texts, truncate=args.truncate, **writing(args))
     if args.json:
-        print_json({"texts": [{"text": given, "summary": made} for given, made in zip(texts, found)]})
+        print_json({"texts": [{"text": given, "summary": made} for given, made in zip(texts, summaries)]})
         return
-    for made in found:
+    for made in summaries:
         print(made)

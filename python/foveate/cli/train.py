@@ -80,21 +80,21 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 def _argument(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     metadata, text = field.metadata, field.metadata["help"]
-    found: dict[str, Any] = {"default": argparse.SUPPRESS, "required": bool(metadata.get("required"))}
+    argument: dict[str, Any] = {"default": argparse.SUPPRESS, "required": bool(metadata.get("required"))}
     if field.default is not dataclasses.MISSING and field.default not in (None, "", False):
         text += f"; {field.default} by default" if field.default is not True else "; on by default"
-    found["help"] = text.replace("%", "%%")
+    argument["help"] = text.replace("%", "%%")
     kinds = [kind for kind in (*typing.get_args(hint), hint) if kind in (bool, int, float, str)]
     if metadata.get("kind") == "json":
-        return found | {"type": _json, "metavar": "FILE|JSON"}
+        return argument | {"type": _json, "metavar": "FILE|JSON"}
     if bool in kinds:
-        return found | {"action": argparse.BooleanOptionalAction}
+        return argument | {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is list:
-        return found | {"nargs": "+", "metavar": "PATH" if field.name.endswith("data") else "NAME"}
+        return argument | {"nargs": "+", "metavar": "PATH" if field.name.endswith("data") else "NAME"}
     if "choices" in metadata:
-        return found | {"choices": metadata["choices"]}
+        return argument | {"choices": metadata["choices"]}
     kind = kinds[0]
-    return found | {
+    return argument | {
         "type": kind,
         "metavar": "DIR" if field.name.endswith("_dir") else {int: "N", float: "X", str: "TEXT"}[kind],
     }
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     result = fit(config)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all
         return
-    found = {
+    report = {
         "steps": result.steps,
         "tokens": result.tokens,
         "seconds": round(result.seconds, 2),
@@ -138,12 +138,12 @@ def run(args: argparse.Namespace) -> None:
         "last": str(result.last),
     }
     if args.json:
-        print_json(found)
+        print_json(report)
         return
     last: dict[str, float] = next((row for row in reversed(result.history) if "loss" in row), {})
     measured = f", training loss {last['loss']:.4g}" if last else ""
     measured += "".join(f", evaluation {name} {value:.4g}" for name, value in result.metrics.items())
-    print(f"{result.steps} steps, {result.tokens} tokens, {found['tokens_per_second']:,.0f} tokens/s{measured}")
+    print(f"{result.steps} steps, {result.tokens} tokens, {report['tokens_per_second']:,.0f} tokens/s{measured}")
     print(f"best: {result.best}")
     if config.merge:
         print(f"merged: {Path(config.output_dir) / 'merged'}")

@@ -71,8 +71,8 @@ def documents_or_texts(args: argparse.Namespace) -> list[str]:
     if not args.documents:
         return lines_or_texts(args)
     if args.text is not None or args.file is not None:
-        raise UsageError("texts come from DOCUMENTs or from --text and --file; leave one of them away")
-    return [found.removesuffix("\n") for found in read_documents(args.documents)]
+        raise UsageError("texts come from DOCUMENTs or from --text and --file; omit one of them")
+    return [text.removesuffix("\n") for text in read_documents(args.documents)]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,9 +88,9 @@ def run(args: argparse.Namespace) -> None:
             )
         print("\n".join(codes))
         return
-    found = translate(texts, whole=args.whole, **writing(args))
+    translations = translate(texts, whole=args.whole, **writing(args))
     if args.json:
-        print_json({"texts": [{"text": text, "translation": made} for text, made in zip(texts, found)]})
+        print_json({"texts": [{"text": text, "translation": made} for text, made in zip(texts, translations)]})
         return
-    for made in found:
+    for made in translations:
         print(made)

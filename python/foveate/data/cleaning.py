@@ -98,8 +98,8 @@ class Clean:
         features = Features(text)
         for rule, threshold in self.rules:
             if rule.breaks(features, threshold):
-                found = round(float(rule.value(features)), 4)
-                return Outcome(None, rule.name, labels, cuts, {"value": found, "threshold": threshold})
+                value = round(float(rule.value(features)), 4)
+                return Outcome(None, rule.name, labels, cuts, {"value": value, "threshold": threshold})
         if SENTENCES in self.lines and (count := sentences(text)) < MIN_SENTENCES:
             return Outcome(None, SENTENCES, labels, cuts, {"value": count, "threshold": MIN_SENTENCES})
         return Outcome({**row, self.field: text}, None, labels, cuts)

@@ -34,15 +34,15 @@ class Chunk(NamedTuple):
     def read(self, bad_rows: str) -> list[Row | BadRow]:
         if self.file is None:
             return self.rows
-        found: list[Row | BadRow] = []
+        rows: list[Row | BadRow] = []
         for line, count, text in self.rows:
             try:
-                found.append(json_line_row(self.file, line, count, text))
+                rows.append(json_line_row(self.file, line, count, text))
             except ValueError as error:
                 if bad_rows != "remove":
                     raise
-                found.append(BadRow(f"line {line} of {self.file}", str(error), text.decode("utf-8", "replace")))
-        return found
+                rows.append(BadRow(f"line {line} of {self.file}", str(error), text.decode("utf-8", "replace")))
+        return rows
 
 
 class Corpus:
@@ -71,8 +71,10 @@ class Corpus:
     def signature(self) -> list[list[Any]]:
         """What tells whether the files are still those of an interrupted run: path, bytes, time of writing."""
         parts = [part for file in self.files for part in (sorted(file.rglob("*")) if file.is_dir() else [file])]
-        found: list[list[Any]] = [[str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns] for part in parts]
-        return [[self.documents], *found]
+        entries: list[list[Any]] = [
+            [str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns] for part in parts
+        ]
+        return [[self.documents], *entries]
 
     @property
     def size(self) -> int:
@@ -152,9 +154,9 @@ def text_of(row: Row, field: str) -> str:
     if isinstance(value, str):
         return value
     names = ", ".join(repr(name) for name in row if name != CONTINUES) or "none"
-    found = f", but a {type(value).__name__}" if field in row else ""
+    kind = f", but a {type(value).__name__}" if field in row else ""
     raise ValueError(
-        f"{row.place}: there is no text in {field!r}{found}; the fields are {names}: name the right one as text_field"
+        f"{row.place}: there is no text in {field!r}{kind}; the fields are {names}: name the right one as text_field"
     )
 
 

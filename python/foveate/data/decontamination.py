@@ -60,9 +60,9 @@ class Decontaminate:
                 else:
                     grams.setdefault(size, []).append((ngrams(hashes, size), number))
         self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for size, found in grams.items():
-            values = np.concatenate([values for values, _ in found])
-            owners = np.concatenate([np.full(len(values), number) for values, number in found])
+        for size, pairs in grams.items():
+            values = np.concatenate([values for values, _ in pairs])
+            owners = np.concatenate([np.full(len(values), number) for values, number in pairs])
             unique, first = np.unique(values, return_index=True)
             self._tables[size] = (unique, owners[first])
 
@@ -106,10 +106,10 @@ class Decontaminate:
             grams = ngrams(hashes, size)
             at = np.searchsorted(values, grams)
             at[at == len(values)] = 0
-            found = np.flatnonzero(values[at] == grams) if len(grams) else np.zeros(0, np.int64)
-            hits.update(owners[at[found]].tolist())
+            matches = np.flatnonzero(values[at] == grams) if len(grams) else np.zeros(0, np.int64)
+            hits.update(owners[at[matches]].tolist())
             if self.action == "cut":
-                spans += [(span(i)[0], span(i + size - 1)[1]) for i in found.tolist()]
+                spans += [(span(i)[0], span(i + size - 1)[1]) for i in matches.tolist()]
         if not hits:
             return Outcome(dict(row))
         note = {"evaluation": {self.evaluation[number]: count for number, count in sorted(hits.items())}}
@@ -188,9 +188,9 @@ def decontaminate(
         "against": evaluation.signature(), "n": n, "least": least, "fields": list(fields), "action": action, "tokenizer": tokenizer,
     }  # fmt: skip
     chosen = Options(output, text_field, documents, **options)
-    found = rewrite("decontaminate", step, Corpus(paths, documents), chosen, settings)
+    report = rewrite("decontaminate", step, Corpus(paths, documents), chosen, settings)
     touched = _hits(chosen.removed_file)
-    found |= {
+    report |= {
         "evaluation_rows": len(step.evaluation), "evaluation_rows_hit": len(touched), "evaluation_ngrams": step.ngrams,
         "evaluation_texts_too_short": step.too_short,
     }  # fmt: skip
@@ -198,8 +198,8 @@ def decontaminate(
         Path(hits).write_text(
             json.dumps(dict(touched.most_common()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        found["hits"] = str(hits)
-    return found
+        report["hits"] = str(hits)
+    return report
 
 
 def _hits(removed: Path) -> Counter[str]:

@@ -28,13 +28,13 @@ def units(text: str, unit: str, min_words: int) -> list[tuple[int, int]]:
     """(start, end) of what is compared: the whole text, or its lines that have at least min_words words."""
     if unit == "document":
         return [(0, len(text))]
-    found, start = [], 0
+    spans, start = [], 0
     for match in [*_PARAGRAPHS.finditer(text), None]:
         end = len(text) if match is None else match.start()
         if len(text[start:end].split(None, min_words)) >= min_words:
-            found.append((start, end))
+            spans.append((start, end))
         start = end if match is None else match.end()
-    return found
+    return spans
 
 
 class Signatures:
@@ -59,12 +59,12 @@ class Signatures:
             spans = units(text, self.unit, self.min_words)
             counts.append(len(spans))
             for start, end in spans:
-                found = words(text[start:end])
-                joined = " ".join(found) if found else text[start:end].strip()
+                unit_words = words(text[start:end])
+                joined = " ".join(unit_words) if unit_words else text[start:end].strip()
                 exact.append(hashlib.blake2b(joined.encode("utf-8", "replace"), digest_size=16).digest())
                 lengths.append(end - start)
                 if self.permutations:
-                    near.append(self._minhash(shingles(self._hashes(found), self.ngram)))
+                    near.append(self._minhash(shingles(self._hashes(unit_words), self.ngram)))
         return {
             "counts": np.array(counts, np.int64), "lengths": np.array(lengths, np.int64),
             "exact": np.frombuffer(b"".join(exact), np.uint64).reshape(-1, 2),
@@ -82,10 +82,10 @@ class _Work:
         rows = [
             row for row in rows if isinstance(row.get(field), str)
         ]  # of the others the second pass says what is wrong
-        found = self.signatures([row[field] for row in rows])
-        files = {f"{name}.bin": values.tobytes() for name, values in found.items()}
+        arrays = self.signatures([row[field] for row in rows])
+        files = {f"{name}.bin": values.tobytes() for name, values in arrays.items()}
         files["places"] = "\0".join(row.place for row in rows).encode("utf-8", "replace")
-        return files, {"documents": len(rows), "units": len(found["lengths"])}
+        return files, {"documents": len(rows), "units": len(arrays["lengths"])}
 
 
 class Remove:
@@ -192,8 +192,8 @@ def dedup(
 
         return chunks()
 
-    found = rewrite("dedup", Remove(text_field, unit, min_words), corpus, chosen, settings, tasks)
-    return found | groups
+    report = rewrite("dedup", Remove(text_field, unit, min_words), corpus, chosen, settings, tasks)
+    return report | groups
 
 
 def _first_pass(folder: WorkFolder, corpus: Corpus, options: Options, work: _Work) -> tuple[list[Part], list[int]]:
@@ -237,10 +237,10 @@ def decide(
 def _places(parts: Sequence[Part], starts: np.ndarray, numbers: np.ndarray, unit: str) -> dict[int, str]:
     if unit == "paragraph":
         return {}
-    found: dict[int, str] = {}
+    places: dict[int, str] = {}
     which = np.searchsorted(starts, numbers, side="right") - 1
     for part in np.unique(which).tolist():
         lines = parts[part].file("places").read_text(errors="replace").split("\0")
         for number in numbers[which == part].tolist():
-            found[number] = lines[number - int(starts[part])]
-    return found
+            places[number] = lines[number - int(starts[part])]
+    return places

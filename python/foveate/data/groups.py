@@ -73,12 +73,12 @@ def _alike(signatures: np.ndarray, a: np.ndarray, b: np.ndarray, threshold: floa
 
 
 def _roots(parent: np.ndarray, members: np.ndarray) -> np.ndarray:
-    found = parent[members]
+    roots = parent[members]
     while True:
-        above = parent[found]
-        if (above == found).all():
-            return found
-        found = above
+        above = parent[roots]
+        if (above == roots).all():
+            return roots
+        roots = above
 
 
 def _join(parent: np.ndarray, rank: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:

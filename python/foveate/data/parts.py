@@ -68,8 +68,8 @@ class WorkFolder:
     def _begin(self) -> None:
         file = self.path / _PLAN
         if file.exists() and not self._restart:
-            found = json.loads(file.read_text())
-            different = [name for name in self._plan | found if self._plan.get(name) != found.get(name)]
+            earlier = json.loads(file.read_text())
+            different = [name for name in self._plan | earlier if self._plan.get(name) != earlier.get(name)]
             if different:
                 raise ValueError(
                     f"{self.path} has the beginning of a run with another {' and '.join(different)}; repeat that call to finish it, or "

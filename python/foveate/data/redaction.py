@@ -36,30 +36,30 @@ class Redact:
         ]
         if self._phones is not None and digits:
             finders.append(self._phones)
-        found: list[Found] = []
+        findings: list[Found] = []
         taken = bytearray(len(text))
         for finder in finders:
             for one in finder(text):
                 if not any(taken[one.start : one.end]):
                     taken[one.start : one.end] = b"\1" * (one.end - one.start)
-                    found.append(one)
-        return sorted(found)
+                    findings.append(one)
+        return sorted(findings)
 
     def text(self, text: str) -> tuple[str, list[Found]]:
         """The text with placeholders, and what was found."""
-        found = self.find(text)
+        findings = self.find(text)
         parts, at = [], 0
-        for one in found:
+        for one in findings:
             parts += [text[at : one.start], self._placeholder.replace("{}", one.kind.upper())]
             at = one.end
-        return "".join([*parts, text[at:]]), found
+        return "".join([*parts, text[at:]]), findings
 
     def __call__(self, rows: Sequence[Row], extra: Any = None) -> list[Outcome]:
         outcomes = []
         for row in rows:
-            text, found = self.text(row[self.field])
-            labels = list(Counter(one.kind for one in found).elements())
-            cuts = [(one.kind, row[self.field][one.start : one.end] if self._values else "") for one in found]
+            text, findings = self.text(row[self.field])
+            labels = list(Counter(one.kind for one in findings).elements())
+            cuts = [(one.kind, row[self.field][one.start : one.end] if self._values else "") for one in findings]
             outcomes.append(Outcome({**row, self.field: text}, None, labels, cuts))
         return outcomes
 

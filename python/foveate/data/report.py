@@ -26,21 +26,21 @@ _LONGEST_DIFF = 1200  # characters of a side, beyond which a word-by-word compar
 def write_report(
     file: Path,
     command: str,
-    found: Mapping[str, Any],
+    summary: Mapping[str, Any],
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     settings: Mapping[str, Any],
 ) -> None:
     """samples: {label: [{"place", "before", "after" or None, "cut"}]}; found: what the command returns."""
-    documents = max(1, int(found["documents"]))
+    documents = max(1, int(summary["documents"]))
     numbers = {
-        "documents": found["documents"], "kept": found["kept"], "removed": found["removed"], "changed": found["changed"],
-        "bytes of text before": found["bytes_in"], "bytes of text after": found["bytes_out"],
+        "documents": summary["documents"], "kept": summary["kept"], "removed": summary["removed"], "changed": summary["changed"],
+        "bytes of text before": summary["bytes_in"], "bytes of text after": summary["bytes_out"],
     }  # fmt: skip
     body = [
         f"<h1>foveate data {_text(command)}</h1>",
         _table((name, f"{int(value):,}") for name, value in numbers.items()),
-        _bars("Why documents were removed", found["reasons"], documents),
-        _bars("What was done to documents", found["labels"], documents),
+        _bars("Why documents were removed", summary["reasons"], documents),
+        _bars("What was done to documents", summary["labels"], documents),
         "<h2>Options</h2>",
         _table((name, str(value)) for name, value in settings.items()),
         "<h2>Samples</h2>",

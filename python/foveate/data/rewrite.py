@@ -182,12 +182,12 @@ class Tally:
 
     def _sample(self, label: str, place: str, before: str, after: str | None) -> None:
         key = hashlib.blake2b(place.encode("utf-8", "replace"), digest_size=8).hexdigest()
-        found = self.samples.setdefault(label, [])
-        if len(found) < SAMPLES or key < found[-1]["key"]:
+        samples = self.samples.setdefault(label, [])
+        if len(samples) < SAMPLES or key < samples[-1]["key"]:
             cut = 0 if after is None else max(0, _first_difference(before, after) - 200)
             sample = {"key": key, "place": place, "before": before[cut : cut + _SHOWN], "cut": cut}
             sample["after"] = None if after is None else after[cut : cut + _SHOWN]
-            self.samples[label] = sorted([*found, sample], key=lambda s: (s["key"], s["place"]))[:SAMPLES]
+            self.samples[label] = sorted([*samples, sample], key=lambda s: (s["key"], s["place"]))[:SAMPLES]
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -264,18 +264,18 @@ def rewrite(
             finish(file, form, parts, str(i), ordered=ordered, field=step.field, lines=lines)
         concatenate(removed_file, removed_format, [part.file("removed") for part in parts])
         resumed = folder.resumed
-    found = tally.summary()
-    samples = found.pop("samples")
-    found |= {
+    report = tally.summary()
+    samples = report.pop("samples")
+    report |= {
         "kept": int(kept.sum()), "removed": tally.documents - int(kept.sum()), "seconds": round(time.monotonic() - start, 3),
         "resumed": resumed, "output": str(first), "removed_file": str(removed_file),
     }  # fmt: skip
     if len(formats) > 1:
-        found["outputs"] = {str(file): int(count) for file, count in zip(options.outputs, kept)}
+        report["outputs"] = {str(file): int(count) for file, count in zip(options.outputs, kept)}
     if options.report is not None:
-        write_report(Path(options.report).expanduser(), command, found, samples, settings)
-        found["report"] = str(options.report)
-    return found
+        write_report(Path(options.report).expanduser(), command, report, samples, settings)
+        report["report"] = str(options.report)
+    return report
 
 
 def finish(

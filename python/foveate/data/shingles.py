@@ -26,16 +26,16 @@ class WordHashes:
     def __init__(self) -> None:
         self._known: dict[str, int] = {}
 
-    def __call__(self, found: list[str]) -> np.ndarray:
+    def __call__(self, words: list[str]) -> np.ndarray:
         """uint64 [words]"""
         known = self._known
         if len(known) > _MOST_WORDS:
             known.clear()
-        for word in set(found).difference(known):
+        for word in set(words).difference(known):
             known[word] = int.from_bytes(
                 hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little"
             )
-        return np.fromiter(map(known.__getitem__, found), np.uint64, len(found))
+        return np.fromiter(map(known.__getitem__, words), np.uint64, len(words))
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
@@ -96,11 +96,11 @@ def bands_and_rows(threshold: float, permutations: int) -> tuple[int, int]:
     Datasets", section 3.4.
     """
     grid = np.linspace(0, 1, 201)[1:]
-    best, found = np.inf, (1, permutations)
+    best, chosen = np.inf, (1, permutations)
     for rows in range(1, permutations + 1):
         bands = permutations // rows
         meets = 1 - (1 - grid**rows) ** bands
         area = float(meets[grid < threshold].sum() + (1 - meets)[grid >= threshold].sum()) / len(grid)
         if area < best:
-            best, found = area, (bands, rows)
-    return found
+            best, chosen = area, (bands, rows)
+    return chosen

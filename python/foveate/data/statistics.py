@@ -67,8 +67,8 @@ class _Count:
 
             languages.update(identify(text)[0] for text in texts)
         lengths_of = {str(step): count for step, count in lengths.items()}
-        found = {"sums": dict(sums), "fields": dict(fields), "languages": dict(languages), "lengths": lengths_of}
-        return {"hashes": b"".join(hashes)}, found
+        summary = {"sums": dict(sums), "fields": dict(fields), "languages": dict(languages), "lengths": lengths_of}
+        return {"hashes": b"".join(hashes)}, summary
 
 
 def _step(length: int) -> int:
@@ -106,7 +106,7 @@ def stats(
     if tokenizer:
         read_tokenizer(tokenizer)  # what is wrong with it is said here
     sums: Counter[str] = Counter()
-    found: dict[str, Counter[str]] = {"fields": Counter(), "languages": Counter(), "lengths": Counter()}
+    counted: dict[str, Counter[str]] = {"fields": Counter(), "languages": Counter(), "lengths": Counter()}
     parts: list[Part] = []
     with tempfile.TemporaryDirectory(prefix="foveate-stats-") as folder:
 
@@ -118,7 +118,7 @@ def stats(
         shown = bar("stats", corpus.size, sys.stderr.isatty() if progress is None else progress)
         for summary in run(tasks(), work, workers=workers, bar=shown):
             sums.update(summary["sums"])
-            for name, counts in found.items():
+            for name, counts in counted.items():
                 counts.update(summary[name])
         hashes = np.concatenate(
             [np.zeros(0, np.uint64), *[np.fromfile(part.file("hashes"), np.uint64) for part in parts]]
@@ -136,10 +136,10 @@ def stats(
         result["bytes_per_token"] = round(sums["bytes"] / max(1, sums["tokens"]), 4)
     if sums["rows without text"]:
         result["rows without text"] = sums["rows without text"]
-    result["fields"] = dict(found["fields"].most_common())
+    result["fields"] = dict(counted["fields"].most_common())
     if languages:
-        result["languages"] = dict(found["languages"].most_common())
-    result["lengths"] = _quantiles({int(step): count for step, count in found["lengths"].items()})
+        result["languages"] = dict(counted["languages"].most_common())
+    result["lengths"] = _quantiles({int(step): count for step, count in counted["lengths"].items()})
     return result | {"seconds": round(time.monotonic() - start, 3)}
 
 
@@ -152,12 +152,12 @@ def _raise_first(corpus: Corpus, field: str) -> None:
 
 def _quantiles(histogram: dict[int, int]) -> dict[str, int]:
     total = sum(histogram.values())
-    found: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     for quantile in _QUANTILES if total else ():
         left = quantile * (total - 1)
         for step in sorted(histogram):
             left -= histogram[step]
             if left < 0:
-                found[f"{quantile:.0%}"] = _length(step)
+                lengths[f"{quantile:.0%}"] = _length(step)
                 break
-    return found
+    return lengths

@@ -190,7 +190,7 @@ def _compared(corpus: Corpus, backends: Mapping[str, Any], by: str | None, field
                 decoded = backend.decode_batch([e.ids for e in encoded], skip_special_tokens=False)
                 for group, text, e, back in zip(groups, texts, encoded, decoded):
                     for key in {"all", group}:
-                        found = sums.setdefault(key, {}).setdefault(name, [0, 0, 0, 0, 0])
+                        totals = sums.setdefault(key, {}).setdefault(name, [0, 0, 0, 0, 0])
                         counts = (
                             len(text.encode("utf-8", "replace")),
                             len(e.ids),
@@ -199,7 +199,7 @@ def _compared(corpus: Corpus, backends: Mapping[str, Any], by: str | None, field
                             1,
                         )
                         for i, value in enumerate(counts):
-                            found[i] += value
+                            totals[i] += value
             progress.advance(sum(map(len, texts)))
     return {
         group: {
@@ -207,9 +207,9 @@ def _compared(corpus: Corpus, backends: Mapping[str, Any], by: str | None, field
                 "bytes_per_token": round(size / max(1, tokens), 4), "tokens": int(tokens), "unknown": int(unknown),
                 "lossless": round(same / documents, 4),
             }
-            for name, (size, tokens, unknown, same, documents) in found.items()
+            for name, (size, tokens, unknown, same, documents) in totals.items()
         }
-        for group, found in sums.items()
+        for group, totals in sums.items()
     }  # fmt: skip
 
 

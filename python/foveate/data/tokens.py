@@ -26,7 +26,7 @@ def read_tokenizer(path: str) -> Any:
         return read_backend(file)
     from foveate.models import open_checkpoint
 
-    found = open_checkpoint(path).tokenizer()
-    if found is None:
+    tokenizer = open_checkpoint(path).tokenizer()
+    if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer")
-    return found.backend
+    return tokenizer.backend

@@ -66,8 +66,8 @@ def mapping(keys: Mapping[str, Rule] | None = None, required: tuple[str, ...] = 
         if not isinstance(value, dict) or any(value.get(name) is None for name in required):
             return "", value, allowed
         for name, inner in (keys or {}).items():
-            if value.get(name) is not None and (found := inner.wrong(value[name])):
-                return f".{name}{found[0]}", *found[1:]
+            if value.get(name) is not None and (fault := inner.wrong(value[name])):
+                return f".{name}{fault[0]}", *fault[1:]
         return None
 
     return Rule(allowed, wrong)
@@ -80,8 +80,8 @@ def list_of(inner: Rule, most: int = 2**24) -> Rule:
         if not isinstance(value, list) or len(value) > most:
             return "", value, allowed
         for i, item in enumerate(value):
-            if found := inner.wrong(item):
-                return f"[{i}]{found[0]}", *found[1:]
+            if fault := inner.wrong(item):
+                return f"[{i}]{fault[0]}", *fault[1:]
         return None
 
     return Rule(allowed, wrong)
@@ -94,8 +94,8 @@ def either(*rules: Rule) -> Rule:
 def check(values: Mapping[str, Any], schema: Mapping[str, Rule], where: Any) -> None:
     """CheckpointError for the first value that its key does not allow. Keys that are absent or null, and unknown ones, are left alone."""
     for key, expected in schema.items():
-        if values.get(key) is not None and (found := expected.wrong(values[key])):
-            path, value, allowed = found
+        if values.get(key) is not None and (fault := expected.wrong(values[key])):
+            path, value, allowed = fault
             raise CheckpointError(f"{where} has {key}{path}={shown(value)}; it must be {allowed}")
 
 

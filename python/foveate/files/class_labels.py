@@ -42,7 +42,7 @@ def _name(value: Any, names: list[str], field: str, place: str) -> Any:
 
 
 def _declared(features: Any) -> Names:
-    found: Names = {}
+    declared: Names = {}
     for field, feature in features.items() if isinstance(features, dict) else ():
         if isinstance(feature, list) and len(feature) == 1:
             feature = {"feature": feature[0]}
@@ -50,8 +50,8 @@ def _declared(features: Any) -> Names:
             feature = feature if "_type" in feature and feature["_type"] == "ClassLabel" else feature.get("feature")
         names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            found[field] = names
-    return found
+            declared[field] = names
+    return declared
 
 
 def _json(text: bytes, place: str) -> dict[str, Any]:

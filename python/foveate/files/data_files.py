@@ -54,9 +54,9 @@ def strings(value: Any) -> Iterator[str]:
 
 def declared_labels(paths: Sequence[str], field: str) -> list[str] | None:
     """The names of the classes in `field`, in their order, if every file declares the same ones (a ClassLabel of the datasets library)."""
-    found = [class_labels(file).get(field) for path in paths for file in data_files(path)]
-    first = found[0] if found else None
-    return first if all(names == first for names in found) else None
+    labels = [class_labels(file).get(field) for path in paths for file in data_files(path)]
+    first = labels[0] if labels else None
+    return first if all(names == first for names in labels) else None
 
 
 def data_files(path: str) -> list[Path]:
@@ -67,8 +67,8 @@ def data_files(path: str) -> list[Path]:
     if place.is_dir():
         files, others = _walk(place)
         if not files:
-            found = f"; it has {_names(place, others)}" if others else ""
-            raise ValueError(f"the folder {path} has no data: {_KNOWN}{found}")
+            others_there = f"; it has {_names(place, others)}" if others else ""
+            raise ValueError(f"the folder {path} has no data: {_KNOWN}{others_there}")
         return files
     if not place.is_file():
         raise ValueError(

@@ -77,13 +77,13 @@ def _index(tokenizer: Any) -> _Index:
     """Made once for a tokenizer."""
     from foveate.generation.detokenizer import special_ids
 
-    found = getattr(tokenizer, "_foveate_token_index", None)
-    if found is None:
+    index = getattr(tokenizer, "_foveate_token_index", None)
+    if index is None:
         special = special_ids(tokenizer)
         size = max(tokenizer.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         texts: list[bytes | None] = [None] * size
         for token in range(size):
             if token not in special and tokenizer.backend.id_to_token(token) is not None:
                 texts[token] = tokenizer.id_to_bytes(token)
-        found = tokenizer._foveate_token_index = _Index(texts)
-    return found
+        index = tokenizer._foveate_token_index = _Index(texts)
+    return index

@@ -64,10 +64,10 @@ class GrammarCompiler:
         wrong, messages = matcher.validate_grammar_with_warnings(grammar, self._vocabulary)
         if wrong:
             raise ValueError(f"{kind} cannot be followed: {messages[0]}")
-        found = self._compiled[grammar] = Grammar(matcher(self._vocabulary, grammar), self._vocab_size)
+        compiled = self._compiled[grammar] = Grammar(matcher(self._vocabulary, grammar), self._vocab_size)
         if len(self._compiled) > _KEPT:
             self._compiled.popitem(last=False)
-        return found
+        return compiled
 
 
 class _Vocabulary:

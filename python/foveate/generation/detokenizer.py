@@ -44,9 +44,9 @@ def detokenize(tokenizer: Any, tokens: Iterable[int], skip_special_tokens: bool 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
     """The ids which `decode` leaves out."""
-    found = getattr(tokenizer, "_foveate_special_ids", None)
-    if found is None:
+    ids = getattr(tokenizer, "_foveate_special_ids", None)
+    if ids is None:
         added = tokenizer.backend.get_added_tokens_decoder()
-        found = frozenset(token for token, entry in added.items() if entry.special)
-        tokenizer._foveate_special_ids = found
-    return found
+        ids = frozenset(token for token, entry in added.items() if entry.special)
+        tokenizer._foveate_special_ids = ids
+    return ids

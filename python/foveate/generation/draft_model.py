@@ -68,10 +68,10 @@ class DraftModel:
 
     def drafts(self, samples: Sequence[Sample]) -> list[list[int]]:
         """For each sample the tokens that may follow; [] where nothing is guessed: too many samples, no room, a text read only in part."""
-        found: dict[Sample, list[int]] = {sample: [] for sample in samples}
+        drafts: dict[Sample, list[int]] = {sample: [] for sample in samples}
         rows = {sample: _row(sample) for sample in samples if self._room(sample) > 0}
         if len(samples) > self.max_batch or not rows:
-            return list(found.values())
+            return list(drafts.values())
         guessing, hidden = self._catch_up(list(rows))
         while guessing and hidden is not None:
             tokens = sample_tokens(self.model.logits(hidden), [rows[sample] for sample in guessing]).tokens
@@ -79,13 +79,13 @@ class DraftModel:
             for sample, token in zip(guessing, tokens):
                 if not 0 <= token < self.vocab_size:
                     continue
-                found[sample].append(token)
+                drafts[sample].append(token)
                 rows[sample].tokens.append(token)
-                if len(found[sample]) < self._room(sample) and token not in sample.request.eos_ids:
+                if len(drafts[sample]) < self._room(sample) and token not in sample.request.eos_ids:
                     going.append(sample)
             guessing = going
-            hidden = self._run(guessing, [[found[sample][-1]] for sample in guessing]) if guessing else None
-        return list(found.values())
+            hidden = self._run(guessing, [[drafts[sample][-1]] for sample in guessing]) if guessing else None
+        return list(drafts.values())
 
     def forget(self, sample: Sample) -> None:
         """Frees what is known of a sample that has ended, or waits."""

@@ -332,12 +332,12 @@ class Engine:
             if self.on_chosen is not None:
                 self.on_chosen(logits, rows, tokens, [entry.sample.request for entry in entries])
             right = []
-            for i, (entry, token, found) in enumerate(zip(entries, tokens, logprobs)):
+            for i, (entry, token, alternatives) in enumerate(zip(entries, tokens, logprobs)):
                 changed[entry.sample.request] = None
                 if token < 0:
                     entry.sample.fail(no_choice(logits[rows[i]], entry.sample.sampling))
                     continue
-                entry.sample.accept(token, found)
+                entry.sample.accept(token, alternatives)
                 if depth < len(entry.draft) and token == entry.draft[depth] and entry.sample.finish_reason is None:
                     right.append(entry)
             chosen += len(entries)
@@ -365,8 +365,8 @@ class Engine:
         request, first = sample.request, sample.cached + 1
         following = sample.tokens[first : min(first + len(hidden), sample.prompt_length)]
         logits = self.model.logits(hidden[: len(following)])
-        found = top_logprobs(logits, following, [request.params.prompt_logprobs] * len(following))
-        for i, entries in enumerate(found):
+        scored = top_logprobs(logits, following, [request.params.prompt_logprobs] * len(following))
+        for i, entries in enumerate(scored):
             if entries is not None:
                 request.prompt_logprobs[first + i] = request.describe(entries)
 

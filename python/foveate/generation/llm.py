@@ -264,9 +264,9 @@ class LLM:
         template: what `Tokenizer.apply_chat_template` takes: tools, documents, chat_template, add_generation_prompt,
         continue_final_message, and the template's own switches such as enable_thinking; chat_template_kwargs are more of these.
         """
-        found, several = conversations(messages)
+        chats, several = conversations(messages)
         prompts = [
-            self.encode_chat(conversation, **(dict(chat_template_kwargs or {}) | template)) for conversation in found
+            self.encode_chat(conversation, **(dict(chat_template_kwargs or {}) | template)) for conversation in chats
         ]
         if several:
             if stream:
@@ -371,15 +371,15 @@ class LLM:
 def default_params(generation_config: dict[str, Any]) -> SamplingParams:
     """SamplingParams() with what a generation_config.json sets."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    found = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
-    if "top_k" in found:
-        found["top_k"] = int(found["top_k"])
+    settings = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    if "top_k" in settings:
+        settings["top_k"] = int(settings["top_k"])
     if generation_config.get("max_new_tokens"):
-        found["max_tokens"] = generation_config["max_new_tokens"]
+        settings["max_tokens"] = generation_config["max_new_tokens"]
     if generation_config.get("do_sample") is False:
-        found["temperature"] = 0.0
+        settings["temperature"] = 0.0
     try:
-        return SamplingParams(**found)
+        return SamplingParams(**settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the checkpoint's generation_config.json cannot be followed: {error}") from error
 
@@ -413,8 +413,8 @@ def _check_causal(checkpoint: Checkpoint) -> None:
 def _eos_ids(tokenizer: Any, *configs: dict[str, Any]) -> set[int]:
     if tokenizer is not None:
         return tokenizer.eos_ids
-    found: Any = next((c["eos_token_id"] for c in configs if c.get("eos_token_id") is not None), [])
-    return {found} if isinstance(found, int) else set(found)
+    ids: Any = next((c["eos_token_id"] for c in configs if c.get("eos_token_id") is not None), [])
+    return {ids} if isinstance(ids, int) else set(ids)
 
 
 def _pages(

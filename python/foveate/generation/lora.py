@@ -62,12 +62,12 @@ class Adapters:
 
     def __getitem__(self, name: str) -> Adapter:
         """ValueError, with those that there are."""
-        found = self._loaded.get(name)
-        if found is None:
+        adapter = self._loaded.get(name)
+        if adapter is None:
             raise ValueError(
                 f"there is no adapter {name!r}; there are {', '.join(self._loaded) or 'none'}: load_adapter"
             )
-        return found
+        return adapter
 
     def load(self, name: str, folder: str | Path) -> None:
         """`read`, then `add`."""

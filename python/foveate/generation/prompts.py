@@ -64,10 +64,10 @@ def conversations(messages: Any) -> tuple[list[list[Mapping[str, Any]]], bool]:
         raise TypeError(f'messages must be a list of {{"role": ..., "content": ...}}, got {type(messages).__name__}')
     entries = list(messages)
     several = bool(entries) and all(isinstance(entry, (list, tuple)) for entry in entries)
-    found = [list(entry) for entry in entries] if several else [entries]
-    for conversation in found:
+    chats = [list(entry) for entry in entries] if several else [entries]
+    for conversation in chats:
         check_messages(conversation)
-    return found, several
+    return chats, several
 
 
 def check_messages(messages: Sequence[Any]) -> None:

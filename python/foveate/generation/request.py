@@ -44,11 +44,11 @@ class Request:
     def finished(self) -> bool:
         return all(sample.finish_reason is not None for sample in self.samples)
 
-    def describe(self, found: Sequence[tuple[int, float, int]]) -> dict[int, Logprob]:
+    def describe(self, candidates: Sequence[tuple[int, float, int]]) -> dict[int, Logprob]:
         text = (
             (lambda token: "") if self.tokenizer is None else (lambda token: detokenize(self.tokenizer, [token], False))
         )
-        return {token: Logprob(value, rank, text(token)) for token, value, rank in found}
+        return {token: Logprob(value, rank, text(token)) for token, value, rank in candidates}
 
     def output(self) -> RequestOutput:
         samples = self.samples
@@ -158,10 +158,10 @@ class Sample:
             piece = detokenizer.push(token)
         if self.finish_reason is not None:
             piece += detokenizer.flush()
-        found = self.stops.push(piece, may_stop)
-        if not found and not ended_by_id and self.request.params.stop_strings:
-            found = self.stops.push(detokenizer.hidden(token), may_stop, hidden=True)
-        if found:
+        stop = self.stops.push(piece, may_stop)
+        if not stop and not ended_by_id and self.request.params.stop_strings:
+            stop = self.stops.push(detokenizer.hidden(token), may_stop, hidden=True)
+        if stop:
             self.finish_reason, self.stop_reason = "stop", self.stops.found
 
     def output(self, index: int) -> CompletionOutput:

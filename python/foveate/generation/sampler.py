@@ -86,8 +86,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingState]) -> Sampled:
     for block in blocks:
         picked = logits if len(block) == len(rows) else logits[block]
         some = _sample_block(picked, [rows[i] for i in block])
-        for i, token, found in zip(block, some.tokens, some.logprobs):
-            tokens[i], logprobs[i] = token, found
+        for i, token, alternatives in zip(block, some.tokens, some.logprobs):
+            tokens[i], logprobs[i] = token, alternatives
     return Sampled(tokens, logprobs)
 
 
@@ -243,7 +243,7 @@ def top_logprobs(
     ranks = ((logprobs > chosen).sum(-1) + 1).tolist()
     most = min(max(count or 0 for count in wanted), logits.shape[1])
     top = logprobs.topk(most, dim=-1)
-    found: list[list[tuple[int, float, int]] | None] = []
+    rows: list[list[tuple[int, float, int]] | None] = []
     for i, (token, own, values, ids) in enumerate(
         zip(tokens, chosen[:, 0].tolist(), top.values.tolist(), top.indices.tolist())
     ):
@@ -251,5 +251,5 @@ def top_logprobs(
         best = (
             [] if count is None else [(t, value, rank) for rank, (t, value) in enumerate(zip(ids[:count], values), 1)]
         )
-        found.append(None if count is None else [(token, own, ranks[i]), *best])
-    return found
+        rows.append(None if count is None else [(token, own, ranks[i]), *best])
+    return rows

@@ -62,18 +62,18 @@ class Scheduler:
 
     def _drafts(self, samples: list[Sample]) -> list[Group]:
         """One group of those samples that have a draft, or none."""
-        found = [(s, draft) for s, draft in zip(samples, self._guesses(samples)) if draft]
-        if not found:
+        guessed = [(s, draft) for s, draft in zip(samples, self._guesses(samples)) if draft]
+        if not guessed:
             return []
-        room = min(self.max_length - len(s.tokens) for s, _ in found)
-        width = min(max(len(draft) for _, draft in found), room)
+        room = min(self.max_length - len(s.tokens) for s, _ in guessed)
+        width = min(max(len(draft) for _, draft in guessed), room)
         if width < 1:
             return []
         try:
-            self.cache.append([s.seq for s, _ in found], 1 + width)  # type: ignore[misc]
+            self.cache.append([s.seq for s, _ in guessed], 1 + width)  # type: ignore[misc]
         except CacheFull:  # a guess is not worth another sample's pages
             return []
-        return [Group([s for s, _ in found], 1 + width, [draft[:width] for _, draft in found])]
+        return [Group([s for s, _ in guessed], 1 + width, [draft[:width] for _, draft in guessed])]
 
     def _guesses(self, samples: list[Sample]) -> list[list[int]]:
         """What may follow each sample: repetitions of its text where it asks for them, else what the smaller model says."""

@@ -49,26 +49,26 @@ class TokenRules:
 
     def forbidden(self, output: Sequence[int]) -> list[int]:
         """The ids that must not follow the output, without the start token, where nothing is forced."""
-        found = list(self._always)
+        ids = list(self._always)
         if len(output) < self._min_tokens:
-            found += self._ends
+            ids += self._ends
         tokens = [self._start, *output]
         if self._repeated is not None:
-            found += self._repeated(tokens)
+            ids += self._repeated(tokens)
         if self._source_ngrams is not None and len(tokens) >= self._source_size - 1:
             beginning = tuple(tokens[len(tokens) - self._source_size + 1 :])
-            found += self._source_ngrams.get(beginning, ())
+            ids += self._source_ngrams.get(beginning, ())
         for word in self._bad_words:
             if len(word) > 1 and tuple(tokens[len(tokens) - len(word) + 1 :]) == word[:-1]:
-                found.append(word[-1])
+                ids.append(word[-1])
         if self._watch is not None:
-            found += self._watch(output)
-        return found
+            ids += self._watch(output)
+        return ids
 
 
 def _ngrams(source: Sequence[int], size: int) -> dict[tuple[int, ...], list[int]]:
     """{the first size - 1 tokens of an n-gram: what follows them}"""
-    found: dict[tuple[int, ...], list[int]] = {}
+    following: dict[tuple[int, ...], list[int]] = {}
     for at in range(len(source) - size + 1):
-        found.setdefault(tuple(source[at : at + size - 1]), []).append(source[at + size - 1])
-    return found
+        following.setdefault(tuple(source[at : at + size - 1]), []).append(source[at + size - 1])
+    return following

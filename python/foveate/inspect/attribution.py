@@ -93,10 +93,10 @@ def mean_embedding(parts: Parts) -> Tensor:
 def _gradient_x_input(subject: Subject, x: Tensor, target: str, score: Score) -> Attribution:
     with torch.enable_grad():
         leaf = x.clone().requires_grad_()
-        found = score(subject.outputs(leaf))
-        (gradient,) = torch.autograd.grad(found.sum(), leaf)
+        total = score(subject.outputs(leaf))
+        (gradient,) = torch.autograd.grad(total.sum(), leaf)
     values = (gradient.float() * x.float()).sum(-1)[0]
-    return Attribution("gradient x input", target, float(found.detach()), values.cpu())
+    return Attribution("gradient x input", target, float(total.detach()), values.cpu())
 
 
 def _integrated(subject: Subject, x: Tensor, base: Tensor, target: str, score: Score, steps: int) -> Attribution:

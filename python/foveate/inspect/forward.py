@@ -83,27 +83,27 @@ class Pass:
     @torch.no_grad()
     def result(self) -> Inspection:
         wanted = self.wanted
-        found = Inspection(
+        inspection = Inspection(
             type(self.parts.model).__name__, self.ids, self.texts(self.ids), wanted.layers, wanted.heads, wanted.rows,
             self.recorder.attention, choices=self._choices if wanted.choices else [],
         )  # fmt: skip
         if wanted.rollout:
-            found.rollout = rollout(self.recorder)
+            inspection.rollout = rollout(self.recorder)
         if wanted.lens_top:
-            found.lens = self._found_lens()
-        return found
+            inspection.lens = self._found_lens()
+        return inspection
 
     def _read_layer(self) -> None:
         stream = self.recorder.stream
         if stream is None:
             raise RuntimeError("the logit lens reads the stream between layers, and no layer has run under watching()")
         dtype = next((p.dtype for p in self.parts.model.parameters() if p.is_floating_point()), torch.float32)
-        found = []
+        blocks = []
         for rows in stream[len(self._lens)].split(_ROWS_OF_LENS):
             logprobs = self.parts.read(rows.to(dtype)).float().log_softmax(-1)
             best = logprobs.topk(min(self.wanted.lens_top, logprobs.shape[-1]))
-            found.append((best.indices.cpu(), best.values.exp().cpu(), _entropy(logprobs).cpu()))
-        ids, probabilities, entropy = zip(*found)
+            blocks.append((best.indices.cpu(), best.values.exp().cpu(), _entropy(logprobs).cpu()))
+        ids, probabilities, entropy = zip(*blocks)
         self._lens.append((torch.cat(ids), torch.cat(probabilities), torch.cat(entropy)))
 
     def _found_lens(self) -> Lens:
@@ -129,11 +129,11 @@ def _choices(
         _entropy(logprobs).tolist(), own[:, 0].tolist(), ranks.tolist(), best.indices.tolist(), best.values.tolist(),
         texts([-1 if token is None else token for token in chosen]),
     )  # fmt: skip
-    found: list[TokenChoice | None] = []
+    choices: list[TokenChoice | None] = []
     for token, entropy, logprob, rank, others, values, text in zip(chosen, *columns):
         alternatives = list(zip(others, texts(others), values))
         known = token is not None
-        found.append(
+        choices.append(
             TokenChoice(token, text, logprob if known else None, rank if known else None, entropy, alternatives)
         )
-    return found
+    return choices

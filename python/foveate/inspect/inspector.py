@@ -155,9 +155,9 @@ class Inspector:
                 token = torch.tensor(self._token(baseline, "baseline"), device=subject.embeddings().device)
                 with torch.no_grad():
                     base = self.parts.embedding(token)
-            found = attribute(subject, scores, method, steps, base)
+            attributions = attribute(subject, scores, method, steps, base)
         ids = subject.ids
-        return Inspection(type(self.model).__name__, ids, self.texts(ids), attributions=found, result=result)
+        return Inspection(type(self.model).__name__, ids, self.texts(ids), attributions=attributions, result=result)
 
     def subject(
         self, text: str | Sequence[int], text_pair: str | None = None, *, target: str | int | None = None, row: int = -1
@@ -203,8 +203,8 @@ class Inspector:
                 ids = self.tokenizer.encode(text)
             else:
                 pair = (text,) if text_pair is None else (text, text_pair)
-                found = self.tokenizer.backend.encode(*pair)
-                ids, types = found.ids, found.type_ids
+                encoding = self.tokenizer.backend.encode(*pair)
+                ids, types = encoding.ids, encoding.type_ids
         else:
             if text_pair is not None:
                 raise ValueError("text_pair goes with a text, not with token ids; join the ids yourself")
@@ -250,12 +250,12 @@ class Inspector:
         if self.tokenizer is None:
             raise ValueError("there is no tokenizer; pass tokenizer=")
         answerer = QuestionAnswerer(self.model, self.tokenizer)
-        found = answerer.best_window(question, context)
-        subject = Subject(self.parts, found.ids, found.types)
-        start, end = found.start, found.end
-        text = self.texts(found.ids)
+        window = answerer.best_window(question, context)
+        subject = Subject(self.parts, window.ids, window.types)
+        start, end = window.start, window.end
+        text = self.texts(window.ids)
         scores: list[tuple[str, Score]] = [
             (f"logit of the start at token {start} ({text[start].strip()!r})", lambda out: out[0][:, start]),
             (f"logit of the end at token {end} ({text[end].strip()!r})", lambda out: out[1][:, end]),
         ]
-        return subject, scores, found.answer
+        return subject, scores, window.answer

@@ -17,18 +17,18 @@ _STEPS = 65535  # a probability is stored in 16 bits: to 1.5e-5
 MAX_BYTES = 256 * 1024 * 1024
 
 
-def page(found: Inspection, title: str) -> str:
+def page(inspection: Inspection, title: str) -> str:
     """ValueError for more attention than a browser can hold."""
-    if found.attention is not None and found.attention.numel() * 8 // 3 > MAX_BYTES:
+    if inspection.attention is not None and inspection.attention.numel() * 8 // 3 > MAX_BYTES:
         raise ValueError(
-            f"{found.attention.numel()} numbers of attention make a page of more than {MAX_BYTES >> 20} MiB; choose fewer layers, heads "
-            "or rows, or write JSON"
+            f"{inspection.attention.numel()} numbers of attention make a page of more than {MAX_BYTES >> 20} MiB; choose fewer layers, "
+            "heads or rows, or write JSON"
         )
-    data = found.to_dict()
-    if found.attention is not None:
-        data["attention"]["weights"] = _packed(found.attention)
-    if found.rollout is not None:
-        data["rollout"] = _packed(found.rollout)
+    data = inspection.to_dict()
+    if inspection.attention is not None:
+        data["attention"]["weights"] = _packed(inspection.attention)
+    if inspection.rollout is not None:
+        data["rollout"] = _packed(inspection.rollout)
     text = _TEMPLATE.read_text(encoding="utf-8")
     return text.replace("__TITLE__", html.escape(title)).replace("__DATA__", _json_for_script(data))
 

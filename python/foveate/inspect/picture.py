@@ -11,7 +11,7 @@ from foveate.inspect.wanted import places
 _MOST = 80  # tokens whose texts stand at an axis
 
 
-def draw(found: Inspection, file: str | Path, layer: int = -1, head: int | None = None) -> None:
+def draw(inspection: Inspection, file: str | Path, layer: int = -1, head: int | None = None) -> None:
     """See `Inspection.to_png`. ValueError where there is nothing to draw."""
     try:
         from matplotlib.figure import Figure
@@ -19,22 +19,22 @@ def draw(found: Inspection, file: str | Path, layer: int = -1, head: int | None 
         raise ImportError("a PNG needs matplotlib: pip install 'foveate[inspect]'") from None
 
     parts: list[Any] = []
-    if found.attention is not None:
-        (place,) = places("layer", "recorded layers", layer, len(found.layers))
-        weights = found.attention[place]
+    if inspection.attention is not None:
+        (place,) = places("layer", "recorded layers", layer, len(inspection.layers))
+        weights = inspection.attention[place]
         if head is None:
-            title, rows = f"layer {found.layers[place]}, mean of {len(found.heads)} heads", weights.mean(0)
+            title, rows = f"layer {inspection.layers[place]}, mean of {len(inspection.heads)} heads", weights.mean(0)
         else:
-            (chosen,) = places("head", "recorded heads", head, len(found.heads))
-            title, rows = f"layer {found.layers[place]}, head {found.heads[chosen]}", weights[chosen]
-        parts.append((f"attention: {title}", lambda axes, rows=rows: _map(axes, rows, found)))
-    if found.rollout is not None:
-        parts.append(("rollout over all layers", lambda axes: _map(axes, found.rollout, found)))
-    if found.lens is not None:
-        lens = found.lens
-        parts.append((f"logit lens at token {found.rows[-1]}", lambda axes: _lens(axes, lens)))
-    for one in found.attributions:
-        parts.append((f"{one.method}: {one.target}", lambda axes, one=one: _bars(axes, one, found)))
+            (chosen,) = places("head", "recorded heads", head, len(inspection.heads))
+            title, rows = f"layer {inspection.layers[place]}, head {inspection.heads[chosen]}", weights[chosen]
+        parts.append((f"attention: {title}", lambda axes, rows=rows: _map(axes, rows, inspection)))
+    if inspection.rollout is not None:
+        parts.append(("rollout over all layers", lambda axes: _map(axes, inspection.rollout, inspection)))
+    if inspection.lens is not None:
+        lens = inspection.lens
+        parts.append((f"logit lens at token {inspection.rows[-1]}", lambda axes: _lens(axes, lens)))
+    for one in inspection.attributions:
+        parts.append((f"{one.method}: {one.target}", lambda axes, one=one: _bars(axes, one, inspection)))
     if not parts:
         raise ValueError(
             "there is nothing to draw: neither attention nor rollout, logit lens or attributions were asked for"
@@ -57,11 +57,11 @@ def _named(axis: Any, tokens: list[str], at: list[int] | None = None) -> None:
         axis.set_ticks(range(len(names)), [_plain(name) for name in names], fontsize=7)
 
 
-def _map(axes: Any, rows: Any, found: Inspection) -> None:
+def _map(axes: Any, rows: Any, inspection: Inspection) -> None:
     axes.imshow(rows.sqrt().numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    _named(axes.xaxis, found.tokens)
+    _named(axes.xaxis, inspection.tokens)
     axes.tick_params("x", rotation=90)
-    _named(axes.yaxis, found.tokens, list(found.rows))
+    _named(axes.yaxis, inspection.tokens, list(inspection.rows))
     axes.set_xlabel("keys (colour: square root of the weight)")
 
 
@@ -74,9 +74,9 @@ def _lens(axes: Any, lens: Lens) -> None:
     axes.set_xlabel("probability of the most probable token")
 
 
-def _bars(axes: Any, one: Attribution, found: Inspection) -> None:
+def _bars(axes: Any, one: Attribution, inspection: Inspection) -> None:
     values = one.values.numpy()
     axes.bar(range(len(values)), values, color=["tab:blue" if value >= 0 else "tab:red" for value in values])
-    _named(axes.xaxis, found.tokens)
+    _named(axes.xaxis, inspection.tokens)
     axes.tick_params("x", rotation=90)
     axes.axhline(0, linewidth=0.5, color="gray")

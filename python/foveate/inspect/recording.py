@@ -51,10 +51,10 @@ class Recorder:
         here = self.rows_here(q.shape[1])
         if here:
             rows = [self.wanted.rows[i] - self.first for i in here]
-            found = attention_weights(q, k, rows=rows, heads=self.wanted.heads, **options)[0]
+            weights = attention_weights(q, k, rows=rows, heads=self.wanted.heads, **options)[0]
             for place, recorded in enumerate(self.wanted.layers):
                 if recorded == layer:
-                    self.attention[place, :, here, : k.shape[1]] = found.float().cpu()
+                    self.attention[place, :, here, : k.shape[1]] = weights.float().cpu()
 
     def rows_here(self, new: int) -> list[int]:
         """Places among the wanted rows of those in the chunk that runs."""

@@ -79,29 +79,29 @@ class Inspection:
 
     def to_dict(self, digits: int = 6) -> dict[str, Any]:
         """Lists, numbers of `digits` significant digits and texts; what was not recorded is left out."""
-        found: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "model": self.model, "token_ids": self.token_ids, "tokens": self.tokens, "rows": list(self.rows), "notes": self.notes,
         }  # fmt: skip
         if self.attention is not None:
-            found["attention"] = {
+            fields["attention"] = {
                 "layers": list(self.layers), "heads": list(self.heads), "weights": _numbers(self.attention, digits),
             }  # fmt: skip
         if self.rollout is not None:
-            found["rollout"] = _numbers(self.rollout, digits)
+            fields["rollout"] = _numbers(self.rollout, digits)
         if self.choices:
-            found["choices"] = [None if choice is None else _rounded(vars(choice), digits) for choice in self.choices]
+            fields["choices"] = [None if choice is None else _rounded(vars(choice), digits) for choice in self.choices]
         if self.lens is not None:
-            found["logit_lens"] = {
+            fields["logit_lens"] = {
                 "ids": self.lens.ids.tolist(), "texts": self.lens.texts,
                 "probabilities": _numbers(self.lens.probabilities, digits), "entropy": _numbers(self.lens.entropy, digits),
             }  # fmt: skip
         if self.attributions:
-            found["attributions"] = [
+            fields["attributions"] = [
                 _rounded(vars(one) | {"values": one.values.tolist()}, digits) for one in self.attributions
             ]
         if self.result is not None:
-            found["result"] = self.result
-        return found
+            fields["result"] = self.result
+        return fields
 
     def to_json(self, digits: int = 6, indent: int | None = None) -> str:
         return json.dumps(self.to_dict(digits), indent=indent, ensure_ascii=False)

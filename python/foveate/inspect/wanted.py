@@ -75,13 +75,13 @@ def places(name: str, what: str, given: int | Sequence[int] | Iterable[int], siz
     """Integers from -size to size - 1 as such from 0 on."""
     if isinstance(given, (str, bytes)):
         raise TypeError(f"{name}={given!r} must be integers")
-    found: list[int] = []
+    chosen: list[int] = []
     for place in given if isinstance(given, Iterable) else [given]:
         if isinstance(place, bool) or not isinstance(place, numbers.Integral):
             raise TypeError(f"{name} has {place!r}, which is no integer")
         if not -size <= place < size:
             raise ValueError(f"{name} has {place}; there are {size} {what}, so {name} go from {-size} to {size - 1}")
-        found.append(int(place) % size)
-    if not found:
+        chosen.append(int(place) % size)
+    if not chosen:
         raise ValueError(f"{name} is empty; give one or more, or None")
-    return tuple(found)
+    return tuple(chosen)

@@ -86,9 +86,13 @@ def dedup(
     data = data.materialize()  # read once: both passes have to see the same order
 
     def signed(batch: Any) -> dict[str, Any]:
-        found = signatures(list(batch[text_field]))
-        near_bytes = [row.tobytes() for row in found["near"]] if near else [b""] * len(found["lengths"])
-        return {"length": found["lengths"], "exact": [row.tobytes() for row in found["exact"]], "near": near_bytes}
+        of_batch = signatures(list(batch[text_field]))
+        near_bytes = [row.tobytes() for row in of_batch["near"]] if near else [b""] * len(of_batch["lengths"])
+        return {
+            "length": of_batch["lengths"],
+            "exact": [row.tobytes() for row in of_batch["exact"]],
+            "near": near_bytes,
+        }
 
     lengths, exact, nearly = [], [], []
     for row in data.map_batches(signed, batch_format="numpy").iter_rows():

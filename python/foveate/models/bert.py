@@ -212,7 +212,7 @@ class Bert(nn.Module):
         if attention_mask is not None:
             options["mask"] = attention_mask.bool()[:, None, None, :]
         if options and packed is not None:
-            raise ValueError("packed sequences have no padding; leave attention_mask and kv_lens away")
+            raise ValueError("packed sequences have no padding; omit attention_mask and kv_lens")
         encoder: Any = self.encoder
         if self.config.relative_buckets:
             if (

@@ -158,7 +158,7 @@ class ModernBert(nn.Module):
         if attention_mask is not None:
             options["mask"] = attention_mask.bool()[:, None, None, :]
         if options and packed is not None:
-            raise ValueError("packed sequences have no padding; leave attention_mask and kv_lens away")
+            raise ValueError("packed sequences have no padding; omit attention_mask and kv_lens")
         x = self.embeddings["norm"](self.embeddings["tok_embeddings"](tokens))
         length = tokens.shape[1] if packed is None else packed.longest
         tables = []

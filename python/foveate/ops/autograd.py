@@ -146,8 +146,8 @@ class _Differentiable(torch.autograd.Function):
         for i, x in zip(ctx.places, ctx.saved_tensors):
             args[i] = x
         wanted = [i for i in ctx.places if ctx.needs_input_grad[2 + i]]
-        found = pull_back(ctx.definition, args, wanted, grads)
-        gradients = dict(zip(wanted, found))
+        pulled = pull_back(ctx.definition, args, wanted, grads)
+        gradients = dict(zip(wanted, pulled))
         return (None, None, *(gradients.get(i) for i in range(len(args))))
 
 

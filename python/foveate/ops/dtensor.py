@@ -42,7 +42,7 @@ def _strategies(inputs: Sequence[tuple[Any, Labels]], outputs: Sequence[tuple[La
         return Shard(labels.index(label)) if labels and label in labels else Replicate()
 
     rest = [None] * (count - len(inputs))
-    found: list[Any] = [
+    strategies: list[Any] = [
         ([Replicate() for _ in outputs], [None if spec is None else Replicate() for spec, _ in inputs] + rest)
     ]
     labels = dict.fromkeys(x for spec, names in inputs if spec is not None for x in names or () if x is not None)
@@ -54,14 +54,14 @@ def _strategies(inputs: Sequence[tuple[Any, Labels]], outputs: Sequence[tuple[La
         ]
         if any(size % shards for size, shards in sizes):
             continue  # shards of different sizes would pair query heads with other KV heads
-        found.append(
+        strategies.append(
             (
                 [place(True, names, label) if names and label in names else Partial() if summed else Replicate()
                  for names, summed in outputs],
                 [place(spec, names, label) for spec, names in inputs] + rest,
             )
         )  # fmt: skip
-    return found
+    return strategies
 
 
 def _broadcast(spec: Any, names: Sequence[Any]) -> Labels:

@@ -173,7 +173,7 @@ class Text2Text:
         if target is not None or source is not None:
             raise ValueError(
                 f"source_language={source!r} and target_language={target!r} mean nothing to this model: its tokenizer has no tokens of "
-                "languages; leave them away"
+                "languages; omit them"
             )
         return ""
 

@@ -42,16 +42,16 @@ def by_sequence(held: list[Span], cu_seqlens: Sequence[int] | None) -> list[tupl
     """The spans, cut where packed sequences end, each with the number of its sequence. None: one sequence, number 0."""
     if cu_seqlens is None:
         return [(0, span) for span in held]
-    found = []
+    spans = []
     for span in held:
         at, end = span.position, span.position + span.length
         number = bisect_right(cu_seqlens, at) - 1
         while at < end:
             stop = min(end, cu_seqlens[number + 1])
             if stop > at:
-                found.append((number, Span(at, span.start + at - span.position, stop - at)))
+                spans.append((number, Span(at, span.start + at - span.position, stop - at)))
             at, number = stop, number + 1
-    return found
+    return spans
 
 
 class Block(NamedTuple):

@@ -55,14 +55,14 @@ class Tokenizer:
 
     def _ends(self) -> list[int]:
         """A chat model whose turn's end only one of the files names would go on for ever by the others."""
-        found: list[int] = []
+        ends: list[int] = []
         for config in self._configs:
             named = config.get("eos_token_id")
-            found += [named] if isinstance(named, int) else named or []
+            ends += [named] if isinstance(named, int) else named or []
         text = self.special.get("eos_token")
         if text is not None and (token := self.backend.token_to_id(text)) is not None:
-            found.append(token)
-        return [token for token in dict.fromkeys(found) if token != -1]
+            ends.append(token)
+        return [token for token in dict.fromkeys(ends) if token != -1]
 
     def _special_id(self, name: str) -> int | list[int] | None:
         for config in self._configs:
@@ -120,10 +120,10 @@ class Tokenizer:
 
         ValueError for an id that the tokenizer does not have.
         """
-        found = self._bytes.get(token)
-        if found is None:
-            found = self._bytes[token] = self._bytes_of(token)
-        return found
+        data = self._bytes.get(token)
+        if data is None:
+            data = self._bytes[token] = self._bytes_of(token)
+        return data
 
     @functools.cached_property
     def _bytes(self) -> dict[int, bytes]:

@@ -64,11 +64,11 @@ def _is_added(backend: Any, text: str) -> bool:
 
 
 def _extra(tokenizer_config: Mapping[str, Any]) -> list[Any]:
-    found: list[Any] = []
+    entries: list[Any] = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         value = tokenizer_config.get(key) or []
-        found += list(value.values()) if isinstance(value, dict) else list(value)
-    return found
+        entries += list(value.values()) if isinstance(value, dict) else list(value)
+    return entries
 
 
 def _content(value: Any) -> str:

@@ -56,12 +56,12 @@ class _Worker:
                 raise self._ended(process)
             if answer == '{"memory": true}\n':
                 self.stop()  # what is left of it may be large
-        found = json.loads(answer)
-        if "text" in found:
-            return found["text"]
-        if "memory" in found:
+        reply = json.loads(answer)
+        if "text" in reply:
+            return reply["text"]
+        if "memory" in reply:
             raise CheckpointError(f"the chat template needs more than {MEGABYTES} MB; it is damaged or hostile")
-        raise CheckpointError(f"the chat template refuses these messages: {found['error']}")
+        raise CheckpointError(f"the chat template refuses these messages: {reply['error']}")
 
     def _running(self) -> subprocess.Popen[str]:
         if self._owner != os.getpid():

@@ -68,10 +68,10 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 
 def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
     """Merges come in the order of the scores of what they make: the earlier, the higher."""
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for rank, merge in enumerate(merges):
-        found.setdefault("".join(_pair(merge)), -float(rank))
-    return [found.get(token, _NO_MERGE) for token in tokens]
+        scores.setdefault("".join(_pair(merge)), -float(rank))
+    return [scores.get(token, _NO_MERGE) for token in tokens]
 
 
 def _sentencepiece_kinds(tokens: list[str], kinds: list[int], unknown: str | None) -> list[int]:

@@ -139,12 +139,12 @@ def _cut(kind: Kind) -> tuple[str, ...]:
 def name_of(backend: Any, whole_words: bool, normalizer: dict[str, Any] | None) -> str:
     """The name of how a tokenizers.Tokenizer cuts text, told by a text that every kind cuts in its own way. CheckpointError if none does
     the same."""
-    found = (
+    cut = (
         ()
         if backend.pre_tokenizer is None
         else tuple(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(_PROBE))
     )
-    same = [name for name, kind in KINDS.items() if _cut(kind) == found]
+    same = [name for name, kind in KINDS.items() if _cut(kind) == cut]
     if not same:
         raise CheckpointError(
             "the tokenizer cuts text as no pre-tokenizer that GGUF has a name for; llama.cpp would read the file and make other tokens: "

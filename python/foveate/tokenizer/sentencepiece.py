@@ -175,10 +175,10 @@ def _model(file: Path) -> Any:
 def _vocab(file: Path) -> dict[str, int]:
     if not is_there(file):
         raise CheckpointError(f"{file} is not there; download it too")
-    found = read_json(file)
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in found.values()):
+    vocab = read_json(file)
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in vocab.values()):
         raise CheckpointError(f"{file} must be an object of tokens and their ids")
-    return found
+    return vocab
 
 
 def _pieces(model: Any) -> list[str]:

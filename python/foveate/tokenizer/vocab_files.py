@@ -38,10 +38,10 @@ def read_older_tokenizer(folder: Path, model_type: str | None, tokenizer_config:
                 return _as_qwen2(tokenizer) if kind in _QWEN2 else tokenizer
     except ImportError as error:
         raise ImportError(f"tokenizers {NEED}") from error
-    found = [name for name in _OTHERS if is_there(folder / name)]
-    if found:
+    others = [name for name in _OTHERS if is_there(folder / name)]
+    if others:
         raise CheckpointError(
-            f"{folder} has no tokenizer.json, and its {' and '.join(found)} cannot be read as a {kind or 'tokenizer of unknown class'}: "
+            f"{folder} has no tokenizer.json, and its {' and '.join(others)} cannot be read as a {kind or 'tokenizer of unknown class'}: "
             "write a tokenizer.json once, by transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     return None

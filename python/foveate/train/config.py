@@ -229,15 +229,15 @@ def _check_model(c: TrainConfig) -> None:
     if c.new_model is not None and c.tokenizer is None:
         raise ValueError("a new_model needs a tokenizer: 'char', or a folder that has one")
     if c.model is not None and c.tokenizer is not None:
-        raise ValueError("a model comes with its own tokenizer; leave tokenizer away, or give new_model")
+        raise ValueError("a model comes with its own tokenizer; omit tokenizer, or give new_model")
     if c.quantization is not None and not c.lora_rank:
         raise ValueError(
             f"quantization={c.quantization!r} freezes the weights; give a lora_rank to train adapters on them"
         )
     if c.merge and not c.lora_rank:
-        raise ValueError("merge folds adapters into the model; give a lora_rank, or leave it away")
+        raise ValueError("merge folds adapters into the model; give a lora_rank, or omit it")
     if c.new_model is not None and c.lora_rank:
-        raise ValueError("LoRA adapts a trained model; leave lora_rank away to train a new one")
+        raise ValueError("LoRA adapts a trained model; omit lora_rank to train a new one")
     if c.eval_data and c.eval_fraction:
         raise ValueError("eval_data and eval_fraction both say what to evaluate on; give one of them")
 
@@ -281,10 +281,10 @@ def _check_used(c: TrainConfig) -> None:
     given = {name for name, default in defaults.items() if getattr(c, name) != default}
     for name, objectives in _ONLY_FOR.items():
         if name in given and c.objective not in objectives:
-            raise ValueError(f"{name} is for {' and '.join(objectives)}; leave it away for {c.objective}")
+            raise ValueError(f"{name} is for {' and '.join(objectives)}; omit it for {c.objective}")
     for name in ("lora_alpha", "lora_dropout", "lora_targets", "rslora"):
         if name in given and not c.lora_rank:
-            raise ValueError(f"{name} is for adapters; give a lora_rank too, or leave it away")
+            raise ValueError(f"{name} is for adapters; give a lora_rank too, or omit it")
     if not (c.eval_data or c.eval_fraction):
         for name in ("patience", "eval_every", "best_by"):
             if name in given:

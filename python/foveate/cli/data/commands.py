@@ -25,19 +25,21 @@ def _stats(commands: Any) -> None:
     options.add_json(parser)
 
     def run(args: argparse.Namespace) -> None:
-        found = call("stats", args.paths, tokenizer=args.tokenizer, languages=args.languages, **common(args))
-        print_counts(args, found, _stats_lines)
+        report = call("stats", args.paths, tokenizer=args.tokenizer, languages=args.languages, **common(args))
+        print_counts(args, report, _stats_lines)
 
     parser.set_defaults(run=run)
 
 
-def _stats_lines(found: Mapping[str, Any]) -> list[str]:
-    plain = [(name.replace("_", " "), f"{value:,}") for name, value in found.items() if isinstance(value, (int, float))]
+def _stats_lines(report: Mapping[str, Any]) -> list[str]:
+    plain = [
+        (name.replace("_", " "), f"{value:,}") for name, value in report.items() if isinstance(value, (int, float))
+    ]
     lines = table(plain)
     for title in ("lengths", "fields", "languages"):
-        if found.get(title):
+        if report.get(title):
             unit = " of documents in characters, by their share" if title == "lengths" else ""
-            lines += [f"{title}{unit}:", *table([(name, f"{count:,}") for name, count in found[title].items()])]
+            lines += [f"{title}{unit}:", *table([(name, f"{count:,}") for name, count in report[title].items()])]
     return lines
 
 
@@ -87,11 +89,11 @@ def _clean(commands: Any) -> None:
         given: dict[str, Any] = {} if args.rules is None else {"rules": args.rules}
         given |= {} if args.without is None else {"without": args.without}
         given |= {"rules": []} if args.no_rules else {}
-        found = call(
+        report = call(
             "clean", args.paths, args.output, unicode=not args.no_unicode, whitespace=not args.no_whitespace,
             thresholds=numbers(args.threshold, "--threshold"), **given, **common(args),
         )  # fmt: skip
-        print_counts(args, found)
+        print_counts(args, report)
 
     parser.set_defaults(run=run)
 
@@ -145,7 +147,7 @@ def _dedup(commands: Any) -> None:
 
     def run(args: argparse.Namespace) -> None:
         names = ("unit", "threshold", "ngram", "permutations", "min_words", "keep", "seed")
-        found = call(
+        report = call(
             "dedup",
             args.paths,
             args.output,
@@ -153,7 +155,7 @@ def _dedup(commands: Any) -> None:
             **{name: getattr(args, name) for name in names},
             **common(args),
         )
-        print_counts(args, found)
+        print_counts(args, report)
 
     parser.set_defaults(run=run)
 
@@ -176,7 +178,7 @@ def _language(commands: Any) -> None:
     options.add_json(parser)
 
     def run(args: argparse.Namespace) -> None:
-        found = call(
+        report = call(
             "language",
             args.paths,
             args.output,
@@ -185,7 +187,7 @@ def _language(commands: Any) -> None:
             label=not args.no_label,
             **common(args),
         )
-        print_counts(args, found)
+        print_counts(args, report)
 
     parser.set_defaults(run=run)
 
@@ -219,11 +221,11 @@ def _redact(commands: Any) -> None:
 
     def run(args: argparse.Namespace) -> None:
         kinds = {} if args.kinds is None else {"kinds": args.kinds}
-        found = call(
+        report = call(
             "redact", args.paths, args.output, regions=args.region, placeholder=args.placeholder, values=not args.no_values, **kinds,
             **common(args),
         )  # fmt: skip
-        print_counts(args, found)
+        print_counts(args, report)
 
     parser.set_defaults(run=run)
 
@@ -254,13 +256,13 @@ def _decontaminate(commands: Any) -> None:
 
     def run(args: argparse.Namespace) -> None:
         names = ("against", "fields", "n", "least", "tokenizer", "action", "hits")
-        found = call(
+        report = call(
             "decontaminate", args.paths, args.output, **{name: getattr(args, name) for name in names}, **common(args)
         )
-        print_counts(args, found)
+        print_counts(args, report)
         if not args.json:
             print(
-                f"evaluation rows: {found['evaluation_rows']:,}, of which {found['evaluation_rows_hit']:,} were found"
+                f"evaluation rows: {report['evaluation_rows']:,}, of which {report['evaluation_rows_hit']:,} were found"
             )
 
     parser.set_defaults(run=run)
@@ -303,19 +305,19 @@ def _mix(commands: Any) -> None:
             except ValueError:
                 sources[text] = None  # the sign is in the name
         names = ("temperature", "max_repeats", "total", "seed", "source_field")
-        found = call("mix", sources, args.output, **{name: getattr(args, name) for name in names}, **common(args))
-        print_counts(args, found, _mix_lines)
+        report = call("mix", sources, args.output, **{name: getattr(args, name) for name in names}, **common(args))
+        print_counts(args, report, _mix_lines)
 
     parser.set_defaults(run=run)
 
 
-def _mix_lines(found: Mapping[str, Any]) -> list[str]:
+def _mix_lines(report: Mapping[str, Any]) -> list[str]:
     rows = [("source", "documents", "drawn", "repeats", "share")]
     rows += [
         (path, f"{s['documents']:,}", f"{s['drawn']:,}", f"{s['repeats']:g}", f"{s['weight']:.2%}")
-        for path, s in found["sources"].items()
+        for path, s in report["sources"].items()
     ]
-    return [f"{found['documents']:,} documents", *table(rows), f"output: {found['output']}"]
+    return [f"{report['documents']:,} documents", *table(rows), f"output: {report['output']}"]
 
 
 _SPLIT = """\
@@ -353,11 +355,11 @@ def _split(commands: Any) -> None:
 
     def run(args: argparse.Namespace) -> None:
         shares = {"shares": numbers(args.share, "--share")} if args.share else {}
-        found = call(
+        report = call(
             "split", args.paths, args.output, format=args.format, group=args.group, stratify=args.stratify,
             shuffle=not args.no_shuffle, seed=args.seed, **shares, **common(args),
         )  # fmt: skip
-        print_counts(args, found)
+        print_counts(args, report)
 
     parser.set_defaults(run=run)
 
@@ -401,18 +403,18 @@ def _tokenizer(commands: Any) -> None:
 
     def run(args: argparse.Namespace) -> None:
         names = ("kind", "vocab_size", "min_frequency", "extra_special", "lowercase", "compare", "by")
-        found = call(
+        report = call(
             "tokenizer", args.paths, args.output, **{name: getattr(args, name) for name in names}, **common(args)
         )
-        print_counts(args, found, _tokenizer_lines)
+        print_counts(args, report, _tokenizer_lines)
 
     parser.set_defaults(run=run)
 
 
-def _tokenizer_lines(found: Mapping[str, Any]) -> list[str]:
-    lines = [f"{found['kind']}, {found['vocab_size']:,} tokens: {found['output']}"] if "output" in found else []
+def _tokenizer_lines(report: Mapping[str, Any]) -> list[str]:
+    lines = [f"{report['kind']}, {report['vocab_size']:,} tokens: {report['output']}"] if "output" in report else []
     rows = [("group", "tokenizer", "bytes per token", "tokens", "unknown", "lossless")]
-    for group, measured in found["comparison"].items():
+    for group, measured in report["comparison"].items():
         for name, m in measured.items():
             rows.append(
                 (

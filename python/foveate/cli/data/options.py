@@ -82,34 +82,34 @@ def call(name: str, *arguments: Any, **options: Any) -> dict[str, Any]:
 
 
 def print_counts(
-    args: argparse.Namespace, found: Mapping[str, Any], lines: Callable[[Mapping[str, Any]], list[str]] | None = None
+    args: argparse.Namespace, report: Mapping[str, Any], lines: Callable[[Mapping[str, Any]], list[str]] | None = None
 ) -> None:
     """One object, or a few lines."""
     if args.json:
-        print_json(found)
+        print_json(report)
         return
-    print("\n".join((lines or _written)(found)))
+    print("\n".join((lines or _written)(report)))
 
 
-def _written(found: Mapping[str, Any]) -> list[str]:
+def _written(report: Mapping[str, Any]) -> list[str]:
     """Lines about what a command that removes has done."""
-    seconds, size = max(found["seconds"], 1e-3), found["bytes_in"]
+    seconds, size = max(report["seconds"], 1e-3), report["bytes_in"]
     lines = [
-        f"{found['documents']:,} documents: {found['kept']:,} kept ({found['changed']:,} changed), {found['removed']:,} removed",
-        f"{size / 1e6:,.1f} MB of text became {found['bytes_out'] / 1e6:,.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:,.1f} MB/s",
+        f"{report['documents']:,} documents: {report['kept']:,} kept ({report['changed']:,} changed), {report['removed']:,} removed",
+        f"{size / 1e6:,.1f} MB of text became {report['bytes_out'] / 1e6:,.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:,.1f} MB/s",
     ]
-    for title, counts in (("removed", found["reasons"]), ("done", found["labels"])):
+    for title, counts in (("removed", report["reasons"]), ("done", report["labels"])):
         if counts:
             lines.append(f"{title}:")
             lines += table(
                 [(name, f"{count:,}") for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
             )
-    for name, count in found.get("outputs", {}).items():
+    for name, count in report.get("outputs", {}).items():
         lines.append(f"{name}: {count:,} documents")
-    if "outputs" not in found:
-        lines.append(f"output: {found['output']}")
-    lines.append(f"removed: {found['removed_file']}")
-    return lines + [f"{name}: {found[name]}" for name in ("report", "hits") if name in found]
+    if "outputs" not in report:
+        lines.append(f"output: {report['output']}")
+    lines.append(f"removed: {report['removed_file']}")
+    return lines + [f"{name}: {report[name]}" for name in ("report", "hits") if name in report]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -125,13 +125,13 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def numbers(given: list[str] | None, flag: str) -> dict[str, float]:
     """{NAME: NUMBER} of the texts NAME=NUMBER."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for text in given or []:
         name, _, value = text.rpartition("=")
         try:
-            found[name] = float(value)
+            values[name] = float(value)
         except ValueError:
             raise UsageError(f"{flag} {text!r} must be NAME=NUMBER") from None
         if not name:
             raise UsageError(f"{flag} {text!r} must be NAME=NUMBER")
-    return found
+    return values

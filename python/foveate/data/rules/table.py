@@ -34,8 +34,8 @@ class Rule(NamedTuple):
         return self.name.partition("-")[0]
 
     def breaks(self, features: Features, threshold: float) -> bool:
-        found = self.value(features)
-        return found < threshold if self.kind == "least" else found > threshold
+        value = self.value(features)
+        return value < threshold if self.kind == "least" else value > threshold
 
 
 def _words(d: Features) -> float:
@@ -130,14 +130,14 @@ def chosen(
     groups = {name.partition("-")[0] for name in known}
 
     def expanded(given: Sequence[str]) -> set[str]:
-        found: set[str] = set()
+        members: set[str] = set()
         for name in given:
             if name not in known and name not in groups and name != "all":
                 raise ValueError(
                     f"there is no rule {name!r}; the groups are {', '.join(sorted(groups))}, and the rules {', '.join(known)}"
                 )
-            found |= {one for one in known if name in (one, "all") or one.startswith(f"{name}-")}
-        return found
+            members |= {one for one in known if name in (one, "all") or one.startswith(f"{name}-")}
+        return members
 
     meant = expanded(names) - expanded(without)
     for name in thresholds:

@@ -125,8 +125,8 @@ def _plain(scope: Any) -> dict[str, Any]:
 def prefix_of(body: bytes) -> str:
     """The beginning of the prompt or of the conversation; nothing for a body that has none, whose faults the replica tells."""
     try:
-        found = json.loads(body)
-        asked = next(found[name] for name in ("messages", "prompt", "input") if found.get(name))
+        fields = json.loads(body)
+        asked = next(fields[name] for name in ("messages", "prompt", "input") if fields.get(name))
     except (ValueError, AttributeError, StopIteration, RecursionError):
         return ""
     return _text(asked)[:_PREFIX]

@@ -29,13 +29,13 @@ class PrefixTable:
 
     def best(self, prefix: str, among: Collection[Any]) -> set[Any]:
         """The replicas among these that have had the longest beginning; none where nobody has had one block of it."""
-        found: set[Any] = set()
+        replicas: set[Any] = set()
         for block in self._blocks(prefix):
             known = self._replicas.get(block, set()) & set(among)
             if not known:
                 break
-            found = known
-        return found
+            replicas = known
+        return replicas
 
     def record(self, prefix: str, replica: Any) -> None:
         for block in self._blocks(prefix):

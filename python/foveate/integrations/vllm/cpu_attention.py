@@ -58,16 +58,16 @@ class MetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 def _by_new_tokens(starts: list[int], seq_lens: Tensor, block_table: Tensor) -> list[Requests]:
-    found, first = [], 0
+    groups, first = [], 0
     for new, group in groupby(end - start for start, end in pairwise(starts)):
         count = len(list(group))
         rows = slice(first, first + count)
         if new > 0:
             lens = seq_lens[rows]
             tokens = slice(starts[first], starts[first + count])
-            found.append(Requests(count, new, tokens, block_table[rows], lens, lens - new))
+            groups.append(Requests(count, new, tokens, block_table[rows], lens, lens - new))
         first += count
-    return found
+    return groups
 
 
 class Attention(CPUAttentionBackendImpl):
@@ -129,13 +129,13 @@ class Attention(CPUAttentionBackendImpl):
             new = {}
             if owns_cache:
                 new = {"k": key[requests.tokens].unflatten(0, shape), "v": value[requests.tokens].unflatten(0, shape)}
-            found = attention_with_kv_cache(
+            attended = attention_with_kv_cache(
                 query[requests.tokens].unflatten(0, shape), k_cache, v_cache, **new,
                 kv_lens=requests.before if owns_cache else requests.kv_lens, block_table=requests.block_table,
                 causal=attn_metadata.causal, window=self.window, scale=self.scale, softcap=self.logits_soft_cap or None,
                 alibi_slopes=self.alibi_slopes, sinks=sinks,
             )  # fmt: skip
-            out[requests.tokens] = cast(Tensor, found).flatten(0, 1)
+            out[requests.tokens] = cast(Tensor, attended).flatten(0, 1)
         return output
 
 

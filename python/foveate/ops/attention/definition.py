@@ -81,5 +81,5 @@ def backward(dout: Tensor, dlse: Tensor | None, c: Operands, wanted: Sequence[bo
     with recordable(), torch.enable_grad(), torch.autocast(c.q.device.type, enabled=False):
         out, lse = forward(Operands(*leaves))
         outputs, seeds = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-        found = iter(torch.autograd.grad(outputs, inputs, seeds, allow_unused=True, materialize_grads=True))
-    return tuple(next(found).contiguous() if want else c.q.new_empty(0) for want in wanted)
+        gradients = iter(torch.autograd.grad(outputs, inputs, seeds, allow_unused=True, materialize_grads=True))
+    return tuple(next(gradients).contiguous() if want else c.q.new_empty(0) for want in wanted)

@@ -22,8 +22,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         raise ValueError(
             "k and v are nested tensors of different lengths; build v with nested_tensor_from_jagged(values, k.offsets())"
         )
-    found = attention_varlen(qs, ks, vs, cu_q, cu_k, max_q, max_k, **options)
-    out, *lse = found if isinstance(found, tuple) else (found,)
+    results = attention_varlen(qs, ks, vs, cu_q, cu_k, max_q, max_k, **options)
+    out, *lse = results if isinstance(results, tuple) else (results,)
     out = torch.nested.nested_tensor_from_jagged(out, cu_q)
     return (out, *lse) if lse else out
 

@@ -116,10 +116,10 @@ def wanted_of(needs_input_grad: Sequence[bool]) -> list[bool]:
 
 def per_operand(gradients: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
     """For autograd: the gradient of each operand, None for those without one."""
-    found: list[Any] = [None] * len(Operands._fields)
+    of_operands: list[Any] = [None] * len(Operands._fields)
     for i, want, gradient in zip(DIFFERENTIABLE, wanted, gradients, strict=True):
-        found[i] = gradient if want else None
-    return found
+        of_operands[i] = gradient if want else None
+    return of_operands
 
 
 class Used(NamedTuple):

@@ -95,7 +95,7 @@ class _ScoreModAttention(torch.autograd.Function):
         c = checked_rows(Operands(*tensors, *ctx.options))
         wanted = wanted_of(ctx.needs_input_grad[1:])
         dout = torch.zeros_like(out) if dout is None else contiguous_rows(dout)
-        found = backward(
+        gradients = backward(
             dout,
             dlse,
             out,
@@ -105,4 +105,4 @@ class _ScoreModAttention(torch.autograd.Function):
             empty_grads(c, wanted),
             ScoreMod(ctx.functions[0], ctx.functions[1], aux),
         )
-        return None, *per_operand(found, wanted)
+        return None, *per_operand(gradients, wanted)

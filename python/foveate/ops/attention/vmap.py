@@ -66,8 +66,8 @@ def _backward(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
         return _loop(attention_backward, V, args, (*in_dims[:-1], None))
     B = folded.q.shape[0] // V
     rows = (_fold(x, dim, V, B) for x, dim in zip((dout, dlse, out, lse), in_dims))
-    found = zip(attention_backward(*rows, *folded, wanted), wanted)
-    grads = Gradients(*(x.unflatten(0, (V, -1)) if asked else x.expand(V, 0) for x, asked in found))
+    gradients = zip(attention_backward(*rows, *folded, wanted), wanted)
+    grads = Gradients(*(x.unflatten(0, (V, -1)) if asked else x.expand(V, 0) for x, asked in gradients))
     if want.bias and c.bias is not None:
         batch = c.bias.shape[0] if dims.bias is None else c.bias.movedim(dims.bias, 0).shape[1]
         if batch == 1:

@@ -133,17 +133,17 @@ def _product_by_kv_head(q: Tensor, k: Tensor, heads: Sequence[int], inside: Tens
     """`_product`, with one KV head at a time in the compute dtype."""
     B, R, Hq, D = q.shape
     group = int(Hq // max(k.shape[2], 1))
-    found: dict[int, Tensor] = {}
+    products: dict[int, Tensor] = {}
     for kv_head in dict.fromkeys(h // group for h in heads):
         members = [h for h in dict.fromkeys(heads) if h // group == kv_head]
         keys = k[:, :, kv_head].to(q.dtype)
         if inside is not None:  # 0 * NaN is NaN
             keys = torch.where(inside, keys, 0.0)
         some = torch.stack([q[:, :, h] for h in members], 1).reshape(B, len(members) * R, D)
-        found |= zip(members, (some @ keys.mT).view(B, len(members), R, k.shape[1]).unbind(1))
-    if not found:
+        products |= zip(members, (some @ keys.mT).view(B, len(members), R, k.shape[1]).unbind(1))
+    if not products:
         return q.new_zeros(B, 0, R, k.shape[1])
-    return torch.stack([found[h] for h in heads], 1)
+    return torch.stack([products[h] for h in heads], 1)
 
 
 def _take(x: Tensor, rows: Tensor, dim: int) -> Tensor:
@@ -186,13 +186,13 @@ def _check_places(name: str, what: str, places: int | Sequence[int], size: int) 
     if isinstance(places, (str, bytes)):
         raise TypeError(f"{name}={places!r} must be integers")
     given: list[Any] = list(places) if isinstance(places, Iterable) else [places]
-    found = []
+    checked = []
     for place in given:
         place = check_integer(f"an entry of {name}", place)
         if not -size <= place < size:
             raise ValueError(f"{name} has {place}; q has {size} {what}, so {name} go from {-size} to {size - 1}")
-        found.append(place % size)
-    return found
+        checked.append(place % size)
+    return checked
 
 
 def _has_values(x: Tensor) -> bool:

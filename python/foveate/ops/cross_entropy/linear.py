@@ -473,6 +473,6 @@ def _gradients_definition(
         return _definition(h, w, b, target, *others)
 
     wanted = [i for i, need in enumerate(needed) if need]
-    found = dict(zip(wanted, autograd.pull_back(rows, (hidden, weight, bias), wanted, (dloss,))))
-    grads = (found[i] * factor if i in found else hidden.new_empty(0) for i in range(3))
+    pulled = dict(zip(wanted, autograd.pull_back(rows, (hidden, weight, bias), wanted, (dloss,))))
+    grads = (pulled[i] * factor if i in pulled else hidden.new_empty(0) for i in range(3))
     return rows(hidden, weight, bias), *(g.to(gradient_dtype(hidden)) for g in grads)

@@ -190,10 +190,10 @@ def _features(op: str, options: Options, extras: Extras, soft: bool) -> tuple[st
     """What of _REASONS the call has."""
     beyond = options.label_smoothing != 0 or options.z_loss != 0
     linear = op == "linear_cross_entropy"
-    found = {
+    used_by_name = {
         "class probabilities": soft,
         "weights": extras.weight is not None and beyond,
         "results": extras.results and linear,
         "scaling": extras.token_scaling and beyond and linear,
     }
-    return tuple(name for name, used in found.items() if used)
+    return tuple(name for name, used in used_by_name.items() if used)

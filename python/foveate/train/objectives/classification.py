@@ -34,7 +34,7 @@ class Classification(Objective):
         self.classes, self.labels, self.several = classes, classes.names, classes.several
         self.weights = class_weights(config.class_weights, classes)
         if self.several and config.label_smoothing:
-            raise ValueError("label_smoothing is for one class a row; leave it away where rows have lists of classes")
+            raise ValueError("label_smoothing is for one class a row; omit it where rows have lists of classes")
 
     def signature(self) -> dict[str, Any]:
         fields = [self.config.text_field or "text", self.config.label_field]

@@ -111,7 +111,7 @@ def class_weights(given: Sequence[str], classes: Classes) -> Tensor | None:
     if not given:
         return None
     if classes.several:
-        raise ValueError("class_weights are for one class a row; leave them away where rows have lists of classes")
+        raise ValueError("class_weights are for one class a row; omit them where rows have lists of classes")
     if list(given) == ["balanced"]:
         absent = [name for name, count in zip(classes.names, classes.counts) if not count]
         if absent:
