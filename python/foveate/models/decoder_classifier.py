@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class LlamaForSequenceClassification(Llama):
     """`score`, a linear layer without a bias, of the hidden state of each text's last token; the names are Hugging Face's."""
 
     config_class = DecoderClassifierConfig
+    # with those of Llama the language model's head, in checkpoints that a classifier's head is put on
+    ignored = re.compile(rf"{Llama.ignored.pattern}|lm_head\.(weight|bias)")
 
     def __init__(self, config: DecoderClassifierConfig) -> None:
         super().__init__(config)

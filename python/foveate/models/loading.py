@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError, is_there
-from foveate.models import bert, llama
+from foveate.models import bert, decoder_classifier, llama
 from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
 from foveate.models.checkpoint.mxfp4 import Mxfp4Weights
 from foveate.models.checkpoint.open import TEXT_NAMES, TEXT_PART, TEXT_WEIGHTS, open_checkpoint
@@ -398,6 +398,14 @@ def _equal(a: Tensor | Blocks, b: Tensor | Blocks) -> bool:
 
 
 def _draw_head(model: Any, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+    if isinstance(model, decoder_classifier.LlamaForSequenceClassification):
+        if "score.weight" not in weights.names():
+            _set_parameter(
+                model,
+                "score.weight",
+                torch.empty(model.score.weight.shape, device=device, dtype=dtype).normal_(0, 0.02),
+            )
+        return
     if not isinstance(model, bert.BertWithHead):
         raise ValueError(f"new_head=True is for BERT's heads; {type(model).__name__} has none that can be missing")
     stored = {name.removeprefix(model.prefix) for name in weights.names()}

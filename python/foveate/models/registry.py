@@ -60,11 +60,19 @@ class Architecture:
 
     def transformers_name(self, model: nn.Module, model_type: str) -> str:
         """What `architectures` of the config.json of an exported model says."""
+        if type(model) is self.readers.get("sequence-classification"):
+            return self.classifier_name(model_type)
         named = (name for name, kind in self.named_heads.items() if kind is type(model))
         return next(named, self.exported_as[model_type])
 
+    def classifier_name(self, model_type: str) -> str:
+        """What transformers calls the classifier of a decoder."""
+        return self.exported_as[model_type].replace("ForCausalLM", "ForSequenceClassification")
+
 
 _LEARNT_BY_ENCODERS = ("masked-lm", "question-answering", "sequence-classification")
+# What a decoder that can be trained learns, and with a classifier's head.
+_DECODES = ("causal-lm", "dpo", "simpo", "orpo", "kto", "grpo", "distill")
 
 
 def _decoder(model_type: str) -> Architecture:
@@ -73,7 +81,7 @@ def _decoder(model_type: str) -> Architecture:
         {model_type: family.name},
         llama.Llama,
         llama.LlamaLayer,
-        ("causal-lm",) if family.trains else (),  # exports have Llama's names
+        (*_DECODES, "reward") if family.trains else (),  # exports have Llama's names
         "foveate.LLM",
         readers={"sequence-classification": decoder_classifier.LlamaForSequenceClassification},
         names=family.names,
@@ -135,7 +143,7 @@ ARCHITECTURES = (
         {"gpt2": "GPT2LMHeadModel"},
         gpt2.GPT2,
         gpt2.GPT2Layer,
-        ("causal-lm",),
+        _DECODES,
         "foveate.LLM",
         dropouts=("embd_pdrop", "resid_pdrop", "attn_pdrop"),
         tied_by_default=True,

@@ -10,11 +10,13 @@ if TYPE_CHECKING or not COMMAND_LINE:  # which reads the options of training bef
     from foveate.train.fitting import TrainResult, fit
     from foveate.train.loop import NonFiniteLoss
     from foveate.train.modules.lora import LoraConfig, add_lora, merge_lora
+    from foveate.train.objectives.rewards import RewardScorer
     from foveate.train.strategy import Strategy
 
 __all__ = [
     "LoraConfig",
     "NonFiniteLoss",
+    "RewardScorer",
     "Strategy",
     "TrainConfig",
     "TrainResult",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from foveate.train.data.token_store import TokenStore
 from foveate.train.data.tokenized import tokenized
 from foveate.train.loop import Dataset, Loop
 from foveate.train.modules.gradient_checkpointing import checkpoint_layers
+from foveate.train.modules.linear import speed_up_linear
 from foveate.train.modules.lora import LoraConfig
-from foveate.train.objectives.base import Objective
+from foveate.train.objectives.base import Beginning, Objective
 from foveate.train.objectives.choose import check_architecture, make_objective
+from foveate.train.objectives.rewards import Reward
 from foveate.train.report import Report
 from foveate.train.strategy import Strategy
 
@@ -60,6 +62,7 @@ def fit(
     *,
     strategy: Strategy | None = None,
     after_evaluation: Callable[[int, dict[str, float]], None] | None = None,
+    rewards: Sequence[Reward] = (),
     **options: Any,
 ) -> TrainResult:
     """Trains a model and writes checkpoints, metrics and the curve of the loss to config.output_dir.
@@ -68,6 +71,7 @@ def fit(
 
     config: a TrainConfig, or its fields as options; both: the config with these fields changed. strategy: how several processes
     share the work; None: one process. after_evaluation(step, metrics) is called after each evaluation and may raise to stop.
+    rewards: functions that score completions for grpo, beside those that config.reward names.
 
     The loss of a step is the sum over its target tokens (answers, examples) divided by their number over all accumulated batches
     and processes, so that neither accumulation nor the number of processes changes it. Weights and the optimizer's state are fp32.
@@ -78,7 +82,7 @@ def fit(
         from foveate.train.distributed.torchrun import started
 
         with started(config.strategy, config.device, config.context_parallel) as strategy:
-            return fit(config, strategy=strategy, after_evaluation=after_evaluation)
+            return fit(config, strategy=strategy, after_evaluation=after_evaluation, rewards=rewards)
     if strategy is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             f"{os.environ['WORLD_SIZE']} processes were started, and each would train alone; give a strategy, ddp or fsdp"
@@ -91,7 +95,7 @@ def fit(
     folder = Path(config.output_dir).expanduser()
     checkpoints = Checkpoints(folder, strategy)
     with checkpoints.claimed(resume=config.resume):
-        return _run(config, checkpoints, strategy, after_evaluation)
+        return _run(config, checkpoints, strategy, after_evaluation, rewards)
 
 
 def _run(
@@ -99,19 +103,21 @@ def _run(
     checkpoints: Checkpoints,
     strategy: Strategy,
     after_evaluation: Callable[[int, dict[str, float]], None] | None,
+    rewards: Sequence[Reward],
 ) -> TrainResult:
     folder = checkpoints.folder
     with strategy.main_first():
-        opened = _open(config)
+        opened = _open(config, rewards)
     trained, objective, train = opened.trained, opened.objective, opened.train
-    room = objective.max_length
+    room = longest = row_tokens(objective, train.examples)
+    packing = config.packing and objective.packs_examples
     chosen = config.batch_size is None
     if chosen:
         batch_size, room = choose(
-            train.examples.lengths, room, packing=config.packing, spread=config.accumulation * strategy.world_size
+            train.examples.lengths, room, packing=packing, spread=config.accumulation * strategy.world_size
         )
         config = config.replace(batch_size=batch_size)
-        if config.packing and room < objective.max_length:
+        if packing and room < longest:
             plan = BatchPlan(train.examples.lengths, room, packing=True, seed=config.seed)
             train = dataclasses.replace(train, plan=plan)
     checkpoints.check_space(_disk_bytes(config, trained.model))
@@ -126,12 +132,13 @@ def _run(
         report.note(note)
     if config.gradient_checkpointing:
         checkpoint_layers(trained.model)
+    _begin(objective, opened, folder, report, strategy)
     torch.manual_seed(config.seed + strategy.process)  # of dropout
     loop = Loop(
         config, trained.model, objective, train, opened.evaluation, checkpoints=checkpoints, report=report,
         strategy=strategy, export=trained.export, after_evaluation=after_evaluation,
     )  # fmt: skip
-    if chosen and config.packing and (batch_size, room) != (ROWS, objective.max_length):
+    if chosen and packing and (batch_size, room) != (ROWS, longest):
         rows = config.step_rows * strategy.world_size
         report.note(sentence(train.examples.lengths, rows, room, loop.epoch_steps, loop.steps))
     if not (config.resume and loop.resume()):
@@ -170,7 +177,21 @@ class _Opened:
     notes: list[str]  # for the user: what of the data is not read, ...
 
 
-def _open(config: TrainConfig) -> _Opened:
+def _begin(objective: Objective, opened: _Opened, folder: Path, report: Report, strategy: Strategy) -> None:
+    data = [opened.train] if opened.evaluation is None else [opened.train, opened.evaluation]
+    found = [(each.store, each.examples) for each in data]
+    room = row_tokens(objective, opened.train.examples)
+    speed_up_linear(opened.trained.model)
+    with strategy.main_first():
+        objective.begin(Beginning(opened.trained.model, found, folder, room, report.shows_bars, strategy.is_main))
+
+
+def row_tokens(objective: Objective, examples: Examples) -> int:
+    """What a row has room for: max_length, or the longest example, as one of two sequences may be longer."""
+    return max(objective.max_length, int(examples.lengths.max(initial=0)))
+
+
+def _open(config: TrainConfig, rewards: Sequence[Reward] = ()) -> _Opened:
     """The model, and the tokenised data of training and evaluation. All that is cheap to check comes first."""
     adapter, config = _adapter(config)
     checkpoint = None if config.model is None else open_checkpoint(config.model)
@@ -179,7 +200,7 @@ def _open(config: TrainConfig) -> _Opened:
     tokenizer = _tokenizer(config) if checkpoint is None else checkpoint.tokenizer()
     if tokenizer is None:
         raise ValueError(f"{config.model or config.tokenizer} has no tokenizer, so no text can be read for it")
-    objective = make_objective(config, tokenizer, hf_config)
+    objective = make_objective(config, tokenizer, hf_config, rewards)
     cache = None if config.cache_dir is None else Path(config.cache_dir).expanduser()
     store = tokenized(config.train_data, objective, tokenizer, cache=cache, progress=config.progress)
     examples = objective.examples(store)
@@ -274,7 +295,10 @@ def dataset(
     config: TrainConfig, objective: Objective, store: TokenStore, examples: Examples, *, shuffle: bool
 ) -> Dataset:
     """The examples of `store` in the order in which a run reads them."""
-    plan = BatchPlan(examples.lengths, objective.max_length, packing=config.packing, seed=config.seed, shuffle=shuffle)
+    packing = config.packing and objective.packs_examples
+    plan = BatchPlan(
+        examples.lengths, row_tokens(objective, examples), packing=packing, seed=config.seed, shuffle=shuffle
+    )
     return Dataset(store, examples, plan)
 
 

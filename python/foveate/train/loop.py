@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from foveate.train.checkpoints.fingerprint import frozen_checksum
 from foveate.train.checkpoints.folder import Checkpoints
 from foveate.train.checkpoints.output_folder import STATE
+from foveate.train.checkpoints.state import load_tensors, save_tensors
 from foveate.train.config import TrainConfig
 from foveate.train.data.batch import Batch
 from foveate.train.data.examples import Example, Examples
@@ -51,7 +52,7 @@ class LossModule(nn.Module):
     def forward(self, batch: Batch, evaluate: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the losses; with `evaluate` also sums of metrics."""
         if not evaluate:
-            return self.objective.loss(self.model, batch), {}
+            return self.objective.learn(self.model, batch)
         sums = self.objective.measure(self.model, batch)
         return sums.pop("loss"), sums
 
@@ -111,14 +112,16 @@ class Loop:
         )  # fmt: skip
         self.progress, self._stop = Progress(), StopRequest()
         rows = config.step_rows * strategy.world_size
-        self.epoch_steps = math.ceil(len(train.plan) / rows)
+        self.epoch_steps = math.ceil(len(train.plan) / rows) * objective.steps_per_row
         if rows > len(train.plan):
             report.note(
                 f"a step reads {rows} rows (batch_size x accumulation x processes), and the data are {len(train.plan)}"
                 f"{' packed' if config.packing else ''}: each is read {rows / len(train.plan):.3g} times in a step; "
                 "with a smaller batch_size it would be read once"
             )
-        self.steps = config.max_steps or max(1, math.ceil(config.epochs * len(train.plan) / rows))
+        self.steps = (
+            config.max_steps or max(1, math.ceil(config.epochs * len(train.plan) / rows)) * objective.steps_per_row
+        )
         self.warmup_steps = round(config.warmup * self.steps) if config.warmup < 1 else round(config.warmup)
         self.eval_every = config.eval_every or self.epoch_steps
         self.save_every = config.save_every or self.eval_every
@@ -166,6 +169,7 @@ class Loop:
             self.report.note(f"{self.checkpoints.folder} has no checkpoint to go on from, so the run begins at step 0")
             return False
         scalars = self.strategy.load_state(last / STATE, self.model, self.optimizer)
+        self.objective.load_state(load_tensors(last / STATE / f"objective-{self.strategy.process}.safetensors"))
         fixed, free = self.config.changes(scalars["config"])
         plan, before = self._plan(), scalars["plan"]
         fixed += [f"{name}={value} (was {before.get(name)})" for name, value in plan.items()
@@ -200,22 +204,26 @@ class Loop:
         )  # fmt: skip
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        rows = self.train_data.plan.step(step, config.step_rows, strategy.rank, strategy.world_size)
-        batches = [
-            self._batch(self.train_data, rows[i : i + config.pass_rows]) for i in range(0, len(rows), config.pass_rows)
-        ]
+        place = step // self.objective.steps_per_row
+        rows = self.train_data.plan.step(place, config.step_rows, strategy.rank, strategy.world_size)
+        groups = [rows[i : i + config.pass_rows] for i in range(0, len(rows), config.pass_rows)]
+        with self._autocast():
+            batches = self._batches(self.train_data, groups, step)
         norms = [b.target_count if b.norm is None else b.norm for b in batches]
         counts = torch.tensor([sum(norms), sum(b.tokens for b in batches)], dtype=torch.float64, device=self.device)
         target_count, tokens = strategy.sum(counts).tolist()
         target_count = target_count or 1.0
         self.module.train()
         total = torch.zeros((), device=self.device)
+        sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             with strategy.accumulating(self.module, last=i == len(batches) - 1):
                 with self._autocast():
-                    loss, _ = self.module(batch.to(self.device))
+                    loss, found = self.module(batch.to(self.device))
                 (loss * (strategy.gradient_factor / target_count)).backward()
             total += loss.detach()
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
         norm = strategy.clip(self._parameters(), config.max_grad_norm or math.inf)
         summed, asked = strategy.sum(torch.stack([total, total.new_tensor(self._stop.signal)])).tolist()
         mean = summed / target_count
@@ -232,9 +240,19 @@ class Loop:
         )
         self.report.step(
             step + 1, loss=mean, learning_rate=lr, grad_norm=float(norm), tokens=tokens, seconds=seconds,
-            epoch=(step + 1) / self.epoch_steps,
+            epoch=(step + 1) / self.epoch_steps, **self._measured(sums, batches),
         )  # fmt: skip
         return asked > 0
+
+    def _measured(self, sums: dict[str, Tensor], batches: list[Batch]) -> dict[str, float]:
+        """What the objective reports of a step beside its loss, from sums over the targets; {} where it reports nothing."""
+        if not sums:
+            return {}
+        count = torch.tensor(float(sum(b.target_count for b in batches)), dtype=torch.float64, device=self.device)
+        names = sorted(sums)
+        whole = [self.strategy.sum(sums[name]) for name in names]
+        total = max(float(self.strategy.sum(count)), 1.0)
+        return self.objective.metrics({name: (value / total).cpu() for name, value in zip(names, whole)})
 
     def _evaluate(self, evaluation: Dataset, step: int) -> bool:
         """Whether the loss is the best so far."""
@@ -265,8 +283,9 @@ class Loop:
         for first in range(0, len(data.plan), size * world):
             mine = [first + self.strategy.rank + i * world for i in range(size)]
             present = [row for row in mine if row < len(data.plan)]
-            batch = self._batch(data, [data.plan.packed_row(row) for row in present or [0]])
+            rows = [data.plan.packed_row(row) for row in present or [0]]
             with self._autocast():
+                [batch] = self._batches(data, [rows], None)
                 loss, found = self.module(batch.to(self.device), evaluate=True)
             found |= {"loss": loss, "target_count": torch.tensor(batch.target_count, device=self.device)}
             for name, value in found.items():
@@ -286,12 +305,17 @@ class Loop:
                 self.export(folder, weights)
             scalars = {"progress": finite(vars(self.progress)), "plan": self._plan(), "config": self.config.as_dict()}
             self.strategy.save_state(folder / STATE, self.model, self.optimizer, scalars)
+            save_tensors(folder / STATE / f"objective-{self.strategy.process}.safetensors", self.objective.state())
 
         self.checkpoints.save(self.progress.step, write, best=best)
 
-    def _batch(self, data: Dataset, packed_rows: list[list[ExampleIndex]]) -> Batch:
-        examples = [example for row in packed_rows for example in data.examples_of(row)]
-        return self.strategy.share(self.objective.collate(data.store, examples))
+    def _batches(self, data: Dataset, groups: list[list[list[ExampleIndex]]], step: int | None) -> list[Batch]:
+        """A batch for each group of packed rows."""
+        examples = [[example for row in group for example in data.examples_of(row)] for group in groups]
+        made = self.objective.batches(self.model, data.store, examples, step)
+        batches = [self.strategy.share(batch) for batch in made]
+        self.objective.prepare(self.model, batches, self.strategy.sum)
+        return batches
 
     def _parameters(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.grad is not None]

@@ -62,6 +62,10 @@ class Report:
         self.history = rows
         file.write_text("".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
 
+    @property
+    def shows_bars(self) -> bool:
+        return self._shown
+
     def start(self, step: int, steps: int) -> None:
         self._last = steps
         if not self._shown:

@@ -37,6 +37,7 @@ _TASKS = {
     "BertForSequenceClassification": "SEQ_CLS",
     "DebertaForQuestionAnswering": "QUESTION_ANS",
     "DebertaForSequenceClassification": "SEQ_CLS",
+    "LlamaForSequenceClassification": "SEQ_CLS",
     "T5": "SEQ_2_SEQ_LM",
     "Bart": "SEQ_2_SEQ_LM",
     "Llama": "CAUSAL_LM",

@@ -25,6 +25,14 @@ def frozen_checksum(model: nn.Module) -> str:
     return _of_samples(tensors) if tensors else ""
 
 
+def start_checksum(model: nn.Module) -> str:
+    """A checksum of all weights, by samples of each."""
+    tensors = [(name, p.detach()) for name, p in model.named_parameters()]
+    return _of_samples(
+        [*tensors, *((f"{name}.packed", m.data) for name, m in model.named_modules() if isinstance(m, PackedLinear))]
+    )
+
+
 def _of_samples(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:

@@ -193,7 +193,14 @@ def _hf_config(config: TrainConfig, known: dict[str, Any], objective: Objective)
     hf_config = dict(known)
     labels: list[str] | None = getattr(objective, "labels", None)
     if labels is not None:
-        hf_config["problem_type"] = f"{'multi' if objective.several else 'single'}_label_classification"  # type: ignore[attr-defined]
+        architecture = architecture_of(hf_config)
+        if "sequence-classification" in architecture.readers:
+            hf_config["architectures"] = [architecture.classifier_name(hf_config["model_type"])]
+            hf_config.pop("num_labels", None)
+        several = objective.several  # type: ignore[attr-defined]
+        hf_config["problem_type"] = (
+            "regression" if len(labels) == 1 else f"{'multi' if several else 'single'}_label_classification"
+        )
         hf_config["id2label"] = {str(i): label for i, label in enumerate(labels)}
         hf_config["label2id"] = {label: i for i, label in enumerate(labels)}
     if config.dropout is not None:

@@ -18,7 +18,7 @@ RECORD, LOCK = "checkpoints.json", ".lock"
 STATE = "state"  # the part of a checkpoint that only a run that goes on needs
 _STEP = re.compile(r"step-\d{8,}")
 # What a run writes beside its checkpoints.
-_WRITTEN = ("metrics.jsonl", "loss.png", "last", "best", "merged", "tensorboard")
+_WRITTEN = ("metrics.jsonl", "loss.png", "last", "best", "merged", "tensorboard", "reference.safetensors")
 
 
 @dataclass

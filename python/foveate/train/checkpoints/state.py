@@ -92,3 +92,21 @@ def read_scalars(file: Path) -> dict[str, Any]:
     if not is_there(file):
         raise CheckpointError(f"{file} is not there, so the state is not whole; resume from another checkpoint")
     return read_json(file)
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Nothing for no tensors."""
+    from safetensors.torch import save_file
+
+    if tensors:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The inverse; {} without the file."""
+    from safetensors.torch import load_file
+
+    if not file.exists():
+        return {}
+    with library_errors(f"{file} is truncated or not a safetensors file", "; resume from another checkpoint"):
+        return load_file(file)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.models.bert import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification
+from foveate.models.decoder_classifier import LlamaForSequenceClassification
 from foveate.models.layers import PackedEmbedding
 from foveate.models.registry import LAYERS
 from foveate.nn import PackedLinear
@@ -22,6 +23,7 @@ _HEADS: dict[type[nn.Module], tuple[str, ...]] = {
     BertForQuestionAnswering: ("qa_outputs",),
     BertForSequenceClassification: ("classifier", "pooler"),
     BertForMaskedLM: ("transform", "lm_head.dense", "lm_head.LayerNorm"),
+    LlamaForSequenceClassification: ("score",),
 }
 
 HEADS = ("lm_head", "cls.predictions.decoder", "lm_predictions.lm_head.decoder")  # that may be the embedding's matrix
@@ -85,7 +87,11 @@ def expand(packed: PackedLinear) -> Tensor:
 
 
 class LoraLinear(nn.Module):
-    """base(x) + scale * dropout(x) @ A.T @ B.T. A [rank, in] as nn.Linear is initialised, B [out, rank] 0, both fp32."""
+    """base(x) + scale * dropout(x) @ A.T @ B.T. A [rank, in] as nn.Linear is initialised, B [out, rank] 0, both fp32.
+
+    active False: base(x) alone."""
+
+    active = True
 
     def __init__(self, base: Any, config: LoraConfig) -> None:
         super().__init__()
@@ -98,7 +104,14 @@ class LoraLinear(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.scale = config.scale
 
+    @property
+    def second(self) -> Tensor:
+        """The matrix that is 0 until something is learnt."""
+        return self.lora_B
+
     def forward(self, x: Tensor) -> Tensor:
+        if not self.active:
+            return self.base(x)
         update = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
         return self.base(x) + self.scale * update
 
@@ -114,12 +127,18 @@ class LoraLinear(nn.Module):
     def widened(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x' [..., in + rank] and W' [out, in + rank] with x' @ W'.T = self(x) but for the bias: for losses that take a head's matrix."""
         base: Any = self.base
+        if not self.active:
+            return x, base.weight
         update = self.scale * F.linear(self.dropout(x), self.lora_A)
         return torch.cat([x, update.to(x.dtype)], -1), torch.cat([base.weight, self.lora_B.to(base.weight.dtype)], 1)
 
 
 class LoraEmbedding(nn.Module):
-    """base(tokens) + scale * A.T[tokens] @ B.T. A [rank, rows] 0, B [out, rank] drawn from N(0, 1), both fp32, as peft has them."""
+    """base(tokens) + scale * A.T[tokens] @ B.T. A [rank, rows] 0, B [out, rank] drawn from N(0, 1), both fp32, as peft has them.
+
+    active False: base(tokens) alone."""
+
+    active = True
 
     def __init__(self, base: Any, config: LoraConfig) -> None:
         super().__init__()
@@ -131,8 +150,15 @@ class LoraEmbedding(nn.Module):
         self.lora_embedding_B = nn.Parameter(torch.randn(out, config.rank, device=device))
         self.scale = config.scale
 
+    @property
+    def second(self) -> Tensor:
+        """The matrix that is 0 until something is learnt."""
+        return self.lora_embedding_A
+
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., out]"""
+        if not self.active:
+            return self.base(tokens)
         update = F.linear(F.embedding(tokens, self.lora_embedding_A.T), self.lora_embedding_B)
         x = self.base(tokens)
         return x + (self.scale * update).to(x.dtype)

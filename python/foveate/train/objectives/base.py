@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,28 @@ from foveate.train.data.examples import Columns, Example, Examples, Parts
 from foveate.train.data.token_store import TokenStore
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What an objective may look at before the first step, and before a state is loaded: the weights are those of the start.
+
+    data: each store with its examples, of training and evaluation. room: tokens of a batch. writes: of one process."""
+
+    model: nn.Module
+    data: list[tuple[TokenStore, Examples]]
+    folder: Path
+    room: int
+    progress: bool
+    writes: bool
+
+
 class Objective:
     """A task's part in a run; a subclass says what is not said here. The loss is a mean over a batch's targets, which are tokens, windows
     or examples: `target_count` of them."""
 
     perplexity = False  # whether exp(loss) is one
     head: str | None = None  # of load_model
+    packs_examples = True  # whether config.packing fills the rows of the data; else a row is an example
+    steps_per_row = 1  # optimizer steps on the same rows
     max_length: int
     config: TrainConfig
     tokenizer: Tokenizer
@@ -52,9 +70,32 @@ class Objective:
     def collate(self, store: TokenStore, examples: Sequence[Example]) -> Batch:
         raise NotImplementedError
 
+    def begin(self, beginning: Beginning) -> None:
+        """Called once, before the first step."""
+
+    def batches(
+        self, model: Any, store: TokenStore, groups: Sequence[Sequence[Example]], step: int | None
+    ) -> list[Batch]:
+        """What is learnt in a step from these examples, a batch for each forward pass; step None: what is measured."""
+        return [self.collate(store, group) for group in groups]
+
+    def prepare(self, model: Any, batches: Sequence[Batch], total: Callable[[Tensor], Tensor]) -> None:
+        """May add what the loss needs of all batches of a step together. total: a sum over all processes, each of which calls it alike."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a run that goes on needs beside weights, optimizer and random state."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse."""
+
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """The sum over the batch's targets."""
         raise NotImplementedError
+
+    def learn(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and other sums over the targets that are reported as `metrics` makes them."""
+        return self.loss(model, batch), {}
 
     def measure(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """ "loss" and other sums over the targets of a batch of evaluation data, such as "accuracy"; numbers or vectors."""

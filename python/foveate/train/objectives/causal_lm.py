@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from foveate.ops.cross_entropy import linear_cross_entropy
 from foveate.tokenizer import Tokenizer
 from foveate.train.config import TrainConfig
 from foveate.train.data import chat
@@ -17,8 +15,8 @@ from foveate.train.data.batch import IGNORED, Batch, join, layout
 from foveate.train.data.chat_template import end_of_turn
 from foveate.train.data.examples import Columns, Example, Examples, Parts, length_notes, too_long
 from foveate.train.data.token_store import TokenStore
-from foveate.train.modules.lora import LoraLinear
 from foveate.train.objectives.base import Objective
+from foveate.train.objectives.head import head_loss, scaled
 
 _PASSED_OVER = 2  # in the column "first"
 _CHAT = 2  # in the column "whole"
@@ -134,9 +132,8 @@ class CausalLM(Objective):
     def loss(self, model: Any, batch: Batch) -> Tensor:
         # padding on the right needs no mask: no token sees what comes after it
         hidden = model.hidden(batch["tokens"], packed=batch.packed.get("tokens"))
-        return head_loss(
-            model.lm_head, hidden, batch["labels"], self.config, softcap=getattr(model.config, "final_softcap", None)
-        )
+        hidden, options = scaled(model, hidden)
+        return head_loss(model.lm_head, hidden, batch["labels"], self.config, **options)
 
 
 def cut(lengths: np.ndarray, longest: int) -> Examples:
@@ -145,16 +142,3 @@ def cut(lengths: np.ndarray, longest: int) -> Examples:
     documents = np.repeat(np.arange(len(lengths)), count)
     starts = (np.arange(len(documents)) - np.repeat(np.cumsum(count) - count, count)) * longest
     return Examples(documents, starts, np.minimum(lengths[documents] - starts, longest))
-
-
-def head_loss(head: Any, hidden: Tensor, labels: Tensor, config: TrainConfig, **options: Any) -> Tensor:
-    """The summed cross-entropy of head(hidden); the logits are never stored. Evaluation measures it without smoothing and z-loss."""
-    if torch.is_grad_enabled():
-        options |= {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
-    if isinstance(head, LoraLinear):
-        hidden, weight = head.widened(hidden)
-        head = head.base
-    else:
-        weight = head.weight
-    options.setdefault("bias", head.bias)
-    return linear_cross_entropy(hidden, weight, labels, reduction="sum", **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from foveate.files.data_files import declared_labels, read_rows
@@ -11,12 +12,22 @@ from foveate.train.config import TrainConfig
 from foveate.train.objectives.base import Objective
 from foveate.train.objectives.causal_lm import CausalLM
 from foveate.train.objectives.classification import Classification
+from foveate.train.objectives.distillation import Distillation
+from foveate.train.objectives.grpo import GRPO
+from foveate.train.objectives.kto import KTO
 from foveate.train.objectives.labels import find_classes
 from foveate.train.objectives.masked_lm import MaskedLM
+from foveate.train.objectives.preferences import DPO, ORPO, SimPO
 from foveate.train.objectives.question_answering import QuestionAnswering
+from foveate.train.objectives.reward_model import RewardModel
+from foveate.train.objectives.rewards import Reward, resolve
 from foveate.train.objectives.seq2seq import Seq2Seq, SpanCorruption
 
 DEFAULT_LENGTH = 1024
+_SIMPLE: dict[str, Callable[[TrainConfig, Tokenizer, int], Objective]] = {
+    "causal-lm": CausalLM, "masked-lm": MaskedLM, "question-answering": QuestionAnswering, "dpo": DPO, "simpo": SimPO, "orpo": ORPO,
+    "kto": KTO, "reward": RewardModel,
+}  # fmt: skip
 
 
 def check_architecture(objective: str, hf_config: dict[str, Any]) -> None:
@@ -45,13 +56,11 @@ def sequence_length(config: TrainConfig, hf_config: dict[str, Any]) -> int:
     return longest
 
 
-def make_objective(config: TrainConfig, tokenizer: Tokenizer, hf_config: dict[str, Any]) -> Objective:
-    """hf_config: the keys of config.json."""
+def make_objective(
+    config: TrainConfig, tokenizer: Tokenizer, hf_config: dict[str, Any], rewards: Sequence[Reward] = ()
+) -> Objective:
+    """hf_config: the keys of config.json. rewards: of grpo, beside those that the config names."""
     length = sequence_length(config, hf_config)
-    if config.objective == "masked-lm":
-        return MaskedLM(config, tokenizer, length)
-    if config.objective == "question-answering":
-        return QuestionAnswering(config, tokenizer, length)
     if config.objective == "sequence-classification":
         declared = declared_labels(config.train_data, config.label_field)
         found = find_classes(read_rows(config.train_data), config.label_field, known_classes(hf_config), declared or ())
@@ -59,7 +68,11 @@ def make_objective(config: TrainConfig, tokenizer: Tokenizer, hf_config: dict[st
     if config.objective in ("seq2seq", "span-corruption"):
         kind = Seq2Seq if config.objective == "seq2seq" else SpanCorruption
         return kind(config, tokenizer, length, hf_config)
-    return CausalLM(config, tokenizer, length)
+    if config.objective == "distill":
+        return Distillation(config, tokenizer, length, hf_config.get("hidden_size") or hf_config.get("n_embd"))
+    if config.objective == "grpo":
+        return GRPO(config, tokenizer, length, [*rewards, *resolve(config.reward, config.device)])
+    return _SIMPLE[config.objective](config, tokenizer, length)
 
 
 def known_classes(hf_config: dict[str, Any]) -> list[str]:

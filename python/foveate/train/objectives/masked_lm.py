@@ -15,7 +15,8 @@ from foveate.train.data.batch import IGNORED, Batch, join, layout
 from foveate.train.data.examples import Columns, Example, Examples, Parts, empty_notes, text_of
 from foveate.train.data.token_store import TokenStore
 from foveate.train.objectives.base import Objective
-from foveate.train.objectives.causal_lm import cut, head_loss
+from foveate.train.objectives.causal_lm import cut
+from foveate.train.objectives.head import head_loss
 
 
 class MaskedLM(Objective):

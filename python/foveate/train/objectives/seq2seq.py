@@ -17,7 +17,8 @@ from foveate.train.data.batch import IGNORED, Batch, join, layout
 from foveate.train.data.examples import Columns, Example, Examples, Parts, empty_notes, length_notes, text_of, too_long
 from foveate.train.data.token_store import TokenStore
 from foveate.train.objectives.base import Objective
-from foveate.train.objectives.causal_lm import cut, head_loss
+from foveate.train.objectives.causal_lm import cut
+from foveate.train.objectives.head import head_loss
 
 _WHAT = "sources or targets"
 
