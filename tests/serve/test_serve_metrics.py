@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import serve_toys
@@ -76,30 +77,42 @@ def test_requests_are_accounted_for(folder):
         assert metric("foveate:http_responses_total", route="none", status="404") == 1
 
 
-def test_the_log_has_ids_sizes_and_reasons_but_no_text(folder):
-    lines: list[str] = []
+@pytest.fixture
+def lines():
+    """Of the request log."""
+    found: list[str] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            lines.append(JsonLines().format(record))
+            found.append(JsonLines().format(record))
 
     logger, handler = logging.getLogger("foveate.serve.requests"), Keep()
     logger.addHandler(handler)
     before = logger.level
     logger.setLevel(logging.INFO)
-    try:
-        with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}, api_keys=("log-key-1",)) as running:
-            running.client.post(
-                running.url + "/v1/completions",
-                json={"prompt": "lazy dog", "max_tokens": 3, "ignore_eos": True},
-                headers={"x-request-id": "r-1"},
-            )
-            running.post("/v1/chat/completions", messages=[{"role": "user", "content": "lazy dog"}], temperature=9e9)
-            running.get("/health")
-            running.wait(lambda: len(lines) >= 2)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+def test_the_log_has_texts_only_when_asked(folder, lines):
+    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}, log_texts=True) as running:
+        text = running.text(prompt="lazy dog", max_tokens=3, ignore_eos=True, temperature=0)
+        running.wait(lambda: len(lines) >= 1)
+    [found] = (json.loads(line) for line in lines)
+    assert found["prompts"] == ["lazy dog"] and found["replies"] == [text]
+
+
+def test_the_log_has_ids_sizes_and_reasons_but_no_text(folder, lines):
+    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}, api_keys=("log-key-1",)) as running:
+        running.client.post(
+            running.url + "/v1/completions",
+            json={"prompt": "lazy dog", "max_tokens": 3, "ignore_eos": True},
+            headers={"x-request-id": "r-1"},
+        )
+        running.post("/v1/chat/completions", messages=[{"role": "user", "content": "lazy dog"}], temperature=9e9)
+        running.get("/health")
+        running.wait(lambda: len(lines) >= 2)
     first, second = (json.loads(line) for line in lines)
     assert (
         first["id"] == "r-1"

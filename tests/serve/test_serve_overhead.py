@@ -2,13 +2,17 @@
 
 import asyncio
 import importlib
+import os
 import random
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx2
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 import serve_toys
@@ -16,6 +20,7 @@ from foveate.generation.outputs import CompletionOutput, RequestMetrics, Request
 from foveate.generation.params import SamplingParams
 from foveate.serve.jobs import Call, Job
 from foveate.serve.server import raise_open_files
+from foveate.serve.settings import ServeSettings
 from foveate.serve.token_times import TokenTimes
 from foveate.serve.worker import EngineWorker
 
@@ -188,6 +193,67 @@ def test_silence_is_told_after_patience_and_not_after_each_change():
         assert not any(seen)
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def calls_a_token(toy, streams: int, tokens: int) -> float:
+    """Functions of Python and C that the event loop's thread enters for each token of streams that run together.
+
+    Counted, not timed: another process cannot change it. Requests are in it, too."""
+    counts = {"call": 0, "c_call": 0}
+
+    def count(frame, event, argument) -> None:
+        if event in counts:
+            counts[event] += 1
+
+    def in_loop(function) -> None:
+        done = threading.Event()
+        toy.worker._loop.call_soon_threadsafe(lambda: (function(), done.set()))
+        assert done.wait(60)
+
+    async def all_streams() -> list[bytes]:
+        async with httpx2.AsyncClient(timeout=60, trust_env=False) as client:
+            asked = {"prompt": [5, 6, 7], "max_tokens": tokens, "ignore_eos": True, "stream": True}
+            answers = [client.post(toy.url + "/v1/completions", json={**asked, "seed": i}) for i in range(streams)]
+            return [answer.content for answer in await asyncio.gather(*answers)]
+
+    in_loop(lambda: sys.setprofile(count))
+    try:
+        found = asyncio.run(all_streams())
+    finally:
+        in_loop(lambda: sys.setprofile(None))
+    assert all(body.endswith(b"data: [DONE]\n\n") for body in found)
+    return sum(counts.values()) / (streams * tokens)
+
+
+def test_http_adds_little_work_to_a_token(toy):
+    """The longer the streams, the less their requests count; what stays is a token's own."""
+    short, long = (calls_a_token(toy, 8, tokens) for tokens in (20, 120))
+    a_token = (120 * long - 20 * short) / 100
+    assert a_token < 60, f"{a_token:.0f} calls for each token"
+
+
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [0])(0)) < 2, reason="it needs two processors")
+def test_http_has_processors_of_its_own(folder):
+    """The kernels' threads are started by the engine's, and so bound as it is."""
+    every, where = os.sched_getaffinity(0), {}
+    with serve_toys.serving({"toy": lambda: serve_toys.make_llm(folder)}, http_processors=1) as running:
+        step = running.engine.step
+
+        def looking():
+            where["engine"] = os.sched_getaffinity(0)
+            return step()
+
+        running.engine.step = looking
+        assert running.text(prompt="x", max_tokens=2, ignore_eos=True)
+        running.worker._loop.call_soon_threadsafe(lambda: where.setdefault("loop", os.sched_getaffinity(0)))
+        running.wait(lambda: "loop" in where)
+        assert torch.get_num_threads() <= len(every) - 1
+    assert where["loop"] == {max(every)} and where["engine"] == every - where["loop"]
+    for count in (len(every), -1):
+        with pytest.raises(
+            ValueError, match=f"http_processors={count} must be from 0 to {len(every) - 1}|must be from 0 to 0"
+        ):
+            ServeSettings({"toy": "toy"}, http_processors=count)
 
 
 def test_open_files_are_raised_to_the_hard_limit(monkeypatch):

@@ -140,7 +140,6 @@ def test_a_prompt_that_is_too_long(toy):
 
 
 def test_other_kinds_of_models_are_named(toy):
-    assert "Embedder" in toy.error(400, "/v1/embeddings", input="x")["message"]
     assert "Reranker" in toy.error(400, "/rerank", query="x", documents=["y"])["message"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -36,6 +37,12 @@ TOOL = {
     },
 }
 LLM_OPTIONS = {"num_pages": 64, "page_size": 4, "progress": False}
+
+
+def check_no_internals(text: str) -> None:
+    """Addresses, modules and stack traces tell an attacker what to attack: CVE-2026-22778 began with one in an error message."""
+    found = re.search(r"0x[0-9a-f]{6,}|Traceback|site-packages|\bobject at\b|\.py\b|line \d+, in ", text)
+    assert found is None, f"{found[0]!r} in {text[:500]}"
 
 
 @dataclass
@@ -74,6 +81,7 @@ class Running:
         assert set(found.json()) == {"error"}
         error = found.json()["error"]
         assert set(error) == {"message", "type", "param", "code"} and error["message"]
+        check_no_internals(found.text)
         return error
 
     def events(self, path: str, **body: Any) -> list[dict[str, Any]]:

@@ -84,6 +84,11 @@ def add_parser(commands: Any) -> None:
         help="a policy (.yaml, .json): what prompts and answers may not have is blocked, redacted or counted",
     )  # fmt: skip
     watching.add_argument("--no-request-log", action="store_true", help="no line for each request on stderr")
+    watching.add_argument(
+        "--log-texts",
+        action="store_true",
+        help="prompts and replies in the request log, which has only their sizes else",
+    )
     parser.set_defaults(run=run)
 
 
@@ -93,10 +98,23 @@ _LIMITS: tuple[tuple[str, type, float, str], ...] = (
     ("--max-body-bytes", int, 4 * 2**20, "of a request"),
     ("--request-timeout", float, 600.0, "seconds for a whole answer"),
     ("--send-timeout", float, 60.0, "seconds that a client may take no bytes"),
+    ("--body-timeout", float, 30.0, "seconds that a request's body may take to arrive"),
+    (
+        "--keep-alive",
+        float,
+        15.0,
+        "seconds of silence in a stream before a comment, which keeps proxies from closing it",
+    ),
     ("--drain-timeout", float, 60.0, "seconds that running requests get after SIGTERM"),
     ("--stall-timeout", float, 30.0, "age of a step from which /ready fails"),
     ("--hang-timeout", float, 300.0, "age of a step from which an engine is restarted, or /health fails"),
     ("--max-engine-restarts", int, 3, "engines on CPUs that hang are restarted so often"),
+    (
+        "--http-processors",
+        int,
+        0,
+        "processors that HTTP keeps for itself; the model gets the others, 0: they share all",
+    ),
     ("--max-logprobs", int, 20, "alternatives per token that may be asked for"),
 )
 
@@ -129,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
             aliases=_aliases(args.alias), options=options.llm_options(args),
             host=args.host, port=args.port, api_keys=tuple(keys),
             insecure=args.insecure, canary=args.canary, canary_every=args.canary_every, log_requests=not args.no_request_log,
-            quality_reference=args.quality_reference, guard=args.guard,
+            log_texts=args.log_texts, quality_reference=args.quality_reference, guard=args.guard,
             certificate=args.tls_certificate, certificate_key=args.tls_key, **limits,
         )  # fmt: skip
     except ValueError as error:

@@ -11,9 +11,9 @@ from typing import Any
 from starlette.responses import Response
 
 from foveate.generation.outputs import RequestOutput
-from foveate.serve.errors import ApiError, dumps, error_response, json_response, of_model
+from foveate.serve.errors import ApiError, dumps, dumps_finite, error_response, json_response, of_model
 from foveate.serve.inspection import Inspected
-from foveate.serve.jobs import Call
+from foveate.serve.jobs import Call, Job
 from foveate.serve.keys import caller
 from foveate.serve.served import ServedModel
 from foveate.serve.state import ServerState
@@ -76,7 +76,7 @@ class OfChoices(Writer):
         return {**self._head, "choices": [], **fields}
 
     def events(self) -> bytes:
-        return b"".join([self._before + dumps(choice) + self._after for choice in self.choices()])
+        return b"".join([self._before + dumps_finite(choice) + self._after for choice in self.choices()])
 
 
 class Answer(Response):
@@ -101,10 +101,14 @@ class Answer(Response):
             job.adapter = served.adapter
             job.salt = "" if key is None else key.salt
         self._started = False
+        self._send_body: Any = (
+            None  # the server's own, for the bytes of each token: without what a request goes through
+        )
         self._sending: float | None = None  # since when the client takes no bytes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         record = scope["foveate"]
+        self._send_body = scope.get("foveate_send", send)
         key, reserved = caller.get(), self.call.most_tokens
         name = "" if key is None else key.name
         began, failure = time.time(), None
@@ -125,7 +129,7 @@ class Answer(Response):
             if not self._started:
                 await error_response(error)(scope, receive, send)
             elif error.status != 499:  # within a stream: an event that clients raise
-                await self._send(send, self.writer.end(error), more=False)
+                await self._send(self.writer.end(error), more=False)
         finally:
             self._describe(record)
             if self.state.tracing is not None:
@@ -176,7 +180,7 @@ class Answer(Response):
         response = json_response(self.writer.whole(outputs) | await self._inspected(outputs))
         self._started = True
         await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
-        await self._send(send, bytes(response.body), more=False)
+        await self._send(bytes(response.body), more=False)
 
     async def _stream(self, send: Any) -> None:
         async for changed in self.call.changes(self.state.settings.keep_alive):
@@ -185,15 +189,15 @@ class Answer(Response):
                 self._started = self.call.sent = True
                 await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
             if events:
-                await self._send(send, events, more=True)
+                await self._send(events, more=True)
         found = await self._inspected([job.output for job in self.call.jobs if job.output is not None])
         last = [*([self.writer.beside(found)] if found else []), *self.writer.last_chunks()]
         events = b"".join(map(self.writer.frame, last))
-        await self._send(send, events + self.writer.end(), more=False)
+        await self._send(events + self.writer.end(), more=False)
 
-    async def _send(self, send: Any, body: bytes, *, more: bool) -> None:
+    async def _send(self, body: bytes, *, more: bool) -> None:
         self._sending = time.monotonic()
-        await send({"type": "http.response.body", "body": body, "more_body": more})
+        await self._send_body({"type": "http.response.body", "body": body, "more_body": more})
         self._sending = None
 
     def _describe(self, record: dict[str, Any]) -> None:
@@ -205,11 +209,18 @@ class Answer(Response):
             s.finish_reason for job in jobs if job.output is not None for s in job.output.outputs if s.finish_reason
         ]
         record["finish_reasons"] = reasons[:8]
+        if self.state.settings.log_texts:
+            record["prompts"] = [self._text(job) for job in jobs]
+            record["replies"] = [s.text for job in jobs if job.output is not None for s in job.output.outputs]
         first = jobs[0]
         if first.started is not None:
             record["queue_seconds"] = round(first.started - first.submitted, 6)
         if first.output is not None and first.output.metrics.first_token_time is not None:
             record["first_token_seconds"] = round(first.output.metrics.first_token_time - first.submitted, 6)
+
+    def _text(self, job: Job) -> str:
+        tokenizer = self.served.llm.tokenizer
+        return f"ids {job.tokens}" if tokenizer is None else tokenizer.decode(job.tokens, skip_special_tokens=False)
 
 
 def dumps_event(value: Any) -> bytes:

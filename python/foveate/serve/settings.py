@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.serve.keys import Key
+from foveate.serve.processors import Processors
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ServeSettings:
     drain_timeout: seconds that running requests get after SIGTERM. stall_timeout: age of a step from which /ready fails;
     hang_timeout: from which the engine is restarted, max_engine_restarts times, and then /health fails.
     max_logprobs: alternatives per token that may be asked for.
+    http_processors: that the event loop keeps for itself, see `Processors`; 0: it shares all with the model.
     log_texts: prompts and replies in the log. canary: a file of golden prompts, run every canary_every seconds.
     guard: a policy file, for prompts and answers.
     quality_reference: a saved answer of /quality, with whose prompts those of now are compared; the first ones by default.
@@ -49,6 +51,7 @@ class ServeSettings:
     hang_timeout: float = 300.0
     max_engine_restarts: int = 3
     max_logprobs: int = 20
+    http_processors: int = 0
     log_requests: bool = True
     log_texts: bool = False
     canary: Path | None = None
@@ -85,6 +88,7 @@ class ServeSettings:
         for name in ("max_queue", "max_logprobs", "max_engine_restarts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        Processors.check(self.http_processors)
         for key in self.api_keys:
             if isinstance(key, str):
                 Key.of(key)  # ValueError for a short one

@@ -21,6 +21,7 @@ from foveate.serve.guarding import ServedGuard
 from foveate.serve.jobs import Job
 from foveate.serve.keys import Keys, caller
 from foveate.serve.metrics import Metrics
+from foveate.serve.processors import Processors
 from foveate.serve.quality import Quality
 from foveate.serve.served import ServedAdapter, ServedModel, loader
 from foveate.serve.settings import ServeSettings
@@ -42,9 +43,10 @@ class ServerState:
         self.loaders = loaders or {}  # by name or path, in place of `loader`
         paths = settings.models | {candidate_name(name): path for name, (path, _) in settings.candidates.items()}
         self.models: dict[str, ServedModel] = {}
+        self.processors = Processors.split(settings.http_processors)
         for name, path in paths.items():
             load = self.loaders.get(name) or self.loaders.get(str(path)) or loader(path, settings.options)
-            self.models[name] = ServedModel(name, load)
+            self.models[name] = ServedModel(name, load, self.processors)
             self.models[name].path = path
         first = next(iter(self.models.values()))
         self.versions = Versions(self)
@@ -58,7 +60,8 @@ class ServerState:
         self._admissions: dict[str, Admission] = {}
         # Tokenizing, templates, grammars and encoders; the event loop does none of it for long texts.
         self.pool = ThreadPoolExecutor(4, thread_name_prefix="foveate-prepare")
-        self._encoder_pool = ThreadPoolExecutor(1, thread_name_prefix="foveate-encoder")
+        on_model = None if self.processors is None else self.processors.use_model
+        self._encoder_pool = ThreadPoolExecutor(1, thread_name_prefix="foveate-encoder", initializer=on_model)
         self._encoding = 0
         self.inspecting = asyncio.Lock()  # an inspection keeps keys and values of its own, so there is one at a time
         # A pool of its own: a grammar that takes for ever holds up other grammars only.
@@ -77,8 +80,12 @@ class ServerState:
     def start(self) -> None:
         """In the event loop: the models load one after the other in a thread, while the server answers."""
         loop = asyncio.get_running_loop()
+        if self.processors is not None:
+            self.processors.use_http()
 
         def load_all() -> None:
+            if self.processors is not None:
+                self.processors.use_model()
             for served in list(self.models.values()):
                 served.load(loop, self.on_outputs)
                 if served.state == "failed":
@@ -95,10 +102,13 @@ class ServerState:
     def on_outputs(self, served: ServedModel, jobs: list[Job]) -> None:
         admission = self.admission(served)
         for job in jobs:
-            if job.call is not None and job.started is not None:
+            if job.call is None or job.call.begun:
+                continue
+            if job.started is not None:
                 admission.turns.began(job.turn)
-            if job.call is not None and job.generated:
+            if job.generated:
                 admission.began(job.call)
+                job.call.begun = len(job.call.jobs) == 1
         self.metrics.on_outputs(served, jobs)
 
     def admission(self, served: ServedModel) -> Admission:

@@ -113,7 +113,7 @@ class Versions:
             if path is None:
                 raise bad_request(f"{model} was not loaded from a path; give one", "path")
             load = loader(path, state.settings.options)
-        made = ServedModel(name, load)
+        made = ServedModel(name, load, state.processors)
         made.path = path
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, made.load, loop, state.on_outputs)

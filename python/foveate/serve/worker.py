@@ -16,6 +16,7 @@ from foveate.generation.outputs import RequestOutput
 from foveate.serve import watchdog
 from foveate.serve.errors import ApiError, refused
 from foveate.serve.jobs import Job
+from foveate.serve.processors import Processors
 from foveate.serve.recovery import recover
 
 log = logging.getLogger("foveate.serve")
@@ -34,8 +35,10 @@ class EngineWorker:
         engine: Engine,
         loop: asyncio.AbstractEventLoop,
         on_outputs: Callable[[list[Job]], None] = lambda jobs: None,
+        processors: Processors | None = None,
     ) -> None:
         self.engine, self._loop, self._on_outputs = engine, loop, on_outputs
+        self._processors = processors
         engine.weights_fixed = True
         self._condition = threading.Condition()
         self._inbox: list[tuple[str, Any]] = []
@@ -133,6 +136,8 @@ class EngineWorker:
         return threading.Thread(target=self._run, args=(self._turn,), name="foveate-engine", daemon=True)
 
     def _run(self, turn: int) -> None:
+        if self._processors is not None:
+            self._processors.use_model()
         while True:
             with self._condition:
                 while self._turn == turn and not (self._inbox or self._stopping or self.engine.has_work):
