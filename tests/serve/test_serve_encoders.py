@@ -167,6 +167,26 @@ def test_embeddings_that_a_causal_model_cannot_give(decoders, encoders):
     assert "Embedder" in decoders.error(400, model="pooled", prompt="x")["message"]
 
 
+@pytest.mark.parametrize(
+    "model_type, architecture, kind",
+    [
+        ("bert", "BertModel", "Embedder"), ("modernbert", "ModernBertForMaskedLM", "Embedder"),
+        ("roberta", "RobertaForSequenceClassification", "Reranker"), ("qwen3", "Qwen3ForSequenceClassification", "Reranker"),
+        ("distilbert", "DistilBertForQuestionAnswering", "QuestionAnswerer"), ("bart", "BartForConditionalGeneration", "Text2Text"),
+        ("bart", "BartForQuestionAnswering", "QuestionAnswerer"), ("llama", "LlamaForCausalLM", "LLM"), ("gpt2", "GPT2LMHeadModel", "LLM"),
+    ],
+)  # fmt: skip
+def test_kinds_of_checkpoints(monkeypatch, tmp_path, model_type, architecture, kind):
+    """By the registry's families, all of which a server can open."""
+    config = {"model_type": model_type, "architectures": [architecture], "num_labels": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = []
+    for name in ("Embedder", "Reranker", "QuestionAnswerer", "Text2Text", "LLM", "TextClassifier"):
+        monkeypatch.setattr(foveate, name, lambda *_, name=name, **__: made.append(name))
+    loader(tmp_path, {})()
+    assert made == [kind]
+
+
 def test_the_wrong_kind_is_named(encoders):
     assert "Embedder" in encoders.error(400, model="embed", prompt="x")["message"]
     assert "Reranker" in encoders.error(400, "/rerank", model="embed", query="x", documents=["y"])["message"]

@@ -179,12 +179,12 @@ def loader(path: str | Path, options: dict[str, Any]) -> Callable[[], Any]:
 
 def _kind(config: dict[str, Any], folder: Path) -> str:
     architecture = find(config.get("model_type"))
-    if architecture is not None and architecture.encoder_decoder:
-        return "Text2Text"
     architectures = " ".join(map(str, config.get("architectures") or []))
-    if architecture is None or (architecture.continues_text and "SequenceClassification" not in architectures):
+    found = next((kind for name, kind in _HEADS.items() if name in architectures), None)
+    if architecture is None or (found != "TextClassifier" and architecture.continues_text):
         return "Embedder" if read_sentence_transformers(folder) else "LLM"
-    found = next((kind for name, kind in _HEADS.items() if name in architectures), "Embedder")
+    if found is None:
+        return "Text2Text" if architecture.encoder_decoder else "Embedder"
     if found == "TextClassifier" and len(config.get("id2label") or range(int(config.get("num_labels", 2)))) == 1:
         return "Reranker"
     return found
