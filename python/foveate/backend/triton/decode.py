@@ -16,7 +16,7 @@ from .tiles import add_product, dot_rows, load_part, store, to
 @triton.jit
 def _query_part(q, rows, valid, rotary, position, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
                 INTERLEAVED: tl.constexpr):  # fmt: skip
-    columns = (FIRST + tl.arange(0, WIDTH))[None, :]
+    columns = (tl.arange(0, WIDTH) + FIRST)[None, :]
     mask = valid[:, None] & (columns < D)
     return to(
         rotated(q + rows[:, None], columns, mask, rotary, position[:, None], HALF, INTERLEAVED), q.dtype.element_ty

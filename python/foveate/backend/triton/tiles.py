@@ -63,7 +63,7 @@ def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, positive):
 @triton.jit
 def load_part(base, rows, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr):
     """[rows, WIDTH] from column FIRST on; rows: int64 offsets. Zeros beyond DIM and, with CHECK, where valid is False."""
-    columns = FIRST + tl.arange(0, WIDTH)
+    columns = tl.arange(0, WIDTH) + FIRST
     pointers = base + rows[:, None] + columns[None, :]
     if FIRST + WIDTH > DIM:
         if CHECK:
@@ -89,7 +89,7 @@ def load(base, rows, valid, width, CHECK: tl.constexpr):
 
 @triton.jit
 def store_part(base, rows, valid, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    columns = FIRST + tl.arange(0, WIDTH)
+    columns = tl.arange(0, WIDTH) + FIRST
     pointers = base + rows[:, None] + columns[None, :]
     tl.store(pointers, to(x, base.dtype.element_ty), mask=valid[:, None] & (columns < DIM)[None, :])
 
