@@ -173,3 +173,46 @@ def test_adapters_that_mean_something_else(toy, tmp_path, change, sentence):
     (tmp_path / "adapter_model.safetensors").write_bytes((place / "adapter" / "adapter_model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=sentence):
         load_model(tmp_path)
+
+
+def phi3(folder):
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    transformers.Phi3ForCausalLM(config).save_pretrained(folder)
+    return transformers.Phi3ForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "make, some",
+    [
+        (llama, ["q_proj", "v_proj", "down_proj"]), (gpt2, ["c_attn", "c_proj"]), (phi3, ["qkv_proj", "down_proj"]),
+    ],
+    ids=["llama", "gpt2", "phi3"],
+)  # fmt: skip
+def test_beside_the_base_in_one_batch(tmp_path, make, some):
+    """The log-probabilities of peft's models, several of them and none in each step; phi3's are of matrices that are several here."""
+    base = make(tmp_path / "base").eval()
+    models = {None: base}
+    for name, targets in {"all": "all-linear", "some": some}.items():
+        model = type(base).from_pretrained(tmp_path / "base")
+        models[name] = adapter(model, tmp_path / name, target_modules=targets, task_type="CAUSAL_LM")
+    llm = foveate.LLM(tmp_path / "base", num_pages=64, progress=False)
+    for name in ("all", "some"):
+        llm.load_adapter(name, tmp_path / name)
+        assert llm.engine.adapters[name].native is not None  # they run in the native decoder
+    params = foveate.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)
+    asked = [(prompt, name) for prompt in ([5, 6, 7], [9, 200, 44, 3, 8]) for name in models]
+    for i, (prompt, name) in enumerate(asked):
+        llm.engine.add(str(i), prompt, params, adapter=name)
+    found = toys.drain(llm.engine)
+    for i, (prompt, name) in enumerate(asked):
+        [sample] = found[str(i)].outputs
+        with torch.no_grad():
+            logits = models[name](input_ids=torch.tensor([prompt + sample.token_ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+        mine = torch.tensor([entry[t].logprob for t, entry in zip(sample.token_ids, sample.logprobs)])
+        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
+        assert logits.argmax(-1).tolist() == sample.token_ids

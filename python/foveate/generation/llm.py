@@ -145,6 +145,7 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching, decode=DecodeGraph(module, cache, graphs=True) if in_graphs else None,
             draft=draft,
         )  # fmt: skip
+        self.engine.adapters.architecture = architecture_of(checkpoint.config)
         self._ids = itertools.count()
         self._inboxes: dict[str, list[RequestOutput]] = {}  # of the requests that run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from foveate.backend import native
 from foveate.cache.view import CacheView
 from foveate.files.checked import CheckpointError, is_there, read_json
 from foveate.models.checkpoint.adapters import CONFIG, PREFIX, check_adapter, stored_weights
+from foveate.models.checkpoint.renamed import RenamedWeights
 from foveate.models.checkpoint.schemas import ADAPTER
 from foveate.models.native_adapter import NativeAdapter
 from foveate.models.native_decoder import NativeDecoder
+from foveate.models.registry import Architecture
 from foveate.nn import PackedLinear
 
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -41,6 +43,21 @@ class Adapter:
     native: NativeAdapter | None = field(default=None, repr=False)
 
 
+class _Updates:
+    """B of each adapted layer as the weights of a checkpoint, to be renamed and divided as its layers are."""
+
+    linear_layout, nbytes, loaded_bytes = False, 0, 0
+
+    def __init__(self, stored: dict[str, Tensor]) -> None:
+        self._stored = stored
+
+    def names(self) -> Iterable[str]:
+        return self._stored
+
+    def get(self, name: str) -> Tensor:
+        return self._stored[name]
+
+
 def modules_of(model: Any) -> Any:
     """The torch modules behind what an engine runs: a NativeDecoder's model, or the model itself."""
     return model if isinstance(model, nn.Module) else getattr(model, "model", model)
@@ -51,6 +68,9 @@ class Adapters:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
+        self.architecture: Architecture | None = (
+            None  # of its checkpoint, whose names an adapter has; None: those of the modules
+        )
         self._loaded: dict[str, Adapter] = {}
         self._roots = itertools.count(-1, -1)
         self._hooked: set[str] = set()
@@ -101,18 +121,39 @@ class Adapters:
         layers = sorted(key.removesuffix(_LORA_A) for key in stored if key.endswith(_LORA_A))
         if not layers:
             raise CheckpointError(f"{folder} has no weights of an adapter (*{_LORA_A})")
-        pairs = {layer: self._pair(layer, stored, rank, scale, folder) for layer in layers}
+        pairs = {}
+        for layer, a, b in self._ours(layers, stored, folder):
+            pairs[layer] = self._pair(layer, a, b, rank, scale, folder)
         runs = native.missing_reason is None and NativeAdapter.unsupported(self.model, pairs) is None
         return Adapter(name, folder, rank, next(self._roots), pairs, NativeAdapter(self.model, pairs) if runs else None)
 
     def unload(self, name: str) -> None:
         self._loaded.pop(self[name].name)
 
+    def _ours(
+        self, layers: list[str], stored: dict[str, Tensor], folder: Path
+    ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Each layer by this model's name, with A and B. One that is several here (Phi-3's qkv_proj) is its parts, which share A."""
+        updates = _Updates(
+            {f"{layer}.weight": b for layer in layers if (b := stored.get(f"{layer}{_LORA_B}")) is not None}
+        )
+        known = self.architecture
+        renamed = None
+        if known is not None and (known.names or known.fused):
+            renamed = RenamedWeights(updates, known.names, str(folder), known.fused, self.model.config)
+        for layer in layers:
+            if f"{layer}{_LORA_B}" not in stored:
+                yield layer, stored[f"{layer}{_LORA_A}"], None
+        for name in updates.names() if renamed is None else renamed.names():
+            theirs = name if renamed is None else renamed.stored_name(name)
+            part = (updates if renamed is None else renamed).get(name)
+            if isinstance(part, Tensor):
+                yield name.removesuffix(".weight"), stored[theirs.removesuffix(".weight") + _LORA_A], part
+
     def _pair(
-        self, layer: str, stored: dict[str, Tensor], rank: int, scale: float, folder: Path
+        self, layer: str, a: Tensor, b: Tensor | None, rank: int, scale: float, folder: Path
     ) -> tuple[nn.Module, nn.Module]:
         module = dict(self.model.named_modules()).get(layer)
-        a, b = stored[f"{layer}{_LORA_A}"], stored.get(f"{layer}{_LORA_B}")
         if not isinstance(module, nn.Linear | PackedLinear):
             raise CheckpointError(
                 f"{folder} adapts {layer}, which {type(self.model).__name__} does not have: another model's adapter"
