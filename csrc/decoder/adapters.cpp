@@ -9,13 +9,15 @@
 namespace foveate {
 
 StepAdapters::StepAdapters(std::vector<AdapterTokens> given, int64_t step_tokens) : parts(std::move(given)) {
-  first = parts.empty() ? step_tokens : parts[0].first, tokens = step_tokens - first;
+  first = parts.empty() ? step_tokens : parts[0].first;
+  tokens = step_tokens - first;
   check(first >= 0 && tokens >= 0, "the first adapter begins at token ", first, " of ", step_tokens);
   int64_t next = first;
   for (const AdapterTokens& part : parts) {
     check(part.first == next && part.tokens > 0 && part.tokens <= step_tokens - next, "an adapter has ", part.tokens, " tokens from ",
           part.first, " on; they must follow each other from ", next, " to ", step_tokens);
-    next += part.tokens, rank = std::max(rank, part.adapter->rank);
+    next += part.tokens;
+    rank = std::max(rank, part.adapter->rank);
   }
   check(next == step_tokens, "the adapters end at token ", next, " of ", step_tokens, "; tokens without one come first");
 }
@@ -59,9 +61,15 @@ void update(const Step& step, const LinearParams& p, Adapted product, const Laye
       continue;
     }
     const int n = down.count++;
-    down.weight[n] = of.a, down.out[n] = low, down.out_stride[n] = of.a.out;
-    up[n].x = low, up[n].rows = tokens, up[n].x_stride = of.a.out;
-    up[n].weight[0] = of.b, up[n].out[0] = to, up[n].out_stride[0] = p.addend_stride[i];
+    down.weight[n] = of.a;
+    down.out[n] = low;
+    down.out_stride[n] = of.a.out;
+    up[n].x = low;
+    up[n].rows = tokens;
+    up[n].x_stride = of.a.out;
+    up[n].weight[0] = of.b;
+    up[n].out[0] = to;
+    up[n].out_stride[0] = p.addend_stride[i];
     low += tokens * of.a.out;
   }
   if (down.count == 0) return;

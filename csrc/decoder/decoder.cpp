@@ -85,20 +85,29 @@ KvCacheParams Decoder::cache_params(const TensorView& x, const std::vector<int32
                                     const CachePages& pages, const DecodePlan& plan) const {
   KvCacheParams p;
   p.causal = true;
-  p.batch = x.shape[0], p.seq_q = p.new_keys = x.shape[1];
-  p.heads_q = sizes_.heads_q, p.heads_kv = sizes_.heads_kv, p.head_dim = p.head_dim_v = sizes_.head_dim;
-  p.softcap = sizes_.softcap, p.kv_dtype = pages.k.dtype, p.dtype = pages.k_scale.defined() ? DType::kFloat32 : pages.k.dtype;
+  p.batch = x.shape[0];
+  p.seq_q = p.new_keys = x.shape[1];
+  p.heads_q = sizes_.heads_q;
+  p.heads_kv = sizes_.heads_kv;
+  p.head_dim = p.head_dim_v = sizes_.head_dim;
+  p.softcap = sizes_.softcap;
+  p.kv_dtype = pages.k.dtype;
+  p.dtype = pages.k_scale.defined() ? DType::kFloat32 : pages.k.dtype;
   check(p.dtype == DType::kFloat32 || p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16, "the cache is ", name(p.dtype),
         ", expected float32, bfloat16, float16, int8 or float8_e4m3fn");
-  p.block_table = block_table.as<const int32_t>(), p.block_table_stride = block_table.stride[0], p.page_size = pages.k.shape[2];
+  p.block_table = block_table.as<const int32_t>();
+  p.block_table_stride = block_table.stride[0];
+  p.page_size = pages.k.shape[2];
   p.kv_lens = kv_lens.data();
-  p.seq_kv = block_table.shape[1] * p.page_size, p.pages = pages.k.shape[1];
+  p.seq_kv = block_table.shape[1] * p.page_size;
+  p.pages = pages.k.shape[1];
   set_division(p, plan);
   check(p.num_splits <= p.seq_kv + 65536, p.num_splits, " splits are more than the cache's ", p.seq_kv, " keys");
   check(!plan.blocked || p.dtype == p.kv_dtype, "the blocked kernel takes no ", name(p.kv_dtype), " cache");
   for (const RotaryTable& table : rotary_) {  // the shortest
     if (p.rotary_cos && p.rotary_positions <= table.cos.shape[0]) continue;
-    p.rotary_cos = table.cos.data, p.rotary_positions = table.cos.shape[0];
+    p.rotary_cos = table.cos.data;
+    p.rotary_positions = table.cos.shape[0];
   }
   // A layer without a window reads all pages, so all must be there.
   p.window_left = layers_.empty() ? -1 : layers_[0].attention.window_left;
@@ -118,12 +127,16 @@ void Decoder::run_layers(const CachePages& pages, const KvCacheParams& p, Step s
     const DecoderLayer& l = layers_[i];
     const int64_t layer = static_cast<int64_t>(i);
     step.layer = i;
-    cache.k = pages_of(pages.k, layer), cache.v = pages_of(pages.v, layer);
-    cache.k_scale = scale_of(pages.k_scale, layer), cache.v_scale = scale_of(pages.v_scale, layer);
+    cache.k = pages_of(pages.k, layer);
+    cache.v = pages_of(pages.v, layer);
+    cache.k_scale = scale_of(pages.k_scale, layer);
+    cache.v_scale = scale_of(pages.v_scale, layer);
     cache.rotary_cos = cache.rotary_sin = nullptr;
     if (l.attention.rotary >= 0) {
       const RotaryTable& table = rotary_[l.attention.rotary];
-      cache.rotary_cos = table.cos.data, cache.rotary_sin = table.sin.data, cache.rotary_pairs = table.cos.shape[1];
+      cache.rotary_cos = table.cos.data;
+      cache.rotary_sin = table.sin.data;
+      cache.rotary_pairs = table.cos.shape[1];
     }
 
     run_projections(step, l.attention);
@@ -157,7 +170,8 @@ void Decoder::step(TensorView x, TensorView lens, TensorView block_table, const 
   const bool together = tokens <= kTogether && p.num_splits == 1 && !plan.blocked;
   StepMemory m(sizes_, needs_, p, plan.blocked, together ? static_cast<int>(threads) : 0, step_adapters);
   m.x = x.as<float>();
-  p.partial_out = m.partial_out, p.partial_lse = m.partial_lse;
+  p.partial_out = m.partial_out;
+  p.partial_lse = m.partial_lse;
 
   if (!together) return run_layers(pages, p, {sizes_, m, {.threads = threads}, plan.blocked, &step_adapters});
   cpu::Barrier barrier;

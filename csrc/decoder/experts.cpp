@@ -28,7 +28,8 @@ void sort_by_expert(const ExpertsPart& part, const ExpertMemory& e, int64_t toke
   *e.num_groups = groups;
   for (int64_t i = 0; i < tokens * per_token; ++i) {
     const int64_t row = next[e.chosen[i]]++;
-    e.row_of[i] = static_cast<int32_t>(row), e.token_of[row] = static_cast<int32_t>(i / per_token);
+    e.row_of[i] = static_cast<int32_t>(row);
+    e.token_of[row] = static_cast<int32_t>(i / per_token);
   }
 }
 
@@ -57,11 +58,15 @@ void run_shared(const Step& step, const ExpertsPart& part, int64_t tokens) {
   const int64_t hidden = step.sizes.hidden;
   step.workers.linear(step.inner_product(part.shared, e.normed, tokens, {}, e.shared_inner));
   LinearParams down{.x = e.shared_inner, .rows = tokens, .x_stride = part.shared.down.in};
-  down.weight[0] = part.shared.down, down.out[0] = e.shared, down.out_stride[0] = hidden;
+  down.weight[0] = part.shared.down;
+  down.out[0] = e.shared;
+  down.out_stride[0] = hidden;
   step.workers.linear(down);
   if (!part.shared_gate.data) return;
   LinearParams score{.x = e.normed, .rows = tokens, .x_stride = hidden};
-  score.weight[0] = part.shared_gate, score.out[0] = e.shared_score, score.out_stride[0] = 1;
+  score.weight[0] = part.shared_gate;
+  score.out[0] = e.shared_score;
+  score.out_stride[0] = 1;
   step.workers.linear(score);
 }
 
@@ -74,7 +79,9 @@ void run_chunk(const Step& step, const DecoderLayer& layer, int64_t first, int64
   workers.norm_rows({.x = step.m.x + first * hidden, .out = e.normed, .rows = tokens, .cols = hidden, .norm = layer.mlp_norm});
 
   LinearParams route{.x = e.normed, .rows = tokens, .x_stride = hidden};
-  route.weight[0] = part.router.weight, route.out[0] = e.logits, route.out_stride[0] = count;
+  route.weight[0] = part.router.weight;
+  route.out[0] = e.logits;
+  route.out_stride[0] = count;
   workers.linear(route);
   workers.divide(tokens, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
@@ -88,7 +95,9 @@ void run_chunk(const Step& step, const DecoderLayer& layer, int64_t first, int64
   workers.grouped_linear(up);
   GroupedLinearParams down{.groups = e.groups + count + tokens * per_token / kGroupRows, .num_groups = *e.num_groups};
   down.linear = LinearParams{.x = e.inner, .rows = tokens * per_token, .x_stride = any.down.in};
-  down.linear.weight[0] = any.down, down.linear.out[0] = e.out, down.linear.out_stride[0] = hidden;
+  down.linear.weight[0] = any.down;
+  down.linear.out[0] = e.out;
+  down.linear.out_stride[0] = hidden;
   workers.grouped_linear(down);
   if (part.shared.defined()) run_shared(step, part, tokens);
 

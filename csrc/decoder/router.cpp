@@ -41,7 +41,8 @@ void keep_best_groups(const Router& r, float* choice, int64_t count) {
   std::vector<bool> kept(r.groups);
   for (int64_t i = 0; i < r.top_groups; ++i) {
     const int64_t g = largest(groups.data(), r.groups);
-    kept[g] = true, groups[g] = kOut;
+    kept[g] = true;
+    groups[g] = kOut;
   }
   for (int64_t i = 0; i < count; ++i)
     if (!kept[i / size]) choice[i] = kOut;
@@ -66,7 +67,9 @@ void choose_experts(const Router& r, float* scores, int32_t* chosen, float* weig
     int64_t best = -1;
     for (int64_t i = 0; i < count; ++i)
       if (!taken[i] && (best < 0 || choice[i] > choice[best] || std::isnan(choice[best]))) best = i;
-    taken[best] = true, chosen[k] = static_cast<int32_t>(best), weights[k] = scores[best];
+    taken[best] = true;
+    chosen[k] = static_cast<int32_t>(best);
+    weights[k] = scores[best];
   }
   float sum = 0;
   if (r.kind == RouterKind::kTop) {

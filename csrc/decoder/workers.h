@@ -27,7 +27,9 @@ struct Workers {
   void norm_rows(NormRowsParams p) const {
     if (!team) return cpu::kernels().norm_rows(p, threads);
     const int64_t begin = team->begin(p.rows), end = team->end(p.rows);
-    p.x += begin * p.cols, p.out += begin * p.cols, p.rows = end - begin;
+    p.x += begin * p.cols;
+    p.out += begin * p.cols;
+    p.rows = end - begin;
     cpu::kernels().norm_rows(p, 1);
     team->wait();
   }

@@ -182,7 +182,10 @@ void attention_backward(const AttentionParams& p, const AttentionGrads& g, void*
   a.lse = static_cast<float*>(workspace);
   a.delta = a.lse + statistics_size(a);
   float* rest = a.delta + statistics_size(a);
-  if (dq_sum_size(a) > 0) a.dq_sum = rest, rest += dq_sum_size(a);
+  if (dq_sum_size(a) > 0) {
+    a.dq_sum = rest;
+    rest += dq_sum_size(a);
+  }
   a.sink_parts = rest;
   rest += sink_parts_size(a);
   a.tiles = static_cast<int>(a.rows / kRowAlign);

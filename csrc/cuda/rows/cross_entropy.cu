@@ -46,7 +46,10 @@ __global__ void __launch_bounds__(kLargestBlock, 1) cross_entropy_forward_kernel
 #pragma unroll
           for (int i = 0; i < kVec<T>; ++i) {
             const int64_t j = column(c) + i;
-            if (j < cols) centred += x[c][i] - all.max, count += 1;
+            if (j < cols) {
+              centred += x[c][i] - all.max;
+              count += 1;
+            }
           }
         }
       }
