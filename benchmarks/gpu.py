@@ -212,7 +212,7 @@ def attention_calls(work: Work) -> dict[str, Call]:
     return calls
 
 
-# Of the forward pass on sm_90: what the table of configs could name. 1 is `config.DESCRIPTORS`, 2 `config.SPECIALIZED`.
+# Variants of the forward pass on sm_90: what the table of configs could name. 1 is `config.DESCRIPTORS`, 2 `config.SPECIALIZED`.
 VARIANTS = {
     "descriptors 128x128": (128, 128, 8, 2, 1),
     "specialized 128x128": (128, 128, 4, 2, 2),
@@ -435,7 +435,7 @@ def here(bench: Bench, package: str) -> tuple[str, str]:
 
 
 def commit() -> str:
-    """Of the working tree, or what FOVEATE_COMMIT says where there is no git."""
+    """The commit of the working tree, or what FOVEATE_COMMIT says where there is no git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

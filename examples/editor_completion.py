@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 CODE = '''def area(width, height):
-    """Of a rectangle."""
+    """The area of a rectangle."""
     return ()
 
 print(area(2, 3))

@@ -174,4 +174,4 @@ FINDERS: dict[str, Callable[[str], Iterator[Found]]] = {
 PATTERNS: dict[str, tuple[re.Pattern[str], ...]] = {
     "key": (_KEYS, _PEM, _NAMED_SECRET), "email": (_EMAIL,), "iban": (_IBAN,), "card": (_CARD,), "ip": (_IP4, _IP6), "phone": (_PHONE,),
 }  # fmt: skip
-"""Of each kind what every finding is within a match of, for who must tell from where on a growing text may still become one."""
+"""The patterns of each kind: every finding lies within a match, so they tell from where on a growing text may still become one."""

@@ -291,7 +291,7 @@ def _language(reader: _Reader) -> judges.Judge:
 
 
 _Made = Callable[[_Reader], Callable[[], Scanner]]
-# Of each kind its own keys, what makes it, its actions, and the sides that it is on by default.
+# Each kind of rule: its own keys, what makes it, its actions, and the sides that it is on by default.
 KINDS_OF_RULES: dict[str, tuple[tuple[str, ...], _Made, tuple[str, ...], tuple[str, ...]]] = {
     "pattern": (("patterns", "ignore_case"), _pattern, ACTIONS, SIDES),
     "words": (("words", "file", "match_case"), _words, ACTIONS, SIDES),

@@ -34,7 +34,7 @@ class Window(NamedTuple):
 
 
 class Scanner:
-    """Of one rule over one text."""
+    """One rule over one text."""
 
     def open(self, window: Window) -> int:
         """From where on a match may still begin or grow; the length of the text if nowhere. At least window.at."""

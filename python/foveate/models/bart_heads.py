@@ -25,7 +25,7 @@ class BartReader(BartWithoutHead):
             inside = torch.arange(tokens.shape[1], device=tokens.device) < kv_lens[:, None]
             attention_mask = inside if attention_mask is None else inside & attention_mask.bool()
         if packed is not None and attention_mask is not None:
-            raise ValueError("packed sequences have no padding; leave attention_mask and kv_lens away")
+            raise ValueError("packed sequences have no padding; omit attention_mask and kv_lens")
         encoded = self.encode(tokens, attention_mask, packed)
         cache = DecoderCache(self, encoded, attention_mask, keep=False, packed=packed)
         return self.decode(self._shifted(tokens, packed), cache, packed)

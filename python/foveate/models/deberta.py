@@ -144,7 +144,7 @@ class Deberta(nn.Module):
             options["mask"] = attention_mask.bool()[:, None, None, :]
             inside = attention_mask.bool() if inside is None else inside & attention_mask.bool()
         if options and packed is not None:
-            raise ValueError("packed sequences have no padding; leave attention_mask and kv_lens away")
+            raise ValueError("packed sequences have no padding; omit attention_mask and kv_lens")
         x = self.embeddings(tokens, token_type_ids, packed)
         return self.encoder(x, Sequences(self.config, tokens, packed, inside, options))
 

@@ -59,7 +59,7 @@ class NativeAdapter:
 
 
 def _names(model: nn.Module) -> list[list[str | None]]:
-    """Of each layer, those of its products; None for what it has not."""
+    """The names of the products of each layer; None for what it has not."""
     gpt2 = isinstance(model, GPT2)
     prefix, products = ("transformer.h", _GPT2) if gpt2 else ("model.layers", _LLAMA)
     count = len(model.get_submodule(prefix))  # type: ignore[arg-type]

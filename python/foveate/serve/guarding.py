@@ -59,7 +59,7 @@ class ServedGuard:
     async def messages(
         self, state: ServerState, served: ServedModel, messages: list[Message], about: str
     ) -> list[Message]:
-        """Of a conversation the texts of all roles."""
+        """The messages of a conversation, the texts of all roles checked."""
         found = []
         for i, message in enumerate(messages):
             content = message.content
@@ -91,7 +91,7 @@ class ServedGuard:
 
 
 class OutputScreen:
-    """Of one job. Called in the engine's thread with its outputs, one after the other; gives what of them may be seen."""
+    """Screens one job. Called in the engine's thread with its outputs, one after the other; gives what of them may be seen."""
 
     def __init__(self, guard: ServedGuard, model: str, about: str) -> None:
         self._guard, self._model, self._about = guard, model, about

@@ -74,7 +74,7 @@ def read_deberta(folder: Path, config: Mapping[str, Any]) -> Any:
 
 
 def read_pieces(file: Path) -> Pieces:
-    """Of a SentencePiece model's file, a protobuf message. CheckpointError for one that is damaged."""
+    """The pieces of a SentencePiece model's file, a protobuf message. CheckpointError for one that is damaged."""
     if not is_there(file):
         raise CheckpointError(f"{file} is not there; download it too")
     found = Pieces()

@@ -402,7 +402,7 @@ def _check_learning(c: TrainConfig) -> None:
         )
     if c.label_smoothing and c.objective in ("dpo", "simpo"):
         if c.objective == "dpo" and c.kind_of_loss != "sigmoid":
-            raise ValueError(f"label_smoothing is for dpo's sigmoid; leave it away for {c.kind_of_loss}")
+            raise ValueError(f"label_smoothing is for dpo's sigmoid; omit it for {c.kind_of_loss}")
         if c.label_smoothing >= 0.5:
             raise ValueError(
                 f"label_smoothing={c.label_smoothing} would have the rejected answers learnt; it must be below 0.5"
@@ -411,7 +411,7 @@ def _check_learning(c: TrainConfig) -> None:
         if c.teacher is None:
             raise ValueError("distill needs a teacher, the model to learn from")
         if c.teacher_top_k and c.kind_of_loss != "forward-kl":
-            raise ValueError(f"teacher_top_k is for forward-kl, not {c.kind_of_loss}; leave it away")
+            raise ValueError(f"teacher_top_k is for forward-kl, not {c.kind_of_loss}; omit it")
         if c.beta is not None and (c.kind_of_loss != "jsd" or not 0 < c.beta < 1):
             raise ValueError(
                 f"beta={c.beta} of distill is the teacher's share in the mixture of loss_type='jsd', between 0 and 1"

@@ -35,7 +35,7 @@ _KNOWN = (
 
 
 def advantages(rewards: np.ndarray, group: int, scale: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Of rewards in groups of `group`, each less its group's mean, with `scale` over the group's standard deviation (of n - 1) + 1e-4; and
+    """Rewards in groups of `group`, each less its group's mean, with `scale` over the group's standard deviation (of n - 1) + 1e-4; and
     that deviation for each."""
     grouped = rewards.reshape(-1, group)
     deviation = np.broadcast_to(grouped.std(1, ddof=1, keepdims=True), grouped.shape)
@@ -47,7 +47,7 @@ def grpo_losses(
     log_probs: Tensor, old: Tensor, advantage: Tensor, *, epsilon: float, epsilon_high: float, reference: Tensor | None = None,
     beta: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of each token -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta k3 with r = exp(log_probs - old) and k3 = exp(d) - d - 1,
+    """For each token -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta k3 with r = exp(log_probs - old) and k3 = exp(d) - d - 1,
     d = reference - log_probs (Schulman 2020); k3; and whether r was clipped where that changes the loss."""
     ratio = torch.exp(log_probs - old)
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)

@@ -27,7 +27,7 @@ _WHAT = "answers"
 def kto_losses(
     ratios: Tensor, good: Tensor, kl: Tensor, *, beta: float, desirable: float = 1.0, undesirable: float = 1.0
 ) -> Tensor:
-    """Of each answer, from r = log(policy / reference): desirable (1 - sigmoid(beta (r - kl))) of a good one, undesirable
+    """The loss of each answer, from r = log(policy / reference): desirable (1 - sigmoid(beta (r - kl))) of a good one, undesirable
     (1 - sigmoid(beta (kl - r))) of a bad one."""
     sign = torch.where(good, 1.0, -1.0)
     weight = torch.where(good, desirable, undesirable)
@@ -177,7 +177,7 @@ class KTO(Objective):
         return {"loss": loss, **sums}
 
     def metrics(self, means: dict[str, Tensor]) -> dict[str, float]:
-        """Of the good and of the bad answers each its own mean; 0 where there is none."""
+        """The means of the good and of the bad answers, each by itself; 0 where there is none."""
         for name in ("chosen", "rejected"):
             share = means.pop(f"count/{name}").clamp(min=1e-12)
             for kind in ("rewards", "logps"):

@@ -18,7 +18,7 @@ from foveate.train.objectives.base import Objective
 
 
 def encoded(samples: Sequence[chat.Sample], tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each sample its tokens, int32, and which of them are the answer's, uint8."""
+    """The tokens of each sample, int32, and which of them are the answer's, uint8."""
     backend, end_id = tokenizer.backend, min(tokenizer.eos_ids, default=None)
     found = []
     for sample in samples:

@@ -23,7 +23,7 @@ from foveate.train.objectives.reference import FILE, LiveReference, PrecomputedR
 def dpo_losses(
     chosen: Tensor, rejected: Tensor, *, beta: float, kind: str = "sigmoid", label_smoothing: float = 0.0
 ) -> Tensor:
-    """Of each pair, from log(policy / reference) of its answers; for "ipo" these are means over the tokens of each.
+    """The loss of each pair, from log(policy / reference) of its answers; for "ipo" these are means over the tokens of each.
 
     With d = chosen - rejected: "sigmoid" -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d) (Rafailov et al. 2023, arXiv 2305.18290;
     e = label_smoothing, the share of pairs that are the wrong way round), "hinge" max(0, 1 - beta d) (Zhao et al. 2023, arXiv
@@ -45,8 +45,8 @@ def smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
 def simpo_losses(
     chosen: Tensor, rejected: Tensor, *, beta: float, gamma: float, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Of each pair, from mean log-probabilities of its answers' tokens: as DPO's sigmoid of beta (chosen - rejected) - gamma (Meng et al.
-    2024, arXiv 2405.14734)."""
+    """The loss of each pair, from mean log-probabilities of its answers' tokens: as DPO's sigmoid of beta (chosen - rejected) - gamma
+    (Meng et al. 2024, arXiv 2405.14734)."""
     return smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
 
 
