@@ -44,6 +44,15 @@ def test_all_series_exist_at_the_first_scrape(folder):
             "foveate:model_ready",
         ):
             assert len(found[name].samples) == 2
+        for name in (
+            "prefill_time_seconds",
+            "decode_time_seconds",
+            "inference_time_seconds",
+            "params_max_tokens",
+            "params_n",
+        ):
+            assert f"vllm:request_{name}" in found  # panels of vLLM's boards
+        assert {s.labels["block_size"] for s in found["vllm:cache_config_info"].samples} == {"4"}
         assert found["process_resident_memory_bytes"].samples[0].value > 1e6
 
 
@@ -67,6 +76,18 @@ def test_requests_are_accounted_for(folder):
         )
         assert metric("vllm:inter_token_latency_seconds_count", **label) == 4 * 8
         assert metric("vllm:request_generation_tokens_sum", **label) == 36
+        assert (
+            metric("foveate:batch_samples_sum", **label) == 36
+            and metric("vllm:request_params_max_tokens_sum", **label) == 36
+        )
+        parts = [
+            metric(f"vllm:request_{part}_time_seconds_sum", **label) for part in ("prefill", "decode", "inference")
+        ]
+        assert parts[0] > 0 and parts[1] > 0 and parts[0] + parts[1] == pytest.approx(parts[2])
+        if hasattr(running.engine.model, "kernel_seconds"):
+            assert (
+                0 < metric("foveate:kernel_seconds_sum", **label) < metric("foveate:engine_step_seconds_sum", **label)
+            )
         assert metric("vllm:prefix_cache_queries_total", **label) == 4 * prompt
         cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in used)
         assert cached > 0 and metric("vllm:prefix_cache_hits_total", **label) >= cached

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ class NativeDecoder:
     before_kernels: Callable[[], None] | None = None
     # Whether weights are compared before each step; an Engine puts it off within calls in which nothing can change them.
     looks_at_weights = True
+    kernel_seconds = 0.0  # in the native calls of all steps
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -147,10 +149,12 @@ class NativeDecoder:
             first += S * rows
         if self.before_kernels is not None:
             self.before_kernels()
+        began = time.perf_counter()
         layers.decoder.step(
             x, cache.lens, cache.block_table, pages.k_pages, pages.v_pages, pages.k_scale, pages.v_scale, plan, threads,
             *([parts] if parts else ()),
         )  # fmt: skip
+        self.kernel_seconds += time.perf_counter() - began
         del layers  # alive until here, whatever another thread has built meanwhile
         return x
 

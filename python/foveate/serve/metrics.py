@@ -69,6 +69,14 @@ class Metrics:
         self.request_prompt = counts("vllm:request_prompt_tokens", "Prompt tokens of a request.")
         self.request_generation = counts("vllm:request_generation_tokens", "Generated tokens of a request.")
         self.step_seconds = seconds("foveate:engine_step_seconds", "The step that brought an output.")
+        self.kernel_seconds = seconds("foveate:kernel_seconds", "Of that step, in the native layers; CPUs only.")
+        self.batch = counts("foveate:batch_samples", "Samples that got a token in that step.")
+        self.prefill_time = seconds("vllm:request_prefill_time_seconds", "From the first step to the first token.")
+        self.decode_time = seconds("vllm:request_decode_time_seconds", "From the first token to the end.")
+        self.inference_time = seconds("vllm:request_inference_time_seconds", "From the first step to the end.")
+        self.most_tokens = counts("vllm:request_params_max_tokens", "What requests allow.")
+        self.longest = counts("vllm:request_max_num_generation_tokens", "Tokens of a request's longest sample.")
+        self.samples = counts("vllm:request_params_n", "Samples that requests ask for.")
         self.responses = counter("foveate:http_responses", "Responses by status and route.", ["route", "status"])
         self.canary_runs = counter(
             "foveate:canary_runs", "Golden prompts that were run, by result.", [*model, "result"]
@@ -97,7 +105,8 @@ class Metrics:
         plain = [self.prompt_tokens, self.generation_tokens, self.cached_tokens, self.queried_tokens]
         timed = [
             self.first_token, self.per_token, self.end_to_end, self.queue_time, self.request_prompt, self.request_generation,
-            self.step_seconds,
+            self.step_seconds, self.kernel_seconds, self.batch, self.prefill_time, self.decode_time, self.inference_time, self.most_tokens,
+            self.longest, self.samples,
         ]  # fmt: skip
         self.between_tokens.add(name)
         for metric in [*plain, *timed]:
@@ -142,7 +151,11 @@ class Metrics:
         name, now = served.name, time.perf_counter()
         generated: Counts[str] = Counts()  # by model; a counter of Prometheus costs more than all else of a token
         if served.worker is not None:
-            self.step_seconds.labels(name).observe(served.worker.last_step_seconds)
+            step = served.worker.last_step
+            self.step_seconds.labels(name).observe(step.seconds)
+            self.batch.labels(name).observe(step.samples)
+            if step.kernel_seconds is not None:
+                self.kernel_seconds.labels(name).observe(step.kernel_seconds)
         for job in jobs:
             if job.internal:
                 continue
@@ -180,6 +193,9 @@ class Metrics:
         self.queue_time.labels(name).observe(max(0.0, (job.started or now) - job.submitted))
         self.prompt_tokens.labels(name).inc(len(job.tokens))
         self.request_prompt.labels(name).observe(len(job.tokens))
+        self.samples.labels(name).observe(job.params.n)
+        if job.params.max_tokens is not None:
+            self.most_tokens.labels(name).observe(job.params.max_tokens)
         if job.params.prompt_logprobs is None:
             self.queried_tokens.labels(name).inc(len(job.tokens))
             self.cached_tokens.labels(name).inc(job.latest.metrics.cached_tokens)
@@ -190,10 +206,15 @@ class Metrics:
         self.success.labels(name, next((r for r in ("abort", "length") if r in reasons), "stop")).inc()
         self.end_to_end.labels(name).observe(now - job.submitted)
         self.request_generation.labels(name).observe(job.generated)
+        self.longest.labels(name).observe(max(len(sample.token_ids) for sample in output.outputs))
         self.quality.ended(name, job)
         if (job.params.json_schema or job.params.regex) is not None and "length" in reasons:
             self.schema_failures.labels(name, "unfinished").inc()
         metrics = output.metrics
+        if job.started is not None and metrics.first_token_time is not None and metrics.finished_time is not None:
+            self.prefill_time.labels(name).observe(metrics.first_token_time - job.started)
+            self.decode_time.labels(name).observe(metrics.finished_time - metrics.first_token_time)
+            self.inference_time.labels(name).observe(metrics.finished_time - job.started)
         if job.generated > 1 and metrics.first_token_time is not None and metrics.finished_time is not None:
             self.per_token.labels(name).observe(
                 (metrics.finished_time - metrics.first_token_time) / (job.generated - 1)
@@ -253,9 +274,32 @@ class _Gauges(Collector):
             for model, value in values:
                 family.add_metric([model], value)
             yield family
+        yield from self._of_engines()
         memory = GaugeMetricFamily("process_resident_memory_bytes", "Of this process.")
         memory.add_metric([], resident_bytes())
         yield memory
+
+    def _of_engines(self) -> Iterator[Metric]:
+        """What routers of clusters read: the size of the cache, and which adapters run or wait."""
+        cache = GaugeMetricFamily(
+            "vllm:cache_config_info", "1; the pages are labels.", labels=["model_name", "block_size", "num_gpu_blocks"]
+        )
+        labels = ["model_name", "max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        adapters = GaugeMetricFamily("vllm:lora_requests_info", "The time; which adapters run and wait.", labels=labels)
+        for served in self._models:
+            if served.worker is None or served.adapter is not None:
+                continue
+            engine = served.worker.engine
+            cache.add_metric([served.name, str(engine.cache.page_size), str(engine.num_pages)], 1)
+            names = [_adapters(samples) for samples in (engine.scheduler.running, engine.scheduler.waiting)]
+            adapters.add_metric([served.name, str(len(engine.adapters.names)), *names], time.time())
+        yield cache
+        yield adapters
+
+
+def _adapters(samples: Iterable[Any]) -> str:
+    found = (sample.request.adapter for sample in list(samples))
+    return ",".join(sorted({adapter.name for adapter in found if adapter is not None}))
 
 
 def _gauges(served: ServedModel) -> dict[str, float]:

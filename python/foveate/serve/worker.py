@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from foveate.generation.engine import Engine
 from foveate.generation.outputs import RequestOutput
@@ -20,6 +20,14 @@ from foveate.serve.processors import Processors
 from foveate.serve.recovery import recover
 
 log = logging.getLogger("foveate.serve")
+
+
+class StepFacts(NamedTuple):
+    """Of one step: how long it took, how long of that in kernels where the model tells, and the samples that got a token in it."""
+
+    seconds: float
+    kernel_seconds: float | None
+    samples: int
 
 
 class EngineWorker:
@@ -45,7 +53,7 @@ class EngineWorker:
         self._jobs: dict[str, Job] = {}  # in the engine; the thread's own
         self._stopping = False
         self._since: float | None = None  # since when there has been work without a finished step
-        self.last_step_seconds = 0.0
+        self.last_step = StepFacts(0.0, None, 0)
         self.failed_steps = 0
         self._turn = 0  # of the thread that steps; those of earlier ones are left behind
         self._held: list[Job] = []  # that changed, of which the event loop has not been told
@@ -191,6 +199,7 @@ class EngineWorker:
 
     def _step(self, turn: int) -> None:
         began, engine = time.perf_counter(), self.engine
+        in_kernels = getattr(engine.model, "kernel_seconds", None)
         lost: list[str] = []
         self._overlaps = False
         if hasattr(engine.model, "before_kernels"):
@@ -205,7 +214,8 @@ class EngineWorker:
             if self._turn != turn:  # it took too long, and another thread has gone on
                 return
             now = time.perf_counter()
-            self.last_step_seconds = now - began
+            kernels = None if in_kernels is None else engine.model.kernel_seconds - in_kernels
+            self.last_step = StepFacts(now - began, kernels, sum(len(output.outputs) for output in outputs))
             for sample in engine.scheduler.running:
                 self._mark_started(sample.request.id, began)
             changed = [job for output in outputs if (job := self._read(output, began, now)) is not None]
