@@ -6,6 +6,7 @@ import concurrent.futures
 import hashlib
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ import generation_toys as toys
 import serve_toys
 from foveate import SamplingParams
 from foveate.cli.options import UsageError
-from foveate.cli.serve import _candidates
+from foveate.cli.serve import _canaries, _candidates
 from foveate.serve.keys import Key
 from foveate.serve.settings import ServeSettings
 
@@ -185,6 +186,10 @@ def test_on_the_command_line():
     for wrong in ("chat=./new", "./new:5%", "chat=./new:x%", "chat=./new:5"):
         with pytest.raises(UsageError, match="NAME=PATH:N%"):
             _candidates([wrong])
+    assert _canaries(["golden.jsonl", "chat=./new:5%"]) == (Path("golden.jsonl"), ["chat=./new:5%"])
+    assert _canaries([]) == (None, [])
+    with pytest.raises(UsageError, match="2 files"):
+        _canaries(["a", "b"])
     with pytest.raises(ValueError, match="none of the models"):
         ServeSettings(models={"a": "a"}, candidates={"b": ("c", 0.1)})
     with pytest.raises(ValueError, match="0% to 100%"):

@@ -65,11 +65,9 @@ def add_parser(commands: Any) -> None:
         )
     watching = parser.add_argument_group("watching")
     watching.add_argument(
-        "--canary",
-        type=Path,
-        metavar="FILE",
-        help="golden prompts, one JSON object a line, which run again and again; /canary tells",
-    )
+        "--canary", action="append", default=[], metavar="FILE",
+        help="golden prompts, one JSON object a line, which run again and again; /canary tells. NAME=PATH:N%% is --candidate's",
+    )  # fmt: skip
     watching.add_argument(
         "--canary-every", type=float, default=300.0, metavar="S", help="seconds between; 300 by default"
     )
@@ -140,19 +138,29 @@ def run(args: argparse.Namespace) -> None:
         raise options.UsageError(
             f"--draft-model guesses for one model, and there are {len(args.model)}; serve the one that it is for alone"
         )
+    golden, candidates = _canaries(args.canary)
     limits = {flag[2:].replace("-", "_"): getattr(args, flag[2:].replace("-", "_")) for flag, *_ in _LIMITS}
     try:
         settings = ServeSettings(
-            models=_models(args.model), adapters=_models(args.adapter, "adapters"), candidates=_candidates(args.candidate),
+            models=_models(args.model), adapters=_models(args.adapter, "adapters"), candidates=_candidates(args.candidate + candidates),
             aliases=_aliases(args.alias), options=options.llm_options(args),
             host=args.host, port=args.port, api_keys=tuple(keys),
-            insecure=args.insecure, canary=args.canary, canary_every=args.canary_every, log_requests=not args.no_request_log,
+            insecure=args.insecure, canary=golden, canary_every=args.canary_every, log_requests=not args.no_request_log,
             log_texts=args.log_texts, quality_reference=args.quality_reference, guard=args.guard,
             certificate=args.tls_certificate, certificate_key=args.tls_key, **limits,
         )  # fmt: skip
     except ValueError as error:
         raise options.UsageError(str(error)) from None
     serve(ServerState(settings))
+
+
+def _canaries(given: list[str]) -> tuple[Path | None, list[str]]:
+    """The file of golden prompts, and what has the form of a candidate: a canary is the word for both."""
+    candidates = [text for text in given if "=" in text and text.endswith("%")]
+    files = [text for text in given if text not in candidates]
+    if len(files) > 1:
+        raise options.UsageError(f"--canary names {len(files)} files, {' and '.join(files)}; put the prompts into one")
+    return Path(files[0]) if files else None, candidates
 
 
 def _candidates(given: list[str]) -> dict[str, tuple[str | Path, float]]:
