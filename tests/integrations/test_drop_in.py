@@ -83,7 +83,7 @@ def test_other_threads_are_reached():
 
 def test_what_foveate_cannot_serve_raises():
     numbers = torch.ones(1, 2, 3, 16, dtype=torch.int32)
-    with drop_in.sdpa(), pytest.raises(ValueError, match=r"q, k and v have dtype torch\.int32"):
+    with drop_in.sdpa(), pytest.raises(ValueError, match=r"query, key and value have dtype torch\.int32"):
         F.scaled_dot_product_attention(numbers, numbers, numbers)
 
 

@@ -137,17 +137,17 @@ REFUSED = {
     r"attn_mask has dtype torch.float64; .*torch.float32": lambda: foveate.sdpa(*[x(2, 4, 9, 8)] * 3, x(9, 9, dtype=torch.float64)),
     r"attn_mask has dtype torch.int32": lambda: foveate.sdpa(*[x(2, 4, 9, 8)] * 3, x(9, 9, dtype=torch.int32)),
     r"attn_mask of shape \[3, 1, 9, 9\] does not broadcast": lambda: foveate.sdpa(*[x(2, 4, 9, 8)] * 3, x(3, 1, 9, 9)),
-    r"bias of shape \[1, 1, 9, 8\] does not broadcast": lambda: foveate.sdpa(*[x(2, 4, 9, 8)] * 3, x(9, 8)),
+    r"attn_mask of shape \[1, 1, 9, 8\] does not broadcast": lambda: foveate.sdpa(*[x(2, 4, 9, 8)] * 3, x(9, 8)),
     r"leading dimensions .* must broadcast": lambda: foveate.sdpa(x(2, 4, 9, 8), x(3, 4, 9, 8), x(3, 4, 9, 8)),
     r"query has 4 heads, key 2 and value 2; without enable_gqa=True": lambda: foveate.sdpa(x(2, 4, 9, 8), *[x(2, 2, 9, 8)] * 2),
     r"query has 4 heads, key 3 and value 3; the last two must divide": lambda: foveate.sdpa(
         x(2, 4, 9, 8), *[x(2, 3, 9, 8)] * 2, enable_gqa=True
     ),
     r"key has shape \[8\]; it needs at least two": lambda: foveate.sdpa(x(9, 8), x(8), x(8)),
-    r"head dims are 0 for q and k and 0 for v; attention takes 1 or more": lambda: foveate.sdpa(*[x(2, 4, 9, 0)] * 3),
+    r"head dims are 0 for query and key and 0 for value; attention takes 1 or more": lambda: foveate.sdpa(*[x(2, 4, 9, 0)] * 3),
     r"dropout_p=1.0 must be a probability in \[0, 1\)": lambda: foveate.sdpa(*[x(2, 4, 9, 8)] * 3, dropout_p=1.0),
-    r"q, k and v have dtype torch.int64": lambda: foveate.sdpa(*[x(2, 4, 9, 8, dtype=torch.int64)] * 3),
-    r"q, k and v have dtypes torch.float32, torch.float16": lambda: foveate.sdpa(x(2, 4, 9, 8), *[x(2, 4, 9, 8, dtype=torch.float16)] * 2),
+    r"query, key and value have dtype torch.int64": lambda: foveate.sdpa(*[x(2, 4, 9, 8, dtype=torch.int64)] * 3),
+    r"query, key and value have dtypes torch.float32": lambda: foveate.sdpa(x(2, 4, 9, 8), *[x(2, 4, 9, 8, dtype=torch.float16)] * 2),
     r"q is a nested tensor with 4 dimensions": lambda: foveate.sdpa(*[torch.nested.nested_tensor([x(4, 9, 8)], layout=torch.jagged)] * 3),
 }  # fmt: skip
 

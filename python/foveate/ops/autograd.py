@@ -160,7 +160,7 @@ def pull_back(
         filled = list(args)
         for i, x in zip(wanted, xs):
             filled[i] = x
-        with torch.autocast(xs[0].device.type, enabled=False):
+        with torch.autocast("cpu" if xs[0].is_meta else xs[0].device.type, enabled=False):
             results = f(*filled)
         return (results,) if isinstance(results, Tensor) else tuple(results)
 

@@ -105,6 +105,8 @@ def normalised(
         bidirectional, max_distance = relative_bias.bidirectional, relative_bias.max_distance
     if sinks is not None:
         sinks = check_sinks(sinks, q, Hq)
+    if generator is not None:
+        check_generator(generator)
     if type(dropout_p) is not float or dropout_p != 0:
         dropout_p = check_dropout(dropout_p)
         philox = draw_philox(q.device, generator) if dropout_p > 0 else None
@@ -255,8 +257,7 @@ def check_window(window: tuple[int | None, int | None]) -> tuple[int, int]:
 
 def check_scores_operand(name: str, x: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """bias or mask as a view of four dimensions."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {_type(x)}")
+    check_strided(name, x)
     if name == "mask" and x.dtype is not torch.bool:
         raise ValueError(
             f"mask has dtype {x.dtype}; it must be torch.bool with True = keep (an additive mask goes to bias)"
@@ -323,6 +324,13 @@ def check_lengths(name: str, lengths: Tensor, q: Tensor, size: int | None) -> Te
         raise ValueError(f"{name} has {lengths.shape[0]} entries for a batch of {size}")
     check_same_device(name, lengths, "q", q)
     return lengths.contiguous()
+
+
+def has_aux(aux: Any) -> bool:
+    """Whether there are tensors for score_mod."""
+    if isinstance(aux, Tensor):
+        raise TypeError("score_mod_aux must be a sequence of tensors, got a tensor; pass (score_mod_aux,)")
+    return bool(aux)
 
 
 def check_longest(name: str, longest: int) -> int:

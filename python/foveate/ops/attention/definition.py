@@ -16,7 +16,7 @@ from foveate.ops.torch_internals import recordable
 
 def definition(c: Operands) -> tuple[Tensor, Tensor]:
     """out, lse of `Operands` in plain torch, differentiable in every mode and as often as anyone likes."""
-    with torch.autocast(c.q.device.type, enabled=False):
+    with torch.autocast("cpu" if c.q.is_meta else c.q.device.type, enabled=False):
         return forward(c)
 
 

@@ -45,7 +45,7 @@ def forward(c: Operands, need_lse: bool = True) -> tuple[Any, ...]:
         c = c._replace(max_q=q.shape[1], max_k=k.shape[1])
     backend = chosen("attention", c)
     if backend == "reference":
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
             return tuple(x.contiguous() for x in definition.forward(c))
     out, lse, buckets = empty_out(q, v), empty_lse(q, c.cu_q) if need_lse else None, None
     if backend == "triton":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.backend.reference import attention as reference
+from foveate.ops.checks import check_flag, check_integer, check_strided
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +26,12 @@ class RelativeBias:
     max_distance: int = 128
 
     def __post_init__(self) -> None:
-        if not isinstance(self.table, Tensor):
-            raise TypeError(f"RelativeBias.table must be a torch.Tensor [buckets, Hq], got {type(self.table).__name__}")
+        check_strided("RelativeBias.table", self.table)
+        bidirectional = check_flag("RelativeBias.bidirectional", self.bidirectional)
+        max_distance = check_integer("RelativeBias.max_distance", self.max_distance)
+        if max_distance is not self.max_distance or bidirectional is not self.bidirectional:  # of numpy
+            object.__setattr__(self, "max_distance", max_distance)
+            object.__setattr__(self, "bidirectional", bidirectional)
         if self.table.dim() != 2 or not self.table.is_floating_point():
             raise ValueError(
                 f"RelativeBias.table must be a float tensor [buckets, Hq], got {self.table.dtype} of shape "
@@ -34,10 +39,10 @@ class RelativeBias:
             )
         buckets = self.table.shape[0]
         side = buckets // 2 if self.bidirectional else buckets
-        if side < 2 or self.max_distance <= side // 2:
+        if side < 2 or not side // 2 < self.max_distance < 2**31:
             raise ValueError(
                 f"RelativeBias has {buckets} buckets, {side} for each direction, and max_distance={self.max_distance}; "
-                "it needs at least 2 for each direction and a max_distance beyond half of them"
+                "it needs at least 2 for each direction and a max_distance beyond half of them, below 2**31"
             )
 
     def materialize(self, Sq: int, Skv: int) -> Tensor:

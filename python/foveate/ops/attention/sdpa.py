@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from foveate.ops.attention.dense import attention
 from foveate.ops.autograd import is_traced
+from foveate.ops.checks import check_flag, check_strided
 
 
 def sdpa(
@@ -41,6 +43,8 @@ def sdpa(
             return _nested_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale)
         if x.dim() < 2:
             raise ValueError(f"{name} has shape {list(x.shape)}; it needs at least two dimensions, [..., S, D]")
+    if type(is_causal) is not bool or type(enable_gqa) is not bool:
+        is_causal, enable_gqa = check_flag("is_causal", is_causal), check_flag("enable_gqa", enable_gqa)
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask and is_causal=True exclude each other; put the causal rule into attn_mask")
 
@@ -54,6 +58,8 @@ def sdpa(
         attn_mask = _mask_as_batch(attn_mask, query, query.shape[:1] if lead is None else lead)
     rank = query.dim(), key.dim(), value.dim()
     if lead is not None:
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_strided(name, x)
         query, key, value = (_as_batch(x, lead) for x in (query, key, value))
     query, key, value = _match_heads(query, key, value, enable_gqa)
 
@@ -72,7 +78,8 @@ def sdpa(
         # j <= i, where the window counts from i + Skv - Sq.
         is_causal, window = False, (None, Sq - Skv)
     additive = attn_mask is not None and attn_mask.dtype is not torch.bool
-    out = attention(
+    attend = attention if torch.compiler.is_compiling() else _attention
+    out = attend(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -87,6 +94,22 @@ def sdpa(
     if lead is None:
         return out
     return out.reshape(*lead, *out.shape[1:]) if max(rank) > 2 else out[0, 0]
+
+
+# The arguments of `attention` are named otherwise in its errors.
+_NAMES = {"q": "query", "k": "key", "v": "value", "bias": "attn_mask", "mask": "attn_mask"}
+_NAME = re.compile(rf"\b({'|'.join(_NAMES)})\b")
+
+
+def _attention(*tensors: Tensor, **options: Any) -> Tensor:
+    """`attention`, whose errors speak of this function's arguments."""
+    try:
+        return attention(*tensors, **options)
+    except (TypeError, ValueError) as error:
+        if len(error.args) != 1:
+            raise
+        renamed = type(error)(_NAME.sub(lambda name: _NAMES[name[0]], str(error)))
+        raise renamed.with_traceback(error.__traceback__) from None
 
 
 def _is_causal_bias(mask: Tensor) -> bool:
@@ -153,7 +176,7 @@ def _mask_as_batch(mask: Tensor, query: Tensor, lead: tuple[int, ...]) -> Tensor
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor, got {type(mask).__name__}")
     dtype = mask.dtype
-    if dtype not in (torch.bool, torch.float32, query.dtype) and not torch.is_autocast_enabled(query.device.type):
+    if dtype not in (torch.bool, torch.float32, query.dtype) and not _autocast_is_on(query):
         raise ValueError(f"attn_mask has dtype {dtype}; it must be torch.bool, torch.float32 or query's {query.dtype}")
     own = tuple(mask.shape[:-3])
     if mask.dim() < 2 or len(own) > len(lead) or any(n not in (1, full) for n, full in zip(own[::-1], lead[::-1])):
@@ -163,6 +186,10 @@ def _mask_as_batch(mask: Tensor, query: Tensor, lead: tuple[int, ...]) -> Tensor
     if all(n == 1 for n in own):
         return mask.reshape(mask.shape[-3:]) if own else mask
     return _as_batch(mask, lead)
+
+
+def _autocast_is_on(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _match_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:

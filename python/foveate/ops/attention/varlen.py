@@ -108,7 +108,12 @@ def attention_varlen(
         q, k, v, None, None, None, cu_q, cu_k, max_q, max_k, B, Hq, causal, window, scale, softcap, alibi_slopes, relative_bias, sinks,
         dropout_p, generator, deterministic, backend,
     )  # fmt: skip
-    if score_mod is not None or score_mod_bwd is not None or score_mod_aux or isinstance(softcap, Tensor):
+    if (
+        score_mod is not None
+        or score_mod_bwd is not None
+        or checks.has_aux(score_mod_aux)
+        or isinstance(softcap, Tensor)
+    ):
         out, lse = run_unusual(operands, score_mod, score_mod_bwd, score_mod_aux)
     else:
         out, lse = run(operands, return_lse)

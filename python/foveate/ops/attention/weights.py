@@ -188,6 +188,8 @@ def _check_places(name: str, what: str, places: int | Sequence[int], size: int) 
     given: list[Any] = list(places) if isinstance(places, Iterable) else [places]
     checked = []
     for place in given:
+        if isinstance(place, bool) or type(place).__name__ == "bool":
+            raise TypeError(f"{name} has {place}; it must have integers, the places of those that are wanted")
         place = check_integer(f"an entry of {name}", place)
         if not -size <= place < size:
             raise ValueError(f"{name} has {place}; q has {size} {what}, so {name} go from {-size} to {size - 1}")

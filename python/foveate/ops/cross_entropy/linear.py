@@ -146,7 +146,7 @@ def linear_cross_entropy(
         )  # fmt: skip
         return results.from_rows(loss, None, None, target, reduction, options, extras)
     if how == "definition":
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast("cpu" if hidden.is_meta else hidden.device.type, enabled=False):
             return reference_rows.linear_cross_entropy(hidden, weight, target, bias, *options, reduction)
     flops.register()
     rows, labels = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
@@ -165,7 +165,7 @@ def linear_cross_entropy(
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -96,7 +96,7 @@ def cross_entropy(
     options; TypeError for dtypes; UnsupportedError for a named backend that cannot serve the call.
     """
     check_floating("logits", logits)
-    if dim != -1:
+    if type(dim) is not int or dim != -1:
         if not -logits.dim() <= check_integer("dim", dim) < logits.dim():
             raise ValueError(f"dim={dim} is out of range for logits with {logits.dim()} dimensions")
         logits = logits.movedim(dim, -1)

@@ -78,6 +78,8 @@ def check_options(
         if softcap < 0:
             raise ValueError(f"softcap={softcap} must be positive, or None for none")
     ignore_index = check_integer("ignore_index", ignore_index, "the class number that is ignored, an integer")
+    if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index={ignore_index} is no int64, as target is")
     return Options(ignore_index, label_smoothing, z_loss, softcap)  # type: ignore[arg-type]  # tensors go to the definition alone
 
 
