@@ -21,7 +21,7 @@ from cases import (
 )
 from foveate.backend.native import runs_cuda_kernels
 
-pytestmark = [pytest.mark.kernels, pytest.mark.cuda, pytest.mark.interpreted]
+pytestmark = [pytest.mark.amx, pytest.mark.kernels, pytest.mark.cuda, pytest.mark.interpreted]
 
 
 def run(inputs, grads, backend, **options) -> dict[str, torch.Tensor]:

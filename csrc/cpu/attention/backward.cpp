@@ -5,16 +5,23 @@
 //   P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)   dV += P^T dO   dK += dS^T Q   dQ += dS K,   delta = rowsum(dO O) - dlse.
 // dQ belongs to one task if there is one chunk; else every chunk has its own and they are summed in order at the end.
 #include "core/dispatch.h"
+#include "cpu/attention/pairs.h"
 #include "cpu/attention/score.h"
 #include "cpu/dispatch/kernels.h"
 #include "cpu/simd/parallel.h"
 #include "cpu/simd/scratch.h"
+#if defined(FOVEATE_TILES)
+#include "cpu/amx/attention_tiles.h"
+namespace foveate::cpu::FOVEATE_BASE {
+void attention_backward(const AttentionParams&, const AttentionGrads&, int threads);
+}
+#endif
 
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 128;  // a multiple of every kPanel and of kTileRows
-constexpr int64_t kBlockQueries = 48;  // a multiple of kTileRows
+constexpr int64_t kBlockKeys = 128;  // a multiple of every kPanel
+constexpr int kKeyRows = 2 * kTileVecs, kKeyVecs = 2;  // the tile of dK and dV: its rows are keys, of which kColumnAlign are whole tiles
 constexpr int64_t kMaxChunks = 8;  // of keys per head; each costs a dQ in accumulator precision
 
 template <class M>
@@ -24,13 +31,23 @@ struct Backward {
   using V = Vec<Acc>;
   static constexpr int w = kWidth<M>;
   static constexpr int64_t kPair = M::kPair;
+  static constexpr bool kTiled = Tiled<M>;
+  static constexpr int kRows = [] {  // queries of a tile
+    if constexpr (kTiled) return M::kRows;
+    return kTileRows;
+  }();
+  static constexpr int64_t kBlockQueries = kTiled ? 64 : 48;  // a multiple of kRows
+  static constexpr int64_t kAlign = kTiled ? 32 : kColumnAlign;  // ranges of keys start and end at multiples of it
+  static constexpr int64_t kDotRows = kTiled ? 64 : kTileRows;  // queries of one row_dots
+  static constexpr int64_t kDots = kTiled ? 64 : 8;  // and room for them: kTileRows and spare lanes
 
   const AttentionParams& p;
   const AttentionGrads& g;
   const int threads;
   const int64_t group = p.heads_q / p.heads_kv;
-  const int64_t k_units = ceil_div<int64_t>(p.head_dim, kPair), v_units = ceil_div<int64_t>(p.head_dim_v, kPair);
-  const int64_t k_width = round_up<int64_t>(p.head_dim, w), v_width = round_up<int64_t>(p.head_dim_v, w);
+  const int64_t k_units = round_up<int64_t>(ceil_div<int64_t>(p.head_dim, kPair), kTiled ? 16 : 1);
+  const int64_t v_units = round_up<int64_t>(ceil_div<int64_t>(p.head_dim_v, kPair), kTiled ? 16 : 1);
+  const int64_t k_width = round_up<int64_t>(p.head_dim, kTiled ? 16 : w), v_width = round_up<int64_t>(p.head_dim_v, kTiled ? 16 : w);
   const int64_t padded_q = round_up(p.seq_q, kBlockQueries), key_blocks = ceil_div(p.seq_kv, kBlockKeys);
   const int64_t distances = p.rel_table && p.seq_q + p.seq_kv > 0 ? p.seq_q + p.seq_kv - 1 : 0;
   const Window<int64_t> window = FOVEATE_ISA::window(p);
@@ -40,12 +57,12 @@ struct Backward {
   int64_t groups_b = p.batch, groups_h = p.heads_kv, chunks = 1;
   Acc *dq_chunks = nullptr, *drelative = nullptr, *dsinks = nullptr;
 
-  // One thread's working set. "panels": operand A in tiles of kTileRows queries; "stacked": operand B with queries or keys along k.
+  // One thread's working set. "panels": operand A in tiles of kRows queries; "stacked": operand B with queries or keys along k.
   struct Local {
     Unit *q_panels, *dout_panels, *q_stacked, *dout_stacked, *k_columns, *v_columns, *k_stacked, *temp;
     Acc *lse, *lse_rest, *delta, *dq, *dk, *dv;  // lse + lse_rest: with the sink; +inf for a row that sees nothing
     Acc *s, *dp, *slope, *dropout_factors;  // [kBlockQueries][kBlockKeys]; slope and dropout_factors one row
-    Unit *p_pairs, *ds, *ds_pairs;  // operands for gemm_tile: s and dp themselves, unless units are pairs
+    Unit *p_pairs, *ds, *ds_pairs;  // operands of the products: s and dp themselves, unless units are pairs
   };
 
   template <class F>
@@ -54,7 +71,7 @@ struct Backward {
     const int64_t staged = max<int64_t>(w, kTileRows);  // rows in temp
     const int64_t chunk_keys = ceil_div(key_blocks, chunks) * kBlockKeys, tile = kBlockQueries * kBlockKeys;
     piece(x.q_panels, padded_q * k_units);
-    piece(x.dout_panels, padded_q * v_units);
+    piece(x.dout_panels, padded_q * v_units + kDots);
     piece(x.q_stacked, padded_q / kPair * k_width);
     piece(x.dout_stacked, padded_q / kPair * v_width);
     piece(x.k_columns, kBlockKeys * k_units);
@@ -141,12 +158,16 @@ struct Backward {
   // ---- one chunk of keys of one KV head: dK [keys, D] and dV [keys, Dv] of the chunk, dQ of all queries of the head's group ----
 
   void chunk_of_head(int64_t b, int64_t hkv, int64_t chunk, const Local& x) const {
+#if defined(FOVEATE_TILES)
+    TileScope scope;
+    M::configure(scope);
+#endif
     const Sequence s = sequence(p, b);
     const int64_t first_block = key_blocks * chunk / chunks, last_block = key_blocks * (chunk + 1) / chunks,
                   first = first_block * kBlockKeys;
     // Keys beyond kv_lens have gradient 0; a packed batch has none.
     const int64_t stop = p.cu_k ? s.k : p.seq_kv, last = min(last_block * kBlockKeys, stop);
-    const int64_t added = round_up(s.k, kColumnAlign), end = max(stop, added) - first;
+    const int64_t added = round_up(s.k, kAlign), end = max(stop, added) - first;
     const int64_t cleared = clamp<int64_t>(end, 0, (last_block - first_block) * kBlockKeys);
     std::memset(static_cast<void*>(x.dk), 0, cleared * k_width * sizeof(Acc));
     std::memset(static_cast<void*>(x.dv), 0, cleared * v_width * sizeof(Acc));
@@ -155,7 +176,7 @@ struct Backward {
       const int64_t h = hkv * group + i;
       Local head = x;
       if (chunks > 1) head.dq = dq_chunks + ((chunk * p.batch + b) * p.heads_q + h) * padded_q * k_width;
-      std::memset(static_cast<void*>(head.dq), 0, round_up<int64_t>(s.q, kTileRows) * k_width * sizeof(Acc));
+      std::memset(static_cast<void*>(head.dq), 0, round_up<int64_t>(s.q, kRows) * k_width * sizeof(Acc));
       load_head(b, h, s, chunk, head);
       for (int64_t j = first_block; j < last_block && j * kBlockKeys < s.k; ++j) {
         Local block = head;
@@ -187,9 +208,10 @@ struct Backward {
   // All queries of one head: packed q and dout, lse and delta, and the gradient of the sink, which needs nothing else.
   void load_head(int64_t b, int64_t h, const Sequence& s, int64_t chunk, const Local& x) const {
     constexpr Acc inf = std::numeric_limits<Acc>::infinity();
-    // Pack Q and dO: panels [queries / kTileRows, units, kTileRows] as operand A, stacked [queries / kPair, width] as operand B.
+    // Pack Q and dO: panels [queries / kRows, units, kRows] as operand A (rows as they are for AMX), stacked [queries / kPair, width] as
+    // operand B.
     const RowSource q = q_source(p, p.q, b, h), dout = q_source(p, g.dout, b, h);
-    const int64_t padded = round_up<int64_t>(s.q, kTileRows);
+    const int64_t padded = round_up<int64_t>(s.q, kRows);
     panels(q, s.q, padded, p.head_dim, k_units, x.q_panels, x.temp);
     panels(dout, s.q, padded, p.head_dim_v, v_units, x.dout_panels, x.temp);
     pack_stacked<M>(q, 0, s.q, padded, p.head_dim, k_width, x.q_stacked, x.temp);
@@ -198,11 +220,11 @@ struct Backward {
     const int64_t lse_at = p.lse.batch * b + p.lse.head * h + (p.cu_q ? p.cu_q[b] : 0);
     const Acc* lse = static_cast<const Acc*>(p.lse.data) + lse_at;
     const Acc* dlse = g.dlse ? static_cast<const Acc*>(g.dlse) + lse_at : nullptr;
-    Acc dsink = 0, dots[kTileRows];
+    Acc dsink = 0, dots[kDots];
     missing_sums(b, h, s, lse, x);
     for (int64_t i = 0; i < s.q; ++i) {
-      if (i % kTileRows == 0) tile_dots(b, h, i, s.q - i, x.dout_panels + i * v_units, x.temp, dots);
-      Acc delta = dots[i % kTileRows], top = lse[i], rest = x.lse_rest[i];
+      if (i % kDotRows == 0) row_dots(b, h, i, s.q - i, x, dots);
+      Acc delta = dots[i % kDotRows], top = lse[i], rest = x.lse_rest[i];
       if (p.sinks) {
         const Acc sink = static_cast<const Acc*>(p.sinks)[h];
         top = max(lse[i], sink);
@@ -219,10 +241,12 @@ struct Backward {
 
   void panels(const RowSource& source, int64_t rows, int64_t padded, int64_t depth, int64_t units, Unit* dst, Unit* temp) const {
     for (int64_t r = 0; r < padded; ++r) {
+      Unit* row = kTiled ? dst + r * units : temp;
       if (r < rows)
-        convert_row<M>(source, r, depth, temp, units);
+        convert_row<M>(source, r, depth, row, units);
       else
-        std::memset(static_cast<void*>(temp), 0, units * sizeof(Unit));
+        std::memset(static_cast<void*>(row), 0, units * sizeof(Unit));
+      if constexpr (kTiled) continue;
       Unit* out = dst + r / kTileRows * kTileRows * units + r % kTileRows;
       for (int64_t d = 0; d < units; ++d) out[d * kTileRows] = temp[d];
     }
@@ -238,14 +262,14 @@ struct Backward {
     if (!any) return;
     const Acc scale = options ? Acc{1} : static_cast<Acc>(p.scale);
     for (int64_t key0 = 0; key0 < s.k; key0 += kBlockKeys) {
-      const int64_t keys = min(s.k - key0, kBlockKeys), end = round_up(keys, kColumnAlign);
+      const int64_t keys = min(s.k - key0, kBlockKeys), end = round_up(keys, kAlign);
       pack_columns<M>(kv_source(p, p.k, b, h / group), key0, key0 + keys, p.head_dim, k_units, x.k_columns, x.temp);
-      for (int64_t r = 0; r < s.q; r += kTileRows) {
-        const int64_t last = min(r + kTileRows, s.q);
+      for (int64_t r = 0; r < s.q; r += kRows) {
+        const int64_t last = min(r + kRows, s.q);
         any = false;
         for (int64_t i = r; i < last; ++i) any = any || large(i);
         if (!any) continue;
-        gemm_columns<M, kTileRows, 1, kTileRows>(0, end, k_units, x.q_panels + r * k_units, x.k_columns, x.s, kBlockKeys);
+        columns(last - r, 0, end, k_units, x.q_panels + r * k_units, x.k_columns, x.s);
         for (int64_t i = r; i < last; ++i) {
           if (!large(i)) continue;
           Acc* sc = x.s + (i - r) * kBlockKeys;
@@ -261,18 +285,38 @@ struct Backward {
       if (large(i)) x.lse_rest[i] = std::log(x.lse_rest[i]);
   }
 
-  // out . dout of the kTileRows queries from r on, with gemm_columns' operations in its order: where a query sees one key, out = v and dP -
-  // delta is exactly 0. temp: kTileRows * v_units.
-  void tile_dots(int64_t b, int64_t h, int64_t r, int64_t rows, const Unit* dout_panel, Unit* temp, Acc* dots) const {
+  // C [rows, begin..end) = A [rows, units] times columns, rows <= kRows.
+  void columns(int64_t rows, int64_t begin, int64_t end, int64_t units, const Unit* a, const Unit* columns, Acc* c) const {
+    if constexpr (kTiled)
+      M::columns(rows, begin, end, units, a, units, columns, c, kBlockKeys);
+    else
+      gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, units, a, columns, c, kBlockKeys);
+  }
+
+  // out . dout of the kDotRows queries from r on, with the operations of `columns` in its order: where a query sees one key, out = v and
+  // dP - delta is exactly 0.
+  void row_dots(int64_t b, int64_t h, int64_t r, int64_t rows, const Local& x, Acc* dots) const {
+    const RowSource out = q_source(p, p.out, b, h);
+    if constexpr (kTiled) {  // the diagonal of dO O^T
+      pack_columns<M>(out, r, r + min(rows, kDotRows), p.head_dim_v, v_units, x.v_columns, x.temp);
+      for (int64_t i = 0; i < min(rows, kDotRows); i += kRows) {
+        columns(min<int64_t>(rows - i, kRows), i, i + kRows, v_units, x.dout_panels + (r + i) * v_units, x.v_columns, x.s);
+        for (int64_t d = i; d < i + kRows; ++d) dots[d] = x.s[(d - i) * kBlockKeys + d];
+      }
+    } else {
+      lane_dots(out, r, rows, x.dout_panels + r * v_units, x.temp, dots);
+    }
+  }
+  // temp: kTileRows * v_units.
+  void lane_dots(const RowSource& out, int64_t r, int64_t rows, const Unit* dout_panel, Unit* temp, Acc* dots) const {
     using Accs = typename M::Accs;
     using Units = typename M::Units;
-    const RowSource out = q_source(p, p.out, b, h);
     for (int64_t i = 0; i < kTileRows; ++i) convert_row<M>(out, i < rows ? r + i : r, p.head_dim_v, temp + i * v_units, v_units);
     Accs total{};
     for (int64_t u0 = 0; u0 < v_units; u0 += kChain) {
       Accs chain{};
       for (int64_t u = u0; u < v_units && u < u0 + kChain; ++u) {
-        Units column;
+        Units column{};
         for (int i = 0; i < kTileRows; ++i) column[i] = temp[i * v_units + u];
         chain = M::mul_add_lanes(chain, load_raw<Units>(dout_panel + u * kTileRows), column);
       }
@@ -294,46 +338,64 @@ struct Backward {
         const RowSource k = kv_source(p, p.k, b, hkv), v = kv_source(p, p.v, b, hkv);
         pack_columns<M>(k, key0, key0 + keys, p.head_dim, k_units, x.k_columns, x.temp);
         pack_columns<M>(v, key0, key0 + keys, p.head_dim_v, v_units, x.v_columns, x.temp);
-        pack_stacked<M>(k, key0, key0 + keys, round_up(keys, kColumnAlign), p.head_dim, k_width, x.k_stacked, x.temp);
+        pack_stacked<M>(k, key0, key0 + keys, round_up(keys, kAlign), p.head_dim, k_width, x.k_stacked, x.temp);
         packed = true;
       }
-      tile(b, h, s, chunk, key0, q0, count, from / kColumnAlign * kColumnAlign, round_up(to, kColumnAlign), x);
+      tile(b, h, s, chunk, key0, q0, count, from / kAlign * kAlign, round_up(to, kAlign), x);
     }
   }
 
   void tile(int64_t b, int64_t h, const Sequence& s, int64_t chunk, int64_t key0, int64_t q0, int64_t count, int64_t begin, int64_t end,
             const Local& x) const {
     // S [count, keys] = Q K^T and dP [count, keys] = dO V^T, then row by row P and dS
-    for (int64_t r = 0; r < count; r += kTileRows) {
-      const int64_t rows = min<int64_t>(count - r, kTileRows);
-      gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, k_units, x.q_panels + (q0 + r) * k_units, x.k_columns, x.s + r * kBlockKeys,
-                                               kBlockKeys);
-      gemm_columns<M, kTileRows, 1, kTileRows>(begin, end, v_units, x.dout_panels + (q0 + r) * v_units, x.v_columns, x.dp + r * kBlockKeys,
-                                               kBlockKeys);
-      for (int64_t i = r; i < r + kTileRows; ++i) {
+    for (int64_t r = 0; r < count; r += kRows) {
+      const int64_t rows = min<int64_t>(count - r, kRows);
+      columns(rows, begin, end, k_units, x.q_panels + (q0 + r) * k_units, x.k_columns, x.s + r * kBlockKeys);
+      columns(rows, begin, end, v_units, x.dout_panels + (q0 + r) * v_units, x.v_columns, x.dp + r * kBlockKeys);
+      for (int64_t i = r; i < r + kRows; ++i) {
         if (i < r + rows)
           row(b, h, s, chunk, q0 + i, key0, begin, end, x, x.s + i * kBlockKeys, x.dp + i * kBlockKeys);
         else
           for (int64_t c = begin; c < end; ++c) x.s[i * kBlockKeys + c] = x.dp[i * kBlockKeys + c] = 0;
       }
     }
-    // dV [keys, Dv] += P^T dO and dK [keys, D] += dS^T Q
-    to_units(round_up<int64_t>(count, kTileRows), begin, end, x);
-    const int64_t depth = round_up<int64_t>(count, kPair) / kPair;
-    for (int64_t j = begin; j < end; j += kTileRows) {
-      if (g.dv.data)
-        gemm_rows<M, kTileRows, 1, kBlockKeys, Update::kAdd>(v_width, depth, x.p_pairs + j, x.dout_stacked + q0 / kPair * v_width, v_width,
-                                                             x.dv + j * v_width, v_width);
-      if (g.dk.data)
-        gemm_rows<M, kTileRows, 1, kBlockKeys, Update::kAdd>(k_width, depth, x.ds_pairs + j, x.q_stacked + q0 / kPair * k_width, k_width,
-                                                             x.dk + j * k_width, k_width);
+    // dV [keys, Dv] += P^T dO, dK [keys, D] += dS^T Q and dQ [count, D] += dS K
+    const Unit *q = x.q_stacked + q0 / kPair * k_width, *dout = x.dout_stacked + q0 / kPair * v_width;
+    const Unit* k = x.k_stacked + begin / kPair * k_width;
+    Acc* dq = x.dq + q0 * k_width;
+    if constexpr (kTiled) {
+      constexpr int64_t pairs = kBlockQueries / 2;
+      const int64_t padded = round_up<int64_t>(count, kRows), depth = padded / 2;
+      pair_rows_of_columns(x.s, padded, begin, end, kBlockKeys, x.p_pairs, pairs);
+      pair_rows_of_columns(x.dp, padded, begin, end, kBlockKeys, x.ds_pairs, pairs);
+      pair_columns(x.dp, padded, begin, end, kBlockKeys, x.ds);
+      for (int64_t j = begin; j < end; j += kRows) {
+        if (g.dv.data) M::rows(kRows, v_width, depth, x.p_pairs + j * pairs, pairs, dout, v_width, x.dv + j * v_width, v_width);
+        if (g.dk.data) M::rows(kRows, k_width, depth, x.ds_pairs + j * pairs, pairs, q, k_width, x.dk + j * k_width, k_width);
+      }
+      for (int64_t r = 0; r < count && g.dq.data; r += kRows)
+        M::rows(min<int64_t>(count - r, kRows), k_width, (end - begin) / 2, x.ds + (r * kBlockKeys + begin) / 2, kBlockKeys / 2, k, k_width,
+                dq + r * k_width, k_width);
+    } else {
+      if constexpr (kPair == 2) {
+        const int64_t padded = round_up<int64_t>(count, kRows);
+        pair_rows(x.s, padded, begin, end, kBlockKeys, x.p_pairs);
+        pair_rows(x.dp, padded, begin, end, kBlockKeys, x.ds_pairs);
+        pair_columns(x.dp, padded, begin, end, kBlockKeys, x.ds);
+      }
+      const int64_t depth = round_up<int64_t>(count, kPair) / kPair;
+      for (int64_t j = begin; j < end; j += kKeyRows) {
+        if (g.dv.data)
+          gemm_rows<M, kKeyRows, kKeyVecs, 1, kBlockKeys, Update::kAdd>(v_width, depth, x.p_pairs + j, dout, v_width, x.dv + j * v_width,
+                                                                        v_width);
+        if (g.dk.data)
+          gemm_rows<M, kKeyRows, kKeyVecs, 1, kBlockKeys, Update::kAdd>(k_width, depth, x.ds_pairs + j, q, k_width, x.dk + j * k_width,
+                                                                        k_width);
+      }
+      for (int64_t r = 0; r < count && g.dq.data; r += kTileRows)
+        gemm_rows<M, kTileRows, kTileVecs, kBlockKeys / kPair, 1, Update::kAdd>(
+            k_width, (end - begin) / kPair, x.ds + (r * kBlockKeys + begin) / kPair, k, k_width, dq + r * k_width, k_width);
     }
-    // dQ [count, D] += dS K
-    if (g.dq.data)
-      for (int64_t r = 0; r < count; r += kTileRows)
-        gemm_rows<M, kTileRows, kBlockKeys / kPair, 1, Update::kAdd>(
-            k_width, (end - begin) / kPair, x.ds + (r * kBlockKeys + begin) / kPair, x.k_stacked + begin / kPair * k_width, k_width,
-            x.dq + (q0 + r) * k_width, k_width);
   }
 
   // One query: scores -> probabilities (dropped and scaled, for dV) in sc, and dP -> dS in dp. Columns outside the visible range become 0.
@@ -387,28 +449,6 @@ struct Backward {
     }
   }
 
-  // Pairs of queries (for P^T, dS^T) and pairs of keys (for dS), rounded to bf16.
-  void to_units(int64_t rows, int64_t begin, int64_t end, const Local& x) const {
-    if constexpr (kPair == 2) {
-      using U = vec<uint32_t, w>;
-      const auto bits = [](V v) {
-        bf16 rounded[w];
-        store(rounded, v);
-        return __builtin_convertvector(load_raw<vec<uint16_t, w>>(rounded), U);
-      };
-      for (int64_t r = 0; r < rows; r += 2)
-        for (int64_t c = begin; c < end; c += w) {
-          const Acc *s0 = x.s + r * kBlockKeys + c, *d0 = x.dp + r * kBlockKeys + c;
-          const V dlow = load_raw<V>(d0), dhigh = load_raw<V>(d0 + kBlockKeys);
-          store_raw(x.p_pairs + r / 2 * kBlockKeys + c, bits(load_raw<V>(s0)) | bits(load_raw<V>(s0 + kBlockKeys)) << 16);
-          store_raw(x.ds_pairs + r / 2 * kBlockKeys + c, bits(dlow) | bits(dhigh) << 16);
-          bf16* ds = reinterpret_cast<bf16*>(x.ds) + r * kBlockKeys + c;
-          store(ds, dlow);
-          store(ds + kBlockKeys, dhigh);
-        }
-    }
-  }
-
   void sum_chunks(int64_t head) const {
     const int64_t b = head / p.heads_q, h = head % p.heads_q, stride = p.batch * p.heads_q * padded_q * k_width;
     const Sequence s = sequence(p, b);
@@ -432,9 +472,14 @@ struct Backward {
 }  // namespace
 
 void attention_backward(const AttentionParams& p, const AttentionGrads& g, int threads) {
+#if defined(FOVEATE_TILES)
+  if (p.dtype != DType::kBFloat16) return FOVEATE_BASE::attention_backward(p, g, threads);
+  Backward<MathTiles>{p, g, threads}.run();
+#else
   if (p.dtype == DType::kFloat64) return Backward<MathF64>{p, g, threads}.run();
   if (p.dtype == DType::kBFloat16) return Backward<MathBf16>{p, g, threads}.run();
   Backward<MathF32>{p, g, threads}.run();
+#endif
 }
 
 }  // namespace foveate::cpu::FOVEATE_ISA

@@ -8,6 +8,7 @@
 #include "core/dispatch.h"
 #include "cpu/attention/score.h"
 #include "cpu/dispatch/kernels.h"
+#include "cpu/simd/caches.h"
 #include "cpu/simd/parallel.h"
 #include "cpu/simd/scratch.h"
 #if defined(FOVEATE_TILES)
@@ -20,14 +21,10 @@ void attention_forward(const AttentionParams&, int threads);
 namespace foveate::cpu::FOVEATE_ISA {
 namespace {
 
-template <class M>
-concept Tiled = requires { M::kTiled; };  // products by AMX (amx/attention_tiles.h)
-
-constexpr int64_t kMaxBlockRows = 96;  // a multiple of every kRows
+constexpr int64_t kMaxBlockRows = 192;  // a multiple of every kRows
 constexpr int64_t kQueryStride =
     kMaxHeadDim + 16;  // fixed, so that rows of a tile are constant offsets; not a power of two, for the cache's sets
 constexpr int64_t kPackedBytes = int64_t{8} << 20;  // K and V packed at a time; more stays in no cache
-constexpr int64_t kOwnBytes = int64_t{512} << 10;  // packed K and V of a head that stay in one core's L2
 
 template <class M>
 struct Forward {
@@ -53,7 +50,7 @@ struct Forward {
   const int64_t v_width = round_up<int64_t>(p.head_dim_v, kTiled ? 16 : w);
   const int64_t rows = group * p.seq_q;  // per KV head, of the longest sequence
   const int64_t key_blocks = ceil_div(p.seq_kv, kBlockKeys);
-  const int64_t packed_keys = p.seq_kv < kBlockKeys ? round_up<int64_t>(p.seq_kv, max<int64_t>(kKeyAlign<M>, kAlign)) : kBlockKeys;
+  const int64_t packed_keys = p.seq_kv < kBlockKeys ? round_up<int64_t>(p.seq_kv, kKeyAlign<M>) : kBlockKeys;
   const int64_t packed_k = packed_keys * k_units, packed_v = packed_keys / M::kPair * v_width;  // units per block
   const Window<int64_t> window = FOVEATE_ISA::window(p);
   const bool options = changes_scores(p);
@@ -108,7 +105,7 @@ struct Forward {
     const int64_t block = block_rows(), row_blocks = ceil_div(rows, block), heads = p.batch * p.heads_kv;
     const int64_t bytes_per_head = key_blocks * (packed_k + packed_v) * static_cast<int64_t>(sizeof(Unit));
     // A head's packed K and V stay in one core's L2: that thread packs and attends. Else a wave of heads is packed by all threads first.
-    const bool private_heads = bytes_per_head <= kOwnBytes && (heads % threads == 0 || heads >= 8 * threads);
+    const bool private_heads = bytes_per_head <= l2_bytes() / 2 && (heads % threads == 0 || heads >= 8 * threads);
     int64_t wave = private_heads ? threads : bytes_per_head > 0 ? kPackedBytes / bytes_per_head : heads;
     wave = max<int64_t>(min(wave, heads), 1);
 
@@ -241,8 +238,8 @@ struct Forward {
           store_raw(out + r * v_width + d, load_raw<V>(out + r * v_width + d) * alpha[r]);
       M::rows(tile_rows, v_width, (end - begin) / M::kPair, probs, kStride / M::kPair, values, v_width, out, v_width);
     } else {
-      gemm_rows<M, kRows, kStride / M::kPair, 1, Update::kScaleAdd>(v_width, (end - begin) / M::kPair, probs, values, v_width, out, v_width,
-                                                                    alpha);
+      gemm_rows<M, kRows, kTileVecs, kStride / M::kPair, 1, Update::kScaleAdd>(v_width, (end - begin) / M::kPair, probs, values, v_width,
+                                                                               out, v_width, alpha);
     }
   }
 

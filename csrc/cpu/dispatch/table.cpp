@@ -20,6 +20,7 @@ void packed_rows(const PackedRowsParams&, int threads);
 void norm_rows(const NormRowsParams&, int threads);
 #if defined(FOVEATE_TILES)
 void attention_forward(const AttentionParams&, int threads);
+void attention_backward(const AttentionParams&, const AttentionGrads&, int threads);
 int64_t multiply_add(const MultiplyAddParams&, int threads);
 void read_memory(const ReadParams&, int threads);
 void copy_memory(const CopyParams&, int threads);

@@ -14,9 +14,9 @@ struct MathF32 {
   using Unit = float;
   static constexpr int kPair = 1;  // elements of k in a unit
   FOVEATE_INLINE Vec<float> mul_add(Vec<float> c, float a, Vec<float> b) { return c + a * b; }
-  // The same of kTileRows lanes, each with its own a: bitwise identical results.
-  using Accs = vec<float, 4>;
-  using Units = vec<float, 4>;
+  // The same of kTileRows lanes (and two spare ones), each with its own a: bitwise identical results.
+  using Accs = vec<float, 8>;
+  using Units = vec<float, 8>;
   FOVEATE_INLINE Accs mul_add_lanes(Accs c, Units a, Units b) { return c + a * b; }
 };
 
@@ -25,8 +25,8 @@ struct MathF64 {
   using Unit = double;
   static constexpr int kPair = 1;
   FOVEATE_INLINE Vec<double> mul_add(Vec<double> c, double a, Vec<double> b) { return c + a * b; }
-  using Accs = vec<double, 4>;
-  using Units = vec<double, 4>;
+  using Accs = vec<double, 8>;
+  using Units = vec<double, 8>;
   FOVEATE_INLINE Accs mul_add_lanes(Accs c, Units a, Units b) { return c + a * b; }
 };
 
@@ -38,9 +38,9 @@ struct MathBf16 {
   FOVEATE_INLINE Vec<float> mul_add(Vec<float> c, uint32_t a, vec<uint32_t, 16> b) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
   }
-  using Accs = vec<float, 4>;
-  using Units = vec<uint32_t, 4>;
-  FOVEATE_INLINE Accs mul_add_lanes(Accs c, Units a, Units b) { return (Accs)_mm_dpbf16_ps((__m128)c, (__m128bh)a, (__m128bh)b); }
+  using Accs = vec<float, 8>;
+  using Units = vec<uint32_t, 8>;
+  FOVEATE_INLINE Accs mul_add_lanes(Accs c, Units a, Units b) { return (Accs)_mm256_dpbf16_ps((__m256)c, (__m256bh)a, (__m256bh)b); }
 };
 #elif defined(FOVEATE_TILE_SHIM)
 struct MathBf16 {  // a test build: the layout of the dot instruction on a CPU without it
@@ -63,7 +63,10 @@ constexpr int kTileVecs = 4;
 #else
 constexpr int kTileVecs = 2;
 #endif
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 6;
+
+template <class M>
+concept Tiled = requires { M::kTiled; };  // products by AMX (amx/attention_tiles.h)
 
 template <class M>
 constexpr int kWidth = kLanes<typename M::Acc>;  // lanes
@@ -74,16 +77,30 @@ constexpr int kPanel = kTileVecs * kWidth<M>;  // columns of one tile
 // smaller.
 constexpr int64_t kColumnAlign = 16;
 template <class M>
-constexpr int64_t kKeyAlign = max<int64_t>(kPanel<M>, kColumnAlign);
+constexpr int64_t kKeyAlign = max<int64_t>(max<int64_t>(kPanel<M>, kColumnAlign), Tiled<M> ? 32 : 0);
 
 constexpr int64_t kChain = 128;  // units along the head dim that are summed in one chain
 
 enum class Update { kSet, kAdd, kScaleAdd };  // C = AB, C += AB, C = scale[row] * C + AB
 
+// Keeps a vector in a register that several instructions read: GCC else loads it once for each of them, and then the loads bind.
+template <class U>
+FOVEATE_INLINE U in_register(U v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
+// A function of its own: inlined, GCC 12 gives registers of the accumulators to what surrounds the loop and stores two of them in each step.
 // a[row * kRow + step * kStep], b[step * b_stride + column], c[row * c_stride + column]; k counts units.
 template <class M, int kRows, int kVecs, int kRow, int kStep, Update kUpdate>
-FOVEATE_INLINE void gemm_tile(int64_t k, const typename M::Unit* a, const typename M::Unit* b, int64_t b_stride, typename M::Acc* c,
-                              int64_t c_stride, const typename M::Acc* scale) {
+[[gnu::noinline]] static void gemm_tile(int64_t k, const typename M::Unit* a, const typename M::Unit* b, int64_t b_stride,
+                                        typename M::Acc* c, int64_t c_stride, const typename M::Acc* scale) {
   using Acc = typename M::Acc;
   using V = Vec<Acc>;
   using U = vec<typename M::Unit, kWidth<M>>;
@@ -96,7 +113,7 @@ FOVEATE_INLINE void gemm_tile(int64_t k, const typename M::Unit* a, const typena
   for (int64_t i = 0; i < k; ++i) {
     U bv[kVecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) bv[v] = load_raw<U>(b + v * w);
+    for (int v = 0; v < kVecs; ++v) bv[v] = in_register(load_raw<U>(b + v * w));
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
@@ -145,15 +162,15 @@ FOVEATE_INLINE void gemm_columns(int64_t begin, int64_t end, int64_t units, cons
   }
 }
 
-// One row of tiles: all `columns` (a multiple of the lanes) of C.
-template <class M, int kRows, int kRow, int kStep, Update kUpdate>
+// One row of tiles: all `columns` (a multiple of the lanes) of C, kVecs vectors at a time.
+template <class M, int kRows, int kVecs, int kRow, int kStep, Update kUpdate>
 FOVEATE_INLINE void gemm_rows(int64_t columns, int64_t k, const typename M::Unit* a, const typename M::Unit* b, int64_t b_stride,
                               typename M::Acc* c, int64_t c_stride, const typename M::Acc* scale = nullptr) {
   constexpr int w = kWidth<M>;
   int64_t col = 0;
-  for (; col + kPanel<M> <= columns; col += kPanel<M>)
-    gemm_tile<M, kRows, kTileVecs, kRow, kStep, kUpdate>(k, a, b + col, b_stride, c + col, c_stride, scale);
-  if constexpr (kTileVecs > 2)
+  for (; col + kVecs * w <= columns; col += kVecs * w)
+    gemm_tile<M, kRows, kVecs, kRow, kStep, kUpdate>(k, a, b + col, b_stride, c + col, c_stride, scale);
+  if constexpr (kVecs > 2)
     if (col + 2 * w <= columns) {
       gemm_tile<M, kRows, 2, kRow, kStep, kUpdate>(k, a, b + col, b_stride, c + col, c_stride, scale);
       col += 2 * w;
