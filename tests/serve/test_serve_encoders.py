@@ -162,6 +162,7 @@ def test_embeddings_that_a_causal_model_cannot_give(decoders, encoders):
 
     assert "adapter" in refused("tuned") and "toy" in refused("tuned")
     assert "no tokenizer" in refused("ids")
+    assert "the text 1 has no tokens" in refused("toy", ["x", ""])
     assert "max_seq_length is 256" in refused("toy", "word " * 300)
     assert "Reranker" in encoders.error(400, "/v1/embeddings", model="rank", input="x")["message"]
     assert "Embedder" in decoders.error(400, model="pooled", prompt="x")["message"]

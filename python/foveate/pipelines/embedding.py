@@ -123,11 +123,14 @@ class Embedder:
         """fp32 [texts, hidden] on the CPU; [hidden] for a str. Texts are packed by length: there is no padding.
 
         prompt: put before each text; prompt_name: one of self.prompts; by default the folder's default prompt, if it has one.
-        ValueError for a text of more than max_seq_length tokens, unless truncate cuts it there, special tokens kept.
+        ValueError for a text without tokens, and for one of more than max_seq_length, unless truncate cuts it there, special tokens kept.
         """
         before = self._prompt(prompt, prompt_name)
         entries = [before + text for text in as_texts(texts)]
         encodings = self.tokenizer.backend.encode_batch(entries)
+        empty = next((i for i, encoding in enumerate(encodings) if not encoding.ids), None)
+        if empty is not None:
+            raise ValueError(f"the text {empty} has no tokens, and so no vector; give one that is not empty")
         longest = max(range(len(entries)), key=lambda i: len(encodings[i].ids), default=None)
         if longest is not None and len(encodings[longest].ids) > self.max_seq_length:
             if not truncate:
