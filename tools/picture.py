@@ -23,7 +23,7 @@ AHEAD, BEHIND, OTHERS = "#2a6f97", "#c1121f", ("#8d99ae", "#b8c0cc", "#d9dee6")
 
 
 class Results(Protocol):
-    """The results of one machine; see tools/readme.py."""
+    """Of one machine; see tools/readme.py."""
 
     @property
     def machine(self) -> Machine: ...
