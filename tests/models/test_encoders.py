@@ -39,6 +39,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mpnet": {},  # transformers has 32 buckets whatever the config says
     "electra": {"embedding_size": 20},
     "albert": {"embedding_size": 20, "num_hidden_groups": 2, "hidden_act": "gelu_new"},
+    "nomic_bert": {"pad_token_id": 0, "hidden_act": "silu", "head_dim": 8},
     "deberta": {
         "relative_attention": True,
         "pos_att_type": ["c2p", "p2c"],
@@ -71,9 +72,11 @@ def theirs(model_type: str, head: str) -> Any:
     if model_type == "distilbert":
         sizes = {k: v for k, v in sizes.items() if k not in ("hidden_size", "intermediate_size", "type_vocab_size")}
         sizes = {k: v for k, v in sizes.items() if not k.startswith("num_") or k == "num_labels"}
+    classes = FAMILIES[model_type].classes if model_type in FAMILIES else OWN_CLASSES[model_type]
+    if not hasattr(transformers, f"{classes}{head}"):
+        pytest.skip(f"transformers has no {classes}{head}")
     sizes["num_labels"] = 2 if head == "ForQuestionAnswering" else 3
     config = transformers.AutoConfig.for_model(model_type, **sizes, attn_implementation="eager")
-    classes = FAMILIES[model_type].classes if model_type in FAMILIES else OWN_CLASSES[model_type]
     model = getattr(transformers, f"{classes}{head}")(config)
     randomize(model)
     return model.eval()
@@ -137,6 +140,48 @@ def test_the_encoder_of_a_checkpoint_with_a_head(model_type: str, tmp_path: Path
         save_file(weights | spare, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with torch.no_grad():
         assert_logits_close(load_model(tmp_path)(tokens), other(tokens).logits)
+
+
+def test_nomic_bert_as_it_is_published(tmp_path: Path) -> None:
+    """With the config and the names of the code beside the weights of nomic-embed-text-v1.5."""
+    model = theirs("nomic_bert", "Model")
+    model.save_pretrained(tmp_path)
+    weights = {}
+    for name, value in model.state_dict().items():
+        for new, old in (
+            (r"layers.", "encoder.layers."), ("embeddings.LayerNorm", "emb_ln"), ("self_attn.o_proj", "attn.out_proj"),
+            ("up_proj", "fc11"), ("gate_proj", "fc12"), ("down_proj", "fc2"), ("post_attention_layernorm", "norm1"),
+            ("post_mlp_layernorm", "norm2"),
+        ):  # fmt: skip
+            name = name.replace(new, old)
+        weights[name] = value
+    for i in range(4):
+        parts = [weights.pop(f"encoder.layers.{i}.self_attn.{part}_proj.weight") for part in "qkv"]
+        weights[f"encoder.layers.{i}.attn.Wqkv.weight"] = torch.cat(parts)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": "nomic_bert", "architectures": ["NomicBertModel"], "n_embd": 32, "n_head": 4, "n_inner": 48, "n_layer": 4,
+        "n_positions": 24, "vocab_size": VOCAB, "type_vocab_size": 2, "layer_norm_epsilon": 1e-12, "activation_function": "swiglu",
+        "rotary_emb_base": model.config.rope_parameters["rope_theta"], "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False,
+        "rotary_emb_scale_base": None, "rotary_scaling_factor": None, "prenorm": False, "parallel_block": False, "causal": False,
+        "qkv_proj_bias": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False, "use_rms_norm": False, "resid_pdrop": 0.0,
+        "attn_pdrop": 0.0, "num_labels": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokens = torch.randint(4, VOCAB, (2, 9))
+    with torch.no_grad():
+        assert_logits_close(load_model(tmp_path)(tokens), model(tokens).last_hidden_state)
+    for changes, message in (
+        ({"prenorm": True}, "prenorm=True is not supported for NomicBERT"),
+        ({"num_experts": 8}, "num_experts=8 is not supported for NomicBERT"),
+        (
+            {"activation_function": "gelu"},
+            "activation_function='gelu' is not supported for NomicBERT; swiglu and geglu are",
+        ),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
 
 
 def test_the_discriminator_of_electra(tmp_path: Path) -> None:

@@ -220,8 +220,43 @@ def test_a_sentence_transformers_folder(tmp_path):
     assert embed.encode("ada").shape == (32,) and embed.encode([]).shape == (0, 32)
     with pytest.raises(ValueError, match="prompt_name='document' is not one of query"):
         embed.encode("a", prompt_name="document")
-    (tmp_path / "modules.json").write_text(json.dumps([*modules, {"type": "sentence_transformers.models.Dense"}]))
-    with pytest.raises(ValueError, match="has a module 'sentence_transformers.models.Dense'; known are"):
+    (tmp_path / "modules.json").write_text(json.dumps([*modules, {"type": "sentence_transformers.models.LSTM"}]))
+    with pytest.raises(ValueError, match="has a module 'sentence_transformers.models.LSTM'; known are"):
+        foveate.Embedder(tmp_path)
+
+
+def test_dense_modules(tmp_path):
+    """Two layers between pooling and normalisation, the second without bias and activation, as EmbeddingGemma has them."""
+    from safetensors.torch import save_file
+
+    save(tmp_path, "BertModel")
+    parts = ["Transformer", "Pooling", "Dense", "Dense", "Normalize"]
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": f"{i}_{kind}"} for i, kind in enumerate(parts)]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    first, second, bias = torch.randn(40, 32), torch.randn(12, 40), torch.randn(40)
+    for i, weights, name in (
+        (2, {"weight": first, "bias": bias}, "activation.Tanh"),
+        (3, {"weight": second}, "linear.Identity"),
+    ):
+        folder = tmp_path / f"{i}_Dense"
+        folder.mkdir()
+        save_file({f"linear.{key}": value for key, value in weights.items()}, folder / "model.safetensors")
+        rows, columns = weights["weight"].shape
+        settings = {"in_features": columns, "out_features": rows, "activation_function": f"torch.nn.modules.{name}"}
+        (folder / "config.json").write_text(json.dumps(settings))
+    embed = foveate.Embedder(tmp_path)
+    assert embed.dimension == 12 and embed.encode([]).shape == (0, 12)
+    pooled = foveate.Embedder(embed.model, embed.tokenizer, pooling="mean_tokens").encode(["ada", "in rome"])
+    expected = torch.nn.functional.normalize(torch.tanh(pooled @ first.t() + bias) @ second.t(), dim=-1)
+    torch.testing.assert_close(embed.encode(["ada", "in rome"]), expected)
+    (tmp_path / "modules.json").write_text(json.dumps([*modules, modules[2]]))
+    with pytest.raises(ValueError, match="has a Dense module behind Normalize"):
+        foveate.Embedder(tmp_path)
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "3_Dense" / "config.json").write_text(json.dumps({"in_features": 41, "out_features": 12}))
+    with pytest.raises(ValueError, match=r"has \[12, 40\], and its config.json asks for a weight of \[12, 41\]"):
         foveate.Embedder(tmp_path)
 
 

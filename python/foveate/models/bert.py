@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from foveate.files.checked import CheckpointError
 from foveate.models.encoder_families import FAMILIES
-from foveate.models.layers import activation, need, split_heads
+from foveate.models.layers import activation, gated, need, split_heads
 from foveate.models.recompute import feed
+from foveate.models.rotary import Rotary
 from foveate.models.sequences import PackedSequences, attend, check_positions
 from foveate.ops.attention.relative_bias import RelativeBias
+from foveate.ops.rotary import apply_rotary
 
 # Constants that old checkpoints store, and parts that a model with another head does not use.
 _IGNORED = re.compile(
     r"(bert\.)?embeddings\.(position_ids|token_type_ids)|(bert\.)?pooler\..*|(cls|classifier|qa_outputs|sop_classifier|"
-    r"discriminator_predictions)\..*"
+    r"discriminator_predictions)\..*|.*rotary_emb\..*"
 )
 
 
@@ -50,6 +52,10 @@ class BertConfig:
     relative_buckets: int = 0  # MPNet: T5's bias of relative positions, beside the positions
     pooled_by: str = "tanh"  # what follows the pooler's linear layer
     head_activation: str = ""  # of the masked-LM head; "": activation
+    rotary_theta: float = 0.0  # NomicBERT: positions turn queries and keys instead of being added; 0: they are added
+    rotary_interleaved: bool = False
+    gated: bool = False  # the MLP is activation(gate(x)) * dense(x)
+    bias: bool = True  # of the layers' linear layers
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> BertConfig:
@@ -102,14 +108,16 @@ class BertEmbeddings(nn.Module):
         self.pad_id = config.pad_id
         size = config.embedding_size or config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, size)
-        self.position_embeddings = nn.Embedding(config.position_rows, size)
+        self.position_embeddings = None if config.rotary_theta else nn.Embedding(config.position_rows, size)
         self.token_type_embeddings = nn.Embedding(config.token_types, size) if config.token_types else None
         self.LayerNorm = nn.LayerNorm(size, eps=config.norm_eps)
         self.projection = nn.Linear(size, config.hidden_size) if config.project_embeddings else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, token_type_ids: Tensor | None, packed: PackedSequences | None) -> Tensor:
-        x = self.word_embeddings(tokens) + self.position_embeddings(self._positions(tokens, packed))
+        x = self.word_embeddings(tokens)
+        if self.position_embeddings is not None:
+            x = x + self.position_embeddings(self._positions(tokens, packed))
         if self.token_type_embeddings is not None:
             # a model with one type has not learned to tell the texts of a pair apart by it
             alone = token_type_ids is None or self.token_type_embeddings.num_embeddings == 1
@@ -130,12 +138,22 @@ class BertSelfAttention(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.heads, self.dropout_p = config.num_heads, config.attention_dropout
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.interleaved = config.rotary_interleaved
+        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
 
-    def forward(self, x: Tensor, packed: PackedSequences | None, **padding: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        packed: PackedSequences | None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        **padding: Any,
+    ) -> Tensor:
+        """rotary: cos and sin of the tokens' positions."""
         q, k, v = (split_heads(projection(x), self.heads) for projection in (self.query, self.key, self.value))
+        if rotary is not None:
+            q, k = apply_rotary(q, k, *rotary, interleaved=self.interleaved)
         dropout_p = self.dropout_p if self.training else 0.0
         return attend(q, k, v, packed, dropout_p=dropout_p, **padding).flatten(2)
 
@@ -145,7 +163,7 @@ class BertOutput(nn.Module):
 
     def __init__(self, inner: int, config: BertConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(inner, config.hidden_size)
+        self.dense = nn.Linear(inner, config.hidden_size, bias=config.bias)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -162,13 +180,21 @@ class BertLayer(nn.Module):
         self.attention = nn.ModuleDict(
             {"self": BertSelfAttention(config), "output": BertOutput(config.hidden_size, config)}
         )
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
-        self.output = BertOutput(config.intermediate_size, config)
+        inner = config.intermediate_size
+        names = ("dense", "gate") if config.gated else ("dense",)
+        self.intermediate = nn.ModuleDict(
+            {name: nn.Linear(config.hidden_size, inner, bias=config.bias) for name in names}
+        )
+        self.output = BertOutput(inner, config)
         self.activation = activation(config.activation)
+        self.gated = config.gated
 
     def forward(self, x: Tensor, packed: PackedSequences | None, **padding: Any) -> Tensor:
         x = self.attention["output"](self.attention["self"](x, packed, **padding), x)
-        return self.output(self.intermediate["dense"](x), x, self.activation)
+        inner = self.intermediate["dense"](x)
+        if self.gated:
+            return self.output(gated(self.activation, self.intermediate["gate"](x), inner), x)
+        return self.output(inner, x, self.activation)
 
 
 class Bert(nn.Module):
@@ -189,6 +215,9 @@ class Bert(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(config) for _ in range(layers))})
         if config.relative_buckets:
             self.encoder["relative_attention_bias"] = nn.Embedding(config.relative_buckets, config.num_heads)
+        self.rotary: Rotary | None = None
+        if config.rotary_theta:
+            self.rotary = Rotary(config.hidden_size // config.num_heads, config.max_positions, config.rotary_theta)
         self.pooler: nn.ModuleDict | None = None
         if pooler:
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
@@ -222,6 +251,11 @@ class Bert(nn.Module):
                 options = {"mask": (keys < kv_lens[:, None])[:, None, None, :] & options.get("mask", True)}
             options["relative_bias"] = RelativeBias(encoder["relative_attention_bias"].weight)
         x = self.embeddings(tokens, token_type_ids, packed)
+        if self.rotary is not None:
+            length = tokens.shape[1] if packed is None else packed.longest
+            cos, sin = self.rotary.tables(x.device, x.dtype, length)
+            at = slice(length) if packed is None else packed.positions
+            options["rotary"] = (cos[at], sin[at])
         layers = encoder["layer"]
         for i in range(self.config.num_layers):
             x = layers[i * len(layers) // self.config.num_layers](x, packed, **options)

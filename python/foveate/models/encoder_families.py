@@ -20,12 +20,14 @@ class EncoderFamily:
 
     names: (pattern, replacement) for `re.sub`, applied in this order to the name of each stored weight, giving BERT's.
     keys: config.json's key -> the one that BERT has for it. knobs: fields of BertConfig that the family sets, from its config.
+    fused: stored modules that are several here, see `checkpoint/split.py`.
     """
 
     classes: str
     names: tuple[tuple[str, str], ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     knobs: Callable[[Config], dict[str, Any]] = lambda config: {}
+    fused: Mapping[str, str] = field(default_factory=dict)
 
 
 def _positions_after_padding(config: Config) -> dict[str, Any]:
@@ -63,6 +65,39 @@ def _electra(config: Config) -> dict[str, Any]:
         "pooled_by": "gelu",
         "head_activation": "gelu",
     }
+
+
+_NOMIC_KEYS = {
+    "n_embd": "hidden_size", "n_head": "num_attention_heads", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings", "layer_norm_epsilon": "layer_norm_eps", "resid_pdrop": "hidden_dropout_prob",
+    "attn_pdrop": "attention_probs_dropout_prob",
+}  # fmt: skip
+
+
+def _nomic(config: Config) -> dict[str, Any]:
+    """The config of transformers, or that of the code beside the weights, which has names of GPT-2's."""
+    wanted = {
+        "prenorm": False, "parallel_block": False, "causal": False, "use_rms_norm": False, "num_experts": 0, "moe_every_n_layers": 0,
+        "qkv_proj_bias": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False, "rotary_scaling_factor": None, "rotary_emb_scale_base": None,
+        "rotary_emb_fraction": 1.0,
+    }  # fmt: skip
+    for key, value in wanted.items():
+        if config.get(key) is not None and config[key] != value:
+            raise CheckpointError(
+                f"{key}={config[key]!r} is not supported for NomicBERT, which is {value!r} in nomic-embed-text-v1 and v1.5"
+            )
+    named = config.get("activation_function", "swiglu")
+    if named not in ("swiglu", "geglu"):
+        raise CheckpointError(f"activation_function={named!r} is not supported for NomicBERT; swiglu and geglu are")
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise CheckpointError(f"rope_type {rope['rope_type']!r} is not supported for nomic_bert; 'default' is")
+    theta = rope.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base") or 1000.0
+    return {
+        "rotary_theta": float(theta), "rotary_interleaved": bool(config.get("rotary_emb_interleaved")), "gated": True, "bias": False,
+        "activation": config.get("hidden_act", "silu" if named == "swiglu" else "gelu"),
+        "dropout": config.get("hidden_dropout_prob", 0.0), "attention_dropout": config.get("attention_probs_dropout_prob", 0.0),
+    }  # fmt: skip
 
 
 _LM_HEAD = (
@@ -163,5 +198,27 @@ FAMILIES: dict[str, EncoderFamily] = {
             (r"^predictions\.", "cls.predictions."),
         ),
         knobs=_albert,
+    ),
+    "nomic_bert": EncoderFamily(
+        "NomicBert",
+        (
+            (r"^nomic_bert\.", "bert."),
+            (r"\bemb_ln\.", "embeddings.LayerNorm."),
+            (r"\b(encoder\.)?layers\.(\d+)\.", r"encoder.layer.\2."),
+            (r"\.attn\.Wqkv\.", ".attention.self.Wqkv."),
+            (r"\.self_attn\.q_proj\.", ".attention.self.query."),
+            (r"\.self_attn\.k_proj\.", ".attention.self.key."),
+            (r"\.self_attn\.v_proj\.", ".attention.self.value."),
+            (r"\.(self_attn\.o_proj|attn\.out_proj)\.", ".attention.output.dense."),
+            (r"\.(norm1|post_attention_layernorm)\.", ".attention.output.LayerNorm."),
+            (r"\.(norm2|post_mlp_layernorm)\.", ".output.LayerNorm."),
+            (r"\.mlp\.(fc11|up_proj)\.", ".intermediate.dense."),
+            (r"\.mlp\.(fc12|gate_proj)\.", ".intermediate.gate."),
+            (r"\.mlp\.(fc2|down_proj)\.", ".output.dense."),
+            (r"\.transform\.layer_norm\.", ".transform.LayerNorm."),
+        ),
+        keys=_NOMIC_KEYS,
+        knobs=_nomic,
+        fused={"self.Wqkv": "query_key_value"},
     ),
 }

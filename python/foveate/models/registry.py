@@ -103,6 +103,7 @@ def _encoder(model_type: str) -> Architecture:
         heads=bert.HEADS,
         named_heads=bert.named_heads(model_type),
         names=family.names,
+        fused=family.fused,
     )
 
 

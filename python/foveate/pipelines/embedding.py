@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models import load_model, open_checkpoint
+from foveate.models.checkpoint.huggingface import SafetensorsWeights
 from foveate.models.registry import model_types
 from foveate.models.sequences import PackedSequences
 from foveate.pipelines.encoder import TOKENS_PER_BATCH, as_texts, batches, run_packed
@@ -70,6 +71,7 @@ class Embedder:
     path_or_model: what `load_model` takes, or a model together with its tokenizer. pooling: how the vectors of a text's tokens become
     one, "mean_tokens", "cls_token", "lasttoken", "max_tokens", "mean_sqrt_len_tokens" or "weightedmean_tokens"; normalize: to length 1.
     None takes both from the folder's modules.json; without one, the mean for encoders, the last token for decoders, not normalised.
+    Its Dense modules come between the two.
     max_seq_length: of a text in tokens; None: what the folder says, at most the model's positions.
     """
 
@@ -105,6 +107,10 @@ class Embedder:
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}")
         self.normalize: bool = bool(folder.get("normalize")) if normalize is None else normalize
+        device = next(self.model.parameters()).device
+        self.dense = nn.Sequential(*folder.get("dense", ())).to(device)  # empty without Dense modules
+        widths = [layer.out_features for layer in self.dense if isinstance(layer, nn.Linear)]
+        self.dimension: int = widths[-1] if widths else self.model.config.hidden_size
         self.prompts: dict[str, str] = folder.get("prompts", {})
         self.default_prompt_name: str | None = folder.get("default_prompt_name")
         self.similarity_fn_name: str = folder.get("similarity_fn_name") or "cosine"
@@ -120,7 +126,7 @@ class Embedder:
         truncate: bool = False,
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> Tensor:
-        """fp32 [texts, hidden] on the CPU; [hidden] for a str. Texts are packed by length: there is no padding.
+        """fp32 [texts, self.dimension] on the CPU; [self.dimension] for a str. Texts are packed by length: there is no padding.
 
         prompt: put before each text; prompt_name: one of self.prompts; by default the folder's default prompt, if it has one.
         ValueError for a text without tokens, and for one of more than max_seq_length, unless truncate cuts it there, special tokens kept.
@@ -139,11 +145,11 @@ class Embedder:
                     "split it, or pass truncate=True to use its beginning only"
                 )
             encodings = self._truncated(entries)
-        rows = torch.empty(len(entries), self.model.config.hidden_size)
+        rows = torch.empty(len(entries), self.dimension)
         for batch in batches([len(e.ids) for e in encodings], tokens_per_batch):
             hidden, packed = run_packed(self.model, [encodings[i] for i in batch], self._hidden)
             with torch.inference_mode():
-                pooled = POOLINGS[self.pooling](hidden, packed)
+                pooled = self.dense(POOLINGS[self.pooling](hidden, packed))
                 rows[batch] = (nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled).cpu()
         return rows[0] if isinstance(texts, str) else rows
 
@@ -180,7 +186,8 @@ class Embedder:
 def read_sentence_transformers(folder: Path) -> dict[str, Any]:
     """What a sentence-transformers folder says: pooling, normalize, max_seq_length, prompts ...; {} without a modules.json.
 
-    ValueError for modules other than Transformer, Pooling and Normalize.
+    dense: the layers of its Dense modules, in fp32. ValueError for modules other than Transformer, Pooling, Dense and Normalize, and for
+    a Dense behind Normalize.
     """
     if not folder.is_dir() or not (folder / "modules.json").exists():
         return {}
@@ -189,11 +196,17 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any]:
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind == "Pooling":
             found["pooling"] = _pooling(folder / str(module.get("path", "")) / "config.json")
+        elif kind == "Dense":
+            if found["normalize"]:
+                raise ValueError(
+                    f"{folder} has a Dense module behind Normalize; only Dense before Normalize is supported"
+                )
+            found.setdefault("dense", []).extend(_dense(folder / str(module.get("path", ""))))
         elif kind == "Normalize":
             found["normalize"] = True
         elif kind != "Transformer":
             raise ValueError(
-                f"{folder} has a module {module.get('type')!r}; known are Transformer, Pooling and Normalize"
+                f"{folder} has a module {module.get('type')!r}; known are Transformer, Pooling, Dense and Normalize"
             )
     if (folder / "sentence_bert_config.json").exists():
         config = _read(folder / "sentence_bert_config.json", dict)
@@ -207,6 +220,32 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any]:
     if name not in _SIMILARITIES:
         raise ValueError(f"{folder} names the similarity {name!r}; known are {', '.join(_SIMILARITIES)}")
     return found
+
+
+_DENSE_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "Tanh": nn.Tanh, "Identity": nn.Identity, "ReLU": nn.ReLU, "GELU": nn.GELU, "Sigmoid": nn.Sigmoid, "SiLU": nn.SiLU,
+}  # fmt: skip
+
+
+def _dense(folder: Path) -> list[nn.Module]:
+    """A linear layer and its activation, of a Dense module's folder."""
+    config = _read(folder / "config.json", dict)
+    name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
+    if name not in _DENSE_ACTIVATIONS:
+        raise ValueError(
+            f"{folder} has the activation {config['activation_function']!r}; known are {', '.join(_DENSE_ACTIVATIONS)}"
+        )
+    weights = SafetensorsWeights(folder)
+    stored = {key.removeprefix("linear."): weights.get(key).float() for key in weights.names()}
+    shape = (config.get("out_features"), config.get("in_features"))
+    if "weight" not in stored or tuple(stored["weight"].shape) != shape:
+        found = list(stored["weight"].shape) if "weight" in stored else "no weight"
+        raise ValueError(
+            f"{folder} has {found}, and its config.json asks for a weight of {list(shape)}; download it again"
+        )
+    layer = nn.utils.skip_init(nn.Linear, shape[1], shape[0], bias="bias" in stored)
+    layer.load_state_dict(stored)
+    return [layer.eval(), _DENSE_ACTIVATIONS[name]()]
 
 
 def _pooling(file: Path) -> str:

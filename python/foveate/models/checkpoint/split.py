@@ -64,6 +64,13 @@ def _qkv_by_head(name: str, config: Any) -> Iterator[tuple[str, Part]]:
         yield part, _chosen(rows[:, i].flatten(), rows.numel())
 
 
+def _query_key_value(name: str, config: Any) -> Iterator[tuple[str, Part]]:
+    """NomicBERT: all of q, then all of k, then all of v."""
+    size = config.hidden_size
+    for i, part in enumerate(("query", "key", "value")):
+        yield part, _rows(i * size, (i + 1) * size, 3 * size)
+
+
 def _gate_up(name: str, config: Any) -> Iterator[tuple[str, Part]]:
     inner = config.intermediate_size
     yield "gate_proj", _rows(0, inner, 2 * inner)
@@ -137,6 +144,7 @@ SPLITS: dict[str, Callable[[str, Any], Iterator[tuple[str, Part]]]] = {
     "qkv": _qkv,
     "qkv_by_group": _qkv_by_group,
     "qkv_by_head": _qkv_by_head,
+    "query_key_value": _query_key_value,
     "gate_up": _gate_up,
     "experts_gate_up": _experts_gate_up,
     "experts_gate": _experts("gate_proj", lambda config: config.experts.inner),
