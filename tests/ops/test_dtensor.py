@@ -77,7 +77,27 @@ def rank_runs_all(rank: int) -> list[str]:
                 error = (mine.full_tensor() - other).abs().max()
                 if error > 1e-5 * (1 + other.abs().max()):
                     wrong.append(f"{name} {dims}: {'gradient' if i else 'out'} {i} off by {error:.1e}")
+    if (refused := _refused(mesh)) != ["attention_weights", "linear_cross_entropy"]:
+        wrong.append(f"refused are {refused}")
     return wrong
+
+
+def _refused(mesh) -> list[str]:
+    """The ops without a strategy, by the sentences of their refusals."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    q, h = (distribute_tensor(torch.randn(shape), mesh, [Shard(0)]) for shape in ((2, 3, 4, 8), (2, 8)))
+    target = torch.zeros(2, dtype=torch.int64)
+    refused = []
+    for call in (
+        lambda: foveate.attention_weights(q, q, rows=[0]),
+        lambda: foveate.linear_cross_entropy(h, h, target),
+    ):
+        try:
+            call()
+        except foveate.UnsupportedError as error:
+            refused.append(str(error).partition(" takes no DTensors: ")[0])
+    return refused
 
 
 def test_values_gradients_and_placements(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from foveate.backend.registry import UnsupportedError
 from foveate.ops.attention.operands import AXES, DIFFERENTIABLE, Operands
 
 Labels = Sequence[Any] | None  # of the dimensions of a tensor, None for one that is not divided
@@ -24,6 +25,13 @@ def notice(x: Any) -> None:
     module = sys.modules.get("torch.distributed.tensor")
     if module is not None and not _registered and isinstance(x, getattr(module, "DTensor", ())):
         _register()
+
+
+def refuse(op: str, cure: str, *tensors: Any) -> None:
+    """UnsupportedError where one of the tensors is a DTensor, for an op that has no strategy: torch's own error names only its parts."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and any(isinstance(x, module.DTensor) for x in tensors):
+        raise UnsupportedError(f"{op} takes no DTensors: {cure}")
 
 
 notice._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from foveate.backend import triton as triton_backend
 from foveate.backend.reference import attention as reference
 from foveate.backend.reference.rows import safe_softmax
 from foveate.backend.registry import register
-from foveate.ops import autograd
+from foveate.ops import autograd, dtensor
 from foveate.ops.attention import arguments as checks
 from foveate.ops.attention.definition import check_lengths
 from foveate.ops.attention.operands import Operands
@@ -70,6 +70,10 @@ def attention_weights(
     """
     B, Sq, Skv, Hq, _ = checks.check_dense(q, k, k)
     q, k, _ = checks.same_kind(q, k, k)
+    if type(q) not in autograd.PLAIN_TYPES:
+        dtensor.refuse(
+            "attention_weights", "call it on q.to_local() and k.to_local(), the heads or the batch of this rank", q, k
+        )
     if checks.check_dropout(dropout_p) > 0:
         raise ValueError(
             f"dropout_p={dropout_p}: attention_weights gives the probabilities before dropout; leave dropout_p out"

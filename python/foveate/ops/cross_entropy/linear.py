@@ -12,7 +12,7 @@ from foveate.backend import native
 from foveate.backend import triton as triton_backend
 from foveate.backend.reference import rows as reference_rows
 from foveate.backend.registry import register
-from foveate.ops import autograd, flops, library
+from foveate.ops import autograd, dtensor, flops, library
 from foveate.ops.autograd import (
     batch_first,
     differentiable,
@@ -106,6 +106,9 @@ def linear_cross_entropy(
     check_floating("hidden", hidden)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_same_dtype("weight", weight, "hidden", hidden)
+    if type(hidden) not in autograd.PLAIN_TYPES or type(weight) not in autograd.PLAIN_TYPES:
+        cure = "call it on hidden.to_local() with the whole weight, or cross_entropy on logits that are gathered over the classes"
+        dtensor.refuse("linear_cross_entropy", cure, hidden, weight)
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"hidden must be [..., K] and weight [V, K] with V > 0; got {tuple(hidden.shape)} and {tuple(weight.shape)}"
