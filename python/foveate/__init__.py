@@ -28,7 +28,7 @@ _LAZY = {
     "SamplingParams": "foveate.generation",
     "ring_attention": "foveate.ring",
 }
-_PACKAGES = ("data", "inspect", "train")
+_PACKAGES = ("data", "evaluate", "guard", "inspect", "train")
 
 
 def _is_command() -> bool:

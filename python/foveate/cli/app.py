@@ -17,6 +17,7 @@ from foveate.cli import (
     convert,
     data,
     embed,
+    evaluation,
     fill,
     generate,
     info,
@@ -48,6 +49,7 @@ COMMANDS = (
     train,
     search,
     inspect,
+    evaluation,
     serve,
     monitor,
     info,
@@ -56,14 +58,15 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 after an error that a sentence explains, 2 for wrong arguments, 130 after Ctrl-C (143: SIGTERM)."""
+    """The exit status: 0, or what a command returns; 1 after an error that a sentence explains, 2 for wrong arguments, 130 after Ctrl-C
+    (143: SIGTERM)."""
     _open_streams()
     args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
         if foveate.COMMAND_LINE and getattr(args, "torch", True):
             with options.loading("foveate"):
                 foveate.load_public()
-        args.run(args)
+        status = args.run(args)
         sys.stdout.flush()  # a full disk is an error now, not at the exit
     except UsageError as error:
         print(f"foveate: {error}", file=sys.stderr)
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         print(f"foveate: {_sentence(error)}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 def _sentence(error: Exception) -> str:

@@ -1,0 +1,102 @@
+"""evaluate: one model on files, suites and tasks of the harness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from foveate.evaluate import rows as fields
+from foveate.evaluate import tasks
+from foveate.evaluate.measured import Measured
+from foveate.evaluate.results import Results
+from foveate.evaluate.sandbox import Limits
+from foveate.generation.llm import LLM
+from foveate.models import open_checkpoint
+from foveate.models.registry import architecture_of
+from foveate.pipelines import FillMask, TextClassifier
+
+
+def open_model(model: str | Path | LLM | FillMask | TextClassifier, **options: Any) -> LLM | FillMask | TextClassifier:
+    """An LLM for a causal checkpoint, a TextClassifier or a FillMask for an encoder. options: of whichever it is."""
+    if not isinstance(model, (str, Path)):
+        return model
+    checkpoint = open_checkpoint(model)
+    if architecture_of(checkpoint.config).continues_text:
+        return LLM(checkpoint, **options)
+    kinds = " ".join(checkpoint.config.get("architectures") or ())
+    known = {
+        name: options[name] for name in ("device", "dtype", "quantization", "progress") if options.get(name) is not None
+    }
+    return TextClassifier(model, **known) if "Classification" in kinds else FillMask(model, **known)
+
+
+def evaluate(
+    model: str | Path | LLM | FillMask | TextClassifier,
+    files: Sequence[str | Path] = (),
+    *,
+    harness: Sequence[str] = (),
+    include: Sequence[str | Path] = (),
+    limit: int | None = None,
+    few_shot: int | None = None,
+    chat: bool = False,
+    max_tokens: int | None = None,
+    stride: int | None = None,
+    run_code: bool = False,
+    code_limits: Limits | None = None,
+    confidence: float = 0.95,
+    progress: bool = False,
+    **options: Any,
+) -> Results:
+    """How good a model is, with a confidence interval for every figure.
+
+    model: a causal checkpoint, a classifier (for files of classes), or what is open already. files: each a file, or KIND=FILE with one of
+    choices, generation, qa, classification, perplexity and code; the kind is found by the fields otherwise. harness: tasks of
+    lm-evaluation-harness, whose YAML may be in the folders `include`.
+
+    limit: rows of each file. few_shot: examples before each question, of the harness's tasks. chat: prompts go through the chat template.
+    max_tokens: of generated answers. stride: of perplexity. run_code: allows the kind code to run what the model writes. options: of the
+    model. ValueError, with the place, for a file that is not as it must be; nothing runs before all files have been read.
+    """
+    wanted = [_read(str(file), limit) for file in files]
+    if not wanted and not harness:
+        raise ValueError("there is nothing to evaluate on; give files or tasks of the harness")
+    opened = open_model(model, **options)
+    found: list[Measured] = []
+    for name, kind, rows in wanted:
+        if not isinstance(opened, LLM) and not (kind == "classification" and isinstance(opened, TextClassifier)):
+            raise ValueError(f"{name} is of the kind {kind}, which needs a causal model; {model} is none")
+        more: dict[str, Any] = {"progress": progress}
+        if kind in ("generation", "qa"):
+            more["chat"] = chat
+        if kind in ("generation", "qa", "code") and max_tokens is not None:
+            more["max_tokens"] = max_tokens
+        if kind == "perplexity":
+            more["stride"] = stride
+        if kind == "code":
+            more |= {"allowed": run_code, "limits": code_limits or Limits()}
+        found.append(tasks.KINDS[kind](opened, rows, name, **more))
+    told: dict[str, Any] = {}
+    if harness:
+        if not isinstance(opened, LLM):
+            raise ValueError(f"tasks of the harness need a causal model; {model} is none")
+        from foveate.evaluate.harness import run_tasks
+
+        told = run_tasks(opened, harness, include=include, limit=limit, few_shot=few_shot, chat=chat, progress=progress)
+    settings: dict[str, Any] = {
+        "limit": limit,
+        "chat": chat,
+        **{k: str(v) for k, v in options.items() if v is not None},
+    }
+    name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
+    return Results(name, found, settings, told, confidence)
+
+
+def _read(given: str, limit: int | None) -> tuple[str, str, list[Any]]:
+    kind, equals, file = given.partition("=")
+    if not equals or kind not in tasks.KINDS:
+        if equals and kind.isidentifier() and not Path(given).exists():
+            raise ValueError(f"{kind} is no kind of task; there are {', '.join(tasks.KINDS)}")
+        kind, file = "", given
+    rows = fields.rows(file, limit)
+    return Path(file).name, kind or tasks.kind_of(rows[0], file), rows
