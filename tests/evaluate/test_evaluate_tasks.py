@@ -151,6 +151,7 @@ def test_a_comparison_fails_where_the_second_is_worse(folder, llm, tmp_path, cap
     ranked = sorted((right, wrong), key=lambda one: -one.tasks[0].figures()["accuracy"].value)
     if ranked[0].tasks[0].figures()["accuracy"].value > ranked[1].tasks[0].figures()["accuracy"].value:
         assert compare(*ranked).worse == ["c.jsonl"] and compare(*reversed(ranked)).worse == []
+    (tmp_path / "other").mkdir()
     other = toys.folder(tmp_path / "other")
     rows = [{"text": text} for text in toys.TEXT for _ in range(4)]
     file = write(tmp_path / "t.jsonl", rows)
