@@ -8,6 +8,7 @@
 docs/guide/evaluation.md has the shapes of the files and a run.
 """
 
+from foveate.evaluate.card import model_card
 from foveate.evaluate.results import Compared, Results, compare
 from foveate.evaluate.run import evaluate
 from foveate.evaluate.scoring import Scored, Scorer
@@ -23,6 +24,7 @@ __all__ = [
     "bootstrap",
     "compare",
     "evaluate",
+    "model_card",
     "paired",
     "wilson",
 ]
