@@ -31,7 +31,7 @@ class Scored(NamedTuple):
 class _Row(NamedTuple):
     """One request on its way: the cached sequence, which has all before inputs; targets are what comes after each of them."""
 
-    index: int
+    number: int
     seq: int
     have: int
     inputs: list[int]
@@ -220,7 +220,7 @@ class _Pass:
                 at = 0
                 for row in rows:
                     end = at + len(row.targets)
-                    self._found[row.index] = Scored(logprobs[at:end], all(best[at:end]))
+                    self._found[row.number] = Scored(logprobs[at:end], all(best[at:end]))
                     at = end
         finally:
             for row in rows:
@@ -241,7 +241,7 @@ class _Pass:
                 found = self._targets(hidden[first - at :], row.targets[first - skip : at + len(part) - skip])
                 logprobs += found[0]
                 best += found[1]
-        self._found[row.index] = Scored(logprobs, all(best))
+        self._found[row.number] = Scored(logprobs, all(best))
 
     def _targets(self, hidden: Tensor, targets: list[int]) -> tuple[list[float], list[bool]]:
         logprobs: list[float] = []

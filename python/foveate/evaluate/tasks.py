@@ -19,15 +19,22 @@ from foveate.evaluate.scoring import Scored, Scorer
 from foveate.generation.llm import LLM
 from foveate.generation.params import SamplingParams
 from foveate.progress import ProgressBar
+from foveate.tokenizer import Tokenizer
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+def tokenizer_of(llm: LLM) -> Tokenizer:
+    if llm.tokenizer is None:
+        raise ValueError("this checkpoint has no tokenizer, so it cannot be measured on texts")
+    return llm.tokenizer
 
 
 def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Token ids of a context and of what follows; spaces at the context's end belong to what follows. An empty context is the token
     that begins texts."""
     if context.strip() == "":
-        ids = llm.tokenizer.encode(context + continuation, add_special_tokens=False)
+        ids = tokenizer_of(llm).encode(context + continuation, add_special_tokens=False)
         return [begin_id(llm)], ids
     spaces = len(context) - len(context.rstrip())
     if spaces:
@@ -38,7 +45,8 @@ def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], l
 
 def begin_id(llm: LLM) -> int:
     """The token before the first one of a text: the tokenizer's beginning of text, or its end of text."""
-    found = llm.tokenizer.bos_id if llm.tokenizer.bos_id is not None else min(llm.tokenizer.eos_ids, default=None)
+    tokenizer = tokenizer_of(llm)
+    found = tokenizer.bos_id if tokenizer.bos_id is not None else min(tokenizer.eos_ids, default=None)
     if found is None:
         raise ValueError(
             "the tokenizer names no token that begins or ends a text, so the first token of a text has no probability"
@@ -182,7 +190,7 @@ def perplexity(llm: LLM, rows: Rows, name: str, *, progress: bool = False, strid
     sizes = []
     for number, row in enumerate(rows):
         text = fields.take(row, "text")
-        ids = [begin_id(llm), *llm.tokenizer.encode(text, add_special_tokens=False)]
+        ids = [begin_id(llm), *tokenizer_of(llm).encode(text, add_special_tokens=False)]
         sizes.append((len(ids) - 1, len(text.encode())))
         at = 1
         while at < len(ids):
