@@ -66,7 +66,7 @@ def evaluate(
     if unknown:
         raise ValueError(f"there is no suite {unknown[0]!r}; there are {', '.join(safety.SUITES)}")
     parts = [f"{kind}={safety.DATA / file}" for suite in suites for kind, file in safety.SUITES[suite]]
-    wanted = [_read(str(file), limit) for file in [*files, *parts]]
+    wanted = _apart([_read(str(file), limit) for file in [*files, *parts]])
     if not wanted and not harness:
         raise ValueError("there is nothing to evaluate on; give files, suites or tasks of the harness")
     opened = open_model(model, **options)
@@ -111,7 +111,19 @@ def _read(given: str, limit: int | None) -> tuple[str, str, list[Any]]:
             raise ValueError(f"{kind} is no kind of task; there are {', '.join([*tasks.KINDS, *safety.KINDS])}")
         kind, file = "", given
     rows = fields.rows(file, limit)
-    return Path(file).name, kind or tasks.kind_of(rows[0], file), rows
+    return file, kind or tasks.kind_of(rows[0], file), rows
+
+
+def _apart(wanted: list[tuple[str, str, list[Any]]]) -> list[tuple[str, str, list[Any]]]:
+    """With names for paths: that of the file, with its folder and kind where several are called alike."""
+    names = [Path(file).name for file, _, _ in wanted]
+    found = []
+    for (file, kind, rows), name in zip(wanted, names):
+        alike = names.count(name) > 1
+        found.append((f"{Path(file).resolve().parent.name}/{name} ({kind})" if alike else name, kind, rows))
+    if len({name for name, _, _ in found}) < len(found):
+        raise ValueError("a file is given twice as the same kind; give it once")
+    return found
 
 
 def rater(model: str | Path) -> Callable[[list[str]], list[float]]:
