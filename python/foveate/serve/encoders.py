@@ -42,7 +42,7 @@ def encoder_routes(state: ServerState) -> APIRouter:
     async def rerank(request: Request) -> Response:
         body = await parse_body(state, request, RerankBody)
         served = state.open_model(body.model)
-        pipeline = _pipeline(served, "rerank", "Reranker")
+        pipeline = _pipeline(served, "rankings", "Reranker")
         found, count = await state.encode(served, _rerank, pipeline, body)
         _charge(state, count)
         results = [
