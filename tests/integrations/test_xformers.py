@@ -138,3 +138,40 @@ def test_unmodified_programs_import_it(monkeypatch):
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "xformers"]:
             del sys.modules[name]
+
+
+BIASES = {
+    "top-left": xf.LowerTriangularMask(),
+    "top-left and a tensor": xf.LowerTriangularMask().add_bias(torch.randn(7, 7)),
+    "bottom-right": xf.LowerTriangularFromBottomRightMask(),
+    "bottom-right, local": xf.LowerTriangularFromBottomRightMask().make_local_attention(3),
+    "local": xf.LocalAttentionFromBottomRightMask(2, 1),
+    "blocks": xf.BlockDiagonalMask.from_seqlens([3, 4], [2, 5]),
+    "blocks, causal": xf.BlockDiagonalMask.from_seqlens([3, 4]).make_causal(),
+    "blocks, bottom-right": xf.BlockDiagonalMask.from_seqlens([2, 5], [3, 4]).make_causal_from_bottomright(),
+    "blocks, local": xf.BlockDiagonalMask.from_seqlens([3, 4]).make_local_attention(2),
+    "blocks, local, bottom-right": xf.BlockDiagonalMask.from_seqlens([2, 5], [2, 5]).make_local_attention_from_bottomright(2),
+    "padded keys": xf.BlockDiagonalPaddedKeysMask.from_seqlens([3, 4], 5, [2, 5]),
+    "padded keys, causal": xf.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([1, 6], 8, [2, 7]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_as_a_tensor_means_the_same(name):
+    bias = BIASES[name]
+    keys = bias.k_seqinfo.seqstart_py[-1] if isinstance(bias, xf.BlockDiagonalMask) else 7
+    q, k, v = torch.randn(1, 7, 2, 8), torch.randn(1, keys, 2, 8), torch.randn(1, keys, 2, 8)
+    added = bias.materialize((1, 1, 7, keys))
+    out, expected = xf.memory_efficient_attention(q, k, v, bias), xf.memory_efficient_attention(q, k, v, added)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_lists_of_queries_and_keys():
+    qs, ks = [torch.randn(2, 3, 2, 8), torch.randn(1, 4, 2, 8)], [torch.randn(2, 5, 2, 8), torch.randn(1, 2, 2, 8)]
+    mask, q, k, v = xf.BlockDiagonalMask.from_tensor_lists_qkv(qs, ks, ks)
+    parts = mask.split_queries(xf.memory_efficient_attention(q, k, v, mask))
+    for part, own_q, own_k in zip(parts, qs, ks):
+        torch.testing.assert_close(part, xf.memory_efficient_attention(own_q, own_k, own_k), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(mask.split_kv(k), ks))
+    with pytest.raises(ValueError, match=r"batches of \[2, 1\] and the keys of \[3\]"):
+        xf.BlockDiagonalMask.from_tensor_lists_qk(qs, [torch.randn(3, 5, 2, 8)])

@@ -25,6 +25,28 @@ import foveate
 class AttentionBias:
     """What is added to the scores, or which of them count, as an object instead of a tensor."""
 
+    def materialize(
+        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The bias as a tensor [..., M, N]: 0 where the query sees the key and -inf where not, and what the class adds."""
+        name = type(self).__name__
+        M, N = shape[-2:]
+        blocks = [(slice(0, M), slice(0, N))]
+        if isinstance(self, BlockDiagonalMask):
+            starts, lens = self.k_seqinfo.seqstart_py, self.k_seqinfo.seqlen_py
+            ends = starts[1:] if lens is None else [a + n for a, n in zip(starts, lens)]
+            rows = [slice(*pair) for pair in pairwise(self.q_seqinfo.seqstart_py)]
+            blocks = list(zip(rows, map(slice, starts, ends)))
+        left, right = _window(self, name)
+        seen = torch.zeros(M, N, dtype=torch.bool, device=device)
+        for row, key in blocks:
+            i, j = (torch.arange(x.stop - x.start, device=device) for x in (row, key))
+            distance = j - i[:, None] - (0 if _CORNERS[name] == "top-left" else len(j) - len(i))
+            seen[row, key] = ((left < 0) | (distance >= -left)) & ((right < 0) | (distance <= right))
+        bias = torch.zeros(M, N, dtype=dtype, device=device).masked_fill(~seen, float("-inf")).expand(*shape)
+        added = getattr(self, "_bias", None)
+        return bias if added is None else bias + added
+
 
 class LowerTriangularMask(AttentionBias):
     """Query i sees keys 0 to i (top-left)."""
@@ -113,9 +135,38 @@ class BlockDiagonalMask(AttentionBias):
         mask._batch_sizes = [x.shape[0] for x in tensors]
         return mask, torch.cat([x.reshape(1, -1, *x.shape[2:]) for x in tensors], 1)
 
+    @classmethod
+    def from_tensor_lists_qk(
+        cls, tensors_q: Sequence[Tensor], tensors_k: Sequence[Tensor]
+    ) -> tuple[BlockDiagonalMask, Tensor, Tensor]:
+        """(mask, queries and keys side by side), each list as in `from_tensor_list`, with as many sequences."""
+        (mask, q), (of_keys, k) = cls.from_tensor_list(tensors_q), cls.from_tensor_list(tensors_k)
+        if mask._batch_sizes != of_keys._batch_sizes:
+            raise ValueError(
+                f"the queries are batches of {mask._batch_sizes} and the keys of {of_keys._batch_sizes}; they must be equal"
+            )
+        mask.k_seqinfo = of_keys.q_seqinfo
+        return mask, q, k
+
+    @classmethod
+    def from_tensor_lists_qkv(
+        cls, tensors_q: Sequence[Tensor], tensors_k: Sequence[Tensor], tensors_v: Sequence[Tensor] | None = None
+    ) -> tuple[BlockDiagonalMask, Tensor, Tensor, Tensor | None]:
+        """`from_tensor_lists_qk`, and the values side by side."""
+        mask, q, k = cls.from_tensor_lists_qk(tensors_q, tensors_k)
+        return mask, q, k, None if tensors_v is None else cls.from_tensor_list(tensors_v)[1]
+
     def split(self, tensor: Tensor) -> list[Tensor]:
         """[1, total, ...] back into the tensors of `from_tensor_list`, or one [1, M, ...] for each sequence."""
-        starts = self.q_seqinfo.seqstart_py
+        return self._split(tensor, self.q_seqinfo.seqstart_py)
+
+    split_queries = split
+
+    def split_kv(self, tensor: Tensor) -> list[Tensor]:
+        """`split` of keys or values."""
+        return self._split(tensor, self.k_seqinfo.seqstart_py)
+
+    def _split(self, tensor: Tensor, starts: list[int]) -> list[Tensor]:
         sizes = [1] * (len(starts) - 1) if self._batch_sizes is None else self._batch_sizes
         parts, b = [], 0
         for size in sizes:
@@ -129,6 +180,18 @@ class BlockDiagonalMask(AttentionBias):
 
     def make_causal_from_bottomright(self) -> BlockDiagonalCausalFromBottomRightMask:
         return BlockDiagonalCausalFromBottomRightMask(self.q_seqinfo, self.k_seqinfo, _batch_sizes=self._batch_sizes)
+
+    def make_local_attention(self, window_size: int) -> BlockDiagonalCausalLocalAttentionMask:
+        return BlockDiagonalCausalLocalAttentionMask(
+            self.q_seqinfo, self.k_seqinfo, window_size, _batch_sizes=self._batch_sizes
+        )
+
+    def make_local_attention_from_bottomright(
+        self, window_size: int
+    ) -> BlockDiagonalCausalLocalAttentionFromBottomRightMask:
+        return BlockDiagonalCausalLocalAttentionFromBottomRightMask(
+            self.q_seqinfo, self.k_seqinfo, window_size, _batch_sizes=self._batch_sizes
+        )
 
 
 class BlockDiagonalCausalMask(BlockDiagonalMask):
