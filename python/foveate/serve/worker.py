@@ -23,7 +23,7 @@ log = logging.getLogger("foveate.serve")
 
 
 class StepFacts(NamedTuple):
-    """Of one step: how long it took, how long of that in kernels where the model tells, and the samples that got a token in it."""
+    """One step: how long it took, how long of that in kernels where the model tells, and the samples that got a token in it."""
 
     seconds: float
     kernel_seconds: float | None
