@@ -51,7 +51,7 @@ def shares(rows: Sequence[bool], better: str = "higher") -> Metric:
 
 
 def ratio(better: str, transform: Callable[[float], float] = lambda value: value) -> tuple[Aggregate, str]:
-    """Of rows (numerator, denominator): the transformed ratio of their sums."""
+    """The transformed ratio of the sums of rows (numerator, denominator)."""
 
     def aggregate(rows: np.ndarray) -> float:
         total = rows[:, 1].sum()

@@ -65,7 +65,7 @@ class Results:
 
 @dataclass
 class Compared:
-    """Of two models on the same items; differences are second less first, of each task's main metric."""
+    """Two models on the same items; differences are second less first, of each task's main metric."""
 
     first: Results
     second: Results

@@ -31,7 +31,7 @@ _REFUSAL = re.compile(
 
 
 def _likelihoods(model: Any, pairs: Sequence[tuple[str, str]], name: str, progress: bool) -> list[tuple[float, float]]:
-    """Of each pair of sentences: log-likelihoods of a causal model, pseudo-log-likelihoods of their common tokens of a masked one."""
+    """For each pair of sentences log-likelihoods of a causal model, pseudo-log-likelihoods of their common tokens of a masked one."""
     if isinstance(model, FillMask):
         return [masked.pair_scores(model, *pair) for pair in pairs]
     if not isinstance(model, LLM):

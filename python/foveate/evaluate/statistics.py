@@ -78,7 +78,7 @@ def share(correct: Sequence[bool], confidence: float = 0.95) -> Figure:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two models on the same items, the second less the first. p: how often a draw of the items
+    """The difference of two models on the same items, the second less the first. p: how often a draw of the items
     turns the sign, two-sided."""
 
     value: float

@@ -57,7 +57,7 @@ def begin_id(llm: LLM) -> int:
 def score_texts(
     llm: LLM, pairs: Sequence[tuple[str, str]], title: str = "scoring", progress: bool = False
 ) -> list[Scored]:
-    """Of (context, continuation)."""
+    """The scores of pairs (context, continuation)."""
     ids = [encode_pair(llm, *pair) for pair in pairs]
     with ProgressBar(title, "bar", "count", "remaining", total=len(ids), shown=progress) as bar:
         return Scorer(llm).score(ids, bar.advance)
@@ -91,7 +91,7 @@ def normalised(text: str) -> str:
 
 
 def f1(prediction: str, truth: str) -> float:
-    """Of the words of the normalised texts (Rajpurkar et al. 2016); of the characters where there are no spaces between words."""
+    """F1 of the words of the normalised texts (Rajpurkar et al. 2016); of the characters where no spaces stand between words."""
     a, b = normalised(prediction), normalised(truth)
     cjk = re.search(r"[\u3040-\u9fff]", b)
     left, right = (list(a.replace(" ", "")), list(b.replace(" ", ""))) if cjk else (a.split(), b.split())
@@ -146,7 +146,7 @@ def questions(
 
 
 def macro_f1(rows: np.ndarray) -> float:
-    """Of rows (number of the right class, number of the given one): the mean of the F1 of all classes that are right for some row."""
+    """The mean F1 of the classes that are right for some of the rows (number of the right class, number of the given one)."""
     values = []
     for label in np.unique(rows[:, 0]):
         hit = ((rows[:, 0] == label) & (rows[:, 1] == label)).sum()
