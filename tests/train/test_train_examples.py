@@ -79,3 +79,15 @@ def test_conversations():
         "O Romeo, wherefore art thou?",
     ]
     assert len(found) == 1
+
+
+def test_instruct_gpt(tmp_path, monkeypatch, capsys):
+    """The three steps, the second and third on what the ones before have left."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    call(monkeypatch, "instruct_gpt", "--tiny", "--output-dir", tmp_path / "out", "--steps", 3, 3, 2)
+    out = capsys.readouterr().out
+    assert "of the held-out pairs are ranked" in out and "before: reward" in out and "after: reward" in out
+    settings = json.loads((tmp_path / "out/2_reward/last/config.json").read_text())
+    assert settings["architectures"] == ["LlamaForSequenceClassification"]
+    rows = [json.loads(line) for line in (tmp_path / "out/3_policy/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["kl"] == 0 and rows[1]["kl"] != 0
