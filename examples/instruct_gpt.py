@@ -8,7 +8,7 @@
 3. The first learns by GRPO, where the paper has PPO, from the rewards that the second gives to its own answers, held to what it was by the
    KL divergence.                                                       --objective grpo
 
-Prints the mean reward and the mean length of answers, before and after the third step. docs/guide/preferences.md has a run.
+Prints mean reward and length of answers before and after the third step. docs/guide/preferences.md has a run of the small one.
 """
 
 from __future__ import annotations
