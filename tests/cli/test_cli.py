@@ -20,7 +20,7 @@ from foveate.cli.parser import lay_out
 
 COMMANDS = (
     "", "generate", "chat", "answer", "classify", "embed", "rerank", "fill", "translate", "summarize", "data", "train", "search",
-    "inspect", "serve", "monitor", "info", "bench",
+    "inspect", "eval", "serve", "monitor", "info", "bench",
     "data stats", "data clean", "data dedup", "data language", "data redact", "data decontaminate", "data mix",
     "data split", "data tokenizer",
 )  # fmt: skip
