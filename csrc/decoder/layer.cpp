@@ -9,8 +9,8 @@ void check_weight(const PackedWeight& w, const char* what, int64_t in, int64_t o
 
 // Checks two weights that share prepared rows.
 void check_together(const PackedWeight& a, const PackedWeight& b, const char* what) {
-  check(is_blocks(a.format) == is_blocks(b.format) && (is_blocks(a.format) || a.format == b.format), what,
-        " have formats that round their input differently; they must all be blocks, or of one float format");
+  check(same_rows(a.format, b.format), what,
+        " have formats that round their input differently; they must all be blocks, all bf16, or neither");
 }
 
 }  // namespace

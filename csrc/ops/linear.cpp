@@ -1,6 +1,7 @@
 #include "ops/linear.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/dispatch/kernels.h"
 #include "cpu/dispatch/target.h"
@@ -8,21 +9,21 @@
 namespace foveate {
 namespace {
 
+constexpr std::pair<const char*, WeightFormat> kFormats[] = {
+    {"f32", WeightFormat::kF32},   {"bf16", WeightFormat::kBf16},    {"f16", WeightFormat::kF16},      {"f8", WeightFormat::kF8},
+    {"nf4", WeightFormat::kNf4},   {"fp4", WeightFormat::kFp4},      {"q8_0", WeightFormat::kQ8_0},    {"q4_0", WeightFormat::kQ4_0},
+    {"q4_1", WeightFormat::kQ4_1}, {"iq4_nl", WeightFormat::kIq4Nl}, {"q4_z", WeightFormat::kQ4Z},     {"q8_z", WeightFormat::kQ8Z},
+    {"q8_m", WeightFormat::kQ8M},  {"mxfp4", WeightFormat::kMxfp4},  {"q2_k", WeightFormat::kQ2K},     {"q4_k", WeightFormat::kQ4K},
+    {"q5_k", WeightFormat::kQ5K},  {"q6_k", WeightFormat::kQ6K},     {"iq4_xs", WeightFormat::kIq4Xs}, {"q8_k", WeightFormat::kQ8K},
+};
+
 WeightFormat format_of(const std::string& text) {
-  if (text == "f32") return WeightFormat::kF32;
-  if (text == "bf16") return WeightFormat::kBf16;
-  if (text == "f16") return WeightFormat::kF16;
-  if (text == "q8_0") return WeightFormat::kQ8_0;
-  if (text == "q4_0") return WeightFormat::kQ4_0;
-  if (text == "q4_1") return WeightFormat::kQ4_1;
-  if (text == "iq4_nl") return WeightFormat::kIq4Nl;
-  if (text == "mxfp4") return WeightFormat::kMxfp4;
-  if (text == "q4_k") return WeightFormat::kQ4K;
-  if (text == "q5_k") return WeightFormat::kQ5K;
-  if (text == "q6_k") return WeightFormat::kQ6K;
-  if (text == "iq4_xs") return WeightFormat::kIq4Xs;
-  if (text == "q8_k") return WeightFormat::kQ8K;
-  fail("format ", text, " is not one of f32, bf16, f16, q8_0, q4_0, q4_1, iq4_nl, mxfp4, q4_k, q5_k, q6_k, iq4_xs, q8_k");
+  std::string known;
+  for (const auto& [name, format] : kFormats) {
+    if (text == name) return format;
+    known += (known.empty() ? "" : ", ") + std::string(name);
+  }
+  fail("format ", text, " is not one of ", known);
 }
 
 }  // namespace
@@ -32,7 +33,7 @@ PackedWeight packed_weight(TensorView data, TensorView bias, const std::string& 
   check(in >= 1 && out >= 1, "a weight of ", out, " rows of ", in, " elements is empty");
   constexpr int64_t kMost = int64_t{1} << 40;  // products of the sizes below fit 64 bits
   check(in <= kMost && out <= kMost, "a weight of ", out, " rows of ", in, " elements is larger than any memory");
-  const int64_t block = is_k_quant(w.format) ? kSuperBlock : is_blocks(w.format) ? kWeightBlock : 1;
+  const int64_t block = block_of(w.format);
   check(in % block == 0, format, " needs a multiple of ", block, " input features, got ", in);
   expect(data, "data").rank(1).dtype(DType::kInt8).contiguous();
   const int64_t panels = ceil_div(out, kWeightPanel), bytes = panel_bytes(w.format, in);

@@ -186,7 +186,7 @@ def test_weights_quantised_by_others_are_named(folder, tmp_path, key, value, nam
     else:
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(ValueError, match=f"is quantised by '{name}', which cannot be read"):
+    with pytest.raises(ValueError, match=f"is quantised by '{name}' by its config, and none of its weights are"):
         load_model(tmp_path)
 
 

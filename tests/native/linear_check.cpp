@@ -14,7 +14,7 @@ using namespace foveate;
 
 namespace {
 
-constexpr int64_t kIn = 96, kOut = 45, kRows = 7, kPanels = 2;
+constexpr int64_t kIn = 128, kOut = 45, kRows = 7, kPanels = 2;
 uint32_t state = 1;
 uint32_t next() { return state = state * 1664525u + 1013904223u; }
 float uniform() { return static_cast<float>(next() >> 8) / (1 << 23) - 1.0f; }
@@ -31,16 +31,47 @@ struct Weight {
   std::vector<float> values;  // [kOut padded, kIn]
 };
 
+// Elements [32 b, 32 b + 32) of feature f: codes of f8 or nf4 with the scale of the 64 that they belong to.
+void scaled_block(Weight& w, WeightFormat format, int64_t f, int64_t b, float d) {
+  constexpr float kNf4[16] = {-1.0f,       -0.69619280f, -0.52507305f, -0.39491749f, -0.28444138f, -0.18477343f, -0.09105004f, 0.0f,
+                              0.07958030f, 0.16093020f,  0.24611230f,  0.33791524f,  0.44070983f,  0.56261700f,  0.72295684f,  1.0f};
+  const int64_t lane = f % 32, step = format == WeightFormat::kF8 ? 32 : 16;
+  uint8_t* at = w.packed.data() + f / 32 * panel_bytes(format, kIn) + b / 2 * panel_bytes(format, 64);
+  float* scale = reinterpret_cast<float*>(at + 64 * step) + lane;
+  if (b % 2 == 0) *scale = d;
+  for (int64_t e = 0; e < 32; ++e) {
+    uint8_t* codes = at + (b % 2 * 32 + e) * step;
+    float& value = w.values[f * kIn + b * 32 + e];
+    if (format == WeightFormat::kF8) {
+      const uint32_t code = next() % 127 | (next() & 128);  // no NaN
+      codes[lane] = static_cast<uint8_t>(code);
+      const int exponent = static_cast<int>(code >> 3 & 15);
+      const float magnitude = exponent ? std::ldexp(1.0f + (code & 7) / 8.0f, exponent - 7) : std::ldexp((code & 7) / 8.0f, -6);
+      value = *scale * (code & 128 ? -magnitude : magnitude);
+    } else {
+      const uint32_t code = next() >> 8 & 15;
+      codes[lane % 16] |= static_cast<uint8_t>(lane < 16 ? code : code << 4);
+      value = *scale * kNf4[code];
+    }
+  }
+}
+
 Weight make(WeightFormat format) {
   Weight w{std::vector<uint8_t>(kPanels * panel_bytes(format, kIn)), std::vector<float>(kPanels * 32 * kIn)};
-  const int64_t block = panel_bytes(format, 32);
+  const int64_t block = is_scaled(format) ? panel_bytes(format, 64) / 2 : panel_bytes(format, 32);
   for (int64_t f = 0; f < kPanels * 32; ++f)
     for (int64_t b = 0; b < kIn / 32; ++b) {
       uint8_t* panel = w.packed.data() + f / 32 * panel_bytes(format, kIn);
       uint8_t* at = panel + b * block;
       const int64_t lane = f % 32;
       const float d = static_cast<float>(1 + next() % 15) / 64.0f, m = -static_cast<float>(1 + next() % 15) / 32.0f;
-      const bool nibbles = format == WeightFormat::kQ4_0 || format == WeightFormat::kQ4_1;
+      const bool nibbles = format == WeightFormat::kQ4_0 || format == WeightFormat::kQ4_1 || format == WeightFormat::kQ4Z;
+      const bool zero = format == WeightFormat::kQ4Z || format == WeightFormat::kQ8Z, wide = format == WeightFormat::kQ8Z;
+      const float z = static_cast<float>(1 + next() % 15);
+      if (is_scaled(format)) {
+        scaled_block(w, format, f, b, d);
+        continue;
+      }
       for (int64_t e = 0; e < 32; ++e) {
         float& value = w.values[f * kIn + b * 32 + e];
         const int64_t k = b * 32 + e;
@@ -57,18 +88,22 @@ Weight make(WeightFormat format) {
           const int q = static_cast<int>(next() % 16);
           uint8_t& byte = at[(e % 16 / 4 * 32 + lane) * 4 + e % 4];
           byte |= static_cast<uint8_t>(e < 16 ? q : q << 4);
-          value = format == WeightFormat::kQ4_0 ? d * (q - 8) : d * q + m;
+          value = format == WeightFormat::kQ4_0 ? d * (q - 8) : zero ? d * (q - z) : d * q + m;
         } else {
           const int q = static_cast<int>(next() % 256);
           at[(e / 4 * 32 + lane) * 4 + e % 4] = static_cast<uint8_t>(q);
-          value = d * (q - 128);
+          value = zero ? d * (q - z) : format == WeightFormat::kQ8M ? d * q + m : d * (q - 128);
         }
       }
       if (!is_blocks(format)) continue;
-      const uint16_t bits[2] = {half_bits(d), half_bits(m)};
+      const uint16_t bits[2] = {half_bits(d), half_bits(zero ? z : m)};
       uint8_t* headers = at + 32 * (nibbles ? 16 : 32);
-      std::memcpy(headers + 2 * lane, bits, 2);
-      if (format == WeightFormat::kQ4_1) std::memcpy(headers + 64 + 2 * lane, bits + 1, 2);
+      if (wide)
+        std::memcpy(headers + 4 * lane, &d, 4);
+      else
+        std::memcpy(headers + 2 * lane, bits, 2);
+      if (zero || format == WeightFormat::kQ4_1 || format == WeightFormat::kQ8M)
+        std::memcpy(headers + (wide ? 128 : 64) + 2 * lane, bits + 1, 2);
     }
   return w;
 }
@@ -96,7 +131,8 @@ std::vector<float> rounded(const std::vector<float>& x, WeightFormat format) {
 
 int main() {
   int failures = 0;
-  for (WeightFormat format : {WeightFormat::kF32, WeightFormat::kBf16, WeightFormat::kQ8_0, WeightFormat::kQ4_0, WeightFormat::kQ4_1}) {
+  using enum WeightFormat;
+  for (WeightFormat format : {kF32, kBf16, kQ8_0, kQ4_0, kQ4_1, kQ4Z, kQ8Z, kQ8M, kF8, kNf4}) {
     const Weight w = make(format);
     std::vector<float> x(kRows * kIn), bias(kOut), out(kRows * kOut, NAN);
     for (float& v : x) v = uniform();

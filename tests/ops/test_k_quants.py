@@ -18,7 +18,14 @@ from gguf_files import write_llama
 gguf = pytest.importorskip("gguf")
 
 FORMATS = tuple(k_blocks.K_FORMATS)
-_HEADERS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q3_K": (108,), "IQ4_XS": (0,)}  # where the fp16 scales lie
+_HEADERS = {
+    "Q2_K": (80, 82),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "Q3_K": (108,),
+    "IQ4_XS": (0,),
+}  # where the fp16 scales lie
 
 
 def random_blocks(kind, rows, columns, seed=0):
@@ -88,7 +95,8 @@ def _magnitude(blocks, format):
         scales = (headers * parts.sc.double().abs()).repeat_interleave(256 // parts.sc.shape[1], 1)
         return (scales * (256 if format in ("iq4_xs", "q8_k") else q + 32)).view(len(blocks), -1)
     scales, minima = headers[:, :1] * parts.sc.double(), headers[:, 1:] * parts.mn.double()
-    return (scales.repeat_interleave(32, 1) * q + minima.repeat_interleave(32, 1)).view(len(blocks), -1)
+    size = 256 // scales.shape[1]
+    return (scales.repeat_interleave(size, 1) * q + minima.repeat_interleave(size, 1)).view(len(blocks), -1)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -126,7 +134,7 @@ def test_what_does_not_fit_is_said():
 # How a type is read: the format that it stays or is repacked in without loss, or None where it is expanded.
 TYPES = {
     "Q4_K": "q4_k", "Q5_K": "q5_k", "Q6_K": "q6_k", "Q3_K": "q6_k", "Q5_0": "q8_0", "IQ4_NL": "iq4_nl", "TQ2_0": "q4_0",
-    "Q5_1": None, "Q2_K": None, "IQ4_XS": "iq4_xs", "IQ3_S": "q8_k", "IQ3_XXS": "q8_k", "IQ2_XXS": "q8_k", "IQ2_XS": "q8_k",
+    "Q5_1": "q8_m", "Q2_K": "q2_k", "IQ4_XS": "iq4_xs", "IQ3_S": "q8_k", "IQ3_XXS": "q8_k", "IQ2_XXS": "q8_k", "IQ2_XS": "q8_k",
     "IQ2_S": "q8_k", "IQ1_S": "q8_k", "IQ1_M": "q8_k", "TQ1_0": "q4_0", "MXFP4": "mxfp4",
 }  # fmt: skip
 _D = {
@@ -166,14 +174,9 @@ def test_files_of_every_type_have_the_gguf_librarys_weights(kind, tmp_path):
     path = write_llama(tmp_path / "m.gguf", {"blk.0.ffn_down.weight": (data.reshape(256, -1), number)}, **shape)
     whole = load_model(path, quantization="none")
     assert torch.equal(whole.model.layers[0].mlp.down_proj.weight, expected)
-    if TYPES[kind] is None:
-        with pytest.warns(UserWarning, match=f"has tensors of {kind}, .* expanded to torch.float32"):
-            packed = load_model(path)
-        assert isinstance(packed.model.layers[0].mlp.down_proj, torch.nn.Linear)
-    else:
-        packed = load_model(path)
-        layer = packed.model.layers[0].mlp.down_proj
-        assert layer.format == TYPES[kind] and torch.equal(layer.dequantize(), expected)
+    packed = load_model(path)
+    layer = packed.model.layers[0].mlp.down_proj
+    assert layer.format == TYPES[kind] and torch.equal(layer.dequantize(), expected)
     tokens = torch.arange(20)[None]
     a, b = packed(tokens), whole(tokens)
     assert ((a - b).norm() / b.norm()) < 0.02

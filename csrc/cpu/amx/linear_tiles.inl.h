@@ -27,6 +27,9 @@ FOVEATE_INLINE Lanes16 load16(const f16* p) {
   return v;
 }
 
+// The block formats that have tiles.
+FOVEATE_INLINE bool has_int8_tiles(WeightFormat f) { return f >= WeightFormat::kQ8_0 && f <= WeightFormat::kQ4Z; }
+
 // Bytes of a panel of one block format, expanded.
 FOVEATE_INLINE int64_t expanded_bytes(int64_t in) { return kWeightPanel * in; }
 
@@ -87,13 +90,19 @@ FOVEATE_INLINE void int8_tile(TileScope& tiles, const uint8_t* panel, const int8
     const auto scale = [&]<int kSlot>(std::integral_constant<int, kSlot>, int64_t b) __attribute__((always_inline)) {
       const f16* header = reinterpret_cast<const f16*>(panel + b * kBytes + kQuants) + half * kTileSide;
       const auto d = load16(header);
-      [[maybe_unused]] Lanes16 m;
-      if constexpr (kFormat == WeightFormat::kQ4_1) m = load16(header + kWeightPanel);
+      [[maybe_unused]] Lanes16 second;  // m or z
+      if constexpr (has_minimum(kFormat) || has_zero(kFormat)) second = load16(header + kWeightPanel);
 #pragma GCC unroll 16
       for (int r = 0; r < kTileSide; ++r) {
         const auto dot = load_raw<vec<int32_t, kTileSide>>(dots[kSlot] + r * kTileSide);
-        acc[r] += d * (__builtin_convertvector(dot, Lanes16) * scales[r][b]);
-        if constexpr (kFormat == WeightFormat::kQ4_1) acc[r] += m * scales[r][a.blocks + b];
+        auto whole = __builtin_convertvector(dot, Lanes16);
+        if constexpr (has_zero(kFormat)) {
+          int32_t sum;
+          std::memcpy(&sum, scales[r] + 2 * a.blocks + b, 4);
+          whole -= second * static_cast<float>(sum);
+        }
+        acc[r] += d * (whole * scales[r][b]);
+        if constexpr (has_minimum(kFormat)) acc[r] += second * scales[r][a.blocks + b];
       }
     };
     // What a tile stores can be loaded once the stores have left the core's queue, so that the multiplications run kDotSlots - 1 blocks

@@ -140,15 +140,15 @@ void panel_rows(const LinearParams& p, int which, int64_t panel, const PreparedR
 }
 
 #if defined(FOVEATE_TILES)
-// The same with AMX, whose tiles take more rows; K-quants use none. `expanded`: room for the bytes of two panels; null: only bf16 uses
-// tiles.
+// The same with AMX, whose tiles take more rows; only bf16 and some block formats use them. `expanded`: room for the bytes of two panels;
+// null: only bf16.
 class TileRows {
  public:
   TileRows(const LinearParams& p, int8_t* expanded)
       : p_(p), expanded_{expanded, expanded ? expanded + expanded_bytes(p.weight[0].in) : nullptr} {}
 
   void panel_rows(int which, int64_t panel, const PreparedRows& a, int64_t first, int64_t row, int64_t rows) {
-    const auto has_tiles = [&](int i) { return is_blocks(p_.weight[i].format) && !is_k_quant(p_.weight[i].format); };
+    const auto has_tiles = [&](int i) { return has_int8_tiles(p_.weight[i].format); };
     const bool blocks = has_tiles(which) && (!p_.gated || has_tiles(1)), bf16 = p_.weight[which].format == WeightFormat::kBf16;
     if (!bf16 && (!expanded_[0] || !blocks || rows < kTileRowsLeast)) return FOVEATE_ISA::panel_rows(p_, which, panel, a, first, row, rows);
     const int count = p_.gated ? 2 : 1;
@@ -174,6 +174,7 @@ class TileRows {
     if (w.format == kQ4_0) return expand_panel<kQ4_0>(data, blocks, out);
     if (w.format == kIq4Nl) return expand_panel<kIq4Nl>(data, blocks, out);
     if (w.format == kMxfp4) return expand_panel<kMxfp4>(data, blocks, out);
+    if (w.format == kQ4Z) return expand_panel<kQ4Z>(data, blocks, out);
     expand_panel<kQ4_1>(data, blocks, out);
   }
   void product(const PackedWeight& w, int64_t panel, const PreparedRows& a, int64_t row, int64_t rows, const int8_t* expanded, float* c) {
@@ -184,6 +185,7 @@ class TileRows {
     if (w.format == kQ4_0) return int8_tile<kQ4_0>(tiles_, data, expanded, a, row, rows, c);
     if (w.format == kIq4Nl) return int8_tile<kIq4Nl>(tiles_, data, expanded, a, row, rows, c);
     if (w.format == kMxfp4) return int8_tile<kMxfp4>(tiles_, data, expanded, a, row, rows, c);
+    if (w.format == kQ4Z) return int8_tile<kQ4Z>(tiles_, data, expanded, a, row, rows, c);
     int8_tile<kQ4_1>(tiles_, data, expanded, a, row, rows, c);
   }
 
@@ -395,18 +397,29 @@ void packed_rows(const PackedRowsParams& p, int threads) {
           out[k] = to_float(load_raw<bf16>(panel + ((k / 2 * kWeightPanel + lane) * 2 + k % 2) * 2));
         } else if (is_k_quant(w.format)) {
           out[k] = k_value(w.format, panel, k, lane);
+        } else if (is_scaled(w.format)) {
+          out[k] = scaled_value(w.format, panel, k, lane);
         } else {
           const int64_t bytes = panel_bytes(w.format, kWeightBlock), e = k % kWeightBlock;
           const uint8_t* block = panel + k / kWeightBlock * bytes;
-          if (w.format == WeightFormat::kQ8_0) {
-            out[k] = half(block + kWeightPanel * 32) * static_cast<float>(block[(e / 4 * kWeightPanel + lane) * 4 + e % 4] - 128);
+          if (is_bytewise(w.format)) {
+            const uint8_t* headers = block + kWeightPanel * 32;
+            const auto q = static_cast<float>(block[(e / 4 * kWeightPanel + lane) * 4 + e % 4]);
+            if (w.format == WeightFormat::kQ8_0)
+              out[k] = half(headers) * (q - 128.0f);
+            else if (w.format == WeightFormat::kQ8M)
+              out[k] = half(headers) * q + half(headers + kWeightPanel * 2);
+            else
+              out[k] = load_raw<float>(headers + 4 * lane) * (q - half(headers + kWeightPanel * 4));
           } else {
             const uint8_t byte = block[(e % 16 / 4 * kWeightPanel + lane) * 4 + e % 4];
             int q = e < 16 ? byte & 15 : byte >> 4;
             if (has_table(w.format)) q = (w.format == WeightFormat::kMxfp4 ? kTableMxfp4 : kTableIq4Nl)[q];
             q -= offset_of(w.format);
-            const float m = w.format == WeightFormat::kQ4_1 ? half(block + kWeightPanel * 18) : 0.0f;
-            out[k] = half(block + kWeightPanel * 16) * static_cast<float>(q) + m;
+            const float d = half(block + kWeightPanel * 16);
+            const bool two = has_minimum(w.format) || has_zero(w.format);
+            const float second = two ? half(block + kWeightPanel * 18) : 0.0f;  // m or z
+            out[k] = has_zero(w.format) ? d * (static_cast<float>(q) - second) : d * static_cast<float>(q) + second;
           }
         }
         out[k] *= p.scale;

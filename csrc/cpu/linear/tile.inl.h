@@ -36,7 +36,7 @@ constexpr int kQuadUnits = 2;  // int16 pairs: elements 0 and 2, 1 and 3
 
 // Prepared rows, `row_bytes` each. Blocks: int32 quads [in / 4 * kQuadUnits], then per block: float dx, float dx * sum(q), int32 sum(q),
 // int32 sum(q) of its first half.
-// f32 and f16: floats. bf16: units of MathBf16.
+// bf16: units of MathBf16. The other float formats: floats.
 struct PreparedRows {
   char* data;
   int64_t row_bytes, blocks;
@@ -118,10 +118,16 @@ FOVEATE_INLINE VecI looked_up(VecI nibbles) {
 FOVEATE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 constexpr int64_t kLinearAhead = 4096;  // bytes
 
+// Of formats of blocks of 32: a byte for each integer; a minimum m, or a zero z, after the scale d, which is fp32 with kWideScale.
+constexpr bool is_bytewise(WeightFormat f) { return f == WeightFormat::kQ8_0 || f == WeightFormat::kQ8Z || f == WeightFormat::kQ8M; }
+constexpr bool has_minimum(WeightFormat f) { return f == WeightFormat::kQ4_1 || f == WeightFormat::kQ8M; }
+constexpr bool has_zero(WeightFormat f) { return f == WeightFormat::kQ4Z || f == WeightFormat::kQ8Z; }
+constexpr bool has_wide_scale(WeightFormat f) { return f == WeightFormat::kQ8Z; }
+
 template <WeightFormat kFormat, int kRows>
 FOVEATE_INLINE void block_tile(const uint8_t* panel, const PreparedRows& a, int64_t row, float* c) {
   constexpr int n = kLanes<float>;
-  constexpr bool kNibbles = kFormat != WeightFormat::kQ8_0;
+  constexpr bool kNibbles = !is_bytewise(kFormat);
   constexpr int kOffset = offset_of(kFormat);
   constexpr int64_t kQuants = kWeightPanel * (kNibbles ? 16 : 32), kBytes = panel_bytes(kFormat, kWeightBlock);
   const int64_t units = a.blocks * 8 * kQuadUnits;
@@ -162,15 +168,19 @@ FOVEATE_INLINE void block_tile(const uint8_t* panel, const PreparedRows& a, int6
         }
 #pragma GCC unroll 2
       for (int v = 0; v < kLinearVecs; ++v) {
-        const f16* header = reinterpret_cast<const f16*>(w - col * 4 + kQuants) + col + v * n;
-        const VecF d = load<float>(header);
-        [[maybe_unused]] VecF m;
-        if constexpr (kFormat == WeightFormat::kQ4_1) m = load<float>(header + kWeightPanel);
+        using Scale = std::conditional_t<has_wide_scale(kFormat), float, f16>;
+        const uint8_t* headers = w - col * 4 + kQuants;
+        const VecF d = load<float>(reinterpret_cast<const Scale*>(headers) + col + v * n);
+        [[maybe_unused]] VecF second;  // m or z
+        if constexpr (has_minimum(kFormat) || has_zero(kFormat))
+          second = load<float>(reinterpret_cast<const f16*>(headers + kWeightPanel * sizeof(Scale)) + col + v * n);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const float* s = reinterpret_cast<const float*>(scales + r * stride);
-          acc[r][v] += d * (__builtin_convertvector(dot[r][v], VecF) * s[0]);
-          if constexpr (kFormat == WeightFormat::kQ4_1) acc[r][v] += m * s[a.blocks];
+          VecF whole = __builtin_convertvector(dot[r][v], VecF);
+          if constexpr (has_zero(kFormat)) whole -= second * static_cast<float>(scales[r * stride + 2 * a.blocks]);
+          acc[r][v] += d * (whole * s[0]);
+          if constexpr (has_minimum(kFormat)) acc[r][v] += second * s[a.blocks];
         }
       }
     }
@@ -236,6 +246,7 @@ FOVEATE_INLINE void float_tile(const uint8_t* panel, const PreparedRows& a, int6
 }  // namespace foveate::cpu::FOVEATE_ISA
 
 #include "cpu/linear/k_tile.inl.h"
+#include "cpu/linear/scaled_tile.inl.h"
 
 namespace foveate::cpu::FOVEATE_ISA {
 
@@ -247,12 +258,19 @@ inline void panel_product(const PackedWeight& w, int64_t panel, const PreparedRo
   if (w.format == kF32) return float_tile<kF32, kRows>(data, a, row, w.in, c);
   if (w.format == kBf16) return float_tile<kBf16, kRows>(data, a, row, w.in, c);
   if (w.format == kF16) return float_tile<kF16, kRows>(data, a, row, w.in, c);
+  if (w.format == kF8) return scaled_tile<kF8, kRows>(data, a, row, w.in, c);
+  if (w.format == kNf4) return scaled_tile<kNf4, kRows>(data, a, row, w.in, c);
+  if (w.format == kFp4) return scaled_tile<kFp4, kRows>(data, a, row, w.in, c);
   if constexpr (kRows <= kLinearRows) {
     if (w.format == kQ8_0) return block_tile<kQ8_0, kRows>(data, a, row, c);
     if (w.format == kQ4_0) return block_tile<kQ4_0, kRows>(data, a, row, c);
     if (w.format == kQ4_1) return block_tile<kQ4_1, kRows>(data, a, row, c);
     if (w.format == kIq4Nl) return block_tile<kIq4Nl, kRows>(data, a, row, c);
     if (w.format == kMxfp4) return block_tile<kMxfp4, kRows>(data, a, row, c);
+    if (w.format == kQ4Z) return block_tile<kQ4Z, kRows>(data, a, row, c);
+    if (w.format == kQ8Z) return block_tile<kQ8Z, kRows>(data, a, row, c);
+    if (w.format == kQ8M) return block_tile<kQ8M, kRows>(data, a, row, c);
+    if (w.format == kQ2K) return k_tile<kQ2K, kRows>(data, a, row, c);
     if (w.format == kQ4K) return k_tile<kQ4K, kRows>(data, a, row, c);
     if (w.format == kQ5K) return k_tile<kQ5K, kRows>(data, a, row, c);
     if (w.format == kQ6K) return k_tile<kQ6K, kRows>(data, a, row, c);

@@ -71,7 +71,8 @@ def model_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization:
     check_layers(config, stored.names(), checkpoint.path)
     with torch.device("meta"):
         model = kind(config)
-    if quantization is None and (dtype is None or stored.linear_layout):  # GGUF: blocks stay blocks
+    packed = stored.linear_layout or getattr(stored, "packed", False)
+    if quantization is None and (dtype is None or packed):  # blocks stay blocks
         return stored.loaded_bytes
     size = (dtype or _stored_dtype(checkpoint)).itemsize
     total = sum(p.numel() for p in model.parameters())  # a tied head counts once
@@ -112,11 +113,13 @@ def check_model_fits(
 
 
 def _experts_stay_mapped(checkpoint: Checkpoint, dtype: torch.dtype | None) -> bool:
-    """Not those of GGUF files, which are packed as they are loaded, nor gpt-oss's, whose rows change their order."""
+    """Not those of quantised files, which are packed as they are loaded, nor gpt-oss's, whose rows change their order."""
     config = read_config(model_class(checkpoint.config), checkpoint.config, checkpoint.path)
     if getattr(config, "experts", None) is None or checkpoint.config.get("model_type") == "gpt_oss":
         return False
-    return not checkpoint.weights().linear_layout and dtype in (None, _stored_dtype(checkpoint))
+    stored = checkpoint.weights()
+    packed = stored.linear_layout or getattr(stored, "packed", False)
+    return not packed and dtype in (None, _stored_dtype(checkpoint))
 
 
 def cache_sizes(config: Any) -> dict[str, Any]:

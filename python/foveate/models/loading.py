@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.files.checked import CheckpointError, is_there
+from foveate.files.checked import CheckpointError
 from foveate.models import bert, decoder_classifier, llama
 from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
-from foveate.models.checkpoint.mxfp4 import Mxfp4Weights
 from foveate.models.checkpoint.open import TEXT_NAMES, TEXT_PART, TEXT_WEIGHTS, open_checkpoint
 from foveate.models.checkpoint.reading import check_layers, read_config
 from foveate.models.checkpoint.renamed import RenamedWeights
@@ -28,6 +27,7 @@ from foveate.progress import ProgressBar
 from foveate.quantization.gguf_blocks import TABLES, dequantize, table_to_q8_0
 from foveate.quantization.k_blocks import K_FORMATS
 from foveate.quantization.names import QUANTISABLE
+from foveate.quantization.scaled_blocks import SCALED
 
 _TENSORFLOW_NORM = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")  # as Google's BERT checkpoints name them
 _NORM_NAMES = {"gamma": "weight", "beta": "bias"}
@@ -157,16 +157,9 @@ def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def unfilled_model(checkpoint: Checkpoint, head: str | None = None, new_head: bool = False) -> tuple[Any, Weights]:
     """The model on the meta device, and the weights under its names or those of `match_names`; see `load_model`."""
-    if foreign := _foreign_quantization(checkpoint):
-        raise CheckpointError(
-            f"{checkpoint.path} is quantised by {foreign}, which cannot be read; take the model's unquantised weights, with "
-            "quantization='q8_0' or 'q4_0' here, or a GGUF file"
-        )
     kind: Any = model_class(checkpoint.config, head, new_head)
     config = read_config(kind, checkpoint.config, checkpoint.path)
     weights: Weights = checkpoint.weights()
-    if _is_mxfp4(checkpoint.config):
-        weights = Mxfp4Weights(weights)
     architecture = architecture_of(checkpoint.config)
     names, fused = architecture.names, architecture.fused
     only = None
@@ -200,7 +193,8 @@ def load_model(
     """The model of a checkpoint (or of what `open_checkpoint` takes), filled, in eval mode.
 
     device: the CPU if None. dtype of the weights, or its name: if None or "auto" the checkpoint's, and float32 for GGUF files.
-    quantization: None keeps what the file has: GGUF blocks stay blocks, in `foveate.nn.PackedLinear`. "q8_0", "q4_0", "q4_1",
+    quantization: None keeps what the file has: GGUF blocks, and what GPTQ, AWQ, compressed-tensors, fp8, bitsandbytes, MLX and MXFP4 have
+    quantised, stay packed, in `foveate.nn.PackedLinear`. "q8_0", "q4_0", "q4_1",
     "q4_k", "q5_k", "q6_k" or "iq4_nl" quantises every linear layer, a tied head too, but not the embedding; the head has 6 bits or more,
     as its 4-bit errors would reach every token (SmolLM2: perplexity 49.9 against 45.8). Rows that are no multiple of 256 take "q4_1" for
     "q4_k", and "q8_0" for the other two. "none" expands everything to dtype.
@@ -276,7 +270,7 @@ def _fill(
             kept = quantization is None or (quantization == value.format and isinstance(module, nn.Linear))
             if kept and device.type != "cpu" and value.format in TABLES:
                 value = Blocks(table_to_q8_0(value.blocks, value.format), "q8_0", value.in_features)
-            if kept and device.type != "cpu" and value.format in K_FORMATS:
+            if kept and device.type != "cpu" and value.format in (*K_FORMATS, *SCALED):
                 weights.expanded[value.format.upper()] = weights.expanded.get(value.format.upper(), 0) + value.nbytes  # type: ignore[attr-defined]
                 kept = False
             if kept:
@@ -309,27 +303,6 @@ def _say_what_was_expanded(weights: Weights, dtype: torch.dtype, where: str) -> 
             f"kernel here: they were expanded to {dtype}; quantization='q8_0' packs them again, rounded once more, and 'none' expands all",
             stacklevel=3,
         )
-
-
-def _is_mxfp4(config: dict[str, Any]) -> bool:
-    """Whether the experts are in MXFP4, as gpt-oss is published."""
-    settings = config.get("quantization_config") or {}
-    return config.get("model_type") == "gpt_oss" and settings.get("quant_method") == "mxfp4"
-
-
-def _foreign_quantization(checkpoint: Checkpoint) -> str | None:
-    """The name of another library's quantisation that the config or a file beside it speaks of."""
-    config = checkpoint.config
-    if _is_mxfp4(config):
-        return None
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            return repr(config[key].get("quant_method", "a method that the config does not name"))
-    if config.get("quantization"):
-        return "'mlx'"
-    files = {"quantize_config.json": "'gptq'", "quant_config.json": "'awq'"}
-    folder = checkpoint.path
-    return next((name for file, name in files.items() if folder.is_dir() and is_there(folder / file)), None)
 
 
 def tie_weights(model: Any) -> None:

@@ -22,6 +22,7 @@ from foveate.nn import PackedLinear
 from foveate.ops.attention.plan import step_plan
 from foveate.ops.attention.with_kv_cache_op import QUANTIZED
 from foveate.quantization.panels import FLOATS
+from foveate.quantization.scaled_blocks import ON_FLOATS
 
 
 class NativeDecoder:
@@ -187,10 +188,16 @@ class NativeDecoder:
 def _kind(linear: nn.Module) -> str:
     """Formats of one kind round their input in the same way."""
     if isinstance(linear, PackedLinear):
-        return linear.format if linear.format in FLOATS else "blocks"
+        return _kind_of_rows(linear.format)
     if not isinstance(linear, nn.Linear):
         return type(linear).__name__
-    return next(name for name, dtype in FLOATS.items() if dtype is linear.weight.dtype)
+    return _kind_of_rows(next(name for name, dtype in FLOATS.items() if dtype is linear.weight.dtype))
+
+
+def _kind_of_rows(format: str) -> str:
+    if format in ("f32", "f16", *ON_FLOATS):
+        return "fp32"
+    return format if format in FLOATS else "blocks"
 
 
 def _pack(model: nn.Module) -> None:

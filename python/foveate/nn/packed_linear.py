@@ -15,10 +15,10 @@ from foveate.quantization.panels import FLOATS, pack_blocks, pack_floats, unpack
 class PackedLinear(torch.nn.Module):
     """y = x @ W.T + bias with a packed, frozen W. No gradient reaches W; x gets dy @ W.
 
-    format "f32", "bf16", "f16"; "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4" (`foveate.quantization.gguf_blocks`); "q4_k", "q5_k", "q6_k",
-    "iq4_xs", "q8_k" (`...k_blocks`).
-    With block formats x is rounded to int8 for each block of 32 as well, one fp32 scale max|x| / 127 each; products are exact, sums
-    are fp32. With "bf16" x is rounded to bf16.
+    format "f32", "bf16", "f16"; "q8_0", "q4_0", "q4_1", "iq4_nl", "mxfp4" (`foveate.quantization.gguf_blocks`); "q2_k", "q4_k", "q5_k",
+    "q6_k", "iq4_xs", "q8_k" (`...k_blocks`); "q4_z", "q8_z", "q8_m", "f8", "nf4", "fp4" (`...scaled_blocks`).
+    With "f8", "nf4" and "fp4" x stays fp32. With the other block formats x is rounded to int8 for each block of 32 as well, one fp32 scale
+    max|x| / 127 each; products are exact, sums are fp32. With "bf16" x is rounded to bf16.
     A row of y has the same bits whatever the other rows, their number and the number of threads are.
 
     data: int8, the packed bytes (csrc/contract/linear.h has the layout), a buffer. bias: fp32 [out] or None, a buffer.

@@ -16,6 +16,7 @@ from foveate.ops.autograd import differentiable
 from foveate.ops.checks import check_backend_name, check_same_device, chosen_backend
 from foveate.quantization.gguf_blocks import BLOCK, block_size
 from foveate.quantization.panels import FLOATS, packed_bytes, unpack_rows, unpack_weight
+from foveate.quantization.scaled_blocks import ON_FLOATS
 
 _C = native._C
 
@@ -44,7 +45,8 @@ def packed_linear(
 
     x: [..., in], fp32, bf16 or fp16. data: int8 [bytes]. bias: fp32 [out] or None. Returns [..., out] in x's dtype, rounded once.
     Block formats: x is rounded to int8 for each block of 32, x ~ dx * q with dx = max|x| / 127, and products of a block are added
-    up as integers, blocks in fp32. bf16: x is rounded to bf16. f32: x as it is. Not finite x: the outputs of its row are not finite.
+    up as integers, blocks in fp32. bf16: x is rounded to bf16. f32, f16, f8, nf4, fp4: x as it is, in fp32. Not finite x: the outputs of
+    its row are not finite.
     Differentiable in x, with W in fp32, in both modes; a bias that requires a gradient is refused. Raises TypeError and ValueError.
     """
     if x.dtype not in _DTYPES:
@@ -98,7 +100,7 @@ def _reference(x: Tensor, data: Tensor, format: str, out_features: int, bias: Te
     rounded = x.float()
     if format == "bf16":
         rounded = rounded.bfloat16().float()
-    elif format not in FLOATS:
+    elif format not in (*FLOATS, *ON_FLOATS):
         q, dx = quantize_activations(rounded)
         rounded = (q * dx[..., None]).flatten(-2)
     weight = unpack_weight(data, format, x.shape[-1], out_features)

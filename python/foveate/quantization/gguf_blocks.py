@@ -6,7 +6,8 @@ Block formats, 32 neighbouring weights of a row each, little-endian (the GGUF fi
     q4_1  20 bytes: d, m, 16 bytes of nibbles q      w = d * q + m
     iq4_nl, mxfp4  18 bytes: d, 16 bytes of nibbles q    w = d * t[q], each with its table t of 16 integers
 mxfp4 is what MXFP4 becomes, whose blocks in files have a byte e, d = 2**(e - 128), in place of an fp16.
-Byte i of the nibbles holds element i (low) and element i + 16 (high). `foveate.quantization.k_blocks` has q4_k, q5_k and q6_k.
+Byte i of the nibbles holds element i (low) and element i + 16 (high). `foveate.quantization.k_blocks` has the K-quants,
+`foveate.quantization.scaled_blocks` the blocks for other libraries' files.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from foveate.quantization.k_blocks import IQ4_NL, K_FORMATS, SUPER_BLOCK, dequantize_k
 from foveate.quantization.names import QUANTISABLE, SEARCHED
+from foveate.quantization.scaled_blocks import SCALED, dequantize_scaled
 from foveate.quantization.searched import quantize_searched
 
 BLOCK = 32
@@ -54,8 +56,11 @@ def block_size(format: str) -> tuple[int, int]:
     """(weights, bytes) of a block as files store it; ValueError for what is no block format."""
     if format in K_FORMATS:
         return SUPER_BLOCK, K_FORMATS[format].block_bytes
+    if format in SCALED:
+        return SCALED[format].block, SCALED[format].block_bytes
     if format not in FORMATS:
-        raise ValueError(f"format={format!r} is not a block format; choose one of {', '.join([*FORMATS, *K_FORMATS])}")
+        known = ", ".join([*FORMATS, *K_FORMATS, *SCALED])
+        raise ValueError(f"format={format!r} is not a block format; choose one of {known}")
     return BLOCK, FORMATS[format].block_bytes
 
 
@@ -116,6 +121,8 @@ def dequantize(blocks: Tensor, format: str) -> Tensor:
         )
     if format in K_FORMATS:
         return dequantize_k(blocks, format)
+    if format in SCALED:
+        return dequantize_scaled(blocks, format)
     f = FORMATS[format]
     rows = blocks.reshape(-1, f.block_bytes)
     headers = rows[:, : 2 * f.headers].contiguous().view(torch.float16).float()

@@ -14,7 +14,7 @@ from foveate.quantization.k_blocks import q3_to_q6
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Types that are block formats of packed layers.
-PACKED = {name.upper(): name for name in ("q8_0", "q4_0", "q4_1", "iq4_nl", "q4_k", "q5_k", "q6_k", "iq4_xs")}
+PACKED = {name.upper(): name for name in ("q8_0", "q4_0", "q4_1", "iq4_nl", "q2_k", "q4_k", "q5_k", "q6_k", "iq4_xs")}
 # (elements, bytes) of a block. The sizes are ggml's.
 BLOCKS = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
@@ -29,10 +29,19 @@ def _q8_0(d: Tensor, q: Tensor) -> Tensor:
     return torch.cat([d, q.to(torch.int8).view(torch.uint8)], 1)
 
 
+def _five_bits(upper: Tensor, lower: Tensor) -> Tensor:
+    fifth = torch.cat([(upper[:, i, None] >> torch.arange(8, dtype=torch.uint8)) & 1 for i in range(4)], 1)
+    return torch.cat([lower & 15, lower >> 4], 1) | fifth << 4
+
+
 def _from_q5_0(blocks: Tensor) -> Tensor:
     d, upper, lower = blocks.split([2, 4, 16], 1)
-    fifth = torch.cat([(upper[:, i, None] >> torch.arange(8, dtype=torch.uint8)) & 1 for i in range(4)], 1)
-    return _q8_0(d, (torch.cat([lower & 15, lower >> 4], 1) | fifth << 4).to(torch.int8) - 16)
+    return _q8_0(d, _five_bits(upper, lower).to(torch.int8) - 16)
+
+
+def _from_q5_1(blocks: Tensor) -> Tensor:
+    d_and_m, upper, lower = blocks.split([4, 4, 16], 1)
+    return torch.cat([d_and_m, _five_bits(upper, lower)], 1)
 
 
 def _q4_0(d: Tensor, q: Tensor) -> Tensor:
@@ -143,6 +152,7 @@ def _of_rows(convert: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor
 REPACKED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "Q3_K": ("q6_k", q3_to_q6),
     "Q5_0": ("q8_0", _of_rows(_from_q5_0, 22)),
+    "Q5_1": ("q8_m", _of_rows(_from_q5_1, 24)),
     "TQ1_0": ("q4_0", _of_rows(_from_tq1_0, 54)),
     "TQ2_0": ("q4_0", _of_rows(_from_tq2_0, 66)),
     "MXFP4": ("mxfp4", _of_rows(_from_mxfp4, 17)),

@@ -1,6 +1,7 @@
 """GGUF's K-quants: super-blocks of 256 weights with quantised scales. Reading them, and their place in the panels of packed weights.
 
 With d and dmin fp16, sc and mn integers of each sub-block, and q integers (the GGUF file format, llama.cpp's ggml-common.h):
+    q2_k  84 bytes: sc and mn of 4 bits for each 16 weights, q of 2 bits, d, dmin        w = d sc q - dmin mn
     q4_k  144 bytes: d, dmin, sc and mn of 6 bits for each 32 weights, q of 4 bits       w = d sc q - dmin mn
     q5_k  176 bytes: the same with q of 5 bits
     q6_k  210 bytes: q of 6 bits, sc int8 for each 16 weights, d                         w = d sc (q - 32)
@@ -10,6 +11,8 @@ The codebooks of IQ1, IQ2 and IQ3 become q8_k, and q3_k (110 bytes: q of 3 bits,
 `q3_to_q6`, without a change of any weight.
 
 In a panel of 32 features, each super-block of 256 input features is 8 blocks of 32 and then d and dmin, fp16 [32] each (of q8_k fp32):
+    q2_k  [2, 32, 4] bytes, of which bits 2 p and 2 p + 1 of byte (half, feature, j) are element 16 half + 4 p + j; [2, 32] bytes of the
+          two halves, sc in the low nibble and mn in the high one
     q4_k  nibbles [4, 32, 4] bytes as q4_0's; sc [32], mn [32] bytes
     q5_k  nibbles; [32, 4] bytes, of which bit p of byte (feature, j) is the fifth bit of element 4 p + j and bit p + 4 that of
           16 + 4 p + j; sc, mn
@@ -41,8 +44,8 @@ class KFormat(NamedTuple):
 
 
 K_FORMATS = {
-    "q4_k": KFormat(144, 148, 2, 2), "q5_k": KFormat(176, 180, 2, 2), "q6_k": KFormat(210, 210, 2, 1), "iq4_xs": KFormat(136, 138, 1, 1),
-    "q8_k": KFormat(276, 276, 2, 1),
+    "q2_k": KFormat(84, 84, 2, 2), "q4_k": KFormat(144, 148, 2, 2), "q5_k": KFormat(176, 180, 2, 2), "q6_k": KFormat(210, 210, 2, 1),
+    "iq4_xs": KFormat(136, 138, 1, 1), "q8_k": KFormat(276, 276, 2, 1),
 }  # fmt: skip
 # ggml-common.h's kvalues_iq4nl: what the nibbles of iq4_nl and iq4_xs stand for
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -50,7 +53,7 @@ IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 
 class _Parts(NamedTuple):
     """q uint8 [n, 256], mn uint8 [n, 8] or None, headers fp16 [n, 1 or 2]; sc uint8 [n, 8] or int8, of q6_k and q8_k [n, 16]. q of q8_k is
-    the integer plus 128."""
+    the integer plus 128; sc and mn of q2_k are [n, 16]."""
 
     q: Tensor
     sc: Tensor
@@ -74,16 +77,22 @@ def pack_k(blocks: Tensor, format: str) -> Tensor:
         return x.view(panels, _PANEL, -1, *x.shape[1:]).movedim(1, -1)
 
     q = of_panels(parts.q.view(-1, 8, 2, 4, 4))  # [.., block, half, p, j, feature]
-    nibbles = q.flatten(3, 4) if format == "q8_k" else (q[:, :, :, 0] & 15) | (q[:, :, :, 1] & 15) << 4
-    pieces = [nibbles.transpose(-1, -2)]
     shifts = torch.arange(4, dtype=torch.uint8)[:, None, None]
+    if format == "q2_k":
+        nibbles = (q << 2 * shifts).sum(4).to(torch.uint8)
+    else:
+        nibbles = q.flatten(3, 4) if format == "q8_k" else (q[:, :, :, 0] & 15) | (q[:, :, :, 1] & 15) << 4
+    pieces = [nibbles.transpose(-1, -2)]
     if format == "q5_k":
         fifth = (q >> 4) << shifts
         pieces.append((fifth[:, :, :, 0].sum(3) | fifth[:, :, :, 1].sum(3) << 4).to(torch.uint8).transpose(-1, -2))
     elif format == "q6_k":
         pieces.append(((q >> 4) << 2 * shifts).sum(4).to(torch.uint8).transpose(-1, -2))
-    pieces.append(of_panels(parts.sc.view(torch.uint8).reshape(len(parts.q), 8, -1)))
-    if parts.mn is not None:
+    sc = parts.sc.view(torch.uint8)
+    if format == "q2_k" and parts.mn is not None:
+        sc = sc | parts.mn << 4
+    pieces.append(of_panels(sc.reshape(len(parts.q), 8, -1)))
+    if parts.mn is not None and format != "q2_k":
         pieces.append(of_panels(parts.mn))
     inner = torch.cat([piece.reshape(panels, -1, 8, piece[0, 0, 0].numel()) for piece in pieces], 3).flatten(2)
     headers = of_panels(parts.headers).contiguous().view(torch.uint8).flatten(2)
@@ -100,13 +109,16 @@ def unpack_k_rows(data: Tensor, format: str, in_features: int, panel: Tensor, la
     inner = inner.unflatten(2, (8, -1))
     headers = headers.unflatten(2, (count, _PANEL, size))[panel, :, :, lane].flatten(2).contiguous()
     headers = headers.view(torch.float32 if format == "q8_k" else torch.float16)
-    size = 1024 if format == "q8_k" else 512
+    size = {"q8_k": 1024, "q2_k": 256}.get(format, 512)
     stored, rest = inner.split([size, inner.shape[3] - size], 3)
     stored = stored.unflatten(3, (size // 128, _PANEL, 4))[
         panel, :, :, :, lane
     ]  # [n, super-blocks, 8, p, j], or all 8 p of both halves
-    q = stored if format == "q8_k" else torch.stack([stored & 15, stored >> 4], 3)  # [.., half, p, j]
     shifts = torch.arange(4, dtype=torch.uint8, device=data.device)[:, None]
+    if format == "q2_k":
+        q = (stored[:, :, :, :, None, :] >> 2 * shifts) & 3
+    else:
+        q = stored if format == "q8_k" else torch.stack([stored & 15, stored >> 4], 3)  # [.., half, p, j]
     if format == "q5_k":
         fifth = rest[..., :128].unflatten(3, (_PANEL, 4))[panel, :, :, lane][:, :, :, None, :]  # [.., 1, j]
         q = q | torch.stack([(fifth >> shifts) & 1, (fifth >> 4 >> shifts) & 1], 3) << 4
@@ -118,7 +130,10 @@ def unpack_k_rows(data: Tensor, format: str, in_features: int, panel: Tensor, la
     scales = rest.unflatten(3, (f.scales, _PANEL))[panel, :, :, :, lane].reshape(-1, 8, f.scales)
     headers = headers.reshape(-1, count)
     q = q.reshape(-1, SUPER_BLOCK)
-    if count == 1:
+    if format == "q2_k":
+        both = scales.flatten(1)
+        parts = _Parts(q, both & 15, both >> 4, headers)
+    elif count == 1:
         parts = _Parts(q, scales.flatten(1).contiguous().view(torch.int8), None, headers)
     else:
         parts = _Parts(q, scales[..., 0], scales[..., 1], headers)
@@ -173,7 +188,8 @@ def _values(parts: _Parts, format: str) -> Tensor:
             q = parts.q.float() - (32 if format == "q6_k" else 128)
         return (scales[..., None] * q.view(len(q), scales.shape[1], -1)).flatten(1)
     scales, minima = headers[:, :1] * parts.sc.float(), headers[:, 1:] * parts.mn.float()
-    return (scales[..., None] * parts.q.view(-1, 8, 32).float() - minima[..., None]).flatten(1)
+    q = parts.q.view(len(parts.q), scales.shape[1], -1)
+    return (scales[..., None] * q.float() - minima[..., None]).flatten(1)
 
 
 def _split(n: Tensor, format: str) -> _Parts:
@@ -185,6 +201,10 @@ def _split(n: Tensor, format: str) -> _Parts:
             [(lower[:, :, i % 2] >> 4 * (i // 2) & 15) | ((upper >> 2 * i) & 3) << 4 for i in range(4)], 2
         ).flatten(1)
         return _Parts(q, scales.contiguous().view(torch.int8), None, d.contiguous().view(torch.float16))
+    if format == "q2_k":
+        both, quants, headers = n.split([16, 64, 4], 1)
+        planes = [(half >> 2 * i) & 3 for half in quants.split(32, 1) for i in range(4)]
+        return _Parts(torch.cat(planes, 1), both & 15, both >> 4, headers.contiguous().view(torch.float16))
     if format == "q8_k":
         d, scales, q = n.split([4, 16, 256], 1)
         return _Parts(q ^ 128, scales.contiguous().view(torch.int8), None, d.contiguous().view(torch.float32))

@@ -6,7 +6,9 @@
                  byte (p, feature, j) holds elements 4 p + j (low nibble) and 16 + 4 p + j (high) of the feature's block
     q8_0         [panels, in / 32] blocks of: q + 128 as uint8 [8, 32, 4], d fp16 [32]
 
-    q4_k, q5_k, q6_k   [panels, in / 256] super-blocks, see `foveate.quantization.k_blocks`
+    q2_k, q4_k, q5_k, q6_k   [panels, in / 256] super-blocks, see `foveate.quantization.k_blocks`
+    q4_z, q8_z, q8_m   [panels, in / 32] blocks of: q as q4_0's or q8_0's without the 128, d [32], z or m fp16 [32]
+    f8, nf4, fp4       [panels, in / 64] blocks of: e4m3 [64, 32] or nibbles [64, 16] (features i and 16 + i), d fp32 [32]
 
 So 64 bytes are 16 features times 4 neighbours along `in`: one operand of the VNNI dot product, features in the lanes.
 """
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from foveate.quantization.gguf_blocks import BLOCK, FORMATS, check_format, dequantize
 from foveate.quantization.k_blocks import K_FORMATS, SUPER_BLOCK, pack_k, unpack_k_rows
+from foveate.quantization.scaled_blocks import SCALED, pack_scaled, panel_bytes, unpack_scaled_rows
 
 PANEL = 32
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -39,6 +42,8 @@ def packed_bytes(format: str, in_features: int, out_features: int) -> int:
         return panels * PANEL * 4 * (-(-in_features // 2))
     if format in K_FORMATS:
         return panels * PANEL * K_FORMATS[format].panel_bytes * (in_features // SUPER_BLOCK)
+    if format in SCALED:
+        return panels * panel_bytes(format, in_features)
     check_format(format)
     return panels * (in_features // BLOCK) * block_bytes(format)
 
@@ -57,6 +62,8 @@ def pack_blocks(blocks: Tensor, format: str) -> Tensor:
     """GGUF blocks uint8 [out, bytes] as the bytes (int8) of panels."""
     if format in K_FORMATS:
         return pack_k(blocks, format)
+    if format in SCALED:
+        return pack_scaled(blocks, format)
     f = check_format(format)
     blocks = F.pad(blocks, (0, 0, 0, -len(blocks) % PANEL))
     blocks = blocks.view(len(blocks) // PANEL, PANEL, -1, f.block_bytes).transpose(1, 2)  # [panels, in / 32, 32, bytes]
@@ -86,6 +93,8 @@ def unpack_rows(data: Tensor, format: str, in_features: int, out_features: int, 
         rows = pairs[panel, :, lane].flatten(1)[:, :in_features].float()
     elif format in K_FORMATS:
         rows = unpack_k_rows(data, format, in_features, panel, lane)
+    elif format in SCALED:
+        rows = unpack_scaled_rows(data, format, in_features, panel, lane)
     else:
         f = check_format(format)
         blocks = data.view(torch.uint8).view(-1, in_features // BLOCK, block_bytes(format))

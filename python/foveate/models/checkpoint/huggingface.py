@@ -11,6 +11,8 @@ from torch import Tensor
 
 from foveate.files.checked import CheckpointError, is_there, library_errors, read_json, read_text
 from foveate.models.checkpoint.base import Checkpoint, Weights
+from foveate.models.checkpoint.mxfp4 import Mxfp4Weights
+from foveate.models.checkpoint.quantized import QuantizedWeights, method_of, settings_of
 from foveate.models.checkpoint.schemas import GENERATION, INDEX, SPECIAL_TOKENS, TOKENIZER
 from foveate.tokenizer import NEED, Tokenizer, read_backend
 from foveate.tokenizer.added_tokens import add_named_tokens, special_tokens
@@ -41,7 +43,15 @@ class HuggingFaceCheckpoint(Checkpoint):
             )  # fmt: skip
 
     def weights(self) -> Weights:
-        return SafetensorsWeights(self.path)
+        """Quantised ones as Blocks. CheckpointError for a method that is not known here."""
+        weights, method = SafetensorsWeights(self.path), method_of(self.config, self.path)
+        if method is None:
+            return weights
+        if method == "mxfp4":
+            return Mxfp4Weights(weights)
+        kind = self.config.get("model_type")
+        turned = kind if kind == "gpt2" else None
+        return QuantizedWeights(weights, method, settings_of(self.config, self.path), self.path, turned)
 
 
 def describe(folder: Path, config: dict[str, Any]) -> HuggingFaceCheckpoint:
