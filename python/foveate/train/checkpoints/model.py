@@ -121,7 +121,7 @@ def load(config: TrainConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, obje
     """
     head = objective.head
     hf_config = _hf_config(config, checkpoint.config, objective)
-    classes = getattr(objective, "classes", None)
+    classes = objective.classes
     opened = dataclasses.replace(checkpoint, config=hf_config)
     if classes is not None and not classes.known:
         opened = WithoutClassifier(**vars(opened))
@@ -191,13 +191,14 @@ def create(config: TrainConfig, tokenizer: Tokenizer, objective: Objective) -> T
 def _hf_config(config: TrainConfig, known: dict[str, Any], objective: Objective) -> dict[str, Any]:
     """config.json's keys with the labels of a classifier and the dropout of this run."""
     hf_config = dict(known)
-    labels: list[str] | None = getattr(objective, "labels", None)
-    if labels is not None:
+    classes = objective.classes
+    if classes is not None:
+        labels = classes.names
         architecture = architecture_of(hf_config)
         if "sequence-classification" in architecture.readers:
             hf_config["architectures"] = [architecture.classifier_name(hf_config["model_type"])]
             hf_config.pop("num_labels", None)
-        several = objective.several  # type: ignore[attr-defined]
+        several = classes.several
         hf_config["problem_type"] = (
             "regression" if len(labels) == 1 else f"{'multi' if several else 'single'}_label_classification"
         )

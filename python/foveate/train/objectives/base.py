@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from foveate.train.config import TrainConfig
 from foveate.train.data.batch import Batch
 from foveate.train.data.examples import Columns, Example, Examples, Parts
 from foveate.train.data.token_store import TokenStore
+
+if TYPE_CHECKING:
+    from foveate.train.objectives.labels import Classes
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Objective:
 
     perplexity = False  # whether exp(loss) is one
     head: str | None = None  # of load_model
+    classes: Classes | None = None  # what a classifier tells apart
     packs_examples = True  # whether config.packing fills the rows of the data; else a row is an example
     steps_per_row = 1  # optimizer steps on the same rows
     max_length: int

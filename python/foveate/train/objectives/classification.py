@@ -28,6 +28,7 @@ class Classification(Objective):
     """
 
     head = "sequence-classification"
+    classes: Classes
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, max_length: int, classes: Classes) -> None:
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
