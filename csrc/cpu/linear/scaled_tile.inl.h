@@ -46,7 +46,7 @@ FOVEATE_INLINE VecF looked_up_floats(const float* table, VecI index) {
 #endif
 }
 
-// Of features [feature, feature + lanes) of one input feature's codes.
+// The values of features [feature, feature + lanes) in one input feature's codes.
 template <WeightFormat kFormat>
 FOVEATE_INLINE VecF decoded(const uint8_t* codes, int64_t feature) {
   if constexpr (kFormat == WeightFormat::kF8) {

@@ -118,7 +118,7 @@ FOVEATE_INLINE VecI looked_up(VecI nibbles) {
 FOVEATE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 constexpr int64_t kLinearAhead = 4096;  // bytes
 
-// Of formats of blocks of 32: a byte for each integer; a minimum m, or a zero z, after the scale d, which is fp32 with kWideScale.
+// What formats of blocks of 32 have: a byte for each integer; a minimum m, or a zero z, after the scale d, which is fp32 with kWideScale.
 constexpr bool is_bytewise(WeightFormat f) { return f == WeightFormat::kQ8_0 || f == WeightFormat::kQ8Z || f == WeightFormat::kQ8M; }
 constexpr bool has_minimum(WeightFormat f) { return f == WeightFormat::kQ4_1 || f == WeightFormat::kQ8M; }
 constexpr bool has_zero(WeightFormat f) { return f == WeightFormat::kQ4Z || f == WeightFormat::kQ8Z; }

@@ -100,7 +100,7 @@ def _values(d: Tensor, second: Tensor | None, codes: Tensor, format: str) -> Ten
 
 
 def panel_bytes(format: str, in_features: int) -> int:
-    """Of a panel of 32 features."""
+    """The bytes of a panel of 32 features."""
     f = SCALED[format]
     return _PANEL * f.block_bytes * (in_features // f.block)
 

@@ -90,7 +90,7 @@ def settings_of(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 class QuantizedWeights:
-    """Of `weights` each module X that the method has quantised as X.weight, all others as they are."""
+    """`weights` with each module X that the method has quantised as X.weight, all others as they are."""
 
     linear_layout = False
     packed = True  # most of it stays as small as it is
