@@ -95,6 +95,8 @@ class Embedder:
             self.model = load_model(checkpoint, head=head, **options)
             tokenizer = tokenizer or checkpoint.tokenizer()
             folder = read_sentence_transformers(checkpoint.path)
+            if checkpoint.config.get("pooling") in POOLINGS:  # of a GGUF file
+                folder.setdefault("pooling", checkpoint.config["pooling"])
         if tokenizer is None:
             raise ValueError(f"there is no tokenizer: {path_or_model} has no tokenizer.json; pass tokenizer=")
         self.tokenizer = tokenizer

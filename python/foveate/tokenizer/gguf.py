@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file: byte-level BPE with the pre-tokenizer that the file names, or SentencePiece's BPE."""
+"""The tokenizer inside a GGUF file: byte-level BPE with the pre-tokenizer that the file names, SentencePiece's, WordPiece."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from typing import Any
 
 from foveate.files.checked import CheckpointError, library_errors
 from foveate.tokenizer import NEED
+from foveate.tokenizer.gguf_encoders import sentencepiece_unigram, wordpiece
 from foveate.tokenizer.pre_tokenizers import kind_of, pre_tokenizer
 
 _NORMAL, CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
 _LONGEST = 1024  # characters of a SentencePiece token: its merges are found by trying each place to cut it
+
+_NEEDED = {
+    "gpt2": ("tokens", "token_type", "merges"), "llama": ("tokens", "token_type", "scores"), "t5": ("tokens", "token_type", "scores"),
+    "bert": ("tokens",),
+}  # fmt: skip
 
 
 def read_tokenizer(fields: dict[str, Any], path: Path | str = "the GGUF file") -> Any:
@@ -21,15 +27,16 @@ def read_tokenizer(fields: dict[str, Any], path: Path | str = "the GGUF file") -
         raise ImportError(f"tokenizers {NEED}") from error
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
     kind = own.get("model")
-    if kind not in ("gpt2", "llama"):
+    if kind not in _NEEDED:
         raise CheckpointError(
-            f"the GGUF file's tokenizer is of kind {kind!r}; read are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece's BPE): "
+            f"the GGUF file's tokenizer is of kind {kind!r}; read are 'gpt2' (byte-level BPE), 'llama' (SentencePiece's BPE), 't5' (its "
+            "unigram model) and 'bert' (WordPiece): "
             "use the model's Hugging Face folder, which has a tokenizer.json"
         )
-    _check_lists(
-        own, path, ("tokens", "token_type", "merges") if kind == "gpt2" else ("tokens", "token_type", "scores")
-    )
+    _check_lists(own, path, _NEEDED[kind])
     with library_errors(f"the tokenizer of {path} cannot be built"):
+        if kind in ("bert", "t5"):
+            return wordpiece(own) if kind == "bert" else sentencepiece_unigram(own)
         return _build(own, kind)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from foveate.files.checked import CheckpointError, check
 from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
 from foveate.models.checkpoint.gguf_file import GgufFile, GgufTensor
-from foveate.models.checkpoint.gguf_names import ARCHITECTURES, MIXTRAL, GgufArchitecture
+from foveate.models.checkpoint.gguf_names import ARCHITECTURES, ENCODERS, MIXTRAL, GgufArchitecture
 from foveate.models.checkpoint.schemas import GGUF, GGUF_MODEL
 from foveate.quantization.gguf_types import BLOCKS, FLOATS, PACKED, REPACKED, expand, loaded_bytes
 from foveate.tokenizer import Tokenizer
@@ -55,7 +55,10 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     check(file.fields, {f"{arch}.{key}": rule for key, rule in GGUF_MODEL.items()}, path)
     mixtral = arch == "llama" and bool(_value(file, "llama.expert_count", 0))
     architecture = MIXTRAL if mixtral else ARCHITECTURES[arch]
-    config = _gpt2_config(file) if arch == "gpt2" else _llama_config(file, arch, architecture)
+    if architecture.model_type in ENCODERS:
+        config = _bert_config(file, arch, architecture)
+    else:
+        config = _gpt2_config(file) if arch == "gpt2" else _llama_config(file, arch, architecture)
     config["bos_token_id"] = _value(file, "tokenizer.ggml.bos_token_id", None)
     config["pad_token_id"] = _value(file, "tokenizer.ggml.padding_token_id", None)
     config["eos_token_id"] = _end_ids(file)
@@ -187,6 +190,27 @@ def _gpt2_config(file: GgufFile) -> dict[str, Any]:
         "layer_norm_epsilon": _value(file, "gpt2.attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
         "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+
+
+_POOLINGS = {1: "mean_tokens", 2: "cls_token", 3: "lasttoken"}  # by pooling_type
+
+
+def _bert_config(file: GgufFile, arch: str, architecture: GgufArchitecture) -> dict[str, Any]:
+    """Positions of RoBERTa's kind were stored without those before the first, so that the file is a BERT."""
+    types = file.tensors.get("token_types.weight")
+    return {
+        "model_type": architecture.model_type,
+        "vocab_size": _vocab_size(file),
+        "hidden_size": _value(file, f"{arch}.embedding_length"),
+        "intermediate_size": _value(file, f"{arch}.feed_forward_length"),
+        "num_hidden_layers": _value(file, f"{arch}.block_count"),
+        "num_attention_heads": _value(file, f"{arch}.attention.head_count"),
+        "max_position_embeddings": _value(file, f"{arch}.context_length"),
+        "layer_norm_eps": _value(file, f"{arch}.{architecture.epsilon}"),
+        "rope_theta": _value(file, f"{arch}.rope.freq_base", 1000.0),
+        "type_vocab_size": 0 if types is None else types.shape[0] if len(types.shape) == 2 else 1,
+        "pooling": _POOLINGS.get(_value(file, f"{arch}.pooling_type", 0)),
     }
 
 

@@ -34,6 +34,16 @@ _LLAMA_OTHER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm",
 _GPT2_OTHER = {
     "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f", "output": "lm_head",
 }  # fmt: skip
+_BERT_LAYER = {
+    "attn_q": "attention.self.query", "attn_k": "attention.self.key", "attn_v": "attention.self.value",
+    "attn_qkv": "attention.self.Wqkv", "attn_output": "attention.output.dense", "attn_output_norm": "attention.output.LayerNorm",
+    "ffn_up": "intermediate.dense", "ffn_gate": "intermediate.gate", "ffn_down": "output.dense", "layer_output_norm": "output.LayerNorm",
+}  # fmt: skip
+_BERT_OTHER = {
+    "token_embd": "embeddings.word_embeddings", "token_types": "embeddings.token_type_embeddings",
+    "position_embd": "embeddings.position_embeddings", "token_embd_norm": "embeddings.LayerNorm",
+}  # fmt: skip
+ENCODERS = ("bert", "nomic_bert")  # model types whose names are BERT's
 # Tensors that are several modules here, as `split.py` divides them.
 FUSED = {
     "mlp.experts.gate_proj": "experts_gate", "mlp.experts.up_proj": "experts_up", "mlp.experts.down_proj": "experts_down",
@@ -57,12 +67,14 @@ class GgufArchitecture:
 
     def layer_parts(self) -> tuple[str, ...]:
         """What a layer's tensors may be called in files, "attn_q" and so on."""
-        if self.model_type == "gpt2":
-            return tuple(_GPT2_LAYER)
+        if self.model_type == "gpt2" or self.model_type in ENCODERS:
+            return tuple(_GPT2_LAYER if self.model_type == "gpt2" else _BERT_LAYER)
         return ("attn_sinks", *{**_LLAMA_LAYER, **_EXPERTS, **self.layer})
 
     def other_parts(self) -> tuple[str, ...]:
         """Those outside of the layers."""
+        if self.model_type in ENCODERS:
+            return tuple(_BERT_OTHER)
         return tuple(_GPT2_OTHER if self.model_type == "gpt2" else _LLAMA_OTHER)
 
     def huggingface_name(self, name: str) -> str:
@@ -70,6 +82,8 @@ class GgufArchitecture:
         gpt2 = self.model_type == "gpt2"
         others, prefix = (_GPT2_OTHER, "transformer.h.") if gpt2 else (_LLAMA_OTHER, "model.layers.")
         parts = _GPT2_LAYER if gpt2 else {**_LLAMA_LAYER, **_EXPERTS, **self.layer}
+        if self.model_type in ENCODERS:
+            others, prefix, parts = _BERT_OTHER, "encoder.layer.", _BERT_LAYER
         if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
             layer, part, kind = match.groups()
             if part == "attn_sinks":
@@ -160,5 +174,7 @@ ARCHITECTURES: dict[str, GgufArchitecture] = {
     "ernie4_5": GgufArchitecture("ernie4_5"),
     "seed_oss": GgufArchitecture("seed_oss", {"post_attention_norm": "post_attention_layernorm"}),
     "arcee": GgufArchitecture("arcee", permuted=True),
+    "bert": GgufArchitecture("bert", epsilon=_LAYER_NORM),
+    "nomic-bert": GgufArchitecture("nomic_bert", fused={"self.Wqkv": "query_key_value"}, epsilon=_LAYER_NORM),
 }  # fmt: skip
 MIXTRAL = GgufArchitecture("mixtral", config=_experts(True), permuted=True, fused=FUSED)  # its files say llama

@@ -172,16 +172,17 @@ GGUF: dict[str, Rule] = {
     "tokenizer.ggml.scores": list_of(number(-1e30, 1e30)), "tokenizer.ggml.token_type": list_of(integer(0, 255)),
     "tokenizer.chat_template": _UNICODE,
 } | {
-    f"tokenizer.ggml.{name}_token_id": _TOKEN_ID for name in ("bos", "eos", "eot", "eom", "unknown", "padding")
+    f"tokenizer.ggml.{name}_token_id": _TOKEN_ID for name in ("bos", "eos", "eot", "eom", "unknown", "padding", "cls", "seperator", "mask")
 } | {
-    f"tokenizer.ggml.{name}": flag() for name in ("add_bos_token", "add_eos_token", "add_space_prefix")
-}  # fmt: skip
+    f"tokenizer.ggml.{name}": flag() for name in ("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces")
+} | {"tokenizer.ggml.precompiled_charsmap": list_of(integer(0, 255), 2**24)}  # fmt: skip
 GGUF_MODEL: dict[str, Rule] = {
     "context_length": _POSITIONS, "embedding_length": _SIZE, "block_count": _LAYERS, "feed_forward_length": _SIZE,
     "attention.head_count": _HEADS, "attention.head_count_kv": _HEADS, "attention.key_length": _HEAD_DIM,
     "attention.value_length": _HEAD_DIM, "attention.layer_norm_rms_epsilon": _EPSILON, "attention.layer_norm_epsilon": _EPSILON,
     "attention.sliding_window": _WINDOW, "rope.freq_base": _POSITIVE, "rope.scaling.type": text(), "rope.scaling.factor": _POSITIVE,
     "rope.scale_linear": _POSITIVE, "rope.dimension_count": _HEAD_DIM, "rope.scaling.original_context_length": _POSITIONS,
+    "pooling_type": integer(0, 4), "attention.causal": flag(),
     "attn_logit_softcapping": _POSITIVE, "final_logit_softcapping": _POSITIVE, "expert_count": integer(0, 2**16),
     "expert_used_count": integer(1, 2**16), "expert_feed_forward_length": _SIZE, "expert_shared_feed_forward_length": _SIZE,
     "rope.freq_base_swa": _POSITIVE, "rope.scaling.attn_factor": _POSITIVE, "attention.scale": number(-1e6, 1e6),

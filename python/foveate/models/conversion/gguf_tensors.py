@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.files.checked import CheckpointError
 from foveate.models.checkpoint.base import Blocks
-from foveate.models.checkpoint.gguf_names import ARCHITECTURES, MIXTRAL, GgufArchitecture
+from foveate.models.checkpoint.gguf_names import ARCHITECTURES, ENCODERS, MIXTRAL, GgufArchitecture
 from foveate.models.quantizing import packed_format
 from foveate.quantization.gguf_blocks import dequantize, quantize
 from foveate.quantization.gguf_types import FLOATS, PACKED
@@ -48,9 +48,9 @@ def gguf_architecture(model_type: str) -> tuple[str, GgufArchitecture]:
     if model_type == "mixtral":
         return "llama", MIXTRAL
     for name, architecture in ARCHITECTURES.items():
-        if architecture.model_type == model_type:
+        if architecture.model_type == model_type and model_type not in ENCODERS:
             return name, architecture
-    known = sorted({a.model_type for a in ARCHITECTURES.values()} | {"mistral", "mixtral"})
+    known = sorted({a.model_type for a in ARCHITECTURES.values()} - {*ENCODERS} | {"mistral", "mixtral"})
     raise CheckpointError(
         f"a {model_type} cannot be written as GGUF; known are {', '.join(known)}: --to safetensors takes every architecture"
     )
