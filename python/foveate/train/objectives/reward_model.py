@@ -14,6 +14,7 @@ from torch import Tensor
 from foveate.train.data.batch import Batch, join, layout
 from foveate.train.data.examples import Example
 from foveate.train.data.token_store import TokenStore
+from foveate.train.objectives.labels import Classes
 from foveate.train.objectives.pairs import Pairs, halves, sums_of
 
 
@@ -31,8 +32,7 @@ class RewardModel(Pairs):
 
     head = "sequence-classification"
     predicts = False
-    labels = ("reward",)  # of the exported config
-    several = False
+    classes = Classes(["reward"], [0], known=True)  # the one label of the exported config
 
     def margin(self, row: dict[str, Any]) -> float:
         value = row.get("margin")
