@@ -299,6 +299,22 @@ def test_the_native_decoder_gives_the_same_bits_in_any_batch():
     assert without == alone
 
 
+def test_the_native_decoder_gives_the_same_bits_however_a_prompt_is_divided():
+    """By chunks, by what of it is cached, and by preemptions: prompts and what is generated have a kernel each, whatever a step's size."""
+    prompts = toys.prompts(3, 70, 100, seed=9)
+    prompts.append(prompts[0][:64] + prompts[1][:5])
+    params = GREEDY.with_(max_tokens=40, logprobs=0, ignore_eos=True)
+    whole = {"model": toys.native_model(), "max_prefill_tokens": 512, "num_pages": 200}
+    alone = [bits(run(toys.engine(**whole), [prompt], params))[0] for prompt in prompts]
+    for options in ({}, {"max_prefill_tokens": 33}, {"max_prefill_tokens": 7}, {"num_pages": 64}):
+        engine = toys.engine(**(whole | options))
+        assert bits(run(engine, prompts, params)) == alone, options
+        assert engine.stats.preemptions > 0 or "num_pages" not in options
+        outputs = run(engine, prompts, params)
+        assert bits(outputs) == alone, options
+        assert outputs[0].metrics.cached_tokens >= 60 or "num_pages" in options
+
+
 def test_the_native_decoder_generates_what_the_modules_do():
     prompts = toys.prompts(6, 3, 60, seed=2)
     outputs = run(toys.engine(model=toys.native_model(), num_pages=200), prompts, GREEDY)

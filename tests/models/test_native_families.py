@@ -129,4 +129,4 @@ def test_mixed_experts_are_refused_by_their_name() -> None:
     model = make(EXPERTS["softmax"])
     layer = model.model.layers[1].mlp
     layer.experts[3].down_proj = foveate.nn.PackedLinear.from_linear(layer.experts[3].down_proj, "q8_0")
-    assert "down_proj of the experts of model.layers.1.mlp are blocks and f32" in str(NativeDecoder.unsupported(model))
+    assert "down_proj of the experts of model.layers.1.mlp are blocks and fp32" in str(NativeDecoder.unsupported(model))

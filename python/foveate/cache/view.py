@@ -32,10 +32,12 @@ class CacheView(_Step):
     """One step of the sequences `seqs` of a PagedKVCache, in the order of the batch. `cache.append(seqs, new)` has been called.
 
     lens: int32 [B], the tokens of each sequence before this step. block_table: int32 [B, pages].
+    prompt: whether the new tokens are a prompt's. Kernels that attend otherwise for prompts go by it, so that bits do not depend on how
+    a prompt is divided into steps; None: they go by the number of tokens.
     """
 
-    def __init__(self, cache: PagedKVCache, seqs: Sequence[int], new: int) -> None:
-        self.seqs = list(seqs)
+    def __init__(self, cache: PagedKVCache, seqs: Sequence[int], new: int, prompt: bool | None = None) -> None:
+        self.seqs, self.prompt = list(seqs), prompt
         super().__init__(cache, cache.kv_lens(self.seqs) - new, cache.block_table(self.seqs), new)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

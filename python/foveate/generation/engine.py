@@ -64,7 +64,9 @@ class Engine:
     decode: a DecodeGraph of this model and cache, for the groups of a step with one token per sample and no drafts.
     draft: a smaller model that guesses what this one then checks.
 
-    The tokens of a request depend on its prompt, parameters and seed alone: not on other requests, on chunks, on drafts, on preemption.
+    The tokens of a request depend on its prompt, parameters and seed alone: not on other requests, on chunks, on drafts, on preemption,
+    or on what of the prompt is cached. A prompt that repeats an earlier reply is the exception: the reply's keys are those of the steps
+    that generated it, whose attention rounds otherwise than a prompt's.
     A request whose tokens cannot be chosen, as the logits are NaN or all are forbidden, ends with "abort" and the reason; others go on.
     Several threads may call at once: one after the other holds `lock` for the whole call.
     For floating point that takes a model whose rows do not depend on their batch, as those on PackedLinear; with torch's matrix products
@@ -265,7 +267,9 @@ class Engine:
         logits: Tensor | None = None
         prefilled = 0
         for group in groups:
-            prefilled += 0 if group.new == 1 or group.drafts is not None else group.new * len(group.samples)
+            prefilled += (
+                group.new * len(group.samples) if group.prompt or (group.new > 1 and group.drafts is None) else 0
+            )
             logits = self._run(group, rows, ready, alone=len(groups) == 1)
         changed: dict[Request, None] = {}  # in order
         chosen = 0
@@ -279,7 +283,7 @@ class Engine:
 
     def _run(self, group: Group, rows: list[Tensor], ready: list[_Ready], *, alone: bool) -> Tensor | None:
         """One forward pass; adds the rows from which tokens can be chosen. Their logits, if they came with it and nothing else does."""
-        samples, new, drafts = group
+        samples, new, drafts, _ = group
         if drafts is not None:
             inputs = [[s.tokens[-1], *draft, *[0] * (new - 1 - len(draft))] for s, draft in zip(samples, drafts)]
         elif new == 1:
@@ -290,13 +294,14 @@ class Engine:
         logits: Tensor | None = None
         adapters = [s.request.adapter for s in samples]
         if any(adapters):
-            view = CacheView(self.cache, seqs, new)
+            view = CacheView(self.cache, seqs, new, group.prompt)
             hidden = self.adapters.hidden(self.model, torch.tensor(inputs, device=self.device), view, adapters)
         elif self.decode is not None and new == 1 and drafts is None:
             last, logits = self.decode([token for [token] in inputs], seqs)
             hidden = (last if alone else last.clone())[:, None]  # another group's step may overwrite it
         else:
-            hidden = self.model.hidden(torch.tensor(inputs, device=self.device), CacheView(self.cache, seqs, new))
+            view = CacheView(self.cache, seqs, new, group.prompt)
+            hidden = self.model.hidden(torch.tensor(inputs, device=self.device), view)
         first = sum(len(block) for block in rows)
         if drafts is not None:
             rows.append(hidden.flatten(0, 1))

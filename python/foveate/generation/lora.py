@@ -200,7 +200,9 @@ class Adapters:
         if plain is self.model or len(with_one) == len(chosen):
             return self._adapted(tokens, view, chosen)
         without = [i for i, adapter in enumerate(chosen) if adapter is None]
-        parts = [CacheView(view.cache, [view.seqs[i] for i in rows], view.new) for rows in (without, with_one)]
+        parts = [
+            CacheView(view.cache, [view.seqs[i] for i in rows], view.new, view.prompt) for rows in (without, with_one)
+        ]
         hidden = plain.hidden(tokens[without], parts[0])
         adapted = self._adapted(tokens[with_one], parts[1], [chosen[i] for i in with_one])
         rows_hidden = hidden.new_empty(len(chosen), *hidden.shape[1:])
@@ -220,7 +222,7 @@ class Adapters:
         ]
         if order == list(range(len(chosen))):
             return plain.hidden(tokens, view, parts)
-        sorted_view = CacheView(view.cache, [view.seqs[i] for i in order], view.new)
+        sorted_view = CacheView(view.cache, [view.seqs[i] for i in order], view.new, view.prompt)
         sorted_hidden = plain.hidden(tokens[order], sorted_view, parts)
         hidden = torch.empty_like(sorted_hidden)
         hidden[order] = sorted_hidden

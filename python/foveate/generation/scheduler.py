@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 class Group(NamedTuple):
-    """Samples that run together: `new` tokens each, for which the cache has room."""
+    """Samples that run together: `new` tokens each, for which the cache has room; all of them of prompts, or none."""
 
     samples: list[Sample]
     new: int
     drafts: list[list[int]] | None  # of each sample, at most new - 1 tokens; None when nothing is guessed
+    prompt: bool = False
 
 
 class Scheduler:
@@ -85,17 +86,19 @@ class Scheduler:
         return guesses
 
     def _chunks(self) -> list[Group]:
-        """Prompts, and preempted samples that are computed again, by priority; chunks of equal length run together."""
+        """Prompts, and preempted samples that are computed again, by priority; chunks of equal length run together. A chunk has tokens of
+        the prompt or of the output, since other kernels attend for these."""
         budget = self.max_prefill_tokens
-        by_length: dict[int, list[Sample]] = {}
+        by_length: dict[tuple[int, bool], list[Sample]] = {}
         for sample in self.running:
-            left = len(sample.tokens) - sample.cached
-            if (left > 1 or not sample.started) and budget > 0:
-                by_length.setdefault(min(left, budget), []).append(sample)
+            prompt = sample.cached < sample.prompt_length
+            left = (sample.prompt_length if prompt else len(sample.tokens)) - sample.cached
+            if (prompt or left > 1) and budget > 0:
+                by_length.setdefault((min(left, budget), prompt), []).append(sample)
                 budget -= min(left, budget)
-        return [self._group(samples, new) for new, samples in by_length.items()]
+        return [self._group(samples, new, prompt) for (new, prompt), samples in by_length.items()]
 
-    def _group(self, samples: list[Sample], new: int) -> Group:
+    def _group(self, samples: list[Sample], new: int, prompt: bool = False) -> Group:
         """Room for `new` tokens of each sample, or of those that are left when others had to give way."""
         while samples := [s for s in samples if s.seq is not None]:
             try:
@@ -104,7 +107,7 @@ class Scheduler:
             except CacheFull as full:
                 if self.prefix is None or not self.prefix.evict(full.missing):
                     self._preempt(self.running[-1])
-        return Group(samples, new, None)
+        return Group(samples, new, None, prompt)
 
     def _admit(self) -> None:
         """Starts waiting samples, by priority, while there are places and pages for all of their tokens."""
@@ -199,4 +202,4 @@ def _without_preempted(group: Group) -> Group:
     if len(kept) == len(group.samples):
         return group
     drafts = None if group.drafts is None else [group.drafts[i] for i in kept]
-    return Group([group.samples[i] for i in kept], group.new, drafts)
+    return Group([group.samples[i] for i in kept], group.new, drafts, group.prompt)

@@ -37,8 +37,9 @@ class NativeDecoder:
     new request) they are compared with the model's (`Addresses`), and after share_memory(), to(), load_state_dict or a new layer it is
     built again. A copy or a pickle is the model's, built where it arrives.
 
-    The result of a sequence has the same bits whatever its batch and the number of threads are. Steps of 32 tokens and more attend
-    with another kernel than shorter ones, so prompts in other chunks agree within rounding only. Not differentiable.
+    The result of a sequence has the same bits whatever its batch and the number of threads are. Prompts attend with another kernel
+    than what is generated. Where the view says which of them a step is (CacheView.prompt), a prompt's bits do not depend on how it is
+    divided into steps; where it does not, a step of 32 tokens and more is a prompt. Not differentiable.
     Raises ValueError with `unsupported(model)`.
     """
 
@@ -143,7 +144,7 @@ class NativeDecoder:
         Hq, Hkv, D = config.num_heads, config.num_kv_heads, config.head_dim
         threads, quantized = torch.get_num_threads(), pages.k_pages.dtype in QUANTIZED
         capacity = cache.block_table.shape[1] * pages.page_size
-        plan = step_plan(B, S, Hq, Hkv, D, capacity, threads, quantized)
+        plan = step_plan(B, S, Hq, Hkv, D, capacity, threads, quantized, cache.prompt)
         first, parts = S * (B - sum(rows for _, rows in adapters)), []
         for adapter, rows in adapters:
             parts.append((adapter.native, first, S * rows))

@@ -83,15 +83,19 @@ def _tasks(B: int, rows: int, Hkv: int, D: int, Dv: int, keys: int, threads: int
     return DecodePlan(splits, 0, rows_per_task, heads_per_task, False)
 
 
-# From this many tokens of a sequence on, the blocked kernel attends: a prompt. Below it, the decode kernel, whose rows are the same
-# however many tokens a step has, as checking drafts needs.
+# The blocked kernel attends for prompts, the decode kernel for what is generated; the rows of either are the same however many tokens a
+# step has. Who does not say which it is has a prompt from so many tokens on.
 _PROMPT_TOKENS = 32
 
 
-def step_plan(B: int, S: int, Hq: int, Hkv: int, D: int, max_keys: int, threads: int, quantized: bool) -> DecodePlan:
+def step_plan(
+    B: int, S: int, Hq: int, Hkv: int, D: int, max_keys: int, threads: int, quantized: bool, prompt: bool | None = None
+) -> DecodePlan:
     """For a step of `models.NativeDecoder`: the batch-invariant `decode_plan`, but for a prompt."""
     plan = decode_plan(B, S, Hq, Hkv, D, D, max_keys, threads, 0, True, quantized)
-    if S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= BLOCKED_ROWS and not quantized and D <= CPU_HEAD_DIM:
+    if prompt is None:
+        prompt = S >= _PROMPT_TOKENS and S * (Hq // Hkv) >= BLOCKED_ROWS
+    if prompt and not quantized and D <= CPU_HEAD_DIM:
         return plan._replace(num_splits=1, keys_per_split=0, blocked=True)
     return plan
 
