@@ -88,7 +88,7 @@ def test_what_cannot_run_any_more_is_a_sentence():
     with pytest.raises(ValueError, match="NativeDecoder runs packed linear layers, not a Identity"):
         step(decoder)
     decoder.model.model.layers[1].mlp.up_proj = torch.nn.Identity()
-    with pytest.raises(ValueError, match="gate_proj and up_proj of model.layers.1.mlp are Identity and f32"):
+    with pytest.raises(ValueError, match="gate_proj and up_proj of model.layers.1.mlp are Identity and fp32"):
         step(decoder)
 
 

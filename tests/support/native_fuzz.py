@@ -298,7 +298,26 @@ def decoder(rng: random.Random) -> Arguments:
     }  # fmt: skip
 
 
-def run_decoder(**given: Any) -> None:
+def adapted_decoder(rng: random.Random) -> Arguments:
+    given, rank = decoder(rng), rng.choice((1, 2, 8))
+    products = [given[name] for name in "qkvo"] + list(given["mlp"] or (None,) * 3)
+
+    def pair(product: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if product is None or rng.random() < 0.4:
+            return None
+        columns, rows = product[3:]
+        return weight(rng, columns, rank, "f32"), weight(rng, rank, rows, "f32")
+
+    tokens = given["x"].shape[0] * given["x"].shape[1]
+    first = rng.choice((0, tokens // 2))
+    return given | {"layers": [[pair(product) for product in products]], "first": first, "tokens": tokens - first}
+
+
+def run_adapted_decoder(*, layers: Any, first: Any, tokens: Any, **given: Any) -> None:
+    run_decoder(adapters=[(C.DecoderAdapter(layers), first, tokens)], **given)
+
+
+def run_decoder(adapters: Any = (), **given: Any) -> None:
     def part(first: str, last: str) -> Arguments:
         names = list(given)
         return {name: given[name] for name in names[names.index(first) : names.index(last) + 1]}
@@ -307,7 +326,7 @@ def run_decoder(**given: Any) -> None:
     made.add_layer(**part("attention_norm", "residual_scale"))
     if given["experts"] is not None:
         made.add_experts(**part("router", "shared_gate"))
-    made.step(**part("x", "threads"))
+    made.step(**part("x", "threads"), adapters=list(adapters))
 
 
 def tuple_of(name: str, given: Arguments) -> tuple[Any, ...]:
@@ -350,6 +369,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[random.Random], Arguments]]
     "glu_forward": (lambda **a: C.glu_forward(**a), lambda rng: glu(rng, False)),
     "glu_backward": (lambda **a: C.glu_backward(**a), lambda rng: glu(rng, True)),
     "Decoder": (run_decoder, decoder),
+    "DecoderAdapter": (run_adapted_decoder, adapted_decoder),
 }
 # Take no arguments, or switch how tensors are read, which each case does.
 NOT_CALLED = {
