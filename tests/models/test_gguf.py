@@ -268,7 +268,7 @@ def test_parts_and_other_versions_are_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="a.gguf is one of 3 parts of a model; join them"):
+    with pytest.raises(ValueError, match="a.gguf is one of 3 parts of a model and lacks split.no"):
         open_checkpoint(tmp_path / "a.gguf")
     (tmp_path / "b.gguf").write_bytes(b"GGUF\x01" + bytes(30))
     with pytest.raises(ValueError, match="b.gguf is GGUF of version 1; versions 2 and 3"):

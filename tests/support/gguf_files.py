@@ -55,3 +55,32 @@ def write_llama(path, tensors=None, *, hidden=64, inner=96, heads=4, vocab=64, r
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def split(whole, sizes, folder=None, changes=None):
+    """A file cut as llama-gguf-split does it, into parts of so many tensors; their paths. changes: {(part from 0, key): value or None}."""
+    reader = gguf.GGUFReader(whole)
+    folder, first, paths = folder or whole.parent, 0, []
+    folder.mkdir(exist_ok=True)
+    for number, size in enumerate(sizes):
+        path = folder / f"{whole.stem}-{number + 1:05d}-of-{len(sizes):05d}.gguf"
+        writer = gguf.GGUFWriter(str(path), "llama")
+        writer.kv_data[0].clear()  # the architecture, which is the first part's alone
+        for key, field in reader.fields.items() if number == 0 else ():
+            if not key.startswith("GGUF."):
+                kind = field.types[-1] if len(field.types) > 1 else None
+                writer.add_key_value(key, field.contents(), field.types[0], kind)
+        keys = {"split.no": number, "split.count": len(sizes), "split.tensors.count": len(reader.tensors)}
+        keys |= {key: value for (part, key), value in (changes or {}).items() if part == number}
+        for key, value in keys.items():
+            if value is not None:
+                (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+        for tensor in reader.tensors[first : first + size]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        first += size
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        paths.append(path)
+    return paths

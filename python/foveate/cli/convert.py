@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.cli.options import DTYPES
+from foveate.cli.options import DTYPES, MODEL_KINDS
 from foveate.quantization.names import QUANTISABLE
 
 _EXAMPLES = """\
@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "model", metavar="MODEL",
-        help="a Hugging Face folder, a .gguf file, the name of an installed package that holds one, or a folder with a LoRA adapter",
+        help=MODEL_KINDS,
     )  # fmt: skip
     parser.add_argument("out", metavar="OUT", type=Path, help="the file or the folder to be written")
     parser.add_argument("--to", choices=("gguf", "safetensors"), help="by default gguf if OUT ends in .gguf")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.cli.options import UsageError, loading, print_json
+from foveate.cli.options import MODEL_KINDS, UsageError, loading, print_json
 
 _EXAMPLES = """\
 Files are text, JSON lines, JSON, CSV or Parquet; the kind of task is found by the fields, or named as KIND=FILE:
@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--model", required=True, metavar="PATH",
-        help="a Hugging Face folder, a .gguf file, the name of an installed package that holds one, or a folder with a LoRA adapter",
+        help=MODEL_KINDS,
     )  # fmt: skip
     parser.add_argument("files", nargs="*", metavar="FILE", help="a file of tasks, or KIND=FILE")
     parser.add_argument("--compare", metavar="PATH", help="a second model, on the same items")

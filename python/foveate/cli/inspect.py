@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.cli.options import UsageError, add_base_option, loading, print_json, read_text, text
+from foveate.cli.options import MODEL_KINDS, UsageError, add_base_option, loading, print_json, read_text, text
 
 _EXAMPLES = """\
 Looks into a causal model (Llama's family, GPT-2) or an encoder (BERT's family, ModernBERT). The text comes from --text, from --file or
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--model", required=True, metavar="PATH",
-        help="a Hugging Face folder, a .gguf file, the name of an installed package that holds one, or a folder with a LoRA adapter",
+        help=MODEL_KINDS,
     )  # fmt: skip
     add_base_option(parser)
     source = parser.add_mutually_exclusive_group()

@@ -16,6 +16,10 @@ from foveate.quantization.names import QUANTISABLE
 
 DEFAULT_MAX_TOKENS = 256
 _EARLY: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+MODEL_KINDS = (  # what a model's path may be, in --help
+    "a Hugging Face folder, a .gguf file or any part of a split one, the name of an installed package that holds one, or a folder with a "
+    "LoRA adapter"
+)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
 
@@ -136,8 +140,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", required=True, metavar="PATH", action="append" if several else "store",
-        help="a Hugging Face folder, a .gguf file, the name of an installed package that holds one, or a folder with a LoRA adapter"
-        + ("; NAME=PATH names it for requests; may be given several times" if several else ""),
+        help=MODEL_KINDS + ("; NAME=PATH names it for requests; may be given several times" if several else ""),
     )  # fmt: skip
     if not several:
         add_base_option(group)

@@ -16,7 +16,8 @@ from foveate.files.checked import CheckpointError, check
 from foveate.models.checkpoint.base import Blocks, Checkpoint, Weights
 from foveate.models.checkpoint.gguf_file import GgufFile, GgufTensor
 from foveate.models.checkpoint.gguf_names import ARCHITECTURES, ENCODERS, MIXTRAL, GgufArchitecture
-from foveate.models.checkpoint.schemas import GGUF, GGUF_MODEL
+from foveate.models.checkpoint.gguf_parts import read_gguf
+from foveate.models.checkpoint.schemas import GGUF_MODEL
 from foveate.quantization.gguf_types import BLOCKS, FLOATS, PACKED, REPACKED, expand, loaded_bytes
 from foveate.tokenizer import Tokenizer
 from foveate.tokenizer.gguf import CONTROL, read_tokenizer
@@ -39,14 +40,12 @@ class GgufCheckpoint(Checkpoint):
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:
-    """CheckpointError for a damaged file and for an architecture that is not in the table of names."""
-    file = GgufFile(path)
-    check(file.fields, GGUF, path)
-    parts = file.fields.get("split.count", 1)
-    if parts > 1:
-        raise CheckpointError(
-            f"{path} is one of {parts} parts of a model; join them with llama.cpp's llama-gguf-split --merge"
-        )
+    """path: of a file, or of any part of a split one, whose path is then the first part's.
+
+    CheckpointError for a damaged file and for an architecture that is not in the table of names.
+    """
+    file = read_gguf(path)
+    path = file.path
     arch = _value(file, "general.architecture")
     if arch not in ARCHITECTURES:
         raise CheckpointError(

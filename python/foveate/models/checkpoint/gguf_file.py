@@ -42,7 +42,7 @@ class GgufTensor(NamedTuple):
 
 
 class GgufFile:
-    """fields: the metadata by key, as int, float, bool, str and lists of them. tensors: by name.
+    """fields: the metadata by key, as int, float, bool, str and lists of them. tensors: by name. paths: the files that they are in.
 
     CheckpointError for what is not GGUF of version 2 or 3, for a file that ends too early, and for a header that contradicts itself.
     Nothing is allocated that is larger than the part of the file which says it.
@@ -51,7 +51,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         if not is_there(path):
             raise FileNotFoundError(f"{path} is not there")
-        self.path, self.size = path, path.stat().st_size
+        self.path, self.paths, self.size = path, [path], path.stat().st_size
         with path.open("rb") as stream:
             self._bytes = stream.read(min(self.size, 2**24))  # the header; more of it is read when that is not enough
         self._at = 0

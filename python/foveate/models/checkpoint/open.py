@@ -11,14 +11,16 @@ from foveate.files.checked import CheckpointError, check, is_there, read_json, r
 from foveate.models.checkpoint.adapters import adapted_checkpoint
 from foveate.models.checkpoint.base import Checkpoint
 from foveate.models.checkpoint.gguf import open_gguf
+from foveate.models.checkpoint.gguf_parts import are_parts_of_one
 from foveate.models.checkpoint.huggingface import describe, pickle_refusal
 from foveate.models.checkpoint.schemas import ANY_CONFIG, SPECIAL_IDS
 from foveate.models.registry import find
 
 
 def open_checkpoint(path: str | Path | Checkpoint, base: str | Path | None = None) -> Checkpoint:
-    """A Hugging Face folder, a .gguf file, or the name of an installed package that holds one of them, at most one folder deep; or a
-    folder with a LoRA adapter in peft's format, which stands for its base with the updates in the weights. An open one as it is.
+    """A Hugging Face folder, a .gguf file or any part of a split one, or the name of an installed package that holds one of them, at most
+    one folder deep; or a folder with a LoRA adapter in peft's format, which stands for its base with the updates in the weights. An open
+    one as it is. A folder with the parts of one split .gguf file, and no config.json, is that model.
 
     base: of an adapter, instead of the one that it names. Reads no weights but an adapter's. FileNotFoundError where there is nothing
     of that name, CheckpointError for what is not a model.
@@ -78,7 +80,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         return _open_folder(_snapshot(folder))
     if not (folder / "config.json").exists():
         files = sorted(folder.glob("*.gguf"))
-        if len(files) == 1:
+        if len(files) == 1 or (files and are_parts_of_one(files)):
             return _open_file(files[0])
         if files:
             names = ", ".join(file.name for file in files)

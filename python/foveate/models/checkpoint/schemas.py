@@ -167,7 +167,8 @@ _UNICODE = rule("a text", lambda v: (isinstance(v, str) and v.isascii()) or (isi
 _TOKENS = list_of(_UNICODE, 2**24)
 _TOKEN_ID = integer(0, 2**31 - 1)
 GGUF: dict[str, Rule] = {
-    "general.architecture": text(), "general.alignment": integer(8, 2**16), "split.count": integer(0, 2**16),
+    "general.architecture": text(), "general.alignment": integer(8, 2**16),
+    "split.no": integer(0, 2**16), "split.count": integer(0, 2**16), "split.tensors.count": integer(0, 2**31 - 1),
     "tokenizer.ggml.model": text(), "tokenizer.ggml.pre": text(), "tokenizer.ggml.tokens": _TOKENS, "tokenizer.ggml.merges": _TOKENS,
     "tokenizer.ggml.scores": list_of(number(-1e30, 1e30)), "tokenizer.ggml.token_type": list_of(integer(0, 255)),
     "tokenizer.chat_template": _UNICODE,

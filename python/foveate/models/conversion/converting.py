@@ -67,9 +67,10 @@ def convert(
         raise ValueError("dtype=float64 is not written; choose float32, bfloat16 or float16")
     _check_place(out, to, force)
     checkpoint = open_checkpoint(model, base)
-    if checkpoint.path.resolve() == out.resolve():
-        raise ValueError(f"{out} is the model itself; write to another place")
     from_gguf = isinstance(checkpoint, GgufCheckpoint)
+    sources = checkpoint.file.paths if isinstance(checkpoint, GgufCheckpoint) else [checkpoint.path]
+    if out.resolve() in [source.resolve() for source in sources]:
+        raise ValueError(f"{out} is the model itself; write to another place")
     chosen = wanted or (torch.bfloat16 if from_gguf else _stored_dtype(checkpoint))
     shown = sys.stderr.isatty() if progress is None else progress
     importance = _importance(checkpoint, imatrix, shown)
