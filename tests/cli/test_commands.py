@@ -63,6 +63,8 @@ def test_a_draft_model_changes_no_text(path, llm, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["outputs"][0]["completions"][0]["text"] == greedy(llm, "the quick", 12).text
     assert found["stats"]["accepted_tokens"] > 0 and "are guessed by" in found["stats"]["runs_on"]
+    assert main([*options, "--draft-quantization", "q4_0"]) == 1
+    assert "draft_quantization='q4_0' packs a draft model; give draft_model" in capsys.readouterr().err
     assert main(["serve", "--model", f"a={path}", "--model", f"b={path}", "--draft-model", path]) == 2
     assert "--draft-model guesses for one model, and there are 2" in capsys.readouterr().err
 

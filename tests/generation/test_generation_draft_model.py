@@ -13,6 +13,7 @@ import foveate
 import generation_toys as toys
 from foveate.generation import Engine, SamplingParams
 from foveate.generation.draft_model import DraftModel
+from hostile import llama_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,3 +162,34 @@ def test_llm(tmp_path) -> None:
     (tmp_path / "other/tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="has another tokenizer: .* is the token .* there and .* in the model"):
         foveate.LLM(path, num_pages=80, draft_model=other)
+
+
+def formats(model) -> set[str | None]:
+    """Of the layers' matrices; None for a plain nn.Linear."""
+    found = {name: module for name, module in getattr(model, "model", model).named_modules() if name.endswith("_proj")}
+    assert found
+    return {getattr(module, "format", None) for module in found.values()}
+
+
+@pytest.mark.parametrize("quantization", [None, "q8_0"])
+def test_a_draft_has_a_format_of_its_own(quantization, tmp_path) -> None:
+    path = llama_folder(tmp_path / "model")
+    plain = foveate.LLM(path, num_pages=16, quantization=quantization)
+    prompts = [[5, 6, 7], [9, 30]]
+    expected = [o.outputs[0].token_ids for o in plain.generate(prompts, GREEDY)]
+    unquantised = formats(foveate.LLM(path, num_pages=16).engine.model)
+    for given, wanted in ((None, formats(plain.engine.model)), ("q4_0", {"q4_0"}), ("none", unquantised)):
+        llm = foveate.LLM(path, num_pages=16, quantization=quantization, draft_model=path, draft_quantization=given)
+        assert formats(llm.engine.scheduler.draft.model) == wanted
+        assert formats(llm.engine.model) == formats(plain.engine.model)
+        assert [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY)] == expected
+        assert llm.stats.drafted_tokens > 0
+
+
+def test_the_format_of_a_draft_is_checked_before_weights_are_read(tmp_path) -> None:
+    path = llama_folder(tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="draft_quantization='q4_0' packs a draft model; give draft_model"):
+        foveate.LLM(path, draft_quantization="q4_0")
+    with pytest.raises(ValueError, match="draft_quantization='q2' is not one of None, 'none', 'q8_0'"):
+        foveate.LLM(path, draft_model=path, draft_quantization="q2")

@@ -172,6 +172,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
         help="a smaller model with the same tokens that guesses ahead: changes the speed, never the text",
     )  # fmt: skip
     group.add_argument("--draft-tokens", type=int, default=4, metavar="N", help="its guesses in a step; 4 by default")
+    group.add_argument(
+        "--draft-quantization", choices=(*QUANTISABLE, "none"), help="of the draft model; that of --model by default"
+    )
     group.add_argument("--threads", type=int, metavar="N", help="as torch.set_num_threads")
 
 
@@ -296,6 +299,7 @@ def llm_options(args: argparse.Namespace) -> dict[str, Any]:
         "max_model_len": args.max_model_len, "num_pages": args.num_pages, "max_batch": args.max_batch,
         "max_prefill_tokens": args.max_prefill_tokens, "enable_prefix_caching": not args.no_prefix_caching,
         "draft_model": args.draft_model, "draft_tokens": args.draft_tokens,
+        "draft_quantization": args.draft_quantization,
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from foveate.generation.prompts import as_prompt, as_prompts, check_messages, co
 from foveate.generation.runner import fastest, graphs
 from foveate.models import Checkpoint, load_model, open_checkpoint
 from foveate.models.loading import checked_device, checked_dtype
+from foveate.models.quantizing import check_quantization
 from foveate.models.registry import architecture_of
 from foveate.progress import ProgressBar
 
@@ -52,8 +53,9 @@ class LLM:
     max_batch, max_prefill_tokens, enable_prefix_caching: see Engine.
     cuda_graphs: on a CUDA device, replays decode steps from CUDA graphs (`DecodeGraph`), for one page of cache more; None: where that is
     possible, which `runs_on` says; True: ValueError where it is not; False: never.
-    draft_model: a smaller checkpoint with the same tokens, packed by `quantization` too, that guesses draft_tokens tokens at a time,
-    which this model checks in one step (speculative decoding): changes the speed, never the tokens. See `DraftModel`.
+    draft_model: a smaller checkpoint with the same tokens that guesses draft_tokens tokens at a time, which this model checks in one step
+    (speculative decoding): changes the speed, never the tokens. See `DraftModel`. draft_quantization: of its weights, with the names of
+    quantization, "none" for unpacked ones; None: as quantization says.
 
     default_params: what generate, stream and chat use for params=None: SamplingParams() with the checkpoint's generation_config
     (temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens; do_sample=false is temperature 0).
@@ -81,6 +83,7 @@ class LLM:
         cuda_graphs: bool | None = None,
         draft_model: str | Path | Checkpoint | None = None,
         draft_tokens: int = 4,
+        draft_quantization: str | None = None,
         progress: bool | None = None,
     ) -> None:
         if adapter is not None:
@@ -93,6 +96,11 @@ class LLM:
         _check_integers(max_model_len=max_model_len, max_batch=max_batch, page_size=page_size)
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be 1 or more")
+        if draft_quantization is not None and draft_model is None:
+            raise ValueError(
+                f"draft_quantization={draft_quantization!r} packs a draft model; give draft_model, or leave it out"
+            )
+        check_quantization(draft_quantization, argument="draft_quantization")
         self.device = checked_device(device)
         if cuda_graphs and self.device.type != "cuda":
             raise ValueError(
@@ -135,8 +143,9 @@ class LLM:
         draft = None
         if draft_model is not None:
             draft, sentence = load_draft(
-                draft_model, target=self.config, tokenizer=self.tokenizer, device=self.device, quantization=quantization,
-                num_pages=pages, page_size=page_size, tokens=draft_tokens, max_prefill_tokens=max_prefill_tokens,
+                draft_model, target=self.config, tokenizer=self.tokenizer, device=self.device,
+                quantization=quantization if draft_quantization is None else draft_quantization, num_pages=pages, page_size=page_size,
+                tokens=draft_tokens, max_prefill_tokens=max_prefill_tokens,
             )  # fmt: skip
             self.runs_on += f"; {sentence}"
         self.engine = Engine(

@@ -32,11 +32,11 @@ def packed_format(name: str, quantization: str, in_features: int) -> str:
     return _OF_SHORT_ROWS[wanted] if in_features % block_size(wanted)[0] and wanted in _OF_SHORT_ROWS else wanted
 
 
-def check_quantization(quantization: str | None, importance: object = None) -> None:
-    """ValueError for a name that `load_model` does not know."""
+def check_quantization(quantization: str | None, importance: object = None, argument: str = "quantization") -> None:
+    """ValueError, with the name of the argument, for a format that `load_model` does not know."""
     if quantization not in (None, "none", *QUANTISABLE):
         known = ", ".join(repr(name) for name in (None, "none", *QUANTISABLE))
-        raise ValueError(f"quantization={quantization!r} is not one of {known}")
+        raise ValueError(f"{argument}={quantization!r} is not one of {known}")
     if importance is not None and quantization not in SEARCHED:
         raise ValueError(
             f"imatrix= weighs the errors of {', '.join(SEARCHED)}; quantization={quantization!r} takes none: leave it out"
