@@ -275,13 +275,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--client-cpu", type=int, help="the processor of the client; the server gets the others")
     parser.add_argument("--llama", type=Path, help="the folder of llama-cpp-python[server], to measure its server, too")
     parser.add_argument("--transformers", type=Path, help="a folder for the model, to measure transformers serve, too")
-    parser.add_argument("--out", type=Path, help="a folder for serve_<date>.csv")
+    parser.add_argument("--out", type=Path, help="a folder for serve_<machine>_<date>.csv")
     args = parser.parse_args(argv)
     raise_open_files()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    machine = dataclasses.asdict(describe())
+    where = describe()
+    machine = dataclasses.asdict(where)
     machine["threads"] = args.threads or machine["threads"]
     measures = [lambda streams=streams: streams_row(args, port, streams) for streams in args.streams]
     measures += [lambda: idle_row(args, port)] if args.idle else []
@@ -293,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     show_targets(rows)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / f"serve_{time.strftime('%Y-%m-%d')}.csv").open("w", newline="") as file:
+        with (args.out / f"{where.stem('serve')}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
