@@ -168,9 +168,14 @@ def test_parallel_requests_share_batches_and_do_not_show(toy, llm):
 def test_letters_do_not_wait_for_the_character_after_them(toy):
     """A character of several tokens comes whole, and what stands before it comes as soon as it is there."""
     asked = {"prompt": PROMPT, "guided_regex": "a😀b", "max_tokens": 20, "temperature": 0}
-    pieces = [event["choices"][0]["text"] for event in toy.events("/v1/completions", **asked)]
-    assert "".join(pieces) == "a😀b" and all("\ufffd" not in piece for piece in pieces)
-    assert pieces[0] == "a"
+    first = set()
+    for _ in range(20):  # one piece holds more where the engine was faster than the event loop
+        pieces = [event["choices"][0]["text"] for event in toy.events("/v1/completions", **asked)]
+        assert "".join(pieces) == "a😀b" and all("\ufffd" not in piece for piece in pieces)
+        first.add(pieces[0])
+        if "a" in first:
+            return
+    raise AssertionError(f"no reply began with the letter alone: {first}")
 
 
 def test_the_model_may_stand_in_the_path(toy):
